@@ -1,0 +1,48 @@
+# Each target sets up everything it needs: a virtual environment with the exact
+# versions of requirements.lock and the project itself, editable.
+#
+#   make demo                          train on the bundled digits and show the table
+#   make test lint                     what CI runs
+#   make test PYTHON=python3.12 VENV=.venv312      the same with another Python
+#
+# The newest working Python from 3.11 on is taken unless PYTHON names one.
+
+VENV ?= .venv
+CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
+SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do \
+  $$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench lock clean
+
+demo: $(READY)
+	$(RUN) -m lt_jax.main --config=configs/digits_lt.py:ldam_drw \
+	  --workdir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(READY)
+	$(RUN) benchmarks/train_step.py
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { \
+	  echo "lt_jax needs Python 3.11 or newer, with venv; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.lock
+	$(RUN) -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+# The lock is universal: one file for every supported Python and platform.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade \
+	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

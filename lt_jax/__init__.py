@@ -1,0 +1,1 @@
+"""Long-tailed, open-ended and cross-domain image recognition in JAX/Flax."""

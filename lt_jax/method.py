@@ -1,0 +1,109 @@
+"""The contract of the house: a learning method is three pure functions.
+
+  init(key, batches) -> State              the first state
+  step(state, batches) -> (State, metrics) one update
+  predict(state, images) -> Outputs        evaluation mode
+
+`batches` is a dict of named batches, one a stream: {'train': {'image': (B, H, W, 3)
+float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count) of
+arrays of any shape, which the loop adds up over a log interval and divides: scalars
+become columns of metrics.jsonl, vectors go to a file of their own. `Outputs` is a
+dict: 'logits' (B, C), 'features' (B, D) and, where a method knows one, 'known_score'
+(B,), higher meaning more surely a known class.
+
+The training loop knows these three names and nothing else. Everything a method needs
+to go on is in `State`; everything that is constant is closed over.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Outputs = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@struct.dataclass
+class State:
+  """All that changes during training, and all that is checkpointed.
+
+  Attributes:
+    step: () int32, the number of updates made: the only clock. Learning rates, class
+      weights, samplers and random keys are functions of it.
+    key: the root random key of the run; never split, see `named_key`.
+    params: player -> parameters: all that a gradient moves, such as {'net': ...}.
+    stats: player -> batch statistics.
+    opt: player -> optimiser state.
+    memory: what else a method remembers, such as an average of the parameters.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  params: dict[str, PyTree]
+  stats: dict[str, PyTree]
+  opt: dict[str, PyTree]
+  memory: dict[str, PyTree]
+
+
+class Method(NamedTuple):
+  """A learning method, as optax has an optimiser: a tuple of pure functions."""
+
+  init: Callable[[jax.Array, Mapping[str, Batch]], State]
+  step: Callable[[State, Mapping[str, Batch]], tuple[State, Metrics]]
+  predict: Callable[[State, jax.Array], Outputs]
+
+
+def named_key(key: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
+  """Returns the random key of one use at one step: fold_in(fold_in(key, name), step).
+
+  Args:
+    key: `State.key`.
+    name: what the key is for; distinct uses have distinct names.
+    step: `State.step`, so that a resumed run draws what the unbroken run drew.
+  """
+  named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+  return jax.random.fold_in(named, step)
+
+
+def init_net(
+  net: nn.Module, key: jax.Array, images: jax.Array
+) -> tuple[PyTree, PyTree]:
+  """Returns the first (params, stats) of a network; `stats` may be empty."""
+  variables = net.init(key, images[:1], train=False)
+  return variables['params'], variables.get('batch_stats', {})
+
+
+def forward(
+  net: nn.Module, params: PyTree, stats: PyTree, images: jax.Array, *, train: bool
+) -> tuple[Outputs, PyTree]:
+  """Applies a network as a pure function of its parameters.
+
+  Args:
+    net: a Linen module that returns a dict of named outputs.
+    params: its parameters, real or virtual.
+    stats: its batch statistics.
+    images: (B, H, W, 3) float32.
+    train: True normalises by the batch and returns updated statistics.
+
+  Returns:
+    (outputs, statistics).
+  """
+  outputs, updated = net.apply(
+    {'params': params, 'batch_stats': stats},
+    images,
+    train=train,
+    mutable=['batch_stats'] if train else [],
+  )
+  return outputs, updated.get('batch_stats', stats) if train else stats
+
+
+def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns a scalar of this step as a metric: (value, 1)."""
+  return value, jnp.ones((), jnp.float32)
