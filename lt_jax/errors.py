@@ -1,8 +1,9 @@
 """Errors that are the user's to mend, and the names the user may type."""
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 T = TypeVar('T')
 
@@ -34,3 +35,58 @@ def lookup(table: Mapping[str, T], kind: str, name: str) -> T:
     return table[name]
   except KeyError:
     raise UserError(f'unknown {kind} {name!r}{suggest(name, table)}') from None
+
+
+def check_options(
+  what: str, function: Callable, options: Mapping[str, Any], *given: str
+) -> None:
+  """Raises a `UserError` unless the options fit the signature of a function.
+
+  Args:
+    what: what the function is, for the message, such as "loss 'ldam'".
+    function: what will be called with the options.
+    options: what the user wrote.
+    *given: names of the parameters that are not the user's to set.
+
+  Raises:
+    UserError: an unknown option, with the near miss, or a missing one.
+  """
+  parameters = inspect.signature(function).parameters
+  known = [name for name in parameters if name not in given]
+  for name in options:
+    if name not in known:
+      near = suggest(name, known) if known else '; it takes none'
+      raise UserError(f'{what} has no option {name!r}{near}')
+  for name in known:
+    if parameters[name].default is inspect.Parameter.empty and name not in options:
+      raise UserError(f'{what} needs the option {name!r}')
+
+
+def construct(
+  table: Mapping[str, Callable[..., T]],
+  kind: str,
+  name: str,
+  *args: Any,
+  options: Mapping[str, Any],
+  **context: Any,
+) -> T:
+  """Calls a factory by its name with the user's options.
+
+  Args:
+    table: the dict literal of a family.
+    kind: what the family is, for messages.
+    name: the name the user gave.
+    *args: its first arguments.
+    options: what the user wrote; checked against the factory's signature.
+    **context: what a factory may ask for, such as `counts`; it is given only what it
+      names among its parameters.
+
+  Raises:
+    UserError: an unknown name, an unknown option or a missing one.
+  """
+  factory = lookup(table, kind, name)
+  parameters = list(inspect.signature(factory).parameters)
+  given = {key: value for key, value in context.items() if key in parameters}
+  what = f'{kind} {name!r}'
+  check_options(what, factory, options, *parameters[: len(args)], *context)
+  return factory(*args, **given, **options)

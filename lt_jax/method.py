@@ -21,8 +21,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
+
+from lt_jax.errors import UserError
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
@@ -107,3 +110,73 @@ def forward(
 def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns a scalar of this step as a metric: (value, 1)."""
   return value, jnp.ones((), jnp.float32)
+
+
+# Wrappers: what changes every method alike is a function Method -> Method.
+
+
+def ema(method: Method, *, decay: float) -> Method:
+  r"""Predicts with an exponential moving average of parameters and statistics.
+
+  .. math::
+    \bar\theta_{t+1} = d\, \bar\theta_t + (1 - d)\, \theta_{t+1}
+
+  The average lives in `state.memory['ema']` and starts at the initial values.
+
+  Args:
+    method: the method to wrap.
+    decay: d, in [0, 1).
+  """
+
+  def average(state: State) -> PyTree:
+    return {'params': state.params['net'], 'stats': state.stats['net']}
+
+  def init(key, batches):
+    state = method.init(key, batches)
+    return state.replace(memory={**state.memory, 'ema': average(state)})
+
+  def step(state, batches):
+    old = state.memory['ema']
+    state, metrics = method.step(state, batches)
+    new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, average(state))
+    return state.replace(memory={**state.memory, 'ema': new}), metrics
+
+  def predict(state, images):
+    averaged = state.memory['ema']
+    return method.predict(
+      state.replace(
+        params={**state.params, 'net': averaged['params']},
+        stats={**state.stats, 'net': averaged['stats']},
+      ),
+      images,
+    )
+
+  return Method(init, step, predict)
+
+
+def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
+  r"""Predicts with post-hoc adjusted logits: z_c - tau * log(n_c / N).
+
+  Source: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+  equation 9.
+
+  Args:
+    method: any method, trained or to be trained; its steps do not change.
+    counts: (C,) training images of each class, all positive.
+    tau: strength; 0 leaves the logits as they are.
+  """
+  counts = np.asarray(counts, np.float64)
+  if not (counts > 0).all():
+    raise UserError(
+      f'logit adjustment needs images of every class; class {counts.argmin()} has none'
+    )
+  offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
+
+  def predict(state, images):
+    outputs = method.predict(state, images)
+    return {**outputs, 'logits': outputs['logits'] - offset[None]}
+
+  return Method(method.init, method.step, predict)
+
+
+WRAPPERS = {'ema': ema, 'adjust_logits': adjust_logits}

@@ -1,0 +1,61 @@
+"""Digits-LT: the 8x8 handwritten digits bundled with scikit-learn, long-tailed.
+
+Eight known classes (0 to 7) with 90 55 34 20 12 7 4 3 training images, a balanced test
+set of 50 a class, and classes 8 and 9 as the open set. It needs no download and no
+accelerator: it is where a method is tried first, and what the tests train.
+
+  python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=runs/digits
+
+Cost: 1,500 steps of a network of 38,000 parameters, a few seconds on two CPU cores.
+There is no published number.
+
+Argument: a recipe (see docs/methods.md), and `epochs`, `imbalance`, `n_max`.
+"""
+
+from lt_jax import recipes
+
+
+def get_config(arg: str | None = None):
+  """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
+  recipe, option = recipes.parse_arg(
+    arg, 'ldam_drw', epochs=400.0, imbalance=30.0, n_max=90
+  )
+  config = recipes.apply(
+    recipes.base_config(),
+    {
+      'name': 'digits_lt',
+      'data': {
+        'source': 'digits',
+        'known_classes': 8,
+        'profile': 'exponential',
+        'n_max': option.n_max,
+        'imbalance': option.imbalance,
+        'test_per_class': 50,
+        'val_per_class': 20,
+        'meta_per_class': 10,
+        'open_val_per_class': 20,
+        'open_test_per_class': 50,
+        'many_shot': 40,
+        'few_shot': 10,
+        'mean': (0.5,),
+        'std': (0.5,),
+        'pad': 1,
+      },
+      'batch': 64,
+      'eval_batch': 100,
+      'epochs': option.epochs,
+      'save_every_epochs': option.epochs / 4,
+      'evaluate_every_epochs': option.epochs / 4,
+      'defer_epoch': 0.8 * option.epochs,
+      'model': {'trunk': 'digits_cnn'},
+      'schedule': {
+        'name': 'step_decay',
+        'base': 0.05,
+        'warmup': 'linear',
+        'warmup_epochs': 0.025 * option.epochs,
+        'boundaries': (0.8 * option.epochs, 0.9 * option.epochs),
+        'factors': (0.1, 0.01),
+      },
+    },
+  )
+  return recipes.apply_recipe(config, recipe)

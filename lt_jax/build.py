@@ -1,0 +1,289 @@
+"""From a resolved configuration to the objects of a run.
+
+The only place that knows both the keys of a configuration and the functions behind
+them. Below it there are plain arrays and numbers.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lt_jax import sharding
+from lt_jax.class_weights import make_class_weights
+from lt_jax.data import augment, longtail
+from lt_jax.data.dataset import Dataset, load_dataset
+from lt_jax.data.samplers import Sampler, deferred, make_sampler
+from lt_jax.data.streams import Pass, Stream, evaluation_pass, train_stream
+from lt_jax.errors import UserError, construct, lookup
+from lt_jax.losses import REDUCTIONS, make_loss
+from lt_jax.method import WRAPPERS, Method
+from lt_jax.methods import METHODS
+from lt_jax.models import make_classifier
+from lt_jax.optim import epoch_start, make_optimizer, make_schedule
+from lt_jax.surgery import SURGERIES, Surgery
+from lt_jax.train import Plan
+
+Config = Mapping[str, Any]
+
+STEPS_PER_CALL = 100
+"""Most steps a compiled call runs on an accelerator.
+
+On the CPU it is one: in a loop body XLA:CPU misses its fast path for convolution
+gradients, and a call costs little there.
+"""
+
+
+class Stage(NamedTuple):
+  """One stage: an ordinary run, which begins from the States of earlier ones.
+
+  Attributes:
+    name: of the stage.
+    method: what is trained.
+    streams: what it is trained on.
+    surgeries: from a fresh State and earlier ones to the first State.
+    plan: when things happen; `first` is set when the first State is known.
+    epoch_steps: steps an epoch, fractional.
+    select: 'last', or ('best', split, metric): which State counts.
+  """
+
+  name: str
+  method: Method
+  streams: dict[str, Stream]
+  surgeries: tuple[Surgery, ...]
+  plan: Plan
+  epoch_steps: float
+  select: Any
+
+
+class Experiment(NamedTuple):
+  """Everything a run needs.
+
+  Attributes:
+    config: the resolved configuration.
+    dataset: its data.
+    mesh: its devices.
+    passes: split -> evaluation pass.
+    groups: shot rule -> group -> (C,) bool.
+    stages: in order.
+  """
+
+  config: Config
+  dataset: Dataset
+  mesh: Mesh
+  passes: dict[str, Pass]
+  groups: dict[str, dict[str, np.ndarray]]
+  stages: dict[str, Stage]
+
+
+def resolve(config: Any) -> dict[str, Any]:
+  """Returns a `ConfigDict` as plain data, just as config.json gives it back."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def config_digest(config: Config) -> str:
+  """Returns 12 hexadecimal digits that name a configuration, its seed aside."""
+  rest = {key: value for key, value in config.items() if key != 'seed'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def stage_config(config: Config, name: str) -> dict[str, Any]:
+  """Returns the configuration of a stage: the top level, overridden."""
+
+  def merge(base: Config, over: Config) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+      both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+      merged[key] = merge(base[key], value) if both and 'name' not in value else value
+    return merged
+
+  return merge(config, lookup(config['stages'], 'stage', name))
+
+
+def build(config: Config) -> Experiment:
+  """Builds every object of a run; nothing is trained or compiled.
+
+  Raises:
+    UserError: something in the configuration or the data is wrong.
+  """
+  check_device(config['device'])
+  batches = {'train': config['batch'], 'evaluation': config['eval_batch']}
+  available, processes = jax.device_count(), jax.process_count()
+  mesh = sharding.make_mesh(sharding.usable_devices(batches, available, processes))
+  data = dict(config['data'])
+  shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
+  train_transform, plain_transform = _transforms(data)
+  to_device = functools.partial(sharding.put_replicated, mesh)
+  dataset = load_dataset(**data, to_device=to_device)
+  passes = {
+    name: evaluation_pass(split, batch=config['eval_batch'], transform=plain_transform)
+    for name, split in dataset.splits.items()
+    if name not in ('train', 'meta')
+  }
+  groups = {
+    rule: longtail.shot_groups(dataset.counts, **shots, rule=rule)
+    for rule in longtail.SHOT_RULES
+  }
+  stages = {
+    name: _build_stage(stage_config(config, name), name, dataset, mesh, train_transform)
+    for name in config['stage_order']
+  }
+  return Experiment(config, dataset, mesh, passes, groups, stages)
+
+
+def check_device(device: str) -> None:
+  """Refuses to train on a CPU what was meant for an accelerator.
+
+  A driver that is missing or busy makes JAX fall back to the CPU with a warning.
+  """
+  backend = jax.default_backend()
+  if device not in ('any', backend):
+    raise UserError(
+      f'config.device is {device!r}, but JAX found {backend!r}; '
+      'set --config.device=any to run on what is there'
+    )
+
+
+def _transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
+  """Takes the keys of augmentation out of `data`; returns (training, evaluation)."""
+  mean, std = data.pop('mean'), data.pop('std')
+  pad, pad_mode, flip = data.pop('pad'), data.pop('pad_mode'), data.pop('flip')
+  lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
+
+  def plain(key, images):
+    del key
+    return augment.normalise(images, mean, std)
+
+  def augmented(key, images):
+    crop_key, flip_key = jax.random.split(key)
+    if pad:
+      images = augment.pad_crop(crop_key, images, pad=pad, mode=pad_mode)
+    if flip:
+      images = augment.flip(flip_key, images)
+    return augment.normalise(images, mean, std)
+
+  return augmented, plain
+
+
+def _build_stage(
+  config: Config, name: str, dataset: Dataset, mesh: Mesh, transform: Callable
+) -> Stage:
+  """Builds one stage from its merged configuration."""
+  train, batch = dataset.splits['train'], config['batch']
+  sampler = _sampler(config['sampler'], train.labels)
+  steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
+  stream = train_stream(
+    train, sampler, seed=config['seed'], batch=batch, transform=transform
+  )
+  return Stage(
+    name=name,
+    method=_method(config, dataset, mesh, sampler),
+    streams={'train': stream},
+    surgeries=tuple(
+      construct(SURGERIES, 'surgery', surgery, options=options)
+      for surgery, options in config['surgeries']
+    ),
+    plan=_plan(config, steps),
+    epoch_steps=sampler.length / batch,
+    select=_select(config['select'], dataset),
+  )
+
+
+def _sampler(options: Config, labels: np.ndarray) -> Sampler:
+  """Builds a sampler; before its start epoch, instance sampling serves."""
+  options = dict(options)
+  name, start = options.pop('name'), options.pop('start_epoch', 0)
+  sampler = make_sampler(name, labels, **options)
+  if not start:
+    return sampler
+  return deferred(make_sampler('instance', labels), sampler, switch_epoch=int(start))
+
+
+def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> Method:
+  """Builds network, optimiser, loss and method, and wraps it."""
+  batch, counts = config['batch'], dataset.counts
+  steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
+  schedule = make_schedule(**config['schedule'], length=sampler.length, batch=batch)
+  optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
+  weights = dict(config['class_weights'])
+  start_step = steps(weights.pop('start_epoch', 0))
+  options = dict(config['method'])
+  micro_batches = options.get('accumulate', 1)
+  method = construct(
+    METHODS,
+    'method',
+    options.pop('name'),
+    _network(config['model'], dataset, batch, micro_batches, mesh),
+    optimizer,
+    make_loss(counts=counts, **config['loss']),
+    options=options,
+    class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
+    reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
+  )
+  for name, wrapper_options in config['wrappers'].items():
+    method = construct(
+      WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
+    )
+  return method
+
+
+def _network(
+  options: Config, dataset: Dataset, batch: int, accumulate: int, mesh: Mesh
+) -> Any:
+  """Builds the classifier, with batch statistics as the configuration names them."""
+  options = dict(options)
+  micro, kind = batch // accumulate, options.pop('batch_norm')
+  if batch % accumulate:
+    raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')
+  groups = {'global': 1, 'frozen': 1, 'per_device': mesh.size}.get(kind)
+  if groups is None and isinstance(kind, int) and kind > 0 and micro % kind == 0:
+    groups = micro // kind
+  if groups is None or micro % groups:
+    raise UserError(
+      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen' or a "
+      f'ghost batch size that divides the batch of {micro}'
+    )
+  return make_classifier(
+    **options,
+    num_classes=len(dataset.class_names),
+    batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
+  )
+
+
+def _plan(config: Config, steps: Callable[[float], int]) -> Plan:
+  """Turns epochs into steps, and intervals into multiples of a compiled call."""
+  on_cpu = jax.default_backend() == 'cpu'
+  chunk = 1 if on_cpu else min(config['log_every_steps'], STEPS_PER_CALL)
+
+  def interval(asked: int) -> int:
+    return max(1, math.ceil(asked / chunk)) * chunk
+
+  return Plan(
+    first=0,
+    steps=steps(config['epochs']),
+    chunk=chunk,
+    log_every=interval(config['log_every_steps']),
+    save_every=interval(steps(config['save_every_epochs'])),
+    evaluate_every=interval(steps(config['evaluate_every_epochs'])),
+  )
+
+
+def _select(select: Any, dataset: Dataset) -> Any:
+  """Checks which State is to count."""
+  if select == 'last':
+    return select
+  if isinstance(select, list | tuple) and len(select) == 3 and select[0] == 'best':
+    if select[1] == 'test':
+      raise UserError('select: a State is never chosen on the test set')
+    if select[1] not in dataset.splits:
+      raise UserError(
+        f'select: there is no split {select[1]!r}; set data.{select[1]}_per_class'
+      )
+    return tuple(select)
+  raise UserError(f"select is {select!r}; it is 'last' or ('best', split, metric)")

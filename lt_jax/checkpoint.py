@@ -1,0 +1,375 @@
+"""Checkpoints that are known to be whole: the only file that imports Orbax.
+
+Orbax makes the appearance of a checkpoint atomic. It does not notice damage done to
+one afterwards, nor does it look for an older one. So, beside it:
+
+  <directory>/<step>/                  written by Orbax, kept in the ladder
+  <directory>/manifests/<step>.json    size and SHA-256 of every file, written last
+  <directory>/best/<step>/             the selected state, outside the ladder
+  <directory>/manifests/best.json      its manifest, with the value it was chosen by
+  <directory>/quarantine/              what failed a check: moved aside, never deleted
+
+A checkpoint without its manifest was interrupted between the two and is not trusted
+while a verified one is there.
+"""
+
+import concurrent.futures
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lt_jax import files
+from lt_jax.errors import UserError
+
+PyTree = Any
+Log = Callable[..., None]
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written (a full disk, say); older ones are intact."""
+
+
+class Restored(NamedTuple):
+  """A state that came back.
+
+  Attributes:
+    state: the state.
+    step: its step.
+    manifest: its manifest; empty if it has none.
+    verified: whether every file had the recorded size and digest.
+  """
+
+  state: PyTree
+  step: int
+  manifest: dict[str, Any]
+  verified: bool
+
+
+class Checkpoints:
+  """The ladder of checkpoints of one stage.
+
+  Saving is asynchronous: the state is copied to the host, then written, hashed and
+  given its manifest in the background. An error there is raised by the next call.
+  """
+
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    *,
+    keep: int = 3,
+    facts: Mapping[str, Any] | None = None,
+    log: Log = lambda event, **values: None,
+  ):
+    """Opens a ladder; nothing is created before the first save.
+
+    Args:
+      directory: the folder of the ladder.
+      keep: how many verified checkpoints to keep.
+      facts: written into every manifest: config digest, versions, devices.
+      log: called with an event name and its values.
+    """
+    self._directory = epath.Path(directory)
+    self._keep = keep
+    self._facts = dict(facts or {})
+    self._log = log
+    self._checkpointer = ocp.StandardCheckpointer()
+    self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    self._pending: concurrent.futures.Future | None = None
+    self.last_saved: int | None = None
+
+  def save(self, step: int, state: PyTree, **facts: Any) -> None:
+    """Begins to save a state; surfaces the error of the save before it first.
+
+    Raises:
+      SaveError: this save, or the one before it, failed.
+    """
+    self._start(str(step), step, state, facts, self._prune)
+    self.last_saved = step
+
+  def save_best(self, step: int, state: PyTree, **facts: Any) -> None:
+    """Begins to save the selected state, replacing the one before.
+
+    Raises:
+      SaveError: this save, or the one before it, failed.
+    """
+    self._start('best', step, state, facts, lambda: self._prune_best(step))
+
+  def wait(self) -> None:
+    """Waits until the last save is on disk with its manifest.
+
+    Raises:
+      SaveError: it failed.
+    """
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      try:
+        pending.result()
+      except Exception as error:
+        raise SaveError(_one_line(error)) from error
+
+  def close(self) -> None:
+    """Waits for the background work and lets its threads go."""
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._checkpointer.close()
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a finished checkpoint, oldest first."""
+    if not self._directory.exists():
+      return []
+    return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+
+  def restore(self, target: PyTree, *, quarantine: bool = True) -> Restored | None:
+    """Restores the newest checkpoint that passes every check.
+
+    Newest to oldest: manifest, sizes, digests, structure, finite values. What fails is
+    moved aside and logged, so that a later save of the same step is not refused. A
+    checkpoint that merely lacks its manifest is used if no verified one is left.
+
+    Args:
+      target: a tree of `jax.ShapeDtypeStruct` with shardings.
+      quarantine: False leaves the folder as it is, for readers beside the run.
+
+    Returns:
+      What was restored, or None if there is no checkpoint at all.
+
+    Raises:
+      UserError: there are checkpoints and none is usable.
+    """
+    manifests = {step: self._manifest(str(step)) for step in self.steps()}
+    trusted_first = sorted(
+      manifests, key=lambda step: (manifests[step] is not None, step), reverse=True
+    )
+    rejected: dict[int, str] = {}
+    for step in trusted_first:
+      manifest = manifests[step]
+      state, reason = self._attempt(step, manifest, target)
+      if state is not None:
+        newer = [s for s in manifests if s > step and s not in rejected]
+        rejected |= dict.fromkeys(newer, 'no manifest: its save was interrupted')
+        self._set_aside(rejected, quarantine)
+        return Restored(state, step, manifest or {}, manifest is not None)
+      rejected[step] = reason
+    if not rejected:
+      return None
+    told = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
+    raise UserError(
+      f'no usable checkpoint in {self._directory} ({told}); '
+      'to start afresh, give another workdir'
+    )
+
+  def restore_best(self, target: PyTree) -> Restored | None:
+    """Restores the selected state, or None if none was selected.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    manifest = self._manifest('best')
+    if manifest is None:
+      return None
+    directory = self._directory / 'best' / str(manifest['step'])
+    reason = _damage(directory, manifest)
+    if reason is not None:
+      raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
+    state = self._read(directory, target)
+    return Restored(state, manifest['step'], manifest, True)
+
+  def best(self) -> dict[str, Any] | None:
+    """Returns the manifest of the selected state, or None."""
+    return self._manifest('best')
+
+  def _start(self, name, step, state, facts, prune) -> None:
+    """Copies a state to the host and leaves the rest to the background thread."""
+    self.wait()
+    directory = self._directory / name / (str(step) if name == 'best' else '')
+    try:
+      (self._directory / 'manifests').mkdir(parents=True, exist_ok=True)
+      if directory.exists():  # the selected state of a run that was interrupted here
+        directory.rmtree()
+      self._checkpointer.save(directory, _to_leaves(state))
+    except Exception as error:
+      raise SaveError(_one_line(error)) from error
+    self._pending = self._thread.submit(
+      self._finish, name, directory, {'step': step, **self._facts, **facts}, prune
+    )
+
+  def _finish(self, name, directory, manifest, prune) -> None:
+    """Waits for Orbax, then writes the manifest: from here on the save counts."""
+    self._checkpointer.wait_until_finished()
+    if jax.process_index() == 0:
+      manifest |= {'time': time.time(), 'files': _digests(directory)}
+      files.write_json(self._directory / 'manifests' / f'{name}.json', manifest)
+      self._log('saved', checkpoint=name, step=manifest['step'])
+      prune()
+
+  def _manifest(self, name: str) -> dict[str, Any] | None:
+    path = self._directory / 'manifests' / f'{name}.json'
+    return files.read_json(path) if path.exists() else None
+
+  def _attempt(
+    self, step: int, manifest: Mapping[str, Any] | None, target: PyTree
+  ) -> tuple[PyTree | None, str]:
+    """Returns (state, '') or (None, why this checkpoint cannot be used)."""
+    directory = self._directory / str(step)
+    if manifest is not None and (damage := _damage(directory, manifest)):
+      return None, damage
+    try:
+      state = self._read(directory, target)
+    except Exception as error:
+      # Files that are as they were written and yet do not load are of another network
+      # or another version: older ones are no better, and none is damaged.
+      if manifest is not None or isinstance(error, UserError):
+        raise
+      return None, f'not readable: {_one_line(error)}'
+    return (state, '') if all_finite(state) else (None, 'it holds non-finite values')
+
+  def _prune(self) -> None:
+    """Deletes what is older than the newest `keep` verified checkpoints."""
+    steps = self.steps()
+    verified = [s for s in steps if self._manifest(str(s)) is not None]
+    for step in steps:
+      if len(verified) > self._keep and step < verified[-self._keep]:
+        (self._directory / 'manifests' / f'{step}.json').unlink(missing_ok=True)
+        (self._directory / str(step)).rmtree()
+
+  def _prune_best(self, step: int) -> None:
+    for path in (self._directory / 'best').iterdir():
+      if path.name != str(step):
+        path.rmtree()
+
+  def _set_aside(self, reasons: Mapping[int, str], quarantine: bool) -> None:
+    """Moves checkpoints that failed into quarantine, and says why."""
+    for step, reason in reasons.items():
+      self._log('checkpoint_rejected', step=step, reason=reason)
+      if quarantine and jax.process_index() == 0:
+        aside = self._directory / 'quarantine' / f'{step}-{time.time_ns()}'
+        aside.mkdir(parents=True)
+        (self._directory / str(step)).rename(aside / 'checkpoint')
+        manifest = self._directory / 'manifests' / f'{step}.json'
+        if manifest.exists():
+          manifest.rename(aside / 'manifest.json')
+
+  def _read(self, directory: epath.Path, target: PyTree) -> PyTree:
+    """Reads a checkpoint into the structure and shardings of `target`."""
+    wanted = _to_leaves(target)
+    stored = self._checkpointer.metadata(directory).item_metadata.tree
+    shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+    differing = sorted(
+      name
+      for name in shapes.keys() | wanted.keys()
+      if name not in wanted or shapes.get(name) != wanted[name].shape
+    )
+    if differing:
+      name = differing[0]
+      here = wanted[name].shape if name in wanted else 'absent'
+      raise UserError(
+        f'checkpoint {directory} is of another network or method: {name} is '
+        f'{shapes.get(name, "absent")} there and {here} here '
+        f'({len(differing)} leaves differ)'
+      )
+    return _from_leaves(self._checkpointer.restore(directory, wanted), target)
+
+
+def _to_leaves(tree: PyTree) -> dict[str, Any]:
+  """Returns {path: array}, random keys as their raw data: no classes on disk."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): _raw(leaf)
+    for path, leaf in leaves
+  }
+
+
+def _from_leaves(leaves: Mapping[str, Any], target: PyTree) -> PyTree:
+  """Inverts `_to_leaves` for the structure of `target`."""
+
+  def leaf(path, like):
+    value = leaves[jax.tree_util.keystr(path, simple=True, separator='.')]
+    if not _is_key(like):
+      return value
+    return jax.random.wrap_key_data(value)
+
+  return jax.tree_util.tree_map_with_path(leaf, target)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+  """Returns the raw data of a random key, abstract or not; others as they are."""
+  if not _is_key(leaf):
+    return leaf
+  if isinstance(leaf, jax.Array):
+    return jax.random.key_data(leaf)
+  raw = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=leaf.sharding)
+
+
+def _digests(directory: epath.Path) -> dict[str, dict[str, Any]]:
+  """Returns relative path -> size in bytes and SHA-256, for every file."""
+  found = {}
+  for path in sorted(directory.iterdir()) if directory.exists() else []:
+    if path.is_dir():
+      found |= {f'{path.name}/{name}': entry for name, entry in _digests(path).items()}
+    else:
+      with path.open('rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+      found[path.name] = {'bytes': path.stat().length, 'sha256': sha256}
+  return found
+
+
+def _damage(directory: epath.Path, manifest: Mapping[str, Any]) -> str | None:
+  """Returns what is wrong with a checkpoint's files, or None."""
+  found = _digests(directory)
+  for name, recorded in manifest['files'].items():
+    if name not in found:
+      return f'{name} is missing'
+    if found[name]['bytes'] != recorded['bytes']:
+      return f'{name} has {found[name]["bytes"]} bytes, not {recorded["bytes"]}'
+    if found[name]['sha256'] != recorded['sha256']:
+      return f'{name} does not have its SHA-256: it changed after it was saved'
+  return None
+
+
+def _one_line(error: BaseException) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def all_finite(state: PyTree) -> bool:
+  """Returns whether every floating-point leaf is finite."""
+  leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return bool(jax.device_get(_finite(leaves))) if leaves else True
+
+
+def digest(state: PyTree) -> str:
+  """Returns the SHA-256 of every leaf of a state, with paths, shapes and types.
+
+  Two runs that agree in it are the same run, bit for bit.
+  """
+  total = hashlib.sha256()
+  for path, leaf in sorted(_to_leaves(state).items()):
+    value = np.asarray(jax.device_get(leaf))
+    total.update(f'{path} {value.shape} {value.dtype}\n'.encode())
+    total.update(np.ascontiguousarray(value).tobytes())
+  return total.hexdigest()
+
+
+def abstract(state: PyTree, sharding: Any) -> PyTree:
+  """Returns the shapes and types of a state, all leaves with one sharding."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )

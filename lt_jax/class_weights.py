@@ -1,0 +1,158 @@
+"""Class weights from the training counts, as functions of the step.
+
+A rule maps the counts (C,) of the whole training set, never of a batch, to weights (C,)
+that sum to C, so that a uniform distribution over classes has mean weight one. Batches
+are long-tailed, so the mean weight of a batch is far below one: how that is divided out
+is the business of `lt_jax.losses.REDUCTIONS`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax.errors import UserError, construct
+
+
+def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
+  """Returns the counts as float64, or says which class has no training images.
+
+  Args:
+    counts: (C,) number of training images of each class.
+    what: what needs them, for the message.
+
+  Raises:
+    UserError: the counts are not a vector, or a class is empty.
+  """
+  counts = np.asarray(counts, np.float64)
+  if counts.ndim != 1 or not counts.size:
+    raise UserError(f'{what} needs one count a class, got the shape {counts.shape}')
+  empty = np.flatnonzero(~(counts > 0))
+  if empty.size:
+    others = f' (and {empty.size - 1} more)' if empty.size > 1 else ''
+    raise UserError(
+      f'{what} needs training images of every class: '
+      f'class {empty[0]}{others} has {counts[empty[0]]:g}'
+    )
+  return counts
+
+
+def uniform(counts: np.ndarray) -> np.ndarray:
+  """Ones: no re-weighting. Classes without images are allowed.
+
+  Args:
+    counts: (C,), of which only the length matters.
+
+  Returns:
+    (C,) float64.
+  """
+  return np.ones(len(counts))
+
+
+def effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.ndarray:
+  r"""Weights by the inverse of the effective number of images (class-balanced loss).
+
+  .. math::
+    E_n = \frac{1 - \beta^n}{1 - \beta}, \qquad
+    w_c = C \frac{1 / E_{n_c}}{\sum_k 1 / E_{n_k}}
+
+  beta = 0 gives ones, beta -> 1 inverse frequency. Classes saturate on the scale of
+  1 / (1 - beta) images: all that are much larger weigh the same.
+
+  Args:
+    counts: (C,) training images of each class.
+    beta: in [0, 1).
+
+  Returns:
+    (C,) float64, sum C.
+
+  Raises:
+    UserError: beta out of range or an empty class.
+
+  Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
+  arXiv 1901.05555.
+  """
+  if not 0 <= beta < 1:
+    raise UserError(f'effective_number needs beta in [0, 1), got {beta}')
+  counts = check_counts(counts, 'effective_number')
+  with np.errstate(divide='ignore'):
+    log_beta = np.log1p(beta - 1.0)
+  # 1 - beta^n without cancellation; the factor 1 - beta is normalised away.
+  return _sum_to_classes(-1.0 / np.expm1(counts * log_beta))
+
+
+def inverse_frequency(counts: np.ndarray) -> np.ndarray:
+  """Weights proportional to 1 / n_c, which give every class the same total weight.
+
+  Args:
+    counts: (C,) training images of each class.
+
+  Returns:
+    (C,) float64, sum C.
+
+  Raises:
+    UserError: an empty class.
+  """
+  return _sum_to_classes(1.0 / check_counts(counts, 'inverse_frequency'))
+
+
+def inverse_square_root(counts: np.ndarray) -> np.ndarray:
+  """Weights proportional to 1 / sqrt(n_c), half-way to inverse frequency.
+
+  Args:
+    counts: (C,) training images of each class.
+
+  Returns:
+    (C,) float64, sum C.
+
+  Raises:
+    UserError: an empty class.
+  """
+  return _sum_to_classes(check_counts(counts, 'inverse_square_root') ** -0.5)
+
+
+CLASS_WEIGHTS = {
+  'uniform': uniform,
+  'effective_number': effective_number,
+  'inverse_frequency': inverse_frequency,
+  'inverse_square_root': inverse_square_root,
+}
+
+
+def make_class_weights(
+  name: str, counts: np.ndarray, *, start_step: int = 0, **options: Any
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns class weights as a function of the step.
+
+  Deferred re-weighting (DRW) is `start_step` > 0: ones before it, the weights from it
+  on. LDAM-DRW switches at the step of its first learning-rate drop, to effective-number
+  weights with beta 0.9999 where the paper speaks of inverse frequency.
+
+  Args:
+    name: a key of `CLASS_WEIGHTS`.
+    counts: (C,) training images of each class.
+    start_step: first step that is re-weighted.
+    **options: of the rule, such as `beta`.
+
+  Returns:
+    step -> (C,), sum C.
+
+  Raises:
+    UserError: an unknown name or option, or an empty class.
+
+  Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
+  NeurIPS 2019, arXiv 1906.07413.
+  """
+  weights = construct(CLASS_WEIGHTS, 'class weights', name, counts, options=options)
+
+  def class_weights(step: jax.Array) -> jax.Array:
+    return jnp.where(step >= start_step, jnp.asarray(weights), 1.0)
+
+  return class_weights
+
+
+def _sum_to_classes(raw: np.ndarray) -> np.ndarray:
+  """Scales weights (C,) so that they sum to C."""
+  return raw * (raw.size / raw.sum())

@@ -1,0 +1,77 @@
+"""How a command ends: one line for a person, an exit code for a launcher.
+
+0    finished
+2    something given is wrong: one line says what; running again will not help
+3    diverged: a loss or parameter is not finite; nothing of it was saved
+75   a passing failure, such as a full disk: running again may help
+143  asked to stop (SIGTERM, SIGUSR1) and saved: run again to go on
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from lt_jax.errors import UserError
+
+WRONG_INPUT, DIVERGED, TRY_AGAIN, PREEMPTED = 2, 3, 75, 143
+
+
+def launch(command: Callable[[], None], *required: str) -> NoReturn:
+  """Parses the flags, runs a command and exits with its code.
+
+  Args:
+    command: reads its flags and raises what goes wrong.
+    *required: names of the flags that must be given.
+  """
+
+  def parse(arguments: Sequence[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(list(arguments))
+      for name in required:
+        value = flags.FLAGS[name].value
+        if value is None:
+          raise UserError(f'--{name} is missing')
+        hasattr(value, 'to_dict')  # a config file that failed to load says so here
+    except AttributeError as error:  # of a locked config, with the near miss
+      told = str(error).replace('\\n', '; ')
+      told = told.replace('"', '').replace("'", '').replace('\\', '')
+      fail(f'unknown config key {told}', WRONG_INPUT)
+    except (flags.Error, ValueError, TypeError, LookupError, OSError) as error:
+      fail(error, WRONG_INPUT)
+    if len(rest) > 1:
+      fail(f'unexpected argument {rest[1]!r}', WRONG_INPUT)
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every file it writes
+    return rest
+
+  app.run(lambda arguments: exit_code(command), flags_parser=parse)
+  raise AssertionError('app.run returned')
+
+
+def exit_code(command: Callable[[], None]) -> int:
+  """Runs a command; returns its exit code, after saying what went wrong."""
+  from lt_jax.checkpoint import SaveError
+  from lt_jax.train import Diverged, Preempted
+
+  try:
+    command()
+  except UserError as error:
+    fail(error, WRONG_INPUT)
+  except Diverged as error:
+    fail(f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED)
+  except SaveError as error:
+    fail(f'a checkpoint could not be written: {error}', TRY_AGAIN)
+  except Preempted:
+    fail('stopped as asked, and saved: the same command goes on', PREEMPTED)
+  return 0
+
+
+def fail(error: BaseException | str, code: int) -> NoReturn:
+  """Ends the process with one line and an exit code."""
+  text = str(error).replace('\\n', '; ').replace("\\'", "'").strip()
+  if 'Traceback (most recent call last)' in text:  # config_flags quotes a whole one
+    text = text.splitlines()[-1].partition(': ')[2] or text.splitlines()[-1]
+  text = ' '.join(text.strip('"').split())
+  print(f'error: {text}', file=sys.stderr, flush=True)
+  sys.exit(code)

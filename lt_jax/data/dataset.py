@@ -1,0 +1,142 @@
+"""A data set as a run uses it: a source, cut into its splits."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lt_jax.data import longtail
+from lt_jax.data.sources import fingerprint, load_source
+from lt_jax.data.streams import Split
+from lt_jax.errors import UserError
+
+RESIDENT_LIMIT = 4 * 2**30
+"""Bytes of images up to which a source is kept in device memory."""
+
+
+class Dataset(NamedTuple):
+  """The splits of an experiment.
+
+  Attributes:
+    splits: 'train', 'test' and, where asked for, 'val', 'meta', 'open_val' and
+      'open_test'; the open ones have label -1.
+    counts: (C,) int, training images of each known class.
+    class_names: names of the C known classes.
+    image_shape: (H, W, channels).
+    fingerprint: SHA-256 of what is trained and evaluated on.
+  """
+
+  splits: dict[str, Split]
+  counts: np.ndarray
+  class_names: tuple[str, ...]
+  image_shape: tuple[int, ...]
+  fingerprint: str
+
+
+def load_dataset(
+  source: str,
+  *,
+  to_device: Callable[[np.ndarray], Any],
+  dir: str = '',
+  seed: int = 0,
+  subset: str = 'seeded',
+  known_classes: int = 0,
+  profile: str = 'original',
+  n_max: int = 0,
+  imbalance: float = 1.0,
+  test_per_class: int = 0,
+  val_per_class: int = 0,
+  meta_per_class: int = 0,
+  open_val_per_class: int = 0,
+  open_test_per_class: int = 0,
+) -> Dataset:
+  """Opens a source and draws the splits of an experiment from it.
+
+  Args:
+    source: 'digits', 'npz:PATH' or 'tfds:NAME', see `lt_jax.data.sources`.
+    to_device: puts the images of a small source into device memory.
+    dir: the folder of TFDS data sets; TFDS's own default if empty.
+    seed: of splits and subset; the same in all runs of a table.
+    subset: 'seeded' draws at random, 'stored' takes the first images of each class.
+    known_classes: classes from this one on form the open set; 0: all are known.
+    profile: a key of `longtail.PROFILES`.
+    n_max: images of the largest class; stated, never derived from the source.
+    imbalance: n_max / n_min.
+    test_per_class: test images a class, taken out of the training images first; 0: the
+      source's own test split.
+    val_per_class: validation images a class, taken out next.
+    meta_per_class: images a class of a balanced meta set, taken out next.
+    open_val_per_class: open validation images a class.
+    open_test_per_class: open test images a class.
+
+  Raises:
+    UserError: the source cannot serve the splits; it names the class.
+  """
+  sources = load_source(source, dir or None)
+  if 'train' not in sources:
+    raise UserError(f'source {source!r} has no split named train: {list(sources)}')
+  pool = sources['train']
+  num_classes = len(pool.class_names)
+  known = known_classes or num_classes
+  if not 1 <= known <= num_classes:
+    raise UserError(
+      f'data.known_classes is {known}, but {source} has {num_classes} classes'
+    )
+  counts = longtail.class_counts(profile, known, n_max, imbalance)
+  drawn = longtail.draw_splits(
+    pool.labels,
+    num_classes=num_classes,
+    known_classes=known,
+    test_per_class=test_per_class,
+    val_per_class=val_per_class,
+    meta_per_class=meta_per_class,
+    train_counts=counts,
+    open_val_per_class=open_val_per_class,
+    open_test_per_class=open_test_per_class,
+    subset=subset,
+    seed=seed,
+  )
+  from_pool = {name: (pool, rows) for name, rows in drawn.items()}
+  splits = _test_splits(sources, known, source) if not test_per_class else {}
+  splits |= from_pool
+  arrays = {id(s): _resident(s, to_device) for s, _ in splits.values()}
+  prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
+  train_labels = pool.labels[drawn['train']]
+  return Dataset(
+    splits={
+      name: Split(
+        source=origin,
+        rows=np.asarray(rows),
+        labels=np.where(origin.labels[rows] < known, origin.labels[rows], -1),
+        arrays=arrays[id(origin)],
+      )
+      for name, (origin, rows) in splits.items()
+    },
+    counts=np.bincount(train_labels, minlength=known),
+    class_names=tuple(pool.class_names[:known]),
+    image_shape=tuple(pool.image_shape),
+    fingerprint=hashlib.sha256(' '.join(prints).encode()).hexdigest(),
+  )
+
+
+def _test_splits(sources: dict[str, Any], known: int, name: str) -> dict[str, Any]:
+  """Returns the source's own test split, its open classes apart."""
+  if 'test' not in sources:
+    raise UserError(
+      f'source {name!r} has no test split: set data.test_per_class to cut one'
+    )
+  test = sources['test']
+  is_known = test.labels < known
+  splits = {'test': (test, np.flatnonzero(is_known))}
+  if not is_known.all():
+    splits['open_test'] = (test, np.flatnonzero(~is_known))
+  return splits
+
+
+def _resident(source: Any, to_device: Callable[[np.ndarray], Any]) -> Any:
+  """Returns a small source's images on the device; {} streams them from the host."""
+  images = getattr(source, 'images', None)
+  if images is None or images.nbytes > RESIDENT_LIMIT:
+    return {}
+  return {'image': to_device(images)}

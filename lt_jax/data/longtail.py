@@ -1,0 +1,236 @@
+"""Long tails: how many images a class gets, and which.
+
+Splits are drawn from one pool of labels in a fixed order: test, validation and meta
+images first, the same number of every class, then the long tail from what is left.
+"""
+
+import operator
+import zlib
+
+import numpy as np
+
+from lt_jax.errors import UserError, lookup
+
+
+def _balanced(num_classes: int, n_max: int, imbalance: float) -> list[int]:
+  """Returns n_c = n_max."""
+  return [n_max] * num_classes
+
+
+def _exponential(num_classes: int, n_max: int, imbalance: float) -> list[int]:
+  """Returns n_c = int(n_max * (1 / imbalance)^(c / (C - 1))), one class after another.
+
+  Python's floats rather than an array, whose powers may differ in the last bit from
+  machine to machine: int() makes an image of it.
+  """
+  last = max(num_classes - 1, 1)
+  return [int(n_max * (1 / imbalance) ** (c / last)) for c in range(num_classes)]
+
+
+def _step(num_classes: int, n_max: int, imbalance: float) -> list[int]:
+  """Returns n_max for the first floor(C / 2) classes, int(n_max / imbalance) after."""
+  head = num_classes // 2
+  return [n_max] * head + [int(n_max / imbalance)] * (num_classes - head)
+
+
+PROFILES = {
+  'original': None,  # as the data set is: no class is cut
+  'balanced': _balanced,
+  'exponential': _exponential,
+  'step': _step,
+}
+
+
+def class_counts(
+  profile: str, num_classes: int, n_max: int = 0, imbalance: float = 1.0
+) -> np.ndarray | None:
+  """Returns the training images of each class under a profile.
+
+  Exponential: n_c = int(n_max * (1 / mu)^(c / (C - 1))). Step: n_max in the first
+  half of the classes, int(n_max / mu) in the others. Balanced: n_max.
+
+  Args:
+    profile: a key of `PROFILES`.
+    num_classes: C.
+    n_max: images of the largest class; 'original' has no use for it.
+    imbalance: mu = n_max / n_min >= 1.
+
+  Returns:
+    (C,) int, or None for 'original': every image there is.
+
+  Raises:
+    UserError: for an unknown profile, numbers out of range, or a class that would
+      have no images.
+
+  Source: Cui et al., Class-Balanced Loss, arXiv 1901.05555 (exponential); Cao et al.,
+  arXiv 1906.07413 (step); the truncation is that of their code.
+  """
+  count = lookup(PROFILES, 'profile', profile)
+  if count is None:
+    return None
+  if num_classes < 1 or n_max < 1 or imbalance < 1:
+    raise UserError(
+      f'profile {profile!r} needs num_classes, n_max and imbalance of at least 1, got '
+      f'{num_classes}, {n_max} and {imbalance}'
+    )
+  counts = np.array(count(num_classes, n_max, imbalance))
+  if not counts.all():
+    raise UserError(
+      f'profile {profile!r} leaves class {np.argmin(counts)} without images: n_max '
+      f'{n_max}, imbalance {imbalance}'
+    )
+  return counts
+
+
+SHOT_RULES = {
+  'strict': (operator.gt, operator.lt),
+  'inclusive': (operator.ge, operator.le),
+}
+
+
+def shot_groups(
+  counts: np.ndarray, many: int = 100, few: int = 20, rule: str = 'strict'
+) -> dict[str, np.ndarray]:
+  """Returns the many-, medium- and few-shot classes, by their training images.
+
+  Strict: many n > 100, few n < 20, medium the rest. Inclusive: n >= 100 and n <= 20.
+
+  Args:
+    counts: (C,) int training images.
+    many: bound of the many-shot classes.
+    few: bound of the few-shot classes, below `many`.
+    rule: a key of `SHOT_RULES`.
+
+  Returns:
+    'many', 'medium' and 'few' -> (C,) bool; every class is in one of them.
+
+  Raises:
+    UserError: for an unknown rule, or bounds in the wrong order.
+
+  Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160: the paper and
+  most who follow it are strict, the authors' later code is inclusive.
+  """
+  above, below = lookup(SHOT_RULES, 'shot rule', rule)
+  if few >= many:
+    raise UserError(f'shot bounds: few {few} must be less than many {many}')
+  counts = np.asarray(counts)
+  is_many, is_few = above(counts, many), below(counts, few)
+  return {'many': is_many, 'medium': ~(is_many | is_few), 'few': is_few}
+
+
+def _seeded(length: int, seed: int) -> np.ndarray:
+  """Returns the order of a random draw that depends on the data seed alone."""
+  return np.random.default_rng((seed, zlib.crc32(b'splits'))).permutation(length)
+
+
+def _stored(length: int, seed: int) -> np.ndarray:
+  """Returns the order of the file."""
+  return np.arange(length)
+
+
+SUBSETS = {'seeded': _seeded, 'stored': _stored}
+
+
+def _rank_in_class(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+  """Returns (N,) each image's place, from 0, among those of its class in an order."""
+  by_class = order[np.argsort(labels[order], kind='stable')]
+  counts = np.bincount(labels)
+  first = np.cumsum(counts) - counts
+  rank = np.empty(len(labels), np.int64)
+  rank[by_class] = np.arange(len(labels)) - np.repeat(first, counts)
+  return rank
+
+
+def draw_splits(
+  labels: np.ndarray,
+  *,
+  num_classes: int,
+  known_classes: int | None = None,
+  test_per_class: int = 0,
+  val_per_class: int = 0,
+  meta_per_class: int = 0,
+  train_counts: np.ndarray | None = None,
+  open_val_per_class: int = 0,
+  open_test_per_class: int = 0,
+  subset: str = 'seeded',
+  seed: int = 0,
+) -> dict[str, np.ndarray]:
+  """Draws every split of an experiment from one pool of labels, without overlap.
+
+  Each class is put in order once; test, val, meta and train take its images from the
+  front, in that sequence. So under one seed a smaller tail is part of a larger one,
+  and runs that differ in the tail alone share their test, val and meta images.
+
+  Args:
+    labels: (N,) int of the pool, in [0, C).
+    num_classes: C, the known and the open classes.
+    known_classes: classes below it are known, the others open; None: all are known.
+    test_per_class: test images of each known class.
+    val_per_class: validation images of each known class.
+    meta_per_class: images of each known class kept for a meta objective.
+    train_counts: (known,) int, see `class_counts`; None takes all that are left.
+    open_val_per_class: open validation images of each open class.
+    open_test_per_class: open test images of each open class.
+    subset: 'seeded' draws at random, 'stored' takes images as they come in the pool.
+    seed: the data seed, of 'seeded'.
+
+  Returns:
+    'train', 'val', 'test', 'meta', 'open_val', 'open_test' -> (M,) int64 positions
+    in the pool, ascending; a split of which nothing was asked is left out.
+
+  Raises:
+    UserError: naming a class that has no images, or fewer than are asked of it.
+  """
+  labels = np.asarray(labels)
+  order = lookup(SUBSETS, 'subset', subset)(len(labels), seed)
+  known = num_classes if known_classes is None else known_classes
+  if not 0 < known <= num_classes:
+    raise UserError(f'known_classes must be 1 to {num_classes}, got {known}')
+  there = _supply(labels, num_classes)
+
+  is_known = np.arange(num_classes) < known
+  asked = {  # split -> (C,) images, in the sequence in which they are taken
+    'test': test_per_class * is_known,
+    'val': val_per_class * is_known,
+    'meta': meta_per_class * is_known,
+    'open_val': open_val_per_class * ~is_known,
+    'open_test': open_test_per_class * ~is_known,
+  }
+  if train_counts is None:
+    train_counts = np.maximum(there - sum(asked.values()), 1)[:known]
+  if len(train_counts) != known:
+    raise UserError(f'{len(train_counts)} class counts for {known} known classes')
+  asked['train'] = np.pad(train_counts, (0, num_classes - known))
+  _check_supply(asked, there, subset)
+
+  rank = _rank_in_class(labels, order)
+  splits, begin = {}, np.zeros(num_classes, np.int64)
+  for split, counts in asked.items():
+    end = begin + counts
+    if counts.any():
+      splits[split] = np.flatnonzero((begin[labels] <= rank) & (rank < end[labels]))
+    begin = end
+  return splits
+
+
+def _supply(labels: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns (C,) the images of each class; none may be empty."""
+  there = np.bincount(labels, minlength=num_classes)
+  if len(there) > num_classes:
+    raise UserError(f'label {len(there) - 1} in a pool of {num_classes} classes')
+  if not there.all():
+    raise UserError(f'class {np.argmin(there)} has no images')
+  return there
+
+
+def _check_supply(asked: dict[str, np.ndarray], there: np.ndarray, subset: str) -> None:
+  """Raises a `UserError` for the first class that is asked for more than it has."""
+  total = sum(asked.values())
+  if (total <= there).all():
+    return
+  c = np.argmax(total > there)
+  parts = ' + '.join(f'{counts[c]} {s}' for s, counts in asked.items() if counts[c])
+  hint = '; the stored pool cannot serve this profile' if subset == 'stored' else ''
+  raise UserError(
+    f'class {c}: {total[c]} images asked ({parts}), {there[c]} there{hint}'
+  )

@@ -1,0 +1,365 @@
+"""Samplers: the order of training images as a pure function of (seed, epoch).
+
+The stream of a run is the concatenation of its epochs, each of L positions: place
+p = step * B + i of it is element p mod L of epoch p // L. So no image is dropped, a
+batch may span epochs, a run resumes from its step alone, and every host computes
+the same global order.
+"""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from lt_jax.errors import UserError, lookup, suggest
+
+
+class Sampler(NamedTuple):
+  """The order of a training set.
+
+  Attributes:
+    length: L, the positions of an epoch.
+    indices: (seed, epoch) -> (L,) int32, positions into the training set; a pure
+      function, so that what it returns may be cached.
+  """
+
+  length: int
+  indices: Callable[[int, int], np.ndarray]
+
+
+class _Classes(NamedTuple):
+  """The training set class by class."""
+
+  counts: np.ndarray  # (C,) images of each class
+  images: np.ndarray  # (N,) positions of class 0, then of class 1, ...
+
+
+def _generator(name: str, seed: int, epoch: int) -> np.random.Generator:
+  """Returns the random numbers of one sampler in one epoch."""
+  return np.random.default_rng((seed, epoch, zlib.crc32(name.encode())))
+
+
+def _classes(name: str, labels: np.ndarray) -> _Classes:
+  """Groups the training set by class; every class must have an image."""
+  labels = np.asarray(labels)
+  if not labels.size:
+    raise UserError(f'sampler {name!r}: the training set is empty')
+  counts = np.bincount(labels)
+  if not counts.all():
+    empty = np.argmin(counts)
+    raise UserError(f'sampler {name!r}: class {empty} has no training images')
+  return _Classes(counts, np.argsort(labels, kind='stable'))
+
+
+def _serve(
+  generator: np.random.Generator, classes: _Classes, draws: np.ndarray
+) -> np.ndarray:
+  """Returns an image of each class drawn: the next of that class's shuffled cycle.
+
+  A class deals its images out in random order, and shuffles them anew when all have
+  been dealt. All cycles that the draws need are laid out at once, class after class
+  and lap after lap, and shuffled within each lap by one sort.
+  """
+  counts, images = classes
+  drawn = np.bincount(draws, minlength=len(counts))
+  laps = -(-drawn // counts)
+  dealt = laps * counts
+  label = np.repeat(np.arange(len(counts)), dealt)
+  turn = np.arange(len(label)) - np.repeat(np.cumsum(dealt) - dealt, dealt)
+  lap, place = np.divmod(turn, counts[label])
+  lap += (np.cumsum(laps) - laps)[label]
+  cycles = images[(np.cumsum(counts) - counts)[label] + place]
+  # A stable sort gives the same order on every machine, whatever its instruction set.
+  cycles = cycles[np.argsort(lap + generator.random(len(lap)), kind='stable')]
+  served = np.empty(len(draws), np.int32)
+  served[np.argsort(draws, kind='stable')] = cycles[turn < drawn[label]]
+  return served
+
+
+def _with_replacement(name: str, labels: np.ndarray, weights: np.ndarray) -> Sampler:
+  """Draws every image independently, by class weights (C,) of any scale."""
+  labels = np.asarray(labels)
+  cumulative = np.cumsum(weights[labels])
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    uniform = _generator(name, seed, epoch).random(len(labels)) * cumulative[-1]
+    drawn = np.searchsorted(cumulative, uniform, side='right')
+    return np.minimum(drawn, len(labels) - 1).astype(np.int32)
+
+  return Sampler(len(labels), indices)
+
+
+def instance(labels: np.ndarray) -> Sampler:
+  """Every image once an epoch, in random order: p_j = n_j / N.
+
+  Args:
+    labels: (N,) int, the training labels.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: if there are no images.
+  """
+  length = len(labels)
+  if not length:
+    raise UserError("sampler 'instance': the training set is empty")
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    return _generator('instance', seed, epoch).permutation(length).astype(np.int32)
+
+  return Sampler(length, indices)
+
+
+def class_balanced(labels: np.ndarray) -> Sampler:
+  """Every class alike: p_j = 1 / C.
+
+  The class of each position is drawn independently and uniformly; its image is the
+  next of that class's shuffled cycle, so that a class repeats none before it has
+  shown all.
+
+  Args:
+    labels: (N,) int, the training labels.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: if a class has no images.
+
+  Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
+  Equation 1 with q = 0; `class_aware` is how their code realises it.
+  """
+  classes = _classes('class_balanced', labels)
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    generator = _generator('class_balanced', seed, epoch)
+    draws = generator.integers(len(classes.counts), size=len(labels))
+    return _serve(generator, classes, draws)
+
+  return Sampler(len(labels), indices)
+
+
+def square_root(labels: np.ndarray) -> Sampler:
+  """Between the two: p_j = sqrt(n_j) / sum_k sqrt(n_k), images with replacement.
+
+  Args:
+    labels: (N,) int, the training labels.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: if a class has no images.
+
+  Source: Kang et al., arXiv 1910.09217, Equation 1 with q = 1/2.
+  """
+  counts = _classes('square_root', labels).counts
+  return _with_replacement('square_root', labels, counts**-0.5)
+
+
+def progressive(labels: np.ndarray, *, epochs: int) -> Sampler:
+  """From instance to class-balanced: p_j(e) = (1 - t) n_j / N + t / C.
+
+  t goes linearly from 0 in the first epoch to 1 in the last, and stays there. The
+  class is drawn by p; its image is the next of that class's shuffled cycle.
+
+  Args:
+    labels: (N,) int, the training labels.
+    epochs: T, the epochs of the run; t = e / (T - 1).
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: if a class has no images, or there is no epoch.
+
+  Source: Kang et al., arXiv 1910.09217, Equation 2 with t = e / T; their code
+  reaches t = 1 in the last epoch, as here.
+  """
+  classes = _classes('progressive', labels)
+  if epochs < 1:
+    raise UserError(f"sampler 'progressive': epochs must be positive, got {epochs}")
+  natural = classes.counts / len(labels)
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    generator = _generator('progressive', seed, epoch)
+    t = np.linspace(0, 1, epochs)[min(epoch, epochs - 1)]
+    p = (1 - t) * natural + t / len(natural)
+    draws = generator.choice(len(natural), size=len(labels), p=p)
+    return _serve(generator, classes, draws)
+
+  return Sampler(len(labels), indices)
+
+
+def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sampler:
+  """A few images of each of many classes: B = 128 holds 32 classes, 4 images each.
+
+  The classes follow one another in a shuffled cycle, and each gives the next
+  `per_class` images of its own; a class with fewer repeats some.
+
+  Args:
+    labels: (N,) int, the training labels.
+    batch: B, the global batch size.
+    per_class: consecutive images of one class.
+
+  Returns:
+    A sampler with L = floor(N / B) * B, so that an epoch is whole batches.
+
+  Raises:
+    UserError: if a class has no images, the training set is less than a batch, or
+      an option is not positive.
+
+  Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160, and the authors'
+  sampler; there the cycles run on from epoch to epoch, here each epoch starts them
+  anew.
+  """
+  classes = _classes('class_aware', labels)
+  if min(batch, per_class) < 1:
+    raise UserError(
+      f"sampler 'class_aware': batch {batch} and per_class {per_class} must be positive"
+    )
+  length = len(labels) // batch * batch
+  if not length:
+    raise UserError(
+      f"sampler 'class_aware': {len(labels)} training images are less than one batch "
+      f'of {batch}'
+    )
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    generator = _generator('class_aware', seed, epoch)
+    laps = -(-length // (per_class * len(classes.counts)))
+    order = np.tile(np.arange(len(classes.counts)), (laps, 1))
+    order = generator.permuted(order, axis=1).ravel()
+    return _serve(generator, classes, np.repeat(order, per_class)[:length])
+
+  return Sampler(length, indices)
+
+
+def effective_number(labels: np.ndarray, *, beta: float) -> Sampler:
+  """Class-balanced weights as probabilities, images with replacement.
+
+  An image of class j is drawn in proportion to (1 - beta) / (1 - beta^n_j).
+
+  Args:
+    labels: (N,) int, the training labels.
+    beta: in [0, 1); 0 draws images uniformly, towards 1 classes uniformly.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: if a class has no images, or beta is out of range.
+
+  Source: Cao et al., Learning Imbalanced Datasets with LDAM, arXiv 1906.07413, the
+  authors' re-sampling rule; the weights of Cui et al., arXiv 1901.05555.
+  """
+  counts = _classes('effective_number', labels).counts
+  if not 0 <= beta < 1:
+    raise UserError(f"sampler 'effective_number': beta must be in [0, 1), got {beta}")
+  weights = (1 - beta) / (1 - np.power(float(beta), counts))
+  return _with_replacement('effective_number', labels, weights)
+
+
+def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
+  """Deferred re-sampling (DRS): one sampler, then another.
+
+  Args:
+    first: serves the epochs before `switch_epoch`.
+    second: serves `switch_epoch` and after.
+    switch_epoch: counted from 0.
+
+  Returns:
+    A sampler with the length of both.
+
+  Raises:
+    UserError: if their epochs differ in length.
+
+  Source: Cao et al., arXiv 1906.07413, the deferred schedule.
+  """
+  if first.length != second.length:
+    raise UserError(
+      'deferred sampling needs two samplers with epochs of one length, got '
+      f'{first.length} and {second.length}'
+    )
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    return (first if epoch < switch_epoch else second).indices(seed, epoch)
+
+  return Sampler(first.length, indices)
+
+
+SAMPLERS = {
+  'instance': instance,
+  'class_balanced': class_balanced,
+  'square_root': square_root,
+  'progressive': progressive,
+  'class_aware': class_aware,
+  'effective_number': effective_number,
+}
+
+
+def make_sampler(name: str, labels: np.ndarray, **options) -> Sampler:
+  """Returns the sampler of that name.
+
+  Args:
+    name: a key of `SAMPLERS`.
+    labels: (N,) int, the training labels.
+    **options: what the factory takes beside the labels, by name.
+
+  Raises:
+    UserError: for an unknown name, an unknown option or one that is missing.
+  """
+  factory = lookup(SAMPLERS, 'sampler', name)
+  _, *known = inspect.signature(factory).parameters.values()
+  names = [parameter.name for parameter in known]
+  for option in options:
+    if option not in names:
+      near = suggest(option, names) if names else '; it takes none'
+      raise UserError(f'sampler {name!r} has no option {option!r}{near}')
+  for parameter in known:
+    if parameter.default is parameter.empty and parameter.name not in options:
+      raise UserError(f'sampler {name!r} needs the option {parameter.name!r}')
+  return factory(labels, **options)
+
+
+# Large enough for two epochs of every seed of runs that are trained side by side.
+@functools.lru_cache(maxsize=32)
+def _epoch(sampler: Sampler, seed: int, epoch: int) -> np.ndarray:
+  """Returns the order of an epoch; a sampler is equal only to itself."""
+  return sampler.indices(seed, epoch)
+
+
+def batch_indices(sampler: Sampler, seed: int, batch: int, step: int) -> np.ndarray:
+  """Returns the images of one step: places step * B ... step * B + B - 1 of the run.
+
+  Args:
+    sampler: the order of each epoch.
+    seed: the seed of the run.
+    batch: B, the global batch size.
+    step: counted from 0.
+
+  Returns:
+    (B,) int32 positions into the training set.
+  """
+  place = int(step) * batch + np.arange(batch)
+  epoch, element = np.divmod(place, sampler.length)
+  parts = [
+    _epoch(sampler, seed, e)[element[epoch == e]]
+    for e in range(int(epoch[0]), int(epoch[-1]) + 1)
+  ]
+  return np.concatenate(parts)
+
+
+def epoch_start(epoch: int, length: int, batch: int) -> int:
+  """Returns the first step that begins in or after an epoch: ceil(e * L / B).
+
+  Args:
+    epoch: e, counted from 0.
+    length: L, the positions of an epoch.
+    batch: B, the global batch size.
+  """
+  return -(-epoch * length // batch)

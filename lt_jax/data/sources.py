@@ -1,0 +1,354 @@
+"""Sources: labelled images by position, wherever they are kept.
+
+A specification names one: 'digits', 'npz:PATH' or 'tfds:NAME'.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from lt_jax.errors import UserError, lookup, suggest
+
+MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
+
+
+class Source(Protocol):
+  """What every source offers; one that lies in memory has `images` beside it.
+
+  Attributes:
+    labels: (N,) int32.
+    class_names: names of classes 0 ... C - 1.
+    image_shape: (H, W, channels); H and W are None where images differ in size.
+  """
+
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+  image_shape: tuple[int | None, int | None, int]
+
+  def __len__(self) -> int:
+    """Returns N."""
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    """Returns one image, (H, W, channels) uint8."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+  """A source in memory: images (N, H, W, channels) uint8, labels (N,) int32."""
+
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, channels)."""
+    return self.images.shape[1:]
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    return self.images[position]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+  """A source on disk: a split of a TFDS data set, its images encoded.
+
+  Attributes:
+    name: data set, version and split.
+    records: random access to serialised tf.train.Example messages.
+    class_names: names of classes 0 ... C - 1.
+    image_shape: (H, W, channels); H and W are None where images differ in size.
+    labels_file: an epath.Path, where `store_labels` leaves the labels.
+  """
+
+  name: str
+  records: Sequence[bytes]
+  class_names: tuple[str, ...]
+  image_shape: tuple[int | None, int | None, int]
+  labels_file: Any
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """(N,) int32, from `labels_file` or else by reading every record."""
+    if self.labels_file.exists():
+      stored = io.BytesIO(self.labels_file.read_bytes())
+      labels = np.load(stored, allow_pickle=False)
+    else:
+      labels = self.read_labels()
+    return _checked_labels(labels, len(self), len(self.class_names), self.name)
+
+  def read_labels(self) -> np.ndarray:
+    """Returns (N,) int64 labels from the records, -1 for an image without one."""
+    return np.array([self.example(i)[1] for i in range(len(self))], np.int64)
+
+  def example(self, position: int) -> tuple[bytes, int]:
+    """Returns (JPEG or PNG file, label) as they are stored."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    # Parsed here, because the decoders of TFDS take eight times as long.
+    feature = tf_example_pb2.Example.FromString(self.records[position]).features.feature
+    return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
+
+  def decode(self, position: int, encoded: bytes) -> np.ndarray:
+    """Returns a stored image as (H, W, channels) uint8, whatever its colour model."""
+    from PIL import Image
+
+    try:
+      with Image.open(io.BytesIO(encoded)) as image:
+        pixels = np.asarray(image.convert(_PIL_MODES[self.image_shape[-1]]))
+    except OSError as error:
+      raise UserError(f'{self.name}: image {position}: {error}') from None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    return self.decode(position, self.example(position)[0])
+
+
+_PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
+
+
+def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
+  """Opens a data set.
+
+  Args:
+    spec: 'digits'; 'npz:PATH', an archive of x_train, y_train, x_test and y_test,
+      images (N, H, W) or (N, H, W, channels) uint8 and labels (N,) int, and perhaps
+      class_names (C,) str; or 'tfds:NAME', a prepared TFDS data set.
+    data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
+      variable TFDS_DATA_DIR or else ~/tensorflow_datasets.
+
+  Returns:
+    split -> source.
+
+  Raises:
+    UserError: for an unknown specification, or files that are missing or wrong.
+  """
+  kind, _, argument = spec.partition(':')
+  return lookup(SOURCES, 'source', kind)(argument, data_dir)
+
+
+def store_labels(sources: dict[str, Source]) -> None:
+  """Writes the labels of sources on disk beside them, so that a run need not read all.
+
+  Args:
+    sources: split -> source, of `load_source`; those in memory are passed over.
+  """
+  for source in sources.values():
+    if isinstance(source, Records):
+      file = io.BytesIO()
+      np.save(file, source.read_labels())
+      source.labels_file.write_bytes(file.getvalue())
+
+
+def fingerprint(source: Source, *indices: np.ndarray) -> str:
+  """Returns the SHA-256 of what is trained on, which tells when the data change.
+
+  Images in memory count byte for byte; for those on disk stand the name of the source
+  and its length.
+
+  Args:
+    source: of any kind.
+    *indices: positions in it, one array a split; none at all means the whole source.
+
+  Returns:
+    64 hexadecimal digits.
+  """
+  name = getattr(source, 'name', '')
+  header = (name, len(source), tuple(source.image_shape), tuple(source.class_names))
+  digest = hashlib.sha256(repr(header).encode())
+  for rows in indices or (np.arange(len(source)),):
+    digest.update(f'split of {len(rows)}'.encode())
+    digest.update(np.ascontiguousarray(rows, '<i8'))
+    digest.update(source.labels[rows].astype('<i4'))
+    if isinstance(source, Arrays):
+      digest.update(source.images[rows])
+  return digest.hexdigest()
+
+
+def _checked_labels(
+  labels: np.ndarray, length: int, num_classes: int, where: str
+) -> np.ndarray:
+  """Returns labels as (length,) int32, all of them in [0, num_classes)."""
+  if labels.shape != (length,):
+    raise UserError(f'{where}: {length} images, but labels of shape {labels.shape}')
+  wrong = (labels < 0) | (labels >= num_classes)
+  if wrong.any():
+    i = np.argmax(wrong)
+    raise UserError(
+      f'{where}: label {labels[i]} at index {i} is not in [0, {num_classes})'
+    )
+  return labels.astype(np.int32)
+
+
+def _digits(argument: str, data_dir: str | None) -> dict[str, Source]:
+  """Loads 1,797 handwritten digits, 8x8 grey, bundled with scikit-learn."""
+  from sklearn.datasets import load_digits
+
+  if argument:
+    raise UserError(f"source 'digits' takes no argument, got {argument!r}")
+  data = load_digits()
+  images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]
+  names = tuple(str(name) for name in data.target_names)
+  return {'train': Arrays(images, data.target.astype(np.int32), names)}
+
+
+def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
+  """Loads an archive of NumPy arrays; none is read before all headers are right."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      present = set(archive.namelist())
+      keys = [key for key in _NPZ_MEMBERS if f'{key}.npy' in present]
+      _check_members({key: _npz_header(archive, key) for key in keys})
+    with np.load(path, allow_pickle=False) as archive:
+      arrays = {key: archive[key] for key in keys}
+  except _NPZ_ERRORS as error:
+    reason = str(getattr(error, 'strerror', None) or error)
+    raise UserError(f'npz:{path}: {" ".join(reason.split())}') from None
+
+  labels = {split: arrays[f'y_{split}'] for split in ('train', 'test')}
+  # Without names the labels tell how many classes there are, but one that is greater
+  # than the number of images is a mistake and not a class.
+  count = min(int(labels['train'].max()) + 1, len(labels['train']))
+  names = tuple(str(name) for name in arrays.get('class_names', range(count)))
+  sources = {}
+  for split, y in labels.items():
+    images = arrays[f'x_{split}']
+    y = _checked_labels(y, len(images), len(names), f'npz:{path}: y_{split}')
+    sources[split] = Arrays(images.reshape(*images.shape[:3], -1), y, names)
+  return sources
+
+
+_NPZ_MEMBERS = ('x_train', 'y_train', 'x_test', 'y_test', 'class_names')
+_NPZ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns (shape, dtype) of a member that is as large as its header says."""
+  member = archive.getinfo(f'{key}.npy')
+  if member.file_size > 2**24 and member.file_size > 100 * member.compress_size:
+    raise ValueError(f'{key} unpacks to {member.file_size} bytes, over 100-fold')
+  with archive.open(member) as file:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+      (1, 0): np.lib.format.read_array_header_1_0,
+      (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+      raise ValueError(f'{key} has the array format {version}, known: 1.0 and 2.0')
+    shape, _, dtype = read_header(file)
+    size = file.tell() + math.prod(shape) * dtype.itemsize
+  if size != member.file_size:
+    raise ValueError(f'{key} should be {size} bytes but has {member.file_size}')
+  return shape, dtype
+
+
+def _check_members(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+  """Raises a ValueError for the first member that is missing or not as it should be."""
+  for key in _NPZ_MEMBERS[:4]:
+    if key not in headers:
+      raise ValueError(f'{key} is missing, has {", ".join(headers) or "none"}')
+  for split in ('train', 'test'):
+    (x_shape, x_dtype), (y_shape, y_dtype) = (headers[f'{k}_{split}'] for k in 'xy')
+    if x_dtype != np.uint8 or len(x_shape) not in (3, 4) or not math.prod(x_shape):
+      raise ValueError(
+        f'x_{split} must be uint8 images (N, H, W) or (N, H, W, channels), got '
+        f'{x_dtype} {x_shape}'
+      )
+    if y_dtype.kind not in 'iu' or y_shape != x_shape[:1]:
+      raise ValueError(
+        f'y_{split} must be whole numbers ({x_shape[0]},), got {y_dtype} {y_shape}'
+      )
+  train, test = (headers[key][0][1:] for key in ('x_train', 'x_test'))
+  if train != test:
+    raise ValueError(f'x_train has images of {train}, x_test of {test}')
+  shape, dtype = headers.get('class_names', ((1,), np.dtype('U')))
+  if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
+    raise ValueError(f'class_names must be strings (C,), got {dtype} {shape}')
+
+
+def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
+  """Opens a prepared TFDS data set, without TensorFlow."""
+  import tensorflow_datasets as tfds
+
+  builder = _builder(name, data_dir)
+  features = dict(builder.info.features)
+  image, label = features.get('image'), features.get('label')
+  if not (
+    isinstance(image, tfds.features.Image)
+    and image.np_dtype == np.uint8
+    and image.shape[-1] in _PIL_MODES
+    and isinstance(label, tfds.features.ClassLabel)
+  ):
+    raise UserError(
+      f"tfds:{name} needs the features 'image' (uint8) and 'label' (a class), has "
+      + ', '.join(sorted(features))
+    )
+  raw = tfds.decode.DeserializeMethod.RAW_BYTES
+  try:
+    splits = builder.as_data_source(deserialize_method=raw)
+  except NotImplementedError:
+    raise UserError(
+      f'tfds:{name} lies in {builder.data_path} as {builder.info.file_format.value}, '
+      'which has no random access; prepare it as array_record in another folder'
+    ) from None
+  sources = {
+    str(split): Records(
+      name=f'tfds:{builder.info.full_name}/{split}',
+      records=data.data_source,
+      class_names=tuple(label.names),
+      image_shape=image.shape,
+      labels_file=builder.data_path / f'lt_jax-labels-{split}.npy',
+    )
+    for split, data in splits.items()
+  }
+  return {split: _in_memory_if_small(source) for split, source in sources.items()}
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+  """Returns the TFDS builder of a prepared data set."""
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError:
+    known = tfds.list_builders(with_community_datasets=False)
+    near = suggest(name, known).partition('; known')[0]  # which are hundreds
+    raise UserError(f'unknown TFDS data set {name!r}{near}') from None
+  except (ValueError, AssertionError) as error:
+    raise UserError(f'tfds:{name}: {str(error).splitlines()[0]}') from None
+  if not builder.is_prepared():
+    raise UserError(
+      f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare {name}'
+    )
+  return builder
+
+
+def _in_memory_if_small(source: Records) -> Source:
+  """Reads a source whose images have one size and fill `MEMORY_LIMIT` at most."""
+  shape = (len(source), *source.image_shape)
+  if None in shape or math.prod(shape) > MEMORY_LIMIT:
+    return source
+  images, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int64)
+  for i in range(len(source)):
+    encoded, labels[i] = source.example(i)
+    images[i] = source.decode(i, encoded)
+  classes = len(source.class_names)
+  labels = _checked_labels(labels, len(source), classes, source.name)
+  return Arrays(images, labels, source.class_names)
+
+
+SOURCES = {'digits': _digits, 'npz': _npz, 'tfds': _tfds}

@@ -1,0 +1,148 @@
+"""Streams: from positions of an order to batches on the device.
+
+The host decides which images (and decodes them, where it must); cropping, flipping
+and normalising happen on the device, inside the jitted step. A stream keeps no
+position: its payload is a function of the step, so a resumed run needs no iterator.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lt_jax.data.samplers import Sampler, batch_indices
+from lt_jax.errors import UserError
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Transform = Callable[[jax.Array, jax.Array], jax.Array]
+"""(key, uint8 images) -> float32 images: augmentation and normalisation."""
+
+
+class Stream(NamedTuple):
+  """Batches as a function of the step.
+
+  Attributes:
+    arrays: a pytree that lives on the device ({} for a host stream). It is an argument
+      of the jitted step: closed over, it would be a constant of the program.
+    payload: step -> a dict of NumPy arrays, batch first: this process's rows.
+    prepare: (arrays, payload, key) -> batch; pure, inside jit.
+  """
+
+  arrays: PyTree
+  payload: Callable[[int], Mapping[str, np.ndarray]]
+  prepare: Callable[[PyTree, Mapping[str, jax.Array], jax.Array], Batch]
+
+
+class Split(NamedTuple):
+  """Some images of a source.
+
+  Attributes:
+    source: random access: `len(source)`, `source[i]` a uint8 image.
+    rows: (N,) int, their positions in the source.
+    labels: (N,) int32, -1 for images of no known class.
+    arrays: the source's images in device memory, or {} to stream them from the host.
+  """
+
+  source: Any
+  rows: np.ndarray
+  labels: np.ndarray
+  arrays: PyTree
+
+
+class Pass(NamedTuple):
+  """One finite pass over a split, in stored order, the last batch padded.
+
+  Attributes:
+    stream: its batches; 'mask' is false where they are padded.
+    batches: how many there are.
+    examples: how many examples, padding left out.
+  """
+
+  stream: Stream
+  batches: int
+  examples: int
+
+
+def process_rows(
+  rows: np.ndarray, process: int | None = None, processes: int | None = None
+) -> np.ndarray:
+  """Returns the rows of a global batch (B, ...) that this process owns."""
+  process = jax.process_index() if process is None else process
+  processes = jax.process_count() if processes is None else processes
+  share = len(rows) // processes
+  return rows[process * share : (process + 1) * share]
+
+
+@functools.cache
+def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Batch]:
+  """Returns the `prepare` of a transform; cached, so that passes share programs."""
+
+  def prepare(arrays, payload, key):
+    images = arrays['image'][payload['index']] if arrays else payload['image']
+    return {**payload, 'image': transform(key, images)}
+
+  return prepare
+
+
+def _payload(split: Split, positions: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns what the device needs to know of the examples at `positions`."""
+  positions = process_rows(positions)
+  rows = split.rows[positions].astype(np.int32)
+  payload = {'index': rows, 'label': split.labels[positions].astype(np.int32)}
+  if not split.arrays:
+    payload['image'] = _read(split.source, rows)
+  return payload
+
+
+def _read(source: Any, rows: np.ndarray) -> np.ndarray:
+  """Reads images of one shape on the host: (B, H, W, channels) uint8."""
+  images = [source[int(row)] for row in rows]
+  for row, image in zip(rows, images, strict=True):
+    if image.shape != images[0].shape:
+      raise UserError(
+        f'image {row} has shape {image.shape}, image {rows[0]} {images[0].shape}: '
+        'images of one data set must have one size'
+      )
+  return np.stack(images)
+
+
+def train_stream(
+  split: Split, sampler: Sampler, *, seed: int, batch: int, transform: Transform
+) -> Stream:
+  """Returns the endless stream of a sampler's order over a split.
+
+  Args:
+    split: the training images; the sampler speaks of positions in it.
+    sampler: the order, one epoch after the other.
+    seed: of the order.
+    batch: global batch size.
+    transform: augmentation and normalisation on the device.
+  """
+
+  def payload(step: int) -> dict[str, np.ndarray]:
+    return _payload(split, batch_indices(sampler, seed, batch, step))
+
+  return Stream(split.arrays, payload, _prepare(transform))
+
+
+def evaluation_pass(split: Split, *, batch: int, transform: Transform) -> Pass:
+  """Returns one pass over a split; every process makes the same number of batches.
+
+  Args:
+    split: the images.
+    batch: global batch size.
+    transform: normalisation on the device; its random key is constant.
+  """
+  examples = len(split.rows)
+  batches = math.ceil(examples / batch)
+
+  def payload(step: int) -> dict[str, np.ndarray]:
+    positions = np.arange(step * batch, (step + 1) * batch)
+    mask = process_rows(positions < examples)
+    return {**_payload(split, np.minimum(positions, examples - 1)), 'mask': mask}
+
+  return Pass(Stream(split.arrays, payload, _prepare(transform)), batches, examples)

@@ -1,0 +1,116 @@
+"""The files of a run: written whole or not at all, and owned by one process."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from lt_jax.errors import UserError
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Returns whether a path names an object store, such as gs://bucket/run."""
+  return '://' in os.fspath(path)
+
+
+def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
+  """Writes a file so that a reader, or a crash, sees the old or the new one whole."""
+  path = epath.Path(path)
+  data = data.encode() if isinstance(data, str) else data
+  if is_remote(path):  # an object store writes whole objects
+    path.write_bytes(data)
+    return
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  with open(temporary, 'wb') as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+  """Writes JSON atomically; non-finite numbers are refused, as JSON has none."""
+  text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
+  write_atomically(path, text + '\n')
+
+
+def _plain(value: Any) -> Any:
+  """Turns NumPy numbers and arrays into plain ones for JSON."""
+  return value.tolist()
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Reads JSON, naming the file where it is damaged."""
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path}: not valid JSON ({error})') from None
+
+
+def make_workdir(path: epath.PathLike) -> epath.Path:
+  """Creates the folder of a run and proves that it can be written.
+
+  Raises:
+    UserError: it cannot, with the path and the system's reason.
+  """
+  path = epath.Path(path)
+  probe = path / f'.probe.{os.getpid()}'
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f'workdir {path} cannot be written: {error.strerror}') from None
+  return path
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+  """Holds a run's folder for this process; a second process is refused at once.
+
+  The kernel holds the lock, so it ends with the process, however that dies: there is
+  no stale lock to judge. The file only names the owner for the message. Taken by
+  process 0. Object stores have no locks; there the launcher must not start twice.
+
+  Raises:
+    UserError: another process holds the folder.
+  """
+  if is_remote(workdir):
+    yield
+    return
+  path = os.path.join(workdir, 'lock')
+  file = open(path, 'a+')  # noqa: SIM115 (held until the run ends)
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+      raise
+    file.seek(0)
+    owner = file.read().strip() or 'another process'
+    file.close()
+    raise UserError(f'workdir {workdir} is in use by {owner}') from None
+  try:
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
+  finally:
+    file.close()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested dicts as one, keys joined by dots: {'data.source': 'digits'}."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    name = f'{prefix}{key}'
+    if isinstance(value, Mapping) and value:
+      flat |= flatten(value, f'{name}.')
+    else:
+      flat[name] = value
+  return flat

@@ -1,0 +1,198 @@
+"""Per-example classification losses: (logits, labels) -> (B,), never a mean.
+
+Weights, masks and the reduction belong to the caller. Labels are class indices; all
+losses here are finite, with finite gradients, at logits of +-1e4.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def one_hot_targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns one-hot targets of the shape and dtype of the logits.
+
+  Every loss here passes through it, so it also guards the shapes.
+
+  Args:
+    logits: (B, C) float.
+    labels: (B,) int.
+
+  Returns:
+    (B, C); a label outside 0..C-1 gives a row of zeros.
+  """
+  chex.assert_rank([logits, labels], [2, 1])
+  chex.assert_type([logits, labels], [float, int])
+  chex.assert_equal_shape_prefix([logits, labels], 1)
+  return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+
+
+def cross_entropy(
+  logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+  r"""Softmax cross-entropy, optionally with smoothed labels.
+
+  .. math::
+    \ell = -\sum_c t_c \log \mathrm{softmax}(z)_c, \qquad
+    t = (1 - s)\,\mathrm{onehot}(y) + s / C
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    label_smoothing: s, in [0, 1].
+
+  Returns:
+    (B,) losses in nats.
+
+  Label smoothing: Szegedy et al., CVPR 2016, arXiv 1512.00567.
+  """
+  targets = optax.smooth_labels(one_hot_targets(logits, labels), label_smoothing)
+  return optax.softmax_cross_entropy(logits, targets)
+
+
+def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  r"""Binary cross-entropy of every class against the rest, summed over classes.
+
+  .. math::
+    \ell = \sum_c \mathrm{softplus}(-s_c z_c), \qquad
+    s_c = +1 \text{ if } c = y \text{ else } -1
+
+  The head should start with the bias -log(C - 1), a prior of 1/C for every class, lest
+  the C - 1 negatives rule the first steps.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+
+  Returns:
+    (B,) losses in nats.
+
+  Cui et al., CVPR 2019, arXiv 1901.05555.
+  """
+  return jax.nn.softplus(-_signed(logits, labels)).sum(-1)
+
+
+def softmax_focal(
+  logits: jax.Array, labels: jax.Array, *, gamma: float = 1.0
+) -> jax.Array:
+  r"""Focal loss on the softmax probability p of the true class.
+
+  .. math::
+    \ell = -(1 - p)^\gamma \log p
+
+  p is that of the unweighted cross-entropy. The code of LDAM-DRW (kaidic/LDAM-DRW)
+  differs: with class weights w it takes p = exp(-w CE), so there w also bends the
+  focusing factor; here w multiplies the loss and nothing else. gamma = 0 is
+  cross-entropy.
+
+  Args:
+    logits: (B, C), C > 1.
+    labels: (B,) int.
+    gamma: focusing exponent, >= 0.
+
+  Returns:
+    (B,) losses in nats.
+
+  Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002.
+  """
+  # log(1 - p) from the other classes: finite where 1 - p rounds to zero, so the power
+  # has a gradient there for every gamma.
+  others = jax.nn.logsumexp(logits, axis=-1, where=one_hot_targets(logits, labels) == 0)
+  log_not_p = others - jax.nn.logsumexp(logits, axis=-1)
+  return jnp.exp(gamma * log_not_p) * cross_entropy(logits, labels)
+
+
+def sigmoid_focal(
+  logits: jax.Array, labels: jax.Array, *, gamma: float = 1.0
+) -> jax.Array:
+  r"""Focal loss of every class against the rest, summed over classes.
+
+  .. math::
+    \ell = -\sum_c (1 - p_c)^\gamma \log p_c, \qquad p_c = \mathrm{sigmoid}(s_c z_c),
+    \quad s_c = +1 \text{ if } c = y \text{ else } -1
+
+  There is no separate alpha: the class weight plays its part. gamma = 0 is
+  `sigmoid_cross_entropy`.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    gamma: focusing exponent, >= 0.
+
+  Returns:
+    (B,) losses in nats.
+
+  Cui et al., CVPR 2019, arXiv 1901.05555, whose code (richardaecn/class-balanced-loss)
+  writes log(1 - p) with an exponential that overflows for very negative logits.
+  """
+  signed = _signed(logits, labels)
+  focus = jnp.exp(-gamma * jax.nn.softplus(signed))
+  return (focus * jax.nn.softplus(-signed)).sum(-1)
+
+
+def balanced_softmax(
+  logits: jax.Array, labels: jax.Array, *, counts: np.ndarray
+) -> jax.Array:
+  r"""Cross-entropy under the training prior, with logits free of it.
+
+  .. math::
+    \ell = -\log \frac{n_y e^{z_y}}{\sum_c n_c e^{z_c}}
+
+  It is `logit_adjustment` with tau = 1. A class-balanced sampler beside it would
+  correct the prior twice.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    counts: (C,) training images of each class, all > 0.
+
+  Returns:
+    (B,) losses in nats.
+
+  Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
+  arXiv 2007.10740.
+  """
+  return logit_adjustment(logits, labels, counts=counts, tau=1.0)
+
+
+def logit_adjustment(
+  logits: jax.Array, labels: jax.Array, *, counts: np.ndarray, tau: float = 1.0
+) -> jax.Array:
+  r"""Cross-entropy of logits shifted by the log prior.
+
+  .. math::
+    \ell = \mathrm{CE}(z + \tau \log \pi, y), \qquad \pi_c = n_c / \sum_k n_k
+
+  The shift exists in training only: predictions are made with z.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    counts: (C,) training images of each class, all > 0.
+    tau: strength; 0 is cross-entropy.
+
+  Returns:
+    (B,) losses in nats.
+
+  Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, arXiv 2007.07314.
+  """
+  chex.assert_shape(counts, logits.shape[-1:])
+  shift = jnp.asarray(tau * np.log(counts / np.sum(counts)), logits.dtype)
+  return cross_entropy(logits + shift[None], labels)
+
+
+LOSSES = {
+  'cross_entropy': cross_entropy,
+  'sigmoid_cross_entropy': sigmoid_cross_entropy,
+  'softmax_focal': softmax_focal,
+  'sigmoid_focal': sigmoid_focal,
+  'balanced_softmax': balanced_softmax,
+  'logit_adjustment': logit_adjustment,
+}
+
+
+def _signed(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns logits with the sign turned for every class but the true one."""
+  return (2 * one_hot_targets(logits, labels) - 1) * logits

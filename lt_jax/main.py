@@ -1,0 +1,55 @@
+"""Trains: python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=DIR.
+
+The same command again goes on where the run left off. What the exit codes mean stands
+in `lt_jax.commands`.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from lt_jax import commands
+from lt_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', help_string='FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
+)
+WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
+ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  'allow_config_change', False, 'Go on with a configuration other than the folder has.'
+)
+PROFILE_STEPS = flags.DEFINE_string(
+  'profile_steps', None, 'FIRST,LAST: record a profiler trace of these steps.'
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Start jax.distributed: this is one of several processes.'
+)
+
+
+def main() -> None:
+  """Runs the configured training."""
+  import jax
+
+  from lt_jax import build, run
+
+  if DISTRIBUTED.value:
+    jax.distributed.initialize()
+  run.run(
+    build.resolve(CONFIG.value),
+    WORKDIR.value,
+    allow_config_change=ALLOW_CONFIG_CHANGE.value,
+    profile=_profile_steps(PROFILE_STEPS.value),
+  )
+
+
+def _profile_steps(text: str | None) -> tuple[int, int] | None:
+  """Parses 'FIRST,LAST'."""
+  if text is None:
+    return None
+  first, _, last = text.partition(',')
+  if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+    raise UserError(f'--profile_steps is {text!r}, not two steps such as 100,110')
+  return int(first), int(last)
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'config', 'workdir')

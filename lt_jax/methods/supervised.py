@@ -1,0 +1,166 @@
+"""Supervised learning: every single-stage long-tailed method is one set of arguments.
+
+Cross-entropy, class-balanced losses, LDAM, balanced softmax, logit adjustment; with
+class weights that may depend on the step (DRW); under any sampler (DRS is a sampler).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from lt_jax.errors import UserError
+from lt_jax.method import (
+  Batch,
+  Method,
+  Metrics,
+  Outputs,
+  PyTree,
+  State,
+  forward,
+  init_net,
+  mean_metric,
+  named_key,
+)
+from lt_jax.optim import Optimizer
+
+Loss = Callable[[Outputs, Batch], jax.Array]
+
+
+def supervised(
+  net: nn.Module,
+  optimizer: Optimizer,
+  loss: Loss,
+  *,
+  class_weights: Callable[[jax.Array], jax.Array],
+  reduction: Callable[[jax.Array], jax.Array],
+  penalty: Loss | None = None,
+  penalty_weight: float = 1.0,
+  accumulate: int = 1,
+) -> Method:
+  r"""Gradient descent on a weighted sum of per-example losses and a batch penalty.
+
+  .. math::
+    J = \sum_i a_i\, \ell_i + \lambda P, \qquad a = \text{reduction}(w_{y_1}, \dots)
+
+  Args:
+    net: returns a dict with 'logits' (B, C) and 'features' (B, D).
+    optimizer: of the players `{'net': params}`.
+    loss: (outputs, batch) -> (B,), one loss an example, never a mean.
+    class_weights: step -> (C,).
+    reduction: weights (B,) -> coefficients (B,), see `lt_jax.losses.REDUCTIONS`. It
+      sees the global batch, also where gradients are accumulated.
+    penalty: (outputs, batch) -> (), what exists only over a whole batch; not weighted
+      by class.
+    penalty_weight: its factor.
+    accumulate: number of micro-batches one update is added up from. Batch statistics
+      are those of the micro-batches, one after the other.
+
+  Raises:
+    UserError: a penalty, which needs the whole batch, with `accumulate > 1`.
+  """
+  if penalty is not None and accumulate > 1:
+    raise UserError('a batch penalty needs the whole batch: set accumulate to 1')
+
+  def init(key: jax.Array, batches) -> State:
+    images = batches['train']['image']
+    net_params, stats = init_net(net, named_key(key, 'init', 0), images)
+    params = {'net': net_params}
+    return State(
+      step=jnp.zeros((), jnp.int32),
+      key=key,
+      params=params,
+      stats={'net': stats},
+      opt={'net': optimizer.init(params)},
+      memory={},
+    )
+
+  def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
+    outputs, net_stats = forward(
+      net, params['net'], stats['net'], batch['image'], train=True
+    )
+    losses = loss(outputs, batch)
+    value = jnp.dot(coefficients, losses)
+    if penalty is not None:
+      value += penalty_weight * penalty(outputs, batch)
+    metrics = {
+      'loss': (value, jnp.float32(1 / accumulate)),
+      **batch_metrics(outputs, batch, losses),
+    }
+    return value, ({'net': net_stats}, metrics)
+
+  gradient = accumulated(jax.grad(objective, has_aux=True), accumulate)
+
+  def step(state: State, batches) -> tuple[State, Metrics]:
+    batch = batches['train']
+    coefficients = reduction(class_weights(state.step)[batch['label']])
+    grads, (stats, metrics) = gradient(state.params, state.stats, batch, coefficients)
+    params, opt = optimizer.update(grads, state.opt['net'], state.params, state.step)
+    metrics['grad_norm'] = mean_metric(optax.tree.norm(grads))
+    metrics['learning_rate'] = mean_metric(optimizer.learning_rate(state.step))
+    return state.replace(
+      step=state.step + 1, params=params, stats=stats, opt={'net': opt}
+    ), metrics
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
+
+  return Method(init, step, predict)
+
+
+def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
+  """Returns training accuracy, and the mean loss of each class.
+
+  Args:
+    outputs: with 'logits' (B, C).
+    batch: with 'label' (B,).
+    losses: (B,), unweighted.
+  """
+  logits, labels = outputs['logits'], batch['label']
+  correct = jnp.argmax(logits, axis=-1) == labels
+  zeros = jnp.zeros(logits.shape[-1], jnp.float32)
+  return {
+    'accuracy': (correct.sum(dtype=jnp.float32), jnp.float32(len(labels))),
+    'class_loss': (zeros.at[labels].add(losses), zeros.at[labels].add(1.0)),
+  }
+
+
+def accumulated(gradient: Callable, parts: int) -> Callable:
+  """Returns a gradient function that adds up micro-batches of an example sum.
+
+  Args:
+    gradient: (params, stats, batch, coefficients) -> (grads, (stats, metrics)).
+    parts: number of micro-batches. Micro-batch j takes every `parts`-th example from
+      j on, so that each device splits its own rows.
+  """
+  if parts == 1:
+    return gradient
+
+  def summed(params, stats, batch, coefficients):
+    micro = jax.tree.map(
+      lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1),
+      (dict(batch), coefficients),
+    )
+
+    def add(carry, part):
+      stats, total = carry
+      grads, (stats, metrics) = gradient(params, stats, *part)
+      return (stats, jax.tree.map(jnp.add, total, (grads, metrics))), None
+
+    grads, (stats, metrics) = gradient(
+      params, stats, *jax.tree.map(lambda x: x[0], micro)
+    )
+    carry = (stats, (grads, metrics))
+    if jax.default_backend() == 'cpu':
+      # Inside a loop body XLA:CPU has no fast path for convolution gradients.
+      for part in range(1, parts):
+        carry, _ = add(carry, jax.tree.map(lambda x, i=part: x[i], micro))
+    else:
+      carry, _ = lax.scan(add, carry, jax.tree.map(lambda x: x[1:], micro))
+    stats, (grads, metrics) = carry
+    return grads, (stats, metrics)
+
+  return summed

@@ -1,0 +1,425 @@
+r"""Optimisers and learning rates: functions of the step, and rules over parameters.
+
+`State.step` is the only clock. An optimiser is handed the step and scales its updates
+by -learning_rate(step); nothing inside it counts.
+
+What depends on the parameter (weight decay, learning-rate multipliers, freezing) is a
+list of rules `(pattern, value)` over '/'-joined paths, of which the first full match
+wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`.
+
+A schedule is base * warm-up(step) * decay(step), and speaks in epochs: epoch e begins
+at step ceil(e L / B), for L examples an epoch in batches of B.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lt_jax.errors import UserError, construct, lookup
+
+PyTree = Any
+Rules = Iterable[tuple[str, float]]
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+class Optimizer(NamedTuple):
+  """An optimiser as pure functions; the clock comes from outside.
+
+  Attributes:
+    init: params -> opt_state.
+    update: (grads, opt_state, params, step) -> (new params, new opt_state).
+    learning_rate: step -> () float32, before the multipliers of single parameters.
+  """
+
+  init: Callable[[PyTree], PyTree]
+  update: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
+  learning_rate: Schedule
+
+
+def per_parameter(rules: Rules, params: PyTree) -> PyTree:
+  """Gives every parameter the value of the first rule that matches its path.
+
+  Args:
+    rules: (pattern, value) pairs; a pattern is a regular expression for a whole path
+      such as 'net/head/bias'.
+    params: the parameters, or anything of their structure.
+
+  Returns:
+    A tree of floats of the structure of `params`.
+
+  Raises:
+    UserError: a parameter that no rule covers, a rule that never applies, or a pattern
+      that is no regular expression.
+  """
+  leaves, treedef = jax.tree.flatten_with_path(params)
+  paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
+  rules = [(_compile(pattern), float(value)) for pattern, value in rules]
+  winners = [
+    next((i for i, (pattern, _) in enumerate(rules) if pattern.fullmatch(path)), None)
+    for path in paths
+  ]
+  if None in winners:
+    bare = [path for path, winner in zip(paths, winners, strict=True) if winner is None]
+    raise UserError(
+      f"no rule covers {_some(bare)}: end the list with ('.*', value) for the rest"
+    )
+  for i, (pattern, _) in enumerate(rules):
+    if i not in winners:
+      raise UserError(
+        f'rule {pattern.pattern!r} applies to no parameter, or only to those that '
+        f'earlier rules take; the parameters: {_some(paths)}'
+      )
+  return treedef.unflatten(rules[i][1] for i in winners)
+
+
+def sgd(
+  learning_rate: Schedule,
+  *,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: Rules = (('.*', 0.0),),
+  decoupled: bool = False,
+  learning_rate_scale: Rules = (('.*', 1.0),),
+) -> Optimizer:
+  r"""Stochastic gradient descent with momentum, as PyTorch defines it.
+
+  .. math::
+    d = g + \lambda p, \qquad b \leftarrow m b + d, \qquad
+    p \leftarrow p - \eta \sigma\, (d + m b \text{ if nesterov else } b)
+
+  The learning rate stays outside the buffer, so a drop acts at once on all of the
+  update. Decoupled decay leaves lambda p out of d and adds it to the update instead.
+
+  Args:
+    learning_rate: step -> eta.
+    momentum: m; 0 stores no buffer.
+    nesterov: looks ahead by one step.
+    weight_decay: rules for lambda.
+    decoupled: decay outside the momentum, scaled by the learning rate.
+    learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no buffer.
+
+  Returns:
+    The optimiser; `init` and `update` raise `UserError` where rules and parameters do
+    not fit each other.
+
+  Nesterov's form: Sutskever et al., ICML 2013, as in torch.optim.SGD. Decoupled decay:
+  Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
+  """
+  direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
+  return _optimizer(
+    direction, learning_rate, weight_decay, decoupled, learning_rate_scale
+  )
+
+
+def adam(
+  learning_rate: Schedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: Rules = (('.*', 0.0),),
+  decoupled: bool = False,
+  learning_rate_scale: Rules = (('.*', 1.0),),
+) -> Optimizer:
+  r"""Adam; AdamW with `decoupled`.
+
+  .. math::
+    d = g + \lambda p, \quad m \leftarrow b_1 m + (1 - b_1) d, \quad
+    v \leftarrow b_2 v + (1 - b_2) d^2,
+
+    p \leftarrow p - \eta \sigma
+    \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
+
+  t = step + 1: the bias correction supposes that the moments started from zero at step
+  0, so moments and clock are carried from stage to stage together or not at all.
+
+  Args:
+    learning_rate: step -> eta.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root.
+    weight_decay: rules for lambda.
+    decoupled: leaves lambda p out of d and adds it to the update.
+    learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no moments.
+
+  Returns:
+    The optimiser; `init` and `update` raise `UserError` where rules and parameters do
+    not fit each other.
+
+  Kingma and Ba, ICLR 2015, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter,
+  ICLR 2019, arXiv 1711.05101.
+  """
+  # Far below eps, the inner term changes no update, but it gives the square root a
+  # finite derivative at zero, which meta-gradients through the update need.
+  moments = optax.scale_by_adam(b1, b2, eps, eps_root=1e-30)
+
+  def update(grads, state, params=None, *, step):
+    # optax keeps a count of its own, which is overwritten before it is read.
+    step = jnp.asarray(step, jnp.int32)
+    return moments.update(grads, state._replace(count=step), params)
+
+  direction = optax.GradientTransformationExtraArgs(moments.init, update)
+  return _optimizer(
+    direction, learning_rate, weight_decay, decoupled, learning_rate_scale
+  )
+
+
+OPTIMIZERS = {'sgd': sgd, 'adam': adam}
+
+
+def make_optimizer(name: str, learning_rate: Schedule, **options: Any) -> Optimizer:
+  """Returns an optimiser by name.
+
+  Args:
+    name: a key of `OPTIMIZERS`.
+    learning_rate: step -> learning rate, see `make_schedule`.
+    **options: of the optimiser, such as `momentum`.
+
+  Raises:
+    UserError: an unknown name or option.
+  """
+  return construct(OPTIMIZERS, 'optimizer', name, learning_rate, options=options)
+
+
+def epoch_start(epoch: float, length: int, batch: int) -> int:
+  """Returns the step at which an epoch begins: ceil(epoch * length / batch).
+
+  Args:
+    epoch: 0-based, may be fractional.
+    length: examples an epoch.
+    batch: examples a step.
+  """
+  # By way of the decimal string, so that 0.1 is a tenth and the division exact.
+  return math.ceil(Fraction(str(epoch)) * Fraction(length, batch))
+
+
+def constant(epoch_steps: Fraction) -> Schedule:
+  """The learning rate does not decay.
+
+  Args:
+    epoch_steps: steps an epoch; not used.
+  """
+  del epoch_steps
+  return lambda step: jnp.ones(jnp.shape(step), jnp.float32)
+
+
+def step_decay(
+  epoch_steps: Fraction, *, boundaries: Sequence[float], factors: Sequence[float]
+) -> Schedule:
+  """Multiplies the base by a factor from each boundary on.
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    boundaries: 0-based epochs, increasing.
+    factors: multiples of the base from each boundary on, not of what was before it.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: boundaries that do not increase, or not one factor a boundary.
+  """
+  if len(boundaries) != len(factors):
+    raise UserError(
+      f'step_decay needs one factor a boundary, got {len(boundaries)} boundaries '
+      f'and {len(factors)} factors'
+    )
+  if sorted(set(boundaries)) != list(boundaries):
+    raise UserError(f'step_decay needs increasing boundaries, got {tuple(boundaries)}')
+  return _piecewise(epoch_steps, boundaries, [1.0, *factors])
+
+
+def cosine(epoch_steps: Fraction, *, end: float, begin: float = 0) -> Schedule:
+  r"""Half a period of a cosine, from the base to zero, step by step.
+
+  .. math::
+    \tfrac12 (1 + \cos \pi r), \qquad r = \frac{e - begin}{end - begin}
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epoch at which zero is reached, commonly that of the end of training.
+    begin: epoch at which the decay starts, commonly the end of the warm-up.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: `end` is not after `begin`.
+
+  Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983, without restarts.
+  """
+  if not end > begin:
+    raise UserError(f'cosine needs end > begin, got end {end} and begin {begin}')
+  ramp = _ramp(float(begin * epoch_steps), float(end * epoch_steps))
+  return lambda step: 0.5 * (1 + jnp.cos(jnp.pi * ramp(step)))
+
+
+SCHEDULES = {'constant': constant, 'step_decay': step_decay, 'cosine': cosine}
+
+
+def linear_warmup(epoch_steps: Fraction, epochs: float) -> Schedule:
+  """Rises from 0 at step 0 to 1 at the end of the warm-up, step by step.
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    epochs: length of the warm-up.
+
+  Returns:
+    step -> float32 multiplier.
+
+  As in Cui et al.'s code (richardaecn/class-balanced-loss).
+  """
+  return _ramp(0.0, float(epochs * epoch_steps))
+
+
+def staircase_warmup(epoch_steps: Fraction, epochs: int) -> Schedule:
+  """Multiplies by (e + 1) / epochs in each 0-based epoch e of the warm-up.
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    epochs: length of the warm-up, a whole number.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: `epochs` is not a whole number.
+
+  As in Cao et al.'s code (kaidic/LDAM-DRW).
+  """
+  if epochs != int(epochs):
+    raise UserError(f'staircase warm-up needs whole epochs, got {epochs}')
+  stairs = [(e + 1) / epochs for e in range(int(epochs))]
+  return _piecewise(epoch_steps, range(1, int(epochs)), stairs)
+
+
+WARMUPS = {'linear': linear_warmup, 'staircase': staircase_warmup}
+
+
+def make_schedule(
+  name: str,
+  base: float,
+  *,
+  length: int,
+  batch: int,
+  warmup: str = 'linear',
+  warmup_epochs: float = 0,
+  **options: Any,
+) -> Schedule:
+  """Returns a learning rate as a function of the step: base * warm-up * decay.
+
+  Cui et al. on long-tailed CIFAR: `make_schedule('step_decay', 0.1, length=L,
+  batch=128, warmup='linear', warmup_epochs=5, boundaries=(160, 180),
+  factors=(1e-2, 1e-4))`; Cao et al. (LDAM-DRW): the same with `warmup='staircase'`.
+
+  Args:
+    name: a key of `SCHEDULES`.
+    base: learning rate after the warm-up and before the decay.
+    length: examples an epoch; with `length == batch` an epoch is a step.
+    batch: examples a step.
+    warmup: a key of `WARMUPS`.
+    warmup_epochs: length of the warm-up, 0 for none.
+    **options: of the schedule, in epochs.
+
+  Returns:
+    step (int32, any shape) -> float32 of that shape.
+
+  Raises:
+    UserError: an unknown name or option, or values that make no schedule.
+  """
+  epoch_steps = Fraction(length, batch)
+  decay = construct(SCHEDULES, 'schedule', name, epoch_steps, options=options)
+  warm_up = lookup(WARMUPS, 'warm-up', warmup)
+  if warmup_epochs < 0:
+    raise UserError(f'warmup_epochs cannot be negative, got {warmup_epochs}')
+  if not warmup_epochs:
+    return lambda step: base * decay(step)
+  rise = warm_up(epoch_steps, warmup_epochs)
+  return lambda step: base * rise(step) * decay(step)
+
+
+def _optimizer(
+  direction: optax.GradientTransformation,
+  learning_rate: Schedule,
+  weight_decay: Rules,
+  decoupled: bool,
+  learning_rate_scale: Rules,
+) -> Optimizer:
+  """Puts decay before or after a direction, and the learning rate last."""
+  direction = optax.with_extra_args_support(direction)
+
+  def trained_only(scales: PyTree) -> optax.GradientTransformationExtraArgs:
+    return optax.masked(direction, jax.tree.map(bool, scales))
+
+  def init(params: PyTree) -> PyTree:
+    per_parameter(weight_decay, params)
+    return trained_only(per_parameter(learning_rate_scale, params)).init(params)
+
+  def update(
+    grads: PyTree, opt_state: PyTree, params: PyTree, step: jax.Array
+  ) -> tuple[PyTree, PyTree]:
+    decays = per_parameter(weight_decay, params)
+    scales = per_parameter(learning_rate_scale, params)
+
+    def decayed(update, param, decay):
+      return update + decay * param if decay else update
+
+    def moved(param, update, scale):
+      # A frozen parameter is left alone even if its gradient is not finite.
+      return (param - rate * scale * update).astype(param.dtype) if scale else param
+
+    rate = learning_rate(step)
+    if not decoupled:
+      grads = jax.tree.map(decayed, grads, params, decays)
+    updates, opt_state = trained_only(scales).update(
+      grads, opt_state, params, step=step
+    )
+    if decoupled:
+      updates = jax.tree.map(decayed, updates, params, decays)
+    return jax.tree.map(moved, params, updates, scales), opt_state
+
+  return Optimizer(init, update, learning_rate)
+
+
+def _compile(pattern: str) -> re.Pattern:
+  """Compiles a pattern, or says that it is no regular expression."""
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise UserError(f'rule {pattern!r} is no regular expression: {error}') from None
+
+
+def _some(paths: Sequence[str]) -> str:
+  """Names the first few of many paths."""
+  more = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
+  return ', '.join(map(repr, paths[:3])) + more
+
+
+def _piecewise(
+  epoch_steps: Fraction, boundaries: Iterable[float], values: Sequence[float]
+) -> Schedule:
+  """Returns values[k] between the k-th and the next boundary, given in epochs."""
+  starts = [
+    epoch_start(epoch, epoch_steps.numerator, epoch_steps.denominator)
+    for epoch in boundaries
+  ]
+
+  def value(step: jax.Array) -> jax.Array:
+    passed = [jnp.asarray(step) >= start for start in starts]
+    index = sum(passed, jnp.zeros(jnp.shape(step), jnp.int32))
+    return jnp.asarray(values, jnp.float32)[index]
+
+  return value
+
+
+def _ramp(begin: float, end: float) -> Schedule:
+  """Returns a rise from 0 at step `begin` to 1 at step `end`, clipped outside."""
+  return lambda step: jnp.clip(
+    (jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0, 1
+  )

@@ -1,0 +1,288 @@
+"""What configurations share: every key with its default, and a recipe a method name.
+
+A configuration file states its data set and protocol on top of `base_config`, then
+applies the recipe that its argument names:
+
+  --config=configs/cifar10_lt.py:ldam_drw,imbalance=50
+
+Durations are in epochs of the training sampler; `lt_jax.build` turns them into steps.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lt_jax.errors import UserError, lookup, suggest
+
+Overrides = dict[str, Any]
+
+
+def base_config() -> ConfigDict:
+  """Returns every key there is, with the default most papers share.
+
+  A stage is a set of overrides of the top level, from `loss` to `surgeries`.
+  """
+  return ConfigDict(
+    {
+      'name': '',
+      'recipe': '',
+      'seed': 0,  # initialisation, order and augmentation
+      'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
+      'data': {
+        'source': 'digits',
+        'dir': '',  # of TFDS; its own default if empty
+        'seed': 0,  # splits and subset, the same in all runs of a table
+        'subset': 'seeded',  # 'stored': the first images of each class
+        'known_classes': 0,  # classes from this one on are open; 0: all are known
+        'profile': 'original',
+        'n_max': 0,
+        'imbalance': 1.0,
+        'test_per_class': 0,  # 0: the source has a test split
+        'val_per_class': 0,
+        'meta_per_class': 0,
+        'open_val_per_class': 0,
+        'open_test_per_class': 0,
+        'many_shot': 100,
+        'few_shot': 20,
+        'mean': (0.0,),
+        'std': (1.0,),
+        'pad': 0,  # pixels, for the random crop
+        'pad_mode': 'zero',
+        'flip': False,
+      },
+      'batch': 128,
+      'eval_batch': 500,
+      'epochs': 200.0,
+      'log_every_steps': 50,
+      'save_every_epochs': 10.0,
+      'evaluate_every_epochs': 10.0,
+      'keep_checkpoints': 3,
+      'method': {'name': 'supervised', 'accumulate': 1},
+      'model': {
+        'trunk': 'resnet32',
+        'trunk_options': {},
+        'head': 'linear',
+        'head_options': {},
+        'dtype': 'float32',
+        'batch_norm': 'global',  # 'per_device', 'frozen', or the size of a ghost batch
+      },
+      'loss': {'name': 'cross_entropy'},
+      'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
+      'reduction': 'mean',
+      'sampler': {'name': 'instance', 'start_epoch': 0.0},  # instance sampling before
+      'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 2e-4),)},
+      'schedule': {'name': 'constant', 'base': 0.1},
+      'wrappers': {},
+      'surgeries': (),
+      'select': 'last',  # or ('best', split, metric)
+      'defer_epoch': 160.0,  # where deferred recipes switch
+      'stages': {'train': {}},
+      'stage_order': ('train',),
+    }
+  )
+
+
+def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:
+  """Parses the argument of a configuration file: 'ldam_drw,imbalance=50'.
+
+  Args:
+    arg: what follows the colon: a recipe, options, or both; None for all defaults.
+    recipe: the default recipe.
+    **defaults: the options, which give the types.
+
+  Returns:
+    (recipe, options).
+
+  Raises:
+    UserError: an unknown recipe or option, or a value of another type.
+  """
+  options = dict(defaults)
+  for part in filter(None, (arg or '').split(',')):
+    name, equals, text = part.partition('=')
+    if not equals:
+      recipe = name
+    elif name not in defaults:
+      raise UserError(f'unknown option {name!r} of the config{suggest(name, defaults)}')
+    else:
+      kind = type(defaults[name])
+      try:
+        options[name] = kind(text)
+      except ValueError:
+        raise UserError(
+          f'option {name}={text!r} of the config is no {kind.__name__}'
+        ) from None
+  lookup(RECIPES, 'method', recipe)
+  return recipe, ConfigDict(options)
+
+
+def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Sets keys of a config; a dict with a 'name' replaces the one before it whole."""
+  for key, value in overrides.items():
+    old = config[key]
+    if isinstance(value, Mapping) and 'name' not in value and len(old):
+      apply(old, value)
+    else:
+      config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+  return config
+
+
+def apply_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
+  """Applies a recipe by its name and returns the config."""
+  config.recipe = recipe
+  return apply(config, lookup(RECIPES, 'method', recipe)(config))
+
+
+# The parts that recipes are made of.
+
+BETA = 0.9999
+
+
+def _effective(start_epoch: float = 0.0) -> Overrides:
+  return {'name': 'effective_number', 'beta': BETA, 'start_epoch': start_epoch}
+
+
+def _resample(start_epoch: float = 0.0) -> Overrides:
+  return {'name': 'effective_number', 'beta': BETA, 'start_epoch': start_epoch}
+
+
+def _drw(config: ConfigDict) -> Overrides:
+  """Deferred re-weighting: the batch mean is weight-normalised, as in its code."""
+  return {
+    'class_weights': _effective(config.defer_epoch),
+    'reduction': 'weight_normalised',
+  }
+
+
+def _sigmoid(loss: Overrides) -> Overrides:
+  """Sigmoid losses: the prior as the first bias, and no decay on it."""
+  return {
+    'loss': loss,
+    'class_weights': _effective(),
+    'model': {'head_options': {'prior_bias': True}},
+    'optimizer': {'weight_decay': (('net/head/bias', 0.0), ('.*', 2e-4))},
+  }
+
+
+def _margin(name: str) -> Overrides:
+  """A margin loss on cosines; head and loss share one scale."""
+  loss = ConfigDict({'name': name, 'scale': 30.0})
+  loss['margin' if name == 'uniform_margin' else 'max_margin'] = 0.5
+  head = {'scale': loss.get_ref('scale')}
+  return {'loss': loss, 'model': {'head': 'cosine', 'head_options': head}}
+
+
+def _posthoc(config: ConfigDict) -> Overrides:
+  """Cross-entropy, then a stage of no steps that adjusts the logits."""
+  del config
+  return {
+    'stages': {
+      'train': {},
+      'posthoc': {
+        'epochs': 0.0,
+        'wrappers': {'adjust_logits': {'tau': 1.0}},
+        'surgeries': (('copy', {'pattern': '.*', 'stage': 'train'}),),
+      },
+    },
+    'stage_order': ('train', 'posthoc'),
+  }
+
+
+RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
+  'ce': lambda config: {},
+  'focal': lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}},
+  'cb_ce': lambda config: {'class_weights': _effective()},
+  'cb_sigmoid': lambda config: _sigmoid({'name': 'sigmoid_cross_entropy'}),
+  'cb_focal': lambda config: _sigmoid({'name': 'sigmoid_focal', 'gamma': 1.0}),
+  'ce_drw': _drw,
+  'ce_drs': lambda config: {'sampler': _resample(config.defer_epoch)},
+  'resample_cb': lambda config: {'sampler': _resample()},
+  'resample_sqrt': lambda config: {
+    'sampler': {'name': 'square_root', 'start_epoch': 0.0}
+  },
+  'resample_progressive': lambda config: {
+    'sampler': {
+      'name': 'progressive',
+      'epochs': int(config.epochs),
+      'start_epoch': 0.0,
+    }
+  },
+  'ldam': lambda config: _margin('ldam'),
+  'ldam_drw': lambda config: _margin('ldam') | _drw(config),
+  'margin_drw': lambda config: _margin('uniform_margin') | _drw(config),
+  'balanced_softmax': lambda config: {'loss': {'name': 'balanced_softmax'}},
+  'logit_adjust': lambda config: {'loss': {'name': 'logit_adjustment', 'tau': 1.0}},
+  'logit_adjust_posthoc': _posthoc,
+}
+
+
+# Long-tailed CIFAR, which two configuration files share.
+
+PROTOCOLS: dict[str, Overrides] = {
+  # Cao et al., arXiv 1906.07413, and its code: warm-up in stairs, option A shortcuts.
+  'cao': {
+    'data': {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)},
+    'model': {'trunk_options': {'shortcut': 'subsample', 'init': 'kaiming'}},
+    'schedule': {'warmup': 'staircase'},
+  },
+  # Cui et al., arXiv 1901.05555, and its code: x / 128 - 1, average-pool shortcuts.
+  'cui': {
+    'data': {'mean': (128 / 255,), 'std': (128 / 255,)},
+    'model': {'trunk_options': {'shortcut': 'average', 'init': 'glorot'}},
+    'schedule': {'warmup': 'linear'},
+  },
+}
+
+CUI_RECIPES = ('cb_ce', 'cb_sigmoid', 'cb_focal')
+"""Recipes whose own paper is Cui et al.; the others follow Cao et al."""
+
+
+def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDict:
+  """Returns the config of long-tailed CIFAR; the options are in configs/cifar10_lt.py.
+
+  Args:
+    arg: what follows the colon of --config.
+    name: of the config.
+    source: of the images.
+    n_max: images of the largest class, before a meta set is taken out.
+  """
+  recipe, option = parse_arg(
+    arg,
+    'ce',
+    imbalance=100.0,
+    profile='exponential',
+    protocol='',
+    epochs=200.0,
+    net='resnet32',
+    meta=0,
+  )
+  protocol = option.protocol or ('cui' if recipe in CUI_RECIPES else 'cao')
+  scale = option.epochs / 200
+  config = apply(
+    base_config(),
+    {
+      'name': name,
+      'data': {
+        'source': source,
+        'profile': option.profile,
+        'n_max': n_max - option.meta,
+        'imbalance': option.imbalance,
+        'meta_per_class': option.meta,
+        'pad': 4,
+        'flip': True,
+      },
+      'epochs': option.epochs,
+      'defer_epoch': 160 * scale,
+      'model': {'trunk': option.net},
+      'schedule': {
+        'name': 'step_decay',
+        'base': 0.1,
+        'warmup': 'staircase',
+        'warmup_epochs': max(1, round(5 * scale)),
+        'boundaries': (160 * scale, 180 * scale),
+        'factors': (1e-2, 1e-4),
+      },
+    },
+  )
+  apply(config, lookup(PROTOCOLS, 'protocol', protocol))
+  return apply_recipe(config, recipe)

@@ -1,0 +1,93 @@
+"""The only mesh: data parallelism over one axis, declared once.
+
+The state is replicated and every batch is split along its first axis. One program
+runs on a laptop, on eight GPUs and on a TPU pod; XLA places the all-reduces.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lt_jax.errors import UserError
+
+PyTree = Any
+AXIS = 'data'
+
+
+def usable_devices(batches: Mapping[str, int], available: int, processes: int) -> int:
+  """Returns how many devices a run can use, given the batch of every stream.
+
+  One process uses the largest number that divides every batch. Several processes
+  must use all they have, because each owns its rows.
+
+  Args:
+    batches: stream name -> global batch size.
+    available: number of devices in all processes.
+    processes: number of processes.
+
+  Raises:
+    UserError: several processes, and a batch that the devices do not divide.
+  """
+  if processes > 1:
+    for name, batch in batches.items():
+      if batch % available:
+        below = batch // available * available
+        nearest = ' or '.join(str(b) for b in (below, below + available) if b)
+        raise UserError(
+          f'batch {batch} of stream {name!r} does not divide over {available} devices'
+          f'; the nearest that do: {nearest}'
+        )
+    return available
+  return max(
+    n for n in range(1, available + 1) if all(b % n == 0 for b in batches.values())
+  )
+
+
+def make_mesh(devices: int) -> Mesh:
+  """Returns a mesh of the first `devices` devices along the axis 'data'.
+
+  The axis is of type Auto: under the Explicit type, everyday operations of this field
+  (`weights[labels]`, `segment_sum` over a sharded batch) raise.
+  """
+  return jax.make_mesh(
+    (devices,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of states, metrics and resident arrays: a copy everywhere."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Returns a tree with every leaf copied to all devices of the mesh."""
+  sharding = replicated(mesh)
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(
+    lambda x: (
+      x
+      if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim)
+      else jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    ),
+    tree,
+  )
+
+
+def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
+  """Returns this process's rows as global arrays, split over the devices.
+
+  Args:
+    mesh: the mesh.
+    tree: NumPy arrays of this process, batch on axis `leading`.
+    leading: number of axes before the batch axis: 1 where many steps are stacked.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(*[None] * leading, AXIS))
+  if jax.process_count() == 1:
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+  )

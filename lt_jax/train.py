@@ -1,0 +1,285 @@
+"""The loop: payload -> steps -> log -> save -> evaluate. It knows no method.
+
+Everything happens at fixed multiples of the absolute step, so that a resumed run does
+what the unbroken run did. What saving, logging and evaluating mean is the caller's.
+"""
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from lt_jax import checkpoint, sharding
+from lt_jax.data.streams import Stream
+from lt_jax.method import Method, Metrics, State, named_key
+
+IN_FLIGHT = 4
+"""Calls the host may be ahead of the device.
+
+On simulated CPU devices more of them dead-lock in the all-reduce; elsewhere four keep
+the device busy and bound the memory of waiting payloads.
+"""
+
+
+class Plan(NamedTuple):
+  """When things happen, all in steps.
+
+  Attributes:
+    first: the step this stage begins at.
+    steps: the step it ends at.
+    chunk: steps a compiled call; the intervals below are multiples of it.
+    log_every: interval of log rows.
+    save_every: interval of checkpoints.
+    evaluate_every: interval of evaluations.
+    profile: (first, last) step of a profiler trace; None for no trace.
+    profile_dir: where the trace goes.
+  """
+
+  first: int
+  steps: int
+  chunk: int
+  log_every: int
+  save_every: int
+  evaluate_every: int
+  profile: tuple[int, int] | None = None
+  profile_dir: str = ''
+
+  def due(self, step: int, every: int) -> bool:
+    """Returns whether something that happens `every` so many steps is due."""
+    return step > self.first and (step % every == 0 or step == self.steps)
+
+
+class Hooks(NamedTuple):
+  """What the caller does at a step.
+
+  Attributes:
+    compiled: (seconds) once the step is compiled.
+    progress: (step) after every call, cheap.
+    log: (step, metrics as means, steps since the last row, seconds they took).
+    save: (step, state); begins a checkpoint.
+    evaluate: (step, state); returns early, without a result, when `stop` turns true.
+    stop: () whether the run must end at once.
+  """
+
+  compiled: Callable[[float], None]
+  progress: Callable[[int], None]
+  log: Callable[[int, dict[str, np.ndarray], int, float], None]
+  save: Callable[[int, State], None]
+  evaluate: Callable[[int, State], None]
+  stop: Callable[[], bool]
+
+
+class Preempted(Exception):
+  """The run was asked to stop, and saved itself first."""
+
+
+class Diverged(Exception):
+  """A metric or the state is not finite; nothing of it was saved.
+
+  Attributes:
+    step: the first step whose metrics or result were not finite.
+    payload: what that step was given: stream -> name -> array.
+  """
+
+  def __init__(self, step: int, payload: Mapping[str, Mapping[str, np.ndarray]]):
+    super().__init__(f'not finite at step {step}')
+    self.step = step
+    self.payload = payload
+
+
+def batches_at(
+  streams: Mapping[str, Stream], arrays: Any, payloads: Any, key: Any, step: Any
+) -> dict[str, Any]:
+  """Prepares the batch of every stream; each has random keys of its own."""
+  return {
+    name: stream.prepare(arrays[name], payloads[name], named_key(key, name, step))
+    for name, stream in streams.items()
+  }
+
+
+def initial_state(
+  method: Method, streams: Mapping[str, Stream], key: jax.Array, mesh: Mesh
+) -> Callable[[], State]:
+  """Returns a function that makes the first state on the devices.
+
+  It is compiled when called; `jax.eval_shape` of it gives the state's shapes for free.
+  """
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  payloads = {name: stream.payload(0) for name, stream in streams.items()}
+
+  def init(key, arrays, payloads):
+    return method.init(key, batches_at(streams, arrays, payloads, key, 0))
+
+  compiled = jax.jit(init, out_shardings=sharding.replicated(mesh))
+  return lambda: compiled(
+    sharding.put_replicated(mesh, key), arrays, sharding.put_batch(mesh, payloads)
+  )
+
+
+def make_update(
+  method: Method, streams: Mapping[str, Stream], mesh: Mesh, length: int
+) -> Callable:
+  """Returns jit(state, totals, bad, arrays, payloads) -> (state, totals, bad).
+
+  Args:
+    method: the method.
+    streams: its streams; only their `prepare` is used here.
+    mesh: the devices.
+    length: steps a call. One is called as it is, more run in a `lax.scan`.
+
+  `totals` adds up the metrics, `bad` is the first step whose metrics were not finite,
+  -1 while there is none, and `payloads` has a leading axis of `length`.
+  """
+
+  def one(carry, payloads, arrays):
+    state, totals, bad = carry
+    batches = batches_at(streams, arrays, payloads, state.key, state.step)
+    new, metrics = method.step(state, batches)
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(metrics)]
+    broken = (bad < 0) & ~jnp.stack(finite).all()
+    bad = jnp.where(broken, state.step, bad)
+    return (new, jax.tree.map(jnp.add, totals, metrics), bad), None
+
+  def update(state, totals, bad, arrays, payloads):
+    carry = (state, totals, bad)
+    if length == 1:
+      return one(carry, jax.tree.map(lambda x: x[0], payloads), arrays)[0]
+    return lax.scan(lambda c, p: one(c, p, arrays), carry, payloads)[0]
+
+  return jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+
+
+def train(
+  method: Method,
+  streams: Mapping[str, Stream],
+  state: State,
+  *,
+  mesh: Mesh,
+  plan: Plan,
+  hooks: Hooks,
+) -> State:
+  """Runs a method from the state's step to the plan's last step.
+
+  Args:
+    method: the method.
+    streams: name -> stream, as the method's step expects them.
+    state: where to begin; its buffers are consumed.
+    mesh: the devices; the state is replicated on them.
+    plan: when things happen.
+    hooks: what happens.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    Preempted: `hooks.stop()` turned true; the state was saved.
+    Diverged: something is not finite.
+  """
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  compiled: dict[int, Callable] = {}
+  in_flight: collections.deque = collections.deque()
+  step = logged = int(jax.device_get(state.step))
+  zeros, bad = _empty_totals(method, streams, state, mesh)
+  totals, clock = zeros, time.perf_counter()
+
+  def log() -> None:
+    nonlocal totals, logged, clock
+    check_finite(bad, streams)
+    values = {k: means(*v) for k, v in jax.device_get(totals).items()}
+    hooks.log(step, values, step - logged, time.perf_counter() - clock)
+    totals, logged = zeros, step
+
+  def save() -> None:
+    check_finite(bad, streams)
+    if not checkpoint.all_finite(state):
+      raise Diverged(step - 1, _payloads(streams, step - 1))
+    hooks.save(step, state)
+
+  while True:
+    if plan.due(step, plan.evaluate_every):
+      hooks.evaluate(step, state)
+    if hooks.stop():
+      if step > logged:
+        log()
+      save()
+      raise Preempted
+    if step == plan.steps:
+      return state
+    if step == logged:
+      clock = time.perf_counter()
+    length = min(plan.chunk - step % plan.chunk, plan.steps - step)
+    payloads = sharding.put_batch(mesh, _stack(streams, step, length), leading=1)
+    if length not in compiled:
+      began = time.perf_counter()
+      update = make_update(method, streams, mesh, length)
+      compiled[length] = update.lower(state, totals, bad, arrays, payloads).compile()
+      hooks.compiled(time.perf_counter() - began)
+      clock += time.perf_counter() - began
+    with jax.transfer_guard('disallow'), _profile(plan, step, length):
+      state, totals, bad = compiled[length](state, totals, bad, arrays, payloads)
+    step += length
+    in_flight.append(bad)
+    if len(in_flight) > IN_FLIGHT:
+      in_flight.popleft().block_until_ready()
+    hooks.progress(step)
+    if plan.due(step, plan.log_every):
+      log()
+    if plan.due(step, plan.save_every):
+      save()
+
+
+def means(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+  """Returns total / count, NaN where nothing was counted (a class without images)."""
+  total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
+  return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def check_finite(bad: jax.Array, streams: Mapping[str, Stream]) -> None:
+  """Raises `Diverged` if a step since the last check was not finite."""
+  step = int(jax.device_get(bad))
+  if step >= 0:
+    raise Diverged(step, _payloads(streams, step))
+
+
+def _payloads(streams: Mapping[str, Stream], step: int) -> dict[str, Any]:
+  return {name: stream.payload(step) for name, stream in streams.items()}
+
+
+def _stack(streams: Mapping[str, Stream], step: int, length: int) -> Any:
+  """Returns the payloads of `length` steps with a leading axis."""
+  payloads = [_payloads(streams, step + i) for i in range(length)]
+  return jax.tree.map(lambda *rows: np.stack(rows), *payloads)
+
+
+def _empty_totals(
+  method: Method, streams: Mapping[str, Stream], state: State, mesh: Mesh
+) -> tuple[Metrics, jax.Array]:
+  """Returns metrics of zero, in the shapes a step gives, and "no bad step"."""
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  payloads = _payloads(streams, 0)
+  metrics = jax.eval_shape(
+    lambda s, a, p: method.step(s, batches_at(streams, a, p, s.key, s.step))[1],
+    state,
+    arrays,
+    payloads,
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
+  return sharding.put_replicated(mesh, (zeros, np.int32(-1)))
+
+
+@contextlib.contextmanager
+def _profile(plan: Plan, step: int, length: int):
+  """Records a profiler trace while the steps of `plan.profile` run."""
+  first, last = plan.profile or (-1, -1)
+  if step <= first < step + length:
+    jax.profiler.start_trace(plan.profile_dir)
+  yield
+  if step <= last < step + length:
+    jax.profiler.stop_trace()

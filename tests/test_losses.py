@@ -1,0 +1,300 @@
+"""Every loss goes through one set of contract tests; then what is its own."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_jax import losses
+from lt_jax.class_weights import effective_number
+from lt_jax.errors import UserError
+from lt_jax.losses import LOSSES, REDUCTIONS, make_loss
+from lt_jax.losses.margin import ldam_margins
+
+CLASSES = 5
+BATCH = 35
+COUNTS = np.array([100, 40, 16, 6, 2])
+CIFAR10_LT_100 = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
+
+
+def softmax(z):
+  powers = [math.exp(v - max(z)) for v in z]
+  return [p / sum(powers) for p in powers]
+
+
+def sigmoid(v):
+  return 1 / (1 + math.exp(-v))
+
+
+def reference_cross_entropy(z, y, s=0.0):
+  targets = [s / len(z) + (1 - s) * (c == y) for c in range(len(z))]
+  return -sum(t * math.log(p) for t, p in zip(targets, softmax(z), strict=True))
+
+
+def reference_softmax_focal(z, y, gamma):
+  p = softmax(z)[y]
+  return -((1 - p) ** gamma) * math.log(p)
+
+
+def reference_sigmoid_focal(z, y, gamma):
+  states = [sigmoid(v) if c == y else 1 - sigmoid(v) for c, v in enumerate(z)]
+  return -sum((1 - p) ** gamma * math.log(p) for p in states)
+
+
+def reference_prior(z, y, tau):
+  weights = [n**tau * math.exp(v) for n, v in zip(COUNTS.tolist(), z, strict=True)]
+  return -math.log(weights[y] / sum(weights))
+
+
+def reference_margin(z, y, scale, margins):
+  """The papers' form: CE(scale * (cosine - margin)) with cosine = z / scale."""
+  cosines = [v / scale for v in z]
+  cosines[y] -= margins[y]
+  return reference_cross_entropy([scale * v for v in cosines], y)
+
+
+LDAM_MARGINS = [0.4 * (2 / n) ** 0.25 for n in COUNTS.tolist()]
+
+# (loss, options, the same for one example in plain Python floats)
+CASES = [
+  ('cross_entropy', {}, reference_cross_entropy),
+  (
+    'cross_entropy',
+    {'label_smoothing': 0.1},
+    lambda z, y: reference_cross_entropy(z, y, 0.1),
+  ),
+  ('sigmoid_cross_entropy', {}, lambda z, y: reference_sigmoid_focal(z, y, 0)),
+  ('softmax_focal', {'gamma': 0.5}, lambda z, y: reference_softmax_focal(z, y, 0.5)),
+  ('softmax_focal', {}, lambda z, y: reference_softmax_focal(z, y, 1)),
+  ('softmax_focal', {'gamma': 2}, lambda z, y: reference_softmax_focal(z, y, 2)),
+  ('sigmoid_focal', {'gamma': 0.5}, lambda z, y: reference_sigmoid_focal(z, y, 0.5)),
+  ('sigmoid_focal', {}, lambda z, y: reference_sigmoid_focal(z, y, 1)),
+  ('balanced_softmax', {}, lambda z, y: reference_prior(z, y, 1)),
+  ('logit_adjustment', {'tau': 1.5}, lambda z, y: reference_prior(z, y, 1.5)),
+  (
+    'ldam',
+    {'max_margin': 0.4, 'scale': 10.0},
+    lambda z, y: reference_margin(z, y, 10, LDAM_MARGINS),
+  ),
+  ('uniform_margin', {}, lambda z, y: reference_margin(z, y, 30, [0.5] * CLASSES)),
+]
+every_loss = pytest.mark.parametrize(
+  'name, options, reference', CASES, ids=[f'{c[0]}-{c[1]}' for c in CASES]
+)
+
+
+def batch(seed=0):
+  rng = np.random.default_rng(seed)
+  logits = 2 * rng.normal(size=(BATCH, CLASSES))
+  return logits, rng.integers(CLASSES, size=BATCH).astype(np.int32)
+
+
+def derivatives(name, options):
+  """(logits, labels, weights) -> values, gradient of the weighted sum, tangents."""
+  loss = make_loss(name, COUNTS, **options)
+
+  def evaluate(logits, labels, weights):
+    def values(z):
+      return loss({'logits': z}, {'label': labels})
+
+    grads = jax.grad(lambda z: jnp.dot(weights, values(z)))(logits)
+    return *jax.jvp(values, (logits,), (jnp.ones_like(logits),)), grads
+
+  return jax.jit(evaluate)
+
+
+def numerical_gradient(reference, z, y, step=1e-5):
+  """Central differences of the reference, in plain Python floats."""
+  shifted = [
+    [[v + sign * step * (c == k) for k, v in enumerate(z)] for sign in (1, -1)]
+    for c in range(len(z))
+  ]
+  return [(reference(up, y) - reference(down, y)) / (2 * step) for up, down in shifted]
+
+
+def test_every_loss_has_a_case():
+  assert {case[0] for case in CASES} == set(LOSSES)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_signature(name):
+  first, second, *rest = inspect.signature(LOSSES[name]).parameters.values()
+  assert (first.name, second.name) == ('logits', 'labels')
+  assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in rest)
+
+
+@every_loss
+def test_values_and_gradients(name, options, reference):
+  logits, labels = batch()
+  weights = np.random.default_rng(1).uniform(size=BATCH)
+  examples = list(zip(logits.tolist(), labels.tolist(), strict=True))
+  expected = [reference(z, y) for z, y in examples]
+  slopes = np.array([numerical_gradient(reference, z, y) for z, y in examples])
+  with jax.enable_x64(True):
+    values, tangents, grads = derivatives(name, options)(logits, labels, weights)
+  assert values.dtype == np.float64
+  assert values.shape == (BATCH,)
+  np.testing.assert_allclose(values, expected, rtol=1e-12)
+  np.testing.assert_allclose(grads, weights[:, None] * slopes, atol=1e-8)
+  np.testing.assert_allclose(tangents, slopes.sum(1), atol=1e-8)
+
+
+@every_loss
+def test_float32(name, options, reference):
+  """Single precision, alone and in a batch, under a mask and at extreme logits."""
+  logits, labels = batch()
+  logits = logits.astype(np.float32)
+  evaluate = derivatives(name, options)
+  examples = zip(logits.tolist(), labels.tolist(), strict=True)
+  expected = np.array([reference(z, y) for z, y in examples])
+
+  mask = (np.arange(BATCH) % 3 > 0).astype(np.float32)
+  values, _, grads = evaluate(logits, labels, mask)
+  assert values.dtype == np.float32
+  np.testing.assert_allclose(values, expected, rtol=2e-5, atol=1e-6)
+  total = expected[mask > 0].sum()
+  np.testing.assert_allclose(np.dot(values, mask), total, rtol=2e-5)
+  grads = np.asarray(grads)
+  assert not grads[mask == 0].any()
+  assert grads[mask > 0].any(axis=1).all()
+
+  rows = 1e4 * np.array([[1, -1, 0, -1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+  extreme = np.concatenate([rows, -rows, 0 * rows[:1]]).astype(np.float32)
+  every_label = np.tile(np.arange(CLASSES, dtype=np.int32), len(extreme))
+  outcome = evaluate(
+    np.repeat(extreme, CLASSES, axis=0), every_label, np.ones(BATCH, np.float32)
+  )
+  assert all(np.isfinite(array).all() for array in outcome)
+
+
+EQUAL_COUNTS = np.full(CLASSES, 7)
+
+
+@pytest.mark.parametrize(
+  'name, options, counts, known',
+  [
+    ('softmax_focal', {'gamma': 0}, COUNTS, 'cross_entropy'),
+    ('ldam', {'max_margin': 0}, COUNTS, 'cross_entropy'),
+    ('uniform_margin', {'margin': 0}, COUNTS, 'cross_entropy'),
+    ('balanced_softmax', {}, EQUAL_COUNTS, 'cross_entropy'),
+    ('logit_adjustment', {'tau': 0}, COUNTS, 'cross_entropy'),
+    ('logit_adjustment', {'tau': 1}, COUNTS, 'balanced_softmax'),
+    ('ldam', {'max_margin': 0.3}, EQUAL_COUNTS, ('uniform_margin', {'margin': 0.3})),
+  ],
+)
+def test_degenerate_parameters(name, options, counts, known):
+  logits, labels = batch()
+  outputs, examples = {'logits': jnp.asarray(logits)}, {'label': labels}
+  known_name, known_options = known if isinstance(known, tuple) else (known, {})
+  np.testing.assert_allclose(
+    make_loss(name, counts, **options)(outputs, examples),
+    make_loss(known_name, counts, **known_options)(outputs, examples),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+def test_sigmoid_focal_without_focus_is_exactly_sigmoid():
+  logits, labels = batch()
+  logits = jnp.asarray(10 * logits, jnp.float32)
+  focal = LOSSES['sigmoid_focal'](logits, labels, gamma=0.0)
+  np.testing.assert_array_equal(focal, LOSSES['sigmoid_cross_entropy'](logits, labels))
+
+
+def test_one_example_is_a_batch():
+  logits, labels = batch()
+  logits = jnp.asarray(logits, jnp.float32)
+  loss = LOSSES['cross_entropy']
+  np.testing.assert_allclose(
+    loss(logits[3:4], labels[3:4])[0], loss(logits, labels)[3], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_label_outside_the_classes_has_no_pull(smoothing):
+  logits = jnp.zeros((1, CLASSES))
+  loss = make_loss('cross_entropy', COUNTS, label_smoothing=smoothing)
+  value = loss({'logits': logits}, {'label': jnp.array([-1])})
+  np.testing.assert_allclose(value, smoothing * math.log(CLASSES), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'name, logits, labels',
+  [
+    ('cross_entropy', np.zeros((2, CLASSES)), np.zeros(3, np.int32)),
+    ('cross_entropy', np.zeros((2, CLASSES)), np.zeros(2)),
+    ('cross_entropy', np.zeros(CLASSES), np.zeros((), np.int32)),
+    ('ldam', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
+    ('logit_adjustment', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
+  ],
+)
+def test_shapes_and_types_are_guarded(name, logits, labels):
+  with pytest.raises(AssertionError):
+    make_loss(name, COUNTS)({'logits': logits}, {'label': labels})
+
+
+@pytest.mark.parametrize(
+  'counts, expected',
+  [
+    (
+      CIFAR10_LT_100,
+      [0.1581, 0.1797, 0.2042, 0.2321, 0.2638, 0.2998, 0.3407, 0.3872, 0.4405, 0.5],
+    ),
+    # First and rarest class of CIFAR-10-LT with imbalance 200 and 10.
+    ([5000, 25], [0.1330, 0.5]),
+    ([5000, 500], [0.2812, 0.5]),
+    # Classes 0, 50 and 99 of CIFAR-100-LT with imbalance 100.
+    ([500, int(500 * 0.01 ** (50 / 99)), 5], [0.1581, 0.2841, 0.5]),
+  ],
+)
+def test_ldam_margins(counts, expected):
+  np.testing.assert_allclose(ldam_margins(counts), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'name, counts, options, message',
+  [
+    ('cross_entrpy', COUNTS, {}, "unknown loss 'cross_entrpy'; did you mean"),
+    ('softmax_focal', COUNTS, {'gama': 1}, "'softmax_focal'.*'gama'.*'gamma'"),
+    ('sigmoid_cross_entropy', COUNTS, {'gamma': 1}, "no option 'gamma'"),
+    ('ldam', [5, 3, 0], {}, "loss 'ldam' .* class 2 has 0"),
+    ('balanced_softmax', [0, 3, -1], {}, r'class 0 \(and 1 more\)'),
+    ('logit_adjustment', np.ones((2, 2)), {}, r'\(2, 2\)'),
+  ],
+)
+def test_user_errors(name, counts, options, message):
+  with pytest.raises(UserError, match=message) as error:
+    make_loss(name, counts, **options)
+  assert '\n' not in str(error.value)
+
+
+def test_empty_class_is_fine_where_counts_are_not_used():
+  make_loss('cross_entropy', np.array([3, 0, 1]))
+
+
+def test_reductions_differ_by_the_mean_weight():
+  weights = effective_number(COUNTS)[batch()[1]]
+  mean, normalised = (
+    np.asarray(REDUCTIONS[name](jnp.asarray(weights, jnp.float32)))
+    for name in ('mean', 'weight_normalised')
+  )
+  np.testing.assert_allclose(mean, weights / BATCH, rtol=1e-6)
+  np.testing.assert_allclose(normalised, weights / sum(weights), rtol=1e-5)
+  np.testing.assert_allclose(mean, normalised * weights.mean(), rtol=1e-5)
+
+
+def test_reductions_agree_without_weights():
+  ones = jnp.ones(BATCH)
+  np.testing.assert_allclose(
+    losses.mean(ones), losses.weight_normalised(ones), rtol=1e-7
+  )
+
+
+@pytest.mark.parametrize('name', REDUCTIONS)
+def test_reduction_of_zero_weights(name):
+  zeros = jnp.zeros(3)
+  np.testing.assert_array_equal(REDUCTIONS[name](zeros), zeros)
+  assert np.isfinite(jax.jacobian(REDUCTIONS[name])(zeros)).all()

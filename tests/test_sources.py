@@ -1,0 +1,334 @@
+"""Sources: what comes back is what was written, and bad files are told in a line."""
+
+import io
+import os
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lt_jax.data import sources
+from lt_jax.errors import UserError
+
+PIXELS = np.random.default_rng(0)
+
+
+def archive(**changes):
+  """Returns the members of a small good archive, with changes; None leaves out."""
+  members = {
+    'x_train': PIXELS.integers(0, 256, (6, 4, 5, 3), np.uint8),
+    'y_train': np.array([0, 1, 2, 0, 1, 2]),
+    'x_test': PIXELS.integers(0, 256, (3, 4, 5, 3), np.uint8),
+    'y_test': np.array([2, 1, 0], np.uint8),
+    **changes,
+  }
+  return {key: value for key, value in members.items() if value is not None}
+
+
+def write_npz(path, **changes):
+  members = archive(**changes)
+  np.savez(path, **members)
+  return members
+
+
+def test_digits_are_the_bundled_ones():
+  from sklearn.datasets import load_digits
+
+  source = sources.load_source('digits')['train']
+  data = load_digits()
+  assert source.images.shape == (1797, 8, 8, 1)
+  assert source.images.dtype == np.uint8
+  assert source.images.max() == 255
+  assert source.image_shape == (8, 8, 1)
+  assert source.class_names == tuple('0123456789')
+  for value in range(17):
+    grey = source.images[..., 0][data.images == value]
+    assert (grey == round(value * 255 / 16)).all()
+  np.testing.assert_array_equal(source.labels, data.target)
+  with pytest.raises(UserError, match='no argument'):
+    sources.load_source('digits:8')
+
+
+def test_npz_round_trip(tmp_path):
+  members = write_npz(
+    tmp_path / 'a.npz', class_names=np.array(['a', 'b', 'c']), index=np.arange(3)
+  )
+  loaded = sources.load_source(f'npz:{tmp_path}/a.npz')
+  assert set(loaded) == {'train', 'test'}
+  for split, source in loaded.items():
+    assert len(source) == len(members[f'y_{split}'])
+    assert source.image_shape == (4, 5, 3)
+    assert source.class_names == ('a', 'b', 'c')
+    assert source.labels.dtype == np.int32
+    np.testing.assert_array_equal(source.labels, members[f'y_{split}'])
+    np.testing.assert_array_equal(source.images, members[f'x_{split}'])
+    np.testing.assert_array_equal(source[1], members[f'x_{split}'][1])
+
+
+def test_npz_of_grey_images_and_without_names(tmp_path):
+  grey = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
+  np.savez_compressed(
+    tmp_path / 'a.npz', x_train=grey, y_train=[0, 2, 1], x_test=grey, y_test=[0, 1, 2]
+  )
+  source = sources.load_source(f'npz:{tmp_path}/a.npz')['test']
+  assert source.image_shape == (2, 2, 1)
+  assert source.class_names == ('0', '1', '2')
+  np.testing.assert_array_equal(source.images[..., 0], grey)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'y_test': None}, 'y_test is missing'),
+    ({'x_train': np.zeros((6, 4, 5, 3))}, 'x_train must be uint8.*float64'),
+    ({'x_train': np.zeros((6, 4), np.uint8)}, r'x_train must be.*\(6, 4\)'),
+    ({'x_train': np.zeros((0, 4, 5, 3), np.uint8)}, r'x_train must be.*\(0, 4'),
+    ({'x_test': np.zeros((3, 8, 8, 3), np.uint8)}, r'x_train has .*x_test of \(8, 8'),
+    ({'y_train': np.zeros(5, int)}, r'y_train must be whole numbers \(6,\)'),
+    ({'y_train': np.zeros((6, 1), int)}, r'y_train must be .*\(6, 1\)'),
+    ({'y_train': np.zeros(6)}, 'y_train must be whole numbers.*float64'),
+    ({'y_train': np.array([0, 1, -1, 0, 1, 2])}, 'y_train: label -1 at index 2'),
+    ({'y_train': np.array([0, 1, 2, 255, 1, 2])}, 'y_train: label 255 at index 3'),
+    ({'y_test': np.array([0, 3, 1])}, r'y_test: label 3 at index 1 is not in \[0, 3\)'),
+    ({'class_names': np.array(['a', 'b'])}, 'y_train: label 2 at index 2'),
+    ({'class_names': np.array([1, 2, 3])}, 'class_names must be strings'),
+    ({'y_train': np.array([None] * 6)}, 'y_train'),
+  ],
+)
+def test_npz_faults_name_file_and_member(tmp_path, changes, message):
+  write_npz(tmp_path / 'bad.npz', **changes)
+  with pytest.raises(UserError, match=message) as error:
+    sources.load_source(f'npz:{tmp_path}/bad.npz')
+  assert 'bad.npz' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_npz_headers_are_checked_before_anything_is_read(tmp_path):
+  write_npz(tmp_path / 'a.npz', x_test=None, x_train=None)
+  header = io.BytesIO()
+  claim = {'descr': '|u1', 'fortran_order': False, 'shape': (2**40, 4, 4, 3)}
+  np.lib.format.write_array_header_1_0(header, claim)
+  with zipfile.ZipFile(tmp_path / 'a.npz', 'a') as file:
+    file.writestr('x_train.npy', header.getvalue())
+    file.writestr('x_test.npy', header.getvalue())
+  with pytest.raises(UserError, match=r'x_train should be .* bytes but has'):
+    sources.load_source(f'npz:{tmp_path}/a.npz')
+  bomb = np.zeros((2**13, 32, 32, 3), np.uint8)
+  np.savez_compressed(tmp_path / 'b.npz', **archive(x_train=bomb))
+  with pytest.raises(UserError, match='x_train unpacks to'):
+    sources.load_source(f'npz:{tmp_path}/b.npz')
+
+
+def test_npz_that_is_none(tmp_path):
+  (tmp_path / 'text.npz').write_text('x')
+  write_npz(tmp_path / 'cut.npz')
+  whole = (tmp_path / 'cut.npz').read_bytes()
+  (tmp_path / 'cut.npz').write_bytes(whole[: len(whole) // 2])
+  (tmp_path / 'bit.npz').write_bytes(whole.replace(whole[300:310], b'0123456789', 1))
+  for name in ('text', 'cut', 'bit', 'absent'):
+    with pytest.raises(UserError, match=f'npz:.*{name}.npz') as error:
+      sources.load_source(f'npz:{tmp_path}/{name}.npz')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('spec', ['', 'npy:a', 'C:/data', 'digit'])
+def test_unknown_sources(spec):
+  with pytest.raises(UserError, match='unknown source'):
+    sources.load_source(spec)
+
+
+def encode(pixels, mode, kind):
+  file = io.BytesIO()
+  Image.fromarray(pixels).convert(mode).save(file, kind)
+  return file.getvalue()
+
+
+def write_tfds(folder, name, shape, examples, **more):
+  """Writes a data set as TFDS does, with ArrayRecord shards and without TensorFlow."""
+  import tensorflow_datasets as tfds
+
+  folder = folder / name / '1.0.0'
+  folder.mkdir(parents=True)
+  features = {
+    'id': tfds.features.Text(),
+    'image': tfds.features.Image(shape=shape),
+    'label': tfds.features.ClassLabel(names=['cat', 'dog']),
+    **more,
+  }
+  features = {key: feature for key, feature in features.items() if feature}
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name=name, version='1.0.0', data_dir=str(folder), module_name='tests'
+  )
+  info = tfds.core.DatasetInfo(
+    builder=identity, features=tfds.features.FeaturesDict(features)
+  )
+  writer = tfds.core.SequentialWriter(
+    info, max_examples_per_shard=3, file_format='array_record'
+  )
+  writer.initialize_splits(list(examples))
+  writer.add_examples(examples)
+  writer.close_all()
+
+
+def small_tfds(folder):
+  """Writes a set of seven training and two test images of one size."""
+  pixels = PIXELS.integers(0, 256, (9, 4, 5, 3), np.uint8)
+  examples = [
+    {'id': str(i), 'image': encode(image, 'RGB', 'png'), 'label': i % 2}
+    for i, image in enumerate(pixels)
+  ]
+  splits = {'train': examples[:7], 'test': examples[7:]}
+  write_tfds(folder, 'small_set', (4, 5, 3), splits)
+  return pixels
+
+
+def test_tfds_of_one_size_is_read_into_memory(tmp_path):
+  pixels = small_tfds(tmp_path)
+  loaded = sources.load_source('tfds:small_set', data_dir=str(tmp_path))
+  assert set(loaded) == {'train', 'test'}
+  np.testing.assert_array_equal(loaded['train'].images, pixels[:7])
+  np.testing.assert_array_equal(loaded['test'].images, pixels[7:])
+  assert loaded['train'].labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+  assert loaded['train'].class_names == ('cat', 'dog')
+
+
+def test_a_large_tfds_stays_on_disk(tmp_path, monkeypatch):
+  pixels = small_tfds(tmp_path)
+  monkeypatch.setattr(sources, 'MEMORY_LIMIT', 2 * 4 * 5 * 3)
+  loaded = sources.load_source('tfds:small_set', data_dir=str(tmp_path))
+  assert hasattr(loaded['test'], 'images')
+  source = loaded['train']
+  assert not hasattr(source, 'images')
+  assert len(source) == 7
+  for i in (5, 0, 6):
+    np.testing.assert_array_equal(source[i], pixels[i])
+  assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+  assert source.labels.dtype == np.int32
+  copy = pickle.loads(pickle.dumps(source))  # noqa: S301
+  np.testing.assert_array_equal(copy[3], pixels[3])
+
+
+def test_tfds_images_of_every_colour_model_and_size(tmp_path):
+  grey = np.full((6, 4), 100, np.uint8)
+  images = [
+    encode(grey, 'L', 'jpeg'),
+    encode(grey, 'CMYK', 'jpeg'),
+    encode(grey[:3], 'RGB', 'png'),
+    b'no image',
+  ]
+  examples = [{'id': '', 'image': image, 'label': 0} for image in images]
+  write_tfds(tmp_path, 'mixed_set', (None, None, 3), {'train': examples})
+  source = sources.load_source('tfds:mixed_set', data_dir=str(tmp_path))['train']
+  assert source.image_shape == (None, None, 3)
+  assert source.example(0) == (images[0], 0)
+  for i, height in enumerate((6, 6, 3)):
+    assert source[i].shape == (height, 4, 3)
+    assert np.abs(source[i].astype(int) - 100).max() <= 2
+  with pytest.raises(UserError, match=r'mixed_set/1.0.0/train: image 3'):
+    source[3]
+
+
+def test_stored_labels_spare_the_reading(tmp_path, monkeypatch):
+  examples = [
+    {
+      'id': '',
+      'image': encode(np.zeros((i + 1, 2), np.uint8), 'RGB', 'png'),
+      'label': label,
+    }
+    for i, label in enumerate([1, 0, 1, -1])
+  ]
+  splits = {'train': examples[:3], 'test': examples[3:]}
+  write_tfds(tmp_path, 'large_set', (None, None, 3), splits)
+
+  def load():
+    return sources.load_source('tfds:large_set', data_dir=str(tmp_path))
+
+  sources.store_labels(load())
+  monkeypatch.setattr(sources.Records, 'read_labels', None)
+  loaded = load()
+  assert loaded['train'].labels.tolist() == [1, 0, 1]
+  with pytest.raises(UserError, match=r'large_set/1.0.0/test: label -1 at index 0'):
+    _ = loaded['test'].labels
+
+
+def test_tfds_faults(tmp_path):
+  import tensorflow_datasets as tfds
+
+  write_tfds(tmp_path, 'no_label', (None, None, 3), {'train': []}, label=None)
+  write_tfds(
+    tmp_path,
+    'deep',
+    (None, None, 1),
+    {'train': []},
+    image=tfds.features.Image(shape=(None, None, 1), dtype=np.uint16),
+  )
+  small_tfds(tmp_path)
+  info = tmp_path / 'small_set' / '1.0.0' / 'dataset_info.json'
+  info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+  for name, message in {
+    'cifar10': 'run: python -m lt_jax.prepare cifar10$',
+    'cifar_10': "unknown TFDS data set 'cifar_10'; did you mean 'cifar10'",
+    'nothing_like_it': "unknown TFDS data set 'nothing_like_it'$",
+    'a b': 'a b',
+    'no_label': "needs the features 'image'.*'label'.* has id, image$",
+    'deep': "needs the features 'image'",
+    'small_set': 'as tfrecord, which has no random access',
+  }.items():
+    with pytest.raises(UserError, match=message) as error:
+      sources.load_source(f'tfds:{name}', data_dir=str(tmp_path))
+    assert '\n' not in str(error.value)
+
+
+def test_fingerprint_sees_every_change_of_what_is_trained_on():
+  members = archive()
+  base = sources.Arrays(members['x_train'], members['y_train'], ('a', 'b', 'c'))
+  rows = np.array([0, 2, 5])
+  reference = sources.fingerprint(base, rows)
+  assert len(reference) == 64
+  assert reference == sources.fingerprint(base, rows.astype(np.int32))
+
+  def changed(key, position):
+    images, labels = base.images.copy(), base.labels.copy()
+    {'image': images, 'label': labels}[key][position] ^= 1
+    return sources.fingerprint(sources.Arrays(images, labels, base.class_names), rows)
+
+  assert changed('image', (2, 1, 1, 1)) != reference
+  assert changed('label', 5) != reference
+  assert changed('image', 1) == reference
+  others = [
+    sources.fingerprint(base),
+    sources.fingerprint(base, rows[::-1]),
+    sources.fingerprint(base, rows[:2], rows[2:]),
+    sources.fingerprint(base, rows[:1], rows[1:]),
+    sources.fingerprint(sources.Arrays(base.images, base.labels, tuple('abd')), rows),
+  ]
+  assert len({reference, *others}) == 6
+  assert sources.fingerprint(base) == sources.fingerprint(base, np.arange(6))
+
+
+def test_fingerprint_of_a_source_on_disk(tmp_path, monkeypatch):
+  small_tfds(tmp_path)
+  monkeypatch.setattr(sources, 'MEMORY_LIMIT', 0)
+  first, again = (
+    sources.load_source('tfds:small_set', data_dir=str(tmp_path)) for _ in range(2)
+  )
+  rows = np.array([0, 1])
+  prints = [sources.fingerprint(s['train'], rows) for s in (first, again)]
+  assert prints[0] == prints[1]
+  assert prints[0] != sources.fingerprint(first['test'], rows)
+
+
+@pytest.mark.parametrize(('name', 'n'), [('cifar10', 20521), ('cifar100', 20563)])
+def test_cifar_archives(name, n):
+  file = pathlib.Path(os.environ.get('LT_JAX_DATA', '.')) / f'{name}.npz'
+  if not file.exists():
+    pytest.skip(f'LT_JAX_DATA names no folder with {name}.npz')
+  loaded = sources.load_source(f'npz:{file}')
+  assert len(loaded['train']) == n
+  assert len(loaded['test']) == 10000
+  assert loaded['train'].image_shape == (32, 32, 3)
+  counts = np.bincount(loaded['test'].labels)
+  assert (counts == 10000 // len(loaded['test'].class_names)).all()
