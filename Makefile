@@ -29,7 +29,7 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 
 bench: $(READY)
-	$(RUN) benchmarks/train_step.py
+	$(RUN) -m benchmarks.train_step --json=benchmarks/results/train_step.json
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { \

@@ -50,7 +50,7 @@ class Stage(NamedTuple):
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
-    select: 'last', or ('best', split, metric): which State counts.
+    select: (split, metric) by which the State that counts is chosen; None: the last.
   """
 
   name: str
@@ -59,7 +59,7 @@ class Stage(NamedTuple):
   surgeries: tuple[Surgery, ...]
   plan: Plan
   epoch_steps: float
-  select: Any
+  select: tuple[str, str] | None
 
 
 class Experiment(NamedTuple):
@@ -70,7 +70,7 @@ class Experiment(NamedTuple):
     dataset: its data.
     mesh: its devices.
     passes: split -> evaluation pass.
-    groups: shot rule -> group -> (C,) bool.
+    groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     stages: in order.
   """
 
@@ -78,7 +78,7 @@ class Experiment(NamedTuple):
   dataset: Dataset
   mesh: Mesh
   passes: dict[str, Pass]
-  groups: dict[str, dict[str, np.ndarray]]
+  groups: dict[str, np.ndarray]
   stages: dict[str, Stage]
 
 
@@ -106,16 +106,23 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
   return merge(config, lookup(config['stages'], 'stage', name))
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, *, devices: int | None = None) -> Experiment:
   """Builds every object of a run; nothing is trained or compiled.
+
+  Args:
+    config: the resolved configuration.
+    devices: uses at most so many; None for all there are.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
   """
   check_device(config['device'])
   batches = {'train': config['batch'], 'evaluation': config['eval_batch']}
-  available, processes = jax.device_count(), jax.process_count()
-  mesh = sharding.make_mesh(sharding.usable_devices(batches, available, processes))
+  mesh = sharding.make_mesh(
+    sharding.usable_devices(
+      batches, devices or jax.device_count(), jax.process_count()
+    )
+  )
   data = dict(config['data'])
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
@@ -126,10 +133,11 @@ def build(config: Config) -> Experiment:
     for name, split in dataset.splits.items()
     if name not in ('train', 'meta')
   }
-  groups = {
-    rule: longtail.shot_groups(dataset.counts, **shots, rule=rule)
-    for rule in longtail.SHOT_RULES
-  }
+  strict, inclusive = (
+    longtail.shot_groups(dataset.counts, **shots, rule=rule)
+    for rule in ('strict', 'inclusive')
+  )
+  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
   stages = {
     name: _build_stage(stage_config(config, name), name, dataset, mesh, train_transform)
     for name in config['stage_order']
@@ -176,7 +184,7 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged configuration."""
   train, batch = dataset.splits['train'], config['batch']
-  sampler = _sampler(config['sampler'], train.labels)
+  sampler = _sampler(config['sampler'], train.labels, batch)
   steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
   stream = train_stream(
     train, sampler, seed=config['seed'], batch=batch, transform=transform
@@ -195,14 +203,15 @@ def _build_stage(
   )
 
 
-def _sampler(options: Config, labels: np.ndarray) -> Sampler:
+def _sampler(options: Config, labels: np.ndarray, batch: int) -> Sampler:
   """Builds a sampler; before its start epoch, instance sampling serves."""
   options = dict(options)
-  name, start = options.pop('name'), options.pop('start_epoch', 0)
-  sampler = make_sampler(name, labels, **options)
+  start = options.pop('start_epoch', 0)
+  sampler = make_sampler(labels=labels, batch=batch, **options)
   if not start:
     return sampler
-  return deferred(make_sampler('instance', labels), sampler, switch_epoch=int(start))
+  instance = make_sampler('instance', labels, batch=batch)
+  return deferred(instance, sampler, switch_epoch=int(start))
 
 
 def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> Method:
@@ -242,8 +251,8 @@ def _network(
   if batch % accumulate:
     raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')
   groups = {'global': 1, 'frozen': 1, 'per_device': mesh.size}.get(kind)
-  if groups is None and isinstance(kind, int) and kind > 0 and micro % kind == 0:
-    groups = micro // kind
+  if str(kind).isdigit() and int(kind) and micro % int(kind) == 0:
+    groups = micro // int(kind)
   if groups is None or micro % groups:
     raise UserError(
       f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen' or a "
@@ -257,33 +266,36 @@ def _network(
 
 
 def _plan(config: Config, steps: Callable[[float], int]) -> Plan:
-  """Turns epochs into steps, and intervals into multiples of a compiled call."""
-  on_cpu = jax.default_backend() == 'cpu'
-  chunk = 1 if on_cpu else min(config['log_every_steps'], STEPS_PER_CALL)
+  """Turns epochs into steps, and intervals into multiples of a compiled call.
 
-  def interval(asked: int) -> int:
-    return max(1, math.ceil(asked / chunk)) * chunk
+  Checkpoints fall on log rows, so that a run resumed from one writes whole rows.
+  """
+  log_every = config['log_every_steps']
+  most = 1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL
+  chunk = max(n for n in range(1, min(log_every, most) + 1) if log_every % n == 0)
+
+  def interval(epochs: float, unit: int) -> int:
+    return max(1, math.ceil(steps(epochs) / unit)) * unit
 
   return Plan(
     first=0,
     steps=steps(config['epochs']),
     chunk=chunk,
-    log_every=interval(config['log_every_steps']),
-    save_every=interval(steps(config['save_every_epochs'])),
-    evaluate_every=interval(steps(config['evaluate_every_epochs'])),
+    log_every=log_every,
+    save_every=interval(config['save_every_epochs'], log_every),
+    evaluate_every=interval(config['evaluate_every_epochs'], chunk),
   )
 
 
-def _select(select: Any, dataset: Dataset) -> Any:
-  """Checks which State is to count."""
+def _select(select: str, dataset: Dataset) -> tuple[str, str] | None:
+  """Returns (split, metric) of the State that counts; None for the last one."""
   if select == 'last':
-    return select
-  if isinstance(select, list | tuple) and len(select) == 3 and select[0] == 'best':
-    if select[1] == 'test':
-      raise UserError('select: a State is never chosen on the test set')
-    if select[1] not in dataset.splits:
-      raise UserError(
-        f'select: there is no split {select[1]!r}; set data.{select[1]}_per_class'
-      )
-    return tuple(select)
-  raise UserError(f"select is {select!r}; it is 'last' or ('best', split, metric)")
+    return None
+  split, _, metric = select.partition('/')
+  if split == 'test':
+    raise UserError('select: a State is never chosen on the test set')
+  if split != 'val' or not metric:
+    raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
+  if split not in dataset.splits:
+    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+  return split, metric

@@ -206,10 +206,13 @@ class Checkpoints:
     """Waits for Orbax, then writes the manifest: from here on the save counts."""
     self._checkpointer.wait_until_finished()
     if jax.process_index() == 0:
-      manifest |= {'time': time.time(), 'files': _digests(directory)}
-      files.write_json(self._directory / 'manifests' / f'{name}.json', manifest)
+      self._write_manifest(name, directory, manifest)
       self._log('saved', checkpoint=name, step=manifest['step'])
       prune()
+
+  def _write_manifest(self, name, directory, manifest) -> None:
+    manifest |= {'time': time.time(), 'files': _digests(directory)}
+    files.write_json(self._directory / 'manifests' / f'{name}.json', manifest)
 
   def _manifest(self, name: str) -> dict[str, Any] | None:
     path = self._directory / 'manifests' / f'{name}.json'

@@ -38,7 +38,7 @@ def launch(command: Callable[[], None], *required: str) -> NoReturn:
       told = str(error).replace('\\n', '; ')
       told = told.replace('"', '').replace("'", '').replace('\\', '')
       fail(f'unknown config key {told}', WRONG_INPUT)
-    except (flags.Error, ValueError, TypeError, LookupError, OSError) as error:
+    except (flags.Error, ValueError, OSError) as error:
       fail(error, WRONG_INPUT)
     if len(rest) > 1:
       fail(f'unexpected argument {rest[1]!r}', WRONG_INPUT)

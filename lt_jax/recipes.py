@@ -75,7 +75,7 @@ def base_config() -> ConfigDict:
       'schedule': {'name': 'constant', 'base': 0.1},
       'wrappers': {},
       'surgeries': (),
-      'select': 'last',  # or ('best', split, metric)
+      'select': 'last',  # or 'val/accuracy': the best State by a metric on val
       'defer_epoch': 160.0,  # where deferred recipes switch
       'stages': {'train': {}},
       'stage_order': ('train',),
@@ -119,8 +119,8 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   """Sets keys of a config; a dict with a 'name' replaces the one before it whole."""
   for key, value in overrides.items():
-    old = config[key]
-    if isinstance(value, Mapping) and 'name' not in value and len(old):
+    old = config.get(key)
+    if isinstance(value, Mapping) and 'name' not in value and old:
       apply(old, value)
     else:
       config[key] = ConfigDict(value) if isinstance(value, Mapping) else value

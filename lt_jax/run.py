@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,19 +11,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from lt_jax import checkpoint, files, sharding, train
+from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Config, Experiment, Stage, build, config_digest
 from lt_jax.errors import UserError, suggest
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State
-from lt_jax.results import (
-  closed_set_metrics,
-  show_result,
-  stage_folder,
-  versions,
-  write_results,
-)
 from lt_jax.surgery import operate
 from lt_jax.writers import Events, MetricWriter, Screen
 
@@ -59,6 +53,7 @@ class StopRequest:
     self._asked = True
 
   def __call__(self) -> bool:
+    """Returns whether it was asked."""
     return self._asked
 
 
@@ -87,6 +82,7 @@ def run(
     Diverged: something was not finite; nothing of it was saved.
     SaveError: a checkpoint could not be written.
   """
+  began = time.time()
   workdir = files.make_workdir(workdir)
   screen = Screen()
   with files.locked(workdir), StopRequest() as stop:
@@ -104,9 +100,15 @@ def run(
     for stage in experiment.stages.values():
       runner = _StageRunner(experiment, stage, workdir, screen, events, stop, profile)
       earlier[stage.name] = runner.run(earlier)
-    result = write_results(experiment, workdir, stage, earlier[stage.name])
+    result = results.write_results(
+      experiment,
+      workdir,
+      stage,
+      earlier[stage.name],
+      wall_seconds=time.time() - began,
+    )
     events('finished', state_sha256=result['state_sha256'])
-    show_result(result['test'], workdir, screen)
+    results.show(result, workdir, screen)
     return result
 
 
@@ -130,7 +132,7 @@ class _StageRunner:
     self._events = events
     self._stop = stop
     self._profile = profile
-    self._folder = stage_folder(workdir, stage.name)
+    self._folder = workdir / 'stages' / stage.name
     self._checkpoints = checkpoint.Checkpoints(
       self._folder / 'checkpoints',
       keep=experiment.config['keep_checkpoints'],
@@ -200,7 +202,7 @@ class _StageRunner:
       self._save(step, state)
     self._metrics.close()
     self._checkpoints.wait()
-    if stage.select == 'last':
+    if stage.select is None or stage.plan.steps == first:  # no step, no choice
       return state
     return self._checkpoints.restore_best(target).state
 
@@ -252,17 +254,17 @@ class _StageRunner:
         records = self._collect(state, one_pass, self._stop)
         if records is None:
           return
-        rows[split] = closed_set_metrics(records, self._experiment)
+        rows[split] = results.split_metrics(records, self._experiment)
     for split, values in rows.items():
       self._metrics.write(split, step, step / self._stage.epoch_steps, values)
     told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
     self._screen.line(f'step {step}: accuracy on {told}')
-    if self._stage.select != 'last':
+    if self._stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
-    _, split, metric = self._stage.select
+    split, metric = self._stage.select
     if metric not in rows[split]:
       raise UserError(f'select: no metric {metric!r}{suggest(metric, rows[split])}')
     value = float(rows[split][metric])
@@ -342,7 +344,7 @@ def _facts(experiment: Experiment) -> dict[str, Any]:
     'seed': experiment.config['seed'],
     'devices': experiment.mesh.size,
     'processes': jax.process_count(),
-    'versions': versions(),
+    'versions': results.versions(),
   }
 
 

@@ -91,3 +91,14 @@ def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), tree
   )
+
+
+def compiler_options() -> dict[str, str]:
+  """Returns what XLA is told of a program that trains; nothing but on a CPU.
+
+  XLA:CPU by default hands convolutions to a library that is several times slower than
+  its own code on kernel gradients, where the kernel is as large as an image.
+  """
+  if jax.default_backend() != 'cpu':
+    return {}
+  return {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}

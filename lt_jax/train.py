@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     steps: the step it ends at.
     chunk: steps a compiled call; the intervals below are multiples of it.
     log_every: interval of log rows.
-    save_every: interval of checkpoints.
+    save_every: interval of checkpoints, a multiple of `log_every`.
     evaluate_every: interval of evaluations.
     profile: (first, last) step of a profiler trace; None for no trace.
     profile_dir: where the trace goes.
@@ -153,7 +153,12 @@ def make_update(
       return one(carry, jax.tree.map(lambda x: x[0], payloads), arrays)[0]
     return lax.scan(lambda c, p: one(c, p, arrays), carry, payloads)[0]
 
-  return jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+  return jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=sharding.replicated(mesh),
+    compiler_options=sharding.compiler_options(),
+  )
 
 
 def train(
@@ -204,7 +209,10 @@ def train(
 
   while True:
     if plan.due(step, plan.evaluate_every):
+      bad.block_until_ready()  # so that the pause begins when the training ends
+      began = time.perf_counter()
       hooks.evaluate(step, state)
+      clock += time.perf_counter() - began
     if hooks.stop():
       if step > logged:
         log()

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 PRELOAD = [
   'lt_jax.build',
-  'lt_jax.main',
   'lt_jax.run',
+  'ml_collections.config_flags',
   'sklearn.datasets',
   'tensorboardX',
   'tests.child',
@@ -27,7 +27,7 @@ FAST = (
   '--config.save_every_epochs=5',
   '--config.evaluate_every_epochs=10',
 )
-"""Of a run of 71 steps: saves every 18, evaluations every 36."""
+"""Of a run of 71 steps: checkpoints every 20, evaluations every 36."""
 
 
 def command(workdir, *overrides, config='digits_lt.py:ldam_drw,epochs=20', fast=FAST):
@@ -133,15 +133,23 @@ def _kill_between(argument: str) -> None:
   """Dies after Orbax has finished the n-th save and before its manifest."""
   from lt_jax import checkpoint
 
-  _at_call(checkpoint, '_digests', die, int(argument))
+  _at_call(checkpoint.Checkpoints, '_write_manifest', die, int(argument))
 
 
 def _kill_in_save(argument: str) -> None:
-  """Dies inside the n-th save, before Orbax renames its folder into place."""
-  from orbax.checkpoint._src.path import atomicity
+  """Dies inside the n-th save: its files are written, its folder not yet renamed."""
+  import orbax.checkpoint as ocp
 
-  _at_call(atomicity, '_rename' if hasattr(atomicity, '_rename') else 'time', die, 0)
+  handler = ocp.StandardCheckpointHandler
+  _at_call(handler, 'finalize', die, int(argument))
+
+
+def _kill_between_stages(argument: str) -> None:
+  """Dies when the second stage is about to begin."""
+  from lt_jax import run
+
   del argument
+  _at_call(run._StageRunner, 'run', die, 2)
 
 
 def _terminate_in_evaluation(argument: str) -> None:
@@ -178,14 +186,22 @@ def _nan_image(argument: str) -> None:
   train.batches_at = poisoned
 
 
+def _simulate_devices(argument: str) -> None:
+  import jax
+
+  jax.config.update('jax_num_cpu_devices', int(argument))
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
   'kill_at': lambda step: _at_step(step, die),
   'term_at': lambda step: _at_step(step, terminate),
   'usr1_at': lambda step: _at_step(step, lambda: terminate(signal.SIGUSR1)),
   'kill_between': _kill_between,
+  'kill_between_stages': _kill_between_stages,
   'kill_in_save': _kill_in_save,
   'term_in_evaluation': _terminate_in_evaluation,
   'term_while_compiling': _terminate_while_compiling,
   'file_size': _limit_file_size,
+  'devices': _simulate_devices,
   'nan_at': _nan_image,
 }

@@ -13,9 +13,13 @@ OPTIONS = {
   'class_balanced': {},
   'square_root': {},
   'progressive': {'epochs': 5},
-  'class_aware': {'batch': 128},
+  'class_aware': {},
   'effective_number': {'beta': 0.99},
 }
+
+
+def make(name, labels, batch=128, **options):
+  return samplers.make_sampler(name, labels, batch=batch, **options)
 
 
 def assert_frequencies(sampler, expected, epoch=0):
@@ -32,14 +36,14 @@ def test_every_sampler_has_options_here():
 
 @pytest.mark.parametrize('name', OPTIONS)
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch(name):
-  sampler = samplers.make_sampler(name, LABELS, **OPTIONS[name])
+  sampler = make(name, LABELS, **OPTIONS[name])
   first = sampler.indices(0, 1)
   assert first.shape == (sampler.length,)
   assert first.dtype == np.int32
   assert first.min() >= 0
   assert first.max() < len(LABELS)
   sampler.indices(5, 5)
-  again = samplers.make_sampler(name, LABELS, **OPTIONS[name])
+  again = make(name, LABELS, **OPTIONS[name])
   np.testing.assert_array_equal(first, again.indices(0, 1))
   for seed, epoch in ((0, 0), (0, 2), (1, 1), (1, 0)):
     assert (first != sampler.indices(seed, epoch)).any()
@@ -82,7 +86,7 @@ def test_images_of_a_class_are_drawn_alike():
 
 @pytest.mark.parametrize('name', ['class_balanced', 'progressive', 'class_aware'])
 def test_each_class_is_dealt_out_before_it_repeats(name):
-  sampler = samplers.make_sampler(name, LABELS, **OPTIONS[name])
+  sampler = make(name, LABELS, **OPTIONS[name])
   indices = sampler.indices(0, 1)
   laps_differ = False
   for c, count in enumerate(COUNTS):
@@ -159,13 +163,6 @@ def test_a_batch_may_be_written_to():
   assert (samplers.batch_indices(sampler, 0, 8, 0) >= 0).all()
 
 
-@pytest.mark.parametrize(('length', 'batch'), [(10, 5), (7, 3), (5, 12)])
-def test_epoch_start_is_the_first_step_of_the_epoch(length, batch):
-  for epoch in range(6):
-    steps = (s for s in range(100) if s * batch >= epoch * length)
-    assert samplers.epoch_start(epoch, length, batch) == next(steps)
-
-
 def test_deferred_switches_exactly_at_the_epoch():
   first, second = samplers.instance(LABELS), samplers.class_balanced(LABELS)
   both = samplers.deferred(first, second, switch_epoch=2)
@@ -180,13 +177,13 @@ def test_deferred_switches_exactly_at_the_epoch():
 def test_an_empty_class_is_named(name):
   labels = np.repeat([0, 1, 3], 50)
   with pytest.raises(UserError, match=f'{name}.*class 2 has no training images'):
-    samplers.make_sampler(name, labels, **OPTIONS[name])
+    make(name, labels, **OPTIONS[name])
 
 
 @pytest.mark.parametrize('name', OPTIONS)
 def test_an_empty_training_set_is_refused(name):
   with pytest.raises(UserError, match='empty'):
-    samplers.make_sampler(name, np.zeros(0, int), **OPTIONS[name])
+    make(name, np.zeros(0, int), **OPTIONS[name])
 
 
 @pytest.mark.parametrize(
@@ -194,7 +191,7 @@ def test_an_empty_training_set_is_refused(name):
   [
     ('class_balancd', {}, "did you mean 'class_balanced'"),
     ('class_aware', {'batch': 8, 'per_clas': 4}, "did you mean 'per_class'"),
-    ('instance', {'batch': 8}, "no option 'batch'"),
+    ('instance', {'per_class': 8}, "no option 'per_class'"),
     ('progressive', {}, "needs the option 'epochs'"),
     ('progressive', {'epochs': 0}, 'epochs must be positive'),
     ('class_aware', {'batch': 1000}, '530 training images are less than one batch'),
@@ -204,5 +201,5 @@ def test_an_empty_training_set_is_refused(name):
 )
 def test_mistakes_are_told_in_one_line(name, options, message):
   with pytest.raises(UserError, match=message) as error:
-    samplers.make_sampler(name, LABELS, **options)
+    make(name, LABELS, **options)
   assert '\n' not in str(error.value)

@@ -7,14 +7,13 @@ the same global order.
 """
 
 import functools
-import inspect
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.errors import UserError, construct
 
 
 class Sampler(NamedTuple):
@@ -302,28 +301,21 @@ SAMPLERS = {
 }
 
 
-def make_sampler(name: str, labels: np.ndarray, **options) -> Sampler:
+def make_sampler(
+  name: str, labels: np.ndarray, *, batch: int, **options: Any
+) -> Sampler:
   """Returns the sampler of that name.
 
   Args:
     name: a key of `SAMPLERS`.
     labels: (N,) int, the training labels.
-    **options: what the factory takes beside the labels, by name.
+    batch: global batch size, for those samplers that ask for it.
+    **options: what the factory takes beside them.
 
   Raises:
     UserError: for an unknown name, an unknown option or one that is missing.
   """
-  factory = lookup(SAMPLERS, 'sampler', name)
-  _, *known = inspect.signature(factory).parameters.values()
-  names = [parameter.name for parameter in known]
-  for option in options:
-    if option not in names:
-      near = suggest(option, names) if names else '; it takes none'
-      raise UserError(f'sampler {name!r} has no option {option!r}{near}')
-  for parameter in known:
-    if parameter.default is parameter.empty and parameter.name not in options:
-      raise UserError(f'sampler {name!r} needs the option {parameter.name!r}')
-  return factory(labels, **options)
+  return construct(SAMPLERS, 'sampler', name, labels, options=options, batch=batch)
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.
@@ -352,14 +344,3 @@ def batch_indices(sampler: Sampler, seed: int, batch: int, step: int) -> np.ndar
     for e in range(int(epoch[0]), int(epoch[-1]) + 1)
   ]
   return np.concatenate(parts)
-
-
-def epoch_start(epoch: int, length: int, batch: int) -> int:
-  """Returns the first step that begins in or after an epoch: ceil(e * L / B).
-
-  Args:
-    epoch: e, counted from 0.
-    length: L, the positions of an epoch.
-    batch: B, the global batch size.
-  """
-  return -(-epoch * length // batch)

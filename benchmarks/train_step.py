@@ -1,0 +1,219 @@
+"""Images a second of a training step: bare, inside the loop, and written in PyTorch.
+
+  python -m benchmarks.train_step [--torch_python=PATH] [--json=FILE]
+
+The sides take turns within one run, so that what else the machine does falls on all of
+them; the median of the rounds is shown, and ratios. PyTorch runs where this Python, or
+the one that --torch_python names, has it.
+
+On an accelerator the step runs in a scan over device-resident data, and one epoch of
+CIFAR-10-LT (imbalance 100: 12,406 images) is timed as the loop runs it.
+"""
+
+import argparse
+import json
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from configs import cifar10_lt
+from lt_jax import build, sharding, train
+from lt_jax.data import dataset, sources
+
+HERE = pathlib.Path(__file__).parent
+
+
+def synthetic(spec, data_dir=None):
+  """Random images with the counts of CIFAR-10; stands in for the source."""
+  del spec, data_dir
+  rng = np.random.default_rng(0)
+
+  def split(count):
+    images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
+    labels = np.arange(count, dtype=np.int32) % 10
+    return sources.Arrays(images, labels, tuple(str(c) for c in range(10)))
+
+  return {'train': split(50000), 'test': split(1000)}
+
+
+class Jax:
+  """Our side: the compiled call alone, and the loop that calls it."""
+
+  def __init__(self, net, batch, steps):
+    dataset.load_source = synthetic
+    config = cifar10_lt.get_config(f'ldam_drw,net={net}')
+    config.update(batch=batch, log_every_steps=steps)
+    experiment = build.build(build.resolve(config), devices=1)
+    self.stage = experiment.stages['train']
+    self.mesh = experiment.mesh
+    self.chunk = self.stage.plan.chunk
+    streams = self.stage.streams
+    self.arrays = {name: s.arrays for name, s in streams.items()}
+    first = train.initial_state(
+      self.stage.method, streams, jax.random.key(0), self.mesh
+    )
+    self.state = first()
+    self.loop_state = first()
+    self.zeros, self.bad = train._empty_totals(
+      self.stage.method, streams, self.state, self.mesh
+    )
+    rows = train._stack(streams, 0, self.chunk)
+    self.payload = sharding.put_batch(self.mesh, rows, leading=1)
+    update = train.make_update(self.stage.method, streams, self.mesh, self.chunk)
+    began = time.perf_counter()
+    arguments = (self.state, self.zeros, self.bad, self.arrays, self.payload)
+    self.update = update.lower(*arguments).compile()
+    self.compile_seconds = time.perf_counter() - began
+    self.params = sum(x.size for x in jax.tree.leaves(self.state.params))
+
+  def lower(self, *arguments):
+    """With `compile`: stands in for the jitted update that the loop would make."""
+    return self
+
+  def compile(self):
+    return self.update
+
+  def bare(self, steps):
+    """Seconds of so many steps, called one after the other with one payload."""
+    state, bad = self.state, self.bad
+    began = time.perf_counter()
+    for _ in range(steps // self.chunk):
+      state, _, bad = self.update(state, self.zeros, bad, self.arrays, self.payload)
+    bad.block_until_ready()
+    self.state = state
+    return time.perf_counter() - began
+
+  def loop(self, steps):
+    """Seconds of so many steps of the loop, from its first call to its last log row."""
+    seconds = []
+    train.make_update = lambda *arguments: self  # compiled once, for both sides
+    first = int(self.loop_state.step)
+    hooks = train.Hooks(
+      compiled=lambda s: None,
+      progress=lambda step: None,
+      log=lambda step, values, count, s: seconds.append(s),
+      save=lambda step, state: None,
+      evaluate=lambda step, state: None,
+      stop=lambda: False,
+    )
+    plan = self.stage.plan._replace(
+      first=first, steps=first + steps, log_every=steps, save_every=10**9
+    )
+    self.loop_state = train.train(
+      self.stage.method,
+      self.stage.streams,
+      self.loop_state,
+      mesh=self.mesh,
+      plan=plan,
+      hooks=hooks,
+    )
+    return sum(seconds)
+
+
+class Torch:
+  """The other side, in a process of its own."""
+
+  def __init__(self, python, depth, batch):
+    command = [python, HERE / 'torch_step.py', f'--depth={depth}', f'--batch={batch}']
+    self.process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    ready = self.process.stdout.readline().split()
+    if not ready:
+      raise SystemExit(f'{python} cannot run torch_step.py: has it PyTorch?')
+    self.version, self.device, self.params = ready[2], ready[3], int(ready[4])
+
+  def run(self, steps):
+    self.process.stdin.write(f'run {steps}\n')
+    self.process.stdin.flush()
+    return float(self.process.stdout.readline())
+
+
+def find_torch(named):
+  """Returns a Python that has PyTorch, or None."""
+  candidates = [named] if named else [sys.executable]
+  for python in filter(None, map(shutil.which, candidates)):
+    check = [python, '-c', 'import torch']
+    if subprocess.run(check, capture_output=True, check=False).returncode == 0:
+      return python
+  return None
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--net', default='resnet32')
+  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--steps', type=int, default=0, help='a round; 0 chooses')
+  parser.add_argument('--torch_python', default=None)
+  parser.add_argument('--json', default=None)
+  options = parser.parse_args()
+
+  on_cpu = jax.default_backend() == 'cpu'
+  steps = options.steps or (4 if on_cpu else 200)
+  ours = Jax(options.net, options.batch, steps)
+  steps = max(1, steps // ours.chunk) * ours.chunk
+  sides = {'bare step': ours.bare, 'loop': ours.loop}
+  python = find_torch(options.torch_python)
+  if python:
+    depth = int(options.net.removeprefix('resnet'))
+    torch = Torch(python, depth, options.batch)
+    sides[f'PyTorch {torch.version}'] = torch.run
+  seconds = {name: [] for name in sides}
+  for round_number in range(options.rounds + 1):
+    for name, run in sides.items():
+      taken = run(steps) / steps
+      if round_number:  # the first warms up
+        seconds[name].append(taken)
+
+  kind = jax.devices()[0].device_kind
+  print(
+    f'{options.net}, {ours.params:,} parameters, batch {options.batch}, float32, '
+    f'JAX {jax.__version__} on {kind}; {options.rounds} rounds of {steps} steps in '
+    f'turn, {ours.chunk} a call; compiled in {ours.compile_seconds:.1f} s'
+  )
+  base = statistics.median(seconds['bare step'])
+  table = {}
+  for name, taken in seconds.items():
+    median = statistics.median(taken)
+    table[name] = {
+      'seconds_per_step': median,
+      'fastest': min(taken),
+      'slowest': max(taken),
+      'images_per_second': options.batch / median,
+      'rate_over_bare': base / median,
+    }
+    print(
+      f'  {name:16s} {1e3 * median:9.2f} ms a step   '
+      f'{options.batch / median:10,.0f} images/s   {base / median:6.3f} of bare'
+    )
+  report = {
+    'net': options.net,
+    'batch': options.batch,
+    'rounds': options.rounds,
+    'steps': steps,
+    'device': kind,
+    'machine': platform.machine(),
+    'jax': jax.__version__,
+    'compile_seconds': ours.compile_seconds,
+    'sides': table,
+  }
+  if not on_cpu:
+    epoch = -(-12406 // options.batch)
+    loop = min(ours.loop(epoch) for _ in range(3))
+    busy = epoch * base / loop
+    print(f'  one CIFAR-10-LT epoch: {loop:.3f} s, device busy {100 * busy:.1f} %')
+    report['epoch'] = {'seconds': loop, 'device_busy': busy}
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  main()

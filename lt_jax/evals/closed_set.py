@@ -1,0 +1,64 @@
+"""Accuracy on known classes: overall, by class, by shot group."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def closed_set(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  *,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  r"""Returns accuracies of known images, all in [0, 1].
+
+  With a_c the accuracy of class c over its test images:
+
+  .. math::
+    \text{macro} = \frac{1}{C'} \sum_c a_c, \qquad
+    \text{harmonic mean} = C' \Big/ \sum_c \frac{1}{a_c}
+
+  A class without test images is left out of both, and counted in neither C'; a class
+  with a_c = 0 makes the harmonic mean 0. A group is the mean a_c of its classes, None
+  where it has none with test images.
+
+  Args:
+    label: (N,) int in [0, C).
+    prediction: (N,) int in [0, C), or -1 where an image was rejected as unknown.
+    num_classes: C.
+    groups: name -> (C,) bool, such as the many-, medium- and few-shot classes.
+
+  Returns:
+    'accuracy' (over images), 'macro_accuracy', 'harmonic_mean', 'worst_class', one
+    value a group, 'classes_counted' (C'); and the arrays 'class_accuracy' (C,), NaN
+    where a class has no test images, and 'confusion' (C, C) counts, row by true class.
+
+  Source: the groups are those of Liu et al., arXiv 1904.05160, section 4.
+  """
+  right = label == prediction
+  total = np.bincount(label, minlength=num_classes)
+  hits = np.bincount(label[right], minlength=num_classes)
+  there = total > 0
+  by_class = np.divide(hits, total, out=np.full(num_classes, np.nan), where=there)
+  kept = prediction >= 0
+  cells = label[kept] * num_classes + prediction[kept]
+  confusion = np.bincount(cells, minlength=num_classes**2)
+  seen = by_class[there]
+  harmonic = len(seen) / (1 / seen).sum() if seen.size and seen.all() else 0.0
+  return {
+    'accuracy': float(right.mean()),
+    'macro_accuracy': float(seen.mean()),
+    **{name: _mean(by_class[mask & there]) for name, mask in groups.items()},
+    'harmonic_mean': float(harmonic),
+    'worst_class': float(seen.min()),
+    'classes_counted': int(there.sum()),
+    'class_accuracy': by_class,
+    'confusion': confusion.reshape(num_classes, num_classes),
+  }
+
+
+def _mean(values: np.ndarray) -> float | None:
+  return float(values.mean()) if values.size else None

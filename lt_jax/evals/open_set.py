@@ -1,0 +1,164 @@
+"""The open set: telling images of known classes from those of no class seen before.
+
+An image is rejected where its known score is below a threshold. Two definitions of
+the F-measure are in print, and differ by far; both are computed, under their names.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from lt_jax.evals.closed_set import closed_set
+
+FIXED_THRESHOLD = 0.1
+"""Of the maximum softmax probability, in Liu et al., arXiv 1904.05160."""
+
+
+def f_measure(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  known_score: np.ndarray,
+  threshold: float,
+  *,
+  definition: str,
+) -> float:
+  r"""Returns the open-set F-measure, micro-averaged.
+
+  With a prediction of -1 where the score is below the threshold: a true positive is a
+  known image with the right class, a false negative an open image with any class, and
+
+  .. math:: F = \frac{2 P R}{P + R}, \quad P = \frac{TP}{TP + FP}, \quad
+            R = \frac{TP}{TP + FN}
+
+  What counts as a false positive is where the definitions part:
+
+    'oltr2019'  a known image with a wrong class; one that was rejected costs nothing,
+                so it only grows with the threshold. The paper's tables use it.
+    'oltr2020'  a known image with a wrong class or rejected.
+
+  Args:
+    label: (N,) int, -1 for open images.
+    prediction: (N,) int, the class before any rejection.
+    known_score: (N,), higher for images of known classes.
+    threshold: images with a lower score are rejected.
+    definition: 'oltr2019' or 'oltr2020'.
+
+  Source: Liu et al., arXiv 1904.05160, and the authors' code before and after its
+  change of January 2020.
+  """
+  known, kept = label >= 0, known_score >= threshold
+  right = known & kept & (prediction == label)
+  rejections_count = {'oltr2019': False, 'oltr2020': True}[definition]
+  wrong = known & (prediction != label) & kept
+  false_positives = wrong.sum() + (rejections_count * (known & ~kept)).sum()
+  false_negatives = (~known & kept).sum()
+  denominator = 2 * right.sum() + false_positives + false_negatives
+  return float(2 * right.sum() / denominator) if denominator else 0.0
+
+
+def ranking(known_score: np.ndarray, open_score: np.ndarray) -> dict[str, float]:
+  """Returns how well the scores separate, without a threshold.
+
+  Args:
+    known_score: (N,) scores of known images.
+    open_score: (M,) scores of open images.
+
+  Returns:
+    'auroc', the probability that a known image scores above an open one, ties half;
+    'aupr', the average precision of finding known images; and 'fpr_at_95_tpr', the
+    share of open images accepted when at least 95 % of the known ones are.
+
+  Source: Hendrycks and Gimpel, arXiv 1610.02136.
+  """
+  from sklearn.metrics import average_precision_score, roc_auc_score
+
+  scores = np.concatenate([known_score, open_score])
+  is_known = np.arange(len(scores)) < len(known_score)
+  threshold = keep_threshold(known_score)
+  return {
+    'auroc': float(roc_auc_score(is_known, scores)),
+    'aupr': float(average_precision_score(is_known, scores)),
+    'fpr_at_95_tpr': float((open_score >= threshold).mean()),
+  }
+
+
+def keep_threshold(known_score: np.ndarray, keep: float = 0.95) -> float:
+  """Returns the largest score that keeps a share of known validation images.
+
+  Args:
+    known_score: (N,).
+    keep: the share, of images whose score is at least the threshold.
+  """
+  descending = np.sort(known_score)[::-1]
+  return float(descending[max(int(np.ceil(keep * len(descending))) - 1, 0)])
+
+
+def best_threshold(
+  label: np.ndarray, prediction: np.ndarray, known_score: np.ndarray
+) -> float:
+  """Returns the threshold of the largest F-measure on validation data.
+
+  By the definition 'oltr2020', since the other only grows with the threshold; needs
+  open validation images, since without them every rejection is a loss. Of equal
+  values the lowest threshold is taken.
+
+  Args:
+    label: (N,) int, -1 for open images.
+    prediction: (N,) int.
+    known_score: (N,).
+  """
+  candidates = np.unique(known_score)
+  values = [
+    f_measure(label, prediction, known_score, t, definition='oltr2020')
+    for t in candidates
+  ]
+  return float(candidates[int(np.argmax(values))])
+
+
+def open_set(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  known_score: np.ndarray,
+  threshold: float,
+  *,
+  num_classes: int,
+  groups: dict[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns every open-set metric of a test set with open images.
+
+  Args:
+    label: (N,) int, -1 for open images.
+    prediction: (N,) int, before rejection.
+    known_score: (N,).
+    threshold: chosen on validation data.
+    num_classes: C.
+    groups: name -> (C,) bool, for the accuracies of known images after rejection.
+
+  Returns:
+    'auroc', 'aupr' and 'fpr_at_95_tpr'; at the threshold 'f_measure_oltr2019',
+    'f_measure_oltr2020', 'open_accuracy' (open images rejected), and accuracies of
+    the known images as 'known_accuracy' and 'known_<group>'; both F-measures again
+    with '_at_0.1', the papers' fixed threshold.
+  """
+  known = label >= 0
+  kept = known_score >= threshold
+  after = closed_set(
+    label[known],
+    np.where(kept, prediction, -1)[known],
+    num_classes=num_classes,
+    groups=groups,
+  )
+  at = {'': threshold, f'_at_{FIXED_THRESHOLD}': FIXED_THRESHOLD}
+  return {
+    **ranking(known_score[known], known_score[~known]),
+    **{
+      f'f_measure_{definition}{suffix}': f_measure(
+        label, prediction, known_score, t, definition=definition
+      )
+      for suffix, t in at.items()
+      for definition in ('oltr2019', 'oltr2020')
+    },
+    'open_accuracy': float((~kept[~known]).mean()),
+    **{f'known_{name}': after[name] for name in ('accuracy', *groups)},
+    'threshold': threshold,
+  }

@@ -1,0 +1,88 @@
+"""Evaluates a finished or running run again: python -m lt_jax.evaluate --workdir=DIR.
+
+Reads config.json, not Python, and the newest checkpoint that passes every check; trains
+nothing and leaves the run's own files alone. Writes evaluation.json.
+"""
+
+import jax
+from absl import flags
+from etils import epath
+
+from lt_jax import build, checkpoint, commands, files, results, sharding, train
+from lt_jax.errors import UserError
+from lt_jax.writers import Screen
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
+WHICH = flags.DEFINE_enum(
+  'which', 'last', ['last', 'best'], 'The last State, or the one selected on val.'
+)
+STAGE = flags.DEFINE_string('stage', None, 'The stage; the last one by default.')
+
+
+def main() -> None:
+  """Evaluates the run that the flags name."""
+  evaluate(epath.Path(WORKDIR.value), which=WHICH.value, stage_name=STAGE.value)
+
+
+def evaluate(
+  workdir: epath.Path, *, which: str = 'last', stage_name: str | None = None
+) -> dict:
+  """Evaluates a State of a run and writes evaluation.json.
+
+  Args:
+    workdir: the run's folder.
+    which: 'last' or 'best'.
+    stage_name: the stage; None for the last one.
+
+  Returns:
+    What evaluation.json holds.
+
+  Raises:
+    UserError: there is no such run or State, or it is damaged.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise UserError(f'{workdir} holds no run: there is no config.json')
+  config = files.read_json(path)
+  experiment = build.build({**config, 'device': 'any'})
+  before = files.read_json(workdir / 'data.json')['fingerprint']
+  if before != experiment.dataset.fingerprint:
+    raise UserError(f'the data have changed since {workdir} was trained')
+  name = stage_name or config['stage_order'][-1]
+  if name not in experiment.stages:
+    raise UserError(f'no stage {name!r}; there are {", ".join(experiment.stages)}')
+  stage = experiment.stages[name]
+  key = jax.random.key(config['seed'])
+  first = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  target = checkpoint.abstract(
+    jax.eval_shape(first), sharding.replicated(experiment.mesh)
+  )
+  ladder = checkpoint.Checkpoints(workdir / 'stages' / name / 'checkpoints')
+  try:
+    if which == 'best':
+      restored = ladder.restore_best(target)
+    else:
+      restored = ladder.restore(target, quarantine=False)
+  finally:
+    ladder.close()
+  if restored is None:
+    raise UserError(f'{workdir} has no {which} checkpoint of stage {name!r}')
+  evaluated = results.evaluate(experiment, stage, restored.state)
+  result = {
+    'recipe': config['recipe'],
+    'seed': config['seed'],
+    'stage': name,
+    'which': which,
+    'step': restored.step,
+    'verified': restored.verified,
+    **evaluated.metrics,
+    'threshold': evaluated.threshold,
+    'state_sha256': checkpoint.digest(restored.state),
+  }
+  files.write_json(workdir / 'evaluation.json', results.jsonable(result))
+  results.show(result, workdir, Screen())
+  return result
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'workdir')

@@ -1,0 +1,109 @@
+"""Batch normalisation: over the batch, over parts of it, or with frozen statistics."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from lt_jax.errors import UserError
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """Returns x, widened where it is narrower than float32."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class BatchNorm(nn.Module):
+  r"""Normalises every channel, then scales and shifts it.
+
+  .. math::
+    y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+
+  In training mu and sigma^2 (the biased variance) are those of a group of the batch,
+  and the running averages move towards their mean over the G groups:
+
+  .. math::
+    \bar\mu \leftarrow m \bar\mu + (1 - m) \frac{1}{G} \sum_g \mu_g
+
+  and likewise for the variance. In evaluation they are the running averages.
+
+  One group is the global batch. As many groups as devices are what one process a
+  device computes: group g is the g-th contiguous part of the batch, thus the part that
+  lies on device g, and its statistics need no communication. Statistics are computed
+  in float32 whatever the type of x, and y has the type of x.
+
+  Attributes:
+    groups: G, number of equal parts of the batch with statistics of their own.
+    group_size: instead of `groups`, the examples of each part: a ghost batch.
+    frozen: the running averages are used in training too, and do not change.
+    momentum: m.
+    epsilon: added to the variance.
+
+  Raises:
+    UserError: the batch does not divide into the groups.
+
+  Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; groups: Hoffer et al.,
+  arXiv 1705.08741, algorithm 1. The running variance of PyTorch is the unbiased one.
+  """
+
+  groups: int = 1
+  group_size: int | None = None
+  frozen: bool = False
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps (B, ..., C) to the same shape."""
+    shape = x.shape[-1:]
+    zeros, ones = nn.initializers.zeros, nn.initializers.ones
+    scale = self.param('scale', ones, shape, jnp.float32)
+    bias = self.param('bias', zeros, shape, jnp.float32)
+    running = [
+      self.variable('batch_stats', name, jnp.full, shape, value, jnp.float32)
+      for name, value in (('mean', 0.0), ('var', 1.0))
+    ]
+    grouped = at_least_float32(x)[None]
+    if train and not self.frozen:
+      grouped = grouped.reshape(self._group_count(len(x)), -1, *x.shape[1:])
+      mean, var = stats = moments(grouped)
+      if not self.is_initializing():
+        for average, values in zip(running, stats, strict=True):
+          old = average.value
+          new = self.momentum * old + (1 - self.momentum) * values.mean(axis=0)
+          average.value = new.astype(old.dtype)
+    else:
+      mean, var = (average.value[None] for average in running)
+    multiplier = scale[None] * lax.rsqrt(var + self.epsilon)
+    # One multiplication and one addition an element: (x - mean) would be stored.
+    y = grouped * _over(grouped, multiplier)
+    y += _over(grouped, bias[None] - mean * multiplier)
+    return y.reshape(x.shape).astype(x.dtype)
+
+  def _group_count(self, batch: int) -> int:
+    """Returns G, having checked that it fits."""
+    size = self.group_size
+    count = self.groups if size is None else max(batch // size, 1)
+    if batch % count or (size is not None and count * size != batch):
+      parts = f'{count} groups' if size is None else f'groups of {size}'
+      raise UserError(
+        f'batch normalisation: a batch of {batch} does not divide into {parts}'
+      )
+    return count
+
+
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns mean and biased variance, each (G, C), of x (G, ..., C).
+
+  From the sums of x and x^2: one pass over x, and one round of all-reduces where a
+  group lies on many devices.
+  """
+  axes = tuple(range(1, x.ndim - 1))
+  mean = x.mean(axes)
+  # Rounding may leave a difference below zero where a channel is constant.
+  return mean, jnp.maximum((x * x).mean(axes) - mean * mean, 0)
+
+
+def _over(x: jax.Array, per_channel: jax.Array) -> jax.Array:
+  """Returns (G, C) with axes of length 1, to broadcast over x (G, ..., C)."""
+  return lax.expand_dims(per_channel, range(1, x.ndim - 1))

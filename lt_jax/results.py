@@ -1,0 +1,295 @@
+"""What a run leaves behind: final metrics, predictions, features, worst errors."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+import lt_jax
+from lt_jax import checkpoint, files
+from lt_jax.build import Experiment, Stage, config_digest
+from lt_jax.evals import open_set, record
+from lt_jax.evals.calibration import calibration
+from lt_jax.evals.closed_set import closed_set
+from lt_jax.evals.collect import Collected, collector
+from lt_jax.method import Batch, Outputs, State
+from lt_jax.writers import Screen, read_rows, write_npz
+
+MOST_LOGITS = 10**8
+"""Test images times classes up to which predictions.npz holds every logit."""
+
+TOP = 20
+FEATURES = 2000
+SAMPLES = 64
+
+
+class Evaluated(NamedTuple):
+  """A State, evaluated on every split.
+
+  Attributes:
+    metrics: 'val' and 'test' -> name -> value; the open set's are in 'test'.
+    threshold: of the known score, how it was chosen and its value; None without an
+      open test set.
+    records: split -> what `lt_jax.evals.record` keeps; the test split's with logits
+      and features.
+  """
+
+  metrics: dict[str, dict[str, Any]]
+  threshold: dict[str, Any] | None
+  records: dict[str, Collected]
+
+
+def evaluate(experiment: Experiment, stage: Stage, state: State) -> Evaluated:
+  """Evaluates a State on every split there is."""
+  keep_all = collector(stage.method.predict, _keep(experiment), experiment.mesh)
+  keep_record = collector(stage.method.predict, record, experiment.mesh)
+  records = {
+    name: (keep_all if name == 'test' else keep_record)(state, one_pass)
+    for name, one_pass in experiment.passes.items()
+  }
+  metrics = {
+    name: split_metrics(records[name], experiment)
+    for name in ('val', 'test')
+    if name in records
+  }
+  threshold = None
+  if 'open_test' in records:
+    threshold = _choose_threshold(records)
+    metrics['test'] |= open_set.open_set(
+      *_joined(records['test'], records['open_test']),
+      threshold['value'],
+      num_classes=len(experiment.dataset.class_names),
+      groups=experiment.groups,
+    )
+  return Evaluated(metrics, threshold, records)
+
+
+def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
+  """Returns closed-set accuracies, mean loss and ECE of a split of known images."""
+  label, prediction = records['label'], records['prediction']
+  found = closed_set(
+    label,
+    prediction,
+    num_classes=len(experiment.dataset.class_names),
+    groups=experiment.groups,
+  )
+  del found['confusion']  # predictions.npz has what it is made of
+  calibrated = calibration(records['confidence'], prediction == label)
+  loss = float(records['loss'].mean(dtype=np.float64))
+  return {**found, 'loss': loss, 'ece': calibrated['ece']}
+
+
+def _joined(*parts: Collected) -> tuple[np.ndarray, ...]:
+  names = ('label', 'prediction', 'known_score')
+  return tuple(np.concatenate([part[name] for part in parts]) for name in names)
+
+
+def _choose_threshold(records: Mapping[str, Collected]) -> dict[str, Any]:
+  """Chooses the threshold of the known score, on validation images only."""
+  if 'open_val' in records and 'val' in records:
+    value = open_set.best_threshold(*_joined(records['val'], records['open_val']))
+    return {'value': value, 'chosen_by': 'f_measure_oltr2020 on val and open_val'}
+  if 'val' in records:
+    value = open_set.keep_threshold(records['val']['known_score'])
+    return {'value': value, 'chosen_by': 'keeps 95 % of val'}
+  return {'value': open_set.FIXED_THRESHOLD, 'chosen_by': 'fixed, there is no val'}
+
+
+def _keep(experiment: Experiment) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
+  """Returns what is kept of the test split: records, features, and logits or the top.
+
+  On the device, so that a large test set times many classes never comes to the host.
+  """
+  classes = len(experiment.dataset.class_names)
+  all_logits = experiment.passes['test'].examples * classes <= MOST_LOGITS
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    logits = outputs['logits']
+    kept = {
+      **record(outputs, batch),
+      'features': outputs['features'].astype(jnp.float16),
+    }
+    if all_logits:
+      return kept | {'logits': logits.astype(jnp.float16)}
+    top, classes = jax.lax.top_k(logits, TOP)
+    of_label = jnp.take_along_axis(logits, batch['label'][:, None], axis=-1)[:, 0]
+    return kept | {
+      'top_logits': top.astype(jnp.float16),
+      'top_classes': classes,
+      'label_logit': of_label,
+      'log_sum_exp': jax.nn.logsumexp(logits, axis=-1),
+    }
+
+  return keep
+
+
+def write_results(
+  experiment: Experiment,
+  workdir: epath.Path,
+  stage: Stage,
+  state: State,
+  *,
+  wall_seconds: float,
+) -> dict[str, Any]:
+  """Evaluates the last State and writes everything that a run leaves behind.
+
+  Args:
+    experiment: the experiment.
+    workdir: the run's folder.
+    stage: the last stage.
+    state: its State that counts.
+    wall_seconds: of this process, from its start to here.
+
+  Returns:
+    What result.json holds.
+  """
+  evaluated = evaluate(experiment, stage, state)
+  rows = read_rows(workdir / 'metrics.jsonl')
+  rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
+  starts = [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == 'started']
+  config = experiment.config
+  result = {
+    'name': config['name'],
+    'recipe': config['recipe'],
+    'seed': config['seed'],
+    'stage': stage.name,
+    'step': int(jax.device_get(state.step)),
+    'select': '/'.join(stage.select) if stage.select else 'last',
+    **evaluated.metrics,
+    'threshold': evaluated.threshold,
+    'best_on_test': _best_on_test(rows, stage.name),
+    'images_per_second': float(np.median(rates)) if rates else None,
+    'wall_seconds': round(wall_seconds, 1),
+    'starts': len(starts),
+    'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
+    'versions': versions(),
+    'config_digest': config_digest(config),
+    'state_sha256': checkpoint.digest(state),
+  }
+  if jax.process_index() == 0:
+    facts = files.read_json(workdir / 'data.json')
+    files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
+    _write_arrays(experiment, workdir, state, evaluated.records['test'])
+    files.write_json(workdir / 'result.json', jsonable(result))
+  return result
+
+
+def _write_arrays(
+  experiment: Experiment, workdir: epath.Path, state: State, test: Collected
+) -> None:
+  """Writes predictions.npz, features.npz and samples.npz."""
+  logits = ('logits', 'top_logits', 'top_classes', 'label_logit', 'log_sum_exp')
+  predictions = {name: test[name] for name in logits if name in test}
+  write_npz(workdir / 'predictions.npz', label=test['label'], **predictions)
+
+  few = np.linspace(0, len(test['label']) - 1, FEATURES).round().astype(int)
+  few = np.unique(few)
+  centroids = state.params.get('centroids')
+  if centroids is None:
+    centroids = _class_means(test['features'], test['label'], experiment)
+  write_npz(
+    workdir / 'features.npz',
+    features=test['features'][few],
+    label=test['label'][few],
+    prediction=test['prediction'][few],
+    centroids=np.asarray(centroids, np.float16),
+  )
+
+  worst = worst_tail_errors(test, experiment.dataset.counts, experiment.groups['few'])
+  split = experiment.dataset.splits['test']
+  write_npz(
+    workdir / 'samples.npz',
+    image=np.stack([split.source[int(row)] for row in split.rows[worst]])
+    if len(worst)
+    else np.zeros((0, *experiment.dataset.image_shape), np.uint8),
+    **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
+  )
+
+
+def _class_means(
+  features: np.ndarray, label: np.ndarray, experiment: Experiment
+) -> np.ndarray:
+  """Returns the mean test feature of each class, for a method without centroids."""
+  sums = np.zeros((len(experiment.dataset.class_names), features.shape[1]))
+  np.add.at(sums, label, features.astype(np.float64))
+  count = np.bincount(label, minlength=len(sums))[:, None]
+  return sums / np.maximum(count, 1)
+
+
+def worst_tail_errors(
+  test: Collected, counts: np.ndarray, few: np.ndarray
+) -> np.ndarray:
+  """Returns which test images of the tail were missed worst, by their loss.
+
+  Args:
+    test: records of the test split.
+    counts: (C,) training images.
+    few: (C,) bool, the few-shot classes; where there are none, the rarest quarter.
+
+  Returns:
+    (M,) positions, at most 64, the largest loss first.
+  """
+  tail = few if few.any() else counts <= np.quantile(counts, 0.25)
+  wrong = (test['prediction'] != test['label']) & tail[test['label']]
+  positions = np.flatnonzero(wrong)
+  return positions[np.argsort(-test['loss'][positions], kind='stable')][:SAMPLES]
+
+
+def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
+  """Returns the best test accuracy of a stage: a number, never a State in use."""
+  rows = [r for r in rows if r['stage'] == stage and r['split'] == 'test']
+  if not rows:
+    return None
+  best = max(rows, key=lambda row: row['accuracy'])
+  return {name: best[name] for name in ('step', 'epoch', 'accuracy')}
+
+
+def jsonable(value: Any) -> Any:
+  """Returns a value with arrays as lists, and null for what is not a number."""
+  if isinstance(value, Mapping):
+    return {key: jsonable(entry) for key, entry in value.items()}
+  if isinstance(value, np.ndarray | list | tuple):
+    return [jsonable(entry) for entry in np.asarray(value, object).tolist()]
+  return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions a result depends on."""
+  import flax
+  import optax
+
+  packages = {'lt_jax': lt_jax, 'jax': jax, 'flax': flax, 'optax': optax, 'numpy': np}
+  found = {name: package.__version__ for name, package in packages.items()}
+  return {'python': platform.python_version(), **found}
+
+
+TABLE = {
+  'accuracy': 'accuracy',
+  'many': 'many-shot',
+  'medium': 'medium-shot',
+  'few': 'few-shot',
+  'macro_accuracy': 'macro accuracy',
+  'harmonic_mean': 'harmonic mean',
+  'ece': 'ECE',
+  'auroc': 'open-set AUROC',
+  'f_measure_oltr2019': 'open-set F (oltr2019)',
+  'f_measure_oltr2020': 'open-set F (oltr2020)',
+}
+"""What the table at the end shows; result.json has everything."""
+
+
+def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
+  """Prints the table of a result, and where its files are."""
+  test = result['test']
+  shown = {
+    title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
+    for name, title in TABLE.items()
+    if name in test
+  }
+  screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())
+  screen.line(f'\nfiles: {os.fspath(workdir)}')

@@ -1,0 +1,185 @@
+"""Every config with every recipe builds, and says what the papers say; no data needed."""
+
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from configs import cifar10_lt, cifar100_lt, digits_lt
+from lt_jax import build, recipes, train
+from lt_jax.data import dataset, sources
+from lt_jax.errors import UserError
+
+CONFIGS = {
+  'digits_lt': (digits_lt, ''),
+  'cifar10_lt': (cifar10_lt, ',net=resnet8'),
+  'cifar100_lt': (cifar100_lt, ',net=resnet8'),
+}
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+  """CIFAR's labels with images that take no memory."""
+  real = sources.load_source
+
+  def fake(spec, data_dir=None):
+    if not spec.startswith('tfds:'):
+      return real(spec, data_dir)
+    classes = int(spec.removeprefix('tfds:cifar'))
+
+    def split(count):
+      label = np.arange(count, dtype=np.int32) % classes
+      image = np.broadcast_to(np.zeros(1, np.uint8), (count, 32, 32, 3))
+      return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
+
+    return {'train': split(50000), 'test': split(10000)}
+
+  monkeypatch.setattr(dataset, 'load_source', fake)
+  monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')
+  monkeypatch.setattr(dataset, '_resident', lambda source, to_device: {})
+
+
+@pytest.mark.parametrize('recipe', recipes.RECIPES)
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_builds_with_every_recipe(no_data, name, recipe):
+  module, option = CONFIGS[name]
+  config = build.resolve(module.get_config(recipe + option))
+  assert (config['name'], config['recipe']) == (name, recipe)
+  experiment = build.build(config)
+  for stage in experiment.stages.values():
+    init = train.initial_state(
+      stage.method, stage.streams, jax.random.key(0), experiment.mesh
+    )
+    state = jax.eval_shape(init)
+    assert state.params['net']['trunk'] and state.params['net']['head']
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_says_what_it_claims_costs_and_runs(name):
+  module, _ = CONFIGS[name]
+  for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
+    assert part in module.__doc__
+  assert inspect.signature(module.get_config).parameters['arg'].default is None
+
+
+@pytest.mark.parametrize(
+  ('arg', 'total', 'first', 'last'),
+  [
+    ('ce', 12406, 5000, 50),
+    ('ce,imbalance=200', 11203, 5000, 25),
+    ('ce,imbalance=10', 20431, 5000, 500),
+    ('ce,imbalance=10,profile=step', 27500, 5000, 500),
+    ('ce,meta=10', 12380, 4990, 49),
+  ],
+)
+def test_cifar10_counts(no_data, arg, total, first, last):
+  experiment = build.build(build.resolve(cifar10_lt.get_config(arg)))
+  counts = experiment.dataset.counts
+  assert (counts.sum(), counts[0], counts[-1]) == (total, first, last)
+  assert ('meta' in experiment.dataset.splits) == ('meta' in arg)
+
+
+def test_the_protocols_are_those_of_the_papers(no_data):
+  cao = build.resolve(cifar10_lt.get_config('ldam_drw'))
+  cui = build.resolve(cifar10_lt.get_config('cb_focal'))
+  assert cao['epochs'] == 200 and cao['defer_epoch'] == 160
+  for config in (cao, cui):
+    schedule = config['schedule']
+    assert (schedule['base'], schedule['warmup_epochs']) == (0.1, 5)
+    assert schedule['boundaries'] == [160, 180]
+    assert schedule['factors'] == [1e-2, 1e-4]
+  assert cao['schedule']['warmup'] == 'staircase'
+  assert cui['schedule']['warmup'] == 'linear'
+  assert cao['class_weights']['start_epoch'] == 160
+  assert cao['reduction'] == 'weight_normalised' and cui['reduction'] == 'mean'
+  assert cao['model']['trunk_options']['shortcut'] == 'subsample'
+  assert cui['model']['trunk_options']['shortcut'] == 'average'
+  assert cui['optimizer']['weight_decay'][0] == ['net/head/bias', 0.0]
+  assert cui['model']['head_options']['prior_bias']
+  stage = build.build(cao).stages['train']
+  assert stage.plan.steps == 19385  # ceil(200 * 12406 / 128)
+
+
+def test_a_protocol_can_be_chosen():
+  config = build.resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
+  assert config['schedule']['warmup'] == 'staircase'
+  with pytest.raises(UserError, match="did you mean 'cao'"):
+    cifar10_lt.get_config('ce,protocol=caoo')
+
+
+def test_schedules_scale_with_the_epochs():
+  config = build.resolve(cifar10_lt.get_config('ce_drw,epochs=40'))
+  assert config['schedule']['boundaries'] == [32, 36]
+  assert config['class_weights']['start_epoch'] == 32
+
+
+def test_head_and_margin_share_one_scale():
+  config = digits_lt.get_config('ldam_drw')
+  config.loss.scale = 20.0
+  assert build.resolve(config)['model']['head_options']['scale'] == 20.0
+
+
+@pytest.mark.parametrize(
+  ('arg', 'told'),
+  [
+    ('ldam_drv', "unknown method 'ldam_drv'; did you mean 'ldam_drw'"),
+    ('ce,imbalence=3', "unknown option 'imbalence' of the config; did you mean"),
+    ('ce,imbalance=big', "option imbalance='big' of the config is no float"),
+  ],
+)
+def test_mistakes_in_the_argument_are_told(arg, told):
+  with pytest.raises(UserError, match=told):
+    cifar10_lt.get_config(arg)
+
+
+@pytest.mark.parametrize(
+  ('change', 'told'),
+  [
+    ({'reduction': 'meen'}, "unknown reduction 'meen'; did you mean 'mean'"),
+    ({'loss': {'name': 'softmax_focal', 'gama': 1.0}}, "no option 'gama'"),
+    ({'optimizer': {'name': 'sgdd'}}, "did you mean 'sgd'"),
+    ({'sampler': {'name': 'instnce'}}, "did you mean 'instance'"),
+    ({'wrappers': {'emma': {'decay': 0.9}}}, "did you mean 'ema'"),
+    ({'wrappers': {'ema': {}}}, "needs the option 'decay'"),
+    ({'surgeries': [['coppy', {}]]}, "did you mean 'copy'"),
+    ({'stage_order': ['trian']}, "did you mean 'train'"),
+    ({'select': 'best'}, 'it is .last. or such as'),
+    ({'model.batch_norm': 7}, 'model.batch_norm is 7'),
+    ({'model.batch_norm': 'globl'}, "model.batch_norm is 'globl'"),
+    ({'model.trunk': 'digits_cn'}, "did you mean 'digits_cnn'"),
+    ({'model.head': 'linaer'}, "did you mean 'linear'"),
+    ({'data.known_classes': 11}, 'data.known_classes is 11'),
+    ({'data.profile': 'exponentail'}, "did you mean 'exponential'"),
+    ({'data.source': 'digitz'}, "did you mean 'digits'"),
+    ({'data.pad_mode': 'zeros'}, "did you mean 'zero'"),
+    ({'data.test_per_class': 0}, 'has no test split'),
+    ({'device': 'gpu'}, "config.device is 'gpu'"),
+  ],
+)
+def test_mistakes_in_a_config_are_told_before_anything_runs(change, told):
+  config = build.resolve(digits_lt.get_config('ce'))
+  for key, value in change.items():
+    *path, last = key.split('.')
+    place = config
+    for part in path:
+      place = place[part]
+    place[last] = value
+  with pytest.raises(UserError, match=told) as error:
+    build.build(config)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'groups'), [('global', 1), ('per_device', 8), (16, 4)]
+)
+def test_batch_statistics_by_name(monkeypatch, kind, groups):
+  seen = {}
+  monkeypatch.setattr(
+    build, 'make_classifier', lambda *args, **options: seen.update(options)
+  )
+  config = build.resolve(digits_lt.get_config('ce'))
+  data = dataset.Dataset({}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
+  mesh = build.sharding.make_mesh(8)
+  build._network({**config['model'], 'batch_norm': kind}, data, 64, 1, mesh)
+  assert seen['batch_norm'] == {'groups': groups, 'frozen': False}

@@ -1,0 +1,175 @@
+"""Metrics: against cases made by hand, scikit-learn and the formulas."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from lt_jax.evals import record
+from lt_jax.evals.calibration import calibration
+from lt_jax.evals.closed_set import closed_set
+from lt_jax.evals.open_set import (
+  best_threshold,
+  f_measure,
+  keep_threshold,
+  open_set,
+  ranking,
+)
+
+MANY, FEW = np.array([True, True, False, False]), np.array([False, False, False, True])
+
+
+def test_record_of_a_batch(rng):
+  logits = rng.normal(size=(5, 3)).astype(np.float32)
+  label = np.array([0, 1, 2, -1, 0], np.int32)
+  found = record({'logits': jnp.asarray(logits)}, {'label': jnp.asarray(label)})
+  p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  np.testing.assert_array_equal(found['prediction'], logits.argmax(1))
+  np.testing.assert_allclose(found['confidence'], p.max(1), rtol=1e-5)
+  np.testing.assert_allclose(found['known_score'], p.max(1), rtol=1e-5)
+  loss = [-np.log(p[i, y]) if y >= 0 else 0 for i, y in enumerate(label)]
+  np.testing.assert_allclose(found['loss'], loss, rtol=1e-5)
+
+
+def test_record_keeps_the_methods_own_score():
+  outputs = {'logits': jnp.zeros((2, 3)), 'known_score': jnp.array([5.0, -1.0])}
+  found = record(outputs, {'label': jnp.array([0, 1])})
+  np.testing.assert_array_equal(found['known_score'], [5.0, -1.0])
+
+
+def test_record_is_finite_at_huge_logits():
+  outputs = {'logits': jnp.array([[1e4, -1e4], [-1e4, 1e4]])}
+  found = record(outputs, {'label': jnp.array([0, 0])})
+  assert np.isfinite(found['loss']).all() and found['loss'][1] == 2e4
+
+
+def test_closed_set_by_hand():
+  label = np.array([0, 0, 0, 0, 1, 1, 3, 3])
+  prediction = np.array([0, 0, 0, 1, 1, 1, 3, 0])
+  found = closed_set(
+    label, prediction, num_classes=4, groups={'many': MANY, 'few': FEW}
+  )
+  assert found['accuracy'] == 6 / 8
+  assert found['macro_accuracy'] == pytest.approx((0.75 + 1 + 0.5) / 3)
+  assert found['many'] == (0.75 + 1) / 2
+  assert found['few'] == 0.5
+  assert found['worst_class'] == 0.5
+  assert found['harmonic_mean'] == pytest.approx(3 / (1 / 0.75 + 1 + 2))
+  assert found['classes_counted'] == 3
+  assert np.isnan(found['class_accuracy'][2])
+  np.testing.assert_array_equal(
+    found['confusion'], metrics.confusion_matrix(label, prediction, labels=range(4))
+  )
+
+
+def test_a_group_without_test_images_is_none_and_a_hopeless_class_zeroes_the_mean():
+  empty = np.array([False, False, True, False])
+  found = closed_set(
+    np.array([0, 1, 1]), np.array([1, 1, 1]), num_classes=4, groups={'medium': empty}
+  )
+  assert found['medium'] is None
+  assert found['harmonic_mean'] == 0.0
+
+
+def test_rejected_images_are_wrong_and_in_no_cell():
+  found = closed_set(
+    np.array([0, 1, 1]), np.array([-1, 1, -1]), num_classes=2, groups={}
+  )
+  assert found['accuracy'] == pytest.approx(1 / 3)
+  assert found['confusion'].sum() == 1
+
+
+def test_calibration_by_hand():
+  confidence = np.array([0.55, 0.58, 0.95, 0.99, 1.0])
+  correct = np.array([True, False, True, True, False])
+  found = calibration(confidence, correct, bins=10)
+  expected = 2 / 5 * abs(0.5 - 0.565) + 3 / 5 * abs(2 / 3 - 2.94 / 3)
+  assert found['ece'] == pytest.approx(expected)
+  np.testing.assert_array_equal(found['bin_count'], [0] * 5 + [2, 0, 0, 0, 3])
+  assert np.isnan(found['bin_accuracy'][0])
+
+
+def test_calibration_is_a_sum_over_masks(rng):
+  confidence = rng.uniform(0.1, 1, 1000)
+  correct = rng.uniform(size=1000) < confidence**2
+  total = 0.0
+  for b in range(15):
+    inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+    if inside.any():
+      total += abs(correct[inside].sum() - confidence[inside].sum()) / 1000
+  assert calibration(confidence, correct)['ece'] == pytest.approx(total)
+
+
+# Known: right and sure, right and unsure, wrong and sure, wrong and unsure; open:
+# accepted, rejected. The six images make every cell of both definitions.
+LABEL = np.array([0, 1, 2, 3, -1, -1])
+PREDICTION = np.array([0, 1, 0, 0, 2, 2])
+SCORE = np.array([0.9, 0.2, 0.8, 0.1, 0.7, 0.3])
+
+
+@pytest.mark.parametrize(
+  ('definition', 'threshold', 'tp', 'fp', 'fn'),
+  [
+    ('oltr2019', 0.5, 1, 1, 1),
+    ('oltr2020', 0.5, 1, 3, 1),
+    ('oltr2019', 0.0, 2, 2, 2),
+    ('oltr2020', 0.0, 2, 2, 2),
+    ('oltr2019', 0.95, 0, 0, 0),
+    ('oltr2020', 0.95, 0, 4, 0),
+  ],
+)
+def test_f_measure_by_hand(definition, threshold, tp, fp, fn):
+  precision, recall = tp / (tp + fp or 1), tp / (tp + fn or 1)
+  expected = 2 * precision * recall / (precision + recall + 1e-12)
+  found = f_measure(LABEL, PREDICTION, SCORE, threshold, definition=definition)
+  assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_precision_of_the_second_definition_is_accuracy_after_rejection():
+  kept = SCORE >= 0.5
+  known = LABEL >= 0
+  accuracy = (known & kept & (LABEL == PREDICTION)).sum() / known.sum()
+  f = f_measure(LABEL, PREDICTION, SCORE, 0.5, definition='oltr2020')
+  recall = 1 / 2
+  assert f == pytest.approx(2 * accuracy * recall / (accuracy + recall))
+
+
+def test_ranking_counts_pairs(rng):
+  known, other = rng.integers(0, 9, 40) / 8, rng.integers(0, 9, 30) / 12
+  found = ranking(known, other)
+  pairs = (known[:, None] > other) + 0.5 * (known[:, None] == other)
+  assert found['auroc'] == pytest.approx(pairs.mean())
+  threshold = max(t for t in known if (known >= t).mean() >= 0.95)
+  assert found['fpr_at_95_tpr'] == pytest.approx((other >= threshold).mean())
+
+
+def test_threshold_that_keeps_a_share():
+  scores = np.arange(1, 101) / 100
+  assert keep_threshold(scores) == 0.06
+  assert (scores >= keep_threshold(scores)).mean() == 0.95
+  assert keep_threshold(np.array([0.5])) == 0.5
+
+
+def test_best_threshold_is_best(rng):
+  label = np.where(np.arange(60) < 40, rng.integers(0, 4, 60), -1)
+  prediction = rng.integers(0, 4, 60)
+  prediction[:25] = label[:25]
+  score = rng.uniform(size=60) + 0.5 * (label >= 0)
+  chosen = best_threshold(label, prediction, score)
+  values = [
+    f_measure(label, prediction, score, t, definition='oltr2020') for t in score
+  ]
+  best = f_measure(label, prediction, score, chosen, definition='oltr2020')
+  assert best == max(values)
+
+
+def test_open_set_names_both_definitions_and_both_thresholds():
+  found = open_set(
+    LABEL, PREDICTION, SCORE, 0.5, num_classes=4, groups={'many': MANY, 'few': FEW}
+  )
+  assert found['f_measure_oltr2019'] == pytest.approx(0.5)
+  assert found['f_measure_oltr2020'] == pytest.approx(2 * 0.25 * 0.5 / 0.75)
+  assert found['f_measure_oltr2019_at_0.1'] == pytest.approx(0.5)
+  assert found['open_accuracy'] == 0.5
+  assert found['known_accuracy'] == 0.25
+  assert found['known_many'] == 0.5 and found['known_few'] == 0.0

@@ -1,0 +1,279 @@
+"""Faults injected into real runs of the command line, each in its own process.
+
+The numbers F1 ... F24 are those of the list in docs/reliability.md.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lt_jax import files
+from lt_jax.errors import UserError
+from lt_jax.writers import JsonLines, read_rows
+from tests import child
+
+KILLED, TERMINATED = -signal.SIGKILL, 143
+TIMING = ('images_per_second',)
+
+
+def rows(workdir):
+  """The metric rows of a run, timing left out."""
+  return [
+    {k: v for k, v in row.items() if k not in TIMING}
+    for row in read_rows(workdir / 'metrics.jsonl')
+  ]
+
+
+def result(workdir):
+  return json.loads((workdir / 'result.json').read_text())
+
+
+def events(workdir, name):
+  return [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == name]
+
+
+def run(workdir, *overrides, fault='', output=None, **options):
+  """Runs the command; returns its exit code and what it printed."""
+  output = output or workdir.parent / f'{workdir.name}.log'
+  code = child.run(child.command(workdir, *overrides, **options), output, fault)
+  return code, output.read_text()
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+  """The folder of a run that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('unbroken') / 'run'
+  code, output = run(workdir)
+  assert code == 0, output
+  return workdir
+
+
+def assert_same_run(workdir, unbroken):
+  assert result(workdir)['state_sha256'] == result(unbroken)['state_sha256']
+  assert rows(workdir) == rows(unbroken)
+  for path in (unbroken / 'stages' / 'train' / 'metrics').iterdir():
+    here = workdir / 'stages' / 'train' / 'metrics' / path.name
+    with np.load(path) as expected, np.load(here) as found:
+      for name in expected.files:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_kill_9_by_the_shell_at_three_moments(tmp_path, unbroken):
+  """F1: the command itself, killed by the clock and started again."""
+  workdir = tmp_path / 'run'
+  command = [sys.executable, '-m', 'lt_jax.main', *child.command(workdir)]
+  for share in (0.2, 0.5, 0.8):
+    process = subprocess.Popen(
+      command, cwd=child.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wanted = share * 71
+    while process.poll() is None:
+      done = [row['step'] for row in _rows_so_far(workdir)]
+      if max(done, default=0) >= wanted:
+        process.kill()
+      time.sleep(0.005)
+  code, output = run(workdir)
+  assert code == 0, output
+  assert_same_run(workdir, unbroken)
+
+
+def _rows_so_far(workdir):
+  try:
+    return read_rows(workdir / 'metrics.jsonl')
+  except FileNotFoundError:
+    return []
+
+
+@pytest.mark.parametrize(
+  'fault', ['kill_at:31', 'kill_in_save:1', 'kill_in_save:2', 'kill_between:2']
+)
+def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
+  """F1, F2, F3."""
+  workdir = tmp_path / 'run'
+  assert run(workdir, fault=fault)[0] == KILLED
+  code, output = run(workdir)
+  assert code == 0, output
+  assert_same_run(workdir, unbroken)
+  if fault.startswith('kill_between'):
+    assert 'no manifest' in events(workdir, 'checkpoint_rejected')[0]['reason']
+
+
+@pytest.mark.parametrize(
+  'fault', ['term_at:31', 'usr1_at:8', 'term_in_evaluation:40', 'term_while_compiling']
+)
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, unbroken, fault):
+  """F4."""
+  workdir = tmp_path / 'run'
+  began = time.monotonic()
+  code, output = run(workdir, fault=fault)
+  assert code == TERMINATED, output
+  assert time.monotonic() - began < 60
+  code, output = run(workdir)
+  assert code == 0, output
+  assert 'resuming from' in output
+  assert result(workdir)['state_sha256'] == result(unbroken)['state_sha256']
+  evaluations = [row for row in rows(workdir) if row['split'] != 'train']
+  assert evaluations == [row for row in rows(unbroken) if row['split'] != 'train']
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
+  """F8: no file may grow past a limit that the second checkpoint exceeds."""
+  workdir = tmp_path / 'run'
+  assert run(workdir, fault='kill_at:31')[0] == KILLED
+  code, output = run(workdir, fault='file_size:20000')
+  assert code == 75, output
+  assert 'could not be written' in output
+  read_rows(workdir / 'metrics.jsonl')  # whole lines
+  code, output = run(workdir)
+  assert code == 0, output
+  assert_same_run(workdir, unbroken)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_compiling(tmp_path):
+  """F9: a file stands where the folder should be."""
+  (tmp_path / 'file').write_text('')
+  code, output = run(tmp_path / 'file' / 'run', output=tmp_path / 'log')
+  assert code == 2
+  assert 'cannot be written' in output and 'compiled' not in output
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_a_run_goes_on_on_other_devices(tmp_path, unbroken, devices):
+  """F10: begun on one device; equal to rounding, the same order of images."""
+  workdir = tmp_path / 'run'
+  assert run(workdir, fault='kill_at:40')[0] == KILLED
+  code, output = run(workdir, '--config.eval_batch=80', fault=f'devices:{devices}')
+  assert code == 0, output
+  assert 'resuming from 20 (verified)' in output
+  for ours, theirs in zip(rows(workdir), rows(unbroken), strict=True):
+    assert ours['step'] == theirs['step']
+    if ours['split'] == 'train':
+      np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=2e-2)
+
+
+def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
+  """F11."""
+  change = ('--config.schedule.base=0.5', '--config.optimizer.momentum=0.5')
+  code, output = run(unbroken, *change)
+  assert code == 2
+  assert 'schedule.base was 0.05 and is 0.5' in output
+  assert 'optimizer.momentum was 0.9 and is 0.5' in output
+  code, output = run(unbroken, '--config.keep_checkpoints=5')  # of no consequence
+  assert code == 0, output
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_owner_is_not_in_the_way(tmp_path):
+  """F12."""
+  with (
+    files.locked(tmp_path),
+    pytest.raises(UserError, match=f'in use by process {os.getpid()}'),
+    files.locked(tmp_path),
+  ):
+    pass
+  with files.locked(tmp_path):
+    pass
+  code, output = None, ''
+  with files.locked(files.make_workdir(tmp_path / 'run')):
+    code, output = run(tmp_path / 'run')
+  assert code == 2 and 'in use by process' in output
+
+
+@pytest.mark.parametrize(
+  ('fault', 'overrides'), [('nan_at:23', ()), ('', ('--config.schedule.base=1e20',))]
+)
+def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, overrides):
+  """F13."""
+  workdir = tmp_path / 'run'
+  code, output = run(workdir, *overrides, fault=fault)
+  assert code == 3, output
+  folder = workdir / 'stages' / 'train'
+  told = json.loads((folder / 'not_finite.json').read_text())
+  if fault:
+    assert told['step'] == 23
+    assert len(told['examples']['train']['index']) == 64
+    assert sorted(os.listdir(folder / 'checkpoints' / 'manifests')) == ['20.json']
+  else:
+    assert not (folder / 'checkpoints' / 'manifests').exists()
+
+
+def test_a_class_without_images_is_told(tmp_path):
+  """F18: the training counts are of n_max = 90 at imbalance 1000."""
+  code, output = run(
+    tmp_path / 'run', config='digits_lt.py:balanced_softmax,imbalance=1000,epochs=20'
+  )
+  assert code == 2
+  assert 'class 5 without images' in output
+
+
+def test_data_that_changed_are_refused(tmp_path, rng):
+  """F20."""
+  path = tmp_path / 'data.npz'
+  data = {
+    'x_train': rng.integers(0, 256, (60, 8, 8, 1), np.uint8),
+    'y_train': np.tile(np.arange(3), 20),
+    'x_test': rng.integers(0, 256, (30, 8, 8, 1), np.uint8),
+    'y_test': np.tile(np.arange(3), 10),
+  }
+  overrides = (
+    f'--config.data.source=npz:{path}',
+    '--config.data.known_classes=0',
+    '--config.data.profile=original',
+    '--config.data.test_per_class=0',
+    '--config.data.val_per_class=0',
+    '--config.data.meta_per_class=0',
+    '--config.data.open_val_per_class=0',
+    '--config.data.open_test_per_class=0',
+    '--config.data.many_shot=40',
+    '--config.batch=20',
+  )
+  np.savez(path, **data)
+  workdir = tmp_path / 'run'
+  config = 'digits_lt.py:ce,epochs=2'
+  code, output = run(workdir, *overrides, config=config)
+  assert code == 0, output
+  data['x_train'][0, 0, 0] ^= 1
+  np.savez(path, **data)
+  code, output = run(workdir, *overrides, config=config)
+  assert code == 2 and 'data have changed' in output
+
+
+def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
+  """F24."""
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+  assert [r['step'] for r in read_rows(path)] == [1, 2, 3]
+  lines = JsonLines(path, keep=lambda row: row['step'] <= 2)
+  lines.append({'step': 3, 'loss': float('nan')})
+  assert read_rows(path) == [{'step': 1}, {'step': 2}, {'step': 3, 'loss': None}]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'told'),
+  [
+    (('--config.epoch=3',), 'Did you mean epochs'),
+    (('--config.data.sourse=digits',), 'Did you mean source'),
+    (('--config.loss.name=ladm',), "unknown loss 'ladm'; did you mean 'ldam'"),
+    (('--config.data.source=npz:/nowhere/x.npz',), '/nowhere/x.npz'),
+    (('--config.data.n_max=900',), 'class 0'),
+    (('--config.device=tpu',), "config.device is 'tpu'"),
+    (('--confg=x',), 'Did you mean'),
+  ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, told):
+  code, output = run(tmp_path / 'run', *arguments)
+  assert code == 2
+  errors = [line for line in output.splitlines() if line.startswith('error: ')]
+  assert len(errors) == 1 and told in errors[0]
+  assert 'Traceback' not in output
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_an_unknown_method_is_told_with_the_near_miss(tmp_path):
+  code, output = run(tmp_path / 'run', config='digits_lt.py:ldam_drx')
+  assert code == 2 and "unknown method 'ldam_drx'; did you mean 'ldam_drw'" in output

@@ -1,0 +1,234 @@
+"""One table of contract checks over every recipe, on eight images."""
+
+import collections
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from lt_jax import build, checkpoint, sharding, train
+from lt_jax.errors import UserError
+from lt_jax.recipes import RECIPES
+from tests import tiny
+
+STEPS = 60
+
+
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+  return tiny.write_npz(tmp_path_factory.mktemp('tiny') / 'tiny.npz')
+
+
+class Runner:
+  """A recipe's first stage on some devices, with its compiled step."""
+
+  def __init__(self, npz, recipe, devices=1, **overrides):
+    config = tiny.config(npz, f'{recipe},epochs={STEPS}.0', **overrides)
+    self.experiment = build.build(config, devices=devices)
+    self.stage = next(iter(self.experiment.stages.values()))
+    self.mesh = self.experiment.mesh
+    key = jax.random.key(0)
+    streams, method = self.stage.streams, self.stage.method
+    self.init = train.initial_state(method, streams, key, self.mesh)
+    self.traces = collections.Counter()
+    method = method._replace(step=self._counted(method.step))
+    self.update = train.make_update(method, streams, self.mesh, length=1)
+    self.arrays = {name: s.arrays for name, s in streams.items()}
+
+  def _counted(self, step):
+    """Counts how often a step is traced."""
+
+    def counted(state, batches):
+      self.traces.update(['step'])
+      return step(state, batches)
+
+    return counted
+
+  def run(self, state, steps):
+    """Runs from where the state is; returns the last state and all metrics."""
+    empty = train._empty_totals(self.stage.method, self.stage.streams, state, self.mesh)
+    totals, bad = empty
+    for step in range(int(state.step), int(state.step) + steps):
+      rows = train._stack(self.stage.streams, step, 1)
+      payload = sharding.put_batch(self.mesh, rows, leading=1)
+      state, totals, bad = self.update(state, totals, bad, self.arrays, payload)
+    return state, jax.device_get(totals), int(bad)
+
+
+@pytest.fixture(scope='module', params=RECIPES)
+def runner(request, npz):
+  return Runner(npz, request.param)
+
+
+@pytest.fixture(scope='module')
+def trained(runner):
+  """(first state's types, last state, metrics, first step that was not finite)."""
+  state = runner.init()
+  first = checkpoint.abstract(state, sharding.replicated(runner.mesh))
+  return first, *runner.run(state, STEPS)
+
+
+def test_a_state_keeps_its_structure_shapes_and_types(trained):
+  first, last, _, _ = trained
+  chex.assert_trees_all_equal_shapes_and_dtypes(first, last)
+  assert int(last.step) == STEPS
+
+
+def test_it_is_traced_once(runner, trained):
+  assert runner.traces['step'] == 1
+
+
+def test_it_is_finite_although_a_class_has_most_of_the_images(trained):
+  _, last, metrics, bad = trained
+  assert bad == -1
+  assert checkpoint.all_finite(last)
+  assert {'loss', 'accuracy', 'grad_norm', 'learning_rate'} <= metrics.keys()
+
+
+def test_it_overfits_eight_images(runner, trained):
+  _, last, _, _ = trained
+  split = runner.experiment.dataset.splits['train']
+  images = split.source.images[split.rows].astype(np.float32) / 127.5 - 1
+  outputs = runner.stage.method.predict(last, images)
+  np.testing.assert_array_equal(outputs['logits'].argmax(-1), split.labels)
+  assert outputs['features'].shape[0] == 8
+
+
+def test_saving_and_going_on_is_the_unbroken_run(runner, trained, tmp_path):
+  state, _, _ = runner.run(runner.init(), STEPS // 3)
+  ladder = checkpoint.Checkpoints(tmp_path)
+  ladder.save(STEPS // 3, state)
+  ladder.wait()
+  target = checkpoint.abstract(state, sharding.replicated(runner.mesh))
+  restored = ladder.restore(target).state
+  ladder.close()
+  state, _, _ = runner.run(restored, STEPS - STEPS // 3)
+  assert checkpoint.digest(state) == checkpoint.digest(trained[1])
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_devices_agree(npz, recipe):
+  """After three steps, since rounding grows from step to step."""
+  runners = [Runner(npz, recipe, devices=n) for n in (1, 2, 8)]
+  one, *others = [runner.run(runner.init(), 3)[0] for runner in runners]
+  for other in others:
+    chex.assert_trees_all_close(
+      jax.device_get(one.params), jax.device_get(other.params), rtol=2e-3, atol=2e-5
+    )
+
+
+def test_accumulation_is_the_whole_batch_where_there_are_no_statistics(npz):
+  """With frozen statistics the gradient is a sum over examples."""
+  models = [
+    Runner(
+      npz,
+      'ce_drw',
+      model={**tiny.config(npz, 'ce_drw')['model'], 'batch_norm': 'frozen'},
+      method={'name': 'supervised', 'accumulate': k},
+    )
+    for k in (1, 4)
+  ]
+  whole, parts = [m.run(m.init(), 3) for m in models]
+  chex.assert_trees_all_close(
+    jax.device_get(whole[0].params), jax.device_get(parts[0].params), rtol=1e-5
+  )
+  for name, (total, count) in whole[1].items():
+    np.testing.assert_allclose(parts[1][name][0], total, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(parts[1][name][1], count, rtol=1e-6, err_msg=name)
+
+
+def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
+  runner = Runner(npz, 'ce', method={'name': 'supervised', 'accumulate': 2})
+  state, _, _ = runner.run(runner.init(), 2)
+  assert int(state.step) == 2
+
+
+def test_a_batch_that_does_not_divide_is_refused(npz):
+  with pytest.raises(UserError, match='batch 8 does not divide into 3'):
+    Runner(npz, 'ce', method={'name': 'supervised', 'accumulate': 3})
+
+
+def test_a_penalty_refuses_accumulation():
+  from lt_jax.methods.supervised import supervised
+
+  with pytest.raises(UserError, match='penalty needs the whole batch'):
+    supervised(
+      None,
+      None,
+      None,
+      class_weights=None,
+      reduction=None,
+      penalty=lambda outputs, batch: 0.0,
+      accumulate=2,
+    )
+
+
+def test_a_penalty_is_added_unweighted(npz):
+  """Its gradient is added whatever the class weights are."""
+  import jax.numpy as jnp
+
+  from lt_jax.losses import REDUCTIONS
+  from lt_jax.methods.supervised import supervised
+  from lt_jax.models import make_classifier
+  from lt_jax.optim import make_optimizer
+
+  net = make_classifier(
+    'digits_cnn',
+    'linear',
+    4,
+    dtype='float32',
+    batch_norm={'groups': 1, 'frozen': True},
+    trunk_options={'width': 4},
+    head_options={},
+  )
+  method = supervised(
+    net,
+    make_optimizer('sgd', lambda step: jnp.float32(0.5), momentum=0.0),
+    lambda outputs, batch: jnp.zeros(8),
+    class_weights=lambda step: jnp.full(4, 7.0),
+    reduction=REDUCTIONS['mean'],
+    penalty=lambda outputs, batch: outputs['logits'].mean(),
+    penalty_weight=3.0,
+  )
+  batch = {
+    'image': jnp.ones((8, 8, 8, 1)),
+    'label': jnp.arange(8, dtype=jnp.int32) % 4,
+  }
+  first = method.init(jax.random.key(0), {'train': batch})
+  last, metrics = jax.jit(method.step)(first, {'train': batch})
+  bias = [s.params['net']['head']['bias'] for s in (first, last)]
+  np.testing.assert_allclose(bias[1] - bias[0], np.full(4, -0.5 * 3 / 4), rtol=1e-5)
+  total, count = metrics['loss']
+  logits = method.predict(first, batch['image'])['logits']
+  np.testing.assert_allclose(total / count, 3 * logits.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_ema_is_the_average_and_is_what_predicts(npz):
+  runner = Runner(npz, 'ce', wrappers={'ema': {'decay': 0.5}})
+  state = runner.init()
+  average = np.asarray(state.params['net']['head']['kernel'], np.float64)
+  for _ in range(4):
+    state, _, _ = runner.run(state, 1)
+    average = 0.5 * average + 0.5 * np.asarray(state.params['net']['head']['kernel'])
+  ema = state.memory['ema']
+  np.testing.assert_allclose(ema['params']['head']['kernel'], average, rtol=1e-5)
+  images = np.ones((8, 8, 8, 1), np.float32)
+  plain = Runner(npz, 'ce').stage.method.predict
+  swapped = state.replace(params={'net': ema['params']}, stats={'net': ema['stats']})
+  np.testing.assert_array_equal(
+    runner.stage.method.predict(state, images)['logits'],
+    plain(swapped, images)['logits'],
+  )
+
+
+def test_adjusted_logits_are_shifted_by_the_log_prior(npz):
+  runner = Runner(npz, 'ce', wrappers={'adjust_logits': {'tau': 0.5}})
+  state = runner.init()
+  images = np.ones((8, 8, 8, 1), np.float32)
+  shift = (
+    runner.stage.method.predict(state, images)['logits']
+    - Runner(npz, 'ce').stage.method.predict(state, images)['logits']
+  )
+  expected = -0.5 * np.log(np.array(tiny.COUNTS) / 8)
+  np.testing.assert_allclose(shift, np.tile(expected, (8, 1)), rtol=1e-4)

@@ -1,0 +1,166 @@
+"""Runs of several stages, in their own processes, and what a run leaves behind."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from lt_jax.writers import read_rows
+from tests import child
+
+TWO_STAGES = '''
+from configs import digits_lt
+
+def get_config(arg):
+  """Trains, then goes on under the same clock, or starts the head afresh."""
+  config = digits_lt.get_config('ce,epochs=20')
+  surgeries = {
+    'carry': (
+      ('copy', {'pattern': '.*', 'stage': 'pretrain'}),
+      ('carry', {'fields': ('opt', 'step'), 'stage': 'pretrain'}),
+    ),
+    'fresh': (('copy', {'pattern': 'net/trunk/.*', 'stage': 'pretrain'}),),
+  }
+  config.stages = {
+    'pretrain': {'epochs': 8.0},
+    'finetune': {'epochs': 20.0, 'surgeries': surgeries[arg]},
+  }
+  config.stage_order = ('pretrain', 'finetune')
+  return config
+'''
+
+
+@pytest.fixture(scope='module')
+def config_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp('config') / 'two_stages.py'
+  path.write_text(TWO_STAGES)
+  return path
+
+
+def run(workdir, config, *overrides, fault=''):
+  arguments = [f'--config={config}', f'--workdir={workdir}', *child.FAST, *overrides]
+  output = workdir.parent / f'{workdir.name}.log'
+  return child.run(arguments, output, fault), output.read_text()
+
+
+def result(workdir):
+  return json.loads((workdir / 'result.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def carried(config_file, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('carried') / 'run'
+  code, output = run(workdir, f'{config_file}:carry')
+  assert code == 0, output
+  return workdir
+
+
+def test_what_is_carried_goes_on_as_one_run(carried, tmp_path):
+  """Pre-training and going on is the run of one stage: optimiser, clock and order."""
+  workdir = tmp_path / 'run'
+  one_stage = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
+  code, output = run(workdir, one_stage)
+  assert code == 0, output
+  assert result(workdir)['state_sha256'] == result(carried)['state_sha256']
+  rows = read_rows(carried / 'metrics.jsonl')
+  assert {row['stage'] for row in rows} == {'pretrain', 'finetune'}
+  assert [r['step'] for r in rows if r['stage'] == 'finetune'][0] > 29
+
+
+def test_what_is_not_carried_is_fresh(config_file, carried, tmp_path):
+  workdir = tmp_path / 'run'
+  code, output = run(workdir, f'{config_file}:fresh')
+  assert code == 0, output
+  assert result(workdir)['step'] == 71
+  rows = read_rows(workdir / 'metrics.jsonl')
+  assert [r['step'] for r in rows if r['stage'] == 'finetune'][0] == 5
+  assert result(workdir)['state_sha256'] != result(carried)['state_sha256']
+
+
+@pytest.mark.parametrize('fault', ['kill_between_stages', 'kill_at:45'])
+def test_killed_between_stages_or_in_the_second(config_file, carried, tmp_path, fault):
+  workdir = tmp_path / 'run'
+  assert run(workdir, f'{config_file}:carry', fault=fault)[0] == -signal.SIGKILL
+  code, output = run(workdir, f'{config_file}:carry')
+  assert code == 0, output
+  assert 'stage pretrain: 29 steps' in output and 'resuming from 29' in output
+  assert result(workdir)['state_sha256'] == result(carried)['state_sha256']
+
+
+def test_a_run_leaves_everything_behind(carried):
+  found = {path.name for path in carried.iterdir()}
+  assert found >= {
+    'config.json',
+    'data.json',
+    'metrics.jsonl',
+    'events.jsonl',
+    'tensorboard',
+    'stages',
+    'predictions.npz',
+    'features.npz',
+    'samples.npz',
+    'result.json',
+  }
+  data = json.loads((carried / 'data.json').read_text())
+  assert data['counts']['train'] == [90, 55, 34, 20, 12, 7, 4, 3]
+  assert data['counts']['test'] == [50] * 8
+  assert data['open_images'] == {'open_val': 40, 'open_test': 100}
+  assert data['threshold']['chosen_by'].startswith('f_measure')
+  found = result(carried)
+  with np.load(carried / 'predictions.npz') as predictions:
+    right = predictions['logits'].argmax(1) == predictions['label']
+    assert predictions['logits'].dtype == np.float16
+  assert right.mean() == pytest.approx(found['test']['accuracy'], abs=0.01)
+  with np.load(carried / 'features.npz') as features:
+    assert len(features['features']) == 400 and len(features['centroids']) == 8
+  with np.load(carried / 'samples.npz') as samples:
+    assert (samples['label'] != samples['prediction']).all()
+    assert samples['image'].dtype == np.uint8
+  assert found['best_on_test']['accuracy'] >= found['test']['accuracy'] - 1e-6
+  assert {'jax', 'python', 'lt_jax'} <= found['versions'].keys()
+
+
+def test_selection_on_validation_data_feeds_the_result(tmp_path):
+  workdir = tmp_path / 'run'
+  config = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
+  select = '--config.select=val/accuracy'
+  code, output = run(workdir, config, select, '--config.evaluate_every_epochs=2')
+  assert code == 0, output
+  rows = [r for r in read_rows(workdir / 'metrics.jsonl') if r['split'] == 'val']
+  best = max(rows, key=lambda row: row['accuracy'])  # max keeps the earlier of ties
+  assert result(workdir)['step'] == best['step']
+  assert result(workdir)['val']['accuracy'] == pytest.approx(best['accuracy'])
+  log = tmp_path / 'evaluate.log'
+  for which, step in (('best', best['step']), ('last', 71)):
+    arguments = [f'--workdir={workdir}', f'--which={which}']
+    assert child.run(arguments, log, module='lt_jax.evaluate') == 0, log.read_text()
+    evaluation = json.loads((workdir / 'evaluation.json').read_text())
+    assert evaluation['step'] == step and evaluation['verified']
+    if which == 'best':
+      assert evaluation['test'] == result(workdir)['test']
+
+
+def test_no_state_is_chosen_on_the_test_set(tmp_path):
+  config = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
+  select = '--config.select=test/accuracy'
+  code, output = run(tmp_path / 'run', config, select)
+  assert code == 2 and 'never chosen on the test set' in output
+
+
+def test_a_profile_is_recorded_on_request(tmp_path):
+  config = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=4'
+  code, output = run(tmp_path / 'run', config, '--profile_steps=4,8')
+  assert code == 0, output
+  assert list((tmp_path / 'run').glob('stages/train/profile/**/*.xplane.pb'))
+
+
+def test_cifar10_pool_trains(cifar10_npz, tmp_path):
+  """The real images: one epoch of a small network, as the config has it."""
+  arg = 'ldam_drw,imbalance=100,net=resnet8,epochs=0.2'
+  config = f'{child.ROOT}/configs/cifar10_lt.py:{arg}'
+  source = (f'--config.data.source=npz:{cifar10_npz}', '--config.data.subset=stored')
+  code, output = run(tmp_path / 'run', config, *source)
+  assert code == 0, output
+  data = json.loads((tmp_path / 'run' / 'data.json').read_text())
+  assert sum(data['counts']['train']) == 12406

@@ -1,0 +1,41 @@
+"""A data set of eight images and a network of a few hundred parameters."""
+
+import numpy as np
+
+from configs import digits_lt
+from lt_jax import build
+
+COUNTS = (5, 1, 1, 1)
+
+
+def write_npz(path, counts=COUNTS, seed=0):
+  """Writes random 8x8 images, as many a class as `counts` says; returns the path."""
+  generator = np.random.default_rng(seed)
+  label = np.repeat(np.arange(len(counts)), counts)
+  image = generator.integers(0, 256, (len(label), 8, 8, 1), np.uint8)
+  np.savez(path, x_train=image, y_train=label, x_test=image, y_test=label)
+  return path
+
+
+def config(path, arg, **overrides):
+  """Returns the resolved config of a recipe on such a file."""
+  made = digits_lt.get_config(arg)
+  made.data.update(
+    source=f'npz:{path}',
+    known_classes=0,
+    profile='original',
+    test_per_class=0,
+    val_per_class=0,
+    meta_per_class=0,
+    open_val_per_class=0,
+    open_test_per_class=0,
+    many_shot=4,
+    few_shot=2,
+    pad=0,
+  )
+  made.model.update(trunk='digits_cnn', trunk_options={'width': 4})
+  made.update(batch=8, eval_batch=8)
+  made.schedule = {'name': 'constant', 'base': 0.05}
+  for key, value in overrides.items():
+    made[key] = value
+  return build.resolve(made)
