@@ -42,7 +42,7 @@ def get_config(arg: str | None = None):
         'pad': 1,
       },
       'batch': 64,
-      'eval_batch': 100,
+      'eval_batch': 128,
       'epochs': option.epochs,
       'save_every_epochs': option.epochs / 4,
       'evaluate_every_epochs': option.epochs / 4,

@@ -21,7 +21,7 @@ from lt_jax.data import augment, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.samplers import Sampler, deferred, make_sampler
 from lt_jax.data.streams import Pass, Stream, evaluation_pass, train_stream
-from lt_jax.errors import UserError, construct, lookup
+from lt_jax.errors import UserError, check_options, construct, lookup, suggest
 from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.method import WRAPPERS, Method
 from lt_jax.methods import METHODS
@@ -103,7 +103,11 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
       merged[key] = merge(base[key], value) if both and 'name' not in value else value
     return merged
 
-  return merge(config, lookup(config['stages'], 'stage', name))
+  stage = lookup(config['stages'], 'stage', name)
+  for key in stage:
+    if key not in config:
+      raise UserError(f'stage {name!r} sets unknown key {key!r}{suggest(key, config)}')
+  return merge(config, stage)
 
 
 def build(config: Config, *, devices: int | None = None) -> Experiment:
@@ -119,13 +123,12 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   check_device(config['device'])
   batches = {'train': config['batch'], 'evaluation': config['eval_batch']}
   mesh = sharding.make_mesh(
-    sharding.usable_devices(
-      batches, devices or jax.device_count(), jax.process_count()
-    )
+    sharding.usable_devices(batches, devices or jax.device_count(), jax.process_count())
   )
   data = dict(config['data'])
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
+  check_options('data', load_dataset, data, 'to_device')
   to_device = functools.partial(sharding.put_replicated, mesh)
   dataset = load_dataset(**data, to_device=to_device)
   passes = {
@@ -151,7 +154,7 @@ def check_device(device: str) -> None:
   A driver that is missing or busy makes JAX fall back to the CPU with a warning.
   """
   backend = jax.default_backend()
-  if device not in ('any', backend):
+  if device not in ('any', 'cpu', backend):
     raise UserError(
       f'config.device is {device!r}, but JAX found {backend!r}; '
       'set --config.device=any to run on what is there'

@@ -52,7 +52,7 @@ def base_config() -> ConfigDict:
         'flip': False,
       },
       'batch': 128,
-      'eval_batch': 500,
+      'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
       'save_every_epochs': 10.0,

@@ -18,6 +18,7 @@ from lt_jax.evals.calibration import calibration
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.method import Batch, Outputs, State
+from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, write_npz
 
 MOST_LOGITS = 10**8
@@ -44,14 +45,25 @@ class Evaluated(NamedTuple):
   records: dict[str, Collected]
 
 
-def evaluate(experiment: Experiment, stage: Stage, state: State) -> Evaluated:
-  """Evaluates a State on every split there is."""
+def evaluate(
+  experiment: Experiment,
+  stage: Stage,
+  state: State,
+  stop: Callable[[], bool] = lambda: False,
+) -> Evaluated:
+  """Evaluates a State on every split there is.
+
+  Raises:
+    Preempted: `stop()` turned true on the way.
+  """
   keep_all = collector(stage.method.predict, _keep(experiment), experiment.mesh)
   keep_record = collector(stage.method.predict, record, experiment.mesh)
   records = {
-    name: (keep_all if name == 'test' else keep_record)(state, one_pass)
+    name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
     for name, one_pass in experiment.passes.items()
   }
+  if None in records.values():
+    raise Preempted
   metrics = {
     name: split_metrics(records[name], experiment)
     for name in ('val', 'test')
@@ -134,6 +146,7 @@ def write_results(
   stage: Stage,
   state: State,
   *,
+  stop: Callable[[], bool],
   wall_seconds: float,
 ) -> dict[str, Any]:
   """Evaluates the last State and writes everything that a run leaves behind.
@@ -143,12 +156,13 @@ def write_results(
     workdir: the run's folder.
     stage: the last stage.
     state: its State that counts.
+    stop: whether the run must end at once.
     wall_seconds: of this process, from its start to here.
 
   Returns:
     What result.json holds.
   """
-  evaluated = evaluate(experiment, stage, state)
+  evaluated = evaluate(experiment, stage, state, stop)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
   starts = [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == 'started']

@@ -105,6 +105,7 @@ def run(
       workdir,
       stage,
       earlier[stage.name],
+      stop=stop,
       wall_seconds=time.time() - began,
     )
     events('finished', state_sha256=result['state_sha256'])

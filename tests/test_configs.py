@@ -1,4 +1,4 @@
-"""Every config with every recipe builds, and says what the papers say; no data needed."""
+"""Every config with every recipe builds and says what the papers say, without data."""
 
 import inspect
 
@@ -144,6 +144,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'wrappers': {'ema': {}}}, "needs the option 'decay'"),
     ({'surgeries': [['coppy', {}]]}, "did you mean 'copy'"),
     ({'stage_order': ['trian']}, "did you mean 'train'"),
+    ({'stages.train': {'epohs': 1.0}}, "unknown key 'epohs'; did you mean 'epochs'"),
     ({'select': 'best'}, 'it is .last. or such as'),
     ({'model.batch_norm': 7}, 'model.batch_norm is 7'),
     ({'model.batch_norm': 'globl'}, "model.batch_norm is 'globl'"),
@@ -154,6 +155,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'data.source': 'digitz'}, "did you mean 'digits'"),
     ({'data.pad_mode': 'zeros'}, "did you mean 'zero'"),
     ({'data.test_per_class': 0}, 'has no test split'),
+    ({'data.sede': 1}, "data has no option 'sede'; did you mean 'seed'"),
     ({'device': 'gpu'}, "config.device is 'gpu'"),
   ],
 )

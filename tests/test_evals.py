@@ -1,10 +1,13 @@
 """Metrics: against cases made by hand, scikit-learn and the formulas."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import metrics
 
+from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.calibration import calibration
 from lt_jax.evals.closed_set import closed_set
@@ -12,6 +15,7 @@ from lt_jax.evals.open_set import (
   best_threshold,
   f_measure,
   keep_threshold,
+  open_auc,
   open_set,
   ranking,
 )
@@ -150,17 +154,47 @@ def test_threshold_that_keeps_a_share():
   assert keep_threshold(np.array([0.5])) == 0.5
 
 
-def test_best_threshold_is_best(rng):
+def youden(label, prediction, score, threshold):
+  del prediction
+  kept = score >= threshold
+  return kept[label >= 0].mean() - kept[label < 0].mean()
+
+
+@pytest.mark.parametrize(
+  ('by', 'value'),
+  [
+    ('f_measure', functools.partial(f_measure, definition='oltr2020')),
+    ('youden', youden),
+  ],
+)
+def test_best_threshold_is_the_lowest_of_the_best(rng, by, value):
   label = np.where(np.arange(60) < 40, rng.integers(0, 4, 60), -1)
   prediction = rng.integers(0, 4, 60)
   prediction[:25] = label[:25]
-  score = rng.uniform(size=60) + 0.5 * (label >= 0)
-  chosen = best_threshold(label, prediction, score)
-  values = [
-    f_measure(label, prediction, score, t, definition='oltr2020') for t in score
-  ]
-  best = f_measure(label, prediction, score, chosen, definition='oltr2020')
-  assert best == max(values)
+  score = (rng.integers(0, 16, 60) + 8 * (label >= 0)) / np.float32(24)  # with ties
+  values = {t: value(label, prediction, score, t) for t in score.tolist()}
+  expected = min(t for t, v in values.items() if v > max(values.values()) - 1e-9)
+  assert best_threshold(label, prediction, score, by=by) == expected
+
+
+@pytest.mark.parametrize('label', [[0, 1, 1], [-1, -1, -1]])
+def test_best_threshold_needs_both_kinds_of_image(label):
+  with pytest.raises(UserError, match='both known and open'):
+    best_threshold(np.array(label), np.zeros(3, int), np.ones(3))
+
+
+def test_best_threshold_of_an_unknown_criterion():
+  with pytest.raises(UserError, match="did you mean 'youden'"):
+    best_threshold(LABEL, PREDICTION, SCORE, by='yuden')
+
+
+def test_open_auc_counts_pairs(rng):
+  known, other = rng.integers(0, 9, 40) / 8, rng.integers(0, 9, 30) / 12
+  right = rng.uniform(size=40) < 0.6
+  pairs = (known[:, None] > other) + 0.5 * (known[:, None] == other)
+  assert open_auc(right, known, other) == pytest.approx((pairs * right[:, None]).mean())
+  everything = open_auc(np.ones(40, bool), known, other)
+  assert everything == pytest.approx(ranking(known, other)['auroc'])
 
 
 def test_open_set_names_both_definitions_and_both_thresholds():
@@ -172,4 +206,5 @@ def test_open_set_names_both_definitions_and_both_thresholds():
   assert found['f_measure_oltr2019_at_0.1'] == pytest.approx(0.5)
   assert found['open_accuracy'] == 0.5
   assert found['known_accuracy'] == 0.25
+  assert found['open_auc'] == pytest.approx((1 + 0) / 4)
   assert found['known_many'] == 0.5 and found['known_few'] == 0.0

@@ -148,7 +148,7 @@ def test_a_run_goes_on_on_other_devices(tmp_path, unbroken, devices):
   """F10: begun on one device; equal to rounding, the same order of images."""
   workdir = tmp_path / 'run'
   assert run(workdir, fault='kill_at:40')[0] == KILLED
-  code, output = run(workdir, '--config.eval_batch=80', fault=f'devices:{devices}')
+  code, output = run(workdir, fault=f'devices:{devices}')
   assert code == 0, output
   assert 'resuming from 20 (verified)' in output
   for ours, theirs in zip(rows(workdir), rows(unbroken), strict=True):

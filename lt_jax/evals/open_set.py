@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_jax.errors import UserError, lookup
 from lt_jax.evals.closed_set import closed_set
 
 FIXED_THRESHOLD = 0.1
@@ -82,6 +83,26 @@ def ranking(known_score: np.ndarray, open_score: np.ndarray) -> dict[str, float]
   }
 
 
+def open_auc(
+  right: np.ndarray, known_score: np.ndarray, open_score: np.ndarray
+) -> float:
+  """Returns how often a known image is classified right and outscores an open one.
+
+  The mean over all pairs, ties half: the AUROC where only known images of the right
+  class count, and the area under the curve of open-set classification rate (OSCR).
+
+  Args:
+    right: (N,) bool, whether a known image got its class.
+    known_score: (N,).
+    open_score: (M,).
+
+  Source: Dhamija et al., arXiv 1811.04110; as pairs, Wang et al., arXiv 2210.13458.
+  """
+  ascending = np.sort(open_score)
+  ranks = [np.searchsorted(ascending, known_score, side) for side in ('left', 'right')]
+  return float((right * np.mean(ranks, axis=0)).mean() / len(ascending))
+
+
 def keep_threshold(known_score: np.ndarray, keep: float = 0.95) -> float:
   """Returns the largest score that keeps a share of known validation images.
 
@@ -93,26 +114,50 @@ def keep_threshold(known_score: np.ndarray, keep: float = 0.95) -> float:
   return float(descending[max(int(np.ceil(keep * len(descending))) - 1, 0)])
 
 
-def best_threshold(
-  label: np.ndarray, prediction: np.ndarray, known_score: np.ndarray
-) -> float:
-  """Returns the threshold of the largest F-measure on validation data.
+CRITERIA = {
+  'f_measure': lambda right, known, others: 2 * right / (right + known[-1] + others),
+  'youden': lambda right, known, others: known / known[-1] - others / others[-1],
+}
+"""name -> (right, known, others) -> value: what a good threshold makes large. The
+arguments count the images accepted at each threshold, the last of which accepts all:
+known ones of the right class, known ones, open ones. The F-measure is 'oltr2020', since
+the other only grows with the threshold; Youden's index is J = TPR - FPR."""
 
-  By the definition 'oltr2020', since the other only grows with the threshold; needs
-  open validation images, since without them every rejection is a loss. Of equal
-  values the lowest threshold is taken.
+
+def best_threshold(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  known_score: np.ndarray,
+  *,
+  by: str = 'f_measure',
+) -> float:
+  """Returns the threshold that is best on validation data with open images.
+
+  Every score is tried; of equally good ones the lowest is taken.
 
   Args:
     label: (N,) int, -1 for open images.
     prediction: (N,) int.
     known_score: (N,).
+    by: a key of `CRITERIA`.
+
+  Raises:
+    UserError: an unknown criterion, or only known or only open images, on which every
+      criterion is degenerate.
   """
-  candidates = np.unique(known_score)
-  values = [
-    f_measure(label, prediction, known_score, t, definition='oltr2020')
-    for t in candidates
-  ]
-  return float(candidates[int(np.argmax(values))])
+  criterion = lookup(CRITERIA, 'criterion', by)
+  known = label >= 0
+  if known.all() or not known.any():
+    raise UserError(f'a threshold by {by!r} needs both known and open images')
+  descending = np.argsort(-known_score)
+  score = known_score[descending]
+  last_of_tie = np.append(score[1:] != score[:-1], True)
+  accepted = (
+    np.cumsum(mask[descending])[last_of_tie]
+    for mask in (known & (prediction == label), known, ~known)
+  )
+  values = criterion(*accepted)
+  return float(score[last_of_tie][np.flatnonzero(values == values.max())[-1]])
 
 
 def open_set(
@@ -135,7 +180,7 @@ def open_set(
     groups: name -> (C,) bool, for the accuracies of known images after rejection.
 
   Returns:
-    'auroc', 'aupr' and 'fpr_at_95_tpr'; at the threshold 'f_measure_oltr2019',
+    'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; at the threshold 'f_measure_oltr2019',
     'f_measure_oltr2020', 'open_accuracy' (open images rejected), and accuracies of
     the known images as 'known_accuracy' and 'known_<group>'; both F-measures again
     with '_at_0.1', the papers' fixed threshold.
@@ -151,6 +196,9 @@ def open_set(
   at = {'': threshold, f'_at_{FIXED_THRESHOLD}': FIXED_THRESHOLD}
   return {
     **ranking(known_score[known], known_score[~known]),
+    'open_auc': open_auc(
+      (prediction == label)[known], known_score[known], known_score[~known]
+    ),
     **{
       f'f_measure_{definition}{suffix}': f_measure(
         label, prediction, known_score, t, definition=definition

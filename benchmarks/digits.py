@@ -1,0 +1,95 @@
+"""Trains a few recipes on Digits-LT and draws accuracy by class: docs/digits.svg.
+
+  python -m benchmarks.digits --workdir=runs/digits
+
+Prints the table of docs/results.md. Runs that are finished already are not run again.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+RECIPES = {
+  'ce': 'cross-entropy',
+  'balanced_softmax': 'balanced softmax',
+  'ldam_drw': 'LDAM-DRW',
+}
+COLOURS = ('#999999', '#d95f02', '#1b62a5')
+
+
+def train(recipe, seed, workdir):
+  """Returns the result of one run, from disk where it is finished."""
+  from configs import digits_lt
+  from lt_jax import build, run
+
+  config = digits_lt.get_config(recipe)
+  config.seed = seed
+  config.log_every_steps = 100
+  folder = workdir / recipe / str(seed)
+  if not (folder / 'result.json').exists():
+    run.run(build.resolve(config), folder)
+  return json.loads((folder / 'result.json').read_text())
+
+
+def draw(results, counts, path):
+  """Draws the mean accuracy of each class, with one standard deviation."""
+  import matplotlib
+
+  matplotlib.use('svg')
+  matplotlib.rcParams['svg.hashsalt'] = 'lt_jax'  # the same file from the same numbers
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(figsize=(7, 3.2), layout='constrained')
+  figure.patch.set_facecolor('white')
+  place = np.arange(len(counts))
+  for offset, (recipe, colour) in enumerate(zip(RECIPES, COLOURS, strict=True)):
+    values = 100 * np.array([r['test']['class_accuracy'] for r in results[recipe]])
+    axes.errorbar(
+      place + 0.12 * (offset - 1),
+      values.mean(0),
+      values.std(0, ddof=1),
+      color=colour,
+      fmt='o-',
+      markersize=5,
+      linewidth=0.8,
+      capsize=2,
+      label=RECIPES[recipe],
+    )
+  axes.set_xticks(place, [f'{i}\n{n}' for i, n in enumerate(counts)])
+  axes.set_xlabel('digit, and how many training images it has')
+  axes.set_ylabel('test accuracy (%)')
+  axes.legend(ncols=3, frameon=False, loc='lower left')
+  axes.grid(axis='y', linewidth=0.4)
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path, metadata={'Date': None})
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--seeds', type=int, default=5)
+  options = parser.parse_args()
+  results = {
+    recipe: [train(recipe, seed, options.workdir) for seed in range(options.seeds)]
+    for recipe in RECIPES
+  }
+  data = json.loads((options.workdir / 'ce' / '0' / 'data.json').read_text())
+  draw(
+    results,
+    data['counts']['train'],
+    pathlib.Path(__file__).parents[1] / 'docs' / 'digits.svg',
+  )
+  columns = ('accuracy', 'many', 'medium', 'few', 'auroc', 'f_measure_oltr2020')
+  print('| recipe | ' + ' | '.join(columns) + ' |')
+  print('|---' * (len(columns) + 1) + '|')
+  for recipe, runs in results.items():
+    values = 100 * np.array([[r['test'][c] for c in columns] for r in runs])
+    pairs = zip(values.mean(0), values.std(0, ddof=1), strict=True)
+    cells = ' | '.join(f'{mean:.1f} ± {std:.1f}' for mean, std in pairs)
+    print(f'| `{recipe}` | {cells} |')
+
+
+if __name__ == '__main__':
+  main()
