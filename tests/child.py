@@ -149,7 +149,7 @@ def _kill_between_stages(argument: str) -> None:
   from lt_jax import run
 
   del argument
-  _at_call(run._StageRunner, 'run', die, 2)
+  _at_call(run.StageRunner, 'run', die, 2)
 
 
 def _terminate_in_evaluation(argument: str) -> None:

@@ -180,10 +180,10 @@ def open_set(
     groups: name -> (C,) bool, for the accuracies of known images after rejection.
 
   Returns:
-    'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; at the threshold 'f_measure_oltr2019',
-    'f_measure_oltr2020', 'open_accuracy' (open images rejected), and accuracies of
-    the known images as 'known_accuracy' and 'known_<group>'; both F-measures again
-    with '_at_0.1', the papers' fixed threshold.
+    'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; at the threshold
+    'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
+    and accuracies of the known images as 'known_accuracy' and 'known_<group>'; both
+    F-measures again with '_at_0.1', the papers' fixed threshold.
   """
   known = label >= 0
   kept = known_score >= threshold

@@ -1,0 +1,202 @@
+"""One stage of a run: restores or begins it, and gives the loop its hooks."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lt_jax import checkpoint, files, results, sharding, train
+from lt_jax.build import Experiment, Stage, config_digest
+from lt_jax.errors import UserError, suggest
+from lt_jax.evals import record
+from lt_jax.evals.collect import collector
+from lt_jax.method import State
+from lt_jax.surgery import operate
+from lt_jax.writers import Events, MetricWriter, Screen
+
+
+class StageRunner:
+  """One stage of a run: restores or begins it, and gives the loop its hooks."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    stage: Stage,
+    workdir: epath.Path,
+    screen: Screen,
+    events: Events,
+    stop: Callable[[], bool],
+    profile: tuple[int, int] | None,
+  ):
+    self._experiment = experiment
+    self._stage = stage
+    self._workdir = workdir
+    self._screen = screen
+    self._events = events
+    self._stop = stop
+    self._profile = profile
+    self._folder = workdir / 'stages' / stage.name
+    self._checkpoints = checkpoint.Checkpoints(
+      self._folder / 'checkpoints',
+      keep=experiment.config['keep_checkpoints'],
+      facts=_facts(experiment),
+      log=events,
+    )
+    self._collect = collector(stage.method.predict, record, experiment.mesh)
+    self._rate = 0.0  # images a second, of the last log interval
+
+  def run(self, earlier: Mapping[str, State]) -> State:
+    """Trains the stage to its end and returns the State that counts."""
+    try:
+      return self._run(earlier)
+    except train.Diverged as diverged:
+      self._report_divergence(diverged)
+      raise
+    finally:
+      self._screen.stop_bar()
+      self._checkpoints.close()
+
+  def _run(self, earlier: Mapping[str, State]) -> State:
+    stage, mesh = self._stage, self._experiment.mesh
+    key = jax.random.key(self._experiment.config['seed'])
+    first_state = train.initial_state(stage.method, stage.streams, key, mesh)
+    target = checkpoint.abstract(jax.eval_shape(first_state), sharding.replicated(mesh))
+    restored = self._checkpoints.restore(target)
+    if restored is None:
+      state = operate(first_state(), earlier, stage.surgeries)
+      first = int(jax.device_get(state.step))
+    else:
+      state, first = restored.state, restored.manifest.get('first', 0)
+    step = int(jax.device_get(state.step))
+    if stage.plan.steps < step:
+      raise UserError(
+        f'stage {stage.name!r} ends at step {stage.plan.steps}, but begins at {step}'
+      )
+    self._plan = stage.plan._replace(
+      first=first,
+      profile=self._profile,
+      profile_dir=os.fspath(self._folder / 'profile'),
+    )
+    self._announce(step, restored)
+    self._metrics = MetricWriter(
+      self._workdir,
+      stage.name,
+      resume_step=step,
+      vectors=self._folder / 'metrics',
+    )
+    if step < stage.plan.steps:
+      self._screen.start_bar(stage.name, step, stage.plan.steps)
+      state = train.train(
+        stage.method,
+        stage.streams,
+        state,
+        mesh=mesh,
+        plan=self._plan,
+        hooks=train.Hooks(
+          compiled=self._compiled,
+          progress=self._screen.progress,
+          log=self._log,
+          save=self._save,
+          evaluate=self._evaluate,
+          stop=self._stop,
+        ),
+      )
+    elif restored is None:  # a stage of no steps
+      self._save(step, state)
+    self._metrics.close()
+    self._checkpoints.wait()
+    if stage.select is None or stage.plan.steps == first:  # no step, no choice
+      return state
+    return self._checkpoints.restore_best(target).state
+
+  def _announce(self, step: int, restored: checkpoint.Restored | None) -> None:
+    told = 'fresh start'
+    if restored is not None:
+      told = (
+        f'resuming from {step} ({"verified" if restored.verified else "UNVERIFIED"})'
+      )
+    elif step:
+      told = f'fresh start at step {step}, carried over'
+    epochs = self._stage.plan.steps / self._stage.epoch_steps
+    self._screen.line(
+      f'stage {self._stage.name}: {self._stage.plan.steps} steps, {epochs:.4g} epochs '
+      f'of {self._stage.epoch_steps:.4g} steps; {told}'
+    )
+
+  def _compiled(self, seconds: float) -> None:
+    self._events('compiled', stage=self._stage.name, seconds=round(seconds, 2))
+
+  def _log(
+    self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
+  ) -> None:
+    self._rate = steps * self._experiment.config['batch'] / seconds
+    epoch = step / self._stage.epoch_steps
+    self._metrics.write(
+      'train', step, epoch, values, images_per_second=round(self._rate, 1)
+    )
+    left = (self._plan.steps - step) / steps * seconds
+    loss, accuracy = float(values['loss']), float(values.get('accuracy', np.nan))
+    self._screen.note(
+      f'loss {loss:.4f}  {self._rate:,.0f} images/s',
+      f'step {step}/{self._plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
+      f'accuracy {accuracy:.4f}  {self._rate:,.0f} images/s  ETA {left:.0f} s',
+    )
+
+  def _save(self, step: int, state: State) -> None:
+    if self._checkpoints.last_saved != step:
+      self._metrics.flush()
+      epoch = step / self._stage.epoch_steps
+      self._checkpoints.save(step, state, epoch=epoch, first=self._plan.first)
+
+  def _evaluate(self, step: int, state: State) -> None:
+    """Evaluates closed-set accuracy on validation and test data, and selects."""
+    rows = {}
+    for split in ('val', 'test'):
+      if split in self._experiment.passes:
+        one_pass = self._experiment.passes[split]
+        records = self._collect(state, one_pass, self._stop)
+        if records is None:
+          return
+        rows[split] = results.split_metrics(records, self._experiment)
+    for split, values in rows.items():
+      self._metrics.write(split, step, step / self._stage.epoch_steps, values)
+    told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
+    self._screen.line(f'step {step}: accuracy on {told}')
+    if self._stage.select is not None:
+      self._keep_best(step, state, rows)
+
+  def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
+    """Saves a State that is strictly better than the best so far."""
+    split, metric = self._stage.select
+    if metric not in rows[split]:
+      raise UserError(f'select: no metric {metric!r}{suggest(metric, rows[split])}')
+    value = float(rows[split][metric])
+    self._checkpoints.wait()
+    best = self._checkpoints.best()
+    if best is None or value > best['value'] or step < best['step']:
+      self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
+
+  def _report_divergence(self, diverged: train.Diverged) -> None:
+    """Says where it happened, and on which examples."""
+    examples = {
+      name: {k: v.tolist() for k, v in payload.items() if k in ('index', 'label')}
+      for name, payload in diverged.payload.items()
+    }
+    path = self._folder / 'not_finite.json'
+    self._folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {'step': diverged.step, 'examples': examples})
+    self._events('diverged', stage=self._stage.name, step=diverged.step, see=str(path))
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+  """Returns what a manifest tells of the run it belongs to."""
+  return {
+    'config_digest': config_digest(experiment.config),
+    'seed': experiment.config['seed'],
+    'devices': experiment.mesh.size,
+    'processes': jax.process_count(),
+    'versions': results.versions(),
+  }
