@@ -115,12 +115,20 @@ class Checkpoints:
         raise SaveError(_one_line(error)) from error
 
   def close(self) -> None:
-    """Waits for the background work and lets its threads go."""
-    try:
-      self.wait()
-    finally:
-      self._thread.shutdown()
-      self._checkpointer.close()
+    """Waits for the background work and lets its threads go.
+
+    Raises:
+      SaveError: the last save failed.
+    """
+    failure = None
+    for finish in (self.wait, self._checkpointer.close):
+      try:
+        finish()
+      except Exception as error:  # Orbax raises a failed save's error again
+        failure = failure or error
+    self._thread.shutdown()
+    if failure is not None:
+      raise SaveError(str(failure)) from failure
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, oldest first."""

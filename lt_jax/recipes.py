@@ -117,13 +117,17 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-  """Sets keys of a config; a dict with a 'name' replaces the one before it whole."""
+  """Sets keys of a config, dicts key by key.
+
+  What replaces the value before it whole: a dict with a 'name', whose other keys are
+  that name's options, and a `ConfigDict`.
+  """
   for key, value in overrides.items():
     old = config.get(key)
-    if isinstance(value, Mapping) and 'name' not in value and old:
+    if isinstance(value, dict) and 'name' not in value and old:
       apply(old, value)
     else:
-      config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+      config[key] = ConfigDict(value) if isinstance(value, dict) else value
   return config
 
 
@@ -168,7 +172,7 @@ def _margin(name: str) -> Overrides:
   """A margin loss on cosines; head and loss share one scale."""
   loss = ConfigDict({'name': name, 'scale': 30.0})
   loss['margin' if name == 'uniform_margin' else 'max_margin'] = 0.5
-  head = {'scale': loss.get_ref('scale')}
+  head = ConfigDict({'scale': loss.get_ref('scale')})
   return {'loss': loss, 'model': {'head': 'cosine', 'head_options': head}}
 
 
@@ -228,7 +232,10 @@ PROTOCOLS: dict[str, Overrides] = {
   # Cui et al., arXiv 1901.05555, and its code: x / 128 - 1, average-pool shortcuts.
   'cui': {
     'data': {'mean': (128 / 255,), 'std': (128 / 255,)},
-    'model': {'trunk_options': {'shortcut': 'average', 'init': 'glorot'}},
+    'model': {
+      'trunk_options': {'shortcut': 'average', 'init': 'glorot'},
+      'head_options': {'init': 'glorot'},
+    },
     'schedule': {'warmup': 'linear'},
   },
 }

@@ -101,6 +101,13 @@ def test_the_protocols_are_those_of_the_papers(no_data):
   assert stage.plan.steps == 19385  # ceil(200 * 12406 / 128)
 
 
+@pytest.mark.parametrize('recipe', recipes.RECIPES)
+@pytest.mark.parametrize('protocol', recipes.PROTOCOLS)
+def test_every_recipe_builds_under_both_protocols(no_data, recipe, protocol):
+  arg = f'{recipe},net=resnet8,protocol={protocol}'
+  build.build(build.resolve(cifar10_lt.get_config(arg)))
+
+
 def test_a_protocol_can_be_chosen():
   config = build.resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
   assert config['schedule']['warmup'] == 'staircase'

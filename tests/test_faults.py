@@ -70,7 +70,11 @@ def test_kill_9_by_the_shell_at_three_moments(tmp_path, unbroken):
   command = [sys.executable, '-m', 'lt_jax.main', *child.command(workdir)]
   for share in (0.2, 0.5, 0.8):
     process = subprocess.Popen(
-      command, cwd=child.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+      command,
+      cwd=child.ROOT,
+      env=os.environ | child.environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
     )
     wanted = share * 71
     while process.poll() is None:

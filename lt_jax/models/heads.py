@@ -33,7 +33,7 @@ def unit(v: jax.Array, axis: int = -1) -> jax.Array:
 def log_prior_bias(num_classes: int) -> float:
   """Returns -log(C - 1), at which a sigmoid gives every class the probability 1 / C.
 
-  Source: Cui et al., arXiv 1901.05555, section 4.2.
+  Source: Cui et al., arXiv 1901.05555.
   """
   return -math.log(num_classes - 1)
 
@@ -80,7 +80,7 @@ class Cosine(nn.Module):
     num_classes: C.
     scale: s. A margin m on the cosine is thus s m on the logit.
 
-  Source: Cao et al., arXiv 1906.07413, section 3.2, and its code, which also draws
+  Source: Cao et al., arXiv 1906.07413, and its code, which also draws
   the first weights so.
   """
 

@@ -34,7 +34,6 @@ class BatchNorm(nn.Module):
 
   Attributes:
     groups: G, number of equal parts of the batch with statistics of their own.
-    group_size: instead of `groups`, the examples of each part: a ghost batch.
     frozen: the running averages are used in training too, and do not change.
     momentum: m.
     epsilon: added to the variance.
@@ -47,7 +46,6 @@ class BatchNorm(nn.Module):
   """
 
   groups: int = 1
-  group_size: int | None = None
   frozen: bool = False
   momentum: float = 0.9
   epsilon: float = 1e-5
@@ -65,7 +63,11 @@ class BatchNorm(nn.Module):
     ]
     grouped = at_least_float32(x)[None]
     if train and not self.frozen:
-      grouped = grouped.reshape(self._group_count(len(x)), -1, *x.shape[1:])
+      if len(x) % self.groups:
+        raise UserError(
+          f'a batch of {len(x)} does not divide into {self.groups} groups'
+        )
+      grouped = grouped.reshape(self.groups, -1, *x.shape[1:])
       mean, var = stats = moments(grouped)
       if not self.is_initializing():
         for average, values in zip(running, stats, strict=True):
@@ -79,17 +81,6 @@ class BatchNorm(nn.Module):
     y = grouped * _over(grouped, multiplier)
     y += _over(grouped, bias[None] - mean * multiplier)
     return y.reshape(x.shape).astype(x.dtype)
-
-  def _group_count(self, batch: int) -> int:
-    """Returns G, having checked that it fits."""
-    size = self.group_size
-    count = self.groups if size is None else max(batch // size, 1)
-    if batch % count or (size is not None and count * size != batch):
-      parts = f'{count} groups' if size is None else f'groups of {size}'
-      raise UserError(
-        f'batch normalisation: a batch of {batch} does not divide into {parts}'
-      )
-    return count
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
