@@ -96,7 +96,7 @@ class Jax:
     train.make_update = lambda *arguments: self  # compiled once, for both sides
     first = int(self.loop_state.step)
     hooks = train.Hooks(
-      compiled=lambda s: None,
+      first_call=lambda s: None,
       progress=lambda step: None,
       log=lambda step, values, count, s: seconds.append(s),
       save=lambda step, state: None,

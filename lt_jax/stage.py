@@ -1,6 +1,7 @@
 """One stage of a run: restores or begins it, and gives the loop its hooks."""
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    self._rate = 0.0  # images a second, of the last log interval
+    self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
     """Trains the stage to its end and returns the State that counts."""
@@ -96,7 +97,7 @@ class StageRunner:
         mesh=mesh,
         plan=self._plan,
         hooks=train.Hooks(
-          compiled=self._compiled,
+          first_call=self._first_call,
           progress=self._screen.progress,
           log=self._log,
           save=self._save,
@@ -126,23 +127,26 @@ class StageRunner:
       f'of {self._stage.epoch_steps:.4g} steps; {told}'
     )
 
-  def _compiled(self, seconds: float) -> None:
-    self._events('compiled', stage=self._stage.name, seconds=round(seconds, 2))
+  def _first_call(self, compile_seconds: float) -> None:
+    self._events(
+      'first_step',
+      stage=self._stage.name,
+      seconds=round(time.time() - self._began, 1),
+      compile_seconds=round(compile_seconds, 1),
+    )
 
   def _log(
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
-    self._rate = steps * self._experiment.config['batch'] / seconds
+    rate = steps * self._experiment.config['batch'] / seconds
     epoch = step / self._stage.epoch_steps
-    self._metrics.write(
-      'train', step, epoch, values, images_per_second=round(self._rate, 1)
-    )
+    self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
     left = (self._plan.steps - step) / steps * seconds
     loss, accuracy = float(values['loss']), float(values.get('accuracy', np.nan))
     self._screen.note(
-      f'loss {loss:.4f}  {self._rate:,.0f} images/s',
+      f'loss {loss:.4f}  {rate:,.0f} images/s',
       f'step {step}/{self._plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
-      f'accuracy {accuracy:.4f}  {self._rate:,.0f} images/s  ETA {left:.0f} s',
+      f'accuracy {accuracy:.4f}  {rate:,.0f} images/s  ETA {left:.0f} s',
     )
 
   def _save(self, step: int, state: State) -> None:

@@ -60,7 +60,7 @@ class Hooks(NamedTuple):
   """What the caller does at a step.
 
   Attributes:
-    compiled: (seconds) once the step is compiled.
+    first_call: (seconds of compiling it) once a program has made its first call.
     progress: (step) after every call, cheap.
     log: (step, metrics as means, steps since the last row, seconds they took).
     save: (step, state); begins a checkpoint.
@@ -68,7 +68,7 @@ class Hooks(NamedTuple):
     stop: () whether the run must end at once.
   """
 
-  compiled: Callable[[float], None]
+  first_call: Callable[[float], None]
   progress: Callable[[int], None]
   log: Callable[[int, dict[str, np.ndarray], int, float], None]
   save: Callable[[int, State], None]
@@ -224,14 +224,18 @@ def train(
       clock = time.perf_counter()
     length = min(plan.chunk - step % plan.chunk, plan.steps - step)
     payloads = sharding.put_batch(mesh, _stack(streams, step, length), leading=1)
-    if length not in compiled:
+    fresh = length not in compiled
+    if fresh:
       began = time.perf_counter()
       update = make_update(method, streams, mesh, length)
       compiled[length] = update.lower(state, totals, bad, arrays, payloads).compile()
-      hooks.compiled(time.perf_counter() - began)
-      clock += time.perf_counter() - began
+      compile_seconds = time.perf_counter() - began
+      clock += compile_seconds
     with jax.transfer_guard('disallow'), _profile(plan, step, length):
       state, totals, bad = compiled[length](state, totals, bad, arrays, payloads)
+    if fresh:
+      bad.block_until_ready()
+      hooks.first_call(compile_seconds)
     step += length
     in_flight.append(bad)
     if len(in_flight) > IN_FLIGHT:

@@ -24,7 +24,7 @@ PRELOAD = [
   'tests.child',
 ]
 CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
-"""Of a run of 71 steps: checkpoints every 20, evaluations every 36. A tiny network."""
+"""Where children share what they compiled: a program costs its compilation once."""
 
 FAST = (
   '--config.model.trunk=tiny_cnn',

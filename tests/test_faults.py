@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_compiling(tmp_path):
   (tmp_path / 'file').write_text('')
   code, output = run(tmp_path / 'file' / 'run', output=tmp_path / 'log')
   assert code == 2
-  assert 'cannot be written' in output and 'compiled' not in output
+  assert 'cannot be written' in output and 'first step' not in output
 
 
 @pytest.mark.parametrize('devices', [2, 8])

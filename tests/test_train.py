@@ -63,7 +63,7 @@ class Recorder:
 
   def hooks(self):
     return train.Hooks(
-      compiled=lambda seconds: self.counts.update(['compiled']),
+      first_call=lambda seconds: self.counts.update(['compiled']),
       progress=lambda step: setattr(self, 'step', step),
       log=self._log,
       save=self._save,
