@@ -22,6 +22,7 @@ from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.samplers import Sampler, deferred, make_sampler
 from lt_jax.data.streams import Pass, Stream, evaluation_pass, train_stream
 from lt_jax.errors import UserError, check_options, construct, lookup, suggest
+from lt_jax.files import flatten
 from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.method import WRAPPERS, Method
 from lt_jax.methods import METHODS
@@ -40,6 +41,63 @@ gradients, and a call costs little there.
 """
 
 
+SELECTABLE = {
+  'accuracy': 1,
+  'macro_accuracy': 1,
+  'harmonic_mean': 1,
+  'worst_class': 1,
+  'many': 1,
+  'medium': 1,
+  'few': 1,
+  'loss': -1,
+  'ece': -1,
+}
+"""Metrics a State can be chosen by; -1 where less is better."""
+
+STAGE_KEYS = (
+  'batch',
+  'epochs',
+  'log_every_steps',
+  'save_every_epochs',
+  'evaluate_every_epochs',
+  'method',
+  'model',
+  'loss',
+  'class_weights',
+  'reduction',
+  'sampler',
+  'optimizer',
+  'schedule',
+  'wrappers',
+  'surgeries',
+  'select',
+)
+"""Keys that a stage can set; the others are of the whole run."""
+
+RANGES = {
+  'seed': (0, 2**31 - 1),
+  'batch': (1, 2**31),
+  'eval_batch': (1, 2**31),
+  'epochs': (0, 1e9),
+  'log_every_steps': (1, 1e9),
+  'save_every_epochs': (1e-9, 1e9),
+  'evaluate_every_epochs': (1e-9, 1e9),
+  'keep_checkpoints': (1, 1e9),
+  'method.accumulate': (1, 2**31),
+  'data.seed': (0, 2**31 - 1),
+  'data.known_classes': (0, 1e9),
+  'data.imbalance': (1, 1e12),
+  'data.test_per_class': (0, 1e9),
+  'data.val_per_class': (0, 1e9),
+  'data.meta_per_class': (0, 1e9),
+  'data.open_val_per_class': (0, 1e9),
+  'data.open_test_per_class': (0, 1e9),
+  'data.pad': (0, 1e4),
+  'schedule.base': (0, 1e30),
+}
+"""Least and largest value of numbers in a configuration."""
+
+
 class Stage(NamedTuple):
   """One stage: an ordinary run, which begins from the States of earlier ones.
 
@@ -50,6 +108,7 @@ class Stage(NamedTuple):
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
+    batch: global batch size.
     select: (split, metric) by which the State that counts is chosen; None: the last.
   """
 
@@ -59,6 +118,7 @@ class Stage(NamedTuple):
   surgeries: tuple[Surgery, ...]
   plan: Plan
   epoch_steps: float
+  batch: int
   select: tuple[str, str] | None
 
 
@@ -105,8 +165,9 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
 
   stage = lookup(config['stages'], 'stage', name)
   for key in stage:
-    if key not in config:
-      raise UserError(f'stage {name!r} sets unknown key {key!r}{suggest(key, config)}')
+    if key not in STAGE_KEYS:
+      near = suggest(key, STAGE_KEYS)
+      raise UserError(f'stage {name!r} sets {key!r}, which a stage cannot{near}')
   return merge(config, stage)
 
 
@@ -121,7 +182,13 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
     UserError: something in the configuration or the data is wrong.
   """
   check_device(config['device'])
-  batches = {'train': config['batch'], 'evaluation': config['eval_batch']}
+  configs = {name: stage_config(config, name) for name in config['stage_order']}
+  if not configs:
+    raise UserError('stage_order names no stage')
+  for stage in configs.values():
+    check_ranges(stage)
+  batches = {name: stage['batch'] for name, stage in configs.items()}
+  batches['evaluation'] = config['eval_batch']
   mesh = sharding.make_mesh(
     sharding.usable_devices(batches, devices or jax.device_count(), jax.process_count())
   )
@@ -131,6 +198,7 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   check_options('data', load_dataset, data, 'to_device')
   to_device = functools.partial(sharding.put_replicated, mesh)
   dataset = load_dataset(**data, to_device=to_device)
+  _check_channels(config['data'], dataset.image_shape[-1])
   passes = {
     name: evaluation_pass(split, batch=config['eval_batch'], transform=plain_transform)
     for name, split in dataset.splits.items()
@@ -142,10 +210,33 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   )
   groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
   stages = {
-    name: _build_stage(stage_config(config, name), name, dataset, mesh, train_transform)
-    for name in config['stage_order']
+    name: _build_stage(stage, name, dataset, groups, mesh, train_transform)
+    for name, stage in configs.items()
   }
   return Experiment(config, dataset, mesh, passes, groups, stages)
+
+
+def check_ranges(config: Config) -> None:
+  """Refuses numbers that mean nothing, such as a batch of no images."""
+  flat = flatten(config)
+  for key, (least, most) in RANGES.items():
+    value = flat.get(key, least)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and least <= value <= most):  # NaN is in no range
+      raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:g}')
+
+
+def _check_channels(data: Config, channels: int) -> None:
+  """Refuses means and deviations that do not fit the images."""
+  for key in ('mean', 'std'):
+    values = data[key]
+    if not isinstance(values, list | tuple) or len(values) not in (1, channels):
+      raise UserError(
+        f'data.{key} is {values!r}; it must be 1 or {channels} numbers, as the images '
+        f'have {channels} channels'
+      )
+  if not all(value > 0 for value in data['std']):
+    raise UserError(f'data.std is {data["std"]!r}; it must be positive')
 
 
 def check_device(device: str) -> None:
@@ -183,7 +274,12 @@ def _transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
 
 
 def _build_stage(
-  config: Config, name: str, dataset: Dataset, mesh: Mesh, transform: Callable
+  config: Config,
+  name: str,
+  dataset: Dataset,
+  groups: Mapping[str, np.ndarray],
+  mesh: Mesh,
+  transform: Callable,
 ) -> Stage:
   """Builds one stage from its merged configuration."""
   train, batch = dataset.splits['train'], config['batch']
@@ -202,19 +298,20 @@ def _build_stage(
     ),
     plan=_plan(config, steps),
     epoch_steps=sampler.length / batch,
-    select=_select(config['select'], dataset),
+    batch=batch,
+    select=_select(config['select'], dataset, groups),
   )
 
 
 def _sampler(options: Config, labels: np.ndarray, batch: int) -> Sampler:
-  """Builds a sampler; before its start epoch, instance sampling serves."""
+  """Builds a sampler; before its start, a whole epoch, instance sampling serves."""
   options = dict(options)
   start = options.pop('start_epoch', 0)
   sampler = make_sampler(labels=labels, batch=batch, **options)
   if not start:
     return sampler
   instance = make_sampler('instance', labels, batch=batch)
-  return deferred(instance, sampler, switch_epoch=int(start))
+  return deferred(instance, sampler, switch_epoch=math.ceil(start))
 
 
 def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> Method:
@@ -237,6 +334,7 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
     options=options,
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
+    penalty=None,
   )
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
@@ -290,15 +388,20 @@ def _plan(config: Config, steps: Callable[[float], int]) -> Plan:
   )
 
 
-def _select(select: str, dataset: Dataset) -> tuple[str, str] | None:
+def _select(
+  select: str, dataset: Dataset, groups: Mapping[str, np.ndarray]
+) -> tuple[str, str] | None:
   """Returns (split, metric) of the State that counts; None for the last one."""
   if select == 'last':
     return None
-  split, _, metric = select.partition('/')
+  split, _, metric = str(select).partition('/')
   if split == 'test':
     raise UserError('select: a State is never chosen on the test set')
   if split != 'val' or not metric:
     raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
+  lookup(SELECTABLE, 'metric to select by', metric)
   if split not in dataset.splits:
     raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+  if metric in groups and not groups[metric].any():
+    raise UserError(f'select is {select!r}, but no class is {metric}-shot')
   return split, metric

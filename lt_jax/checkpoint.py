@@ -141,7 +141,8 @@ class Checkpoints:
 
     Newest to oldest: manifest, sizes, digests, structure, finite values. What fails is
     moved aside and logged, so that a later save of the same step is not refused. A
-    checkpoint that merely lacks its manifest is used if no verified one is left.
+    checkpoint that merely lacks its manifest is used, and given one, if no verified
+    one is left.
 
     Args:
       target: a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -165,14 +166,19 @@ class Checkpoints:
         newer = [s for s in manifests if s > step and s not in rejected]
         rejected |= dict.fromkeys(newer, 'no manifest: its save was interrupted')
         self._set_aside(rejected, quarantine)
+        if manifest is None and quarantine and jax.process_index() == 0:
+          self._write_manifest(str(step), self._directory / str(step), {'step': step})
+        self.last_saved = step
         return Restored(state, step, manifest or {}, manifest is not None)
       rejected[step] = reason
-    if not rejected:
+    folder = self._directory / 'manifests'
+    stray = [p.name for p in folder.glob('[0-9]*.json')] if folder.exists() else []
+    if not rejected and not stray:
       return None
     told = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
     raise UserError(
-      f'no usable checkpoint in {self._directory} ({told}); '
-      'to start afresh, give another workdir'
+      f'no usable checkpoint in {self._directory} '
+      f'({told or "only manifests are left"}); to start afresh, give another workdir'
     )
 
   def restore_best(self, target: PyTree) -> Restored | None:
@@ -184,7 +190,7 @@ class Checkpoints:
     manifest = self._manifest('best')
     if manifest is None:
       return None
-    directory = self._directory / 'best' / str(manifest['step'])
+    directory = self._directory / 'best' / str(manifest.get('step'))
     reason = _damage(directory, manifest)
     if reason is not None:
       raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
@@ -201,7 +207,7 @@ class Checkpoints:
     directory = self._directory / name / (str(step) if name == 'best' else '')
     try:
       (self._directory / 'manifests').mkdir(parents=True, exist_ok=True)
-      if directory.exists():  # the selected state of a run that was interrupted here
+      if name == 'best' and directory.exists():  # its save was interrupted
         directory.rmtree()
       self._checkpointer.save(directory, _to_leaves(state))
     except Exception as error:
@@ -223,8 +229,14 @@ class Checkpoints:
     files.write_json(self._directory / 'manifests' / f'{name}.json', manifest)
 
   def _manifest(self, name: str) -> dict[str, Any] | None:
+    """Returns a manifest, None if there is none; a torn one vouches for nothing."""
     path = self._directory / 'manifests' / f'{name}.json'
-    return files.read_json(path) if path.exists() else None
+    if not path.exists():
+      return None
+    try:
+      return files.read_json(path)
+    except UserError:
+      return {}
 
   def _attempt(
     self, step: int, manifest: Mapping[str, Any] | None, target: PyTree
@@ -235,12 +247,16 @@ class Checkpoints:
       return None, damage
     try:
       state = self._read(directory, target)
+    except UserError:
+      raise
     except Exception as error:
-      # Files that are as they were written and yet do not load are of another network
-      # or another version: older ones are no better, and none is damaged.
-      if manifest is not None or isinstance(error, UserError):
-        raise
-      return None, f'not readable: {_one_line(error)}'
+      if manifest is None:
+        return None, f'not readable: {_one_line(error)}'
+      # Files that are as they were written and yet do not load are of another
+      # version: older ones are no better, and none is damaged.
+      raise UserError(
+        f'checkpoint {directory} is whole, but not readable: {_one_line(error)}'
+      ) from error
     return (state, '') if all_finite(state) else (None, 'it holds non-finite values')
 
   def _prune(self) -> None:
@@ -340,6 +356,8 @@ def _digests(directory: epath.Path) -> dict[str, dict[str, Any]]:
 
 def _damage(directory: epath.Path, manifest: Mapping[str, Any]) -> str | None:
   """Returns what is wrong with a checkpoint's files, or None."""
+  if 'files' not in manifest:
+    return 'its manifest is not readable'
   found = _digests(directory)
   for name, recorded in manifest['files'].items():
     if name not in found:

@@ -18,17 +18,20 @@ from lt_jax.errors import UserError
 WRONG_INPUT, DIVERGED, TRY_AGAIN, PREEMPTED = 2, 3, 75, 143
 
 
-def launch(command: Callable[[], None], *required: str) -> NoReturn:
+def launch(
+  command: Callable[..., None], *required: str, arguments: int = 0
+) -> NoReturn:
   """Parses the flags, runs a command and exits with its code.
 
   Args:
-    command: reads its flags and raises what goes wrong.
+    command: takes the arguments, reads its flags and raises what goes wrong.
     *required: names of the flags that must be given.
+    arguments: how many arguments that are no flags it takes.
   """
 
-  def parse(arguments: Sequence[str]) -> list[str]:
+  def parse(given: Sequence[str]) -> list[str]:
     try:
-      rest = flags.FLAGS(list(arguments))
+      rest = flags.FLAGS(list(given))
       for name in required:
         value = flags.FLAGS[name].value
         if value is None:
@@ -40,12 +43,12 @@ def launch(command: Callable[[], None], *required: str) -> NoReturn:
       fail(f'unknown config key {told}', WRONG_INPUT)
     except (flags.Error, ValueError, OSError) as error:
       fail(error, WRONG_INPUT)
-    if len(rest) > 1:
-      fail(f'unexpected argument {rest[1]!r}', WRONG_INPUT)
+    if len(rest) - 1 != arguments:
+      fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
     logging.set_verbosity(logging.ERROR)  # Orbax tells every file it writes
     return rest
 
-  app.run(lambda arguments: exit_code(command), flags_parser=parse)
+  app.run(lambda rest: exit_code(lambda: command(*rest[1:])), flags_parser=parse)
   raise AssertionError('app.run returned')
 
 
@@ -62,6 +65,8 @@ def exit_code(command: Callable[[], None]) -> int:
     fail(f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED)
   except SaveError as error:
     fail(f'a checkpoint could not be written: {error}', TRY_AGAIN)
+  except OSError as error:
+    fail(f'{error}; what was saved is whole', TRY_AGAIN)
   except Preempted:
     fail('stopped as asked, and saved: the same command goes on', PREEMPTED)
   return 0

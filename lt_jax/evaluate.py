@@ -21,7 +21,7 @@ STAGE = flags.DEFINE_string('stage', None, 'The stage; the last one by default.'
 
 def main() -> None:
   """Evaluates the run that the flags name."""
-  evaluate(epath.Path(WORKDIR.value), which=WHICH.value, stage_name=STAGE.value)
+  evaluate(files.absolute(WORKDIR.value), which=WHICH.value, stage_name=STAGE.value)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from lt_jax.errors import UserError
@@ -45,21 +46,45 @@ def _plain(value: Any) -> Any:
   return value.tolist()
 
 
-def read_json(path: epath.PathLike) -> Any:
-  """Reads JSON, naming the file where it is damaged."""
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    UserError: the file is missing or damaged; it names the file.
+  """
   try:
-    return json.loads(epath.Path(path).read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path}: not valid JSON ({error})') from None
+    value = json.loads(epath.Path(path).read_text())
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}') from None
+  except ValueError as error:  # of JSON, or of the encoding
+    raise UserError(f'{path} is no valid JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object')
+  return value
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns the folder of a run as an absolute path, which Orbax asks for.
+
+  Raises:
+    UserError: the path is empty.
+  """
+  text = os.fspath(path)
+  if not text:
+    raise UserError('--workdir is empty')
+  return epath.Path(text if is_remote(text) else os.path.abspath(text))
 
 
 def make_workdir(path: epath.PathLike) -> epath.Path:
   """Creates the folder of a run and proves that it can be written.
 
+  Returns:
+    Its absolute path.
+
   Raises:
-    UserError: it cannot, with the path and the system's reason.
+    UserError: it cannot be written; with the path and the system's reason.
   """
-  path = epath.Path(path)
+  path = absolute(path)
   probe = path / f'.probe.{os.getpid()}'
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -76,12 +101,13 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
   The kernel holds the lock, so it ends with the process, however that dies: there is
   no stale lock to judge. The file only names the owner for the message. Taken by
-  process 0. Object stores have no locks; there the launcher must not start twice.
+  process 0 alone, since the others work in the same folder. Object stores have no
+  locks; there the launcher must not start twice.
 
   Raises:
     UserError: another process holds the folder.
   """
-  if is_remote(workdir):
+  if is_remote(workdir) or jax.process_index() > 0:
     yield
     return
   path = os.path.join(workdir, 'lock')

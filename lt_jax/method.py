@@ -28,6 +28,7 @@ from flax import struct
 from lt_jax.errors import UserError
 
 PyTree = Any
+Network = nn.Module
 Batch = Mapping[str, jax.Array]
 Outputs = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -75,16 +76,14 @@ def named_key(key: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
   return jax.random.fold_in(named, step)
 
 
-def init_net(
-  net: nn.Module, key: jax.Array, images: jax.Array
-) -> tuple[PyTree, PyTree]:
+def init_net(net: Network, key: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:
   """Returns the first (params, stats) of a network; `stats` may be empty."""
   variables = net.init(key, images[:1], train=False)
   return variables['params'], variables.get('batch_stats', {})
 
 
 def forward(
-  net: nn.Module, params: PyTree, stats: PyTree, images: jax.Array, *, train: bool
+  net: Network, params: PyTree, stats: PyTree, images: jax.Array, *, train: bool
 ) -> tuple[Outputs, PyTree]:
   """Applies a network as a pure function of its parameters.
 
@@ -119,34 +118,50 @@ def ema(method: Method, *, decay: float) -> Method:
   r"""Predicts with an exponential moving average of parameters and statistics.
 
   .. math::
-    \bar\theta_{t+1} = d\, \bar\theta_t + (1 - d)\, \theta_{t+1}
+    \bar\theta_t = \frac{1 - d}{1 - d^t} \sum_{k=1}^{t} d^{\,t-k}\, \theta_k
 
-  The average lives in `state.memory['ema']` and starts at the initial values.
+  over the t steps of this stage. The sum lives in `state.memory['ema']` and starts
+  from nothing, so that it holds no first values that surgery has replaced; before
+  the first step the parameters themselves predict.
 
   Args:
     method: the method to wrap.
     decay: d, in [0, 1).
-  """
 
-  def average(state: State) -> PyTree:
+  Raises:
+    UserError: the decay is out of range.
+  """
+  if not 0 <= decay < 1:
+    raise UserError(f'ema: decay must be in [0, 1), got {decay}')
+
+  def visited(state: State) -> PyTree:
     return {'params': state.params['net'], 'stats': state.stats['net']}
 
   def init(key, batches):
     state = method.init(key, batches)
-    return state.replace(memory={**state.memory, 'ema': average(state)})
+    memory = {'sum': jax.tree.map(jnp.zeros_like, visited(state)), 't': jnp.int32(0)}
+    return state.replace(memory={**state.memory, 'ema': memory})
 
   def step(state, batches):
     old = state.memory['ema']
     state, metrics = method.step(state, batches)
-    new = jax.tree.map(lambda o, n: decay * o + (1.0 - decay) * n, old, average(state))
-    return state.replace(memory={**state.memory, 'ema': new}), metrics
+    total = jax.tree.map(
+      lambda s, x: decay * s + (1.0 - decay) * x, old['sum'], visited(state)
+    )
+    memory = {**state.memory, 'ema': {'sum': total, 't': old['t'] + 1}}
+    return state.replace(memory=memory), metrics
 
   def predict(state, images):
-    averaged = state.memory['ema']
+    memory = state.memory['ema']
+    t = memory['t']
+    share = jnp.where(t > 0, 1.0 - decay ** t.astype(jnp.float32), 1.0)
+    mean = jax.tree.map(
+      lambda s, x: jnp.where(t > 0, s / share, x), memory['sum'], visited(state)
+    )
     return method.predict(
       state.replace(
-        params={**state.params, 'net': averaged['params']},
-        stats={**state.stats, 'net': averaged['stats']},
+        params={**state.params, 'net': mean['params']},
+        stats={**state.stats, 'net': mean['stats']},
       ),
       images,
     )

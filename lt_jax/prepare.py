@@ -4,7 +4,7 @@ Downloads it and writes it in ArrayRecord format, which training reads without
 TensorFlow. Needs the extra: pip install 'lt_jax[prepare]'.
 """
 
-from absl import app, flags
+from absl import flags
 
 from lt_jax import commands
 from lt_jax.errors import UserError
@@ -37,12 +37,10 @@ def prepare(name: str, data_dir: str | None = None) -> None:
   store_labels(load_source(f'tfds:{name}', data_dir))
 
 
-def main(arguments: list[str]) -> int:
+def main(name: str) -> None:
   """Prepares the data set named on the command line."""
-  if len(arguments) != 2:
-    commands.fail('give one data set: python -m lt_jax.prepare NAME', 2)
-  return commands.exit_code(lambda: prepare(arguments[1], DATA_DIR.value))
+  prepare(name, DATA_DIR.value)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  commands.launch(main, arguments=1)

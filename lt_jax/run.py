@@ -1,27 +1,28 @@
 """A run: its folder, its stages one after the other, and what they leave behind."""
 
+import contextlib
 import os
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from lt_jax import files, results, train
+from lt_jax import files, results
 from lt_jax.build import Config, Experiment, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
+from lt_jax.train import initial_state
 from lt_jax.writers import Events, Screen
 
 MAY_CHANGE = frozenset(
   {
     'device',
-    'eval_batch',
-    'evaluate_every_epochs',
     'keep_checkpoints',
     'log_every_steps',
     'save_every_epochs',
@@ -85,18 +86,16 @@ def run(
   with files.locked(workdir), StopRequest() as stop:
     if not allow_config_change:
       _check_config(config, workdir)
-    experiment = build(config)
+    experiment = _rehearsed(config)
     _check_data(experiment, workdir)
-    if jax.process_index() == 0:  # only now, so that a wrong start leaves nothing
-      files.write_json(workdir / 'config.json', config)
-      files.write_json(workdir / 'data.json', _data_facts(experiment, workdir))
     events = Events(workdir, screen)
-    events('started', pid=os.getpid(), host=platform.node())
-    _banner(experiment, workdir, screen)
-    earlier: dict[str, State] = {}
-    for stage in experiment.stages.values():
-      runner = StageRunner(experiment, stage, workdir, screen, events, stop, profile)
-      earlier[stage.name] = runner.run(earlier)
+    with _claimed(experiment, workdir):
+      events('started', pid=os.getpid(), host=platform.node())
+      _banner(experiment, workdir, screen)
+      earlier: dict[str, State] = {}
+      for stage in experiment.stages.values():
+        runner = StageRunner(experiment, stage, workdir, screen, events, stop, profile)
+        earlier[stage.name] = runner.run(earlier)
     result = results.write_results(
       experiment,
       workdir,
@@ -108,6 +107,58 @@ def run(
     events('finished', state_sha256=result['state_sha256'])
     results.show(result, workdir, screen)
     return result
+
+
+def _rehearsed(config: Config) -> Experiment:
+  """Builds the experiment and goes through its stages without computing anything.
+
+  Shapes tell most of what can be wrong, and tell it before the first stage has been
+  trained for days: networks, optimisers, augmentation, surgeries.
+  """
+  try:
+    experiment = build(config)
+    key = jax.random.key(0)
+    shapes: dict[str, State] = {}
+    for name, stage in experiment.stages.items():
+      first = initial_state(stage.method, stage.streams, key, experiment.mesh)
+      state = jax.eval_shape(first)
+      for surgery in stage.surgeries:
+        state = surgery(state, shapes)
+      shapes[name] = state
+  except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(
+      f'the configuration cannot be built: {type(error).__name__}: {error}'
+    ) from error
+  return experiment
+
+
+@contextlib.contextmanager
+def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
+  """Writes config.json and data.json; a start that fails puts back what was there.
+
+  So that a mistake does not stand in the way of the corrected command.
+  """
+  facts = {
+    'config.json': experiment.config,
+    'data.json': _data_facts(experiment, workdir),
+  }
+  paths = {name: workdir / name for name in facts}
+  before = {n: p.read_text() if p.exists() else None for n, p in paths.items()}
+  if jax.process_index() == 0:
+    for name, path in paths.items():
+      files.write_json(path, facts[name])
+  try:
+    yield
+  except UserError:
+    if jax.process_index() == 0:
+      for name, path in paths.items():
+        if before[name] is not None:
+          files.write_atomically(path, before[name])
+        elif not (workdir / 'stages').exists():
+          path.unlink()
+    raise
 
 
 def _check_config(config: Config, workdir: epath.Path) -> None:
@@ -168,7 +219,7 @@ def _banner(experiment: Experiment, workdir: epath.Path, screen: Screen) -> None
   counts = dataset.counts
   stage = next(iter(experiment.stages.values()))
   key = jax.random.key(0)
-  state = jax.eval_shape(train.initial_state(stage.method, stage.streams, key, mesh))
+  state = jax.eval_shape(initial_state(stage.method, stage.streams, key, mesh))
   params = sum(x.size for x in jax.tree.leaves(state.params))
   idle = jax.device_count() - mesh.size
   idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''

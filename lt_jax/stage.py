@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
-from lt_jax.build import Experiment, Stage, config_digest
-from lt_jax.errors import UserError, suggest
+from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest
+from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State
@@ -88,25 +88,24 @@ class StageRunner:
       resume_step=step,
       vectors=self._folder / 'metrics',
     )
-    if step < stage.plan.steps:
-      self._screen.start_bar(stage.name, step, stage.plan.steps)
-      state = train.train(
-        stage.method,
-        stage.streams,
-        state,
-        mesh=mesh,
-        plan=self._plan,
-        hooks=train.Hooks(
-          first_call=self._first_call,
-          progress=self._screen.progress,
-          log=self._log,
-          save=self._save,
-          evaluate=self._evaluate,
-          stop=self._stop,
-        ),
-      )
-    elif restored is None:  # a stage of no steps
+    if stage.plan.steps == first and restored is None:  # a stage of no steps
       self._save(step, state)
+    self._screen.start_bar(stage.name, step, stage.plan.steps)
+    state = train.train(
+      stage.method,
+      stage.streams,
+      state,
+      mesh=mesh,
+      plan=self._plan,
+      hooks=train.Hooks(
+        first_call=self._first_call,
+        progress=self._screen.progress,
+        log=self._log,
+        save=self._save,
+        evaluate=self._evaluate,
+        stop=self._stop,
+      ),
+    )
     self._metrics.close()
     self._checkpoints.wait()
     if stage.select is None or stage.plan.steps == first:  # no step, no choice
@@ -138,11 +137,11 @@ class StageRunner:
   def _log(
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
-    rate = steps * self._experiment.config['batch'] / seconds
+    rate = steps * self._stage.batch / seconds
     epoch = step / self._stage.epoch_steps
     self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
     left = (self._plan.steps - step) / steps * seconds
-    loss, accuracy = float(values['loss']), float(values.get('accuracy', np.nan))
+    loss, accuracy = (float(values.get(k, np.nan)) for k in ('loss', 'accuracy'))
     self._screen.note(
       f'loss {loss:.4f}  {rate:,.0f} images/s',
       f'step {step}/{self._plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
@@ -175,9 +174,7 @@ class StageRunner:
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
     split, metric = self._stage.select
-    if metric not in rows[split]:
-      raise UserError(f'select: no metric {metric!r}{suggest(metric, rows[split])}')
-    value = float(rows[split][metric])
+    value = SELECTABLE[metric] * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
     if best is None or value > best['value'] or step < best['step']:

@@ -5,7 +5,6 @@ what the unbroken run did. What saving, logging and evaluating mean is the calle
 """
 
 import collections
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -192,7 +191,7 @@ def train(
   in_flight: collections.deque = collections.deque()
   step = logged = int(jax.device_get(state.step))
   zeros, bad = _empty_totals(method, streams, state, mesh)
-  totals, clock = zeros, time.perf_counter()
+  totals, clock, profiler = zeros, time.perf_counter(), _Profiler(plan)
 
   def log() -> None:
     nonlocal totals, logged, clock
@@ -201,15 +200,18 @@ def train(
     hooks.log(step, values, step - logged, time.perf_counter() - clock)
     totals, logged = zeros, step
 
-  def save() -> None:
+  def check() -> None:
     check_finite(bad, streams)
     if not checkpoint.all_finite(state):
       raise Diverged(step - 1, _payloads(streams, step - 1))
+
+  def save() -> None:
+    check()
     hooks.save(step, state)
 
   while True:
     if plan.due(step, plan.evaluate_every):
-      bad.block_until_ready()  # so that the pause begins when the training ends
+      check()  # which also waits, so that the pause begins when the training ends
       began = time.perf_counter()
       hooks.evaluate(step, state)
       clock += time.perf_counter() - began
@@ -219,6 +221,7 @@ def train(
       save()
       raise Preempted
     if step == plan.steps:
+      profiler.stop()
       return state
     if step == logged:
       clock = time.perf_counter()
@@ -231,7 +234,8 @@ def train(
       compiled[length] = update.lower(state, totals, bad, arrays, payloads).compile()
       compile_seconds = time.perf_counter() - began
       clock += compile_seconds
-    with jax.transfer_guard('disallow'), _profile(plan, step, length):
+    profiler.before(step, length)
+    with jax.transfer_guard('disallow'):
       state, totals, bad = compiled[length](state, totals, bad, arrays, payloads)
     if fresh:
       bad.block_until_ready()
@@ -241,6 +245,7 @@ def train(
     if len(in_flight) > IN_FLIGHT:
       in_flight.popleft().block_until_ready()
     hooks.progress(step)
+    profiler.after(step)
     if plan.due(step, plan.log_every):
       log()
     if plan.due(step, plan.save_every):
@@ -286,12 +291,27 @@ def _empty_totals(
   return sharding.put_replicated(mesh, (zeros, np.int32(-1)))
 
 
-@contextlib.contextmanager
-def _profile(plan: Plan, step: int, length: int):
-  """Records a profiler trace while the steps of `plan.profile` run."""
-  first, last = plan.profile or (-1, -1)
-  if step <= first < step + length:
-    jax.profiler.start_trace(plan.profile_dir)
-  yield
-  if step <= last < step + length:
-    jax.profiler.stop_trace()
+class _Profiler:
+  """Records a profiler trace of the calls that `plan.profile` touches."""
+
+  def __init__(self, plan: Plan):
+    self._first, self._last = plan.profile or (0, -1)
+    self._folder = plan.profile_dir
+    self._on = False
+
+  def before(self, step: int, length: int) -> None:
+    """Starts at the first call that has a step of the range."""
+    if not self._on and step <= self._last and step + length > self._first:
+      jax.profiler.start_trace(self._folder)
+      self._on = True
+
+  def after(self, step: int) -> None:
+    """Stops when the next call has none."""
+    if self._on and step > self._last:
+      self.stop()
+
+  def stop(self) -> None:
+    """Writes the trace, if one is being recorded."""
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False

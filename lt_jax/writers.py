@@ -23,12 +23,17 @@ Row = dict[str, Any]
 
 
 def read_rows(path: epath.PathLike) -> list[Row]:
-  """Reads a file of JSON lines, leaving out a last line that a crash tore."""
+  """Reads a file of JSON lines, leaving out what is none: a line that a crash tore."""
   path = epath.Path(path)
   if not path.exists():
     return []
-  lines = path.read_text().split('\n')
-  return [json.loads(line) for line in lines[:-1]]
+  rows = []
+  for line in path.read_bytes().decode(errors='replace').split('\n')[:-1]:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return [row for row in rows if isinstance(row, dict)]
 
 
 class JsonLines:
@@ -41,7 +46,7 @@ class JsonLines:
     if self._write and self._path.exists():
       rows = [r for r in read_rows(self._path) if keep is None or keep(r)]
       text = ''.join(json.dumps(row) + '\n' for row in rows)
-      if text != self._path.read_text():
+      if text.encode() != self._path.read_bytes():
         files.write_atomically(self._path, text)
 
   def append(self, row: Mapping[str, Any]) -> None:
@@ -91,8 +96,10 @@ class MetricWriter:
     self._vectors_dir = vectors
 
     def keep(row: Row) -> bool:
-      last = resume_step if row['split'] == 'train' else resume_step - 1
-      return row['stage'] != stage or row['step'] <= last
+      if row.get('stage') != stage:
+        return True
+      last = resume_step if row.get('split') == 'train' else resume_step - 1
+      return row.get('step', 0) <= last
 
     self._lines = JsonLines(workdir / 'metrics.jsonl', keep)
     self._vectors = _read_vectors(vectors, resume_step)

@@ -174,10 +174,24 @@ def _kill_between_stages(argument: str) -> None:
   _at_call(run.StageRunner, 'run', die, 2)
 
 
+def _terminate_twice(argument: str) -> None:
+  """Asks at a step, and again while the answer is being saved."""
+  from lt_jax import checkpoint
+
+  _at_step(argument, lambda: _at_call(checkpoint.Checkpoints, 'save', terminate, 1))
+  _at_step(argument, terminate)
+
+
 def _terminate_in_evaluation(argument: str) -> None:
   from lt_jax.evals import collect
 
   _at_call(collect.sharding, 'put_batch', terminate, int(argument))
+
+
+def _kill_in_evaluation(argument: str) -> None:
+  from lt_jax.evals import collect
+
+  _at_call(collect.sharding, 'put_batch', die, int(argument))
 
 
 def _terminate_while_compiling(argument: str) -> None:
@@ -221,7 +235,9 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'kill_between': _kill_between,
   'kill_between_stages': _kill_between_stages,
   'kill_in_save': _kill_in_save,
+  'term_twice_at': _terminate_twice,
   'term_in_evaluation': _terminate_in_evaluation,
+  'kill_in_evaluation': _kill_in_evaluation,
   'term_while_compiling': _terminate_while_compiling,
   'file_size': _limit_file_size,
   'devices': _simulate_devices,

@@ -141,6 +141,40 @@ def test_selection_on_validation_data_feeds_the_result(tmp_path):
       assert evaluation['test'] == result(workdir)['test']
 
 
+def test_a_stop_in_the_only_evaluation_still_selects(tmp_path):
+  workdir = tmp_path / 'run'
+  config = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
+  once = ('--config.select=val/loss', '--config.evaluate_every_epochs=20')
+  assert run(workdir, config, *once, fault='term_in_evaluation:75')[0] == 143
+  code, output = run(workdir, config, *once)
+  assert code == 0, output
+  manifest = workdir / 'stages' / 'train' / 'checkpoints' / 'manifests' / 'best.json'
+  value = json.loads(manifest.read_text())['value']
+  assert value == pytest.approx(-result(workdir)['val']['loss'])  # less is better
+
+
+def test_averaged_weights_and_a_stage_of_no_steps(tmp_path):
+  """The average of the first stage does not leak into the second, nor random values."""
+  config = tmp_path / 'ema.py'
+  config.write_text(
+    'from configs import digits_lt\n'
+    'def get_config(arg):\n'
+    "  config = digits_lt.get_config('logit_adjust_posthoc,epochs=20')\n"
+    "  config.wrappers = {'ema': {'decay': 0.5}}\n"
+    '  return config\n'
+  )
+  workdir = tmp_path / 'run'
+  code, output = run(workdir, config)
+  assert code == 0, output
+  rows = [r for r in read_rows(workdir / 'metrics.jsonl') if r['split'] == 'test']
+  assert result(workdir)['test']['accuracy'] > rows[-1]['accuracy'] - 0.1
+  log = tmp_path / 'log'
+  arguments = [f'--workdir={workdir}', '--stage=train']
+  assert child.run(arguments, log, module='lt_jax.evaluate') == 0, log.read_text()
+  evaluation = json.loads((workdir / 'evaluation.json').read_text())
+  assert evaluation['test']['accuracy'] == pytest.approx(rows[-1]['accuracy'])
+
+
 def test_no_state_is_chosen_on_the_test_set(tmp_path):
   config = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
   select = '--config.select=test/accuracy'

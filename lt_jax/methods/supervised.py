@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax import lax
 
 from lt_jax.errors import UserError
@@ -17,6 +16,7 @@ from lt_jax.method import (
   Batch,
   Method,
   Metrics,
+  Network,
   Outputs,
   PyTree,
   State,
@@ -31,7 +31,7 @@ Loss = Callable[[Outputs, Batch], jax.Array]
 
 
 def supervised(
-  net: nn.Module,
+  net: Network,
   optimizer: Optimizer,
   loss: Loss,
   *,
