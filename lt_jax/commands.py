@@ -45,7 +45,7 @@ def launch(
       fail(error, WRONG_INPUT)
     if len(rest) - 1 != arguments:
       fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every file it writes
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
     return rest
 
   app.run(lambda rest: exit_code(lambda: command(*rest[1:])), flags_parser=parse)

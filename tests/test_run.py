@@ -158,7 +158,7 @@ def test_averaged_weights_and_a_stage_of_no_steps(tmp_path):
   config = tmp_path / 'ema.py'
   config.write_text(
     'from configs import digits_lt\n'
-    'def get_config(arg):\n'
+    'def get_config(arg=None):\n'
     "  config = digits_lt.get_config('logit_adjust_posthoc,epochs=20')\n"
     "  config.wrappers = {'ema': {'decay': 0.5}}\n"
     '  return config\n'
