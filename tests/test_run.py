@@ -194,7 +194,8 @@ def test_cifar10_pool_trains(cifar10_npz, tmp_path):
   arg = 'ldam_drw,imbalance=100,net=resnet8,epochs=0.2'
   config = f'{child.ROOT}/configs/cifar10_lt.py:{arg}'
   source = (f'--config.data.source=npz:{cifar10_npz}', '--config.data.subset=stored')
-  code, output = run(tmp_path / 'run', config, *source)
-  assert code == 0, output
+  arguments = [f'--config={config}', f'--workdir={tmp_path / "run"}', *source]
+  code = child.run(arguments, tmp_path / 'log')
+  assert code == 0, (tmp_path / 'log').read_text()
   data = json.loads((tmp_path / 'run' / 'data.json').read_text())
   assert sum(data['counts']['train']) == 12406
