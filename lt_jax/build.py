@@ -19,7 +19,7 @@ from lt_jax import sharding
 from lt_jax.class_weights import make_class_weights
 from lt_jax.data import augment, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
-from lt_jax.data.samplers import Sampler, deferred, make_sampler
+from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Pass, Stream, evaluation_pass, train_stream
 from lt_jax.errors import UserError, check_options, construct, lookup, suggest
 from lt_jax.files import flatten
@@ -283,7 +283,7 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged configuration."""
   train, batch = dataset.splits['train'], config['batch']
-  sampler = _sampler(config['sampler'], train.labels, batch)
+  sampler = _sampler(config['sampler'], train.labels, batch, config['epochs'])
   steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
   stream = train_stream(
     train, sampler, seed=config['seed'], batch=batch, transform=transform
@@ -303,15 +303,17 @@ def _build_stage(
   )
 
 
-def _sampler(options: Config, labels: np.ndarray, batch: int) -> Sampler:
+def _sampler(options: Config, labels: np.ndarray, batch: int, epochs: float) -> Sampler:
   """Builds a sampler; before its start, a whole epoch, instance sampling serves."""
   options = dict(options)
   start = options.pop('start_epoch', 0)
-  sampler = make_sampler(labels=labels, batch=batch, **options)
+  name = options.pop('name')
+  sampler = construct(
+    SAMPLERS, 'sampler', name, labels, options=options, batch=batch, epochs=epochs
+  )
   if not start:
     return sampler
-  instance = make_sampler('instance', labels, batch=batch)
-  return deferred(instance, sampler, switch_epoch=math.ceil(start))
+  return deferred(instance(labels), sampler, switch_epoch=math.ceil(start))
 
 
 def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> Method:

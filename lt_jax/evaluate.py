@@ -8,7 +8,16 @@ import jax
 from absl import flags
 from etils import epath
 
-from lt_jax import build, checkpoint, commands, files, results, sharding, train
+from lt_jax import (
+  build,
+  checkpoint,
+  commands,
+  files,
+  recipes,
+  results,
+  sharding,
+  train,
+)
 from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
@@ -44,6 +53,9 @@ def evaluate(
   if not path.exists():
     raise UserError(f'{workdir} holds no run: there is no config.json')
   config = files.read_json(path)
+  missing = [key for key in recipes.base_config() if key not in config]
+  if missing:
+    raise UserError(f'{path} lacks {missing[0]!r}: another version wrote it')
   experiment = build.build({**config, 'device': 'any'})
   before = files.read_json(workdir / 'data.json')['fingerprint']
   if before != experiment.dataset.fingerprint:

@@ -31,6 +31,8 @@ def main() -> None:
 
   from lt_jax import build, run
 
+  if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
+    raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   run.run(

@@ -153,7 +153,7 @@ def _resample(start_epoch: float = 0.0) -> Overrides:
 def _drw(config: ConfigDict) -> Overrides:
   """Deferred re-weighting: the batch mean is weight-normalised, as in its code."""
   return {
-    'class_weights': _effective(config.defer_epoch),
+    'class_weights': _effective(config.get_ref('defer_epoch')),
     'reduction': 'weight_normalised',
   }
 
@@ -199,17 +199,13 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'cb_sigmoid': lambda config: _sigmoid({'name': 'sigmoid_cross_entropy'}),
   'cb_focal': lambda config: _sigmoid({'name': 'sigmoid_focal', 'gamma': 1.0}),
   'ce_drw': _drw,
-  'ce_drs': lambda config: {'sampler': _resample(config.defer_epoch)},
+  'ce_drs': lambda config: {'sampler': _resample(config.get_ref('defer_epoch'))},
   'resample_cb': lambda config: {'sampler': _resample()},
   'resample_sqrt': lambda config: {
     'sampler': {'name': 'square_root', 'start_epoch': 0.0}
   },
   'resample_progressive': lambda config: {
-    'sampler': {
-      'name': 'progressive',
-      'epochs': int(config.epochs),
-      'start_epoch': 0.0,
-    }
+    'sampler': {'name': 'progressive', 'start_epoch': 0.0}
   },
   'ldam': lambda config: _margin('ldam'),
   'ldam_drw': lambda config: _margin('ldam') | _drw(config),

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -158,6 +159,14 @@ def _kill_between(argument: str) -> None:
   _at_call(checkpoint.Checkpoints, '_write_manifest', die, int(argument))
 
 
+def _kill_after_save(argument: str) -> None:
+  """Dies so many seconds after the first save of the process begins."""
+  from lt_jax import checkpoint
+
+  timer = threading.Timer(float(argument), die)
+  _at_call(checkpoint.Checkpoints, 'save', timer.start, 1)
+
+
 def _kill_in_save(argument: str) -> None:
   """Dies inside the n-th save: its files are written, its folder not yet renamed."""
   import orbax.checkpoint as ocp
@@ -234,6 +243,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'usr1_at': lambda step: _at_step(step, lambda: terminate(signal.SIGUSR1)),
   'kill_between': _kill_between,
   'kill_between_stages': _kill_between_stages,
+  'kill_after_save': _kill_after_save,
   'kill_in_save': _kill_in_save,
   'term_twice_at': _terminate_twice,
   'term_in_evaluation': _terminate_in_evaluation,

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from lt_jax.data import dataset, sources
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -27,3 +29,25 @@ def cifar10_npz(tmp_path_factory) -> pathlib.Path:
 def rng() -> np.random.Generator:
   """Random numbers, the same in every run of a test."""
   return np.random.default_rng(0)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+  """TFDS sets with the labels of CIFAR and images that take no memory."""
+  real = sources.load_source
+
+  def fake(spec, data_dir=None):
+    if not spec.startswith('tfds:'):
+      return real(spec, data_dir)
+    classes = 100 if spec == 'tfds:cifar100' else 10
+
+    def split(count):
+      label = np.arange(count, dtype=np.int32) % classes
+      image = np.broadcast_to(np.zeros(1, np.uint8), (count, 32, 32, 3))
+      return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
+
+    return {'train': split(50000), 'test': split(10000)}
+
+  monkeypatch.setattr(dataset, 'load_source', fake)
+  monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')
+  monkeypatch.setattr(dataset, '_resident', lambda source, to_device: {})

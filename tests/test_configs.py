@@ -8,7 +8,7 @@ import pytest
 
 from configs import cifar10_lt, cifar100_lt, digits_lt
 from lt_jax import build, recipes, train
-from lt_jax.data import dataset, sources
+from lt_jax.data import dataset
 from lt_jax.errors import UserError
 
 CONFIGS = {
@@ -16,28 +16,6 @@ CONFIGS = {
   'cifar10_lt': (cifar10_lt, ',net=resnet8'),
   'cifar100_lt': (cifar100_lt, ',net=resnet8'),
 }
-
-
-@pytest.fixture
-def no_data(monkeypatch):
-  """CIFAR's labels with images that take no memory."""
-  real = sources.load_source
-
-  def fake(spec, data_dir=None):
-    if not spec.startswith('tfds:'):
-      return real(spec, data_dir)
-    classes = int(spec.removeprefix('tfds:cifar'))
-
-    def split(count):
-      label = np.arange(count, dtype=np.int32) % classes
-      image = np.broadcast_to(np.zeros(1, np.uint8), (count, 32, 32, 3))
-      return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
-
-    return {'train': split(50000), 'test': split(10000)}
-
-  monkeypatch.setattr(dataset, 'load_source', fake)
-  monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')
-  monkeypatch.setattr(dataset, '_resident', lambda source, to_device: {})
 
 
 @pytest.mark.parametrize('recipe', recipes.RECIPES)

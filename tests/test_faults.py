@@ -6,6 +6,7 @@ The numbers F1 ... F24 are those of the list in docs/reliability.md.
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,18 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
     assert 'no manifest' in events(workdir, 'checkpoint_rejected')[0]['reason']
 
 
+def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
+  """F2: each start dies up to 0.2 s after its first save begins."""
+  workdir = tmp_path / 'run'
+  codes = []
+  for _ in range(8):  # no seed: any moment will do
+    codes.append(run(workdir, fault=f'kill_after_save:{random.uniform(0, 0.2)}')[0])
+  assert KILLED in codes and set(codes) <= {KILLED, 0}, codes
+  code, output = run(workdir)
+  assert code == 0, output
+  assert_same_run(workdir, unbroken)
+
+
 @pytest.mark.parametrize(
   'fault',
   [
@@ -146,10 +159,10 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, unbroken, fault):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
-  """F8: no file may grow past a limit that the second checkpoint exceeds."""
+  """F8: no file may grow past a limit that the data of a checkpoint exceed."""
   workdir = tmp_path / 'run'
   assert run(workdir, fault='kill_at:31')[0] == KILLED
-  code, output = run(workdir, fault='file_size:20000')
+  code, output = run(workdir, fault='file_size:9000')
   assert code == 75, output
   assert 'could not be written' in output
   read_rows(workdir / 'metrics.jsonl')  # whole lines
@@ -198,6 +211,27 @@ def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
   assert code == 2 and 'another network' in output
   code, output = run(workdir, '--config.seed=1')  # the folder is as it was
   assert code == 0, output
+
+
+@pytest.mark.parametrize(
+  ('change', 'told'),
+  [
+    ('--config.data.known_classes=7', 'data.known_classes was 8 and is 7'),
+    (
+      '--config.model.trunk=digits_cnn',
+      'model.trunk was .tiny_cnn. and is .digits_cnn.',
+    ),
+    ('--config.optimizer.momentum=0.5', 'optimizer.momentum was 0.9 and is 0.5'),
+    ('--config.epochs=30.0', 'epochs was 20.0 and is 30.0'),
+    ('--config.schedule.boundaries=(1,2)', 'schedule.boundaries'),
+  ],
+)
+def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, told):
+  """F11: classes, network, optimiser, lengths."""
+  workdir = shutil.copytree(unbroken, tmp_path / 'run')
+  code, output = run(workdir, change)
+  assert code == 2 and re.search(told, output), output
+  assert_same_run(workdir, unbroken)
 
 
 def test_a_mistake_does_not_stand_in_the_way_of_the_corrected_command(tmp_path):

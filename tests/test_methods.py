@@ -7,6 +7,8 @@ import pytest
 
 from lt_jax import build, checkpoint, sharding, train
 from lt_jax.errors import UserError
+from lt_jax.method import forward
+from lt_jax.models import make_classifier
 from lt_jax.recipes import RECIPES
 from tests import tiny
 
@@ -16,6 +18,12 @@ STEPS = 60
 @pytest.fixture(scope='module')
 def npz(tmp_path_factory):
   return tiny.write_npz(tmp_path_factory.mktemp('tiny') / 'tiny.npz')
+
+
+@pytest.fixture(scope='module')
+def extreme(tmp_path_factory):
+  counts = (500, 1, 1, 1)
+  return tiny.write_npz(tmp_path_factory.mktemp('extreme') / 'tiny.npz', counts)
 
 
 PROGRAMS = {}
@@ -159,9 +167,33 @@ def test_accumulation_is_the_whole_batch_where_there_are_no_statistics(npz):
 
 
 def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
+  model = tiny.config(npz, 'ce')['model']
+  net = make_classifier(
+    model['trunk'],
+    model['head'],
+    num_classes=4,
+    trunk_options=model['trunk_options'],
+  )
   runner = Runner(npz, 'ce', method={'name': 'supervised', 'accumulate': 2})
-  state, _, _ = runner.run(runner.init(), 2)
-  assert int(state.step) == 2
+  streams, first = runner.stage.streams, runner.init()
+  payloads = {name: stream.payload(0) for name, stream in streams.items()}
+  batches = train.batches_at(streams, runner.arrays, payloads, first.key, 0)
+  last, _, _ = runner.run(runner.init(), 1)  # donates its state
+  assert int(last.step) == 1
+  expected = first.stats['net']
+  for part in range(2):  # every second image, one part after the other
+    images = batches['train']['image'][part::2]
+    _, expected = forward(net, first.params['net'], expected, images, train=True)
+  chex.assert_trees_all_close(
+    jax.device_get(last.stats['net']), jax.device_get(expected), rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_five_hundred_images_to_one_are_finite(extreme, recipe):
+  runner = Runner(extreme, recipe)
+  _, _, bad = runner.run(runner.init(), 3)
+  assert bad == -1
 
 
 def test_a_batch_that_does_not_divide_is_refused(npz):
@@ -190,7 +222,6 @@ def test_a_penalty_is_added_unweighted(npz):
 
   from lt_jax.losses import REDUCTIONS
   from lt_jax.methods.supervised import supervised
-  from lt_jax.models import make_classifier
   from lt_jax.optim import make_optimizer
 
   net = make_classifier(
@@ -208,8 +239,7 @@ def test_a_penalty_is_added_unweighted(npz):
     lambda outputs, batch: jnp.zeros(8),
     class_weights=lambda step: jnp.full(4, 7.0),
     reduction=REDUCTIONS['mean'],
-    penalty=lambda outputs, batch: outputs['logits'].mean(),
-    penalty_weight=3.0,
+    penalty=lambda outputs, batch: 3.0 * outputs['logits'].mean(),
   )
   batch = {
     'image': jnp.ones((8, 8, 8, 1)),

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lt_jax.errors import UserError
 from lt_jax.models import HEADS, TRUNKS, make_classifier
 from lt_jax.models.convolution import Conv, conv, glorot
-from lt_jax.models.heads import Cosine, CosineSquash, linear, log_prior_bias
+from lt_jax.models.heads import cosine, cosine_squash, linear, log_prior_bias
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.trunks import SHORTCUTS, BasicBlock, cifar_resnet
 from lt_jax.sharding import compiler_options
@@ -382,28 +382,28 @@ def test_linear_head(features):
 
 
 def test_cosine_head(features):
-  logits, params = run_head(Cosine(5, scale=20.0), features)
+  logits, params = run_head(cosine(5, scale=20.0), features)
   w = params['kernel']
   np.testing.assert_allclose(np.linalg.norm(w, axis=0), 1, rtol=1e-5)
-  cosine = features @ w / np.linalg.norm(features, axis=1, keepdims=True)
-  np.testing.assert_allclose(logits, 20 * cosine, rtol=1e-4, atol=1e-5)
+  expected = features @ w / np.linalg.norm(features, axis=1, keepdims=True)
+  np.testing.assert_allclose(logits, 20 * expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(
-    run_head(Cosine(5, 20.0), 9 * features)[0], logits, atol=1e-4
+    run_head(cosine(5, scale=20.0), 9 * features)[0], logits, atol=1e-4
   )
-  assert Cosine(5).scale == 30
+  assert cosine(5).scale == 30
 
 
 def test_cosine_squash_head(features):
-  logits, params = run_head(CosineSquash(5), features)
+  logits, params = run_head(cosine_squash(5), features)
   w = params['kernel']
   assert 0.8 / math.sqrt(7) < np.abs(w).max() <= 1 / math.sqrt(7)
   length = np.linalg.norm(features, axis=1, keepdims=True)
-  cosine = features @ w / length / np.linalg.norm(w, axis=0)
-  np.testing.assert_allclose(logits, 16 * length / (1 + length) * cosine, rtol=1e-4)
-  assert np.abs(run_head(CosineSquash(5), 1e6 * features)[0]).max() <= 16.0001
+  expected = features @ w / length / np.linalg.norm(w, axis=0)
+  np.testing.assert_allclose(logits, 16 * length / (1 + length) * expected, rtol=1e-4)
+  assert np.abs(run_head(cosine_squash(5), 1e6 * features)[0]).max() <= 16.0001
 
 
-@pytest.mark.parametrize('head', [linear(5), Cosine(5), CosineSquash(5)])
+@pytest.mark.parametrize('head', [linear(5), cosine(5), cosine_squash(5)])
 def test_heads_are_finite_at_a_zero_feature(head):
   zeros = jnp.zeros((2, 7))
   variables = head.init(jax.random.key(0), zeros)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lt_jax.data import samplers
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, construct
 
 COUNTS = np.array([400, 100, 25, 4, 1])
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(5), COUNTS))
@@ -12,14 +12,22 @@ OPTIONS = {
   'instance': {},
   'class_balanced': {},
   'square_root': {},
-  'progressive': {'epochs': 5},
+  'progressive': {},
   'class_aware': {},
   'effective_number': {'beta': 0.99},
 }
 
 
-def make(name, labels, batch=128, **options):
-  return samplers.make_sampler(name, labels, batch=batch, **options)
+def make(name, labels, batch=128, epochs=5, **options):
+  return construct(
+    samplers.SAMPLERS,
+    'sampler',
+    name,
+    labels,
+    options=options,
+    batch=batch,
+    epochs=epochs,
+  )
 
 
 def assert_frequencies(sampler, expected, epoch=0):
@@ -192,8 +200,7 @@ def test_an_empty_training_set_is_refused(name):
     ('class_balancd', {}, "did you mean 'class_balanced'"),
     ('class_aware', {'batch': 8, 'per_clas': 4}, "did you mean 'per_class'"),
     ('instance', {'per_class': 8}, "no option 'per_class'"),
-    ('progressive', {}, "needs the option 'epochs'"),
-    ('progressive', {'epochs': 0}, 'epochs must be positive'),
+    ('progressive', {'epoch': 5}, "no option 'epoch'"),
     ('class_aware', {'batch': 1000}, '530 training images are less than one batch'),
     ('class_aware', {'batch': 8, 'per_class': 0}, 'must be positive'),
     ('effective_number', {'beta': 1.0}, r'beta must be in \[0, 1\)'),

@@ -7,13 +7,14 @@ the same global order.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from lt_jax.errors import UserError, construct
+from lt_jax.errors import UserError
 
 
 class Sampler(NamedTuple):
@@ -160,7 +161,7 @@ def square_root(labels: np.ndarray) -> Sampler:
   return _with_replacement('square_root', labels, counts**-0.5)
 
 
-def progressive(labels: np.ndarray, *, epochs: int) -> Sampler:
+def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
   """From instance to class-balanced: p_j(e) = (1 - t) n_j / N + t / C.
 
   t goes linearly from 0 in the first epoch to 1 in the last, and stays there. The
@@ -168,25 +169,26 @@ def progressive(labels: np.ndarray, *, epochs: int) -> Sampler:
 
   Args:
     labels: (N,) int, the training labels.
-    epochs: T, the epochs of the run; t = e / (T - 1).
+    epochs: of the run, T of them begun; t = e / (T - 1).
 
   Returns:
     A sampler with L = N.
 
   Raises:
-    UserError: if a class has no images, or there is no epoch.
+    UserError: if a class has no images, or `epochs` is negative.
 
   Source: Kang et al., arXiv 1910.09217, Equation 2 with t = e / T; their code
   reaches t = 1 in the last epoch, as here.
   """
   classes = _classes('progressive', labels)
-  if epochs < 1:
-    raise UserError(f"sampler 'progressive': epochs must be positive, got {epochs}")
+  if epochs < 0:
+    raise UserError(f"sampler 'progressive': epochs cannot be negative, got {epochs}")
+  begun = max(1, math.ceil(epochs))
   natural = classes.counts / len(labels)
 
   def indices(seed: int, epoch: int) -> np.ndarray:
     generator = _generator('progressive', seed, epoch)
-    t = np.linspace(0, 1, epochs)[min(epoch, epochs - 1)]
+    t = np.linspace(0, 1, begun)[min(epoch, begun - 1)]
     p = (1 - t) * natural + t / len(natural)
     draws = generator.choice(len(natural), size=len(labels), p=p)
     return _serve(generator, classes, draws)
@@ -299,23 +301,7 @@ SAMPLERS = {
   'class_aware': class_aware,
   'effective_number': effective_number,
 }
-
-
-def make_sampler(
-  name: str, labels: np.ndarray, *, batch: int, **options: Any
-) -> Sampler:
-  """Returns the sampler of that name.
-
-  Args:
-    name: a key of `SAMPLERS`.
-    labels: (N,) int, the training labels.
-    batch: global batch size, for those samplers that ask for it.
-    **options: what the factory takes beside them.
-
-  Raises:
-    UserError: for an unknown name, an unknown option or one that is missing.
-  """
-  return construct(SAMPLERS, 'sampler', name, labels, options=options, batch=batch)
+"""name -> (labels, batch or epochs where it names them, options) -> a sampler."""
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.

@@ -38,13 +38,12 @@ def supervised(
   class_weights: Callable[[jax.Array], jax.Array],
   reduction: Callable[[jax.Array], jax.Array],
   penalty: Loss | None = None,
-  penalty_weight: float = 1.0,
   accumulate: int = 1,
 ) -> Method:
   r"""Gradient descent on a weighted sum of per-example losses and a batch penalty.
 
   .. math::
-    J = \sum_i a_i\, \ell_i + \lambda P, \qquad a = \text{reduction}(w_{y_1}, \dots)
+    J = \sum_i a_i\, \ell_i + P, \qquad a = \text{reduction}(w_{y_1}, \dots)
 
   Args:
     net: returns a dict with 'logits' (B, C) and 'features' (B, D).
@@ -55,7 +54,6 @@ def supervised(
       sees the global batch, also where gradients are accumulated.
     penalty: (outputs, batch) -> (), what exists only over a whole batch; not weighted
       by class.
-    penalty_weight: its factor.
     accumulate: number of micro-batches one update is added up from. Batch statistics
       are those of the micro-batches, one after the other.
 
@@ -85,7 +83,7 @@ def supervised(
     losses = loss(outputs, batch)
     value = jnp.dot(coefficients, losses)
     if penalty is not None:
-      value += penalty_weight * penalty(outputs, batch)
+      value += penalty(outputs, batch)
     metrics = {
       'loss': (value, jnp.float32(1 / accumulate)),
       **batch_metrics(outputs, batch, losses),

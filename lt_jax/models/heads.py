@@ -85,7 +85,7 @@ class Cosine(nn.Module):
   """
 
   num_classes: int
-  scale: float = 30.0
+  scale: float
 
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ class CosineSquash(nn.Module):
   """
 
   num_classes: int
-  scale: float = 16.0
+  scale: float
 
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
@@ -141,14 +141,25 @@ def linear(
     num_classes: C.
     init: a key of `INITIALISERS`.
     prior_bias: the bias begins at `log_prior_bias`, for sigmoid losses; else at 0.
+      (PyTorch codes, such as Cao et al.'s, draw it from U(-1 / sqrt(D), 1 / sqrt(D)).)
   """
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   first_bias = log_prior_bias(num_classes) if prior_bias else 0.0
   return Linear(num_classes, kernel_init, first_bias)
 
 
+def cosine(num_classes: int, *, scale: float = 30.0) -> Cosine:
+  """Returns a `Cosine` head; its attributes are the arguments."""
+  return Cosine(num_classes, scale)
+
+
+def cosine_squash(num_classes: int, *, scale: float = 16.0) -> CosineSquash:
+  """Returns a `CosineSquash` head; its attributes are the arguments."""
+  return CosineSquash(num_classes, scale)
+
+
 HEADS: dict[str, Callable[..., nn.Module]] = {
   'linear': linear,
-  'cosine': Cosine,
-  'cosine_squash': CosineSquash,
+  'cosine': cosine,
+  'cosine_squash': cosine_squash,
 }

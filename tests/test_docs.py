@@ -1,0 +1,67 @@
+"""The examples of docs/extending.md do what they say."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_jax import build, losses, methods
+from tests import tiny
+from tests.test_methods import STEPS, Runner
+
+PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'extending.md'
+
+
+@pytest.fixture(scope='module')
+def examples():
+  """Name -> what the page's blocks of Python define."""
+  names = {}
+  for block in PAGE.read_text().split('```python\n')[1:]:
+    code = block.partition('```')[0]
+    if 'def ' in code:
+      exec(compile(code, str(PAGE), 'exec'), names)
+  return names
+
+
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+  return tiny.write_npz(tmp_path_factory.mktemp('docs') / 'tiny.npz')
+
+
+def test_the_loss_is_built_by_its_name(examples, monkeypatch):
+  monkeypatch.setitem(losses.LOSSES, 'poly_loss', examples['LOSSES']['poly_loss'])
+  logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+  batch = {'label': jnp.array([0, 2])}
+  plain, poly, none = (
+    losses.make_loss(name, counts=np.ones(3), **options)({'logits': logits}, batch)
+    for name, options in (
+      ('cross_entropy', {}),
+      ('poly_loss', {'epsilon': 2.0}),
+      ('poly_loss', {'epsilon': 0.0}),
+    )
+  )
+  p = np.exp(-np.asarray(plain, np.float64))
+  np.testing.assert_allclose(poly, -np.log(p) + 2 * (1 - p), rtol=1e-6)
+  np.testing.assert_allclose(none, plain, rtol=1e-6)
+
+
+def test_the_data_set_builds(examples, no_data):
+  experiment = build.build(build.resolve(examples['get_config']('ldam_drw')))
+  assert experiment.dataset.counts[0] == 1000 and experiment.dataset.counts[-1] == 10
+
+
+def test_the_method_meets_the_contract(examples, npz, monkeypatch):
+  monkeypatch.setitem(methods.METHODS, 'sharpness_aware', examples['sharpness_aware'])
+  option = {'name': 'sharpness_aware', 'rho': 0.05}
+  runner = Runner(npz, 'ce', method=option)
+  first = jax.tree.map(jnp.shape, runner.init())
+  last, metrics, bad = runner.run(runner.init(), STEPS)
+  assert bad == -1 and len(runner.traces) == 1
+  assert {'loss', 'accuracy', 'grad_norm', 'learning_rate'} <= metrics.keys()
+  assert first == jax.tree.map(jnp.shape, last)
+  split = runner.experiment.dataset.splits['train']
+  images = split.source.images[split.rows].astype(np.float32) / 127.5 - 1
+  logits = runner.stage.method.predict(last, images)['logits']
+  np.testing.assert_array_equal(logits.argmax(-1), split.labels)
