@@ -168,8 +168,9 @@ def main():
     sides[f'PyTorch {torch.version}'] = torch.run
   seconds = {name: [] for name in sides}
   for round_number in range(options.rounds + 1):
-    for name, run in sides.items():
-      taken = run(steps) / steps
+    turn = round_number % len(sides)  # who comes after whom changes with the round
+    for name in [*sides][turn:] + [*sides][:turn]:
+      taken = sides[name](steps) / steps
       if round_number:  # the first warms up
         seconds[name].append(taken)
 

@@ -6,6 +6,7 @@ them. Below it there are plain arrays and numbers.
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from lt_jax.class_weights import make_class_weights
 from lt_jax.data import augment, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
-from lt_jax.data.streams import Pass, Stream, evaluation_pass, train_stream
+from lt_jax.data.streams import Pass, Split, Stream, evaluation_pass, train_stream
 from lt_jax.errors import UserError, check_options, construct, lookup, suggest
 from lt_jax.files import flatten
 from lt_jax.losses import REDUCTIONS, make_loss
@@ -56,6 +57,8 @@ SELECTABLE = {
 
 STAGE_KEYS = (
   'batch',
+  'meta_batch',
+  'train_split',
   'epochs',
   'log_every_steps',
   'save_every_epochs',
@@ -77,6 +80,7 @@ STAGE_KEYS = (
 RANGES = {
   'seed': (0, 2**31 - 1),
   'batch': (1, 2**31),
+  'meta_batch': (0, 2**31),
   'eval_batch': (1, 2**31),
   'epochs': (0, 1e9),
   'log_every_steps': (1, 1e9),
@@ -188,6 +192,9 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   for stage in configs.values():
     check_ranges(stage)
   batches = {name: stage['batch'] for name, stage in configs.items()}
+  batches |= {
+    f'{n} meta': c['meta_batch'] for n, c in configs.items() if c['meta_batch']
+  }
   batches['evaluation'] = config['eval_batch']
   mesh = sharding.make_mesh(
     sharding.usable_devices(batches, devices or jax.device_count(), jax.process_count())
@@ -282,16 +289,19 @@ def _build_stage(
   transform: Callable,
 ) -> Stage:
   """Builds one stage from its merged configuration."""
-  train, batch = dataset.splits['train'], config['batch']
+  batch = config['batch']
+  train = lookup(_trainable(dataset), 'split to train on', config['train_split'])
   sampler = _sampler(config['sampler'], train.labels, batch, config['epochs'])
   steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
-  stream = train_stream(
-    train, sampler, seed=config['seed'], batch=batch, transform=transform
-  )
+  stream = functools.partial(train_stream, seed=config['seed'], transform=transform)
+  streams = {'train': stream(train, sampler, batch=batch)}
+  if config['meta_batch']:
+    meta = _meta_split(dataset, config['meta_batch'])
+    streams['meta'] = stream(meta, instance(meta.labels), batch=config['meta_batch'])
   return Stage(
     name=name,
     method=_method(config, dataset, mesh, sampler),
-    streams={'train': stream},
+    streams=streams,
     surgeries=tuple(
       construct(SURGERIES, 'surgery', surgery, options=options)
       for surgery, options in config['surgeries']
@@ -301,6 +311,28 @@ def _build_stage(
     batch=batch,
     select=_select(config['select'], dataset, groups),
   )
+
+
+def _trainable(dataset: Dataset) -> dict[str, Split]:
+  """Returns the splits that a stage may train on."""
+  return {n: s for n, s in dataset.splits.items() if n in ('train', 'meta')}
+
+
+def _meta_split(dataset: Dataset, batch: int) -> Split:
+  """Returns the balanced set of the meta stream, which must have every class."""
+  if 'meta' not in dataset.splits:
+    raise UserError(
+      f'meta_batch is {batch}, but there is no meta set: set data.meta_per_class'
+    )
+  meta = dataset.splits['meta']
+  missing = np.setdiff1d(np.arange(len(dataset.class_names)), meta.labels)
+  if missing.size:
+    raise UserError(f'the meta set has no image of class {missing[0]}')
+  if batch > len(meta.rows):
+    raise UserError(
+      f'meta_batch is {batch}, but the meta set has {len(meta.rows)} images'
+    )
+  return meta
 
 
 def _sampler(options: Config, labels: np.ndarray, batch: int, epochs: float) -> Sampler:
@@ -326,14 +358,17 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
   start_step = steps(weights.pop('start_epoch', 0))
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
+  name = options.pop('name')
+  _check_weights_are_used(name, config)
   method = construct(
     METHODS,
     'method',
-    options.pop('name'),
+    name,
     _network(config['model'], dataset, batch, micro_batches, mesh),
     optimizer,
     make_loss(counts=counts, **config['loss']),
     options=options,
+    counts=counts,
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
     penalty=None,
@@ -343,6 +378,19 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
       WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
     )
   return method
+
+
+def _check_weights_are_used(name: str, config: Config) -> None:
+  """Refuses class weights, or a reduction, that a method would not look at."""
+  asked = inspect.signature(lookup(METHODS, 'method', name)).parameters
+  neutral = {'class_weights': 'uniform', 'reduction': 'mean'}
+  given = {
+    'class_weights': config['class_weights']['name'],
+    'reduction': config['reduction'],
+  }
+  for key, value in neutral.items():
+    if key not in asked and given[key] != value:
+      raise UserError(f'method {name!r} makes its own weights: set {key} to {value!r}')
 
 
 def _network(

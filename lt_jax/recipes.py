@@ -41,6 +41,7 @@ def base_config() -> ConfigDict:
         'test_per_class': 0,  # 0: the source has a test split
         'val_per_class': 0,
         'meta_per_class': 0,
+        'meta_in_train': False,  # True: the meta images are trained on too
         'open_val_per_class': 0,
         'open_test_per_class': 0,
         'many_shot': 100,
@@ -52,6 +53,8 @@ def base_config() -> ConfigDict:
         'flip': False,
       },
       'batch': 128,
+      'meta_batch': 0,  # images a step of the meta set; 0: no such stream
+      'train_split': 'train',  # 'meta' trains on the balanced set itself
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -192,6 +195,81 @@ def _posthoc(config: ConfigDict) -> Overrides:
   }
 
 
+META = {
+  'route': 'jvp',
+  'virtual': 'sgd',
+  'meta_every': 1,
+  'meta_layers': 'all',
+  'low_memory': False,
+}
+"""Options of every method that learns weights."""
+
+
+def _l2rw(config: ConfigDict) -> Overrides:
+  return {'method': {'name': 'l2rw', **META}, 'meta_batch': config.get_ref('batch')}
+
+
+def _mwn(config: ConfigDict) -> Overrides:
+  method = {
+    'name': 'meta_weight_net',
+    'normalise': True,
+    'detach': False,
+    'hidden': 100,
+    'weight_learning_rate': 1e-5,
+    'weight_optimizer': {
+      'name': 'sgd',
+      'momentum': 0.9,
+      'nesterov': True,
+      'weight_decay': (('.*', 5e-4),),
+    },
+    **META,
+  }
+  return {'method': method, 'meta_batch': config.get_ref('batch')}
+
+
+def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
+  """Training without weights up to `defer_epoch`; then the same run, changed."""
+  goes_on = (
+    ('copy', {'pattern': '.*', 'stage': 'pretrain'}),
+    ('carry', {'fields': ('opt', 'step'), 'stage': 'pretrain'}),
+  )
+  return {
+    'stages': {
+      'pretrain': {'epochs': config.get_ref('defer_epoch')},
+      'meta': {'class_weights': _effective(), 'surgeries': goes_on, **second},
+    },
+    'stage_order': ('pretrain', 'meta'),
+  }
+
+
+def _jamal(config: ConfigDict) -> Overrides:
+  """Meta class-weights (Jamal et al.): pre-training, then learned weights."""
+  method = {
+    'name': 'meta_reweight',
+    'eps_lr': 0.01,
+    'eps_scale': 'absolute',
+    'form': 'additive',
+    **META,
+  }
+  second = {'method': method, 'meta_batch': config.get_ref('batch')}
+  return _two_stages(config, second)
+
+
+def _finetune(config: ConfigDict) -> Overrides:
+  """Cross-entropy, then a short training on the balanced meta set alone."""
+  rate = config.schedule.get_ref('base') * 0.01
+  second = {
+    'train_split': 'meta',
+    'epochs': 100.0,
+    'schedule': {'name': 'constant', 'base': rate},
+    'surgeries': (('copy', {'pattern': '.*', 'stage': 'train'}),),
+  }
+  return {
+    'stages': {'train': {}, 'finetune': second},
+    'stage_order': ('train', 'finetune'),
+  }
+
+
 RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'ce': lambda config: {},
   'focal': lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}},
@@ -213,6 +291,17 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'balanced_softmax': lambda config: {'loss': {'name': 'balanced_softmax'}},
   'logit_adjust': lambda config: {'loss': {'name': 'logit_adjustment', 'tau': 1.0}},
   'logit_adjust_posthoc': _posthoc,
+  'l2rw': _l2rw,
+  'mwn': _mwn,
+  'meta_ce': _jamal,
+  'meta_focal': lambda config: {
+    'loss': {'name': 'softmax_focal', 'gamma': 1.0},
+    **_jamal(config),
+  },
+  'meta_ldam': lambda config: _margin('ldam') | _jamal(config),
+  'meta_ce_control': lambda config: _two_stages(config, {}),
+  'cb_finetune': _finetune,
+  'ce_plus_meta': lambda config: {'data': {'meta_in_train': True}},
 }
 
 

@@ -48,6 +48,7 @@ def load_dataset(
   test_per_class: int = 0,
   val_per_class: int = 0,
   meta_per_class: int = 0,
+  meta_in_train: bool = False,
   open_val_per_class: int = 0,
   open_test_per_class: int = 0,
 ) -> Dataset:
@@ -67,6 +68,8 @@ def load_dataset(
       source's own test split.
     val_per_class: validation images a class, taken out next.
     meta_per_class: images a class of a balanced meta set, taken out next.
+    meta_in_train: puts them back into training, on top of the tail that was cut from
+      the rest.
     open_val_per_class: open validation images a class.
     open_test_per_class: open test images a class.
 
@@ -97,6 +100,10 @@ def load_dataset(
     subset=subset,
     seed=seed,
   )
+  if meta_in_train:
+    if 'meta' not in drawn:
+      raise UserError('data.meta_in_train needs a meta set: set data.meta_per_class')
+    drawn['train'] = np.union1d(drawn['train'], drawn['meta'])
   from_pool = {name: (pool, rows) for name, rows in drawn.items()}
   splits = _test_splits(sources, known, source) if not test_per_class else {}
   splits |= from_pool

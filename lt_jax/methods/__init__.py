@@ -1,7 +1,11 @@
-"""The methods, by name. A method is one file here and one line in this dict."""
+"""The methods, by name. A method is one file here and its line in this dict."""
 
+from lt_jax.methods import meta
 from lt_jax.methods.supervised import supervised
 
 METHODS = {
   'supervised': supervised,
+  'l2rw': meta.l2rw,
+  'meta_weight_net': meta.meta_weight_net,
+  'meta_reweight': meta.meta_reweight,
 }

@@ -1,0 +1,652 @@
+r"""Learning the weights of training examples from a small balanced set.
+
+Each step of training is rehearsed: a virtual step of the network on the weighted
+training losses, then the loss of a balanced meta batch after it. Its gradient with
+respect to the weights, or to the network that makes them, says how to weigh.
+
+.. math::
+  \theta'(w) = U(\theta, \nabla_\theta F(\ell(\theta), w)), \qquad
+  \nabla_w M(\theta'(w))
+
+U is an optimiser's update, F the weighted training objective of the losses l, M the
+mean cross-entropy on the meta batch. As F reaches the network only through l,
+
+.. math::
+  \nabla_w M = \nabla_w \langle \partial F / \partial \ell,\; J u \rangle, \qquad
+  u = (\partial U / \partial g)^T\, \nabla M(\theta'), \qquad
+  J = \partial \ell / \partial \theta
+
+and J u, the change of every training loss along u, is one forward-mode pass: there is
+no second derivative of the network. `by_jvp` computes that, `by_unrolling` the
+definition; they agree to rounding.
+
+Batch normalisation is in training mode, on whole batches, in every pass. The running
+statistics that are kept are those of the training batch at the real parameters.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from lt_jax.class_weights import effective_number
+from lt_jax.errors import UserError, lookup
+from lt_jax.method import (
+  Batch,
+  Method,
+  Metrics,
+  Network,
+  Outputs,
+  PyTree,
+  State,
+  forward,
+  init_net,
+  mean_metric,
+  named_key,
+)
+from lt_jax.methods.supervised import Loss, batch_metrics
+from lt_jax.models.weight_net import WeightNet
+from lt_jax.optim import Optimizer, make_optimizer
+
+# The meta gradient, of any losses, objective, virtual step and meta loss.
+
+
+class Losses(NamedTuple):
+  """Training losses l at parameters theta, and their derivative J as two linear maps.
+
+  Attributes:
+    function: theta -> (l (B,), aux).
+    theta: the parameters.
+    values: l (B,).
+    aux: what else the pass returned.
+    pull: (B,) -> J^T a, the gradient of sum_i a_i l_i.
+    push: a tree like theta -> (B,), J u: the change of every loss along u.
+  """
+
+  function: Callable[[PyTree], tuple[jax.Array, Any]]
+  theta: PyTree
+  values: jax.Array
+  aux: Any
+  pull: Callable[[jax.Array], PyTree]
+  push: Callable[[PyTree], jax.Array]
+
+
+def shared(function: Callable, theta: PyTree) -> Losses:
+  """Makes one forward pass, whose intermediate values serve every derivative."""
+  values, push, aux = jax.linearize(function, theta, has_aux=True)
+  transpose = jax.linear_transpose(push, theta)
+  return Losses(function, theta, values, aux, lambda a: transpose(a)[0], push)
+
+
+def separate(function: Callable, theta: PyTree) -> Losses:
+  """Makes a forward pass for every derivative, so that none waits for another.
+
+  That is two forward passes more than `shared`, in the memory of a plain step: what a
+  pass leaves for its derivative does not lie there during the meta pass.
+  """
+
+  def pull(a: jax.Array) -> PyTree:
+    _, back, _ = jax.vjp(function, _after(theta, a), has_aux=True)
+    return back(a)[0]
+
+  def push(u: PyTree) -> jax.Array:
+    return jax.jvp(lambda t: function(t)[0], (_after(theta, u),), (u,))[1]
+
+  return Losses(function, theta, *function(theta), pull, push)
+
+
+def _after(theta: PyTree, done: PyTree) -> PyTree:
+  """Returns theta unchanged, once `done` has been computed.
+
+  Adds a zero that depends on all of `done`: XLA merges equal forward passes into one,
+  but cannot know that these are equal.
+  """
+  ends = [leaf.ravel()[0] for leaf in jax.tree.leaves(done)]
+  zero = jnp.minimum(jnp.abs(sum(ends)), 0)
+  return jax.tree.map(lambda x: x + zero.astype(x.dtype), theta)
+
+
+Objective = Callable[[jax.Array, PyTree], jax.Array]
+"""F: (losses (B,), weights) -> ()."""
+
+
+def by_jvp(
+  losses: Losses,
+  objective: Objective,
+  move: Callable[[PyTree], PyTree],
+  meta_loss: Callable[[PyTree], jax.Array],
+  weights: PyTree,
+  *,
+  still: bool = False,
+) -> tuple[jax.Array, PyTree]:
+  """Returns the meta loss after the virtual step, and its gradient in the weights.
+
+  Args:
+    losses: of the training batch, at theta.
+    objective: F, whose gradient in theta the virtual step follows.
+    move: U, from that gradient to theta'.
+    meta_loss: M, theta' -> ().
+    weights: what is learned: weights of examples, or parameters that make them.
+    still: F is zero at these weights whatever the losses, and so is its gradient.
+
+  Returns:
+    (M(theta'), its gradient, a tree like `weights`).
+  """
+  if still:
+    grads = jax.tree.map(jnp.zeros_like, losses.theta)
+  else:
+    grads = losses.pull(jax.grad(objective)(losses.values, weights))
+  virtual, back = jax.vjp(move, grads)
+  value, slope = jax.value_and_grad(meta_loss)(virtual)
+  change = losses.push(back(slope)[0])
+
+  def directional(weights: PyTree) -> jax.Array:
+    along = partial(objective, weights=weights)
+    return jax.jvp(along, (losses.values,), (change,))[1]
+
+  return value, jax.grad(directional)(weights)
+
+
+def by_unrolling(
+  losses: Losses,
+  objective: Objective,
+  move: Callable[[PyTree], PyTree],
+  meta_loss: Callable[[PyTree], jax.Array],
+  weights: PyTree,
+  *,
+  still: bool = False,
+) -> tuple[jax.Array, PyTree]:
+  """Returns the same as `by_jvp`, by `jax.grad` through the virtual step."""
+  del still
+
+  def outcome(weights: PyTree) -> jax.Array:
+    def trained(theta: PyTree) -> jax.Array:
+      return objective(losses.function(theta)[0], weights)
+
+    return meta_loss(move(jax.grad(trained)(losses.theta)))
+
+  return jax.value_and_grad(outcome)(weights)
+
+
+ROUTES = {'jvp': by_jvp, 'unrolled': by_unrolling}
+
+
+# What the three methods share.
+
+
+def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
+  """One step of plain gradient descent at the learning rate of the step."""
+  rate = optimizer.learning_rate(state.step)
+  return jax.tree.map(lambda p, g: p - (rate * g).astype(p.dtype), params, grads)
+
+
+def _update(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
+  """The step that the run's optimiser would make, with its momentum or moments."""
+  return optimizer.update(grads, state.opt['net'], params, state.step)[0]
+
+
+VIRTUAL = {'sgd': _descend, 'optimizer': _update}
+"""Virtual steps: (optimizer, State, params, grads) -> params."""
+
+LAYERS = {'all': '.*', 'head': 'net/head/.*'}
+"""Names for patterns of parameters that the virtual step moves."""
+
+Players = dict[str, tuple[PyTree, PyTree]]
+"""What learns weights, if anything does: name -> (parameters, optimiser state)."""
+
+
+class Weighing(NamedTuple):
+  """How a method weighs examples.
+
+  Attributes:
+    variables: (State, Batch) -> weights: where the meta gradient is taken.
+    objective: (losses (B,), weights, State, Batch) -> (): what the virtual step
+      descends.
+    weigh: (gradient, due, losses (B,), State, Batch) -> (weights (B,), players); the
+      training objective is sum_i weights_i losses_i / B. In a step that is not `due`
+      the gradient has not been computed and is zero.
+    prior: (State, Batch) -> (B,): weights without learning.
+    init: key -> players.
+    still: the objective is zero at `variables`, whatever the losses.
+  """
+
+  variables: Callable[[State, Batch], PyTree]
+  objective: Callable[[jax.Array, PyTree, State, Batch], jax.Array]
+  weigh: Callable[..., tuple[jax.Array, Players]]
+  prior: Callable[[State, Batch], jax.Array]
+  init: Callable[[jax.Array], Players] = lambda key: {}
+  still: bool = False
+
+
+def _reweighted(
+  weighing: Weighing,
+  net: Network,
+  optimizer: Optimizer,
+  loss: Loss,
+  *,
+  route: str = 'jvp',
+  virtual: str = 'sgd',
+  meta_every: int = 1,
+  meta_layers: str = 'all',
+  low_memory: bool = False,
+) -> Method:
+  """Trains a network on losses that are weighed anew at every step.
+
+  Args:
+    weighing: how they are weighed.
+    net: the network.
+    optimizer: of the players `{'net': params}`.
+    loss: (outputs, batch) -> (B,).
+    route: a key of `ROUTES`.
+    virtual: a key of `VIRTUAL`.
+    meta_every: k; the meta gradient is computed in the steps that k divides.
+    meta_layers: a key of `LAYERS`, or a regular expression for whole paths, such as
+      'net/trunk/stage3.*': the virtual step moves these parameters and no others. For
+      a linear head the forward-mode pass is its closed form, r_i . (G^T h_i + g), of
+      features h, residuals r and the head's meta gradient (G, g).
+    low_memory: derivatives are `separate`, not `shared`.
+
+  Raises:
+    UserError: an option that means nothing; in `init`, no meta batch, a pattern that
+      matches no parameter, or a loss without a forward-mode rule.
+  """
+  gradient_by = lookup(ROUTES, 'route', route)
+  virtual_step = lookup(VIRTUAL, 'virtual step', virtual)
+  if meta_every < 1:
+    raise UserError(f'meta_every must be at least 1, got {meta_every}')
+  if low_memory and route != 'jvp':
+    raise UserError(f"low_memory needs the route 'jvp', not {route!r}")
+  differentiated = separate if low_memory else shared
+
+  def outputs_of(state: State, params: PyTree, batch: Batch) -> tuple[Outputs, PyTree]:
+    stats = state.stats['net']
+    return forward(net, params['net'], stats, batch['image'], train=True)
+
+  def losses_of(state: State, batch: Batch, params: PyTree):
+    outputs, stats = outputs_of(state, params, batch)
+    return loss(outputs, batch), (outputs, stats)
+
+  def meta_loss_of(state: State, meta: Batch, params: PyTree) -> jax.Array:
+    logits = outputs_of(state, params, meta)[0]['logits']
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, meta['label'])
+    return losses.mean()
+
+  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    if 'meta' not in batches:
+      raise UserError('learning weights needs a meta set: set meta_batch')
+    net_params, stats = init_net(
+      net, named_key(key, 'init', 0), batches['train']['image']
+    )
+    players = weighing.init(named_key(key, 'init_weighing', 0))
+    params = {'net': net_params}
+    state = State(
+      step=jnp.zeros((), jnp.int32),
+      key=key,
+      params=params | {name: player[0] for name, player in players.items()},
+      stats={'net': stats},
+      opt={'net': optimizer.init(params)}
+      | {name: player[1] for name, player in players.items()},
+      memory={},
+    )
+    _chosen(params, meta_layers)
+    if route == 'jvp':
+      _check_forward_mode(partial(losses_of, state, batches['train']), params)
+    return state
+
+  def meta_gradient(
+    state: State, batches: Mapping[str, Batch], whole: Losses
+  ) -> tuple[jax.Array, PyTree]:
+    batch, meta, params = batches['train'], batches['meta'], whole.theta
+    take, put = _chosen(params, meta_layers)
+    part = whole
+    if len(jax.tree.leaves(take(params))) < len(jax.tree.leaves(params)):
+      part = differentiated(lambda t: whole.function(put(t, params)), take(params))
+
+    def move(grads: PyTree) -> PyTree:
+      still = jax.tree.map(jnp.zeros_like, params)
+      return take(virtual_step(optimizer, state, params, put(grads, still)))
+
+    return gradient_by(
+      part,
+      lambda values, weights: weighing.objective(values, weights, state, batch),
+      move,
+      lambda theta: meta_loss_of(state, meta, put(theta, params)),
+      weighing.variables(state, batch),
+      still=weighing.still,
+    )
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    batch, params = batches['train'], {'net': state.params['net']}
+    losses = differentiated(partial(losses_of, state, batch), params)
+    (meta_loss, gradient), due = _now_and_then(
+      partial(meta_gradient, state, batches, losses), state.step, meta_every
+    )
+    weights, players = weighing.weigh(gradient, due, losses.values, state, batch)
+    weights = lax.stop_gradient(weights)
+    grads = losses.pull(weights / len(weights))
+    params, opt = optimizer.update(grads, state.opt['net'], params, state.step)
+    outputs, stats = losses.aux
+    prior = weighing.prior(state, batch)
+    metrics = {
+      'loss': mean_metric(jnp.dot(weights, losses.values) / len(weights)),
+      'meta_loss': (meta_loss, jnp.asarray(due, jnp.float32)),
+      'grad_norm': mean_metric(optax.tree.norm(grads)),
+      'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
+      **batch_metrics(outputs, batch, losses.values),
+      **weight_metrics(weights, prior, batch['label'], outputs['logits'].shape[-1]),
+    }
+    return state.replace(
+      step=state.step + 1,
+      params=params | {name: player[0] for name, player in players.items()},
+      stats={'net': stats},
+      opt={'net': opt} | {name: player[1] for name, player in players.items()},
+    ), metrics
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
+
+  return Method(init, step, predict)
+
+
+def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
+  """Returns (take, put) of the parameters that a pattern names.
+
+  `take(tree)` lists their leaves, `put(leaves, tree)` sets them; where all are chosen,
+  both speak of whole trees.
+  """
+  pattern = LAYERS.get(layers, layers)
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree.flatten_with_path(params)[0]
+  ]
+  try:
+    here = [bool(re.fullmatch(pattern, path)) for path in paths]
+  except re.error as error:
+    raise UserError(f'meta_layers {layers!r}: {error}') from None
+  if not any(here):
+    raise UserError(
+      f'meta_layers {layers!r} matches no parameter; they are such as {paths[0]!r}'
+    )
+  if all(here):
+    return lambda tree: tree, lambda leaves, tree: leaves
+
+  def take(tree: PyTree) -> list[jax.Array]:
+    return [x for x, chosen in zip(jax.tree.leaves(tree), here, strict=True) if chosen]
+
+  def put(leaves: list[jax.Array], tree: PyTree) -> PyTree:
+    old, treedef = jax.tree.flatten(tree)
+    new = iter(leaves)
+    return treedef.unflatten(
+      [next(new) if chosen else x for x, chosen in zip(old, here, strict=True)]
+    )
+
+  return take, put
+
+
+def _check_forward_mode(function: Callable, params: PyTree) -> None:
+  """Refuses losses that forward mode cannot differentiate, before anything runs."""
+  try:
+    jax.eval_shape(lambda p: jax.jvp(function, (p,), (p,), has_aux=True)[1], params)
+  except TypeError as error:
+    raise UserError(
+      'the loss or the network has no forward-mode rule (a custom_vjp?): set '
+      f"method.route to 'unrolled'; JAX says: {str(error).splitlines()[0]}"
+    ) from None
+
+
+def _now_and_then(
+  compute: Callable[[], PyTree], step: jax.Array, every: int
+) -> tuple[PyTree, jax.Array | bool]:
+  """Returns what `compute` returns in steps that `every` divides, else zeros."""
+  if every == 1:
+    return compute(), True
+  due = step % every == 0
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+  return lax.cond(due, compute, lambda: zeros), due
+
+
+def weight_metrics(
+  weights: jax.Array, prior: jax.Array, labels: jax.Array, num_classes: int
+) -> Metrics:
+  """Returns the distribution of learned weights by class, and how far it is learned.
+
+  Spread is kept as moments about the prior, which is constant within a class, so that
+  learned parts far smaller than the weights survive float32. `lt_jax.results` makes
+  weights.npz of them.
+
+  Args:
+    weights: (B,), of mean one where nothing is learned.
+    prior: (B,), the weights without learning.
+    labels: (B,).
+    num_classes: C.
+  """
+  zeros = jnp.zeros(num_classes, jnp.float32)
+  count = zeros.at[labels].add(1.0)
+  learned = weights - prior
+
+  def by_class(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return zeros.at[labels].add(values.astype(jnp.float32)), count
+
+  return {
+    'weight_prior': by_class(prior),
+    'weight_learned': by_class(learned),
+    'weight_learned_square': by_class(learned**2),
+    'weight_negative': by_class(weights < 0),
+    'learned_over_prior': (jnp.abs(learned).sum(), jnp.abs(prior).sum()),
+  }
+
+
+# The methods. Beside its own options each has those of `_reweighted`.
+
+
+def _method(weighing: Callable[..., Weighing]) -> Callable[..., Method]:
+  """Makes a method of a way of weighing; its signature joins both their options."""
+  own = inspect.signature(weighing).parameters
+  core = dict(inspect.signature(_reweighted).parameters)
+  del core['weighing']
+
+  @functools.wraps(weighing)
+  def method(net: Network, optimizer: Optimizer, loss: Loss, **options: Any) -> Method:
+    here = {name: options.pop(name) for name in own if name in options}
+    return _reweighted(weighing(**here), net, optimizer, loss, **options)
+
+  method.__signature__ = inspect.Signature([*core.values(), *own.values()])
+  return method
+
+
+@_method
+def l2rw(
+  *,
+  counts: np.ndarray,
+) -> Weighing:
+  r"""Learning to reweight: weights by the first meta gradient, clipped and normalised.
+
+  .. math::
+    u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
+    a_i = \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
+
+  of the virtual objective sum_i eps_i l_i, and all zero where no u_i is positive; the
+  training objective is sum_i a_i l_i. As eps is 0, plain descent does not move: theta'
+  is theta, and the virtual learning rate cancels. In a step without a meta gradient,
+  which is ours, all weigh the same.
+
+  Args:
+    counts: (C,) training images, for the class-balanced weights of the logs.
+
+  Source: Ren et al., Learning to Reweight Examples, arXiv 1803.09050, algorithm 1.
+  """
+
+  def weigh(gradient, due, losses, state, batch):
+    del losses, state, batch
+    wanted = jnp.maximum(-gradient, 0)
+    total = wanted.sum()
+    share = wanted / jnp.where(total == 0, 1, total)
+    return jnp.where(due, len(share) * share, 1.0), {}
+
+  return Weighing(
+    variables=lambda state, batch: jnp.zeros(len(batch['label'])),
+    objective=lambda losses, eps, state, batch: jnp.dot(eps, losses),
+    weigh=weigh,
+    prior=_balanced(counts),
+    still=True,
+  )
+
+
+@_method
+def meta_weight_net(
+  *,
+  counts: np.ndarray,
+  normalise: bool = True,
+  detach: bool = False,
+  hidden: int = 100,
+  weight_optimizer: Mapping[str, Any] | None = None,
+  weight_learning_rate: float = 1e-5,
+) -> Weighing:
+  r"""Meta-Weight-Net: a small network makes a weight of a loss, and is learned.
+
+  .. math::
+    F(\ell, \Theta) = \sum_i \frac{v_i}{\sum_j v_j} \ell_i
+    \text{ or } \frac1B \sum_i v_i \ell_i, \qquad v_i = V(\ell_i; \Theta)
+
+  Each step first moves Theta along the meta gradient, then the network along the
+  gradient of F with the new weights, held constant. V weighs in every step.
+
+  Args:
+    counts: (C,) training images, for the class-balanced weights of the logs.
+    normalise: weights are divided by their sum (class imbalance) or by B (noise).
+    detach: the virtual step takes weights for constants (noise) or differentiates them
+      too (class imbalance).
+    hidden: units of V.
+    weight_optimizer: of Theta, a 'name' and its options; None for that of the
+      class-imbalance code, Nesterov momentum 0.9 and weight decay 5e-4. Its clock is
+      that of the run, also where `meta_every` leaves steps out.
+    weight_learning_rate: of Theta, constant.
+
+  Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
+  the authors, for class imbalance (the defaults) and for noise.
+  """
+  weight_net = WeightNet(hidden)
+  weight_player = make_optimizer(
+    learning_rate=lambda step: jnp.float32(weight_learning_rate),
+    **(weight_optimizer or CLASS_IMBALANCE),
+  )
+
+  def init(key: jax.Array) -> Players:
+    params = weight_net.init(key, jnp.zeros(1))['params']
+    return {'weight_net': (params, weight_player.init(params))}
+
+  def weights_of(losses: jax.Array, params: PyTree) -> jax.Array:
+    """Returns V of the losses, of mean one if normalised."""
+    v = weight_net.apply({'params': params}, losses)
+    total = v.sum()
+    return len(v) * v / jnp.where(total == 0, 1, total) if normalise else v
+
+  def objective(losses, params, state, batch):
+    del state, batch
+    seen = lax.stop_gradient(losses) if detach else losses
+    return jnp.dot(weights_of(seen, params), losses) / len(losses)
+
+  def weigh(gradient, due, losses, state, batch):
+    del batch
+    params, opt = state.params['weight_net'], state.opt['weight_net']
+    moved = weight_player.update(gradient, opt, params, state.step)
+    params, opt = jax.tree.map(partial(jnp.where, due), moved, (params, opt))
+    return weights_of(losses, params), {'weight_net': (params, opt)}
+
+  return Weighing(
+    variables=lambda state, batch: state.params['weight_net'],
+    objective=objective,
+    weigh=weigh,
+    prior=_balanced(counts),
+    init=init,
+  )
+
+
+@_method
+def meta_reweight(
+  *,
+  class_weights: Callable[[jax.Array], jax.Array],
+  eps_lr: float = 0.01,
+  eps_scale: str = 'absolute',
+  form: str = 'additive',
+) -> Weighing:
+  r"""Class weights, and what the meta gradient adds to them example by example.
+
+  .. math::
+    \text{additive: } F = \sum_i (w_{y_i} + \epsilon_i)\, \ell_i, \qquad
+    \text{multiplicative: } F = \frac1B \sum_i w_{y_i} (1 + \epsilon_i)\, \ell_i
+
+  with eps = -tau times the meta gradient at eps = 0, anew in every step, neither
+  clipped nor normalised. The training objective is the mean over the batch of the same
+  weighted losses. tau = 0 is training with the class weights, and so is a step without
+  a meta gradient.
+
+  Args:
+    class_weights: step -> (C,), w.
+    eps_lr: tau. With the released constants eps is tiny against w; the logs say how
+      tiny (`learned_over_prior`).
+    eps_scale: 'absolute', or 'relative': the gradient is divided by its largest
+      absolute entry, so that tau is the largest |eps|. Ours.
+    form: 'additive' is the released code, 'multiplicative' the paper. They differ by a
+      factor of w^2 in what is added.
+
+  Source: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
+  Recognition, arXiv 2003.10780, and abdullahjamal/Longtail_DA, where the virtual
+  learning rate drops an epoch later than the other.
+  """
+  inner, outer = lookup(FORMS, 'form', form)
+  scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
+
+  def prior(state: State, batch: Batch) -> jax.Array:
+    return class_weights(state.step)[batch['label']]
+
+  def objective(losses, eps, state, batch):
+    return jnp.dot(inner(prior(state, batch), eps), losses)
+
+  def weigh(gradient, due, losses, state, batch):
+    del due, losses
+    eps = -eps_lr * scale(gradient)
+    return outer(prior(state, batch), eps), {}
+
+  return Weighing(
+    variables=lambda state, batch: jnp.zeros(len(batch['label'])),
+    objective=objective,
+    weigh=weigh,
+    prior=prior,
+  )
+
+
+FORMS = {
+  'additive': (lambda w, eps: w + eps, lambda w, eps: w + eps),
+  'multiplicative': (
+    lambda w, eps: w * (1 + eps) / len(w),
+    lambda w, eps: w * (1 + eps),
+  ),
+}
+"""(coefficients of the virtual objective, weights of the training objective)."""
+
+EPS_SCALES = {
+  'absolute': lambda gradient: gradient,
+  'relative': lambda gradient: gradient / jnp.maximum(jnp.abs(gradient).max(), 1e-30),
+}
+
+CLASS_IMBALANCE = {
+  'name': 'sgd',
+  'momentum': 0.9,
+  'nesterov': True,
+  'weight_decay': (('.*', 5e-4),),
+}
+
+
+def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
+  """Returns class-balanced weights, with which learned ones are compared."""
+  weights = effective_number(np.maximum(counts, 1))
+  return lambda state, batch: jnp.asarray(weights)[batch['label']]
