@@ -22,7 +22,7 @@ demo: $(READY)
 	  --workdir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,16 +1,19 @@
-"""The same ResNet-32 training step written plainly in PyTorch, as a worker process.
+"""The same ResNet-32 steps written plainly in PyTorch, as a worker process.
 
-Started by train_step.py, perhaps under another Python. For each line `run K` on its
-standard input it makes K steps and answers with the seconds they took.
+Started by the benchmarks, perhaps under another Python. For each line `KIND K` on its
+standard input it makes K steps of a kind and answers with the seconds they took.
 """
 
 import argparse
+import copy
 import sys
 import time
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+RATE = 0.1
 
 
 class Block(nn.Module):
@@ -49,6 +52,74 @@ def resnet(depth, classes=10):
   return nn.Sequential(*layers, *pooled)
 
 
+class Training:
+  """A network, its optimiser and fixed batches; a method a kind of step."""
+
+  def __init__(self, depth, batch, device):
+    self.net = resnet(depth).to(device).train()
+    # The same network without running statistics, which torch.func cannot update.
+    self.stateless = copy.deepcopy(self.net)
+    torch.func.replace_all_batch_norm_modules_(self.stateless)
+    self.sgd = torch.optim.SGD(
+      self.net.parameters(), lr=RATE, momentum=0.9, weight_decay=2e-4
+    )
+    self.images, self.meta_images = torch.randn(2, batch, 3, 32, 32, device=device)
+    self.labels, self.meta_labels = torch.randint(0, 10, (2, batch), device=device)
+    self.prior = torch.linspace(0.05, 4.0, 10, device=device)[self.labels]
+
+  def plain(self):
+    """Gradient descent on the mean loss."""
+    return self._descend(functional.cross_entropy(self.net(self.images), self.labels))
+
+  def double(self):
+    """Meta class-weights by double backward: autograd through the virtual step."""
+    eps = torch.zeros_like(self.prior, requires_grad=True)
+    params = dict(self.net.named_parameters())
+    objective = ((self.prior + eps) * self._losses()).sum()
+    grads = torch.autograd.grad(objective, list(params.values()), create_graph=True)
+    virtual = _virtual(params, grads)
+    (gradient,) = torch.autograd.grad(self._meta_loss(virtual), eps)
+    return self._descend(((self.prior - 0.01 * gradient) * self._losses()).mean())
+
+  def jvp(self):
+    """The same by one forward-mode pass; one forward pass serves both gradients."""
+    params = dict(self.net.named_parameters())
+    losses = self._losses()
+    objective = (self.prior * losses).sum()
+    grads = torch.autograd.grad(objective, list(params.values()), retain_graph=True)
+    virtual = _virtual(params, grads)
+    virtual = {name: p.detach().requires_grad_() for name, p in virtual.items()}
+    slope = torch.autograd.grad(self._meta_loss(virtual), list(virtual.values()))
+
+    def losses_of(params):
+      logits = torch.func.functional_call(self.stateless, params, (self.images,))
+      return functional.cross_entropy(logits, self.labels, reduction='none')
+
+    here = {name: p.detach() for name, p in params.items()}
+    along = dict(zip(params, slope, strict=True))
+    _, change = torch.func.jvp(losses_of, (here,), (along,))
+    return self._descend(((self.prior + 0.01 * RATE * change) * losses).mean())
+
+  def _losses(self):
+    logits = self.net(self.images)
+    return functional.cross_entropy(logits, self.labels, reduction='none')
+
+  def _meta_loss(self, params):
+    logits = torch.func.functional_call(self.stateless, params, (self.meta_images,))
+    return functional.cross_entropy(logits, self.meta_labels)
+
+  def _descend(self, loss):
+    self.sgd.zero_grad(set_to_none=True)
+    loss.backward()
+    self.sgd.step()
+    return loss.detach()
+
+
+def _virtual(params, grads):
+  pairs = zip(params.items(), grads, strict=True)
+  return {name: p - RATE * grad for (name, p), grad in pairs}
+
+
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--depth', type=int, required=True)
@@ -56,26 +127,16 @@ def main():
   options = parser.parse_args()
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   torch.manual_seed(0)
-  net = resnet(options.depth).to(device).train()
-  sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
-  images = torch.randn(options.batch, 3, 32, 32, device=device)
-  labels = torch.randint(0, 10, (options.batch,), device=device)
-
-  def step():
-    loss = functional.cross_entropy(net(images), labels)
-    sgd.zero_grad(set_to_none=True)
-    loss.backward()
-    sgd.step()
-    return loss
-
-  step().item()
-  params = sum(p.numel() for p in net.parameters())
+  training = Training(options.depth, options.batch, device)
+  kinds = {'plain': training.plain, 'double': training.double, 'jvp': training.jvp}
+  training.plain().item()
+  params = sum(p.numel() for p in training.net.parameters())
   print(f'ready torch {torch.__version__} {device} {params}', flush=True)
   for line in sys.stdin:
-    steps = int(line.split()[1])
+    kind, steps = line.split()
     began = time.perf_counter()
-    for _ in range(steps):
-      loss = step()
+    for _ in range(int(steps)):
+      loss = kinds[kind]()
     loss.item()
     print(time.perf_counter() - began, flush=True)
 

@@ -130,8 +130,9 @@ class Torch:
       raise SystemExit(f'{python} cannot run torch_step.py: has it PyTorch?')
     self.version, self.device, self.params = ready[2], ready[3], int(ready[4])
 
-  def run(self, steps):
-    self.process.stdin.write(f'run {steps}\n')
+  def run(self, steps, kind='plain'):
+    """Seconds of so many steps of a kind."""
+    self.process.stdin.write(f'{kind} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
 

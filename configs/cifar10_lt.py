@@ -23,11 +23,12 @@ Cost: 19,385 steps of 128 images. On two CPU cores a step takes about a second.
 Argument: a recipe (see docs/methods.md) and
   imbalance   n_max / n_min, 100
   profile     exponential (default) or step
-  protocol    cao or cui: schedule, initialisation, shortcut and input scale of the two
-              papers; by default that of the recipe's paper
-  epochs      200; the schedule scales with it
+  protocol    cao, cui, ren, shu or jamal: schedule, optimiser, initialisation, shortcut
+              and input scale of a paper; by default of the recipe's own
+  epochs      instead of the protocol's 200 (shu 100, ren 160); the schedule scales
   net         resnet32, or resnet8, 20, 44, 56
-  meta        10 takes a balanced set of so many images a class out first (n_max 4990)
+  meta        images a class of a balanced set that is taken out first: 10 in ren, shu
+              and jamal, 0 elsewhere; n_max is 5000 less them
 """
 
 from lt_jax import recipes

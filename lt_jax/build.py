@@ -58,6 +58,7 @@ SELECTABLE = {
 STAGE_KEYS = (
   'batch',
   'meta_batch',
+  'meta_every',
   'train_split',
   'epochs',
   'log_every_steps',
@@ -81,6 +82,7 @@ RANGES = {
   'seed': (0, 2**31 - 1),
   'batch': (1, 2**31),
   'meta_batch': (0, 2**31),
+  'meta_every': (1, 1e9),
   'eval_batch': (1, 2**31),
   'epochs': (0, 1e9),
   'log_every_steps': (1, 1e9),
@@ -297,7 +299,8 @@ def _build_stage(
   streams = {'train': stream(train, sampler, batch=batch)}
   if config['meta_batch']:
     meta = _meta_split(dataset, config['meta_batch'])
-    streams['meta'] = stream(meta, instance(meta.labels), batch=config['meta_batch'])
+    drawn = stream(meta, instance(meta.labels), batch=config['meta_batch'])
+    streams['meta'] = drawn._replace(every=config['meta_every'])
   return Stage(
     name=name,
     method=_method(config, dataset, mesh, sampler),

@@ -54,6 +54,7 @@ def base_config() -> ConfigDict:
       },
       'batch': 128,
       'meta_batch': 0,  # images a step of the meta set; 0: no such stream
+      'meta_every': 1,  # steps from one meta batch to the next
       'train_split': 'train',  # 'meta' trains on the balanced set itself
       'eval_batch': 512,
       'epochs': 200.0,
@@ -198,7 +199,6 @@ def _posthoc(config: ConfigDict) -> Overrides:
 META = {
   'route': 'jvp',
   'virtual': 'sgd',
-  'meta_every': 1,
   'meta_layers': 'all',
   'low_memory': False,
 }
@@ -307,12 +307,36 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
 
 # Long-tailed CIFAR, which two configuration files share.
 
+_CAO_DATA = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
+_MWN_DATA = {
+  'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
+  'std': (63.0 / 255, 62.1 / 255, 66.7 / 255),
+  'pad_mode': 'reflect',
+}
+_CAO_MODEL = {'trunk_options': {'shortcut': 'subsample', 'init': 'kaiming'}}
+_NESTEROV = {'momentum': 0.9, 'nesterov': True, 'weight_decay': (('.*', 5e-4),)}
+
+
+def _steps(epochs: float, *drops: tuple[float, float], **schedule: Any) -> Overrides:
+  """A step schedule of so many epochs; drops are (epoch, factor of the base)."""
+  return {
+    'epochs': epochs,
+    'schedule': {
+      'name': 'step_decay',
+      'base': 0.1,
+      'boundaries': tuple(epoch for epoch, _ in drops),
+      'factors': tuple(factor for _, factor in drops),
+      **schedule,
+    },
+  }
+
+
 PROTOCOLS: dict[str, Overrides] = {
   # Cao et al., arXiv 1906.07413, and its code: warm-up in stairs, option A shortcuts.
   'cao': {
-    'data': {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)},
-    'model': {'trunk_options': {'shortcut': 'subsample', 'init': 'kaiming'}},
-    'schedule': {'warmup': 'staircase'},
+    'data': _CAO_DATA,
+    'model': _CAO_MODEL,
+    **_steps(200, (160, 1e-2), (180, 1e-4), warmup='staircase', warmup_epochs=5),
   },
   # Cui et al., arXiv 1901.05555, and its code: x / 128 - 1, average-pool shortcuts.
   'cui': {
@@ -321,12 +345,49 @@ PROTOCOLS: dict[str, Overrides] = {
       'trunk_options': {'shortcut': 'average', 'init': 'glorot'},
       'head_options': {'init': 'glorot'},
     },
-    'schedule': {'warmup': 'linear'},
+    **_steps(200, (160, 1e-2), (180, 1e-4), warmup='linear', warmup_epochs=5),
+  },
+  # Ren et al., arXiv 1803.09050, and its code: 80,000 steps of 100 images of 50,000.
+  'ren': {
+    'data': {**_CAO_DATA, 'meta_per_class': 10},
+    'model': _CAO_MODEL,
+    'batch': 100,
+    **_steps(160, (80, 0.1), (120, 0.01)),
+  },
+  # Shu et al., arXiv 1902.07379, and its code for class imbalance, which counts epochs
+  # from 1: its drops at 80 and 90 act from the 79th and 89th on, counted from 0.
+  'shu': {
+    'data': {**_MWN_DATA, 'meta_per_class': 10},
+    'model': _CAO_MODEL,
+    'batch': 100,
+    'optimizer': _NESTEROV,
+    **_steps(100, (79, 0.1), (89, 0.01)),
+  },
+  # Jamal et al., arXiv 2003.10780, and its code: no warm-up; the rate drops an epoch
+  # before the meta stage begins, as that code counts epochs from 1 for the one only.
+  'jamal': {
+    'data': {**_MWN_DATA, 'meta_per_class': 10},
+    'model': _CAO_MODEL,
+    'batch': 100,
+    'optimizer': _NESTEROV,
+    **_steps(200, (159, 1e-2), (179, 1e-4)),
   },
 }
 
-CUI_RECIPES = ('cb_ce', 'cb_sigmoid', 'cb_focal')
-"""Recipes whose own paper is Cui et al.; the others follow Cao et al."""
+PROTOCOL_OF = {
+  'cb_ce': 'cui',
+  'cb_sigmoid': 'cui',
+  'cb_focal': 'cui',
+  'l2rw': 'ren',
+  'mwn': 'shu',
+  'meta_ce': 'jamal',
+  'meta_focal': 'jamal',
+  'meta_ldam': 'jamal',
+  'meta_ce_control': 'jamal',
+  'cb_finetune': 'jamal',
+  'ce_plus_meta': 'jamal',
+}
+"""The protocol of a recipe's own paper, where that is not Cao et al."""
 
 
 def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDict:
@@ -344,12 +405,12 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
     imbalance=100.0,
     profile='exponential',
     protocol='',
-    epochs=200.0,
+    epochs=0.0,
     net='resnet32',
-    meta=0,
+    meta=-1,
   )
-  protocol = option.protocol or ('cui' if recipe in CUI_RECIPES else 'cao')
-  scale = option.epochs / 200
+  chosen = option.protocol or PROTOCOL_OF.get(recipe, 'cao')
+  protocol = lookup(PROTOCOLS, 'protocol', chosen)
   config = apply(
     base_config(),
     {
@@ -357,24 +418,28 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
       'data': {
         'source': source,
         'profile': option.profile,
-        'n_max': n_max - option.meta,
         'imbalance': option.imbalance,
-        'meta_per_class': option.meta,
         'pad': 4,
         'flip': True,
       },
-      'epochs': option.epochs,
-      'defer_epoch': 160 * scale,
       'model': {'trunk': option.net},
-      'schedule': {
-        'name': 'step_decay',
-        'base': 0.1,
-        'warmup': 'staircase',
-        'warmup_epochs': max(1, round(5 * scale)),
-        'boundaries': (160 * scale, 180 * scale),
-        'factors': (1e-2, 1e-4),
-      },
+      'defer_epoch': 160.0,
     },
   )
-  apply(config, lookup(PROTOCOLS, 'protocol', protocol))
+  apply(config, protocol)
+  data = config.data
+  if option.meta >= 0:
+    data.meta_per_class = option.meta
+  data.n_max = n_max - data.meta_per_class
+  _rescale(config, (option.epochs or config.epochs) / config.epochs)
   return apply_recipe(config, recipe)
+
+
+def _rescale(config: ConfigDict, scale: float) -> None:
+  """Multiplies everything that is counted in epochs; the warm-up stays whole epochs."""
+  schedule = config.schedule
+  config.epochs *= scale
+  config.defer_epoch *= scale
+  schedule.boundaries = tuple(scale * epoch for epoch in schedule.boundaries)
+  if 'warmup_epochs' in schedule:
+    schedule.warmup_epochs = max(1, round(scale * schedule.warmup_epochs))

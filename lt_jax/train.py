@@ -96,10 +96,10 @@ class Diverged(Exception):
 def batches_at(
   streams: Mapping[str, Stream], arrays: Any, payloads: Any, key: Any, step: Any
 ) -> dict[str, Any]:
-  """Prepares the batch of every stream; each has random keys of its own."""
+  """Prepares the batch of every payload; each stream has random keys of its own."""
   return {
-    name: stream.prepare(arrays[name], payloads[name], named_key(key, name, step))
-    for name, stream in streams.items()
+    name: streams[name].prepare(arrays[name], payload, named_key(key, name, step))
+    for name, payload in payloads.items()
   }
 
 
@@ -111,7 +111,7 @@ def initial_state(
   It is compiled when called; `jax.eval_shape` of it gives the state's shapes for free.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
-  payloads = {name: stream.payload(0) for name, stream in streams.items()}
+  payloads = _payloads(streams, 0)
 
   def init(key, arrays, payloads):
     return method.init(key, batches_at(streams, arrays, payloads, key, 0))
@@ -131,11 +131,13 @@ def make_update(
     method: the method.
     streams: its streams; only their `prepare` is used here.
     mesh: the devices.
-    length: steps a call. One is called as it is, more run in a `lax.scan`.
+    length: steps a call. One is called as it is, with the payloads that it is given;
+      more run in a `lax.scan`, where a step leaves out the streams that are not due.
 
   `totals` adds up the metrics, `bad` is the first step whose metrics were not finite,
   -1 while there is none, and `payloads` has a leading axis of `length`.
   """
+  every = {name: s.every for name, s in streams.items() if s.every > 1}
 
   def one(carry, payloads, arrays):
     state, totals, bad = carry
@@ -146,11 +148,23 @@ def make_update(
     bad = jnp.where(broken, state.step, bad)
     return (new, jax.tree.map(jnp.add, totals, metrics), bad), None
 
+  def one_of_many(carry, payloads, arrays):
+    """Makes a step of a scan, which is handed a payload of every stream."""
+    if not every:
+      return one(carry, payloads, arrays)
+    (period,) = set(every.values())
+    always = {name: p for name, p in payloads.items() if name not in every}
+    return lax.cond(
+      carry[0].step % period == 0,
+      lambda: one(carry, payloads, arrays),
+      lambda: one(carry, always, arrays),
+    )
+
   def update(state, totals, bad, arrays, payloads):
     carry = (state, totals, bad)
     if length == 1:
       return one(carry, jax.tree.map(lambda x: x[0], payloads), arrays)[0]
-    return lax.scan(lambda c, p: one(c, p, arrays), carry, payloads)[0]
+    return lax.scan(lambda c, p: one_of_many(c, p, arrays), carry, payloads)[0]
 
   return jax.jit(
     update,
@@ -187,7 +201,7 @@ def train(
     Diverged: something is not finite.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
-  compiled: dict[int, Callable] = {}
+  compiled: dict[tuple, Callable] = {}  # by length, and which streams there are
   in_flight: collections.deque = collections.deque()
   step = logged = int(jax.device_get(state.step))
   zeros, bad = _empty_totals(method, streams, state, mesh)
@@ -227,16 +241,17 @@ def train(
       clock = time.perf_counter()
     length = min(plan.chunk - step % plan.chunk, plan.steps - step)
     payloads = sharding.put_batch(mesh, _stack(streams, step, length), leading=1)
-    fresh = length not in compiled
+    program = (length, *payloads)
+    fresh = program not in compiled
     if fresh:
       began = time.perf_counter()
       update = make_update(method, streams, mesh, length)
-      compiled[length] = update.lower(state, totals, bad, arrays, payloads).compile()
+      compiled[program] = update.lower(state, totals, bad, arrays, payloads).compile()
       compile_seconds = time.perf_counter() - began
       clock += compile_seconds
     profiler.before(step, length)
     with jax.transfer_guard('disallow'):
-      state, totals, bad = compiled[length](state, totals, bad, arrays, payloads)
+      state, totals, bad = compiled[program](state, totals, bad, arrays, payloads)
     if fresh:
       bad.block_until_ready()
       hooks.first_call(compile_seconds)
@@ -266,11 +281,17 @@ def check_finite(bad: jax.Array, streams: Mapping[str, Stream]) -> None:
 
 
 def _payloads(streams: Mapping[str, Stream], step: int) -> dict[str, Any]:
-  return {name: stream.payload(step) for name, stream in streams.items()}
+  """Returns the payloads of the streams that are due at a step."""
+  return {n: s.payload(step) for n, s in streams.items() if step % s.every == 0}
 
 
 def _stack(streams: Mapping[str, Stream], step: int, length: int) -> Any:
-  """Returns the payloads of `length` steps with a leading axis."""
+  """Returns the payloads of `length` steps with a leading axis.
+
+  One step has those of the streams that are due; many have all of them.
+  """
+  if length > 1:
+    streams = {name: stream._replace(every=1) for name, stream in streams.items()}
   payloads = [_payloads(streams, step + i) for i in range(length)]
   return jax.tree.map(lambda *rows: np.stack(rows), *payloads)
 

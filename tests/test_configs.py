@@ -9,7 +9,9 @@ import pytest
 from configs import cifar10_lt, cifar100_lt, digits_lt
 from lt_jax import build, recipes, train
 from lt_jax.data import dataset
+from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
+from lt_jax.optim import epoch_start, make_schedule
 
 CONFIGS = {
   'digits_lt': (digits_lt, ''),
@@ -79,11 +81,59 @@ def test_the_protocols_are_those_of_the_papers(no_data):
   assert stage.plan.steps == 19385  # ceil(200 * 12406 / 128)
 
 
-@pytest.mark.parametrize('recipe', recipes.RECIPES)
+@pytest.mark.parametrize('recipe', ['ldam_drw', 'ce_drs', 'cb_focal'])
 @pytest.mark.parametrize('protocol', recipes.PROTOCOLS)
-def test_every_recipe_builds_under_both_protocols(no_data, recipe, protocol):
-  arg = f'{recipe},net=resnet8,protocol={protocol}'
+def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
+  arg = f'{recipe},net=resnet8,protocol={protocol},meta=10'
   build.build(build.resolve(cifar10_lt.get_config(arg)))
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'stage', 'rates'),
+  [
+    ('ldam_drw', 'train', {0: 0.02, 4: 0.1, 5: 0.1, 159: 0.1, 160: 1e-3, 180: 1e-5}),
+    ('cb_focal', 'train', {0: 0.0, 5: 0.1, 159: 0.1, 160: 1e-3, 179: 1e-3, 180: 1e-5}),
+    ('meta_ce', 'pretrain', {0: 0.1, 5: 0.1, 158: 0.1, 159: 1e-3}),
+    ('meta_ce', 'meta', {160: 1e-3, 178: 1e-3, 179: 1e-5, 180: 1e-5}),
+    ('mwn', 'train', {0: 0.1, 78: 0.1, 79: 1e-2, 88: 1e-2, 89: 1e-3, 99: 1e-3}),
+    ('l2rw', 'train', {0: 0.1, 79: 0.1, 80: 1e-2, 119: 1e-2, 120: 1e-3}),
+  ],
+)
+def test_learning_rates_of_the_papers_to_the_epoch(no_data, recipe, stage, rates):
+  config = build.resolve(cifar10_lt.get_config(f'{recipe},net=resnet8'))
+  merged = build.stage_config(config, stage)
+  length = sum(cifar10_counts(merged['data']['n_max']))
+  schedule = make_schedule(**merged['schedule'], length=length, batch=merged['batch'])
+  for epoch, rate in rates.items():
+    first = epoch_start(epoch, length, merged['batch'])
+    np.testing.assert_allclose(schedule(first), rate, rtol=1e-5, err_msg=str(epoch))
+
+
+def cifar10_counts(n_max):
+  return class_counts('exponential', 10, n_max, 100)
+
+
+def test_meta_class_weights_go_on_from_pre_training(no_data):
+  """Jamal et al.: t1 = 160, one schedule, 100 meta images that are not trained on."""
+  config = build.resolve(cifar10_lt.get_config('meta_ce,net=resnet8'))
+  experiment = build.build(config)
+  first, second = (experiment.stages[name] for name in ('pretrain', 'meta'))
+  assert experiment.dataset.counts.tolist() == [
+    *(4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49)
+  ]
+  assert len(experiment.dataset.splits['meta'].rows) == 100
+  assert (first.plan.steps, second.plan.steps) == (
+    160 * 12380 // 100,
+    200 * 12380 // 100,
+  )
+  assert list(first.streams) == ['train'] and list(second.streams) == ['train', 'meta']
+  method = config['stages']['meta']['method']
+  assert (method['eps_lr'], method['form'], method['virtual']) == (
+    0.01,
+    'additive',
+    'sgd',
+  )
+  assert config['batch'] == 100 and config['optimizer']['nesterov']
 
 
 def test_a_protocol_can_be_chosen():

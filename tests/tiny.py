@@ -8,11 +8,20 @@ from lt_jax import build
 COUNTS = (5, 1, 1, 1)
 
 
+META = 2
+"""Images a class of the meta set, so that it fills a batch."""
+
+
 def write_npz(path, counts=COUNTS, seed=0):
-  """Writes random 8x8 images, as many a class as `counts` says; returns the path."""
+  """Writes 8x8 images, half noise and half their class; returns the path.
+
+  There are as many a class to train on as `counts` says, and `META` more.
+  """
   generator = np.random.default_rng(seed)
-  label = np.repeat(np.arange(len(counts)), counts)
-  image = generator.integers(0, 256, (len(label), 8, 8, 1), np.uint8)
+  label = np.repeat(np.arange(len(counts)), np.add(counts, META))
+  pattern = generator.integers(0, 128, (len(counts), 8, 8, 1), np.uint8)
+  noise = generator.integers(0, 128, (len(label), 8, 8, 1), np.uint8)
+  image = pattern[label] + noise
   np.savez(path, x_train=image, y_train=label, x_test=image, y_test=label)
   return path
 
@@ -26,7 +35,7 @@ def config(path, arg, **overrides):
     profile='original',
     test_per_class=0,
     val_per_class=0,
-    meta_per_class=0,
+    meta_per_class=META,
     open_val_per_class=0,
     open_test_per_class=0,
     many_shot=4,
@@ -36,6 +45,9 @@ def config(path, arg, **overrides):
   made.model.update(trunk='digits_cnn', trunk_options={'width': 4})
   made.update(batch=8, eval_batch=8)
   made.schedule = {'name': 'constant', 'base': 0.05}
+  for stage in made.stages.values():  # one schedule for all of them
+    if 'schedule' in stage:
+      del stage.schedule
   for key, value in overrides.items():
     made[key] = value
   return build.resolve(made)

@@ -30,11 +30,14 @@ class Stream(NamedTuple):
       of the jitted step: closed over, it would be a constant of the program.
     payload: step -> a dict of NumPy arrays, batch first: this process's rows.
     prepare: (arrays, payload, key) -> batch; pure, inside jit.
+    every: the stream is there in steps that it divides; in the others the method finds
+      no batch of its name.
   """
 
   arrays: PyTree
   payload: Callable[[int], Mapping[str, np.ndarray]]
   prepare: Callable[[PyTree, Mapping[str, jax.Array], jax.Array], Batch]
+  every: int = 1
 
 
 class Split(NamedTuple):

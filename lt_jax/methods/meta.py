@@ -210,9 +210,9 @@ class Weighing(NamedTuple):
     variables: (State, Batch) -> weights: where the meta gradient is taken.
     objective: (losses (B,), weights, State, Batch) -> (): what the virtual step
       descends.
-    weigh: (gradient, due, losses (B,), State, Batch) -> (weights (B,), players); the
-      training objective is sum_i weights_i losses_i / B. In a step that is not `due`
-      the gradient has not been computed and is zero.
+    weigh: (gradient, losses (B,), State, Batch) -> (weights (B,), players). Training
+      descends sum_i weights_i losses_i / B. The gradient is None in a step without a
+      meta batch.
     prior: (State, Batch) -> (B,): weights without learning.
     init: key -> players.
     still: the objective is zero at `variables`, whatever the losses.
@@ -234,7 +234,6 @@ def _reweighted(
   *,
   route: str = 'jvp',
   virtual: str = 'sgd',
-  meta_every: int = 1,
   meta_layers: str = 'all',
   low_memory: bool = False,
 ) -> Method:
@@ -247,7 +246,6 @@ def _reweighted(
     loss: (outputs, batch) -> (B,).
     route: a key of `ROUTES`.
     virtual: a key of `VIRTUAL`.
-    meta_every: k; the meta gradient is computed in the steps that k divides.
     meta_layers: a key of `LAYERS`, or a regular expression for whole paths, such as
       'net/trunk/stage3.*': the virtual step moves these parameters and no others. For
       a linear head the forward-mode pass is its closed form, r_i . (G^T h_i + g), of
@@ -260,8 +258,6 @@ def _reweighted(
   """
   gradient_by = lookup(ROUTES, 'route', route)
   virtual_step = lookup(VIRTUAL, 'virtual step', virtual)
-  if meta_every < 1:
-    raise UserError(f'meta_every must be at least 1, got {meta_every}')
   if low_memory and route != 'jvp':
     raise UserError(f"low_memory needs the route 'jvp', not {route!r}")
   differentiated = separate if low_memory else shared
@@ -298,7 +294,7 @@ def _reweighted(
     )
     _chosen(params, meta_layers)
     if route == 'jvp':
-      _check_forward_mode(partial(losses_of, state, batches['train']), params)
+      _check_forward_mode(loss, partial(outputs_of, state), params, batches['train'])
     return state
 
   def meta_gradient(
@@ -326,10 +322,9 @@ def _reweighted(
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     batch, params = batches['train'], {'net': state.params['net']}
     losses = differentiated(partial(losses_of, state, batch), params)
-    (meta_loss, gradient), due = _now_and_then(
-      partial(meta_gradient, state, batches, losses), state.step, meta_every
-    )
-    weights, players = weighing.weigh(gradient, due, losses.values, state, batch)
+    due = 'meta' in batches
+    meta_loss, gradient = meta_gradient(state, batches, losses) if due else (0.0, None)
+    weights, players = weighing.weigh(gradient, losses.values, state, batch)
     weights = lax.stop_gradient(weights)
     grads = losses.pull(weights / len(weights))
     params, opt = optimizer.update(grads, state.opt['net'], params, state.step)
@@ -337,7 +332,7 @@ def _reweighted(
     prior = weighing.prior(state, batch)
     metrics = {
       'loss': mean_metric(jnp.dot(weights, losses.values) / len(weights)),
-      'meta_loss': (meta_loss, jnp.asarray(due, jnp.float32)),
+      'meta_loss': (jnp.asarray(meta_loss), jnp.float32(due)),
       'grad_norm': mean_metric(optax.tree.norm(grads)),
       'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
       **batch_metrics(outputs, batch, losses.values),
@@ -391,26 +386,27 @@ def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
   return take, put
 
 
-def _check_forward_mode(function: Callable, params: PyTree) -> None:
-  """Refuses losses that forward mode cannot differentiate, before anything runs."""
+def _check_forward_mode(
+  loss: Loss, outputs_of: Callable, params: PyTree, batch: Batch
+) -> None:
+  """Refuses a loss that forward mode cannot differentiate, before anything runs.
+
+  JAX says so no earlier than when a program is lowered.
+  """
+  shapes = jax.eval_shape(
+    lambda params, batch: outputs_of(params, batch)[0], params, batch
+  )
+
+  def change(outputs: Outputs, batch: Batch) -> jax.Array:
+    return jax.jvp(lambda outputs: loss(outputs, batch), (outputs,), (outputs,))[1]
+
   try:
-    jax.eval_shape(lambda p: jax.jvp(function, (p,), (p,), has_aux=True)[1], params)
+    jax.jit(change).lower(shapes, jax.eval_shape(lambda x: x, dict(batch)))
   except TypeError as error:
     raise UserError(
-      'the loss or the network has no forward-mode rule (a custom_vjp?): set '
-      f"method.route to 'unrolled'; JAX says: {str(error).splitlines()[0]}"
+      "the loss has no forward-mode rule: set method.route to 'unrolled'; JAX says: "
+      f'{str(error).splitlines()[0]}'
     ) from None
-
-
-def _now_and_then(
-  compute: Callable[[], PyTree], step: jax.Array, every: int
-) -> tuple[PyTree, jax.Array | bool]:
-  """Returns what `compute` returns in steps that `every` divides, else zeros."""
-  if every == 1:
-    return compute(), True
-  due = step % every == 0
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
-  return lax.cond(due, compute, lambda: zeros), due
 
 
 def weight_metrics(
@@ -475,7 +471,7 @@ def l2rw(
 
   of the virtual objective sum_i eps_i l_i, and all zero where no u_i is positive; the
   training objective is sum_i a_i l_i. As eps is 0, plain descent does not move: theta'
-  is theta, and the virtual learning rate cancels. In a step without a meta gradient,
+  is theta, and the virtual learning rate cancels. In a step without a meta batch,
   which is ours, all weigh the same.
 
   Args:
@@ -484,12 +480,14 @@ def l2rw(
   Source: Ren et al., Learning to Reweight Examples, arXiv 1803.09050, algorithm 1.
   """
 
-  def weigh(gradient, due, losses, state, batch):
-    del losses, state, batch
+  def weigh(gradient, losses, state, batch):
+    del state, batch
+    if gradient is None:
+      return jnp.ones_like(losses), {}
     wanted = jnp.maximum(-gradient, 0)
     total = wanted.sum()
     share = wanted / jnp.where(total == 0, 1, total)
-    return jnp.where(due, len(share) * share, 1.0), {}
+    return len(share) * share, {}
 
   return Weighing(
     variables=lambda state, batch: jnp.zeros(len(batch['label'])),
@@ -527,7 +525,7 @@ def meta_weight_net(
     hidden: units of V.
     weight_optimizer: of Theta, a 'name' and its options; None for that of the
       class-imbalance code, Nesterov momentum 0.9 and weight decay 5e-4. Its clock is
-      that of the run, also where `meta_every` leaves steps out.
+      that of the run, also where steps have no meta batch.
     weight_learning_rate: of Theta, constant.
 
   Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
@@ -554,11 +552,11 @@ def meta_weight_net(
     seen = lax.stop_gradient(losses) if detach else losses
     return jnp.dot(weights_of(seen, params), losses) / len(losses)
 
-  def weigh(gradient, due, losses, state, batch):
+  def weigh(gradient, losses, state, batch):
     del batch
     params, opt = state.params['weight_net'], state.opt['weight_net']
-    moved = weight_player.update(gradient, opt, params, state.step)
-    params, opt = jax.tree.map(partial(jnp.where, due), moved, (params, opt))
+    if gradient is not None:
+      params, opt = weight_player.update(gradient, opt, params, state.step)
     return weights_of(losses, params), {'weight_net': (params, opt)}
 
   return Weighing(
@@ -587,7 +585,7 @@ def meta_reweight(
   with eps = -tau times the meta gradient at eps = 0, anew in every step, neither
   clipped nor normalised. The training objective is the mean over the batch of the same
   weighted losses. tau = 0 is training with the class weights, and so is a step without
-  a meta gradient.
+  a meta batch.
 
   Args:
     class_weights: step -> (C,), w.
@@ -611,9 +609,8 @@ def meta_reweight(
   def objective(losses, eps, state, batch):
     return jnp.dot(inner(prior(state, batch), eps), losses)
 
-  def weigh(gradient, due, losses, state, batch):
-    del due, losses
-    eps = -eps_lr * scale(gradient)
+  def weigh(gradient, losses, state, batch):
+    eps = jnp.zeros_like(losses) if gradient is None else -eps_lr * scale(gradient)
     return outer(prior(state, batch), eps), {}
 
   return Weighing(

@@ -1,0 +1,586 @@
+"""Meta gradients by both routes, against formulas, and what methods make of them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lt_jax import build, train
+from lt_jax.errors import UserError
+from lt_jax.losses import REDUCTIONS, make_loss
+from lt_jax.method import State
+from lt_jax.methods import meta
+from lt_jax.methods.supervised import supervised
+from lt_jax.models import make_classifier
+from lt_jax.optim import make_optimizer
+from tests import tiny
+from tests.test_methods import Runner
+
+CLASSES, TRAIN, META, PIXELS, HIDDEN = 5, 16, 10, 12, 7
+COUNTS = np.array([40, 20, 10, 5, 2])
+PRECISIONS = {'float64': 1e-10, 'float32': 1e-5}
+
+
+# A network of two dense layers with batch normalisation, written here in full.
+
+
+def network(params, images):
+  """Returns logits; the statistics are those of the batch, as in training mode."""
+  x = images @ params['hidden']
+  x = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)
+  x = jnp.tanh(x * params['scale'][None] + params['shift'][None])
+  return x @ params['head'] + params['bias'][None]
+
+
+def cross_entropy(logits, label):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+class Problem(NamedTuple):
+  """Parameters with a history, a training batch and a meta batch."""
+
+  params: dict
+  train: dict
+  meta: dict
+  history: list
+  weight_net: dict
+
+  def state(self, optimizer):
+    """A State whose optimiser has made two steps, so that nothing in it is zero."""
+    params = {'net': self.params}
+    opt = optimizer.init(params)
+    for step, grads in enumerate(self.history):
+      _, opt = optimizer.update({'net': grads}, opt, params, jnp.int32(step))
+    return State(
+      step=jnp.int32(2),
+      key=jax.random.key(0),
+      params={**params, 'weight_net': self.weight_net},
+      stats={},
+      opt={'net': opt},
+      memory={},
+    )
+
+  def losses(self, params):
+    logits = network(params['net'], self.train['image'])
+    return cross_entropy(logits, self.train['label']), logits
+
+  def meta_loss(self, params):
+    return cross_entropy(
+      network(params['net'], self.meta['image']), self.meta['label']
+    ).mean()
+
+
+def make_problem(precision):
+  """Draws a problem."""
+  generator = np.random.default_rng(0)
+
+  def draw(*shape):
+    return generator.standard_normal(shape).astype(precision)
+
+  params = {
+    'hidden': draw(PIXELS, HIDDEN),
+    'scale': 1 + draw(HIDDEN) / 10,
+    'shift': draw(HIDDEN) / 10,
+    'head': draw(HIDDEN, CLASSES),
+    'bias': draw(CLASSES),
+  }
+  return Problem(
+    params,
+    {'image': draw(TRAIN, PIXELS), 'label': np.arange(TRAIN) % CLASSES},
+    {'image': draw(META, PIXELS), 'label': np.arange(META) % CLASSES},
+    [jax.tree.map(lambda p: draw(*p.shape), params) for _ in 'ab'],
+    {
+      'hidden': {'kernel': draw(1, 100), 'bias': draw(100)},
+      'weight': {'kernel': draw(100, 1) / 10, 'bias': draw(1)},
+    },
+  )
+
+
+def weighing(name, **options):
+  """Returns what a method of `meta` is made of."""
+  given = {'counts': COUNTS}
+  if name == 'meta_reweight':
+    given = {'class_weights': lambda step: jnp.asarray([0.2, 0.5, 1.0, 1.5, 1.8])}
+  return getattr(meta, name).__wrapped__(**given, **options)
+
+
+WEIGHINGS = {
+  'multiplicative': ('meta_reweight', {'form': 'multiplicative'}),
+  'additive': ('meta_reweight', {'form': 'additive'}),
+  'l2rw': ('l2rw', {}),
+  'mwn': ('meta_weight_net', {'normalise': True, 'detach': False}),
+  'mwn detached': ('meta_weight_net', {'normalise': True, 'detach': True}),
+  'mwn mean': ('meta_weight_net', {'normalise': False, 'detach': False}),
+  'mwn mean detached': ('meta_weight_net', {'normalise': False, 'detach': True}),
+}
+OPTIMIZERS = {
+  'sgd': ('sgd', {'name': 'sgd', 'momentum': 0.0}),
+  'heavy-ball': ('optimizer', {'name': 'sgd', 'momentum': 0.9}),
+  'nesterov': (
+    'optimizer',
+    {'name': 'sgd', 'momentum': 0.9, 'nesterov': True, 'weight_decay': (('.*', 0.01),)},
+  ),
+  'adam': ('optimizer', {'name': 'adam'}),
+}
+
+
+def rate(step):
+  return jnp.asarray(0.1)
+
+
+@functools.partial(jax.jit, static_argnames=('route', 'kind', 'optimizer', 'layers'))
+def meta_gradient(problem, route, kind, optimizer, layers=(None, None)):
+  """Returns (meta loss, meta gradient) by a route, as a step of the method does."""
+  name, options = WEIGHINGS[kind]
+  how = weighing(name, **options)
+  virtual, options = OPTIMIZERS[optimizer]
+  optimizer = make_optimizer(learning_rate=rate, **options)
+  state = problem.state(optimizer)
+  params = {'net': problem.params}
+  take, put = layers
+  take, put = take or (lambda tree: tree), put or (lambda leaves, tree: leaves)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  differentiated = meta.separate if route == 'low memory' else meta.shared
+  losses = differentiated(lambda t: problem.losses(put(t, params)), take(params))
+
+  def move(grads):
+    step = meta.VIRTUAL[virtual]
+    return take(step(optimizer, state, params, put(grads, zeros)))
+
+  return meta.ROUTES['unrolled' if route == 'unrolled' else 'jvp'](
+    losses,
+    lambda values, weights: how.objective(values, weights, state, problem.train),
+    move,
+    lambda theta: problem.meta_loss(put(theta, params)),
+    how.variables(state, problem.train),
+    still=how.still,
+  )
+
+
+def assert_trees_close(found, expected, precision):
+  for ours, theirs in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=PRECISIONS[precision] * scale)
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+  with jax.enable_x64(request.param == 'float64'):
+    yield request.param
+
+
+@pytest.mark.parametrize(
+  ('kind', 'optimizer'),
+  [(kind, 'sgd') for kind in WEIGHINGS]
+  + [(kind, name) for kind in ('multiplicative', 'mwn') for name in [*OPTIMIZERS][1:]],
+)
+def test_one_forward_pass_is_the_gradient_through_the_virtual_step(
+  precision, kind, optimizer
+):
+  problem = make_problem(precision)
+  found = meta_gradient(problem, 'jvp', kind, optimizer)
+  expected = meta_gradient(problem, 'unrolled', kind, optimizer)
+  assert_trees_close(found, expected, precision)
+  assert any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(found[1]))
+
+
+def test_separate_passes_give_the_same(precision):
+  problem = make_problem(precision)
+  found = meta_gradient(problem, 'low memory', 'mwn', 'nesterov')
+  expected = meta_gradient(problem, 'jvp', 'mwn', 'nesterov')
+  assert_trees_close(found, expected, precision)
+
+
+def test_the_meta_gradient_is_the_slope_of_the_meta_loss():
+  """By central differences of the definition, for the additive form."""
+  with jax.enable_x64(True):
+    problem = make_problem('float64')
+    how = weighing('meta_reweight', form='additive')
+    optimizer = make_optimizer('sgd', rate, momentum=0.0)
+    state = problem.state(optimizer)
+    params = {'net': problem.params}
+
+    @jax.jit
+    def outcome(eps):
+      grads = jax.grad(
+        lambda p: how.objective(problem.losses(p)[0], eps, state, problem.train)
+      )(params)
+      return problem.meta_loss(
+        jax.tree.map(lambda p, g: p - rate(state.step) * g, params, grads)
+      )
+
+    h = 1e-5
+    slope = [
+      (outcome(h * unit) - outcome(-h * unit)) / (2 * h) for unit in jnp.eye(TRAIN)
+    ]
+    _, gradient = meta_gradient(problem, 'jvp', 'additive', 'sgd')
+    np.testing.assert_allclose(gradient, np.array(slope), rtol=1e-6, atol=1e-9)
+
+
+def test_the_head_alone_has_a_closed_form(precision):
+  """-rate * r_i . (G^T h_i + g), with G and g of the meta batch at the moved head."""
+  problem = make_problem(precision)
+
+  def take(tree):
+    return [tree['net']['bias'], tree['net']['head']]
+
+  def put(leaves, tree):
+    return {'net': {**tree['net'], 'bias': leaves[0], 'head': leaves[1]}}
+
+  _, gradient = meta_gradient(problem, 'jvp', 'additive', 'sgd', layers=(take, put))
+
+  def features(batch):
+    eye = {**problem.params, 'head': jnp.eye(HIDDEN), 'bias': jnp.zeros(HIDDEN)}
+    return np.asarray(network(eye, batch['image']))
+
+  def residuals(h, label, head, bias):
+    z = h @ head + bias
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True) - np.eye(CLASSES)[np.asarray(label)]
+
+  bias, head = (np.asarray(problem.params[k], np.float64) for k in ('bias', 'head'))
+  h, h_meta = features(problem.train), features(problem.meta)
+  r = residuals(h, problem.train['label'], head, bias)
+  w = np.array([0.2, 0.5, 1.0, 1.5, 1.8])[np.asarray(problem.train['label'])]
+  moved = head - 0.1 * h.T @ (w[:, None] * r), bias - 0.1 * (w[:, None] * r).sum(0)
+  r_meta = residuals(h_meta, problem.meta['label'], *moved)
+  slope, slope_bias = h_meta.T @ r_meta / META, r_meta.mean(0)
+  expected = -0.1 * (r * (h @ slope + slope_bias)).sum(1)
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(
+    gradient, expected, rtol=0, atol=PRECISIONS[precision] * scale
+  )
+
+
+def test_the_wrong_shortcut_is_wrong():
+  """Images one by one have other batch statistics: per-image gradients do not do."""
+  with jax.enable_x64(True):
+    problem = make_problem('float64')
+    _, right = meta_gradient(problem, 'jvp', 'additive', 'sgd')
+
+    def alone(params, i):
+      image = problem.train['image'][i][None]
+      return cross_entropy(network(params, image), problem.train['label'][i][None])[0]
+
+    slope = jax.grad(lambda p: problem.meta_loss({'net': p}))(problem.params)
+    wrong = [
+      -0.1
+      * sum(
+        (a * b).sum()
+        for a, b in zip(
+          jax.tree.leaves(slope),
+          jax.tree.leaves(jax.grad(alone)(problem.params, i)),
+          strict=True,
+        )
+      )
+      for i in range(TRAIN)
+    ]
+    error = np.linalg.norm(right - np.array(wrong)) / np.linalg.norm(right)
+    assert error > 0.05
+
+
+# How gradients become weights.
+
+
+BATCH = {'label': jnp.array([0, 1, 2, 3])}
+
+
+def state_at(step, **params):
+  return State(jnp.int32(step), jax.random.key(0), params, {}, {}, {})
+
+
+def test_l2rw_clips_and_normalises():
+  weigh = weighing('l2rw').weigh
+  weights, _ = weigh(jnp.array([-3.0, 1.0, -1.0, 0.0]), None, None, BATCH)
+  np.testing.assert_allclose(weights, 4 * np.array([0.75, 0, 0.25, 0]))
+
+
+def test_l2rw_where_nothing_helps_weighs_nothing():
+  weights, _ = weighing('l2rw').weigh(jnp.ones(4), None, None, BATCH)
+  np.testing.assert_array_equal(weights, 0)
+
+
+@pytest.mark.parametrize(
+  ('form', 'scale', 'expected'),
+  [
+    ('additive', 'absolute', [0.2 - 0.02, 0.5 + 0.01, 1.0, 1.5 - 0.01]),
+    ('multiplicative', 'absolute', [0.2 * 0.98, 0.5 * 1.01, 1.0, 1.5 * 0.99]),
+    ('additive', 'relative', [0.2 - 0.01, 0.5 + 0.005, 1.0, 1.5 - 0.005]),
+  ],
+)
+def test_meta_reweight_adds_a_step_against_the_gradient(form, scale, expected):
+  how = weighing('meta_reweight', eps_lr=0.01, form=form, eps_scale=scale)
+  gradient = jnp.array([2.0, -1.0, 0.0, 1.0])
+  weights, _ = how.weigh(gradient, jnp.ones(4), state_at(0), BATCH)
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+  weights, _ = how.weigh(None, jnp.ones(4), state_at(0), BATCH)
+  np.testing.assert_allclose(weights, how.prior(state_at(0), BATCH))
+
+
+def test_the_weight_network_is_a_sigmoid_of_a_hidden_layer(rng):
+  how = weighing('meta_weight_net', normalise=False)
+  params, opt = how.init(jax.random.key(0))['weight_net']
+  assert jax.tree.map(jnp.shape, params) == {
+    'hidden': {'kernel': (1, 100), 'bias': (100,)},
+    'weight': {'kernel': (100, 1), 'bias': (1,)},
+  }
+  assert np.abs(params['weight']['kernel']).max() <= 0.1
+  losses = rng.uniform(0, 5, 4).astype(np.float32)
+  state = state_at(0, weight_net=params).replace(opt={'weight_net': opt})
+  weights, _ = how.weigh(None, losses, state, BATCH)
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  hidden = np.maximum(losses[:, None] * p['hidden']['kernel'] + p['hidden']['bias'], 0)
+  v = 1 / (1 + np.exp(-(hidden @ p['weight']['kernel'] + p['weight']['bias'])[:, 0]))
+  np.testing.assert_allclose(weights, v, rtol=1e-5)
+  normalised, _ = weighing('meta_weight_net').weigh(None, losses, state, BATCH)
+  np.testing.assert_allclose(normalised, 4 * v / v.sum(), rtol=1e-5)
+
+
+def test_the_weight_network_learns_before_it_weighs():
+  how = weighing(
+    'meta_weight_net',
+    weight_learning_rate=0.5,
+    weight_optimizer={'name': 'sgd', 'momentum': 0.0},
+  )
+  params, opt = how.init(jax.random.key(0))['weight_net']
+  state = state_at(0, weight_net=params).replace(opt={'weight_net': opt})
+  gradient = jax.tree.map(jnp.ones_like, params)
+  losses = jnp.array([0.1, 1.0, 2.0, 3.0])
+  weights, players = how.weigh(gradient, losses, state, BATCH)
+  moved = players['weight_net'][0]
+  jax.tree.map(
+    lambda new, old: np.testing.assert_allclose(new, old - 0.5, rtol=1e-6, atol=1e-6),
+    moved,
+    params,
+  )
+  later = state.replace(params={'weight_net': moved})
+  np.testing.assert_allclose(weights, how.weigh(None, losses, later, BATCH)[0])
+
+
+def test_weights_are_told_class_by_class():
+  weights, prior = jnp.array([1.5, -0.5, 3.0]), jnp.array([1.0, 1.0, 2.0])
+  found = meta.weight_metrics(weights, prior, jnp.array([0, 0, 2]), 4)
+  means = {name: train.means(*pair) for name, pair in found.items()}
+  nan = np.nan
+  np.testing.assert_allclose(means['weight_prior'], [1, nan, 2, nan])
+  np.testing.assert_allclose(means['weight_learned'], [-0.5, nan, 1, nan])
+  np.testing.assert_allclose(means['weight_learned_square'], [1.25, nan, 1, nan])
+  np.testing.assert_allclose(means['weight_negative'], [0.5, nan, 0, nan])
+  np.testing.assert_allclose(means['learned_over_prior'], 3 / 4)
+
+
+# Whole steps, of the networks of the house.
+
+
+@pytest.fixture(scope='module')
+def npz(tmp_path_factory):
+  return tiny.write_npz(tmp_path_factory.mktemp('meta') / 'tiny.npz')
+
+
+def step_of(runner, **options):
+  """Returns (new State, metrics) of one step of a method with other options."""
+  stage = runner.stage
+  streams = stage.streams
+  state = runner.init()
+  payloads = {name: stream.payload(0) for name, stream in streams.items()}
+  batches = train.batches_at(streams, runner.arrays, payloads, state.key, 0)
+  net = make_classifier(
+    'digits_cnn', 'linear', 4, batch_norm={'groups': 1}, trunk_options={'width': 4}
+  )
+  method = meta.meta_reweight(
+    net,
+    make_optimizer('sgd', rate, momentum=0.9),
+    make_loss('cross_entropy', counts=np.ones(4)),
+    class_weights=lambda step: jnp.asarray([0.2, 1.0, 1.3, 1.5]),
+    eps_lr=1.0,
+    **options,
+  )
+  state = method.init(jax.random.key(0), batches)
+  return jax.jit(method.step)(state, batches)
+
+
+@pytest.fixture(scope='module')
+def runner(npz):
+  return Runner(npz, 'meta_ce')
+
+
+@pytest.fixture(scope='module')
+def exact(runner):
+  return step_of(runner)
+
+
+def assert_same_step(found, expected, rtol=1e-5):
+  (ours, _), (theirs, _) = found, expected
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol),
+    (ours.params, ours.stats),
+    (theirs.params, theirs.stats),
+  )
+
+
+@pytest.mark.parametrize('options', [{'route': 'unrolled'}, {'low_memory': True}])
+def test_routes_make_the_same_step(runner, exact, options):
+  assert_same_step(step_of(runner, **options), exact)
+
+
+def test_the_head_alone_makes_another_step(runner, exact):
+  head, metrics = step_of(runner, meta_layers='head')
+  pattern, _ = step_of(runner, meta_layers='net/head/(kernel|bias)')
+  assert_same_step((head, None), (pattern, None))
+  learned = [m['learned_over_prior'] for m in (metrics, exact[1])]
+  ours, theirs = (float(total / count) for total, count in learned)
+  assert ours > 0 and theirs > 0 and abs(ours - theirs) > 1e-6
+
+
+def test_statistics_are_those_of_one_plain_forward_pass(runner, exact):
+  """And the training step is that of the final weights."""
+  stage = runner.stage
+  state = runner.init()
+  payloads = {name: stream.payload(0) for name, stream in stage.streams.items()}
+  batches = train.batches_at(stage.streams, runner.arrays, payloads, state.key, 0)
+  net = make_classifier(
+    'digits_cnn', 'linear', 4, batch_norm={'groups': 1}, trunk_options={'width': 4}
+  )
+  plain = supervised(
+    net,
+    make_optimizer('sgd', rate, momentum=0.9),
+    make_loss('cross_entropy', counts=np.ones(4)),
+    class_weights=lambda step: jnp.ones(4),
+    reduction=REDUCTIONS['mean'],
+  )
+  state = plain.init(jax.random.key(0), batches)
+  after, _ = jax.jit(plain.step)(state, {'train': batches['train']})
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+    exact[0].stats,
+    after.stats,
+  )
+
+
+def test_eps_lr_of_zero_is_the_control(npz):
+  config = tiny.config(npz, 'meta_ce,epochs=60.0')
+  options = {**config['stages']['meta']['method'], 'eps_lr': 0.0}
+  stages = {**config['stages']}
+  stages['meta'] = {**stages['meta'], 'method': options}
+  ours = Runner(npz, 'meta_ce', stages=stages)
+  control = Runner(npz, 'meta_ce_control')
+  found, expected = (r.run(r.init(), 5)[0] for r in (ours, control))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    jax.device_get((found.params, found.stats, found.opt)),
+    jax.device_get((expected.params, expected.stats, expected.opt)),
+  )
+
+
+def test_a_meta_batch_every_other_step(npz):
+  runner = Runner(npz, 'mwn', meta_every=2)
+  state, thetas = runner.init(), []
+  for _ in range(4):
+    thetas.append(jax.device_get(state.params['weight_net']['weight']['bias']))
+    state, metrics, _ = runner.run(state, 1)
+    due = len(thetas) % 2 == 1
+    assert metrics['meta_loss'][1] == due
+  assert thetas[0] != thetas[1] and thetas[1] == thetas[2] and thetas[2] != thetas[3]
+  assert len(runner.traces) == 2  # with and without a meta batch
+
+
+def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
+  runner = Runner(npz, 'mwn', meta_every=3)
+  streams, mesh = runner.stage.streams, runner.mesh
+  one_by_one, _, _ = runner.run(runner.init(), 4)
+  together = train.make_update(runner.stage.method, streams, mesh, 4)
+  totals, bad = runner.zeros
+  rows = build.sharding.put_batch(mesh, train._stack(streams, 0, 4), leading=1)
+  scanned, metrics, _ = together(runner.init(), totals, bad, runner.arrays, rows)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    jax.device_get(scanned.params),
+    jax.device_get(one_by_one.params),
+  )
+  assert int(metrics['meta_loss'][1]) == 2
+
+
+# What is refused.
+
+
+@jax.custom_vjp
+def _reverse_only(x):
+  return x
+
+
+_reverse_only.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def reverse_only(logits, labels):
+  """A loss that has a reverse-mode rule alone."""
+  return cross_entropy(_reverse_only(logits), labels)
+
+
+@pytest.mark.parametrize(
+  ('change', 'told'),
+  [
+    ({'meta_batch': 0}, 'needs a meta set: set meta_batch'),
+    ({'meta_batch': 9}, 'meta_batch is 9, but the meta set has 8 images'),
+    ({'meta_every': 0}, 'meta_every is 0'),
+    ({'data': {'meta_per_class': 0}}, 'there is no meta set: set data.meta_per_class'),
+    ({'train_split': 'test'}, "unknown split to train on 'test'"),
+    ({'method': {'meta_layers': 'net/nix'}}, 'matches no parameter; they are such as'),
+    ({'method': {'meta_layers': '('}}, r"meta_layers '\('"),
+    ({'method': {'route': 'jpv'}}, "did you mean 'jvp'"),
+    ({'method': {'virtual': 'sdg'}}, "did you mean 'sgd'"),
+    ({'method': {'low_memory': True, 'route': 'unrolled'}}, 'low_memory needs the'),
+    ({'method': {'accumulate': 2}}, "no option 'accumulate'"),
+    ({'reduction': 'weight_normalised'}, 'makes its own weights: set reduction to'),
+    ({'loss': {'name': 'reverse_only'}}, 'no forward-mode rule'),
+  ],
+)
+def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
+  from lt_jax import losses, run
+
+  monkeypatch.setitem(losses.LOSSES, 'reverse_only', reverse_only)
+  config = tiny.config(npz, 'l2rw,epochs=60.0')
+  for key, value in change.items():
+    both = isinstance(value, dict) and key != 'loss'
+    config[key] = {**config[key], **value} if both else value
+  with pytest.raises(UserError, match=told) as error:
+    run._rehearsed(config)
+  assert '\n' not in str(error.value)
+
+
+def test_a_loss_without_a_forward_mode_rule_can_be_unrolled(npz, monkeypatch):
+  from lt_jax import losses
+
+  monkeypatch.setitem(losses.LOSSES, 'reverse_only', reverse_only)
+  method = tiny.config(npz, 'l2rw,epochs=60.0')['method']
+  runner = Runner(
+    npz, 'l2rw', loss={'name': 'reverse_only'}, method={**method, 'route': 'unrolled'}
+  )
+  _, _, bad = runner.run(runner.init(), 2)
+  assert bad == -1
+
+
+def test_a_class_missing_from_the_meta_set_is_told(npz):
+  experiment = build.build(tiny.config(npz, 'ce,epochs=60.0'))
+  split = experiment.dataset.splits['meta']
+  here = split.labels != 2
+  cut = split._replace(rows=split.rows[here], labels=split.labels[here])
+  dataset = experiment.dataset._replace(splits={'meta': cut})
+  with pytest.raises(UserError, match='the meta set has no image of class 2'):
+    build._meta_split(dataset, 4)
+
+
+def test_meta_images_can_be_trained_on_too(npz):
+  apart, merged = (
+    build.build(tiny.config(npz, f'{recipe},epochs=60.0')).dataset
+    for recipe in ('ce', 'ce_plus_meta')
+  )
+  np.testing.assert_array_equal(merged.counts, apart.counts + tiny.META)
+  rows = {name: set(split.rows.tolist()) for name, split in apart.splits.items()}
+  assert set(merged.splits['train'].rows.tolist()) == rows['train'] | rows['meta']
+  assert not rows['train'] & rows['meta']
