@@ -189,6 +189,7 @@ def write_results(
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
     _write_arrays(experiment, workdir, state, evaluated.records['test'])
+    _write_weights(workdir, stage, experiment.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
 
@@ -222,6 +223,33 @@ def _write_arrays(
     if len(worst)
     else np.zeros((0, *experiment.dataset.image_shape), np.uint8),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
+  )
+
+
+def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:
+  """Writes weights.npz, if the stage learned the weights of its examples.
+
+  Of each log interval and class: the mean weight, its standard deviation, the fraction
+  that is negative, and the mean's ratio to the weight without learning.
+  """
+  metrics = workdir / 'stages' / stage.name / 'metrics'
+  if not (metrics / 'weight_prior.npz').exists():
+    return
+  found = {}
+  for name in ('prior', 'learned', 'learned_square', 'negative'):
+    with np.load(metrics / f'weight_{name}.npz', allow_pickle=False) as stored:
+      found[name], step = stored['value'], stored['step']
+  variance = found['learned_square'] - found['learned'] ** 2
+  mean = found['prior'] + found['learned']
+  write_npz(
+    workdir / 'weights.npz',
+    counts=counts,
+    step=step,
+    prior=found['prior'],
+    mean=mean,
+    spread=np.sqrt(np.maximum(variance, 0)),
+    negative=found['negative'],
+    ratio=mean / found['prior'],
   )
 
 

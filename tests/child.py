@@ -97,11 +97,11 @@ def _main(
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   os.chdir(ROOT)
   sys.argv = [module, *arguments]
-  required = {'lt_jax.main': ('config', 'workdir'), 'lt_jax.evaluate': ('workdir',)}
+  required = ('config', 'workdir') if module == 'lt_jax.main' else ('workdir',)
   commands = importlib.import_module('lt_jax.commands')
   main = importlib.import_module(module).main
   with _injected(fault):
-    commands.launch(main, *required[module])
+    commands.launch(main, *required)
 
 
 def die() -> None:

@@ -199,3 +199,54 @@ def test_cifar10_pool_trains(cifar10_npz, tmp_path):
   assert code == 0, (tmp_path / 'log').read_text()
   data = json.loads((tmp_path / 'run' / 'data.json').read_text())
   assert sum(data['counts']['train']) == 12406
+
+
+META = f'{child.ROOT}/configs/digits_lt.py:meta_ce,epochs=20'
+
+
+@pytest.fixture(scope='module')
+def learned(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('learned') / 'run'
+  code, output = run(workdir, META)
+  assert code == 0, output
+  return workdir
+
+
+def test_learned_weights_are_told_and_drawn(learned):
+  with np.load(learned / 'weights.npz') as stored:
+    found = dict(stored)
+  rows = [r for r in read_rows(learned / 'metrics.jsonl') if 'meta_loss' in r]
+  assert found['step'].tolist() == [r['step'] for r in rows]
+  assert found['counts'].tolist() == [90, 55, 34, 20, 12, 7, 4, 3]
+  for name in ('prior', 'mean', 'spread', 'negative', 'ratio'):
+    assert found[name].shape == (len(rows), 8)
+  seen = np.isfinite(found['mean'])
+  assert seen.any(axis=0).all()
+  np.testing.assert_allclose(
+    found['ratio'][seen], (found['mean'] / found['prior'])[seen]
+  )
+  assert (found['spread'][seen] >= 0).all() and found['spread'][seen].max() > 0
+  log = learned.parent / 'report.log'
+  arguments = [f'--workdir={learned}']
+  assert child.run(arguments, log, module='lt_jax.report') == 0, log.read_text()
+  assert '<svg' in (learned / 'weights.svg').read_text()
+
+
+def test_a_run_without_learned_weights_has_none_to_draw(carried):
+  log = carried.parent / 'report.log'
+  code = child.run([f'--workdir={carried}'], log, module='lt_jax.report')
+  assert code == 2 and 'its method learns no weights' in log.read_text()
+
+
+def test_a_kill_while_weights_are_learned_ends_in_the_same_run(learned, tmp_path):
+  workdir = tmp_path / 'run'
+  assert run(workdir, META, fault='kill_at:66')[0] == -signal.SIGKILL
+  code, output = run(workdir, META)
+  assert code == 0, output
+  assert result(workdir)['state_sha256'] == result(learned)['state_sha256']
+  with (
+    np.load(workdir / 'weights.npz') as ours,
+    np.load(learned / 'weights.npz') as theirs,
+  ):
+    for name in theirs.files:
+      np.testing.assert_array_equal(ours[name], theirs[name])
