@@ -1,8 +1,9 @@
-"""Trains a few recipes on Digits-LT and draws accuracy by class: docs/digits.svg.
+"""Trains recipes on Digits-LT and draws accuracy by class: docs/digits.svg.
 
   python -m benchmarks.digits --workdir=runs/digits
 
-Prints the table of docs/results.md. Runs that are finished already are not run again.
+Prints the table of docs/results.md, and how far example weights were learned. Runs that
+are finished already are not run again.
 """
 
 import argparse
@@ -11,11 +12,13 @@ import pathlib
 
 import numpy as np
 
-RECIPES = {
+DRAWN = {
   'ce': 'cross-entropy',
   'balanced_softmax': 'balanced softmax',
   'ldam_drw': 'LDAM-DRW',
 }
+LEARNED = ('l2rw', 'mwn', 'meta_ce', 'meta_ldam')
+CONTROLS = ('meta_ce_control', 'cb_finetune', 'ce_plus_meta')
 COLOURS = ('#999999', '#d95f02', '#1b62a5')
 
 
@@ -33,6 +36,12 @@ def train(recipe, seed, workdir):
   return json.loads((folder / 'result.json').read_text())
 
 
+def learned_over_prior(folder):
+  """Returns mean |weight - prior| over mean prior, over all steps that learned."""
+  rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  return np.mean([r['learned_over_prior'] for r in rows if 'learned_over_prior' in r])
+
+
 def draw(results, counts, path):
   """Draws the mean accuracy of each class, with one standard deviation."""
   import matplotlib
@@ -44,7 +53,7 @@ def draw(results, counts, path):
   figure, axes = plt.subplots(figsize=(7, 3.2), layout='constrained')
   figure.patch.set_facecolor('white')
   place = np.arange(len(counts))
-  for offset, (recipe, colour) in enumerate(zip(RECIPES, COLOURS, strict=True)):
+  for offset, (recipe, colour) in enumerate(zip(DRAWN, COLOURS, strict=True)):
     values = 100 * np.array([r['test']['class_accuracy'] for r in results[recipe]])
     axes.errorbar(
       place + 0.12 * (offset - 1),
@@ -55,7 +64,7 @@ def draw(results, counts, path):
       markersize=5,
       linewidth=0.8,
       capsize=2,
-      label=RECIPES[recipe],
+      label=DRAWN[recipe],
     )
   axes.set_xticks(place, [f'{i}\n{n}' for i, n in enumerate(counts)])
   axes.set_xlabel('digit, and how many training images it has')
@@ -73,7 +82,7 @@ def main():
   options = parser.parse_args()
   results = {
     recipe: [train(recipe, seed, options.workdir) for seed in range(options.seeds)]
-    for recipe in RECIPES
+    for recipe in (*DRAWN, *LEARNED, *CONTROLS)
   }
   data = json.loads((options.workdir / 'ce' / '0' / 'data.json').read_text())
   draw(
@@ -89,6 +98,12 @@ def main():
     pairs = zip(values.mean(0), values.std(0, ddof=1), strict=True)
     cells = ' | '.join(f'{mean:.1f} ± {std:.1f}' for mean, std in pairs)
     print(f'| `{recipe}` | {cells} |')
+  for recipe in LEARNED:
+    learned = [
+      learned_over_prior(options.workdir / recipe / str(seed))
+      for seed in range(options.seeds)
+    ]
+    print(f'{recipe}: mean |learned part| / mean weight {np.mean(learned):.3g}')
 
 
 if __name__ == '__main__':

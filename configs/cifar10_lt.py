@@ -17,6 +17,11 @@ from Cui et al. (CVPR 2019) and Cao et al. (NeurIPS 2019):
   cb_focal             25.43          12.52
   ldam                 26.65          13.04
   ldam_drw             22.97          11.84
+  l2rw                 27.77              -
+  mwn                  26.43          12.45
+  meta_ce              23.59          11.15
+  meta_ldam            20.00          12.60
+  cb_finetune          28.66              -
 
 Cost: 19,385 steps of 128 images. On two CPU cores a step takes about a second.
 

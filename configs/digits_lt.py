@@ -10,7 +10,8 @@ Cost: 1,407 steps of a network of 37,000 parameters, a few seconds on two CPU co
 There is no published number.
 
 Argument: a recipe (see docs/methods.md), and `epochs` (400; schedules scale with it),
-`imbalance` (30) and `n_max` (90).
+`imbalance` (30) and `n_max` (90). Every recipe sets ten images a class aside as the
+balanced meta set; only those that learn weights, and two controls, use it.
 """
 
 from lt_jax import recipes

@@ -183,7 +183,10 @@ ROUTES = {'jvp': by_jvp, 'unrolled': by_unrolling}
 
 
 def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
-  """One step of plain gradient descent at the learning rate of the step."""
+  """One step of plain gradient descent at the learning rate of the step.
+
+  It moves what `meta_layers` names, also where the optimiser freezes it.
+  """
   rate = optimizer.learning_rate(state.step)
   return jax.tree.map(lambda p, g: p - (rate * g).astype(p.dtype), params, grads)
 
