@@ -11,9 +11,6 @@ medians over the rounds are shown, of times and of ratios within a round.
 
 import argparse
 import functools
-import json
-import pathlib
-import platform
 import statistics
 import time
 
@@ -21,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.train_step import Torch, find_torch
 from lt_jax import sharding
 from lt_jax.losses import REDUCTIONS, make_loss
@@ -125,14 +123,7 @@ def main():
     sides['PyTorch, double backward'] = lambda n: torch.run(n, 'double')
     sides['PyTorch, torch.func.jvp'] = lambda n: torch.run(n, 'jvp')
 
-  seconds = {name: [] for name in sides}
-  for round_number in range(options.rounds + 1):
-    turn = round_number % len(sides)
-    for name in [*sides][turn:] + [*sides][:turn]:
-      taken = sides[name](steps) / steps
-      if round_number:  # the first warms up
-        seconds[name].append(taken)
-
+  seconds = timing.in_turn(sides, options.rounds, steps)
   kind = jax.devices()[0].device_kind
   print(
     f'{options.net}, {BATCH} + {BATCH} images, float32, JAX {jax.__version__} on '
@@ -144,9 +135,9 @@ def main():
   table = {}
   for name, taken in seconds.items():
     median = statistics.median(taken)
-    ratios = [t / p for t, p in zip(taken, seconds['plain'], strict=True)]
-    row = {'seconds_per_step': median, 'over_plain': statistics.median(ratios)}
-    text = f'  {name:28s}{1e3 * median:9.1f} {row["over_plain"]:8.2f}'
+    over_plain = timing.ratio(taken, seconds['plain'])
+    row = {'seconds_per_step': median, 'over_plain': over_plain}
+    text = f'  {name:28s}{1e3 * median:9.1f} {over_plain:8.2f}'
     if name in ours:
       side = ours[name]
       row |= {
@@ -158,20 +149,15 @@ def main():
       text += f' {side.gflop:8.2f} {side.memory_mib:7.0f} {side.trace_seconds:8.1f}'
     table[name] = row
     print(text)
-  if options.json:
-    report = {
-      'net': options.net,
-      'batch': BATCH,
-      'rounds': options.rounds,
-      'steps': steps,
-      'device': kind,
-      'machine': platform.machine(),
-      'jax': jax.__version__,
-      'sides': table,
-    }
-    path = pathlib.Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + '\n')
+  report = {
+    'net': options.net,
+    'batch': BATCH,
+    'rounds': options.rounds,
+    'steps': steps,
+    **timing.facts(),
+    'sides': table,
+  }
+  timing.write_report(options.json, report)
 
 
 if __name__ == '__main__':

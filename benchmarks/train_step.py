@@ -11,9 +11,7 @@ CIFAR-10-LT (imbalance 100: 12,406 images) is timed as the loop runs it.
 """
 
 import argparse
-import json
 import pathlib
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,6 +21,7 @@ import time
 import jax
 import numpy as np
 
+from benchmarks import timing
 from configs import cifar10_lt
 from lt_jax import build, sharding, train
 from lt_jax.data import dataset, sources
@@ -167,14 +166,7 @@ def main():
     depth = int(options.net.removeprefix('resnet'))
     torch = Torch(python, depth, options.batch)
     sides[f'PyTorch {torch.version}'] = torch.run
-  seconds = {name: [] for name in sides}
-  for round_number in range(options.rounds + 1):
-    turn = round_number % len(sides)  # who comes after whom changes with the round
-    for name in [*sides][turn:] + [*sides][:turn]:
-      taken = sides[name](steps) / steps
-      if round_number:  # the first warms up
-        seconds[name].append(taken)
-
+  seconds = timing.in_turn(sides, options.rounds, steps)
   kind = jax.devices()[0].device_kind
   print(
     f'{options.net}, {ours.params:,} parameters, batch {options.batch}, float32, '
@@ -186,26 +178,24 @@ def main():
   table = {}
   for name, taken in seconds.items():
     median = statistics.median(taken)
-    ratio = statistics.median(b / t for b, t in zip(bare, taken, strict=True))
+    rate = timing.ratio(bare, taken)
     table[name] = {
       'seconds_per_step': median,
       'fastest': min(taken),
       'slowest': max(taken),
       'images_per_second': options.batch / median,
-      'rate_over_bare': ratio,
+      'rate_over_bare': rate,
     }
     print(
       f'  {name:16s} {1e3 * median:9.2f} ms a step   '
-      f'{options.batch / median:10,.0f} images/s   {ratio:6.3f} of bare'
+      f'{options.batch / median:10,.0f} images/s   {rate:6.3f} of bare'
     )
   report = {
     'net': options.net,
     'batch': options.batch,
     'rounds': options.rounds,
     'steps': steps,
-    'device': kind,
-    'machine': platform.machine(),
-    'jax': jax.__version__,
+    **timing.facts(),
     'compile_seconds': ours.compile_seconds,
     'sides': table,
   }
@@ -216,10 +206,7 @@ def main():
     busy = 12406 / options.batch * base / loop
     print(f'  one CIFAR-10-LT epoch: {loop:.3f} s, device busy {100 * busy:.1f} %')
     report['epoch'] = {'seconds': loop, 'device_busy': busy}
-  if options.json:
-    path = pathlib.Path(options.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + '\n')
+  timing.write_report(options.json, report)
 
 
 if __name__ == '__main__':
