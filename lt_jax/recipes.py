@@ -206,7 +206,7 @@ META = {
 
 
 def _l2rw(config: ConfigDict) -> Overrides:
-  return {'method': {'name': 'l2rw', **META}, 'meta_batch': config.get_ref('batch')}
+  return {'method': {'name': 'l2rw', **META}, 'meta_batch': config.batch}
 
 
 def _mwn(config: ConfigDict) -> Overrides:
@@ -224,7 +224,7 @@ def _mwn(config: ConfigDict) -> Overrides:
     },
     **META,
   }
-  return {'method': method, 'meta_batch': config.get_ref('batch')}
+  return {'method': method, 'meta_batch': config.batch}
 
 
 def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
@@ -251,7 +251,7 @@ def _jamal(config: ConfigDict) -> Overrides:
     'form': 'additive',
     **META,
   }
-  second = {'method': method, 'meta_batch': config.get_ref('batch')}
+  second = {'method': method, 'meta_batch': config.batch}
   return _two_stages(config, second)
 
 

@@ -17,7 +17,7 @@ from lt_jax.build import Config, Experiment, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
-from lt_jax.train import initial_state
+from lt_jax.train import initial_state, metric_shapes
 from lt_jax.writers import Events, Screen
 
 MAY_CHANGE = frozenset(
@@ -124,6 +124,7 @@ def _rehearsed(config: Config) -> Experiment:
       state = jax.eval_shape(first)
       for surgery in stage.surgeries:
         state = surgery(state, shapes)
+      metric_shapes(stage.method, stage.streams, state)
       shapes[name] = state
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):

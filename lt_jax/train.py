@@ -296,18 +296,22 @@ def _stack(streams: Mapping[str, Stream], step: int, length: int) -> Any:
   return jax.tree.map(lambda *rows: np.stack(rows), *payloads)
 
 
+def metric_shapes(method: Method, streams: Mapping[str, Stream], state: State) -> Any:
+  """Returns the shapes of a step's metrics; nothing is computed or compiled."""
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  return jax.eval_shape(
+    lambda s, a, p: method.step(s, batches_at(streams, a, p, s.key, s.step))[1],
+    state,
+    arrays,
+    _payloads(streams, 0),
+  )
+
+
 def _empty_totals(
   method: Method, streams: Mapping[str, Stream], state: State, mesh: Mesh
 ) -> tuple[Metrics, jax.Array]:
   """Returns metrics of zero, in the shapes a step gives, and "no bad step"."""
-  arrays = {name: stream.arrays for name, stream in streams.items()}
-  payloads = _payloads(streams, 0)
-  metrics = jax.eval_shape(
-    lambda s, a, p: method.step(s, batches_at(streams, a, p, s.key, s.step))[1],
-    state,
-    arrays,
-    payloads,
-  )
+  metrics = metric_shapes(method, streams, state)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
   return sharding.put_replicated(mesh, (zeros, np.int32(-1)))
 

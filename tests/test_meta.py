@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import digits_lt
 from lt_jax import build, train
 from lt_jax.errors import UserError
 from lt_jax.losses import REDUCTIONS, make_loss
@@ -573,6 +574,12 @@ def test_a_class_missing_from_the_meta_set_is_told(npz):
   dataset = experiment.dataset._replace(splits={'meta': cut})
   with pytest.raises(UserError, match='the meta set has no image of class 2'):
     build._meta_split(dataset, 4)
+
+
+def test_the_meta_batch_is_set_without_the_batch():
+  config = digits_lt.get_config('mwn')
+  config.meta_batch = 30
+  assert (config.batch, config.meta_batch) == (64, 30)
 
 
 def test_meta_images_can_be_trained_on_too(npz):

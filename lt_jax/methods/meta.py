@@ -534,6 +534,8 @@ def meta_weight_net(
   Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
   the authors, for class imbalance (the defaults) and for noise.
   """
+  if hidden < 1:
+    raise UserError(f'meta_weight_net: hidden must be positive, got {hidden}')
   weight_net = WeightNet(hidden)
   weight_player = make_optimizer(
     learning_rate=lambda step: jnp.float32(weight_learning_rate),
