@@ -34,6 +34,7 @@ def draw_weights(workdir: epath.Path) -> None:
   import matplotlib
 
   matplotlib.use('svg')
+  matplotlib.rcParams['svg.hashsalt'] = 'lt_jax'  # the same file from the same numbers
   import matplotlib.pyplot as plt
 
   with np.load(path, allow_pickle=False) as stored:
@@ -51,15 +52,15 @@ def draw_weights(workdir: epath.Path) -> None:
   over_time.set(xlabel='step', ylabel='mean weight of a class')
   over_time.set_title('dark: frequent classes; light: rare', fontsize=9)
 
-  # The last tenth of training: a single log row has few images of a rare class.
-  tail = slice(-max(1, len(step) // 10), None)
+  # The last fifth of training: a single log row has few images of a rare class.
+  tail = slice(-max(1, len(step) // 5), None)
   last, width, before = (_mean(x[tail][:, order]) for x in (mean, spread, prior))
   at_end.errorbar(
     counts[order], last, width, fmt='o', markersize=4, capsize=2, label='learned'
   )
   at_end.plot(counts[order], before, color='0.5', linewidth=1, label='class-balanced')
   at_end.set(xscale='log', xlabel='training images of the class', ylabel='weight')
-  at_end.set_title('last tenth of training: mean, deviation', fontsize=9)
+  at_end.set_title('last fifth of training: mean, deviation', fontsize=9)
   at_end.legend(frameon=False)
   for axes in (over_time, at_end):
     axes.grid(linewidth=0.4)
