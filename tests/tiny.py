@@ -45,8 +45,10 @@ def config(path, arg, **overrides):
   made.model.update(trunk='digits_cnn', trunk_options={'width': 4})
   made.update(batch=8, eval_batch=8)
   made.schedule = {'name': 'constant', 'base': 0.05}
-  for stage in made.stages.values():  # one schedule for all of them
-    if 'schedule' in stage:
+  for stage in (made, *made.stages.values()):
+    if stage.get('meta_batch'):
+      stage.meta_batch = 8
+    if 'schedule' in stage and stage is not made:  # one schedule for all of them
       del stage.schedule
   for key, value in overrides.items():
     made[key] = value
