@@ -56,6 +56,27 @@ def reference_margin(z, y, scale, margins):
   return reference_cross_entropy([scale * v for v in cosines], y)
 
 
+def reference_label_aware_smoothing(z, y, head, tail):
+  low, high = min(COUNTS), max(COUNTS)
+  angle = math.pi * (COUNTS[y] - low) / (2 * (high - low))
+  return reference_cross_entropy(z, y, tail + (head - tail) * math.sin(angle))
+
+
+def reference_vector_scaling(z, y, gamma, tau):
+  counts = COUNTS.tolist()
+  scales = [(n / max(counts)) ** gamma for n in counts]
+  shifts = [tau * math.log(n / sum(counts)) for n in counts]
+  scaled = [d * v + i for d, v, i in zip(scales, z, shifts, strict=True)]
+  return reference_cross_entropy(scaled, y)
+
+
+def reference_temperature(z, y, gamma):
+  counts = COUNTS.tolist()
+  temperatures = [(max(counts) / n) ** gamma for n in counts]
+  cooled = [v / a for v, a in zip(z, temperatures, strict=True)]
+  return reference_cross_entropy(cooled, y)
+
+
 LDAM_MARGINS = [0.4 * (2 / n) ** 0.25 for n in COUNTS.tolist()]
 
 # (loss, options, the same for one example in plain Python floats)
@@ -74,6 +95,28 @@ CASES = [
   ('sigmoid_focal', {}, lambda z, y: reference_sigmoid_focal(z, y, 1)),
   ('balanced_softmax', {}, lambda z, y: reference_prior(z, y, 1)),
   ('logit_adjustment', {'tau': 1.5}, lambda z, y: reference_prior(z, y, 1.5)),
+  (
+    'label_aware_smoothing',
+    {},
+    lambda z, y: reference_label_aware_smoothing(z, y, 0.3, 0.0),
+  ),
+  (
+    'label_aware_smoothing',
+    {'head': 0.4, 'tail': 0.1},
+    lambda z, y: reference_label_aware_smoothing(z, y, 0.4, 0.1),
+  ),
+  ('vector_scaling', {}, lambda z, y: reference_vector_scaling(z, y, 0.3, 1.0)),
+  (
+    'vector_scaling',
+    {'gamma': 0.15, 'tau': 1.25},
+    lambda z, y: reference_vector_scaling(z, y, 0.15, 1.25),
+  ),
+  ('class_dependent_temperature', {}, lambda z, y: reference_temperature(z, y, 0.3)),
+  (
+    'class_dependent_temperature',
+    {'gamma': 0.1},
+    lambda z, y: reference_temperature(z, y, 0.1),
+  ),
   (
     'ldam',
     {'max_margin': 0.4, 'scale': 10.0},
@@ -182,6 +225,19 @@ EQUAL_COUNTS = np.full(CLASSES, 7)
     ('balanced_softmax', {}, EQUAL_COUNTS, 'cross_entropy'),
     ('logit_adjustment', {'tau': 0}, COUNTS, 'cross_entropy'),
     ('logit_adjustment', {'tau': 1}, COUNTS, 'balanced_softmax'),
+    ('label_aware_smoothing', {'head': 0, 'tail': 0}, COUNTS, 'cross_entropy'),
+    (
+      'label_aware_smoothing',
+      {'head': 0.2, 'tail': 0.2},
+      COUNTS,
+      ('cross_entropy', {'label_smoothing': 0.2}),
+    ),
+    ('label_aware_smoothing', {'tail': 0}, EQUAL_COUNTS, 'cross_entropy'),
+    ('vector_scaling', {'gamma': 0, 'tau': 0}, COUNTS, 'cross_entropy'),
+    ('vector_scaling', {'gamma': 0, 'tau': 1}, COUNTS, 'balanced_softmax'),
+    ('vector_scaling', {}, EQUAL_COUNTS, 'cross_entropy'),
+    ('vector_scaling', {'tau': 0}, COUNTS, 'class_dependent_temperature'),
+    ('class_dependent_temperature', {'gamma': 0}, COUNTS, 'cross_entropy'),
     ('ldam', {'max_margin': 0.3}, EQUAL_COUNTS, ('uniform_margin', {'margin': 0.3})),
   ],
 )
@@ -229,6 +285,8 @@ def test_label_outside_the_classes_has_no_pull(smoothing):
     ('cross_entropy', np.zeros(CLASSES), np.zeros((), np.int32)),
     ('ldam', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
     ('logit_adjustment', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
+    ('label_aware_smoothing', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
+    ('vector_scaling', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
   ],
 )
 def test_shapes_and_types_are_guarded(name, logits, labels):
@@ -262,6 +320,8 @@ def test_ldam_margins(counts, expected):
     ('sigmoid_cross_entropy', COUNTS, {'gamma': 1}, "no option 'gamma'"),
     ('ldam', [5, 3, 0], {}, "loss 'ldam' .* class 2 has 0"),
     ('balanced_softmax', [0, 3, -1], {}, r'class 0 \(and 1 more\)'),
+    ('vector_scaling', [5, 0, 3], {}, "'vector_scaling' .* class 1 has 0"),
+    ('label_aware_smoothing', COUNTS, {'haed': 1}, "'haed'.*'head'"),
     ('logit_adjustment', np.ones((2, 2)), {}, r'\(2, 2\)'),
   ],
 )

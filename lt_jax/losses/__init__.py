@@ -1,8 +1,9 @@
-"""Losses by name, and how weighted per-example losses are added up.
+"""Losses and batch penalties by name, and how weighted losses are added up.
 
-A loss is a function (logits (B, C), labels (B,), *, options) -> (B,). One that needs
-the training counts has a keyword `counts`. To add one, write it and its entry in the
-`LOSSES` of its file.
+A loss is a function (logits (B, C), labels (B,), *, options) -> (B,). A penalty is a
+function (features (B, D), labels (B,), *, options) -> (), or of logits in the place of
+features. Either has a keyword `counts` if it needs the training counts. To add one,
+write it and its entry in the `LOSSES` or `PENALTIES` of its file.
 """
 
 import inspect
@@ -15,9 +16,10 @@ import numpy as np
 
 from lt_jax.class_weights import check_counts
 from lt_jax.errors import check_options, lookup
-from lt_jax.losses import classification, margin
+from lt_jax.losses import classification, margin, metric
 
 LOSSES = classification.LOSSES | margin.LOSSES
+PENALTIES = {'none': None} | metric.PENALTIES
 
 
 def make_loss(
@@ -46,6 +48,42 @@ def make_loss(
     return per_example(outputs['logits'], batch['label'], **options)
 
   return loss
+
+
+def make_penalty(
+  name: str, weight: float, counts: np.ndarray, **options: Any
+) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array] | None:
+  """Returns a weighted batch penalty of a network's outputs and a batch.
+
+  Args:
+    name: a key of `PENALTIES`.
+    weight: what the penalty is multiplied by.
+    counts: (C,) training images of each class, for those penalties that ask for them.
+    **options: of the penalty, such as `margin`.
+
+  Returns:
+    (outputs, batch) -> (), of batch['label'] and outputs['features'] or
+    outputs['logits'], whichever the penalty names; None for 'none'.
+
+  Raises:
+    UserError: an unknown name or option, or an empty class where the penalty uses
+      counts.
+  """
+  function = lookup(PENALTIES, 'penalty', name)
+  what = f'penalty {name!r}'
+  given = ('features', 'logits', 'labels', 'counts')
+  check_options(what, function or (lambda: None), options, *given)
+  if function is None:
+    return None
+  asked = inspect.signature(function).parameters
+  if 'counts' in asked:
+    options['counts'] = check_counts(counts, what)
+  outputs_key = 'features' if 'features' in asked else 'logits'
+
+  def penalty(outputs, batch):
+    return weight * function(outputs[outputs_key], batch['label'], **options)
+
+  return penalty
 
 
 def mean(weights: jax.Array) -> jax.Array:

@@ -183,6 +183,111 @@ def logit_adjustment(
   return cross_entropy(logits + shift[None], labels)
 
 
+def label_aware_smoothing(
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  counts: np.ndarray,
+  head: float = 0.3,
+  tail: float = 0.0,
+) -> jax.Array:
+  r"""Cross-entropy with labels smoothed the more, the larger their class.
+
+  .. math::
+    \ell = -(1 - \epsilon_y) \log p_y - \frac{\epsilon_y}{C} \sum_c \log p_c, \qquad
+    \epsilon_y = t + (h - t) \sin \frac{\pi (n_y - n_{\min})}{2 (n_{\max} - n_{\min})}
+
+  with p = softmax(z). head = tail is `cross_entropy` with that label smoothing. Where
+  all counts are equal every class takes `tail`.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    counts: (C,) training images of each class, all > 0.
+    head: h, smoothing of the largest class, in [0, 1].
+    tail: t, smoothing of the smallest class, in [0, 1].
+
+  Returns:
+    (B,) losses in nats.
+
+  Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 2021, arXiv
+  2104.00466. That the smoothing goes to all C classes, the true one among them, is that
+  of the authors' code (dvlab-research/MiSLAS); so are the defaults, which are those for
+  ImageNet-LT.
+  """
+  chex.assert_shape(counts, logits.shape[-1:])
+  targets = one_hot_targets(logits, labels)
+  above = np.asarray(counts, np.float64) - np.min(counts)
+  rise = np.sin(np.pi / 2 * above / (above.max() or 1))
+  smoothing = jnp.asarray(tail + (head - tail) * rise, logits.dtype)[None]
+  # A sum, not a product of matrices, which would round the smoothing on a TPU.
+  own = (targets * smoothing).sum(-1, keepdims=True)
+  return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, own))
+
+
+def vector_scaling(
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  counts: np.ndarray,
+  gamma: float = 0.3,
+  tau: float = 1.0,
+) -> jax.Array:
+  r"""VS loss: logits scaled down for rare classes, and shifted by the log prior.
+
+  .. math::
+    \ell = \mathrm{CE}(\Delta z + \iota, y), \qquad
+    \Delta_c = (n_c / n_{\max})^\gamma, \quad \iota_c = \tau \log \pi_c
+
+  gamma = 0 is `logit_adjustment`, tau = 0 is `class_dependent_temperature`, gamma = tau
+  = 0 is cross-entropy. Predictions are made with z.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    counts: (C,) training images of each class, all > 0.
+    gamma: exponent of the scales.
+    tau: strength of the shift.
+
+  Returns:
+    (B,) losses in nats.
+
+  Kini et al., "Label-Imbalanced and Group-Sensitive Classification under
+  Overparameterization", NeurIPS 2021, arXiv 2103.01550; defaults of the authors' code
+  (orparask/VS-Loss).
+  """
+  chex.assert_shape(counts, logits.shape[-1:])
+  scales = jnp.asarray((counts / np.max(counts)) ** gamma, logits.dtype)
+  return logit_adjustment(logits * scales[None], labels, counts=counts, tau=tau)
+
+
+def class_dependent_temperature(
+  logits: jax.Array, labels: jax.Array, *, counts: np.ndarray, gamma: float = 0.3
+) -> jax.Array:
+  r"""CDT: logits divided by temperatures that are higher for rarer classes.
+
+  .. math::
+    \ell = \mathrm{CE}(z / a, y), \qquad a_c = (n_{\max} / n_c)^\gamma
+
+  Training only: predictions are made with z, hence with larger values for rare classes.
+  It is `vector_scaling` with tau = 0, whose gamma is the default here; gamma = 0 is
+  cross-entropy.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    counts: (C,) training images of each class, all > 0.
+    gamma: exponent of the temperatures.
+
+  Returns:
+    (B,) losses in nats.
+
+  Ye et al., "Identifying and Compensating for Feature Deviation in Imbalanced Deep
+  Learning", arXiv 2001.01385.
+  """
+  return vector_scaling(logits, labels, counts=counts, gamma=gamma, tau=0.0)
+
+
 LOSSES = {
   'cross_entropy': cross_entropy,
   'sigmoid_cross_entropy': sigmoid_cross_entropy,
@@ -190,6 +295,9 @@ LOSSES = {
   'sigmoid_focal': sigmoid_focal,
   'balanced_softmax': balanced_softmax,
   'logit_adjustment': logit_adjustment,
+  'label_aware_smoothing': label_aware_smoothing,
+  'vector_scaling': vector_scaling,
+  'class_dependent_temperature': class_dependent_temperature,
 }
 
 

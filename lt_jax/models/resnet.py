@@ -1,0 +1,165 @@
+"""Residual networks for large images: from images to a map of features."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lt_jax.errors import UserError, lookup
+from lt_jax.models.convolution import INITIALISERS, Conv
+from lt_jax.models.normalisation import BatchNorm
+
+# A branch tells a block's convolutions in order, as attributes of `Conv`.
+Branch = Callable[[int, int], Sequence[Mapping[str, int]]]
+
+
+def basic(width: int, stride: int) -> Sequence[Mapping[str, int]]:
+  """Returns two 3x3 convolutions with `width` channels, the first strided."""
+  return {'features': width, 'stride': stride}, {'features': width}
+
+
+def bottleneck(
+  width: int, stride: int, *, inner: int = 1, groups: int = 1
+) -> Sequence[Mapping[str, int]]:
+  """Returns a 1x1 convolution, a strided 3x3 one, and a 1x1 one to 4 width channels.
+
+  The stride is on the 3x3 convolution, as in torchvision; He et al. have it on the
+  first, which skips pixels.
+
+  Args:
+    width: w.
+    stride: of the 3x3 convolution.
+    inner: the 3x3 convolution has inner w channels.
+    groups: of the 3x3 convolution.
+
+  Raises:
+    UserError: its channels do not divide into the groups.
+
+  Source: He et al., arXiv 1512.03385, section 4.1; groups: Xie et al., arXiv
+  1611.05431, whose 32x4d is groups = 32 and inner = 32 * 4 / 64.
+  """
+  if inner * width % groups:
+    raise UserError(
+      f'a bottleneck of {inner * width} channels does not divide into {groups} groups'
+    )
+  return (
+    {'features': inner * width, 'size': 1},
+    {'features': inner * width, 'stride': stride, 'groups': groups},
+    {'features': 4 * width, 'size': 1},
+  )
+
+
+class Block(nn.Module):
+  """relu(shortcut(x) + branch(x)).
+
+  Every convolution of the branch is normalised, and all but the last followed by relu.
+  Where the branch changes the shape, the shortcut is a 1x1 convolution, normalised;
+  elsewhere it is x itself.
+
+  Attributes:
+    branch: (width, stride) -> convolutions, such as `basic`.
+    width: of the branch.
+    stride: of the branch and the shortcut.
+    conv: a constructor like `Conv`.
+    norm: a constructor like `BatchNorm`.
+  """
+
+  branch: Branch
+  width: int
+  stride: int
+  conv: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """Maps (B, H, W, C) to (B, H / stride, W / stride, C'), rounded up."""
+    y = x
+    for place, layer in enumerate(self.branch(self.width, self.stride), start=1):
+      if place > 1:
+        y = nn.relu(y)
+      y = self.conv(**layer, name=f'conv{place}')(y)
+      y = self.norm(name=f'norm{place}')(y, train=train)
+    if x.shape != y.shape:
+      shape = {'features': y.shape[-1], 'size': 1, 'stride': self.stride}
+      x = self.conv(**shape, name='shortcut_conv')(x)
+      x = self.norm(name='shortcut_norm')(x, train=train)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """The residual network for images of 224 x 224 pixels.
+
+  A 7x7 convolution of stride 2 to w channels, the maximum over 3x3 pixels at stride 2,
+  then four stages of blocks of widths w, 2w, 4w and 8w, all but the first beginning
+  with stride 2. Activation comes after the addition ("v1").
+
+  Attributes:
+    branch: of every block, such as `basic`.
+    blocks: number of blocks, a stage.
+    width: w.
+    conv: a constructor like `Conv`.
+    norm: a constructor like `BatchNorm`.
+
+  Source: He et al., arXiv 1512.03385, table 1, with projections where the shape
+  changes (option B). The depth counts the convolutions but the shortcuts', and a
+  linear head.
+  """
+
+  branch: Branch
+  blocks: Sequence[int]
+  width: int
+  conv: Callable[..., nn.Module] = Conv
+  norm: Callable[..., nn.Module] = BatchNorm
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps (B, H, W, C) images to (B, H / 32, W / 32, C'), rounded up.
+
+    C' is 8 w of basic blocks and 32 w of bottlenecks.
+    """
+    x = self.conv(self.width, size=7, stride=2, name='conv')(images)
+    x = nn.relu(self.norm(name='norm')(x, train=train))
+    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    for stage, blocks in enumerate(self.blocks):
+      for block in range(blocks):
+        x = Block(
+          self.branch,
+          self.width * 2**stage,
+          stride=2 if stage > 0 and block == 0 else 1,
+          conv=self.conv,
+          norm=self.norm,
+          name=f'stage{stage + 1}_block{block + 1}',
+        )(x, train=train)
+    return x
+
+
+def resnet(
+  branch: Branch,
+  blocks: Sequence[int],
+  /,
+  *,
+  width: int = 64,
+  init: str = 'kaiming_fan_out',
+  dtype: Any = None,
+  norm: Callable[..., nn.Module] = BatchNorm,
+) -> ResNet:
+  """Returns a `ResNet`, its initialisation by its name."""
+  kernel_init = lookup(INITIALISERS, 'initialisation', init)
+  conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
+  return ResNet(branch, tuple(blocks), width, conv, norm)
+
+
+RESNETS: dict[str, Callable[..., ResNet]] = {
+  'resnet10': partial(resnet, basic, (1, 1, 1, 1)),
+  'resnet18': partial(resnet, basic, (2, 2, 2, 2)),
+  'resnet34': partial(resnet, basic, (3, 4, 6, 3)),
+  'resnet50': partial(resnet, bottleneck, (3, 4, 6, 3)),
+  'resnet101': partial(resnet, bottleneck, (3, 4, 23, 3)),
+  'resnet152': partial(resnet, bottleneck, (3, 8, 36, 3)),
+  'resnext50_32x4d': partial(
+    resnet, partial(bottleneck, inner=2, groups=32), (3, 4, 6, 3)
+  ),
+}
+"""name -> (init, dtype, norm, ...) -> a trunk for large images."""
