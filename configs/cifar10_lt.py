@@ -36,9 +36,9 @@ Argument: a recipe (see docs/methods.md) and
               and jamal, 0 elsewhere; n_max is 5000 less them
 """
 
-from lt_jax import recipes
+from lt_jax import protocols
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
-  return recipes.cifar_lt(arg, name='cifar10_lt', source='tfds:cifar10', n_max=5000)
+  return protocols.cifar_lt(arg, name='cifar10_lt', source='tfds:cifar10', n_max=5000)

@@ -16,23 +16,35 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lt_jax import sharding
+from lt_jax import method as wrappers
+from lt_jax import posthoc, sharding, surgery
 from lt_jax.class_weights import make_class_weights
-from lt_jax.data import augment, longtail
+from lt_jax.data import augment, crops, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
-from lt_jax.data.streams import Pass, Split, Stream, evaluation_pass, train_stream
+from lt_jax.data.streams import (
+  Crop,
+  Pass,
+  Split,
+  Stream,
+  evaluation_pass,
+  train_stream,
+)
 from lt_jax.errors import UserError, check_options, construct, lookup, suggest
+from lt_jax.evals.collect import survey
 from lt_jax.files import flatten
-from lt_jax.losses import REDUCTIONS, make_loss
-from lt_jax.method import WRAPPERS, Method
+from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
+from lt_jax.method import Method
 from lt_jax.methods import METHODS
 from lt_jax.models import make_classifier
 from lt_jax.optim import epoch_start, make_optimizer, make_schedule
-from lt_jax.surgery import SURGERIES, Surgery
+from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
 
 Config = Mapping[str, Any]
+
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+SURGERIES = surgery.SURGERIES | posthoc.SURGERIES
 
 STEPS_PER_CALL = 100
 """Most steps a compiled call runs on an accelerator.
@@ -67,6 +79,7 @@ STAGE_KEYS = (
   'method',
   'model',
   'loss',
+  'penalty',
   'class_weights',
   'reduction',
   'sampler',
@@ -90,6 +103,7 @@ RANGES = {
   'evaluate_every_epochs': (1e-9, 1e9),
   'keep_checkpoints': (1, 1e9),
   'method.accumulate': (1, 2**31),
+  'model.projection': (-1, 1e6),
   'data.seed': (0, 2**31 - 1),
   'data.known_classes': (0, 1e9),
   'data.imbalance': (1, 1e12),
@@ -99,6 +113,9 @@ RANGES = {
   'data.open_val_per_class': (0, 1e9),
   'data.open_test_per_class': (0, 1e9),
   'data.pad': (0, 1e4),
+  'data.jitter': (0, 1),
+  'data.image_size': (0, 1e4),
+  'data.resize': (0, 1e4),
   'schedule.base': (0, 1e30),
 }
 """Least and largest value of numbers in a configuration."""
@@ -149,8 +166,18 @@ class Experiment(NamedTuple):
 
 
 def resolve(config: Any) -> dict[str, Any]:
-  """Returns a `ConfigDict` as plain data, just as config.json gives it back."""
-  return json.loads(json.dumps(config.to_dict()))
+  """Returns a `ConfigDict` as plain data, just as config.json gives it back.
+
+  Raises:
+    UserError: a number is not finite.
+  """
+  plain = json.loads(json.dumps(config.to_dict()))
+  for key, value in flatten(plain).items():
+    try:
+      json.dumps(value, allow_nan=False)
+    except ValueError:
+      raise UserError(f'config.{key} is {value!r}; it must be finite') from None
+  return plain
 
 
 def config_digest(config: Config) -> str:
@@ -211,7 +238,6 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   passes = {
     name: evaluation_pass(split, batch=config['eval_batch'], transform=plain_transform)
     for name, split in dataset.splits.items()
-    if name not in ('train', 'meta')
   }
   strict, inclusive = (
     longtail.shot_groups(dataset.counts, **shots, rule=rule)
@@ -219,10 +245,11 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   )
   groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
   stages = {
-    name: _build_stage(stage, name, dataset, groups, mesh, train_transform)
+    name: _build_stage(stage, name, dataset, passes, groups, mesh, train_transform)
     for name, stage in configs.items()
   }
-  return Experiment(config, dataset, mesh, passes, groups, stages)
+  evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
+  return Experiment(config, dataset, mesh, evaluated, groups, stages)
 
 
 def check_ranges(config: Config) -> None:
@@ -265,6 +292,7 @@ def _transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
   """Takes the keys of augmentation out of `data`; returns (training, evaluation)."""
   mean, std = data.pop('mean'), data.pop('std')
   pad, pad_mode, flip = data.pop('pad'), data.pop('pad_mode'), data.pop('flip')
+  jitter = data.pop('jitter')
   lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
 
   def plain(key, images):
@@ -273,10 +301,13 @@ def _transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
 
   def augmented(key, images):
     crop_key, flip_key = jax.random.split(key)
+    jitter_key = jax.random.fold_in(key, 1)
     if pad:
       images = augment.pad_crop(crop_key, images, pad=pad, mode=pad_mode)
     if flip:
       images = augment.flip(flip_key, images)
+    if jitter:
+      images = augment.colour_jitter(jitter_key, images, strength=jitter)
     return augment.normalise(images, mean, std)
 
   return augmented, plain
@@ -286,6 +317,7 @@ def _build_stage(
   config: Config,
   name: str,
   dataset: Dataset,
+  passes: Mapping[str, Pass],
   groups: Mapping[str, np.ndarray],
   mesh: Mesh,
   transform: Callable,
@@ -295,25 +327,35 @@ def _build_stage(
   train = lookup(_trainable(dataset), 'split to train on', config['train_split'])
   sampler = _sampler(config['sampler'], train.labels, batch, config['epochs'])
   steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
-  stream = functools.partial(train_stream, seed=config['seed'], transform=transform)
+  stream = functools.partial(
+    train_stream, seed=config['seed'], transform=transform, crop=_train_crop(config)
+  )
   streams = {'train': stream(train, sampler, batch=batch)}
   if config['meta_batch']:
     meta = _meta_split(dataset, config['meta_batch'])
     drawn = stream(meta, instance(meta.labels), batch=config['meta_batch'])
     streams['meta'] = drawn._replace(every=config['meta_every'])
+  method = _method(config, dataset, mesh, sampler)
+  seen = survey(method.predict, passes, mesh)
   return Stage(
     name=name,
-    method=_method(config, dataset, mesh, sampler),
+    method=method,
     streams=streams,
     surgeries=tuple(
-      construct(SURGERIES, 'surgery', surgery, options=options)
-      for surgery, options in config['surgeries']
+      construct(SURGERIES, 'surgery', name, options=options, survey=seen)
+      for name, options in config['surgeries']
     ),
     plan=_plan(config, steps),
     epoch_steps=sampler.length / batch,
     batch=batch,
     select=_select(config['select'], dataset, groups),
   )
+
+
+def _train_crop(config: Config) -> Crop | None:
+  """Returns the augmentation on the host, of images of many sizes."""
+  size = config['data']['image_size']
+  return functools.partial(crops.random_resized_crop, size=size) if size else None
 
 
 def _trainable(dataset: Dataset) -> dict[str, Split]:
@@ -362,7 +404,7 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
-  _check_weights_are_used(name, config)
+  _check_all_is_used(name, config)
   method = construct(
     METHODS,
     'method',
@@ -374,7 +416,8 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
     counts=counts,
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
-    penalty=None,
+    penalty=make_penalty(counts=counts, **config['penalty']),
+    meta_batch=config['meta_batch'],
   )
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
@@ -383,17 +426,27 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
   return method
 
 
-def _check_weights_are_used(name: str, config: Config) -> None:
-  """Refuses class weights, or a reduction, that a method would not look at."""
+def _check_all_is_used(name: str, config: Config) -> None:
+  """Refuses what a method would not look at, such as class weights or a meta batch."""
   asked = inspect.signature(lookup(METHODS, 'method', name)).parameters
-  neutral = {'class_weights': 'uniform', 'reduction': 'mean'}
+  neutral = {
+    'class_weights': 'uniform',
+    'reduction': 'mean',
+    'penalty': 'none',
+    'meta_batch': 0,
+  }
   given = {
     'class_weights': config['class_weights']['name'],
     'reduction': config['reduction'],
+    'penalty': config['penalty']['name'],
+    'meta_batch': config['meta_batch'],
   }
   for key, value in neutral.items():
     if key not in asked and given[key] != value:
-      raise UserError(f'method {name!r} makes its own weights: set {key} to {value!r}')
+      raise UserError(
+        f'method {name!r} does not use {key}: set it to {value!r}, or only for the '
+        f'stage that does, as stages.STAGE.{key}'
+      )
 
 
 def _network(

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 
@@ -83,7 +82,13 @@ def init_net(net: Network, key: jax.Array, images: jax.Array) -> tuple[PyTree, P
 
 
 def forward(
-  net: Network, params: PyTree, stats: PyTree, images: jax.Array, *, train: bool
+  net: Network,
+  params: PyTree,
+  stats: PyTree,
+  images: jax.Array,
+  *,
+  train: bool,
+  **memory: jax.Array,
 ) -> tuple[Outputs, PyTree]:
   """Applies a network as a pure function of its parameters.
 
@@ -93,6 +98,7 @@ def forward(
     stats: its batch statistics.
     images: (B, H, W, 3) float32.
     train: True normalises by the batch and returns updated statistics.
+    **memory: what the head reads beside the features.
 
   Returns:
     (outputs, statistics).
@@ -101,6 +107,7 @@ def forward(
     {'params': params, 'batch_stats': stats},
     images,
     train=train,
+    **memory,
     mutable=['batch_stats'] if train else [],
   )
   return outputs, updated.get('batch_stats', stats) if train else stats
@@ -169,29 +176,4 @@ def ema(method: Method, *, decay: float) -> Method:
   return Method(init, step, predict)
 
 
-def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
-  r"""Predicts with post-hoc adjusted logits: z_c - tau * log(n_c / N).
-
-  Source: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
-  equation 9.
-
-  Args:
-    method: any method, trained or to be trained; its steps do not change.
-    counts: (C,) training images of each class, all positive.
-    tau: strength; 0 leaves the logits as they are.
-  """
-  counts = np.asarray(counts, np.float64)
-  if not (counts > 0).all():
-    raise UserError(
-      f'logit adjustment needs images of every class; class {counts.argmin()} has none'
-    )
-  offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
-
-  def predict(state, images):
-    outputs = method.predict(state, images)
-    return {**outputs, 'logits': outputs['logits'] - offset[None]}
-
-  return Method(method.init, method.step, predict)
-
-
-WRAPPERS = {'ema': ema, 'adjust_logits': adjust_logits}
+WRAPPERS = {'ema': ema}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from lt_jax.errors import UserError, construct, lookup
 
@@ -35,11 +36,14 @@ class Optimizer(NamedTuple):
     init: params -> opt_state.
     update: (grads, opt_state, params, step) -> (new params, new opt_state).
     learning_rate: step -> () float32, before the multipliers of single parameters.
+    held: params -> params of the same values, through the frozen ones of which no
+      gradient flows: what is behind them is then not differentiated at all.
   """
 
   init: Callable[[PyTree], PyTree]
   update: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
   learning_rate: Schedule
+  held: Callable[[PyTree], PyTree]
 
 
 def per_parameter(rules: Rules, params: PyTree) -> PyTree:
@@ -384,7 +388,11 @@ def _optimizer(
       updates = jax.tree.map(decayed, updates, params, decays)
     return jax.tree.map(moved, params, updates, scales), opt_state
 
-  return Optimizer(init, update, learning_rate)
+  def held(params: PyTree) -> PyTree:
+    scales = per_parameter(learning_rate_scale, params)
+    return jax.tree.map(lambda p, s: p if s else lax.stop_gradient(p), params, scales)
+
+  return Optimizer(init, update, learning_rate, held)
 
 
 def _compile(pattern: str) -> re.Pattern:

@@ -51,6 +51,10 @@ def base_config() -> ConfigDict:
         'pad': 0,  # pixels, for the random crop
         'pad_mode': 'zero',
         'flip': False,
+        'jitter': 0.0,  # of brightness, contrast and saturation
+        'test_split': 'test',
+        'image_size': 0,  # of random crops, where images have many sizes
+        'resize': 0,  # short side before the central crop in evaluation
       },
       'batch': 128,
       'meta_batch': 0,  # images a step of the meta set; 0: no such stream
@@ -66,12 +70,15 @@ def base_config() -> ConfigDict:
       'model': {
         'trunk': 'resnet32',
         'trunk_options': {},
+        'attention': False,
+        'projection': 0,  # size of a linear layer and ReLU; -1: as many as before
         'head': 'linear',
         'head_options': {},
         'dtype': 'float32',
         'batch_norm': 'global',  # 'per_device', 'frozen', or the size of a ghost batch
       },
       'loss': {'name': 'cross_entropy'},
+      'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',
       'sampler': {'name': 'instance', 'start_epoch': 0.0},  # instance sampling before
@@ -210,6 +217,7 @@ def _l2rw(config: ConfigDict) -> Overrides:
 
 
 def _mwn(config: ConfigDict) -> Overrides:
+  """Meta-Weight-Net, with the optimiser of the authors' class-imbalance code."""
   method = {
     'name': 'meta_weight_net',
     'normalise': True,
@@ -235,7 +243,8 @@ def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
   )
   return {
     'stages': {
-      'pretrain': {'epochs': config.get_ref('defer_epoch')},
+      # Its last State, as the clock goes on from there.
+      'pretrain': {'epochs': config.get_ref('defer_epoch'), 'select': 'last'},
       'meta': {'class_weights': _effective(), 'surgeries': goes_on, **second},
     },
     'stage_order': ('pretrain', 'meta'),
@@ -270,6 +279,132 @@ def _finetune(config: ConfigDict) -> Overrides:
   }
 
 
+def _then(first: str, *seconds: tuple[str, Overrides]) -> Overrides:
+  """The config's own training as the stage `first`, then other stages."""
+  return {
+    'stages': {first: {}, **dict(seconds)},
+    'stage_order': (first, *(name for name, _ in seconds)),
+  }
+
+
+ALL_BUT_HEAD = r'net/(?!head/).*'
+HEAD_ONLY = (('net/head/.*', 1.0), ('.*', 0.0))
+TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
+"""Learning rates of OLTR's second stage: a tenth, but for the classifier."""
+
+
+def _copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
+  return ('copy', {'pattern': pattern, 'stage': stage, **source})
+
+
+def _aware(**second: Any) -> Overrides:
+  """A second training from the first one's weights, with class-aware batches."""
+  return {
+    'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
+    'optimizer': {'learning_rate_scale': TENTH_BUT_HEAD},
+    'surgeries': (_copy('.*', 'plain'),),
+    **second,
+  }
+
+
+def _oltr(config: ConfigDict) -> Overrides:
+  """OLTR: plain training, then attention and a memory of class centroids."""
+  projected = config.model.projection  # in the first stage too, and then it is copied
+  memory = _aware(
+    method={'name': 'oltr', 'weight': 0.01, 'form': 'released'},
+    model={
+      'attention': True,
+      'projection': projected or -1,
+      'head': 'meta_embedding',
+    },
+    surgeries=(
+      _copy('net/(trunk|projection)/.*' if projected else 'net/trunk/.*', 'plain'),
+      _copy('net/head/hallucinator/(.*)', 'plain', source=r'net/head/\1'),
+      ('class_means', {}),
+    ),
+  )
+  return _then('plain', ('memory', memory))
+
+
+def _penalised(penalty: Overrides) -> Overrides:
+  return _then('plain', ('aware', _aware(penalty=penalty)))
+
+
+def _openmax(config: ConfigDict) -> Overrides:
+  """OpenMax on the network that the range loss trained."""
+  del config
+  posthoc = {
+    'epochs': 0.0,
+    'wrappers': {'openmax': {'alpha': 10}},
+    'surgeries': (_copy('.*', 'aware'), ('fit_openmax', {'tail': 20})),
+  }
+  aware = _aware(penalty=RANGE)
+  return _then('plain', ('aware', aware), ('openmax', posthoc))
+
+
+LIFTED = {'name': 'lifted', 'weight': 0.1}
+RANGE = {'name': 'range', 'weight': 1.0}
+
+
+def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides:
+  """Cross-entropy; then the classifier alone on balanced batches, cosine to zero."""
+  epochs = config.get_ref('epochs') * share
+  second = {
+    'epochs': epochs,
+    'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
+    'schedule': {
+      'name': 'cosine',
+      'base': config.schedule.get_ref('base'),
+      'end': epochs,
+    },
+    **classifier,
+  }
+  return _then('train', ('classifier', second))
+
+
+def _crt(config: ConfigDict) -> Overrides:
+  """Classifier re-training: a fresh one on the first stage's features."""
+  return _decoupled(
+    config,
+    1 / 9,
+    optimizer={'learning_rate_scale': HEAD_ONLY},
+    surgeries=(_copy(ALL_BUT_HEAD, 'train'),),
+  )
+
+
+def _lws(config: ConfigDict) -> Overrides:
+  """Learnable weight scaling: one scale a class on the first stage's classifier."""
+  return _decoupled(
+    config,
+    1 / 18,
+    model={'head': 'scaled_linear'},
+    optimizer={'learning_rate_scale': (('net/head/scale', 1.0), ('.*', 0.0))},
+    surgeries=(_copy('net/(?!head/scale).*', 'train'),),
+  )
+
+
+def _tau_norm(config: ConfigDict) -> Overrides:
+  del config
+  taus = tuple(round(0.1 * i, 1) for i in range(21))
+  posthoc = {
+    'epochs': 0.0,
+    'wrappers': {'tau_norm': {'taus': taus}},
+    'surgeries': (_copy('.*', 'train'), ('choose_tau', {})),
+  }
+  return _then('train', ('tau_norm', posthoc))
+
+
+def _ncm(config: ConfigDict) -> Overrides:
+  """Nearest class mean on the first stage's features."""
+  del config
+  posthoc = {
+    'epochs': 0.0,
+    'model': {'head': 'nearest_class_mean', 'head_options': {}},
+    'surgeries': (_copy(ALL_BUT_HEAD, 'train'), ('nearest_class_mean', {})),
+  }
+  return _then('train', ('ncm', posthoc))
+
+
 RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'ce': lambda config: {},
   'focal': lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}},
@@ -301,145 +436,17 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'meta_ldam': lambda config: _margin('ldam') | _jamal(config),
   'meta_ce_control': lambda config: _two_stages(config, {}),
   'cb_finetune': _finetune,
+  'oltr': _oltr,
+  'ce_aware': lambda config: _then('plain', ('aware', _aware())),
+  'focal_aware': lambda config: _then(
+    'plain', ('aware', _aware(loss={'name': 'softmax_focal', 'gamma': 2.0}))
+  ),
+  'lifted': lambda config: _penalised(LIFTED),
+  'range': lambda config: _penalised(RANGE),
+  'openmax': _openmax,
+  'crt': _crt,
+  'lws': _lws,
+  'tau_norm': _tau_norm,
+  'ncm': _ncm,
   'ce_plus_meta': lambda config: {'data': {'meta_in_train': True}},
 }
-
-
-# Long-tailed CIFAR, which two configuration files share.
-
-_CAO_DATA = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
-_MWN_DATA = {
-  'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
-  'std': (63.0 / 255, 62.1 / 255, 66.7 / 255),
-  'pad_mode': 'reflect',
-}
-_CAO_MODEL = {'trunk_options': {'shortcut': 'subsample', 'init': 'kaiming'}}
-_NESTEROV = {'momentum': 0.9, 'nesterov': True, 'weight_decay': (('.*', 5e-4),)}
-
-
-def _steps(epochs: float, *drops: tuple[float, float], **schedule: Any) -> Overrides:
-  """A step schedule of so many epochs; drops are (epoch, factor of the base)."""
-  return {
-    'epochs': epochs,
-    'schedule': {
-      'name': 'step_decay',
-      'base': 0.1,
-      'boundaries': tuple(epoch for epoch, _ in drops),
-      'factors': tuple(factor for _, factor in drops),
-      **schedule,
-    },
-  }
-
-
-PROTOCOLS: dict[str, Overrides] = {
-  # Cao et al., arXiv 1906.07413, and its code: warm-up in stairs, option A shortcuts.
-  'cao': {
-    'data': _CAO_DATA,
-    'model': _CAO_MODEL,
-    **_steps(200, (160, 1e-2), (180, 1e-4), warmup='staircase', warmup_epochs=5),
-  },
-  # Cui et al., arXiv 1901.05555, and its code: x / 128 - 1, average-pool shortcuts.
-  'cui': {
-    'data': {'mean': (128 / 255,), 'std': (128 / 255,)},
-    'model': {
-      'trunk_options': {'shortcut': 'average', 'init': 'glorot'},
-      'head_options': {'init': 'glorot'},
-    },
-    **_steps(200, (160, 1e-2), (180, 1e-4), warmup='linear', warmup_epochs=5),
-  },
-  # Ren et al., arXiv 1803.09050, and its code: 80,000 steps of 100 images of 50,000.
-  'ren': {
-    'data': {**_CAO_DATA, 'meta_per_class': 10},
-    'model': _CAO_MODEL,
-    'batch': 100,
-    **_steps(160, (80, 0.1), (120, 0.01)),
-  },
-  # Shu et al., arXiv 1902.07379, and its code for class imbalance, which counts epochs
-  # from 1: its drops at 80 and 90 act from the 79th and 89th on, counted from 0.
-  'shu': {
-    'data': {**_MWN_DATA, 'meta_per_class': 10},
-    'model': _CAO_MODEL,
-    'batch': 100,
-    'optimizer': _NESTEROV,
-    **_steps(100, (79, 0.1), (89, 0.01)),
-  },
-  # Jamal et al., arXiv 2003.10780, and its code: no warm-up; the rate drops an epoch
-  # before the meta stage begins, as that code counts epochs from 1 for the one only.
-  'jamal': {
-    'data': {**_MWN_DATA, 'meta_per_class': 10},
-    'model': _CAO_MODEL,
-    'batch': 100,
-    'optimizer': _NESTEROV,
-    **_steps(200, (159, 1e-2), (179, 1e-4)),
-  },
-}
-
-PROTOCOL_OF = {
-  'cb_ce': 'cui',
-  'cb_sigmoid': 'cui',
-  'cb_focal': 'cui',
-  'l2rw': 'ren',
-  'mwn': 'shu',
-  'meta_ce': 'jamal',
-  'meta_focal': 'jamal',
-  'meta_ldam': 'jamal',
-  'meta_ce_control': 'jamal',
-  'cb_finetune': 'jamal',
-  'ce_plus_meta': 'jamal',
-}
-"""The protocol of a recipe's own paper, where that is not Cao et al."""
-
-
-def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDict:
-  """Returns the config of long-tailed CIFAR; the options are in configs/cifar10_lt.py.
-
-  Args:
-    arg: what follows the colon of --config.
-    name: of the config.
-    source: of the images.
-    n_max: images of the largest class, before a meta set is taken out.
-  """
-  recipe, option = parse_arg(
-    arg,
-    'ce',
-    imbalance=100.0,
-    profile='exponential',
-    protocol='',
-    epochs=0.0,
-    net='resnet32',
-    meta=-1,
-  )
-  chosen = option.protocol or PROTOCOL_OF.get(recipe, 'cao')
-  protocol = lookup(PROTOCOLS, 'protocol', chosen)
-  config = apply(
-    base_config(),
-    {
-      'name': name,
-      'data': {
-        'source': source,
-        'profile': option.profile,
-        'imbalance': option.imbalance,
-        'pad': 4,
-        'flip': True,
-      },
-      'model': {'trunk': option.net},
-      'defer_epoch': 160.0,
-    },
-  )
-  apply(config, protocol)
-  data = config.data
-  if option.meta >= 0:
-    data.meta_per_class = option.meta
-  data.n_max = n_max - data.meta_per_class
-  _rescale(config, (option.epochs or config.epochs) / config.epochs)
-  return apply_recipe(config, recipe)
-
-
-def _rescale(config: ConfigDict, scale: float) -> None:
-  """Multiplies everything that is counted in epochs; the warm-up stays whole epochs."""
-  schedule = config.schedule
-  config.epochs *= scale
-  config.defer_epoch *= scale
-  schedule.boundaries = tuple(scale * epoch for epoch in schedule.boundaries)
-  if 'warmup_epochs' in schedule:
-    schedule.warmup_epochs = max(1, round(scale * schedule.warmup_epochs))

@@ -219,7 +219,7 @@ def _write_arrays(
   split = experiment.dataset.splits['test']
   write_npz(
     workdir / 'samples.npz',
-    image=np.stack([split.source[int(row)] for row in split.rows[worst]])
+    image=np.stack([split.image(row) for row in split.rows[worst]])
     if len(worst)
     else np.zeros((0, *experiment.dataset.image_shape), np.uint8),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
@@ -230,16 +230,16 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
   """Writes weights.npz, if the stage learned the weights of its examples.
 
   Of each log interval and class: the mean weight, its standard deviation, the fraction
-  that is negative, and the mean's ratio to the weight without learning.
+  that is negative, and the mean's ratio to the weight without learning, on its scale.
   """
   metrics = workdir / 'stages' / stage.name / 'metrics'
   if not (metrics / 'weight_prior.npz').exists():
     return
   found = {}
-  for name in ('prior', 'learned', 'learned_square', 'negative'):
+  for name in ('prior', 'learned', 'about', 'about_square', 'negative'):
     with np.load(metrics / f'weight_{name}.npz', allow_pickle=False) as stored:
       found[name], step = stored['value'], stored['step']
-  variance = found['learned_square'] - found['learned'] ** 2
+  variance = found['about_square'] - found['about'] ** 2
   mean = found['prior'] + found['learned']
   write_npz(
     workdir / 'weights.npz',

@@ -121,11 +121,15 @@ def _rehearsed(config: Config) -> Experiment:
     shapes: dict[str, State] = {}
     for name, stage in experiment.stages.items():
       first = initial_state(stage.method, stage.streams, key, experiment.mesh)
-      state = jax.eval_shape(first)
+      # Of the clock there is more to know than its shape.
+      state = jax.eval_shape(first).replace(step=np.int32(0))
       for surgery in stage.surgeries:
         state = surgery(state, shapes)
+      begin, end = state.step, stage.plan.steps
+      if begin > end:
+        raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
       metric_shapes(stage.method, stage.streams, state)
-      shapes[name] = state
+      shapes[name] = state.replace(step=np.int32(end))
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):
       raise
@@ -195,7 +199,8 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   """Returns what data.json tells; what else is in it already stays."""
   path, dataset = workdir / 'data.json', experiment.dataset
   classes = len(dataset.class_names)
-  preprocessing = ('mean', 'std', 'pad', 'pad_mode', 'flip')
+  data = experiment.config['data']
+  keys = ('mean', 'std', 'pad', 'pad_mode', 'flip', 'jitter', 'image_size', 'resize')
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
@@ -210,7 +215,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
     },
     'fingerprint': dataset.fingerprint,
     'image_shape': list(dataset.image_shape),
-    'preprocessing': {k: experiment.config['data'][k] for k in preprocessing},
+    'preprocessing': {key: data[key] for key in keys},
   }
 
 

@@ -2,29 +2,40 @@
 
 A surgery is a function (fresh, earlier) -> state, `earlier` being a dict of States by
 stage. Nothing is carried over silently: what no surgery names stays fresh.
+
+Surgeries are rehearsed on States of shapes before anything is trained. One that looks
+at data (through a `Survey`) then puts shapes in place, see `put`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from lt_jax.errors import UserError, suggest
-from lt_jax.method import State
+from lt_jax.evals.collect import Survey
+from lt_jax.method import Batch, State
+from lt_jax.models.heads import centred_unit
 
 PyTree = Any
 Surgery = Callable[[State, Mapping[str, State]], State]
 
 
-def copy(*, pattern: str, stage: str) -> Surgery:
-  """Takes parameters and batch statistics from an earlier stage.
+def copy(*, pattern: str, stage: str, source: str = r'\g<0>') -> Surgery:
+  r"""Takes parameters and batch statistics from an earlier stage.
 
   Args:
     pattern: a regular expression for whole paths: 'net/trunk/.*'. It names
       parameters and statistics alike, and must match something.
     stage: the stage they come from.
+    source: their paths there, as the replacement of a match: with the pattern
+      'net/head/hallucinator/(.*)' the source r'net/head/\1' is the head of that stage.
+      The same path by default.
 
   Raises:
     UserError: nothing matches, or a leaf that matches is absent there or has another
@@ -33,8 +44,9 @@ def copy(*, pattern: str, stage: str) -> Surgery:
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     origin = _stage(earlier, stage)
-    params, found = _replace(fresh.params, origin.params, pattern, stage)
-    stats, found_stats = _replace(fresh.stats, origin.stats, pattern, stage)
+    take = functools.partial(_replace, pattern=pattern, stage=stage, source=source)
+    params, found = take(fresh.params, origin.params)
+    stats, found_stats = take(fresh.stats, origin.stats)
     if not found + found_stats:
       raise UserError(f'copy: {pattern!r} matches no parameter of stage {stage!r}')
     return fresh.replace(params=params, stats=stats)
@@ -66,14 +78,147 @@ def carry(*, fields: Sequence[str], stage: str) -> Surgery:
         raise UserError(
           f'carry: {field} {min(missing)!r} of stage {stage!r} has no place here'
         )
-      taken, _ = _replace(ours, theirs, '.*', stage)
+      taken, _ = _replace(ours, theirs, '.*', stage, r'\g<0>')
       fresh = fresh.replace(**{field: taken})
     return fresh
 
   return surgery
 
 
-SURGERIES = {'copy': copy, 'carry': carry}
+def class_means(*, survey: Survey, split: str = 'train') -> Surgery:
+  r"""Fills the memory of a stage with the mean feature of each class.
+
+  .. math:: m_c = \frac{1}{n_c} \sum_{i: y_i = c} v_i
+
+  over a whole split in stored order, without augmentation and in evaluation mode,
+  with the network as the surgeries before this one left it.
+
+  Args:
+    survey: passes with the stage's own network.
+    split: whose images.
+
+  Raises:
+    UserError: the State has no memory of that shape, or a class has no image.
+
+  Source: Liu et al., arXiv 1904.05160, section 3.2, as the authors' code begins its
+  second stage.
+  """
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    outputs = survey.outputs(fresh, split)
+    shape = (outputs['logits'].shape[-1], outputs['features'].shape[-1])
+
+    def measure() -> np.ndarray:
+      def fold(outputs, batch):
+        return class_sums(outputs['features'], batch, shape[0])
+
+      return _means(*survey.total(fresh, split, fold), split)
+
+    return put(fresh, 'params/centroids', shape, measure)
+
+  return surgery
+
+
+def nearest_class_mean(*, survey: Survey, split: str = 'train') -> Surgery:
+  """Fits the head of that name: the mean feature, then that of each class.
+
+  Two passes, as the features are centred and normalised before they are averaged by
+  class.
+
+  Args:
+    survey: passes with the stage's own network.
+    split: whose images.
+
+  Raises:
+    UserError: the head is another, or a class has no image.
+  """
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    outputs = survey.outputs(fresh, split)
+    width, classes = outputs['features'].shape[-1], outputs['logits'].shape[-1]
+
+    def mean() -> np.ndarray:
+      def fold(outputs, batch):
+        mask = batch['mask'][:, None]
+        return (outputs['features'] * mask).sum(0), mask.sum(dtype=jnp.float32)
+
+      total, count = survey.total(fresh, split, fold)
+      return total / count
+
+    centred = put(fresh, 'params/net/head/centre', (width,), mean)
+
+    def of_class(outputs, batch):
+      centre = centred.params['net']['head']['centre']
+      return class_sums(centred_unit(outputs['features'], centre), batch, classes)
+
+    return put(
+      centred,
+      'params/net/head/means',
+      (classes, width),
+      lambda: _means(*survey.total(fresh, split, of_class), split),
+    )
+
+  return surgery
+
+
+def class_sums(
+  features: jax.Array, batch: Batch, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the sum of the features of each class (C, D) and their numbers (C,).
+
+  A product of matrices, which is the same on every run; sums by index on a GPU are not.
+
+  Args:
+    features: (B, D).
+    batch: with 'label' (B,) and 'mask' (B,).
+    num_classes: C.
+  """
+  belongs = jax.nn.one_hot(batch['label'], num_classes) * batch['mask'][:, None]
+  sums = jnp.einsum('bc,bd->cd', belongs, features, precision=lax.Precision.HIGHEST)
+  return sums, belongs.sum(0)
+
+
+def _means(sums: np.ndarray, counts: np.ndarray, split: str) -> np.ndarray:
+  """Returns sums (C, D) over counts (C,), none of which may be zero."""
+  if not counts.all():
+    raise UserError(f'class {counts.argmin()} has no image in {split}, hence no mean')
+  return sums / counts[:, None]
+
+
+def put(
+  state: State, path: str, shape: tuple[int, ...], measure: Callable[[], np.ndarray]
+) -> State:
+  """Returns the State with one leaf measured; with its shape alone, in a rehearsal.
+
+  Args:
+    state: to be changed; in a rehearsal its leaves are shapes.
+    path: of the leaf: 'params/centroids'.
+    shape: of what will be measured.
+    measure: returns it, (*shape).
+
+  Raises:
+    UserError: there is no such leaf, or it has another shape.
+  """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+  paths = [_path(keys) for keys, _ in leaves]
+  if path not in paths:
+    raise UserError(f'there is no {path} here: method, head and surgery do not fit')
+  place = paths.index(path)
+  values = [leaf for _, leaf in leaves]
+  there = values[place]
+  if there.shape != shape:
+    raise UserError(f'{path} is {there.shape} here, but what is measured is {shape}')
+  if not isinstance(there, jax.ShapeDtypeStruct):
+    values[place] = jnp.asarray(measure(), there.dtype)
+  return treedef.unflatten(values)
+
+
+SURGERIES = {
+  'copy': copy,
+  'carry': carry,
+  'class_means': class_means,
+  'nearest_class_mean': nearest_class_mean,
+}
 
 
 def operate(
@@ -106,7 +251,7 @@ def _by_path(tree: PyTree) -> dict[str, jax.Array]:
 
 
 def _replace(
-  tree: PyTree, origin: PyTree, pattern: str, stage: str
+  tree: PyTree, origin: PyTree, pattern: str, stage: str, source: str
 ) -> tuple[PyTree, int]:
   """Returns the tree with matching leaves taken from `origin`, and their number."""
   leaves = _by_path(origin)
@@ -114,13 +259,16 @@ def _replace(
 
   def leaf(path, ours):
     nonlocal taken
-    name = _path(path)
-    if not re.fullmatch(pattern, name):
+    match = re.fullmatch(pattern, _path(path))
+    if not match:
       return ours
+    name = match.expand(source)
     theirs = leaves.get(name)
     if theirs is None or theirs.shape != ours.shape:
       there = 'absent' if theirs is None else theirs.shape
-      raise UserError(f'{name} is {ours.shape} here and {there} in stage {stage!r}')
+      raise UserError(
+        f'{match[0]} is {ours.shape} here, but in stage {stage!r} {name} is {there}'
+      )
     taken += 1
     return theirs
 

@@ -33,20 +33,26 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def no_data(monkeypatch):
-  """TFDS sets with the labels of CIFAR and images that take no memory."""
+  """TFDS sets with as many classes as they should have and images of no memory."""
   real = sources.load_source
 
   def fake(spec, data_dir=None):
     if not spec.startswith('tfds:'):
       return real(spec, data_dir)
-    classes = 100 if spec == 'tfds:cifar100' else 10
+    classes = {
+      'tfds:cifar10': 10,
+      'tfds:cifar100': 100,
+      'tfds:imagenet_lt': 1000,
+      'tfds:places_lt': 365,
+    }[spec]
 
     def split(count):
       label = np.arange(count, dtype=np.int32) % classes
       image = np.broadcast_to(np.zeros(1, np.uint8), (count, 32, 32, 3))
       return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
 
-    return {'train': split(50000), 'test': split(10000)}
+    found = {'train': split(50000), 'test': split(10000)}
+    return found if classes in (10, 100) else found | {'val': split(2000)}
 
   monkeypatch.setattr(dataset, 'load_source', fake)
   monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')

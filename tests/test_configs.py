@@ -6,17 +6,38 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cifar10_lt, cifar100_lt, digits_lt
-from lt_jax import build, recipes, train
+from configs import (
+  cifar10_lt,
+  cifar100_lt,
+  cifar100_open,
+  digits_lt,
+  imagenet_lt,
+  places_lt,
+)
+from lt_jax import build, protocols, recipes, train
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
 from lt_jax.optim import epoch_start, make_schedule
 
+WITH_META = (
+  'l2rw',
+  'mwn',
+  'meta_ce',
+  'meta_focal',
+  'meta_ldam',
+  'cb_finetune',
+  'ce_plus_meta',
+)
+"""Recipes that need meta images."""
+
 CONFIGS = {
   'digits_lt': (digits_lt, ''),
   'cifar10_lt': (cifar10_lt, ',net=resnet8'),
   'cifar100_lt': (cifar100_lt, ',net=resnet8'),
+  'cifar100_open': (cifar100_open, ',net=resnet8'),
+  'imagenet_lt': (imagenet_lt, ''),
+  'places_lt': (places_lt, ',net=resnet50'),
 }
 
 
@@ -24,7 +45,10 @@ CONFIGS = {
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   module, option = CONFIGS[name]
-  config = build.resolve(module.get_config(recipe + option))
+  config = module.get_config(recipe + option)
+  if not config.data.meta_per_class and recipe in WITH_META:
+    pytest.skip(f'{name} sets no meta images aside')
+  config = build.resolve(config)
   assert (config['name'], config['recipe']) == (name, recipe)
   experiment = build.build(config)
   for stage in experiment.stages.values():
@@ -82,7 +106,7 @@ def test_the_protocols_are_those_of_the_papers(no_data):
 
 
 @pytest.mark.parametrize('recipe', ['ldam_drw', 'ce_drs', 'cb_focal'])
-@pytest.mark.parametrize('protocol', recipes.PROTOCOLS)
+@pytest.mark.parametrize('protocol', protocols.PROTOCOLS)
 def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
   arg = f'{recipe},net=resnet8,protocol={protocol},meta=10'
   build.build(build.resolve(cifar10_lt.get_config(arg)))

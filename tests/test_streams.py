@@ -72,7 +72,7 @@ def test_processes_take_slices_of_one_order(rng):
 def test_images_of_several_sizes_are_told_by_position():
   images = [np.zeros((4, 4, 1), np.uint8), np.zeros((4, 5, 1), np.uint8)]
   with pytest.raises(UserError, match=r'image 1 has shape \(4, 5, 1\)'):
-    streams._read(images, np.array([0, 1]))
+    streams._stacked(images, np.array([0, 1]))
 
 
 def test_normalise(rng):

@@ -48,8 +48,11 @@ def config(path, arg, **overrides):
   for stage in (made, *made.stages.values()):
     if stage.get('meta_batch'):
       stage.meta_batch = 8
-    if 'schedule' in stage and stage is not made:  # one schedule for all of them
-      del stage.schedule
+    for key in ('schedule', 'optimizer'):  # one for all of them, and nothing frozen
+      if key in stage and stage is not made:
+        del stage[key]
+    if 'sampler' in stage and stage.sampler.name == 'class_aware':
+      stage.sampler.per_class = 2  # so that a batch has every class
   for key, value in overrides.items():
     made[key] = value
   return build.resolve(made)

@@ -1,10 +1,15 @@
 """Augmentation on the device: pure functions of (key, images), run inside jit."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+GREY = np.array([[[0.299, 0.587, 0.114]]])
+"""Weights of red, green and blue in the brightness that is seen (ITU-R BT.601)."""
 
 PAD_MODES = {'zero': 'constant', 'reflect': 'reflect'}
 
@@ -55,3 +60,46 @@ def flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Mirrors each image left to right with probability one half."""
   mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def colour_jitter(key: jax.Array, images: jax.Array, *, strength: float) -> jax.Array:
+  r"""Changes brightness, contrast and saturation of each image, in random order.
+
+  Each is a blend f x + (1 - f) z, clipped to [0, 255], with f uniform on
+  [1 - strength, 1 + strength] and z black, the mean grey of the image, or the grey of
+  each pixel: 0.299 R + 0.587 G + 0.114 B.
+
+  Args:
+    key: random key.
+    images: (B, H, W, 3) uint8.
+    strength: in [0, 1].
+
+  Returns:
+    (B, H, W, 3) float32 on the same scale.
+
+  Source: torchvision's ColorJitter with equal strengths and no hue, but for its
+  rounding to whole numbers after each change.
+  """
+  batch = len(images)
+  order_key, *factor_keys = jax.random.split(key, 4)
+  orders = jnp.asarray(list(itertools.permutations(range(3))))
+  order = orders[jax.random.randint(order_key, (batch,), 0, len(orders))]
+  factors = jnp.stack(
+    [
+      jax.random.uniform(k, (batch,), minval=1 - strength, maxval=1 + strength)
+      for k in factor_keys
+    ],
+    axis=1,
+  )
+
+  def jittered(image: jax.Array, order: jax.Array, factors: jax.Array) -> jax.Array:
+    for place in range(3):
+      kind = order[place]
+      grey = (image * GREY.astype(image.dtype)).sum(-1, keepdims=True)
+      other = jnp.stack(
+        [jnp.zeros_like(grey), jnp.broadcast_to(grey.mean(), grey.shape), grey]
+      )[kind]
+      image = jnp.clip(factors[kind] * (image - other) + other, 0, 255)
+    return image
+
+  return jax.vmap(jittered)(images.astype(jnp.float32), order, factors)

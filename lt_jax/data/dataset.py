@@ -1,12 +1,13 @@
 """A data set as a run uses it: a source, cut into its splits."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.data import longtail
+from lt_jax.data import crops, longtail
 from lt_jax.data.sources import fingerprint, load_source
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
@@ -51,13 +52,17 @@ def load_dataset(
   meta_in_train: bool = False,
   open_val_per_class: int = 0,
   open_test_per_class: int = 0,
+  test_split: str = 'test',
+  image_size: int = 0,
+  resize: int = 0,
 ) -> Dataset:
   """Opens a source and draws the splits of an experiment from it.
 
   Args:
-    source: 'digits', 'npz:PATH' or 'tfds:NAME', see `lt_jax.data.sources`.
+    source: such as 'digits' or 'tfds:NAME', see `lt_jax.data.sources.load_source`.
     to_device: puts the images of a small source into device memory.
-    dir: the folder of TFDS data sets; TFDS's own default if empty.
+    dir: the folder of TFDS data sets, TFDS's own default if empty; of images that are
+      listed, the folder of the lists if empty.
     seed: of splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
     known_classes: classes from this one on form the open set; 0: all are known.
@@ -66,12 +71,18 @@ def load_dataset(
     imbalance: n_max / n_min.
     test_per_class: test images a class, taken out of the training images first; 0: the
       source's own test split.
-    val_per_class: validation images a class, taken out next.
+    val_per_class: validation images a class, taken out next; 0: the source's own
+      validation split, if it has one.
     meta_per_class: images a class of a balanced meta set, taken out next.
     meta_in_train: puts them back into training, on top of the tail that was cut from
       the rest.
     open_val_per_class: open validation images a class.
-    open_test_per_class: open test images a class.
+    open_test_per_class: open test images a class. A source with a split of open images
+      has them as its open test set.
+    test_split: the split of the source that is tested on.
+    image_size: side of the square that images of many sizes are brought to, on the
+      host; 0: they have one size.
+    resize: their short side in evaluation, before the central square is taken.
 
   Raises:
     UserError: the source cannot serve the splits; it names the class.
@@ -105,11 +116,12 @@ def load_dataset(
       raise UserError('data.meta_in_train needs a meta set: set data.meta_per_class')
     drawn['train'] = np.union1d(drawn['train'], drawn['meta'])
   from_pool = {name: (pool, rows) for name, rows in drawn.items()}
-  splits = _test_splits(sources, known, source) if not test_per_class else {}
+  splits = _own_splits(sources, known, source, test_split, bool(test_per_class))
   splits |= from_pool
-  arrays = {id(s): _resident(s, to_device) for s, _ in splits.values()}
+  crop = _evaluation_crop(pool, source, image_size, resize)
+  arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
   prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
-  train_labels = pool.labels[drawn['train']]
+  train_labels, channels = pool.labels[drawn['train']], pool.image_shape[-1]
   return Dataset(
     splits={
       name: Split(
@@ -117,28 +129,66 @@ def load_dataset(
         rows=np.asarray(rows),
         labels=np.where(origin.labels[rows] < known, origin.labels[rows], -1),
         arrays=arrays[id(origin)],
+        crop=crop,
       )
       for name, (origin, rows) in splits.items()
     },
     counts=np.bincount(train_labels, minlength=known),
     class_names=tuple(pool.class_names[:known]),
-    image_shape=tuple(pool.image_shape),
+    image_shape=(*((image_size,) * 2 if crop else pool.image_shape[:2]), channels),
     fingerprint=hashlib.sha256(' '.join(prints).encode()).hexdigest(),
   )
 
 
-def _test_splits(sources: dict[str, Any], known: int, name: str) -> dict[str, Any]:
-  """Returns the source's own test split, its open classes apart."""
-  if 'test' not in sources:
-    raise UserError(
-      f'source {name!r} has no test split: set data.test_per_class to cut one'
-    )
-  test = sources['test']
-  is_known = test.labels < known
-  splits = {'test': (test, np.flatnonzero(is_known))}
-  if not is_known.all():
-    splits['open_test'] = (test, np.flatnonzero(~is_known))
+def _own_splits(
+  sources: dict[str, Any], known: int, name: str, test_split: str, cut: bool
+) -> dict[str, Any]:
+  """Returns the splits that the source has beside 'train', open classes apart.
+
+  Args:
+    sources: split -> source.
+    known: number of known classes; the others are open.
+    name: of the source.
+    test_split: the split that is tested on.
+    cut: the test set is cut from the training images instead.
+
+  Returns:
+    'val', 'test' and 'open_test', as far as there are such -> (source, rows).
+  """
+  splits = {}
+  if 'val' in sources and (cut or test_split != 'val'):
+    splits['val'] = (sources['val'], np.flatnonzero(sources['val'].labels < known))
+  if not cut:
+    if test_split not in sources:
+      raise UserError(
+        f'source {name!r} has no {test_split} split, only {", ".join(sources)}: set '
+        'data.test_per_class to cut one'
+      )
+    test = sources[test_split]
+    is_known = test.labels < known
+    splits['test'] = (test, np.flatnonzero(is_known))
+    if not is_known.all():
+      splits['open_test'] = (test, np.flatnonzero(~is_known))
+  if 'open' in sources:
+    if known < len(sources['train'].class_names):
+      raise UserError(
+        f'source {name!r} has open images of its own: set data.known_classes to 0'
+      )
+    splits['open_test'] = (sources['open'], np.arange(len(sources['open'])))
   return splits
+
+
+def _evaluation_crop(
+  pool: Any, name: str, image_size: int, resize: int
+) -> Callable[[np.ndarray], np.ndarray] | None:
+  """Returns the crop of evaluation; None where images have one size and keep it."""
+  if not image_size:
+    if None in pool.image_shape:
+      raise UserError(f'the images of {name!r} differ in size: set data.image_size')
+    return None
+  if resize < image_size:
+    raise UserError(f'data.resize is {resize}, less than data.image_size {image_size}')
+  return functools.partial(crops.center_crop, size=image_size, resize=resize)
 
 
 def _resident(source: Any, to_device: Callable[[np.ndarray], Any]) -> Any:

@@ -1,6 +1,7 @@
 """Sources: labelled images by position, wherever they are kept.
 
-A specification names one: 'digits', 'npz:PATH' or 'tfds:NAME'.
+A specification names one: 'digits', 'npz:PATH', 'tfds:NAME', 'list:FOLDER' or
+'folder:DIR'.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lt_jax.data.lists import folder_source, list_source
 from lt_jax.errors import UserError, lookup, suggest
 
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
@@ -24,7 +26,7 @@ class Source(Protocol):
   """What every source offers; one that lies in memory has `images` beside it.
 
   Attributes:
-    labels: (N,) int32.
+    labels: (N,) int32, -1 for images of no known class.
     class_names: names of classes 0 ... C - 1.
     image_shape: (H, W, channels); H and W are None where images differ in size.
   """
@@ -38,6 +40,9 @@ class Source(Protocol):
 
   def __getitem__(self, position: int) -> np.ndarray:
     """Returns one image, (H, W, channels) uint8."""
+
+  def identity(self, rows: np.ndarray) -> bytes | np.ndarray:
+    """Returns what stands in a fingerprint for the images at `rows`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +63,10 @@ class Arrays:
 
   def __getitem__(self, position: int) -> np.ndarray:
     return self.images[position]
+
+  def identity(self, rows: np.ndarray) -> np.ndarray:
+    """Returns the images themselves."""
+    return self.images[rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,6 +126,10 @@ class Records:
   def __getitem__(self, position: int) -> np.ndarray:
     return self.decode(position, self.example(position)[0])
 
+  def identity(self, rows: np.ndarray) -> bytes:
+    """Returns nothing: `name`, which has the version, and the rows say it all."""
+    return b''
+
 
 _PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
 
@@ -127,9 +140,12 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   Args:
     spec: 'digits'; 'npz:PATH', an archive of x_train, y_train, x_test and y_test,
       images (N, H, W) or (N, H, W, channels) uint8 and labels (N,) int, and perhaps
-      class_names (C,) str; or 'tfds:NAME', a prepared TFDS data set.
+      class_names (C,) str; 'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists
+      of image files, see `lists.list_source`; or 'folder:DIR', image files in a folder
+      a class, see `lists.folder_source`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
-      variable TFDS_DATA_DIR or else ~/tensorflow_datasets.
+      variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
+      paths are relative to; None is that of the lists.
 
   Returns:
     split -> source.
@@ -157,8 +173,9 @@ def store_labels(sources: dict[str, Source]) -> None:
 def fingerprint(source: Source, *indices: np.ndarray) -> str:
   """Returns the SHA-256 of what is trained on, which tells when the data change.
 
-  Images in memory count byte for byte; for those on disk stand the name of the source
-  and its length.
+  Labels, class names and the length count, and of the images what `identity` says:
+  those in memory byte for byte, those in files by their paths, and a TFDS data set by
+  its name and version.
 
   Args:
     source: of any kind.
@@ -174,8 +191,7 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
     digest.update(f'split of {len(rows)}'.encode())
     digest.update(np.ascontiguousarray(rows, '<i8'))
     digest.update(source.labels[rows].astype('<i4'))
-    if isinstance(source, Arrays):
-      digest.update(source.images[rows])
+    digest.update(source.identity(rows))
   return digest.hexdigest()
 
 
@@ -306,7 +322,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
       'which has no random access; prepare it as array_record in another folder'
     ) from None
   sources = {
-    str(split): Records(
+    _SPLIT_NAMES.get(str(split), str(split)): Records(
       name=f'tfds:{builder.info.full_name}/{split}',
       records=data.data_source,
       class_names=tuple(label.names),
@@ -351,4 +367,12 @@ def _in_memory_if_small(source: Records) -> Source:
   return Arrays(images, labels, source.class_names)
 
 
-SOURCES = {'digits': _digits, 'npz': _npz, 'tfds': _tfds}
+_SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
+
+SOURCES = {
+  'digits': _digits,
+  'npz': _npz,
+  'tfds': _tfds,
+  'list': list_source,
+  'folder': folder_source,
+}

@@ -5,9 +5,11 @@ and normalising happen on the device, inside the jitted step. A stream keeps no
 position: its payload is a function of the step, so a resumed run needs no iterator.
 """
 
+import concurrent.futures
 import functools
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,8 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, jax.Array], jax.Array]
 """(key, uint8 images) -> float32 images: augmentation and normalisation."""
+Crop = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""(uint8 image of any size, random numbers) -> uint8 image of the one size."""
 
 
 class Stream(NamedTuple):
@@ -48,12 +52,20 @@ class Split(NamedTuple):
     rows: (N,) int, their positions in the source.
     labels: (N,) int32, -1 for images of no known class.
     arrays: the source's images in device memory, or {} to stream them from the host.
+    crop: what brings an image of any size to the one that evaluation sees; None where
+      images have one size.
   """
 
   source: Any
   rows: np.ndarray
   labels: np.ndarray
   arrays: PyTree
+  crop: Callable[[np.ndarray], np.ndarray] | None = None
+
+  def image(self, row: int) -> np.ndarray:
+    """Returns the image at a position of the source as evaluation sees it."""
+    image = self.source[int(row)]
+    return self.crop(image) if self.crop else image
 
 
 class Pass(NamedTuple):
@@ -91,30 +103,49 @@ def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Bat
   return prepare
 
 
-def _payload(split: Split, positions: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns what the device needs to know of the examples at `positions`."""
-  positions = process_rows(positions)
+def _payload(
+  split: Split,
+  positions: np.ndarray,
+  read: Callable[[np.ndarray], Sequence[np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Returns what the device needs to know of the examples at `positions`.
+
+  `read` takes the places in the global batch of the images that are read here.
+  """
+  places = process_rows(np.arange(len(positions)))
+  positions = positions[places]
   rows = split.rows[positions].astype(np.int32)
   payload = {'index': rows, 'label': split.labels[positions].astype(np.int32)}
   if not split.arrays:
-    payload['image'] = _read(split.source, rows)
+    payload['image'] = _stacked(read(places), rows)
   return payload
 
 
-def _read(source: Any, rows: np.ndarray) -> np.ndarray:
-  """Reads images of one shape on the host: (B, H, W, channels) uint8."""
-  images = [source[int(row)] for row in rows]
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+  """Returns the threads that read images; decoders do not hold the interpreter."""
+  return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
+def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+  """Returns images of one shape as (B, H, W, channels) uint8."""
   for row, image in zip(rows, images, strict=True):
     if image.shape != images[0].shape:
       raise UserError(
-        f'image {row} has shape {image.shape}, image {rows[0]} {images[0].shape}: '
-        'images of one data set must have one size'
+        f'image {row} has shape {image.shape}, image {rows[0]} {images[0].shape}: set '
+        'data.image_size for images of many sizes'
       )
   return np.stack(images)
 
 
 def train_stream(
-  split: Split, sampler: Sampler, *, seed: int, batch: int, transform: Transform
+  split: Split,
+  sampler: Sampler,
+  *,
+  seed: int,
+  batch: int,
+  transform: Transform,
+  crop: Crop | None = None,
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
@@ -124,10 +155,20 @@ def train_stream(
     seed: of the order.
     batch: global batch size.
     transform: augmentation and normalisation on the device.
+    crop: augmentation on the host, of images of many sizes; its random numbers are a
+      function of the seed and the position in the stream.
   """
 
   def payload(step: int) -> dict[str, np.ndarray]:
-    return _payload(split, batch_indices(sampler, seed, batch, step))
+    positions = batch_indices(sampler, seed, batch, step)
+
+    def read(place: int) -> np.ndarray:
+      image = split.source[int(split.rows[positions[place]])]
+      if crop is None:
+        return image
+      return crop(image, np.random.default_rng((seed, step * batch + int(place))))
+
+    return _payload(split, positions, lambda p: list(_threads().map(read, p)))
 
   return Stream(split.arrays, payload, _prepare(transform))
 
@@ -146,6 +187,12 @@ def evaluation_pass(split: Split, *, batch: int, transform: Transform) -> Pass:
   def payload(step: int) -> dict[str, np.ndarray]:
     positions = np.arange(step * batch, (step + 1) * batch)
     mask = process_rows(positions < examples)
-    return {**_payload(split, np.minimum(positions, examples - 1)), 'mask': mask}
+    positions = np.minimum(positions, examples - 1)
+    rows = split.rows[positions]
+
+    def read(places: np.ndarray) -> list[np.ndarray]:
+      return list(_threads().map(split.image, rows[places]))
+
+    return {**_payload(split, positions, read), 'mask': mask}
 
   return Pass(Stream(split.arrays, payload, _prepare(transform)), batches, examples)

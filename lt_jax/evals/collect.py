@@ -1,23 +1,44 @@
-"""One pass over a split, on all devices: what of the outputs is kept, for every image.
+"""One pass over a split, on all devices: what of the outputs is kept, or added up.
 
 On the device a batch is reduced to what is wanted of it; the host puts the batches
-together. Metrics are plain NumPy functions of these arrays.
+together, or one running total stays on the device. Metrics are plain NumPy functions
+of what was kept.
 """
 
 import collections
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lt_jax import sharding
 from lt_jax.data.streams import Pass
+from lt_jax.errors import lookup
 from lt_jax.method import Batch, Outputs, State
 
 Collected = dict[str, np.ndarray]
 Collect = Callable[..., Collected | None]
+PyTree = Any
+
+
+class Survey(NamedTuple):
+  """Passes over the splits of a run with a stage's own network, in evaluation mode.
+
+  Attributes:
+    outputs: (state, split) -> Outputs of one batch as shapes; computes nothing, so that
+      the state may be shapes too.
+    collect: (state, split, keep) -> name -> (N, ...) NumPy, for `keep` (outputs, batch)
+      -> arrays with the batch first.
+    total: (state, split, fold) -> a pytree of NumPy arrays, for `fold` (outputs, batch)
+      -> sums over the batch. It must leave out rows where batch['mask'] is false.
+  """
+
+  outputs: Callable[[State, str], Outputs]
+  collect: Callable[[State, str, Callable], Collected]
+  total: Callable[[State, str, Callable], PyTree]
 
 
 def collector(
@@ -70,3 +91,78 @@ def collector(
     }
 
   return collect
+
+
+def total(
+  predict: Callable[[State, jax.Array], Outputs],
+  fold: Callable[[Outputs, Batch], PyTree],
+  mesh: Mesh,
+  state: State,
+  one_pass: Pass,
+  in_flight: int = 4,
+) -> PyTree:
+  """Returns sums over a split, NumPy; they stay on the devices until the end.
+
+  Args:
+    predict: a method's.
+    fold: (outputs, batch) -> sums over the batch, rows with a false batch['mask'] left
+      out.
+    mesh: the devices.
+    state: the method's.
+    one_pass: the pass over the split.
+    in_flight: batches the host may be ahead of the device.
+  """
+  stream = one_pass.stream
+
+  def summed(state, arrays, payload):
+    batch = stream.prepare(arrays, payload, jax.random.key(0))
+    return fold(predict(state, batch['image']), batch)
+
+  def add(sums, state, arrays, payload):
+    new = jax.tree.map(jnp.add, sums, summed(state, arrays, payload))
+    return new, jnp.int32(0)  # the latter outlives the former, so one can wait for it
+
+  compiled = jax.jit(add, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+  shapes = jax.eval_shape(summed, state, stream.arrays, stream.payload(0))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  sums = sharding.put_replicated(mesh, zeros)
+  waiting: collections.deque = collections.deque()
+  for step in range(one_pass.batches):
+    payload = sharding.put_batch(mesh, stream.payload(step))
+    sums, done = compiled(sums, state, stream.arrays, payload)
+    waiting.append(done)
+    if len(waiting) > in_flight:
+      waiting.popleft().block_until_ready()
+  return jax.device_get(sums)
+
+
+def survey(
+  predict: Callable[[State, jax.Array], Outputs],
+  passes: Mapping[str, Pass],
+  mesh: Mesh,
+) -> Survey:
+  """Returns the passes that a surgery can make over data.
+
+  Args:
+    predict: a method's.
+    passes: split -> evaluation pass.
+    mesh: the devices.
+  """
+
+  def the(split: str) -> Pass:
+    return lookup(passes, 'split', split)
+
+  def outputs(state: State, split: str) -> Outputs:
+    stream = the(split).stream
+
+    def one(state, arrays, payload):
+      batch = stream.prepare(arrays, payload, jax.random.key(0))
+      return predict(state, batch['image'])
+
+    return jax.eval_shape(one, state, stream.arrays, stream.payload(0))
+
+  return Survey(
+    outputs,
+    lambda state, split, keep: collector(predict, keep, mesh)(state, the(split)),
+    lambda state, split, fold: total(predict, fold, mesh, state, the(split)),
+  )

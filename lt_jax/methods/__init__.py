@@ -1,6 +1,6 @@
 """The methods, by name. A method is one file here and its line in this dict."""
 
-from lt_jax.methods import meta
+from lt_jax.methods import memory, meta
 from lt_jax.methods.supervised import supervised
 
 METHODS = {
@@ -8,4 +8,5 @@ METHODS = {
   'l2rw': meta.l2rw,
   'meta_weight_net': meta.meta_weight_net,
   'meta_reweight': meta.meta_reweight,
+  'oltr': memory.oltr,
 }

@@ -77,6 +77,7 @@ def supervised(
     )
 
   def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
+    params = optimizer.held(params)
     outputs, net_stats = forward(
       net, params['net'], stats['net'], batch['image'], train=True
     )

@@ -1,4 +1,4 @@
-"""Networks: a trunk from images to features, and a head from features to logits.
+"""Networks: a trunk from images to a map of features, and a head from there to logits.
 
 A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`.
 """
@@ -11,26 +11,54 @@ import jax
 from flax import linen as nn
 
 from lt_jax.errors import construct
-from lt_jax.models.heads import HEADS
+from lt_jax.models.attention import ModulatedAttention
+from lt_jax.models.heads import HEADS, dense
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
 
 
 class Classifier(nn.Module):
-  """A trunk and a head; its parameters are {'trunk': ..., 'head': ...}.
+  """A trunk and a head, and what may come in between.
+
+  Its parameters are {'trunk': ..., 'head': ...} and, where there are such, 'attention'
+  and 'projection'.
 
   Attributes:
-    trunk: a module from images (B, H, W, C) to features (B, D).
-    head: a module from features to logits (B, number of classes).
+    trunk: a module from images (B, H, W, C) to a map (B, H', W', C').
+    head: a module from features (B, D) to logits (B, number of classes).
+    attention: a module from maps to maps; None for none.
+    projection: features D, of a linear layer and ReLU after the mean over the pixels;
+      -1 for D = C', 0 for no such layer.
   """
 
   trunk: nn.Module
   head: nn.Module
+  attention: nn.Module | None = None
+  projection: int = 0
 
-  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-    """Returns 'features' (B, D) and 'logits' (B, number of classes), both float32."""
-    features = at_least_float32(self.trunk(images, train=train))
-    return {'features': features, 'logits': self.head(features)}
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool, **memory: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Maps images to outputs.
+
+    Args:
+      images: (B, H, W, C).
+      train: normalises by the batch.
+      **memory: what the head reads beside the features.
+
+    Returns:
+      'features' (B, D) and 'logits' (B, number of classes), both at least float32.
+    """
+    x = self.trunk(images, train=train)
+    if self.attention is not None:
+      x = self.attention(x)
+    features = at_least_float32(x).mean((1, 2))
+    if self.projection:
+      inputs = features.shape[-1]
+      size = inputs if self.projection < 0 else self.projection
+      features = nn.relu(dense(size, inputs=inputs, name='projection')(features))
+    return {'features': features, 'logits': self.head(features, **memory)}
 
 
 def make_classifier(
@@ -38,6 +66,8 @@ def make_classifier(
   head: str,
   num_classes: int,
   *,
+  attention: bool = False,
+  projection: int = 0,
   dtype: Any = None,
   batch_norm: Mapping[str, Any] | None = None,
   trunk_options: Mapping[str, Any] | None = None,
@@ -49,7 +79,10 @@ def make_classifier(
     trunk: a key of `TRUNKS`.
     head: a key of `HEADS`.
     num_classes: number of known classes.
-    dtype: of the trunk's convolutions, such as 'bfloat16'; None for float32.
+    attention: puts `ModulatedAttention` over the trunk's map.
+    projection: size of the features after a linear layer and ReLU; -1 for as many as
+      the trunk's, 0 for no such layer.
+    dtype: of the trunk and the attention, such as 'bfloat16'; None for float32.
       Parameters, statistics, features and logits are float32 in any case.
     batch_norm: attributes of `BatchNorm`, such as {'groups': 8}.
     trunk_options: attributes of the trunk, such as {'width': 4}.
@@ -64,4 +97,6 @@ def make_classifier(
       TRUNKS, 'trunk', trunk, options=trunk_options or {}, dtype=dtype, norm=norm
     ),
     head=construct(HEADS, 'head', head, num_classes, options=head_options or {}),
+    attention=ModulatedAttention(dtype) if attention else None,
+    projection=projection,
   )

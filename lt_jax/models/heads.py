@@ -49,6 +49,31 @@ def uniform_by_fan_in(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Arra
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def dense(
+  features: int, *, inputs: int, kernel_init: Callable | None = None, **attributes
+) -> nn.Dense:
+  """Returns x W + b with b, and W unless told otherwise, from U(+-1 / sqrt(inputs)).
+
+  Args:
+    features: outputs.
+    inputs: size of x, which the initialisation needs.
+    kernel_init: of W; None for PyTorch's, the same as b's.
+    **attributes: of `nn.Dense`, such as its name.
+  """
+  bound = 1 / math.sqrt(inputs)
+
+  def uniform(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return nn.Dense(
+    features,
+    kernel_init=kernel_init or uniform,
+    bias_init=uniform,
+    precision=lax.Precision.HIGHEST,
+    **attributes,
+  )
+
+
 class Linear(nn.Module):
   """logits = v W + b.
 
@@ -69,6 +94,62 @@ class Linear(nn.Module):
     constant = nn.initializers.constant(self.first_bias)
     bias = self.param('bias', constant, (self.num_classes,), jnp.float32)
     return _product(features, kernel) + bias[None]
+
+
+class ScaledLinear(nn.Module):
+  r"""A linear classifier whose logits have one learned scale a class.
+
+  .. math:: z_c = s_c (v \cdot w_c + b_c), \qquad s_c = 1 \text{ in the beginning}
+
+  Attributes:
+    num_classes: C.
+
+  Source: learnable weight scaling of Kang et al., arXiv 1910.09217, section 4.2, which
+  trains s alone; the authors' code scales the bias too.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps (B, D) to (B, C)."""
+    kernel = _kernel(self, features, INITIALISERS['kaiming'])
+    shape = (self.num_classes,)
+    bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
+    scale = self.param('scale', nn.initializers.ones, shape, jnp.float32)
+    return scale[None] * (_product(features, kernel) + bias[None])
+
+
+class NearestClassMean(nn.Module):
+  r"""Negative squared distances to one mean a class.
+
+  .. math:: z_c = -|\tilde v - m_c|^2, \qquad \tilde v = \mathrm{unit}(v - \bar v)
+
+  The surgery 'nearest_class_mean' measures both means on the training images.
+
+  Attributes:
+    num_classes: C.
+
+  Source: Kang et al., arXiv 1910.09217, section 4.2; centring and normalising ("cl2n")
+  as in the authors' code.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps (B, D) to (B, C)."""
+    zeros, width = nn.initializers.zeros, features.shape[-1]
+    centre = self.param('centre', zeros, (width,), jnp.float32)
+    means = self.param('means', zeros, (self.num_classes, width), jnp.float32)
+    v = centred_unit(features, centre)
+    squares = (v * v).sum(-1, keepdims=True) + (means * means).sum(-1)[None]
+    return 2 * _product(v, means.T) - squares
+
+
+def centred_unit(features: jax.Array, centre: jax.Array) -> jax.Array:
+  """Returns (v - centre) / |v - centre| of features (B, D), in at least float32."""
+  return unit(at_least_float32(features) - centre[None])
 
 
 class Cosine(nn.Module):
@@ -121,6 +202,63 @@ class CosineSquash(nn.Module):
     return self.scale * _product(v / (1 + _norm(v, -1)), unit(kernel, axis=0))
 
 
+class MetaEmbedding(nn.Module):
+  r"""Reads a memory of class centroids M (C, D) for every feature, then classifies.
+
+  .. math::
+    o = \mathrm{softmax}(v W_h + b_h), \quad e = \tanh(v W_e + b_e), \quad
+    \gamma = \min_c |v - m_c|, \quad
+    \tilde v = \frac{r}{\gamma} (v + e \odot o M)
+
+  and the logits are those of `CosineSquash` for the meta-embedding. Frequent classes
+  lend what they know to rare ones through o M, and what is far from every centroid
+  gets a short embedding, hence flat logits. No gradient reaches the memory here. On a
+  centroid, gamma counts as 1e-6, without a gradient.
+
+  The nearest centroid is found by |m|^2 - 2 v m, a product of matrices, and only the
+  distance to it is computed as such: nothing of size (B, C, D) is ever made.
+
+  Attributes:
+    num_classes: C.
+    scale: of the logits.
+    reach: r.
+
+  Source: Liu et al., arXiv 1904.05160, equations 2 to 5; r and the squashing of lengths
+  are those of the authors' code (the paper has r = 1).
+  """
+
+  num_classes: int
+  scale: float
+  reach: float
+
+  @nn.compact
+  def __call__(
+    self, features: jax.Array, *, centroids: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps (B, D), with centroids (C, D), to (B, C); without any, they are zero.
+
+    Leaves among the intermediates 'hallucination' o (B, C), 'read' o M (B, D),
+    'selection' e (B, D), 'reachability' r / gamma (B, 1) and 'embedding' (B, D).
+    """
+    v = at_least_float32(features)
+    if centroids is None:
+      centroids = jnp.zeros((self.num_classes, v.shape[-1]), v.dtype)
+    memory = lax.stop_gradient(centroids)
+    hallucination = jax.nn.softmax(Linear(self.num_classes, name='hallucinator')(v))
+    read = _product(hallucination, memory)
+    selection = jnp.tanh(dense(v.shape[-1], inputs=v.shape[-1], name='selector')(v))
+    squares = (memory * memory).sum(-1)[None]
+    nearest = jnp.argmin(squares - 2 * _product(v, memory.T), axis=-1)
+    reachability = self.reach / _norm(v - memory[nearest], axis=-1)
+    embedding = reachability * (v + selection * read)
+    self.sow('intermediates', 'hallucination', hallucination)
+    self.sow('intermediates', 'read', read)
+    self.sow('intermediates', 'selection', selection)
+    self.sow('intermediates', 'reachability', reachability)
+    self.sow('intermediates', 'embedding', embedding)
+    return CosineSquash(self.num_classes, self.scale, name='classifier')(embedding)
+
+
 def _kernel(head: nn.Module, features: jax.Array, init: Callable) -> jax.Array:
   """Returns the parameter 'kernel' (D, C) of a head."""
   shape = (features.shape[-1], head.num_classes)
@@ -148,6 +286,16 @@ def linear(
   return Linear(num_classes, kernel_init, first_bias)
 
 
+def scaled_linear(num_classes: int) -> ScaledLinear:
+  """Returns a `ScaledLinear` head."""
+  return ScaledLinear(num_classes)
+
+
+def nearest_class_mean(num_classes: int) -> NearestClassMean:
+  """Returns a `NearestClassMean` head."""
+  return NearestClassMean(num_classes)
+
+
 def cosine(num_classes: int, *, scale: float = 30.0) -> Cosine:
   """Returns a `Cosine` head; its attributes are the arguments."""
   return Cosine(num_classes, scale)
@@ -158,8 +306,18 @@ def cosine_squash(num_classes: int, *, scale: float = 16.0) -> CosineSquash:
   return CosineSquash(num_classes, scale)
 
 
+def meta_embedding(
+  num_classes: int, *, scale: float = 16.0, reach: float = 10.0
+) -> MetaEmbedding:
+  """Returns a `MetaEmbedding` head; its attributes are the arguments."""
+  return MetaEmbedding(num_classes, scale, reach)
+
+
 HEADS: dict[str, Callable[..., nn.Module]] = {
   'linear': linear,
+  'scaled_linear': scaled_linear,
+  'nearest_class_mean': nearest_class_mean,
   'cosine': cosine,
   'cosine_squash': cosine_squash,
+  'meta_embedding': meta_embedding,
 }

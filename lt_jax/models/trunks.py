@@ -1,4 +1,4 @@
-"""Trunks: from images to one feature vector each."""
+"""Trunks: from images to a map of features; here those for small images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
-from lt_jax.models.normalisation import BatchNorm, at_least_float32
+from lt_jax.models.normalisation import BatchNorm
+from lt_jax.models.resnet import RESNETS
 
 
 def subsample(x: jax.Array, stride: int) -> jax.Array:
@@ -27,11 +28,6 @@ SHORTCUTS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
   'subsample': subsample,
   'average': average,
 }
-
-
-def global_average(x: jax.Array) -> jax.Array:
-  """Returns the mean over the pixels, (B, C), in float32."""
-  return at_least_float32(x).mean((1, 2))
 
 
 class BasicBlock(nn.Module):
@@ -69,9 +65,9 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
   """The residual network for images of 32 x 32 pixels.
 
-  A 3x3 convolution to w channels, three stages of n basic blocks with w, 2w and 4w
-  channels, the second and third beginning with stride 2, and the mean over the
-  pixels. Activation comes after the addition ("v1").
+  A 3x3 convolution to w channels, then three stages of n basic blocks with w, 2w and
+  4w channels, the second and third beginning with stride 2. Activation comes after the
+  addition ("v1").
 
   Attributes:
     blocks: n; the depth, counting a linear head, is 6 n + 2.
@@ -91,7 +87,7 @@ class CifarResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps (B, H, W, C) images to features (B, 4 width), at least float32."""
+    """Maps (B, H, W, C) images to (B, H / 4, W / 4, 4 width), rounded up."""
     x = self.conv(self.width, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
     for stage in range(3):
@@ -104,14 +100,13 @@ class CifarResNet(nn.Module):
           norm=self.norm,
           name=f'stage{stage + 1}_block{block + 1}',
         )(x, train=train)
-    return global_average(x)
+    return x
 
 
 class SmallCNN(nn.Module):
   """Two 3x3 convolutions with w and 2w channels, each normalised, then relu.
 
-  Squares of 2x2 pixels are averaged in between, and all pixels in the end. For 8x8
-  digits, and for tests.
+  Squares of 2x2 pixels are averaged in between. For 8x8 digits, and for tests.
 
   Attributes:
     width: w; about 18 w^2 parameters.
@@ -125,12 +120,11 @@ class SmallCNN(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps (B, H, W, C) images to features (B, 2 width), at least float32."""
+    """Maps (B, H, W, C) images to (B, H / 2, W / 2, 2 width), rounded down."""
     x = self.conv(self.width, name='conv1')(images)
     x = nn.relu(self.norm(name='norm1')(x, train=train))
     x = self.conv(2 * self.width, name='conv2')(average(x, 2))
-    x = nn.relu(self.norm(name='norm2')(x, train=train))
-    return global_average(x)
+    return nn.relu(self.norm(name='norm2')(x, train=train))
 
 
 def cifar_resnet(
@@ -174,5 +168,6 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   'resnet56': partial(cifar_resnet, depth=56),
   'digits_cnn': partial(small_cnn, width=44),
   'tiny_cnn': partial(small_cnn, width=12),
+  **RESNETS,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""

@@ -1,0 +1,36 @@
+"""Places-LT with ResNet-152: scenes, from an ImageNet network.
+
+  python -m lt_jax.main --config=configs/places_lt.py:oltr \
+    --config.data.source=list:LISTS --config.data.dir=IMAGES --workdir=runs/places
+
+Data: the published lists over a folder of images (Places365, 256 x 256 pixels). LISTS
+holds Places_LT_train.txt, _val.txt, _test.txt and perhaps _open.txt, in either of their
+two spellings of paths (or Places_LT_v2_*.txt); IMAGES is either archive unpacked. 365
+classes of 4,980 to 5 images, in all 62,500; 131 are many-shot, 163 medium and 71 few.
+
+Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
+
+  recipe          many  medium  few   all      F
+  ce              45.9    22.4   0.36 27.2   36.6
+  lifted          41.1    35.4  24.0  35.2   45.9
+  focal_aware     41.1    34.8  22.4  34.6   45.3
+  range           41.1    35.4  23.2  35.1   45.7
+  fslwf           43.9    29.9  29.5  34.9   37.5
+  oltr            44.7    37.0  25.3  35.9   46.4
+
+These start from a network that was trained on ImageNet; from random weights, as this
+config begins, they are out of reach.
+
+Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
+
+Argument: as in configs/imagenet_lt.py.
+"""
+
+from lt_jax import protocols
+
+
+def get_config(arg: str | None = None):
+  """Returns the config of a recipe: 'oltr', 'crt', ..."""
+  return protocols.photographs_lt(
+    arg, name='places_lt', source='tfds:places_lt', net='resnet152'
+  )

@@ -1,0 +1,237 @@
+"""OpenMax: logits of known classes give up what is due to an unknown one.
+
+A class remembers the mean logits of its training images that were classified right,
+and how far the farthest of them lie from it. A test image farther than that loses its
+logit of the class to an unknown class, the last column of `recalibrate`:
+
+  p = softmax(recalibrate(logits, tails));  known_score = 1 - p[:, C]
+
+The class of an image is the arg max over the first C columns; it is rejected where the
+unknown class wins, or where `known_score` is below a threshold: both are the caller's.
+
+Source: Bendale and Boult, Towards Open Set Deep Networks, CVPR 2016, arXiv 1511.06233,
+algorithms 1 and 2; the authors' code (abhijitbendale/OSDN) and its extreme value
+library (Vastlab/libMR). Where they part, the docstrings say which is followed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import brentq
+
+from lt_jax.errors import UserError
+
+EUCLIDEAN_WEIGHT = 1 / 200
+FEWEST = 3
+"""Images that a tail is fitted to at least."""
+
+
+class Tails(NamedTuple):
+  """What OpenMax knows of the classes: a pytree of arrays, float32 but for `fitted`.
+
+  Attributes:
+    mean: (C, C) mean logits of the images classified right, row by class; zeros where
+      a class is not fitted.
+    shape: (C,) of the Weibull distribution of large distances.
+    scale: (C,), of the unit of the distance.
+    location: (C,) where it starts; the CDF is 1 - exp(-((d - location) / scale)^shape).
+    fitted: (C,) bool; a class that is not keeps its logits.
+  """
+
+  mean: np.ndarray
+  shape: np.ndarray
+  scale: np.ndarray
+  location: np.ndarray
+  fitted: np.ndarray
+
+
+def unfitted(num_classes: int) -> Tails:
+  """Returns the tails of classes none of which is fitted, so that no logit changes."""
+  ones, zeros = np.ones(num_classes, np.float32), np.zeros(num_classes, np.float32)
+  mean = np.zeros((num_classes, num_classes), np.float32)
+  return Tails(mean, ones, ones, zeros, np.zeros(num_classes, bool))
+
+
+def distance(logits: jax.Array, means: jax.Array) -> jax.Array:
+  r"""Returns the distance of every image to every class.
+
+  .. math:: d = \frac{\| z - \mu \|}{200} + 1 - \frac{z \cdot \mu}{\|z\| \, \|\mu\|}
+
+  The square is expanded, so that nothing is larger than (B, C); the cosine with a
+  vector of zeros is 0.
+
+  Args:
+    logits: (B, C) float32.
+    means: (K, C) mean logits of K classes.
+
+  Returns:
+    (B, K), finite and not negative.
+
+  Source: the authors' code, where it is called eucos and is the default.
+  """
+  inner = jnp.matmul(logits, means.T, precision='highest')
+  return _eucos(inner, _square(logits)[:, None], _square(means)[None])
+
+
+def own_distance(logits: jax.Array, labels: jax.Array, means: jax.Array) -> jax.Array:
+  """Returns the distance of every image to its own class: what `fit_tails` takes.
+
+  Args:
+    logits: (B, C) float32.
+    labels: (B,) int in [0, C).
+    means: (C, C) mean logits, row by class.
+
+  Returns:
+    (B,), the entries of `distance` at the labels.
+  """
+  own = means[labels]
+  return _eucos((logits * own).sum(axis=-1), _square(logits), _square(own))
+
+
+def _square(x: jax.Array) -> jax.Array:
+  """Returns the squared norm of each row."""
+  return (x * x).sum(axis=-1)
+
+
+def _eucos(inner: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
+  """Returns the distance from an inner product and both squared norms."""
+  # Where vectors coincide, rounding takes either difference below zero.
+  euclidean = jnp.sqrt(jnp.maximum(square + other - 2 * inner, 0))
+  norms = jnp.sqrt(square) * jnp.sqrt(other)
+  cosine = inner / jnp.where(norms > 0, norms, 1)
+  return EUCLIDEAN_WEIGHT * euclidean + jnp.maximum(1 - cosine, 0)
+
+
+def fit_tails(
+  distances: np.ndarray, labels: np.ndarray, means: np.ndarray, tail: int = 20
+) -> Tails:
+  """Fits a Weibull distribution to the largest distances of each class, on the host.
+
+  The tail is moved so that its smallest distance is 1, and `fit_weibull` does the
+  rest. Moving it to 0 would leave no likelihood to maximise, as that diverges at 0; in
+  libMR the constant is 1 as well, 10,000 in earlier releases, which changes the CDF by
+  hundredths where tails are shorter than 1 and is beyond float32.
+
+  A class keeps its logits, `fitted` being False, where fewer than three images were
+  classified right or its tail is all one value (to a relative 1e-5, as the distances
+  come in float32): there is nothing to fit. Few-shot classes with less than `tail`
+  images use all of theirs.
+
+  Args:
+    distances: (N,) from `own_distance`, of training images classified right only.
+    labels: (N,) int in [0, C).
+    means: (C, C) mean logits of the same images, row by class; anything, such as NaN,
+      where a class has none.
+    tail: the most distances of a class that are used; at least 3.
+
+  Raises:
+    UserError: a tail too short, a label out of range or a distance that is not finite.
+
+  Source: algorithm 1 (its parameter eta is `tail`) with FitHigh of libMR. There is no
+  word in it on classes without a tail.
+  """
+  distances, labels = np.asarray(distances, np.float64), np.asarray(labels)
+  count = len(means)
+  _check(distances, labels, count, tail)
+  shape, scale, location = np.ones(count), np.ones(count), np.zeros(count)
+  fitted = np.zeros(count, bool)
+  order = np.lexsort((distances, labels))
+  ends = np.searchsorted(labels[order], np.arange(1, count))
+  for c, ascending in enumerate(np.split(distances[order], ends)):
+    largest = ascending[-tail:]
+    fitted[c] = len(largest) >= FEWEST and not np.allclose(largest, largest[0])
+    if fitted[c]:
+      location[c] = largest[0] - 1
+      shape[c], scale[c] = fit_weibull(largest - location[c])
+  mean = np.where(fitted[:, None], means, 0)
+  numbers = (x.astype(np.float32) for x in (mean, shape, scale, location))
+  return Tails(*numbers, fitted)
+
+
+def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> None:
+  """Raises a `UserError` unless the tails of these distances can be fitted."""
+  if tail < FEWEST:
+    raise UserError(f'openmax: tail must be at least {FEWEST}, got {tail}')
+  outside = (labels < 0) | (labels >= count)
+  if outside.any():
+    raise UserError(f'openmax: label {labels[outside][0]} is not in [0, {count})')
+  bad = ~np.isfinite(distances)
+  if bad.any():
+    raise UserError(f'openmax: a distance of class {labels[bad][0]} is not finite')
+
+
+def fit_weibull(values: np.ndarray) -> tuple[float, float]:
+  r"""Returns the shape and scale of maximum likelihood, by Brent's method.
+
+  With x = log y, the inverse shape s is the only root of
+
+  .. math::
+    h(s) = s + \bar x - \frac{\sum_i x_i e^{x_i / s}}{\sum_i e^{x_i / s}}, \qquad
+    \text{scale} = \Big( \frac{1}{n} \sum_i y_i^{1/s} \Big)^{s}
+
+  which increases in s, and lies between the two ends that are handed over.
+
+  Args:
+    values: (n,) float64, positive and not all equal.
+
+  Source: the likelihood equations of the Weibull distribution; libMR solves the same
+  equation for s.
+  """
+  x = np.log(values)
+  top = x.max()
+  x = x - top  # h does not change, and no exponential overflows
+  mean = x.mean()
+
+  def h(s):
+    weight = np.exp(x / s)
+    return s + mean - (weight * x).sum() / weight.sum()
+
+  # From |x| e^(-|x| / s) <= s / e: h < 0 at the lower end. h > 0 at the range of x.
+  ends = -mean / (1 + len(x)), -x.min()
+  s = brentq(h, *ends, xtol=1e-12 * ends[0], rtol=1e-12)
+  return 1 / s, float(np.exp(top + s * np.log(np.exp(x / s).mean())))
+
+
+def recalibrate(logits: jax.Array, tails: Tails, alpha: int = 10) -> jax.Array:
+  r"""Returns logits of C + 1 classes, the last of them unknown.
+
+  With r = 0, 1, ... the rank of class j among the logits, and F_j the fitted CDF:
+
+  .. math::
+    w_j = 1 - \max\Big( \frac{\alpha - r}{\alpha}, 0 \Big) F_j(d_j), \qquad
+    z'_j = z_j - (1 - w_j) \max(z_j, 0), \qquad
+    z'_C = \sum_j (1 - w_j) \max(z_j, 0)
+
+  Only positive logits shrink: to shrink a negative one would raise it, and lower the
+  unknown one. (Shifting all logits of an image until none is negative would do as well,
+  but then every class that ranks and is far from the image adds its share, so that with
+  few classes most known images are rejected.)
+
+  Args:
+    logits: (B, C) float32.
+    tails: from `fit_tails`.
+    alpha: how many of the largest logits may shrink, at least 1; all C if it is more.
+      Of equal logits the lower class ranks first.
+
+  Returns:
+    (B, C + 1), finite.
+
+  Raises:
+    UserError: an alpha below 1.
+
+  Source: algorithm 2, as the authors' code counts ranks and multiplies by F_j; it lets
+  negative logits shrink too.
+  """
+  if alpha < 1:
+    raise UserError(f'openmax: alpha must be at least 1, got {alpha}')
+  alpha = min(alpha, logits.shape[-1])
+  from_start = distance(logits, tails.mean) - tails.location[None]
+  ratio = jnp.maximum(from_start, 0) / tails.scale[None]
+  cdf = jnp.where(tails.fitted[None], -jnp.expm1(-(ratio ** tails.shape[None])), 0)
+  rank = jnp.argsort(jnp.argsort(-logits, axis=-1), axis=-1)
+  weight = 1 - jnp.maximum(1 - rank / alpha, 0) * cdf
+  taken = (1 - weight) * jnp.maximum(logits, 0)
+  unknown = taken.sum(axis=-1, keepdims=True)
+  return jnp.concatenate([logits - taken, unknown], axis=-1)

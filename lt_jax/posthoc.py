@@ -1,0 +1,223 @@
+"""Post-hoc classifiers: what predicts otherwise than it was trained.
+
+Each is a wrapper `Method -> Method`. One that measures something keeps it in
+`state.memory`, under its own name, and has a surgery beside it that fills it; a stage
+of no steps puts the two together.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax.errors import UserError
+from lt_jax.evals import openmax
+from lt_jax.evals.collect import Survey
+from lt_jax.method import Method, State
+from lt_jax.surgery import Surgery, class_sums, put
+
+
+def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
+  r"""Predicts with post-hoc adjusted logits: z_c - tau * log(n_c / N).
+
+  Source: Menon et al., Long-tail learning via logit adjustment, arXiv 2007.07314,
+  equation 9.
+
+  Args:
+    method: any method, trained or to be trained; its steps do not change.
+    counts: (C,) training images of each class, all positive.
+    tau: strength; 0 leaves the logits as they are.
+  """
+  counts = np.asarray(counts, np.float64)
+  if not (counts > 0).all():
+    raise UserError(
+      f'logit adjustment needs images of every class; class {counts.argmin()} has none'
+    )
+  offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
+
+  def predict(state, images):
+    outputs = method.predict(state, images)
+    return {**outputs, 'logits': outputs['logits'] - offset[None]}
+
+  return Method(method.init, method.step, predict)
+
+
+def tau_norm(method: Method, *, taus: Sequence[float]) -> Method:
+  r"""Predicts with class weights divided by a power of their length, and no bias.
+
+  .. math:: z_c = v \cdot w_c / |w_c|^\tau
+
+  tau is in `state.memory['tau_norm']`, where the surgery 'choose_tau' puts the best of
+  `taus` with the accuracy of each.
+
+  Args:
+    method: one whose head is linear.
+    taus: the values to choose from; 0 only leaves out the bias.
+
+  Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
+  section 4.2; the authors' code leaves out the bias, and tries 0, 0.1, ..., 2.
+  """
+
+  def init(key, batches):
+    state = method.init(key, batches)
+    if set(state.params['net']['head']) != {'kernel', 'bias'}:
+      raise UserError("tau_norm: it scales the weights of a 'linear' head, no other")
+    memory = {
+      'tau': jnp.zeros((), jnp.float32),
+      'taus': jnp.asarray(taus, jnp.float32),
+      'accuracy': jnp.zeros(len(taus), jnp.float32),
+    }
+    return state.replace(memory={**state.memory, 'tau_norm': memory})
+
+  def predict(state, images):
+    outputs = method.predict(state, images)
+    kernel = state.params['net']['head']['kernel']
+    logits = tau_logits(outputs['features'], kernel, state.memory['tau_norm']['tau'])
+    return {**outputs, 'logits': logits}
+
+  return Method(init, method.step, predict)
+
+
+def tau_logits(
+  features: jax.Array, kernel: jax.Array, tau: jax.Array | float
+) -> jax.Array:
+  """Returns features (B, D) times kernel (D, C), its columns over |column|^tau."""
+  lengths = jnp.maximum(jnp.linalg.norm(kernel, axis=0, keepdims=True), 1e-12)
+  return jnp.dot(features, kernel / lengths**tau, precision=jax.lax.Precision.HIGHEST)
+
+
+def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
+  """Chooses the tau of `tau_norm` by accuracy on a split, the least of equals.
+
+  Args:
+    survey: passes with the stage's own network.
+    split: whose images decide; never those of the test set.
+
+  Raises:
+    UserError: the stage is not wrapped in 'tau_norm', there is no such split, or it is
+      the test set.
+  """
+  if split == 'test':
+    raise UserError('choose_tau: tau is never chosen on the test set')
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    survey.outputs(fresh, split)  # there is such a split
+    if 'tau_norm' not in fresh.memory:
+      raise UserError("choose_tau: the stage has no wrapper 'tau_norm'")
+    taus = fresh.memory['tau_norm']['taus']
+
+    def accuracies() -> np.ndarray:
+      def keep(outputs, batch):
+        return {'features': outputs['features'], 'label': batch['label']}
+
+      seen = survey.collect(fresh, split, keep)
+      kernel = fresh.params['net']['head']['kernel']
+
+      @jax.jit
+      def accuracy(tau, kernel, seen):
+        predicted = tau_logits(seen['features'], kernel, tau).argmax(-1)
+        return (predicted == seen['label']).mean(dtype=jnp.float32)
+
+      return np.array([accuracy(tau, kernel, seen) for tau in taus])
+
+    measured = put(fresh, 'memory/tau_norm/accuracy', taus.shape, accuracies)
+
+    def best() -> np.ndarray:
+      return np.asarray(taus)[np.argmax(measured.memory['tau_norm']['accuracy'])]
+
+    return put(measured, 'memory/tau_norm/tau', (), best)
+
+  return surgery
+
+
+def with_openmax(method: Method, *, alpha: int = 10) -> Method:
+  """Predicts with OpenMax: logits give up what is due to an unknown class.
+
+  The logits are the first C of `openmax.recalibrate`, and 'known_score' is one minus
+  the probability of the unknown class. The tails are in `state.memory['openmax']`,
+  where the surgery 'fit_openmax' puts them; before, no logit changes.
+
+  Args:
+    method: any method.
+    alpha: how many of the largest logits may shrink.
+  """
+
+  def init(key, batches):
+    state = method.init(key, batches)
+    images = batches['train']['image'][:1]
+    logits = jax.eval_shape(lambda: method.predict(state, images)['logits'])
+    memory = openmax.unfitted(logits.shape[-1])._asdict()
+    return state.replace(memory={**state.memory, 'openmax': memory})
+
+  def predict(state, images):
+    outputs = method.predict(state, images)
+    tails = openmax.Tails(**state.memory['openmax'])
+    logits = openmax.recalibrate(outputs['logits'], tails, alpha)
+    # Not 1 - softmax, which is 0 in float32 for many unlike images.
+    log_odds = jax.nn.logsumexp(logits[:, :-1], axis=-1) - logits[:, -1]
+    known_score = jax.nn.sigmoid(log_odds)
+    return {**outputs, 'logits': logits[:, :-1], 'known_score': known_score}
+
+  return Method(init, method.step, predict)
+
+
+def fit_openmax(*, survey: Survey, tail: int = 20, split: str = 'train') -> Surgery:
+  """Fits the tails of `with_openmax` on images that are classified right.
+
+  Args:
+    survey: passes with the stage's own network.
+    tail: the most distances of a class that are used.
+    split: whose images.
+
+  Raises:
+    UserError: the stage is not wrapped in 'openmax', or a tail that is too short.
+  """
+
+  def right(outputs, batch):
+    return outputs['logits'].argmax(-1) == batch['label']
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    if 'openmax' not in fresh.memory:
+      raise UserError("fit_openmax: the stage has no wrapper 'openmax'")
+    classes = survey.outputs(fresh, split)['logits'].shape[-1]
+
+    def sums(outputs, batch):
+      counted = {**batch, 'mask': batch['mask'] & right(outputs, batch)}
+      return class_sums(outputs['logits'], counted, classes)
+
+    @functools.cache
+    def fitted() -> dict[str, np.ndarray]:
+      total, count = survey.total(fresh, split, sums)
+      means = jnp.asarray(total / np.maximum(count, 1)[:, None])
+
+      def keep(outputs, batch):
+        apart = openmax.own_distance(outputs['logits'], batch['label'], means)
+        return {
+          'distance': apart,
+          'label': batch['label'],
+          'right': right(outputs, batch),
+        }
+
+      seen = survey.collect(fresh, split, keep)
+      distances, labels = (seen[name][seen['right']] for name in ('distance', 'label'))
+      return openmax.fit_tails(distances, labels, np.asarray(means), tail)._asdict()
+
+    state = fresh
+    for name, leaf in fresh.memory['openmax'].items():
+      state = put(
+        state, f'memory/openmax/{name}', leaf.shape, lambda name=name: fitted()[name]
+      )
+    return state
+
+  return surgery
+
+
+WRAPPERS: dict[str, Any] = {
+  'adjust_logits': adjust_logits,
+  'tau_norm': tau_norm,
+  'openmax': with_openmax,
+}
+SURGERIES: dict[str, Any] = {'choose_tau': choose_tau, 'fit_openmax': fit_openmax}
