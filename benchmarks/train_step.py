@@ -55,11 +55,10 @@ class Jax:
     self.chunk = self.stage.plan.chunk
     streams = self.stage.streams
     self.arrays = {name: s.arrays for name, s in streams.items()}
-    first = train.initial_state(
-      self.stage.method, streams, jax.random.key(0), self.mesh
+    self.state, self.loop_state = (
+      train.initial_state(self.stage.method, streams, jax.random.key(0), self.mesh)
+      for _ in range(2)
     )
-    self.state = first()
-    self.loop_state = first()
     self.zeros, self.bad = train._empty_totals(
       self.stage.method, streams, self.state, self.mesh
     )

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from lt_jax import posthoc, sharding, surgery
 from lt_jax.class_weights import make_class_weights
 from lt_jax.data import augment, crops, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
+from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import (
   Crop,
@@ -31,20 +32,20 @@ from lt_jax.data.streams import (
   train_stream,
 )
 from lt_jax.errors import UserError, check_options, construct, lookup, suggest
-from lt_jax.evals.collect import survey
+from lt_jax.evals.collect import Survey, survey
 from lt_jax.files import flatten
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.method import Method
-from lt_jax.methods import METHODS
+from lt_jax.methods import METHODS, few_shot
 from lt_jax.models import make_classifier
 from lt_jax.optim import epoch_start, make_optimizer, make_schedule
 from lt_jax.surgery import Surgery
-from lt_jax.train import Plan
+from lt_jax.train import Plan, state_shapes
 
 Config = Mapping[str, Any]
 
 WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES
+SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
 
 STEPS_PER_CALL = 100
 """Most steps a compiled call runs on an accelerator.
@@ -72,6 +73,9 @@ STAGE_KEYS = (
   'meta_batch',
   'meta_every',
   'train_split',
+  'classes',
+  'stream',
+  'leaves',
   'epochs',
   'log_every_steps',
   'save_every_epochs',
@@ -128,6 +132,8 @@ class Stage(NamedTuple):
     name: of the stage.
     method: what is trained.
     streams: what it is trained on.
+    reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
+    leaves: what this stage leaves of each training image: names of outputs.
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
@@ -138,6 +144,8 @@ class Stage(NamedTuple):
   name: str
   method: Method
   streams: dict[str, Stream]
+  reads: dict[str, str]
+  leaves: tuple[str, ...]
   surgeries: tuple[Surgery, ...]
   plan: Plan
   epoch_steps: float
@@ -153,6 +161,7 @@ class Experiment(NamedTuple):
     dataset: its data.
     mesh: its devices.
     passes: split -> evaluation pass.
+    survey: a method's `predict` -> its passes over all splits, those of training too.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     stages: in order.
   """
@@ -161,6 +170,7 @@ class Experiment(NamedTuple):
   dataset: Dataset
   mesh: Mesh
   passes: dict[str, Pass]
+  survey: Callable[[Callable], Survey]
   groups: dict[str, np.ndarray]
   stages: dict[str, Stage]
 
@@ -220,9 +230,10 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
     raise UserError('stage_order names no stage')
   for stage in configs.values():
     check_ranges(stage)
-  batches = {name: stage['batch'] for name, stage in configs.items()}
-  batches |= {
-    f'{n} meta': c['meta_batch'] for n, c in configs.items() if c['meta_batch']
+  batches = {
+    f'{name} {what}': size
+    for name, stage in configs.items()
+    for what, size in _batch_sizes(stage).items()
   }
   batches['evaluation'] = config['eval_batch']
   mesh = sharding.make_mesh(
@@ -244,12 +255,14 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
     for rule in ('strict', 'inclusive')
   )
   groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
-  stages = {
-    name: _build_stage(stage, name, dataset, passes, groups, mesh, train_transform)
-    for name, stage in configs.items()
-  }
+  stages: dict[str, Stage] = {}
+  for name, stage in configs.items():
+    stages[name] = _build_stage(
+      stage, name, stages, dataset, passes, groups, mesh, train_transform
+    )
   evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
-  return Experiment(config, dataset, mesh, evaluated, groups, stages)
+  surveyor = functools.partial(survey, passes=passes, mesh=mesh)
+  return Experiment(config, dataset, mesh, evaluated, surveyor, groups, stages)
 
 
 def check_ranges(config: Config) -> None:
@@ -316,6 +329,7 @@ def _transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
 def _build_stage(
   config: Config,
   name: str,
+  earlier: Mapping[str, Stage],
   dataset: Dataset,
   passes: Mapping[str, Pass],
   groups: Mapping[str, np.ndarray],
@@ -323,33 +337,133 @@ def _build_stage(
   transform: Callable,
 ) -> Stage:
   """Builds one stage from its merged configuration."""
-  batch = config['batch']
-  train = lookup(_trainable(dataset), 'split to train on', config['train_split'])
-  sampler = _sampler(config['sampler'], train.labels, batch, config['epochs'])
-  steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
-  stream = functools.partial(
+  learned = _learned(config['classes'], groups)
+  images = functools.partial(
     train_stream, seed=config['seed'], transform=transform, crop=_train_crop(config)
   )
-  streams = {'train': stream(train, sampler, batch=batch)}
+  train = construct(
+    STREAMS,
+    'stream',
+    config['stream']['name'],
+    config,
+    dataset,
+    learned,
+    options={k: v for k, v in config['stream'].items() if k != 'name'},
+    images=images,
+    earlier=earlier,
+  )
+  streams = {'train': train.stream}
   if config['meta_batch']:
     meta = _meta_split(dataset, config['meta_batch'])
-    drawn = stream(meta, instance(meta.labels), batch=config['meta_batch'])
+    drawn = images(meta, instance(meta.labels), batch=config['meta_batch'])
     streams['meta'] = drawn._replace(every=config['meta_every'])
-  method = _method(config, dataset, mesh, sampler)
+  method = _method(config, dataset, mesh, train, learned)
   seen = survey(method.predict, passes, mesh)
   return Stage(
     name=name,
     method=method,
     streams=streams,
+    reads={'train': train.origin} if train.origin else {},
+    leaves=tuple(config['leaves']),
     surgeries=tuple(
-      construct(SURGERIES, 'surgery', name, options=options, survey=seen)
+      construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, steps),
-    epoch_steps=sampler.length / batch,
-    batch=batch,
+    plan=_plan(config, train.steps),
+    epoch_steps=train.length / train.batch,
+    batch=max(_batch_sizes(config).values()),
     select=_select(config['select'], dataset, groups),
   )
+
+
+class _Training(NamedTuple):
+  """The stream that a stage is trained on.
+
+  Attributes:
+    stream: the stream.
+    length: L of an epoch: it begins at every step ceil(e L / B).
+    batch: B.
+    origin: the stage that leaves the stream's arrays; empty if none does.
+  """
+
+  stream: Stream
+  length: int
+  batch: int
+  origin: str = ''
+
+  def steps(self, epochs: float) -> int:
+    """Returns the step at which an epoch begins."""
+    return epoch_start(epochs, self.length, self.batch)
+
+
+def _images(
+  config: Config, dataset: Dataset, learned: np.ndarray, *, images: Callable
+) -> _Training:
+  """Returns the stream of a split's images of the learned classes, by the sampler."""
+  split = lookup(_trainable(dataset), 'split to train on', config['train_split'])
+  kept = learned[split.labels]
+  split = split._replace(rows=split.rows[kept], labels=split.labels[kept])
+  batch = config['batch']
+  sampler = _sampler(config['sampler'], split.labels, batch, config['epochs'])
+  return _Training(images(split, sampler, batch=batch), sampler.length, batch)
+
+
+def _episodes(
+  config: Config,
+  dataset: Dataset,
+  learned: np.ndarray,
+  *,
+  earlier: Mapping[str, Stage],
+  stage: str,
+  per_epoch: int,
+  novel: int,
+  queries_novel: int,
+  queries_base: int,
+) -> _Training:
+  """Returns the stream of few-shot tasks on the features that a stage leaves.
+
+  An epoch is `per_epoch` tasks; the others are options of `episodes`.
+  """
+  origin = lookup(earlier, 'earlier stage', stage)
+  if 'features' not in origin.leaves:
+    raise UserError(f"stage {stage!r} must leave its features: leaves = ('features',)")
+  labels = dataset.splits['train'].labels
+  tasks = episodes(
+    labels,
+    learned,
+    novel=novel,
+    queries_novel=queries_novel,
+    queries_base=queries_base,
+  )
+  state = state_shapes(origin.method, origin.streams)
+  image = jax.ShapeDtypeStruct((1, *dataset.image_shape), np.float32)
+  width = jax.eval_shape(origin.method.predict, state, image)['features'].shape[-1]
+  features = jax.ShapeDtypeStruct((len(labels), width), np.float32)
+  stream = episode_stream(tasks, features, seed=config['seed'])
+  return _Training(stream, per_epoch, 1, stage)
+
+
+STREAMS = {'images': _images, 'episodes': _episodes}
+"""name -> (config, dataset, learned classes, ...) -> what a stage is trained on."""
+
+
+def _batch_sizes(config: Config) -> dict[str, int]:
+  """Returns the first axes of what a step is given, which devices must divide."""
+  sizes = {'batch': config['batch'], 'meta batch': config['meta_batch']}
+  stream = config['stream']
+  if stream['name'] == 'episodes':
+    queries = stream.get('queries_novel', 0) + stream.get('queries_base', 0)
+    sizes = {'novel classes': stream.get('novel', 0), 'queries': queries}
+  return {name: size for name, size in sizes.items() if size}
+
+
+def _learned(names: Sequence[str], groups: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
+  members = [lookup(groups, 'group of classes', name) for name in names]
+  learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
+  if not learned.any():
+    raise UserError(f'no class is in {" or ".join(names)}')
+  return learned
 
 
 def _train_crop(config: Config) -> Crop | None:
@@ -393,14 +507,15 @@ def _sampler(options: Config, labels: np.ndarray, batch: int, epochs: float) -> 
   return deferred(instance(labels), sampler, switch_epoch=math.ceil(start))
 
 
-def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> Method:
+def _method(
+  config: Config, dataset: Dataset, mesh: Mesh, train: _Training, learned: np.ndarray
+) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
-  batch, counts = config['batch'], dataset.counts
-  steps = functools.partial(epoch_start, length=sampler.length, batch=batch)
-  schedule = make_schedule(**config['schedule'], length=sampler.length, batch=batch)
+  counts = dataset.counts
+  schedule = make_schedule(**config['schedule'], length=train.length, batch=train.batch)
   optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
   weights = dict(config['class_weights'])
-  start_step = steps(weights.pop('start_epoch', 0))
+  start_step = train.steps(weights.pop('start_epoch', 0))
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
@@ -409,15 +524,19 @@ def _method(config: Config, dataset: Dataset, mesh: Mesh, sampler: Sampler) -> M
     METHODS,
     'method',
     name,
-    _network(config['model'], dataset, batch, micro_batches, mesh),
+    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
     optimizer,
-    make_loss(counts=counts, **config['loss']),
+    make_loss(
+      counts=counts, classes=None if learned.all() else learned, **config['loss']
+    ),
     options=options,
     counts=counts,
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
     penalty=make_penalty(counts=counts, **config['penalty']),
     meta_batch=config['meta_batch'],
+    base=learned,
+    image_shape=dataset.image_shape,
   )
   for name, wrapper_options in config['wrappers'].items():
     method = construct(

@@ -4,7 +4,6 @@ Reads config.json, not Python, and the newest checkpoint that passes every check
 nothing and leaves the run's own files alone. Writes evaluation.json.
 """
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -13,6 +12,7 @@ from lt_jax import (
   checkpoint,
   commands,
   files,
+  posthoc,
   recipes,
   results,
   sharding,
@@ -25,16 +25,28 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
 WHICH = flags.DEFINE_enum(
   'which', 'last', ['last', 'best'], 'The last State, or the one selected on val.'
 )
+ADJUST = flags.DEFINE_float(
+  'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
+)
 STAGE = flags.DEFINE_string('stage', None, 'The stage; the last one by default.')
 
 
 def main() -> None:
   """Evaluates the run that the flags name."""
-  evaluate(files.absolute(WORKDIR.value), which=WHICH.value, stage_name=STAGE.value)
+  evaluate(
+    files.absolute(WORKDIR.value),
+    which=WHICH.value,
+    stage_name=STAGE.value,
+    logit_adjustment=ADJUST.value,
+  )
 
 
 def evaluate(
-  workdir: epath.Path, *, which: str = 'last', stage_name: str | None = None
+  workdir: epath.Path,
+  *,
+  which: str = 'last',
+  stage_name: str | None = None,
+  logit_adjustment: float | None = None,
 ) -> dict:
   """Evaluates a State of a run and writes evaluation.json.
 
@@ -42,6 +54,7 @@ def evaluate(
     workdir: the run's folder.
     which: 'last' or 'best'.
     stage_name: the stage; None for the last one.
+    logit_adjustment: tau of `posthoc.adjust_logits`; None leaves the logits alone.
 
   Returns:
     What evaluation.json holds.
@@ -64,11 +77,8 @@ def evaluate(
   if name not in experiment.stages:
     raise UserError(f'no stage {name!r}; there are {", ".join(experiment.stages)}')
   stage = experiment.stages[name]
-  key = jax.random.key(config['seed'])
-  first = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
-  target = checkpoint.abstract(
-    jax.eval_shape(first), sharding.replicated(experiment.mesh)
-  )
+  shapes = train.state_shapes(stage.method, stage.streams)
+  target = checkpoint.abstract(shapes, sharding.replicated(experiment.mesh))
   ladder = checkpoint.Checkpoints(workdir / 'stages' / name / 'checkpoints')
   try:
     if which == 'best':
@@ -79,12 +89,17 @@ def evaluate(
     ladder.close()
   if restored is None:
     raise UserError(f'{workdir} has no {which} checkpoint of stage {name!r}')
+  if logit_adjustment is not None:
+    counts = experiment.dataset.counts
+    adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
+    stage = stage._replace(method=adjusted)
   evaluated = results.evaluate(experiment, stage, restored.state)
   result = {
     'recipe': config['recipe'],
     'seed': config['seed'],
     'stage': name,
     'which': which,
+    'logit_adjustment': logit_adjustment,
     'step': restored.step,
     'verified': restored.verified,
     **evaluated.metrics,

@@ -94,14 +94,13 @@ def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images decide; never those of the test set.
+    split: whose images decide, 'val' or 'meta'.
 
   Raises:
-    UserError: the stage is not wrapped in 'tau_norm', there is no such split, or it is
-      the test set.
+    UserError: the stage is not wrapped in 'tau_norm', or there is no such split.
   """
-  if split == 'test':
-    raise UserError('choose_tau: tau is never chosen on the test set')
+  if split not in ('val', 'meta'):
+    raise UserError(f"choose_tau: tau is chosen on 'val' or 'meta', not on {split!r}")
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     survey.outputs(fresh, split)  # there is such a split
@@ -126,7 +125,8 @@ def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
     measured = put(fresh, 'memory/tau_norm/accuracy', taus.shape, accuracies)
 
     def best() -> np.ndarray:
-      return np.asarray(taus)[np.argmax(measured.memory['tau_norm']['accuracy'])]
+      accuracy = np.asarray(measured.memory['tau_norm']['accuracy'])
+      return np.asarray(taus)[accuracy == accuracy.max()].min()
 
     return put(measured, 'memory/tau_norm/tau', (), best)
 
@@ -175,6 +175,7 @@ def fit_openmax(*, survey: Survey, tail: int = 20, split: str = 'train') -> Surg
   Raises:
     UserError: the stage is not wrapped in 'openmax', or a tail that is too short.
   """
+  openmax.check_tail(tail)
 
   def right(outputs, batch):
     return outputs['logits'].argmax(-1) == batch['label']

@@ -60,6 +60,9 @@ def base_config() -> ConfigDict:
       'meta_batch': 0,  # images a step of the meta set; 0: no such stream
       'meta_every': 1,  # steps from one meta batch to the next
       'train_split': 'train',  # 'meta' trains on the balanced set itself
+      'stream': {'name': 'images'},
+      'classes': (),  # shot groups whose classes are learned; none: all classes are
+      'leaves': (),  # outputs of all training images for later stages
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -362,13 +365,14 @@ def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides
   return _then('train', ('classifier', second))
 
 
-def _crt(config: ConfigDict) -> Overrides:
+def _crt(config: ConfigDict, **classifier: Any) -> Overrides:
   """Classifier re-training: a fresh one on the first stage's features."""
   return _decoupled(
     config,
     1 / 9,
     optimizer={'learning_rate_scale': HEAD_ONLY},
     surgeries=(_copy(ALL_BUT_HEAD, 'train'),),
+    **classifier,
   )
 
 
@@ -405,6 +409,51 @@ def _ncm(config: ConfigDict) -> Overrides:
   return _then('train', ('ncm', posthoc))
 
 
+def _fslwf(config: ConfigDict) -> Overrides:
+  """Few-shot learning without forgetting: many-shot classes are base, others novel."""
+  shared = {'classes': ('many',), 'model': {'head': 'cosine_bias', 'head_options': {}}}
+  generator = {
+    'method': {'name': 'weight_generator', 'dropout': 0.5, 'gamma': 10.0},
+    'stream': {
+      'name': 'episodes',
+      'stage': 'base',
+      'per_epoch': 100,
+      'novel': 2,
+      'queries_novel': 32,
+      'queries_base': 32,
+    },
+    'epochs': 5.0,
+    'optimizer': {
+      'nesterov': True,
+      'learning_rate_scale': ((ALL_BUT_HEAD, 0.0), ('.*', 1.0)),
+    },
+    'schedule': {
+      'name': 'step_decay',
+      'base': 0.01,
+      'boundaries': (4.0,),
+      'factors': (0.1,),
+    },
+    'select': 'last',
+    'surgeries': (_copy('net/.*', 'base'),),
+  }
+  novel = {
+    'epochs': 0.0,
+    'surgeries': (
+      _copy('net/.*', 'generator'),
+      ('novel_classifiers', {'stage': 'generator'}),
+    ),
+  }
+  del config
+  return {
+    'stages': {
+      'base': {**shared, 'leaves': ('features',)},
+      'generator': {**shared, **generator},
+      'novel': {**shared, **novel},
+    },
+    'stage_order': ('base', 'generator', 'novel'),
+  }
+
+
 RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'ce': lambda config: {},
   'focal': lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}},
@@ -426,6 +475,12 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'balanced_softmax': lambda config: {'loss': {'name': 'balanced_softmax'}},
   'logit_adjust': lambda config: {'loss': {'name': 'logit_adjustment', 'tau': 1.0}},
   'logit_adjust_posthoc': _posthoc,
+  'lade': lambda config: {
+    'loss': {'name': 'balanced_softmax'},
+    'penalty': {'name': 'lade', 'weight': 0.1},
+  },
+  'vs': lambda config: {'loss': {'name': 'vector_scaling', 'gamma': 0.3, 'tau': 1.0}},
+  'cdt': lambda config: {'loss': {'name': 'class_dependent_temperature', 'gamma': 0.3}},
   'l2rw': _l2rw,
   'mwn': _mwn,
   'meta_ce': _jamal,
@@ -444,8 +499,10 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'lifted': lambda config: _penalised(LIFTED),
   'range': lambda config: _penalised(RANGE),
   'openmax': _openmax,
+  'fslwf': _fslwf,
   'crt': _crt,
   'lws': _lws,
+  'crt_las': lambda config: _crt(config, loss={'name': 'label_aware_smoothing'}),
   'tau_norm': _tau_norm,
   'ncm': _ncm,
   'ce_plus_meta': lambda config: {'data': {'meta_in_train': True}},

@@ -33,15 +33,18 @@ class Evaluated(NamedTuple):
   """A State, evaluated on every split.
 
   Attributes:
-    metrics: 'val' and 'test' -> name -> value; the open set's are in 'test'.
+    metrics: 'val' and 'test' -> name -> value. The open set's are in 'test', for the
+      method's known score, and in 'test_by_energy' for the energy of the logits.
     threshold: of the known score, how it was chosen and its value; None without an
       open test set.
+    curves: score -> `open_set.curve`; empty without an open test set.
     records: split -> what `lt_jax.evals.record` keeps; the test split's with logits
       and features.
   """
 
   metrics: dict[str, dict[str, Any]]
   threshold: dict[str, Any] | None
+  curves: dict[str, dict[str, np.ndarray]]
   records: dict[str, Collected]
 
 
@@ -69,16 +72,24 @@ def evaluate(
     for name in ('val', 'test')
     if name in records
   }
-  threshold = None
-  if 'open_test' in records:
-    threshold = _choose_threshold(records)
-    metrics['test'] |= open_set.open_set(
-      *_joined(records['test'], records['open_test']),
-      threshold['value'],
+  if 'open_test' not in records:
+    return Evaluated(metrics, None, {}, records)
+  thresholds, curves = {}, {}
+  # Without validation images the threshold is the papers', of a probability.
+  scores = {'known_score': 'test'}
+  scores |= {'energy': 'test_by_energy'} if 'val' in records else {}
+  for score, place in scores.items():
+    thresholds[score] = _choose_threshold(records, score)
+    joined = _joined(score, records['test'], records['open_test'])
+    curves[score] = open_set.curve(*joined)
+    metrics[place] = metrics.get(place, {}) | open_set.open_set(
+      *joined,
+      thresholds[score]['value'],
       num_classes=len(experiment.dataset.class_names),
       groups=experiment.groups,
+      fixed=open_set.FIXED_THRESHOLD if score == 'known_score' else None,
     )
-  return Evaluated(metrics, threshold, records)
+  return Evaluated(metrics, thresholds['known_score'], curves, records)
 
 
 def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
@@ -96,18 +107,19 @@ def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
   return {**found, 'loss': loss, 'ece': calibrated['ece']}
 
 
-def _joined(*parts: Collected) -> tuple[np.ndarray, ...]:
-  names = ('label', 'prediction', 'known_score')
+def _joined(score: str, *parts: Collected) -> tuple[np.ndarray, ...]:
+  names = ('label', 'prediction', score)
   return tuple(np.concatenate([part[name] for part in parts]) for name in names)
 
 
-def _choose_threshold(records: Mapping[str, Collected]) -> dict[str, Any]:
-  """Chooses the threshold of the known score, on validation images only."""
+def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str, Any]:
+  """Chooses the threshold of a score, on validation images only."""
   if 'open_val' in records and 'val' in records:
-    value = open_set.best_threshold(*_joined(records['val'], records['open_val']))
+    joined = _joined(score, records['val'], records['open_val'])
+    value = open_set.best_threshold(*joined)
     return {'value': value, 'chosen_by': 'f_measure_oltr2020 on val and open_val'}
   if 'val' in records:
-    value = open_set.keep_threshold(records['val']['known_score'])
+    value = open_set.keep_threshold(records['val'][score])
     return {'value': value, 'chosen_by': 'keeps 95 % of val'}
   return {'value': open_set.FIXED_THRESHOLD, 'chosen_by': 'fixed, there is no val'}
 
@@ -177,6 +189,7 @@ def write_results(
     **evaluated.metrics,
     'threshold': evaluated.threshold,
     'best_on_test': _best_on_test(rows, stage.name),
+    'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
     'wall_seconds': round(wall_seconds, 1),
     'starts': len(starts),
@@ -189,6 +202,11 @@ def write_results(
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
     _write_arrays(experiment, workdir, state, evaluated.records['test'])
+    if evaluated.curves:
+      write_npz(
+        workdir / 'open_set.npz',
+        **{f'{s}/{n}': v for s, c in evaluated.curves.items() for n, v in c.items()},
+      )
     _write_weights(workdir, stage, experiment.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
@@ -289,6 +307,15 @@ def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | No
     return None
   best = max(rows, key=lambda row: row['accuracy'])
   return {name: best[name] for name in ('step', 'epoch', 'accuracy')}
+
+
+def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the single numbers in a State's memory, such as a tau that was chosen."""
+  return {
+    path: float(value)
+    for path, value in files.flatten(memory).items()
+    if np.ndim(value) == 0
+  }
 
 
 def jsonable(value: Any) -> Any:

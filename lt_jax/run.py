@@ -17,7 +17,7 @@ from lt_jax.build import Config, Experiment, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
-from lt_jax.train import initial_state, metric_shapes
+from lt_jax.train import metric_shapes, state_shapes
 from lt_jax.writers import Events, Screen
 
 MAY_CHANGE = frozenset(
@@ -117,12 +117,10 @@ def _rehearsed(config: Config) -> Experiment:
   """
   try:
     experiment = build(config)
-    key = jax.random.key(0)
     shapes: dict[str, State] = {}
     for name, stage in experiment.stages.items():
-      first = initial_state(stage.method, stage.streams, key, experiment.mesh)
       # Of the clock there is more to know than its shape.
-      state = jax.eval_shape(first).replace(step=np.int32(0))
+      state = state_shapes(stage.method, stage.streams).replace(step=np.int32(0))
       for surgery in stage.surgeries:
         state = surgery(state, shapes)
       begin, end = state.step, stage.plan.steps
@@ -224,8 +222,7 @@ def _banner(experiment: Experiment, workdir: epath.Path, screen: Screen) -> None
   config, dataset, mesh = experiment.config, experiment.dataset, experiment.mesh
   counts = dataset.counts
   stage = next(iter(experiment.stages.values()))
-  key = jax.random.key(0)
-  state = jax.eval_shape(initial_state(stage.method, stage.streams, key, mesh))
+  state = state_shapes(stage.method, stage.streams)
   params = sum(x.size for x in jax.tree.leaves(state.params))
   idle = jax.device_count() - mesh.size
   idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''

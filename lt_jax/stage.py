@@ -16,7 +16,7 @@ from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State
 from lt_jax.surgery import operate
-from lt_jax.writers import Events, MetricWriter, Screen
+from lt_jax.writers import Events, MetricWriter, Screen, write_npz
 
 
 class StageRunner:
@@ -61,13 +61,15 @@ class StageRunner:
       self._checkpoints.close()
 
   def _run(self, earlier: Mapping[str, State]) -> State:
-    stage, mesh = self._stage, self._experiment.mesh
+    mesh = self._experiment.mesh
+    stage = self._stage = self._with_arrays(self._stage)
     key = jax.random.key(self._experiment.config['seed'])
-    first_state = train.initial_state(stage.method, stage.streams, key, mesh)
-    target = checkpoint.abstract(jax.eval_shape(first_state), sharding.replicated(mesh))
+    shapes = train.state_shapes(stage.method, stage.streams)
+    target = checkpoint.abstract(shapes, sharding.replicated(mesh))
     restored = self._checkpoints.restore(target)
     if restored is None:
-      state = operate(first_state(), earlier, stage.surgeries)
+      first_state = train.initial_state(stage.method, stage.streams, key, mesh)
+      state = operate(first_state, earlier, stage.surgeries)
       first = int(jax.device_get(state.step))
     else:
       state, first = restored.state, restored.manifest.get('first', 0)
@@ -108,9 +110,47 @@ class StageRunner:
     )
     self._metrics.close()
     self._checkpoints.wait()
-    if stage.select is None or stage.plan.steps == first:  # no step, no choice
-      return state
-    return self._checkpoints.restore_best(target).state
+    if stage.select is not None and stage.plan.steps > first:
+      state = self._checkpoints.restore_best(target).state
+    self._leave(state)
+    return state
+
+  def _with_arrays(self, stage: Stage) -> Stage:
+    """Returns the stage with the arrays that earlier stages have left for its streams.
+
+    Raises:
+      UserError: they are not there, or not as they should be.
+    """
+    streams = dict(stage.streams)
+    for name, origin in stage.reads.items():
+      path = self._workdir / 'stages' / origin / 'arrays.npz'
+      if not path.exists():
+        raise UserError(f'stage {stage.name!r} reads what {origin!r} leaves in {path}')
+      with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
+        found = {key: stored[key] for key in streams[name].arrays}
+      for key, expected in streams[name].arrays.items():
+        if found[key].shape != expected.shape:
+          raise UserError(
+            f'{path}: {key} is {found[key].shape}, but it should be {expected.shape}'
+          )
+      arrays = sharding.put_replicated(self._experiment.mesh, found)
+      streams[name] = streams[name]._replace(arrays=arrays)
+    return stage._replace(streams=streams)
+
+  def _leave(self, state: State) -> None:
+    """Writes arrays.npz: outputs of the final State for every training image."""
+    path, names = self._folder / 'arrays.npz', self._stage.leaves
+    if not names or path.exists():
+      return
+
+    def keep(outputs, batch):
+      del batch
+      return {name: outputs[name] for name in names}
+
+    survey = self._experiment.survey(self._stage.method.predict)
+    found = survey.collect(state, 'train', keep)
+    if jax.process_index() == 0:
+      write_npz(path, **found)
 
   def _announce(self, step: int, restored: checkpoint.Restored | None) -> None:
     told = 'fresh start'

@@ -105,21 +105,34 @@ def batches_at(
 
 def initial_state(
   method: Method, streams: Mapping[str, Stream], key: jax.Array, mesh: Mesh
-) -> Callable[[], State]:
-  """Returns a function that makes the first state on the devices.
+) -> State:
+  """Makes the first state on the devices."""
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  init = jax.jit(_init(method, streams), out_shardings=sharding.replicated(mesh))
+  return init(
+    sharding.put_replicated(mesh, key),
+    arrays,
+    sharding.put_batch(mesh, _payloads(streams, 0)),
+  )
 
-  It is compiled when called; `jax.eval_shape` of it gives the state's shapes for free.
+
+def state_shapes(method: Method, streams: Mapping[str, Stream]) -> State:
+  """Returns the shapes of a state; nothing is computed or compiled.
+
+  The arrays of a stream may be shapes too: what an earlier stage is yet to leave.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
   payloads = _payloads(streams, 0)
+  return jax.eval_shape(_init(method, streams), jax.random.key(0), arrays, payloads)
+
+
+def _init(method: Method, streams: Mapping[str, Stream]) -> Callable:
+  """Returns (key, arrays, payloads) -> the first state."""
 
   def init(key, arrays, payloads):
     return method.init(key, batches_at(streams, arrays, payloads, key, 0))
 
-  compiled = jax.jit(init, out_shardings=sharding.replicated(mesh))
-  return lambda: compiled(
-    sharding.put_replicated(mesh, key), arrays, sharding.put_batch(mesh, payloads)
-  )
+  return init
 
 
 def make_update(

@@ -46,13 +46,16 @@ def no_data(monkeypatch):
       'tfds:places_lt': 365,
     }[spec]
 
-    def split(count):
-      label = np.arange(count, dtype=np.int32) % classes
-      image = np.broadcast_to(np.zeros(1, np.uint8), (count, 32, 32, 3))
+    def split(label):
+      image = np.broadcast_to(np.zeros(1, np.uint8), (len(label), 32, 32, 3))
       return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
 
-    found = {'train': split(50000), 'test': split(10000)}
-    return found if classes in (10, 100) else found | {'val': split(2000)}
+    test = split(np.arange(10000, dtype=np.int32) % classes)
+    if classes <= 100:
+      return {'train': split(np.arange(50000, dtype=np.int32) % classes), 'test': test}
+    counts = np.where(np.arange(classes) < classes // 2, 150, 15)
+    train = np.repeat(np.arange(classes, dtype=np.int32), counts)
+    return {'train': split(train), 'val': test, 'test': test}
 
   monkeypatch.setattr(dataset, 'load_source', fake)
   monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')

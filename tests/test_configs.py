@@ -2,7 +2,6 @@
 
 import inspect
 
-import jax
 import numpy as np
 import pytest
 
@@ -52,10 +51,7 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   assert (config['name'], config['recipe']) == (name, recipe)
   experiment = build.build(config)
   for stage in experiment.stages.values():
-    init = train.initial_state(
-      stage.method, stage.streams, jax.random.key(0), experiment.mesh
-    )
-    state = jax.eval_shape(init)
+    state = train.state_shapes(stage.method, stage.streams)
     assert state.params['net']['trunk'] and state.params['net']['head']
 
 
@@ -160,6 +156,34 @@ def test_meta_class_weights_go_on_from_pre_training(no_data):
   assert config['batch'] == 100 and config['optimizer']['nesterov']
 
 
+def test_the_meta_stage_goes_on_from_the_last_state():
+  """Selection is of the stage that counts; the clock of a best State is behind."""
+  config = digits_lt.get_config('meta_ce')
+  config.select = 'val/accuracy'
+  resolved = build.resolve(config)
+  selects = [build.stage_config(resolved, n)['select'] for n in ('pretrain', 'meta')]
+  assert selects == ['last', 'val/accuracy']
+
+
+def test_meta_weight_net_has_the_optimiser_of_its_class_imbalance_code():
+  method = build.resolve(cifar10_lt.get_config('mwn'))['method']
+  assert method['weight_learning_rate'] == 1e-5
+  assert method['weight_optimizer'] == {
+    'name': 'sgd',
+    'momentum': 0.9,
+    'nesterov': True,
+    'weight_decay': [['.*', 5e-4]],
+  }
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_number_that_is_not_finite_is_told(value):
+  config = digits_lt.get_config('ce')
+  config.optimizer.weight_decay = (('.*', value),)
+  with pytest.raises(UserError, match='config.optimizer.weight_decay is .*finite'):
+    build.resolve(config)
+
+
 def test_a_protocol_can_be_chosen():
   config = build.resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
   assert config['schedule']['warmup'] == 'staircase'
@@ -227,6 +251,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'keep_checkpoints': -1}, 'keep_checkpoints is -1'),
     ({'seed': -1}, 'seed is -1'),
     ({'method.accumulate': 0}, 'method.accumulate is 0'),
+    ({'meta_batch': 8}, "'supervised' does not use meta_batch: set it to 0, or only"),
     ({'data.test_per_class': -5}, 'data.test_per_class is -5'),
     ({'data.pad': -1}, 'data.pad is -1'),
     ({'data.mean': [0.5, 0.5]}, 'must be 1 or 1 numbers'),

@@ -1,5 +1,7 @@
 """One table of contract checks over every recipe, on eight images."""
 
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -53,8 +55,10 @@ class Runner:
   def _program(self):
     streams, method, traces = self.stage.streams, self.stage.method, []
     counted = method._replace(step=self._counted(method.step, traces))
-    init = train.initial_state(method, streams, jax.random.key(0), self.mesh)
-    first = jax.eval_shape(init)
+    init = functools.partial(
+      train.initial_state, method, streams, jax.random.key(0), self.mesh
+    )
+    first = train.state_shapes(method, streams)
     zeros = train._empty_totals(method, streams, first, self.mesh)
     return init, train.make_update(counted, streams, self.mesh, 1), traces, zeros
 

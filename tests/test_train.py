@@ -93,7 +93,7 @@ def run(recorder, plan=PLAN, devices=1, stream=None, state=None):
     for k, s in streams.items()
   }
   if state is None:
-    state = train.initial_state(method, streams, jax.random.key(0), mesh)()
+    state = train.initial_state(method, streams, jax.random.key(0), mesh)
   return train.train(
     method, streams, state, mesh=mesh, plan=plan, hooks=recorder.hooks()
   )
@@ -193,7 +193,7 @@ def test_a_stage_that_begins_late_is_not_evaluated_at_its_begin():
   first = Recorder()
   method, streams = toy_method(), {'train': toy_stream()}
   mesh = sharding.make_mesh(1)
-  state = train.initial_state(method, streams, jax.random.key(0), mesh)()
+  state = train.initial_state(method, streams, jax.random.key(0), mesh)
   run(first, PLAN._replace(first=12), state=state.replace(step=jnp.int32(12)))
   assert first.calls[0] == ('log', 16)
 

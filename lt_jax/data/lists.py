@@ -366,6 +366,7 @@ def _class_folders(
 ) -> Iterator[tuple[str, int]]:
   """Yields the folders of a split, relative to `root`, with their labels."""
   if split == 'open':
+    _check_open_apart(root, below, known)
     yield below, -1
     return
   for name in _subfolders(os.path.join(root, below)):
@@ -373,6 +374,14 @@ def _class_folders(
     if name not in known:
       raise UserError(f'{os.path.join(root, path)}: train has no class {name!r}')
     yield path, known[name]
+
+
+def _check_open_apart(root: str, below: str, known: Mapping[str, int]) -> None:
+  """Raises a `UserError` if images of a known class lie among the open ones."""
+  for name in _subfolders(os.path.join(root, below)):
+    if name in known:
+      path = os.path.join(root, below, name)
+      raise UserError(f'{path}: {name!r} is a class of train, so it is not open')
 
 
 def _subfolders(folder: str) -> tuple[str, ...]:

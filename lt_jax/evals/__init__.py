@@ -20,8 +20,12 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
   Returns:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
-    probability), 'known_score' (the method's, or else the confidence) and 'loss' (the
-    cross-entropy in nats; 0 for label -1).
+    probability), 'known_score' (the method's, or else the confidence), 'energy' (the
+    log-sum-exp of the logits, another score of the kind) and 'loss' (the cross-entropy
+    in nats; 0 for label -1).
+
+  Source of the energy, negated: Liu et al., Energy-based Out-of-distribution Detection,
+  arXiv 2010.03759, equation 4 with T = 1.
   """
   log_p = jax.nn.log_softmax(outputs['logits'])
   label = batch['label']
@@ -32,5 +36,6 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     'prediction': log_p.argmax(axis=-1).astype(jnp.int32),
     'confidence': confidence,
     'known_score': outputs.get('known_score', confidence),
+    'energy': jax.nn.logsumexp(outputs['logits'], axis=-1),
     'loss': jnp.where(label < 0, 0.0, -of_label),
   }

@@ -149,15 +149,61 @@ def best_threshold(
   known = label >= 0
   if known.all() or not known.any():
     raise UserError(f'a threshold by {by!r} needs both known and open images')
+  threshold, *accepted = _accepted(label, prediction, known_score)
+  values = criterion(*accepted)
+  return float(threshold[np.flatnonzero(values == values.max())[-1]])
+
+
+def _accepted(
+  label: np.ndarray, prediction: np.ndarray, known_score: np.ndarray
+) -> tuple[np.ndarray, ...]:
+  """Counts what is accepted at each threshold that makes a difference.
+
+  Returns:
+    (thresholds, descending; known images of the right class; known; open), (T,) each.
+  """
+  known = label >= 0
   descending = np.argsort(-known_score)
   score = known_score[descending]
   last_of_tie = np.append(score[1:] != score[:-1], True)
-  accepted = (
+  counts = (
     np.cumsum(mask[descending])[last_of_tie]
     for mask in (known & (prediction == label), known, ~known)
   )
-  values = criterion(*accepted)
-  return float(score[last_of_tie][np.flatnonzero(values == values.max())[-1]])
+  return score[last_of_tie], *counts
+
+
+def curve(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  known_score: np.ndarray,
+  *,
+  points: int = 1000,
+) -> dict[str, np.ndarray]:
+  """Returns what becomes of a test set with open images as the threshold falls.
+
+  Args:
+    label: (N,) int, -1 for open images.
+    prediction: (N,) int, before rejection.
+    known_score: (N,).
+    points: the most thresholds.
+
+  Returns:
+    (T,) arrays, T <= `points`: 'threshold', descending; 'f_measure_oltr2019' and
+    'f_measure_oltr2020'; 'known_accuracy', of known images after rejection; and
+    'open_accuracy', the share of open images rejected.
+  """
+  threshold, right, known, others = _accepted(label, prediction, known_score)
+  found = {
+    'threshold': threshold,
+    'f_measure_oltr2019': 2 * right / (right + known + others),
+    'f_measure_oltr2020': CRITERIA['f_measure'](right, known, others),
+    'known_accuracy': right / known[-1],
+    'open_accuracy': 1 - others / others[-1],
+  }
+  last = len(threshold) - 1
+  shown = np.unique(np.linspace(0, last, min(points, last + 1)).round().astype(int))
+  return {name: values[shown] for name, values in found.items()}
 
 
 def open_set(
@@ -168,6 +214,7 @@ def open_set(
   *,
   num_classes: int,
   groups: dict[str, np.ndarray],
+  fixed: float | None = FIXED_THRESHOLD,
 ) -> dict[str, Any]:
   """Returns every open-set metric of a test set with open images.
 
@@ -178,12 +225,13 @@ def open_set(
     threshold: chosen on validation data.
     num_classes: C.
     groups: name -> (C,) bool, for the accuracies of known images after rejection.
+    fixed: another threshold, chosen on nothing; None for none.
 
   Returns:
     'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; at the threshold
     'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
     and accuracies of the known images as 'known_accuracy' and 'known_<group>'; both
-    F-measures again with '_at_0.1', the papers' fixed threshold.
+    F-measures again at the fixed threshold, with '_at_0.1' if that is 0.1.
   """
   known = label >= 0
   kept = known_score >= threshold
@@ -193,7 +241,7 @@ def open_set(
     num_classes=num_classes,
     groups=groups,
   )
-  at = {'': threshold, f'_at_{FIXED_THRESHOLD}': FIXED_THRESHOLD}
+  at = {'': threshold} | ({} if fixed is None else {f'_at_{fixed}': fixed})
   return {
     **ranking(known_score[known], known_score[~known]),
     'open_auc': open_auc(

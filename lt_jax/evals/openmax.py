@@ -150,10 +150,15 @@ def fit_tails(
   return Tails(*numbers, fitted)
 
 
-def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> None:
-  """Raises a `UserError` unless the tails of these distances can be fitted."""
+def check_tail(tail: int) -> None:
+  """Raises a `UserError` for a tail that is too short to be fitted."""
   if tail < FEWEST:
     raise UserError(f'openmax: tail must be at least {FEWEST}, got {tail}')
+
+
+def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> None:
+  """Raises a `UserError` unless the tails of these distances can be fitted."""
+  check_tail(tail)
   outside = (labels < 0) | (labels >= count)
   if outside.any():
     raise UserError(f'openmax: label {labels[outside][0]} is not in [0, {count})')

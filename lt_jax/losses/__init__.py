@@ -23,13 +23,14 @@ PENALTIES = {'none': None} | metric.PENALTIES
 
 
 def make_loss(
-  name: str, counts: np.ndarray, **options: Any
+  name: str, counts: np.ndarray, classes: np.ndarray | None = None, **options: Any
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]:
   """Returns a per-example loss of a network's outputs and a batch.
 
   Args:
     name: a key of `LOSSES`.
     counts: (C,) training images of each class, for those losses that ask for them.
+    classes: (C,) bool, those that are learned; the others are no answer, see `only`.
     **options: of the loss, such as `gamma`.
 
   Returns:
@@ -45,9 +46,22 @@ def make_loss(
     options['counts'] = check_counts(counts, what)
 
   def loss(outputs, batch):
-    return per_example(outputs['logits'], batch['label'], **options)
+    logits = outputs['logits'] if classes is None else only(outputs['logits'], classes)
+    return per_example(logits, batch['label'], **options)
 
   return loss
+
+
+def only(logits: jax.Array, classes: np.ndarray) -> jax.Array:
+  """Returns logits (B, C) with -1e9 for the classes that are no answer.
+
+  Finite, so that a loss may multiply it by 0; no loss with smoothed labels bears it.
+
+  Args:
+    logits: (B, C).
+    classes: (C,) bool, those that are one.
+  """
+  return jnp.where(jnp.asarray(classes)[None], logits, -1e9)
 
 
 def make_penalty(

@@ -146,21 +146,24 @@ def oltr(
     )
     losses = loss(outputs, batch)
     apart, extra = discriminate(outputs['features'], batch['label'], centroids)
+    extra = lax.stop_gradient(extra)
     value = jnp.dot(coefficients, losses) + weight * apart
+    # Nothing in value, and in the gradient what is written by hand: it is thus held
+    # where the centroids are.
+    by_hand = jnp.vdot(extra, centroids - lax.stop_gradient(centroids))
     metrics = {
       'loss': mean_metric(value),
       'centroid_loss': mean_metric(apart),
       **batch_metrics(outputs, batch, losses),
     }
-    return value, ({'net': net_stats}, extra, metrics)
+    return value + by_hand, ({'net': net_stats}, metrics)
 
   def step(state: State, batches) -> tuple[State, Metrics]:
     batch = batches['train']
     coefficients = reduction(class_weights(state.step)[batch['label']])
-    grads, (stats, extra, metrics) = jax.grad(objective, has_aux=True)(
+    grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params, state.stats, batch, coefficients
     )
-    grads['centroids'] += extra
     params, opt = optimizer.update(grads, state.opt['net'], state.params, state.step)
     metrics['grad_norm'] = mean_metric(optax.tree.norm(grads))
     metrics['learning_rate'] = mean_metric(optimizer.learning_rate(state.step))

@@ -40,13 +40,14 @@ class ModulatedAttention(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps (B, H, W, C), C even, to the same shape."""
     batch, height, width, channels = x.shape
+    dtype = self.dtype or x.dtype
     pixels = x.reshape(batch, height * width, channels)
     theta, phi, g = (
       dense(
         channels // 2,
         inputs=channels,
         kernel_init=INITIALISERS['kaiming_fan_out'],
-        dtype=self.dtype,
+        dtype=dtype,
         name=name,
       )(pixels)
       for name in ('theta', 'phi', 'g')
@@ -58,14 +59,14 @@ class ModulatedAttention(nn.Module):
       channels,
       use_bias=False,
       kernel_init=INITIALISERS['kaiming_fan_out'],
-      dtype=self.dtype,
+      dtype=dtype,
       precision=lax.Precision.HIGHEST,
       name='out',
     )(read)
     flat = x.reshape(batch, -1)
-    place = dense(
-      height * width, inputs=flat.shape[-1], dtype=self.dtype, name='spatial'
-    )(flat)
+    place = dense(height * width, inputs=flat.shape[-1], dtype=dtype, name='spatial')(
+      flat
+    )
     return (pixels + _softmax(place)[..., None] * attended).reshape(x.shape)
 
 

@@ -93,7 +93,7 @@ class Linear(nn.Module):
     kernel = _kernel(self, features, self.kernel_init)
     constant = nn.initializers.constant(self.first_bias)
     bias = self.param('bias', constant, (self.num_classes,), jnp.float32)
-    return _product(features, kernel) + bias[None]
+    return product(features, kernel) + bias[None]
 
 
 class ScaledLinear(nn.Module):
@@ -117,7 +117,7 @@ class ScaledLinear(nn.Module):
     shape = (self.num_classes,)
     bias = self.param('bias', nn.initializers.zeros, shape, jnp.float32)
     scale = self.param('scale', nn.initializers.ones, shape, jnp.float32)
-    return scale[None] * (_product(features, kernel) + bias[None])
+    return scale[None] * (product(features, kernel) + bias[None])
 
 
 class NearestClassMean(nn.Module):
@@ -144,7 +144,7 @@ class NearestClassMean(nn.Module):
     means = self.param('means', zeros, (self.num_classes, width), jnp.float32)
     v = centred_unit(features, centre)
     squares = (v * v).sum(-1, keepdims=True) + (means * means).sum(-1)[None]
-    return 2 * _product(v, means.T) - squares
+    return 2 * product(v, means.T) - squares
 
 
 def centred_unit(features: jax.Array, centre: jax.Array) -> jax.Array:
@@ -172,7 +172,32 @@ class Cosine(nn.Module):
   def __call__(self, features: jax.Array) -> jax.Array:
     """Maps (B, D) to (B, C)."""
     kernel = _kernel(self, features, unit_columns)
-    return self.scale * _product(unit(at_least_float32(features)), unit(kernel, axis=0))
+    return self.scale * product(unit(at_least_float32(features)), unit(kernel, axis=0))
+
+
+class CosineBias(nn.Module):
+  r"""Cosines of the angles between features and class weights, of a learned scale.
+
+  .. math:: z_c = s \left( \frac{v}{|v|} \cdot \frac{w_c}{|w_c|} + b \right)
+
+  with s = 10 and b = 0 in the beginning. A softmax does not see b; a sigmoid does.
+
+  Attributes:
+    num_classes: C.
+
+  Source: Gidaris and Komodakis, arXiv 1804.09458, section 3.2; the bias is the code's.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps (B, D) to (B, C)."""
+    kernel = _kernel(self, features, INITIALISERS['kaiming'])
+    scale = self.param('scale', nn.initializers.constant(10.0), (), jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, (), jnp.float32)
+    cosines = product(unit(at_least_float32(features)), unit(kernel, axis=0))
+    return scale * (cosines + bias)
 
 
 class CosineSquash(nn.Module):
@@ -199,7 +224,7 @@ class CosineSquash(nn.Module):
     """Maps (B, D) to (B, C)."""
     kernel = _kernel(self, features, uniform_by_fan_in)
     v = at_least_float32(features)
-    return self.scale * _product(v / (1 + _norm(v, -1)), unit(kernel, axis=0))
+    return self.scale * product(v / (1 + _norm(v, -1)), unit(kernel, axis=0))
 
 
 class MetaEmbedding(nn.Module):
@@ -245,10 +270,10 @@ class MetaEmbedding(nn.Module):
       centroids = jnp.zeros((self.num_classes, v.shape[-1]), v.dtype)
     memory = lax.stop_gradient(centroids)
     hallucination = jax.nn.softmax(Linear(self.num_classes, name='hallucinator')(v))
-    read = _product(hallucination, memory)
+    read = product(hallucination, memory)
     selection = jnp.tanh(dense(v.shape[-1], inputs=v.shape[-1], name='selector')(v))
     squares = (memory * memory).sum(-1)[None]
-    nearest = jnp.argmin(squares - 2 * _product(v, memory.T), axis=-1)
+    nearest = jnp.argmin(squares - 2 * product(v, memory.T), axis=-1)
     reachability = self.reach / _norm(v - memory[nearest], axis=-1)
     embedding = reachability * (v + selection * read)
     self.sow('intermediates', 'hallucination', hallucination)
@@ -265,8 +290,8 @@ def _kernel(head: nn.Module, features: jax.Array, init: Callable) -> jax.Array:
   return head.param('kernel', init, shape, jnp.float32)
 
 
-def _product(features: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Returns features (B, D) times kernel (D, C) without bfloat16 passes."""
+def product(features: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns features (B, D) times kernel (D, C), in float32 throughout."""
   return jnp.dot(at_least_float32(features), kernel, precision=lax.Precision.HIGHEST)
 
 
@@ -301,6 +326,11 @@ def cosine(num_classes: int, *, scale: float = 30.0) -> Cosine:
   return Cosine(num_classes, scale)
 
 
+def cosine_bias(num_classes: int) -> CosineBias:
+  """Returns a `CosineBias` head."""
+  return CosineBias(num_classes)
+
+
 def cosine_squash(num_classes: int, *, scale: float = 16.0) -> CosineSquash:
   """Returns a `CosineSquash` head; its attributes are the arguments."""
   return CosineSquash(num_classes, scale)
@@ -318,6 +348,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
   'scaled_linear': scaled_linear,
   'nearest_class_mean': nearest_class_mean,
   'cosine': cosine,
+  'cosine_bias': cosine_bias,
   'cosine_squash': cosine_squash,
   'meta_embedding': meta_embedding,
 }

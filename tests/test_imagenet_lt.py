@@ -1,0 +1,106 @@
+"""OLTR's two stages on a miniature ImageNet-LT, as lists and as TFDS has it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import imagenet_lt
+from lt_jax import build, run
+from lt_jax.errors import UserError
+from tests import mini
+
+SMALL = {
+  'data.image_size': 32,
+  'data.resize': 36,
+  'data.many_shot': 5,
+  'data.few_shot': 2,
+  'model.trunk_options.width': 8,
+  'batch': 8,
+  'eval_batch': 128,
+  'log_every_steps': 2,
+}
+"""What makes a step fast; data path and steps come beside it."""
+
+
+def config(recipe, **overrides):
+  made = imagenet_lt.get_config(f'{recipe},epochs=0.05')
+  made.model.trunk_options.width = 64
+  made.update_from_flattened_dict({**SMALL, **overrides})
+  return build.resolve(made)
+
+
+@pytest.fixture(scope='module')
+def lists(tmp_path_factory):
+  rng = np.random.default_rng(0)
+  folder, root = mini.write_lists(tmp_path_factory.mktemp('lists'), rng)
+  return {'data.source': f'list:{folder}', 'data.dir': str(root)}
+
+
+@pytest.fixture(scope='module')
+def tfds(tmp_path_factory):
+  rng = np.random.default_rng(0)
+  folder = mini.write_tfds(tmp_path_factory.mktemp('tfds'), rng)
+  return {'data.source': 'tfds:imagenet_lt', 'data.dir': str(folder)}
+
+
+@pytest.fixture(scope='module')
+def finished(lists, tmp_path_factory):
+  """The folder of a finished run from lists."""
+  workdir = tmp_path_factory.mktemp('run')
+  run.run(config('oltr', **lists), workdir)
+  return workdir
+
+
+def test_two_stages_from_lists(finished):
+  result = json.loads((finished / 'result.json').read_text())
+  assert result['stage'] == 'memory'
+  assert result['select'] == 'val/accuracy'
+  assert {'accuracy', 'many', 'few', 'auroc', 'f_measure_oltr2019'} <= set(
+    result['test']
+  )
+  assert 'auroc' in result['test_by_energy']
+  facts = json.loads((finished / 'data.json').read_text())
+  assert facts['counts']['train'] == list(mini.COUNTS)
+  assert facts['open_images'] == {'open_test': 4}
+  assert facts['image_shape'] == [32, 32, 3]
+  stages = {path.name for path in (finished / 'stages').iterdir()}
+  assert stages == {'plain', 'memory'}
+  with np.load(finished / 'open_set.npz') as curves:
+    assert (np.diff(curves['known_score/threshold']) < 0).all()
+
+
+def test_the_same_images_from_tfds(finished, tfds, tmp_path):
+  """Without the open set, but otherwise the same run to the digest."""
+  run.run(config('oltr', **tfds), tmp_path)
+  ours, theirs = (
+    json.loads((folder / 'result.json').read_text()) for folder in (tmp_path, finished)
+  )
+  assert 'auroc' not in ours['test']
+  assert ours['state_sha256'] == theirs['state_sha256']
+
+
+def test_crops_are_a_function_of_the_position(lists):
+  experiment = build.build(config('ce', **lists))
+  stream = experiment.stages['train'].streams['train']
+  first, again, later = (stream.payload(step)['image'] for step in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert first.shape == (8, 32, 32, 3) and first.dtype == np.uint8
+  assert (first != later).any()
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'stage_order': ('memory',)}, "no finished stage 'plain'; known: no stage before"),
+    ({'data.image_size': 0}, 'differ in size: set data.image_size'),
+    ({'data.resize': 30}, 'data.resize is 30, less than data.image_size 32'),
+    ({'data.test_split': 'tset'}, 'has no tset split, only train, val, test, open'),
+    ({'data.known_classes': 9}, 'open images of its own: set data.known_classes to 0'),
+    ({'stages.memory.model.projection': 5}, r'kernel is \(5, 1000\) here'),
+  ],
+)
+def test_mistakes_are_told_before_anything_runs(lists, tmp_path, overrides, message):
+  with pytest.raises(UserError, match=message):
+    run.run(config('oltr', **lists, **overrides), tmp_path)
+  assert not (tmp_path / 'stages').exists()
