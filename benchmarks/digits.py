@@ -2,8 +2,8 @@
 
   python -m benchmarks.digits --workdir=runs/digits
 
-Prints the table of docs/results.md, and how far example weights were learned. Runs that
-are finished already are not run again.
+Prints the tables of docs/results.md, and how far example weights were learned. Runs
+that are finished already are not run again.
 """
 
 import argparse
@@ -30,6 +30,32 @@ LARGER = {
 }
 """Learned weights that move further than the papers' constants let them."""
 CONTROLS = ('meta_ce_control', 'cb_finetune', 'ce_plus_meta')
+OPEN = (
+  'ce',
+  'ce_aware',
+  'focal_aware',
+  'lifted',
+  'range',
+  'openmax',
+  'fslwf',
+  'oltr',
+  'crt',
+  'crt_las',
+  'lws',
+  'tau_norm',
+  'ncm',
+  'lade',
+  'vs',
+  'cdt',
+)
+"""Recipes of the table with the open set."""
+OPENED = (
+  'auroc',
+  'energy:auroc',
+  'f_measure_oltr2019',
+  'f_measure_oltr2020',
+  'f_measure_oltr2019_at_0.1',
+)
 COLOURS = ('#999999', '#d95f02', '#1b62a5')
 
 
@@ -61,6 +87,20 @@ def learned_over_prior(folder):
   """Returns mean |weight - prior| over mean prior, over all steps that learned."""
   rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
   return np.mean([r['learned_over_prior'] for r in rows if 'learned_over_prior' in r])
+
+
+def table(results, recipes, columns):
+  """Prints mean ± standard deviation of test metrics; 'energy:X' is X by the energy."""
+  print('| recipe | ' + ' | '.join(columns) + ' |')
+  print('|---' * (len(columns) + 1) + '|')
+  for recipe in recipes:
+    cells = []
+    for column in columns:
+      place = 'test_by_energy' if column.startswith('energy:') else 'test'
+      name = column.removeprefix('energy:')
+      cells.append(shown([run[place][name] for run in results[recipe]]))
+    print(f'| `{recipe}` | {" | ".join(cells)} |')
+  print()
 
 
 def draw(results, counts, path):
@@ -103,7 +143,7 @@ def main():
   options = parser.parse_args()
   results = {
     recipe: [train(recipe, seed, options.workdir) for seed in range(options.seeds)]
-    for recipe in (*DRAWN, *LEARNED, *LARGER, *CONTROLS)
+    for recipe in dict.fromkeys((*DRAWN, *LEARNED, *LARGER, *CONTROLS, *OPEN))
   }
   data = json.loads((options.workdir / 'ce' / '0' / 'data.json').read_text())
   draw(
@@ -111,12 +151,9 @@ def main():
     data['counts']['train'],
     pathlib.Path(__file__).parents[1] / 'docs' / 'digits.svg',
   )
-  columns = ('accuracy', 'many', 'medium', 'few', 'auroc', 'f_measure_oltr2020')
-  print('| recipe | ' + ' | '.join(columns) + ' |')
-  print('|---' * (len(columns) + 1) + '|')
-  for recipe, runs in results.items():
-    cells = ' | '.join(shown([r['test'][c] for r in runs]) for c in columns)
-    print(f'| `{recipe}` | {cells} |')
+  closed = ('accuracy', 'many', 'medium', 'few', 'auroc', 'f_measure_oltr2020')
+  table(results, (*DRAWN, *LEARNED, *LARGER, *CONTROLS), closed)
+  table(results, OPEN, (*closed[:4], *OPENED))
   for recipe in (*LEARNED, *LARGER):
     learned = [
       learned_over_prior(options.workdir / recipe / str(seed))

@@ -277,7 +277,7 @@ EPISODES: dict[str, Overrides] = {
   'places_lt': {'novel': 80, 'queries_novel': 480, 'queries_base': 240},
 }
 
-DECOUPLED = ('crt', 'lws', 'tau_norm', 'ncm')
+DECOUPLED = ('crt', 'crt_las', 'lws', 'tau_norm', 'ncm')
 """Recipes of Kang et al."""
 
 

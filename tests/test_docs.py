@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import build, losses, methods
+from lt_jax import build, losses, methods, train
 from tests import tiny
 from tests.test_methods import STEPS, Runner
 
@@ -50,6 +50,20 @@ def test_the_loss_is_built_by_its_name(examples, monkeypatch):
 def test_the_data_set_builds(examples, no_data):
   experiment = build.build(build.resolve(examples['get_config']('ldam_drw')))
   assert experiment.dataset.counts[0] == 1000 and experiment.dataset.counts[-1] == 10
+
+
+def test_the_surgery_measures(examples, npz):
+  experiment = build.build(tiny.config(npz, 'ce'))
+  method = experiment.stages['train'].method
+  surgery = examples['mean_feature'](survey=experiment.survey(method.predict))
+  fresh = train.initial_state(
+    method, experiment.stages['train'].streams, jax.random.key(0), experiment.mesh
+  ).replace(memory={'mean_feature': jnp.zeros(8)})
+  found = surgery(fresh, {}).memory['mean_feature']
+  split = experiment.dataset.splits['train']
+  images = split.source.images[split.rows].astype(np.float32) / 127.5 - 1
+  expected = method.predict(fresh, images)['features'].mean(0)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_method_meets_the_contract(examples, npz, monkeypatch):

@@ -1,13 +1,16 @@
 """Few-shot parts: the generator by its formula, episodes by their promises."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import sharding
+from configs import digits_lt
+from lt_jax import build, evaluate, files, run, sharding, writers
 from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.streams import Split, evaluation_pass
 from lt_jax.errors import UserError
@@ -481,3 +484,42 @@ def test_mistakes_of_the_novel_stage_are_told(rng, state):
     novel.surgery(stage='base')(novel.state, {'base': novel.state})
   with pytest.raises(UserError, match='every class is base'):
     novel.surgery(base=np.ones(CLASSES, bool))
+
+
+@pytest.fixture(scope='module')
+def digits_run(tmp_path_factory):
+  """The folder of a short run of all three stages on digits."""
+  config = digits_lt.get_config('fslwf,epochs=4')
+  config.stages.generator.stream.per_epoch = 4
+  config.log_every_steps = 4
+  config.model.trunk_options = {'width': 4}
+  workdir = tmp_path_factory.mktemp('fslwf')
+  run.run(build.resolve(config), workdir)
+  return workdir
+
+
+def test_three_stages_on_digits(digits_run):
+  result = json.loads((digits_run / 'result.json').read_text())
+  assert result['stage'] == 'novel' and result['step'] == 0
+  with np.load(digits_run / 'stages' / 'base' / 'arrays.npz') as left:
+    assert left['features'].shape == (225, 8)  # images in training, base or not
+  rows = writers.read_rows(digits_run / 'metrics.jsonl')
+  steps = {row['stage']: row['step'] for row in rows}
+  assert steps['generator'] == 20
+  # The novel classes' weights are generated, the base ones' those of the generator.
+  again = evaluate.evaluate(digits_run)
+  assert again['state_sha256'] == result['state_sha256']
+  before = evaluate.evaluate(digits_run, stage_name='generator')
+  assert before['state_sha256'] != again['state_sha256']
+  by_class = [r['test']['class_accuracy'] for r in (before, again)]
+  assert not np.array_equal(*by_class)
+
+
+def test_what_a_stage_should_have_left_is_missed_by_name(digits_run):
+  config = files.read_json(digits_run / 'config.json')
+  stages = digits_run / 'stages'
+  shutil.rmtree(stages / 'generator')
+  (stages / 'base' / 'arrays.npz').rename(stages / 'elsewhere.npz')
+  np.savez(stages / 'base' / 'arrays.npz', features=np.zeros((3, 8), np.float32))
+  with pytest.raises(UserError, match=r'features is \(3, 8\), but it should be \(225'):
+    run.run(config, digits_run)

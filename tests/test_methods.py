@@ -1,4 +1,7 @@
-"""One table of contract checks over every recipe, on eight images."""
+"""One table of contract checks over every recipe, on eight images.
+
+But for few-shot tasks, whose classes need more of them: see tests/test_few_shot.py.
+"""
 
 import functools
 
@@ -81,7 +84,7 @@ class Runner:
     return state, jax.device_get(totals), int(bad)
 
 
-@pytest.fixture(scope='module', params=RECIPES)
+@pytest.fixture(scope='module', params=[r for r in RECIPES if r != 'fslwf'])
 def runner(request, npz):
   return Runner(npz, request.param)
 
