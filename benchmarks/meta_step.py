@@ -28,6 +28,7 @@ from lt_jax.models import make_classifier
 from lt_jax.optim import make_optimizer, make_schedule
 
 BATCH = 100
+EVERY = 4
 SIDES = {
   'plain': None,
   'unrolled': {'route': 'unrolled'},
@@ -50,7 +51,7 @@ def make_method(options, net):
   loss = make_loss('cross_entropy', counts=np.ones(10))
   if options is None:
     return supervised(net, optimizer, loss, reduction=REDUCTIONS['mean'], **shared)
-  return meta.meta_reweight(net, optimizer, loss, **shared, **options)
+  return meta.meta_reweight(net, optimizer, loss, meta_batch=BATCH, **shared, **options)
 
 
 class Side:
@@ -99,7 +100,9 @@ def main():
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
-  steps = options.steps or (4 if jax.default_backend() == 'cpu' else 100)
+  steps = options.steps or (EVERY if jax.default_backend() == 'cpu' else 100)
+  if steps % EVERY:
+    parser.error(f'--steps must be a multiple of {EVERY}, as of meta_every')
 
   generator = np.random.default_rng(0)
   batches = {
@@ -114,7 +117,7 @@ def main():
   net = make_classifier(options.net, 'linear', 10, batch_norm={'groups': 1})
   ours = {name: Side(choice, net, batches) for name, choice in SIDES.items()}
   sides = {name: side.run for name, side in ours.items()}
-  sides['jvp, meta_every=4'] = lambda n: ours['jvp'].run(n, every=4)
+  sides[f'jvp, meta_every={EVERY}'] = lambda n: ours['jvp'].run(n, every=EVERY)
   python = find_torch(options.torch_python)
   if python:
     depth = int(options.net.removeprefix('resnet'))

@@ -1,4 +1,4 @@
-"""Meta gradients by both routes, against formulas, and what methods make of them."""
+"""Meta gradients by both routes and whole steps, against formulas written by hand."""
 
 import functools
 from typing import NamedTuple
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from configs import digits_lt
 from lt_jax import build, train
 from lt_jax.errors import UserError
-from lt_jax.losses import REDUCTIONS, make_loss
+from lt_jax.losses import make_loss
 from lt_jax.method import State
 from lt_jax.methods import meta
-from lt_jax.methods.supervised import supervised
 from lt_jax.models import make_classifier
 from lt_jax.optim import make_optimizer
 from tests import tiny
@@ -23,7 +23,9 @@ from tests.test_methods import Runner
 
 CLASSES, TRAIN, META, PIXELS, HIDDEN = 5, 16, 10, 12, 7
 COUNTS = np.array([40, 20, 10, 5, 2])
+CLASS_WEIGHTS = (0.2, 0.5, 1.0, 1.5, 1.8)
 PRECISIONS = {'float64': 1e-10, 'float32': 1e-5}
+QUICK = {'xla_backend_optimization_level': 0}  # these programs run once
 
 
 # A network of two dense layers with batch normalisation, written here in full.
@@ -101,12 +103,18 @@ def make_problem(precision):
   )
 
 
+def given(name):
+  """Returns what the library hands to a method of `meta`, and what has no default."""
+  return {
+    'l2rw': {'counts': COUNTS},
+    'meta_weight_net': {'counts': COUNTS, 'weight_optimizer': {'name': 'adam'}},
+    'meta_reweight': {'class_weights': lambda step: jnp.asarray(CLASS_WEIGHTS)},
+  }[name]
+
+
 def weighing(name, **options):
   """Returns what a method of `meta` is made of."""
-  given = {'counts': COUNTS}
-  if name == 'meta_reweight':
-    given = {'class_weights': lambda step: jnp.asarray([0.2, 0.5, 1.0, 1.5, 1.8])}
-  return getattr(meta, name).__wrapped__(**given, **options)
+  return getattr(meta, name).__wrapped__(**{**given(name), **options})
 
 
 WEIGHINGS = {
@@ -133,7 +141,101 @@ def rate(step):
   return jnp.asarray(0.1)
 
 
-@functools.partial(jax.jit, static_argnames=('route', 'kind', 'optimizer', 'layers'))
+# The same by hand: the objective F, the updates of optimisers, and the definition.
+
+
+def v(losses, net):
+  """The weight network."""
+  hidden = losses[:, None] * net['hidden']['kernel'] + net['hidden']['bias'][None]
+  out = jnp.maximum(hidden, 0) @ net['weight']['kernel'] + net['weight']['bias'][None]
+  return 1 / (1 + jnp.exp(-out[:, 0]))
+
+
+def v_mean(losses, net):
+  weights = v(losses, net)
+  return weights / weights.sum()
+
+
+held = jax.lax.stop_gradient
+OBJECTIVES = {
+  'multiplicative': lambda loss, eps, w: jnp.mean(w * (1 + eps) * loss),
+  'additive': lambda loss, eps, w: jnp.sum((w + eps) * loss),
+  'l2rw': lambda loss, eps, w: jnp.sum(eps * loss),
+  'mwn': lambda loss, net, w: jnp.sum(v_mean(loss, net) * loss),
+  'mwn detached': lambda loss, net, w: jnp.sum(v_mean(held(loss), net) * loss),
+  'mwn mean': lambda loss, net, w: jnp.mean(v(loss, net) * loss),
+  'mwn mean detached': lambda loss, net, w: jnp.mean(v(held(loss), net) * loss),
+}
+"""F of training losses, of what is learned, and of class weights."""
+
+
+def momentum(p, gradients, *, decay=0.0, nesterov=False):
+  buffer = 0
+  for gradient in gradients:
+    direction = gradient + decay * p
+    buffer = 0.9 * buffer + direction
+  return p - 0.1 * (direction + 0.9 * buffer if nesterov else buffer)
+
+
+def adam(p, gradients):
+  m = u = 0
+  for gradient in gradients:
+    m, u = 0.9 * m + 0.1 * gradient, 0.999 * u + 0.001 * gradient**2
+  t = len(gradients)
+  return p - 0.1 * (m / (1 - 0.9**t)) / (jnp.sqrt(u / (1 - 0.999**t)) + 1e-8)
+
+
+UPDATES = {
+  'sgd': lambda p, gradients: p - 0.1 * gradients[-1],
+  'heavy-ball': momentum,
+  'nesterov': functools.partial(momentum, decay=0.01, nesterov=True),
+  'adam': adam,
+}
+"""A parameter after the last of its gradients, the others being its history."""
+
+
+def updated(problem, name, gradient):
+  """Returns the parameters after an update of the optimiser with its history."""
+  return jax.tree.map(
+    lambda p, *gradients: UPDATES[name](p, gradients),
+    problem.params,
+    *problem.history,
+    gradient,
+  )
+
+
+def by_hand(problem, kind, virtual, loss=cross_entropy):
+  """Returns (meta loss after the virtual step, its gradient): the definition."""
+  w = jnp.asarray(CLASS_WEIGHTS)[problem.train['label']]
+
+  def outcome(learned):
+    def trained(params):
+      logits = network(params, problem.train['image'])
+      losses = loss(logits, problem.train['label'])
+      return OBJECTIVES[kind](losses, learned, w)
+
+    moved = updated(problem, virtual, jax.grad(trained)(problem.params))
+    return problem.meta_loss({'net': moved})
+
+  zeros = jnp.zeros(TRAIN, problem.train['image'].dtype)
+  return jax.value_and_grad(outcome)(
+    problem.weight_net if kind.startswith('mwn') else zeros
+  )
+
+
+@functools.cache
+def defined(kind, virtual):
+  """The same in float64, of the problem of the tests."""
+  with jax.enable_x64(True):
+    by = jax.jit(by_hand, static_argnums=(1, 2), compiler_options=QUICK)
+    return by(make_problem('float64'), kind, virtual)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('route', 'kind', 'optimizer', 'layers'),
+  compiler_options=QUICK,
+)
 def meta_gradient(problem, route, kind, optimizer, layers=(None, None)):
   """Returns (meta loss, meta gradient) by a route, as a step of the method does."""
   name, options = WEIGHINGS[kind]
@@ -184,13 +286,12 @@ def precision(request):
   [(kind, 'sgd') for kind in WEIGHINGS]
   + [(kind, name) for kind in ('multiplicative', 'mwn') for name in [*OPTIMIZERS][1:]],
 )
-def test_one_forward_pass_is_the_gradient_through_the_virtual_step(
-  precision, kind, optimizer
-):
+def test_it_is_the_gradient_through_the_virtual_step(precision, kind, optimizer):
   problem = make_problem(precision)
-  found = meta_gradient(problem, 'jvp', kind, optimizer)
-  expected = meta_gradient(problem, 'unrolled', kind, optimizer)
-  assert_same_gradient(found, expected, precision)
+  expected = defined(kind, optimizer)
+  for route in ('jvp', 'unrolled') if precision == 'float64' else ('jvp',):
+    found = meta_gradient(problem, route, kind, optimizer)
+    assert_same_gradient(found, expected, precision)
   assert any(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(found[1]))
 
 
@@ -199,32 +300,6 @@ def test_separate_passes_give_the_same(precision):
   found = meta_gradient(problem, 'low memory', 'mwn', 'nesterov')
   expected = meta_gradient(problem, 'jvp', 'mwn', 'nesterov')
   assert_same_gradient(found, expected, precision)
-
-
-def test_the_meta_gradient_is_the_slope_of_the_meta_loss():
-  """By central differences of the definition, for the additive form."""
-  with jax.enable_x64(True):
-    problem = make_problem('float64')
-    how = weighing('meta_reweight', form='additive')
-    optimizer = make_optimizer('sgd', rate, momentum=0.0)
-    state = problem.state(optimizer)
-    params = {'net': problem.params}
-
-    @jax.jit
-    def outcome(eps):
-      grads = jax.grad(
-        lambda p: how.objective(problem.losses(p)[0], eps, state, problem.train)
-      )(params)
-      return problem.meta_loss(
-        jax.tree.map(lambda p, g: p - rate(state.step) * g, params, grads)
-      )
-
-    h = 1e-5
-    slope = [
-      (outcome(h * unit) - outcome(-h * unit)) / (2 * h) for unit in jnp.eye(TRAIN)
-    ]
-    _, gradient = meta_gradient(problem, 'jvp', 'additive', 'sgd')
-    np.testing.assert_allclose(gradient, np.array(slope), rtol=1e-6, atol=1e-9)
 
 
 def test_the_head_alone_has_a_closed_form(precision):
@@ -251,7 +326,7 @@ def test_the_head_alone_has_a_closed_form(precision):
   bias, head = (np.asarray(problem.params[k], np.float64) for k in ('bias', 'head'))
   h, h_meta = features(problem.train), features(problem.meta)
   r = residuals(h, problem.train['label'], head, bias)
-  w = np.array([0.2, 0.5, 1.0, 1.5, 1.8])[np.asarray(problem.train['label'])]
+  w = np.array(CLASS_WEIGHTS)[np.asarray(problem.train['label'])]
   moved = head - 0.1 * h.T @ (w[:, None] * r), bias - 0.1 * (w[:, None] * r).sum(0)
   r_meta = residuals(h_meta, problem.meta['label'], *moved)
   slope, slope_bias = h_meta.T @ r_meta / META, r_meta.mean(0)
@@ -268,10 +343,13 @@ def test_the_wrong_shortcut_is_wrong():
     problem = make_problem('float64')
     _, right = meta_gradient(problem, 'jvp', 'additive', 'sgd')
 
-    def alone(params, i):
-      image = problem.train['image'][i][None]
-      return cross_entropy(network(params, image), problem.train['label'][i][None])[0]
+    images, labels = (jnp.asarray(problem.train[name]) for name in ('image', 'label'))
 
+    def alone(params, i):
+      image = images[i][None]
+      return cross_entropy(network(params, image), labels[i][None])[0]
+
+    gradient = jax.jit(jax.grad(alone))
     slope = jax.grad(lambda p: problem.meta_loss({'net': p}))(problem.params)
     wrong = [
       -0.1
@@ -279,7 +357,7 @@ def test_the_wrong_shortcut_is_wrong():
         (a * b).sum()
         for a, b in zip(
           jax.tree.leaves(slope),
-          jax.tree.leaves(jax.grad(alone)(problem.params, i)),
+          jax.tree.leaves(gradient(problem.params, i)),
           strict=True,
         )
       )
@@ -374,9 +452,164 @@ def test_weights_are_told_class_by_class():
   nan = np.nan
   np.testing.assert_allclose(means['weight_prior'], [1, nan, 2, nan])
   np.testing.assert_allclose(means['weight_learned'], [-0.5, nan, 1, nan])
-  np.testing.assert_allclose(means['weight_learned_square'], [1.25, nan, 1, nan])
+  np.testing.assert_allclose(means['weight_about'], [-0.5, nan, 1, nan])
+  np.testing.assert_allclose(means['weight_about_square'], [1.25, nan, 1, nan])
   np.testing.assert_allclose(means['weight_negative'], [0.5, nan, 0, nan])
   np.testing.assert_allclose(means['learned_over_prior'], 3 / 4)
+
+
+def test_normalised_weights_are_compared_with_normalised_ones():
+  """Class-balanced weights of mean one have learned nothing; their spread stays."""
+  prior = jnp.array([0.1, 0.1, 0.4])
+  found = meta.weight_metrics(
+    prior / 0.2, prior, jnp.array([0, 0, 2]), 3, mean_one=True
+  )
+  means = {name: train.means(*pair) for name, pair in found.items()}
+  np.testing.assert_allclose(means['weight_prior'], [0.5, np.nan, 2], rtol=1e-6)
+  np.testing.assert_allclose(means['weight_learned'], [0, np.nan, 0], atol=1e-6)
+  np.testing.assert_allclose(means['learned_over_prior'], 0, atol=1e-6)
+  np.testing.assert_allclose(means['weight_about'], [0.4, np.nan, 1.6], rtol=1e-6)
+  assert weighing('l2rw').mean_one and weighing('meta_weight_net').mean_one
+  assert not weighing('meta_weight_net', normalise=False).mean_one
+  assert not weighing('meta_reweight').mean_one
+
+
+# Whole steps, by hand.
+
+
+class Net(nn.Module):
+  """The network above, which keeps a running mean of what comes into its statistics."""
+
+  @nn.compact
+  def __call__(self, images, train):
+    shapes = {
+      'hidden': (PIXELS, HIDDEN),
+      'scale': (HIDDEN,),
+      'shift': (HIDDEN,),
+      'head': (HIDDEN, CLASSES),
+      'bias': (CLASSES,),
+    }
+    zeros = nn.initializers.zeros
+    params = {
+      name: self.param(name, zeros, shape, images.dtype)
+      for name, shape in shapes.items()
+    }
+    mean = self.variable('batch_stats', 'mean', jnp.zeros, HIDDEN, images.dtype)
+    if train:
+      mean.value = 0.9 * mean.value + 0.1 * (images @ params['hidden']).mean(0)
+    return {'logits': network(params, images), 'features': images}
+
+
+def ldam(logits, label):
+  margins = 0.5 * jnp.asarray((2 / COUNTS) ** 0.25)
+  return cross_entropy(logits - 3 * margins[None] * jnp.eye(CLASSES)[label], label)
+
+
+LOSSES = {
+  'cross_entropy': (cross_entropy, {}),
+  'ldam': (ldam, {'scale': 3.0, 'max_margin': 0.5}),
+}
+TAU = 0.7
+
+
+def moved_net(net, gradient):
+  """The weight network after Adam at its third step, of moments that were zero."""
+
+  def moved(p, g):
+    mean, square = 0.1 * g / (1 - 0.9**3), 0.001 * g**2 / (1 - 0.999**3)
+    return p - 2**-4 * mean / (jnp.sqrt(square) + 1e-8)
+
+  return jax.tree.map(moved, net, gradient)
+
+
+def clipped(gradient):
+  wanted = jnp.maximum(-gradient, 0)
+  return wanted / wanted.sum()
+
+
+WEIGHTS = {
+  'multiplicative': lambda loss, gradient, w, net: w * (1 - TAU * gradient),
+  'additive': lambda loss, gradient, w, net: w - TAU * gradient,
+  'l2rw': lambda loss, gradient, w, net: TRAIN * clipped(gradient),
+  'mwn': lambda loss, gradient, w, net: TRAIN * v_mean(loss, moved_net(net, gradient)),
+}
+"""Weights of the training step, of losses, meta gradient and class weights."""
+
+
+@pytest.mark.filterwarnings('ignore:scatter inputs')  # metrics are float32
+@pytest.mark.parametrize(
+  ('kind', 'optimizer', 'loss', 'options'),
+  [
+    ('multiplicative', 'nesterov', 'ldam', {'virtual': 'optimizer', 'eps_lr': TAU}),
+    ('additive', 'heavy-ball', 'ldam', {'low_memory': True, 'eps_lr': TAU}),
+    ('l2rw', 'adam', 'cross_entropy', {'virtual': 'optimizer'}),
+    ('mwn', 'heavy-ball', 'cross_entropy', {'weight_learning_rate': 2**-4}),
+  ],
+)
+def test_a_whole_step_by_hand(kind, optimizer, loss, options):
+  """Meta loss, new weights, new parameters and statistics, at the third step."""
+  with jax.enable_x64(True):
+    problem = make_problem('float64')
+    name, how = WEIGHINGS[kind]
+    formula, loss_options = LOSSES[loss]
+    player = make_optimizer(learning_rate=rate, **OPTIMIZERS[optimizer][1])
+    method = getattr(meta, name)(
+      Net(),
+      player,
+      make_loss(loss, counts=COUNTS, **loss_options),
+      meta_batch=META,
+      **{**given(name), **how, **options},
+    )
+    batches = {'train': problem.train, 'meta': problem.meta}
+    shapes = jax.eval_shape(method.init, jax.random.key(0), batches)
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    here = problem.state(player)
+    before = here.replace(
+      params={n: here.params[n] for n in shapes.params},
+      stats=zeros(shapes.stats),
+      opt={**zeros(shapes.opt), **here.opt},
+    )
+    step = jax.jit(method.step, compiler_options=QUICK)
+    after, metrics = step(before, batches)
+
+    def expectation(problem):
+      virtual = optimizer if options.get('virtual') == 'optimizer' else 'sgd'
+      meta_loss, gradient = by_hand(problem, kind, virtual, formula)
+      label = problem.train['label']
+      w = jnp.asarray(CLASS_WEIGHTS)[label]
+
+      def losses(params):
+        return formula(network(params, problem.train['image']), label)
+
+      weights = held(
+        WEIGHTS[kind](losses(problem.params), gradient, w, problem.weight_net)
+      )
+      value, slope = jax.value_and_grad(lambda p: (weights * losses(p)).mean())(
+        problem.params
+      )
+      mean = 0.1 * (problem.train['image'] @ problem.params['hidden']).mean(0)
+      return {
+        'meta_loss': meta_loss,
+        'loss': value,
+        'params': updated(problem, optimizer, slope),
+        'stats': mean,
+        'weight_net': moved_net(problem.weight_net, gradient) if kind == 'mwn' else {},
+      }
+
+    found = {
+      'meta_loss': metrics['meta_loss'][0],
+      'loss': metrics['loss'][0],
+      'params': after.params['net'],
+      'stats': after.stats['net']['mean'],
+      'weight_net': after.params.get('weight_net', {}),
+    }
+    expected = jax.jit(expectation, compiler_options=QUICK)(problem)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10),
+      found,
+      expected,
+    )
+    assert int(after.step) == 3
 
 
 # Whole steps, of the networks of the house.
@@ -388,12 +621,10 @@ def npz(tmp_path_factory):
 
 
 def step_of(runner, **options):
-  """Returns (new State, metrics) of one step of a method with other options."""
-  stage = runner.stage
-  streams = stage.streams
-  state = runner.init()
+  """Returns (new State, metrics, program) of one step of a method with options."""
+  streams = runner.stage.streams
   payloads = {name: stream.payload(0) for name, stream in streams.items()}
-  batches = train.batches_at(streams, runner.arrays, payloads, state.key, 0)
+  batches = train.batches_at(streams, runner.arrays, payloads, jax.random.key(0), 0)
   net = make_classifier(
     'digits_cnn', 'linear', 4, batch_norm={'groups': 1}, trunk_options={'width': 4}
   )
@@ -403,10 +634,12 @@ def step_of(runner, **options):
     make_loss('cross_entropy', counts=np.ones(4)),
     class_weights=lambda step: jnp.asarray([0.2, 1.0, 1.3, 1.5]),
     eps_lr=1.0,
+    meta_batch=8,
     **options,
   )
   state = method.init(jax.random.key(0), batches)
-  return jax.jit(method.step)(state, batches)
+  program = jax.jit(method.step).lower(state, batches).compile()
+  return *program(state, batches), program
 
 
 @pytest.fixture(scope='module')
@@ -419,8 +652,7 @@ def exact(runner):
   return step_of(runner)
 
 
-def assert_same_step(found, expected, rtol=1e-5):
-  (ours, _), (theirs, _) = found, expected
+def assert_same_step(ours, theirs, rtol=1e-5):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol),
     (ours.params, ours.stats),
@@ -428,43 +660,39 @@ def assert_same_step(found, expected, rtol=1e-5):
   )
 
 
-@pytest.mark.parametrize('options', [{'route': 'unrolled'}, {'low_memory': True}])
-def test_routes_make_the_same_step(runner, exact, options):
-  assert_same_step(step_of(runner, **options), exact)
+def test_unrolling_makes_the_same_step(runner, exact):
+  assert_same_step(step_of(runner, route='unrolled')[0], exact[0])
+
+
+def test_low_memory_makes_the_same_step_in_less_memory(runner, exact):
+  *step, low = step_of(runner, low_memory=True)
+  assert_same_step(step[0], exact[0])
+  memory, flops = (
+    [read(program) for program in (low, exact[2])] for read in (_temporary, _flops)
+  )
+  assert memory[0] < 0.8 * memory[1] and flops[0] > 1.2 * flops[1]
+
+
+def _temporary(program):
+  return program.memory_analysis().temp_size_in_bytes
+
+
+def _flops(program):
+  cost = program.cost_analysis()
+  return (cost[0] if isinstance(cost, list) else cost)['flops']
 
 
 def test_the_head_alone_makes_another_step(runner, exact):
-  head, metrics = step_of(runner, meta_layers='head')
-  pattern, _ = step_of(runner, meta_layers='net/head/(kernel|bias)')
-  assert_same_step((head, None), (pattern, None))
+  _, metrics, _ = step_of(runner, meta_layers='head')
   learned = [m['learned_over_prior'] for m in (metrics, exact[1])]
   ours, theirs = (float(total / count) for total, count in learned)
   assert ours > 0 and theirs > 0 and abs(ours - theirs) > 1e-6
-
-
-def test_statistics_are_those_of_one_plain_forward_pass(runner, exact):
-  """And the training step is that of the final weights."""
-  stage = runner.stage
-  state = runner.init()
-  payloads = {name: stream.payload(0) for name, stream in stage.streams.items()}
-  batches = train.batches_at(stage.streams, runner.arrays, payloads, state.key, 0)
-  net = make_classifier(
-    'digits_cnn', 'linear', 4, batch_norm={'groups': 1}, trunk_options={'width': 4}
+  params = {'net': exact[0].params['net']}
+  named, spelt = (
+    meta._chosen(params, layers)[0](params)
+    for layers in ('head', 'net/head/(kernel|bias)')
   )
-  plain = supervised(
-    net,
-    make_optimizer('sgd', rate, momentum=0.9),
-    make_loss('cross_entropy', counts=np.ones(4)),
-    class_weights=lambda step: jnp.ones(4),
-    reduction=REDUCTIONS['mean'],
-  )
-  state = plain.init(jax.random.key(0), batches)
-  after, _ = jax.jit(plain.step)(state, {'train': batches['train']})
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
-    exact[0].stats,
-    after.stats,
-  )
+  assert len(named) == 2 and all(a is b for a, b in zip(named, spelt, strict=True))
 
 
 def test_eps_lr_of_zero_is_the_control(npz):
@@ -495,7 +723,7 @@ def test_a_meta_batch_every_other_step(npz):
 
 
 def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
-  runner = Runner(npz, 'mwn', meta_every=3)
+  runner = Runner(npz, 'mwn', meta_every=2)
   streams, mesh = runner.stage.streams, runner.mesh
   one_by_one, _, _ = runner.run(runner.init(), 4)
   together = train.make_update(runner.stage.method, streams, mesh, 4)
@@ -526,6 +754,11 @@ def reverse_only(logits, labels):
   return cross_entropy(_reverse_only(logits), labels)
 
 
+def broken(logits, labels):
+  """A loss with a mistake of another kind."""
+  return cross_entropy(logits, labels) + None
+
+
 @pytest.mark.parametrize(
   ('change', 'told'),
   [
@@ -540,14 +773,16 @@ def reverse_only(logits, labels):
     ({'method': {'virtual': 'sdg'}}, "did you mean 'sgd'"),
     ({'method': {'low_memory': True, 'route': 'unrolled'}}, 'low_memory needs the'),
     ({'method': {'accumulate': 2}}, "no option 'accumulate'"),
-    ({'reduction': 'weight_normalised'}, 'makes its own weights: set reduction to'),
+    ({'reduction': 'weight_normalised'}, "does not use reduction: set it to 'mean'"),
     ({'loss': {'name': 'reverse_only'}}, 'no forward-mode rule'),
+    ({'loss': {'name': 'broken'}}, 'cannot be built: TypeError: .*NoneType'),
   ],
 )
 def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
   from lt_jax import losses, run
 
   monkeypatch.setitem(losses.LOSSES, 'reverse_only', reverse_only)
+  monkeypatch.setitem(losses.LOSSES, 'broken', broken)
   config = tiny.config(npz, 'l2rw,epochs=60.0')
   for key, value in change.items():
     both = isinstance(value, dict) and key != 'loss'
@@ -555,6 +790,24 @@ def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
   with pytest.raises(UserError, match=told) as error:
     run._rehearsed(config)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('rate', [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize(
+  ('name', 'option'),
+  [('meta_reweight', 'eps_lr'), ('meta_weight_net', 'weight_learning_rate')],
+)
+def test_rates_that_mean_nothing_are_told(name, option, rate):
+  with pytest.raises(UserError, match=f'{option} is {rate}'):
+    weighing(name, **{option: rate})
+
+
+def test_a_run_that_ends_before_its_second_stage_is_told(npz):
+  from lt_jax import run
+
+  config = tiny.config(npz, 'meta_ce,epochs=60.0', epochs=20.0)
+  with pytest.raises(UserError, match="'meta' ends at step 20, but begins at 48"):
+    run._rehearsed(config)
 
 
 def test_a_loss_without_a_forward_mode_rule_can_be_unrolled(npz, monkeypatch):

@@ -20,8 +20,10 @@ and J u, the change of every training loss along u, is one forward-mode pass: th
 no second derivative of the network. `by_jvp` computes that, `by_unrolling` the
 definition; they agree to rounding.
 
-Batch normalisation is in training mode, on whole batches, in every pass. The running
-statistics that are kept are those of the training batch at the real parameters.
+Batch normalisation is in training mode in every pass, in as many groups as the network
+has it (one, unless it is by device or ghost batch), and frozen statistics stay frozen.
+The running statistics that are kept are those of the training batch at the real
+parameters.
 """
 
 import functools
@@ -89,8 +91,9 @@ def shared(function: Callable, theta: PyTree) -> Losses:
 def separate(function: Callable, theta: PyTree) -> Losses:
   """Makes a forward pass for every derivative, so that none waits for another.
 
-  That is two forward passes more than `shared`, in the memory of a plain step: what a
-  pass leaves for its derivative does not lie there during the meta pass.
+  In a step that learns, that is three forward passes more than `shared`, in the memory
+  of a plain step: what a pass leaves for its derivative does not lie there during the
+  meta pass.
   """
 
   def pull(a: jax.Array) -> PyTree:
@@ -106,8 +109,8 @@ def separate(function: Callable, theta: PyTree) -> Losses:
 def _after(theta: PyTree, done: PyTree) -> PyTree:
   """Returns theta unchanged, once `done` has been computed.
 
-  Adds a zero that depends on all of `done`: XLA merges equal forward passes into one,
-  but cannot know that these are equal.
+  Adds a zero that depends on an element of each of its leaves, which come whole: XLA
+  merges equal forward passes into one, but cannot know that these are equal.
   """
   ends = [leaf.ravel()[0] for leaf in jax.tree.leaves(done)]
   zero = jnp.minimum(jnp.abs(sum(ends)), 0)
@@ -216,9 +219,11 @@ class Weighing(NamedTuple):
     weigh: (gradient, losses (B,), State, Batch) -> (weights (B,), players). Training
       descends sum_i weights_i losses_i / B. The gradient is None in a step without a
       meta batch.
-    prior: (State, Batch) -> (B,): weights without learning.
+    prior: (State, Batch) -> (B,): weights without learning, the same for all examples
+      of a class.
     init: key -> players.
     still: the objective is zero at `variables`, whatever the losses.
+    mean_one: the weights of a batch have mean one; so has what they are compared with.
   """
 
   variables: Callable[[State, Batch], PyTree]
@@ -227,6 +232,7 @@ class Weighing(NamedTuple):
   prior: Callable[[State, Batch], jax.Array]
   init: Callable[[jax.Array], Players] = lambda key: {}
   still: bool = False
+  mean_one: bool = False
 
 
 def _reweighted(
@@ -235,6 +241,7 @@ def _reweighted(
   optimizer: Optimizer,
   loss: Loss,
   *,
+  meta_batch: int,
   route: str = 'jvp',
   virtual: str = 'sgd',
   meta_layers: str = 'all',
@@ -247,6 +254,7 @@ def _reweighted(
     net: the network.
     optimizer: of the players `{'net': params}`.
     loss: (outputs, batch) -> (B,).
+    meta_batch: images of the balanced set a step.
     route: a key of `ROUTES`.
     virtual: a key of `VIRTUAL`.
     meta_layers: a key of `LAYERS`, or a regular expression for whole paths, such as
@@ -256,9 +264,11 @@ def _reweighted(
     low_memory: derivatives are `separate`, not `shared`.
 
   Raises:
-    UserError: an option that means nothing; in `init`, no meta batch, a pattern that
+    UserError: no meta batch, or an option that means nothing; in `init`, a pattern that
       matches no parameter, or a loss without a forward-mode rule.
   """
+  if meta_batch < 1:
+    raise UserError('learning weights needs a meta set: set meta_batch')
   gradient_by = lookup(ROUTES, 'route', route)
   virtual_step = lookup(VIRTUAL, 'virtual step', virtual)
   if low_memory and route != 'jvp':
@@ -279,8 +289,6 @@ def _reweighted(
     return losses.mean()
 
   def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
-    if 'meta' not in batches:
-      raise UserError('learning weights needs a meta set: set meta_batch')
     net_params, stats = init_net(
       net, named_key(key, 'init', 0), batches['train']['image']
     )
@@ -328,7 +336,6 @@ def _reweighted(
     due = 'meta' in batches
     meta_loss, gradient = meta_gradient(state, batches, losses) if due else (0.0, None)
     weights, players = weighing.weigh(gradient, losses.values, state, batch)
-    weights = lax.stop_gradient(weights)
     grads = losses.pull(weights / len(weights))
     params, opt = optimizer.update(grads, state.opt['net'], params, state.step)
     outputs, stats = losses.aux
@@ -339,7 +346,13 @@ def _reweighted(
       'grad_norm': mean_metric(optax.tree.norm(grads)),
       'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
       **batch_metrics(outputs, batch, losses.values),
-      **weight_metrics(weights, prior, batch['label'], outputs['logits'].shape[-1]),
+      **weight_metrics(
+        weights,
+        prior,
+        batch['label'],
+        outputs['logits'].shape[-1],
+        mean_one=weighing.mean_one,
+      ),
     }
     return state.replace(
       step=state.step + 1,
@@ -400,11 +413,14 @@ def _check_forward_mode(
     lambda params, batch: outputs_of(params, batch)[0], params, batch
   )
 
+  batch = jax.eval_shape(lambda x: x, dict(batch))
+  jax.eval_shape(loss, shapes, batch)  # its own mistakes are not about forward mode
+
   def change(outputs: Outputs, batch: Batch) -> jax.Array:
     return jax.jvp(lambda outputs: loss(outputs, batch), (outputs,), (outputs,))[1]
 
   try:
-    jax.jit(change).lower(shapes, jax.eval_shape(lambda x: x, dict(batch)))
+    jax.jit(change).lower(shapes, batch)
   except TypeError as error:
     raise UserError(
       "the loss has no forward-mode rule: set method.route to 'unrolled'; JAX says: "
@@ -413,7 +429,12 @@ def _check_forward_mode(
 
 
 def weight_metrics(
-  weights: jax.Array, prior: jax.Array, labels: jax.Array, num_classes: int
+  weights: jax.Array,
+  prior: jax.Array,
+  labels: jax.Array,
+  num_classes: int,
+  *,
+  mean_one: bool = False,
 ) -> Metrics:
   """Returns the distribution of learned weights by class, and how far it is learned.
 
@@ -422,25 +443,35 @@ def weight_metrics(
   weights.npz of them.
 
   Args:
-    weights: (B,), of mean one where nothing is learned.
-    prior: (B,), the weights without learning.
+    weights: (B,).
+    prior: (B,), the weights without learning, by class.
     labels: (B,).
     num_classes: C.
+    mean_one: what was learned is the difference to the prior divided by its mean over
+      the batch, since weights of mean one are on that scale.
   """
   zeros = jnp.zeros(num_classes, jnp.float32)
   count = zeros.at[labels].add(1.0)
-  learned = weights - prior
+  expected = prior / prior.mean() if mean_one else prior
+  learned = weights - expected
 
   def by_class(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     return zeros.at[labels].add(values.astype(jnp.float32)), count
 
   return {
-    'weight_prior': by_class(prior),
+    'weight_prior': by_class(expected),
     'weight_learned': by_class(learned),
-    'weight_learned_square': by_class(learned**2),
+    'weight_about': by_class(weights - prior),
+    'weight_about_square': by_class((weights - prior) ** 2),
     'weight_negative': by_class(weights < 0),
-    'learned_over_prior': (jnp.abs(learned).sum(), jnp.abs(prior).sum()),
+    'learned_over_prior': (jnp.abs(learned).sum(), jnp.abs(expected).sum()),
   }
+
+
+def _check_rate(name: str, rate: float) -> None:
+  """Refuses a rate that is negative or not finite; 0 learns nothing, as a control."""
+  if not 0 <= rate < float('inf'):
+    raise UserError(f'{name} is {rate}; it must be finite, and 0 or more')
 
 
 # The methods. Beside its own options each has those of `_reweighted`.
@@ -474,8 +505,9 @@ def l2rw(
 
   of the virtual objective sum_i eps_i l_i, and all zero where no u_i is positive; the
   training objective is sum_i a_i l_i. As eps is 0, plain descent does not move: theta'
-  is theta, and the virtual learning rate cancels. In a step without a meta batch,
-  which is ours, all weigh the same.
+  is theta, and the virtual learning rate cancels, unless it is 0: then so are the
+  weights, in a step that moves nothing anyway (the first of a linear warm-up). In a
+  step without a meta batch, which is ours, all weigh the same.
 
   Args:
     counts: (C,) training images, for the class-balanced weights of the logs.
@@ -498,6 +530,7 @@ def l2rw(
     weigh=weigh,
     prior=_balanced(counts),
     still=True,
+    mean_one=True,
   )
 
 
@@ -505,10 +538,10 @@ def l2rw(
 def meta_weight_net(
   *,
   counts: np.ndarray,
+  weight_optimizer: Mapping[str, Any],
   normalise: bool = True,
   detach: bool = False,
   hidden: int = 100,
-  weight_optimizer: Mapping[str, Any] | None = None,
   weight_learning_rate: float = 1e-5,
 ) -> Weighing:
   r"""Meta-Weight-Net: a small network makes a weight of a loss, and is learned.
@@ -521,25 +554,28 @@ def meta_weight_net(
   gradient of F with the new weights, held constant. V weighs in every step.
 
   Args:
-    counts: (C,) training images, for the class-balanced weights of the logs.
+    counts: (C,) training images, for the class-balanced weights of the logs. Those of
+      normalised weights have batch mean one too; against V itself, in (0, 1), only the
+      differences between classes tell something.
+    weight_optimizer: of Theta, a 'name' and its options. Its clock is that of the run,
+      also where steps have no meta batch.
     normalise: weights are divided by their sum (class imbalance) or by B (noise).
     detach: the virtual step takes weights for constants (noise) or differentiates them
       too (class imbalance).
     hidden: units of V.
-    weight_optimizer: of Theta, a 'name' and its options; None for that of the
-      class-imbalance code, Nesterov momentum 0.9 and weight decay 5e-4. Its clock is
-      that of the run, also where steps have no meta batch.
     weight_learning_rate: of Theta, constant.
 
   Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
-  the authors, for class imbalance (the defaults) and for noise.
+  the authors, for class imbalance (the defaults; its optimiser is Nesterov momentum 0.9
+  with decay 5e-4) and for noise.
   """
   if hidden < 1:
     raise UserError(f'meta_weight_net: hidden must be positive, got {hidden}')
+  _check_rate('weight_learning_rate', weight_learning_rate)
   weight_net = WeightNet(hidden)
   weight_player = make_optimizer(
     learning_rate=lambda step: jnp.float32(weight_learning_rate),
-    **(weight_optimizer or CLASS_IMBALANCE),
+    **weight_optimizer,
   )
 
   def init(key: jax.Array) -> Players:
@@ -570,6 +606,7 @@ def meta_weight_net(
     weigh=weigh,
     prior=_balanced(counts),
     init=init,
+    mean_one=normalise,
   )
 
 
@@ -598,13 +635,14 @@ def meta_reweight(
       tiny (`learned_over_prior`).
     eps_scale: 'absolute', or 'relative': the gradient is divided by its largest
       absolute entry, so that tau is the largest |eps|. Ours.
-    form: 'additive' is the released code, 'multiplicative' the paper. They differ by a
-      factor of w^2 in what is added.
+    form: 'additive' is the released code, 'multiplicative' the paper. From the same
+      theta', what they add differs by a factor of w^2 / B.
 
   Source: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
   Recognition, arXiv 2003.10780, and abdullahjamal/Longtail_DA, where the virtual
   learning rate drops an epoch later than the other.
   """
+  _check_rate('eps_lr', eps_lr)
   inner, outer = lookup(FORMS, 'form', form)
   scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
 
@@ -638,13 +676,6 @@ FORMS = {
 EPS_SCALES = {
   'absolute': lambda gradient: gradient,
   'relative': lambda gradient: gradient / jnp.maximum(jnp.abs(gradient).max(), 1e-30),
-}
-
-CLASS_IMBALANCE = {
-  'name': 'sgd',
-  'momentum': 0.9,
-  'nesterov': True,
-  'weight_decay': (('.*', 5e-4),),
 }
 
 
