@@ -41,9 +41,9 @@ HERE = pathlib.Path(__file__).parent
 BATCH, WIDTH = 256, 512
 STEP_CLASSES = 1000
 SMALL_BATCH = 8
-SPLIT_BATCH, SPLIT_CLASSES = 128, 100
-IN_FLIGHT = 4
-"""Batches that a pass over a split may be ahead of the device."""
+SPLIT_BATCHES, SPLIT_BATCH, SPLIT_CLASSES = 4, 128, 100
+IN_FLIGHT = 2
+"""Batches that the pass may be ahead of the device; fewer than SPLIT_BATCHES."""
 
 
 class Program:
@@ -108,142 +108,198 @@ class TorchHead(Torch):
     self.process.communicate()
 
 
-def compare_heads(classes, steps, options):
+def compare_heads(classes, options):
   """Prints and returns one table of heads."""
+  steps = max(1, options.steps * 1000 // classes)
   ours = {name: head_program(name, classes) for name in ('linear', 'meta_embedding')}
   sides = {name: program.run for name, program in ours.items()}
-  copy = 4 * BATCH * classes * WIDTH
+  difference = 4 * BATCH * classes * WIDTH
+  fits = difference <= options.most_bytes
   python = find_torch(options.torch_python)
   if python:
     torch = TorchHead(python, classes)
     sides[f'PyTorch {torch.version}, linear'] = lambda n: torch.run(n, 'linear')
-    if copy <= options.most_bytes:
+    if fits:
       sides['PyTorch, direct'] = lambda n: torch.run(n, 'direct')
   seconds = timing.in_turn(sides, options.rounds, steps)
+  print(f'  C = {classes:,}; {steps} steps a round')
+  report = {
+    'steps': steps,
+    'difference_mib': difference / 2**20,
+    'sides': print_table(seconds, 'linear', ours),
+  }
   if python:
     torch.close()
-  print(f'  C = {classes:,}, {steps} steps a round')
-  sides = print_table(seconds, 'linear', ours)
-  if python and copy > options.most_bytes:
-    print(f'  {"PyTorch, direct":28s}  not run: {copy / 2**30:.1f} GiB for (B, C, D)')
-  return {'steps': steps, 'direct_copy_mib': copy / 2**20, 'sides': sides}
+    if not fits:
+      print(f'  PyTorch, direct: not run, {difference / 2**30:.1f} GiB for v - m alone')
+  return report
 
 
 def print_table(seconds, base, programs):
-  """Prints and returns a row a side: its time, and what is known of its program."""
+  """Prints and returns a row a side, with what is known of its program."""
+  over = f'/ {base}'
+  print(f'  {"":28s}{"ms":>10s} {over:>10s}' + '   GFLOP     MiB' * bool(programs))
   table = {}
   for name, taken in seconds.items():
     median = statistics.median(taken)
-    over = timing.ratio(taken, seconds[base])
-    row = {'seconds': median, f'over_{base}': over}
-    text = f'  {name:28s}{1e3 * median:10.1f} {over:7.2f}'
+    ratio = timing.ratio(taken, seconds[base])
+    table[name] = {'seconds_per_step': median, f'over_{base}': ratio}
+    text = f'  {name:28s}{1e3 * median:10.1f} {ratio:10.3f}'
     if name in programs:
-      program = programs[name]
-      row |= {'gflop': program.gflop, 'temporary_mib': program.memory_mib}
-      text += f' {program.gflop:9.2f} {program.memory_mib:8.1f}'
-    table[name] = row
+      gflop, mib = programs[name].gflop, programs[name].memory_mib
+      table[name] |= {'gflop': gflop, 'temporary_mib': mib}
+      text += f' {gflop:7.2f} {mib:7.1f}'
     print(text)
   return table
 
 
 def make_method(net, classes):
   """Returns the second stage of open long-tailed recognition."""
-  net = make_classifier(
-    net, 'meta_embedding', classes, attention=True, projection=-1, batch_norm={}
-  )
-  optimizer = make_optimizer(
-    'sgd',
-    make_schedule('constant', 0.01, length=BATCH, batch=BATCH),
-    momentum=0.9,
-    weight_decay=(('.*', 5e-4),),
-  )
+  schedule = make_schedule('constant', 0.01, length=BATCH, batch=BATCH)
   return oltr(
-    net,
-    optimizer,
+    make_classifier(net, 'meta_embedding', classes, attention=True, projection=-1),
+    make_optimizer('sgd', schedule, momentum=0.9, weight_decay=(('.*', 5e-4),)),
     make_loss('cross_entropy', counts=np.ones(classes)),
     class_weights=lambda step: jnp.ones(classes),
     reduction=REDUCTIONS['mean'],
   )
 
 
-def shapes(size, batch, classes):
-  """Returns a ResNet-10's method, State and batches, the latter two as shapes."""
-  images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
+def photographs(batch):
+  """Returns ResNet-10's method, and its State and batches as shapes."""
+  method = make_method('resnet10', STEP_CLASSES)
+  images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   batches = {'train': {'image': images, 'label': labels}}
-  method = make_method('resnet10', classes)
-  state = jax.eval_shape(method.init, jax.random.key(0), batches)
-  return method, state, batches
+  return method, jax.eval_shape(method.init, jax.random.key(0), batches), batches
 
 
 def share_of_step(options):
   """Prints and returns the head's part of a training step."""
-  options_of_step = sharding.compiler_options()
-  method, state, batches = shapes(224, BATCH, STEP_CLASSES)
-  step = Program(method.step, state, batches, options=options_of_step)
+  method, *shapes = photographs(BATCH)
+  step = Program(method.step, *shapes, options=sharding.compiler_options())
   head = head_program('meta_embedding', STEP_CLASSES)
-  report = {
-    'step_gflop': step.gflop,
-    'head_gflop': head.gflop,
-    'share_of_flops': head.gflop / step.gflop,
-  }
+  share = head.gflop / step.gflop
   print(
-    f'2. a ResNet-10 step, 224 pixels, batch {BATCH}, C = {STEP_CLASSES:,}: '
-    f'{step.gflop:,.0f} GFLOP, the head {head.gflop:.2f}, '
-    f'{100 * report["share_of_flops"]:.2f} %'
+    f'2. oltr, ResNet-10, 224 pixels, batch {BATCH}, C = {STEP_CLASSES:,}: a step of '
+    f'{step.gflop:,.0f} GFLOP\n  of them the head {head.gflop:.2f}, {100 * share:.2f} %'
   )
+  report = {'step_gflop': step.gflop, 'head_gflop': head.gflop, 'of_flops': share}
   if options.full:
-    method, _, batches = shapes(224, SMALL_BATCH, STEP_CLASSES)
-    batches = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), batches)
+    method, *shapes = photographs(SMALL_BATCH)
+    state, batches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     state = jax.jit(method.init)(jax.random.key(0), batches)
-    step = Program(method.step, state, batches, options=options_of_step)
+    step = Program(method.step, state, batches, options=sharding.compiler_options())
     head = head_program('meta_embedding', STEP_CLASSES, SMALL_BATCH)
     seconds = timing.in_turn({'step': step.run, 'head': head.run}, options.rounds, 2)
-    report['small_batch'] = SMALL_BATCH
-    report['share_of_time'] = timing.ratio(seconds['head'], seconds['step'])
-    print(
-      f'   timed in batches of {SMALL_BATCH}: {100 * report["share_of_time"]:.2f} % of '
-      f'{1e3 * statistics.median(seconds["step"]):.0f} ms'
-    )
+    share = timing.ratio(seconds['head'], seconds['step'])
+    median = statistics.median(seconds['step'])
+    print(f'  in batches of {SMALL_BATCH}: {100 * share:.2f} % of {median:.2f} s')
+    report |= {'small_batch': SMALL_BATCH, 'small_step': median, 'of_time': share}
   return report
 
 
 class Filling:
-  """The pass that adds up features by class, and the bare forward pass."""
+  """A pass over small images that adds up features by class, and the bare forward."""
 
   def __init__(self, batches):
-    # The clock starts when the first batch is done and its program thus compiled.
-    self.timed = batches
-    examples = SPLIT_BATCH * (batches + 1)
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (examples, 32, 32, 3), np.uint8)
-    split = Split(
-      source=images,
-      rows=np.arange(examples),
-      labels=np.arange(examples, dtype=np.int32) % SPLIT_CLASSES,
-      arrays={'image': jnp.asarray(images)},
-    )
+    examples = SPLIT_BATCH * (batches + 1)  # the first is not timed
+    images = np.random.default_rng(0).integers(0, 256, (examples, 32, 32, 3), np.uint8)
+    labels = np.arange(examples, dtype=np.int32) % SPLIT_CLASSES
+    split = Split(images, np.arange(examples), labels, {'image': jnp.asarray(images)})
     self.one_pass = evaluation_pass(
       split, batch=SPLIT_BATCH, transform=lambda key, x: x.astype(jnp.float32) / 255
     )
     self.method = make_method('resnet32', SPLIT_CLASSES)
-    self.mesh = sharding.make_mesh(1)
-    first = {'train': {'image': jnp.zeros((1, 32, 32, 3))}}
-    self.state = jax.jit(self.method.init)(jax.random.key(0), first)
+    batch = {'image': jnp.zeros((SPLIT_BATCH, 32, 32, 3))}
+    self.state = jax.jit(self.method.init)(jax.random.key(0), {'train': batch})
+    self.forward = Program(features_of(self.method), self.state, batch['image'])
 
-  def seconds(self, fold):
-    """Seconds of all batches but the first in a pass that adds up `fold`."""
+  def means(self, steps):
+    """Seconds of all batches but the first, in which the pass compiles its program."""
     stream = self.one_pass.stream
-    marks = {}
+    began = 0.0
 
     def payload(step):
-      # The pass asks for this one as soon as the first batch is done.
-      if step == IN_FLIGHT + 1:
-        marks['began'] = time.perf_counter()
+      nonlocal began
+      if step == IN_FLIGHT + 1:  # asked for once the first batch is done
+        began = time.perf_counter()
       return stream.payload(step)
 
-    timed = self.one_pass._replace(stream=stream._replace(payload=payload))
-    collect.total(
-      self.method.predict, fold, self.mesh, self.state, timed, in_flight=IN_FLIGHT
-    )
-    return time.perf_counter() - marks['began']
+    def fold(outputs, batch):
+      return class_sums(outputs['features'], batch, SPLIT_CLASSES)
+
+    one_pass = self.one_pass._replace(stream=stream._replace(payload=payload))
+    mesh = sharding.make_mesh(1)
+    collect.total(self.method.predict, fold, mesh, self.state, one_pass, IN_FLIGHT)
+    return time.perf_counter() - began
+
+
+def features_of(method):
+  """Returns (state, images) -> features (B, D)."""
+  return lambda state, images: method.predict(state, images)['features']
+
+
+def fill_memory(options):
+  """Prints and returns what class means cost beside the forward pass."""
+  filling = Filling(SPLIT_BATCHES)
+  sides = {'forward': filling.forward.run, 'class means': filling.means}
+  seconds = timing.in_turn(sides, options.rounds, SPLIT_BATCHES)
+  print(
+    f'3. class means of a split; ResNet-32, {SPLIT_BATCHES} batches of {SPLIT_BATCH}, '
+    f'C = {SPLIT_CLASSES}'
+  )
+  report = {'resnet32': print_table(seconds, 'forward', {})}
+
+  method, state, batches = photographs(BATCH)
+  batch = {**batches['train'], 'mask': jax.ShapeDtypeStruct((BATCH,), jnp.bool_)}
+  features = features_of(method)
+
+  def sums(state, batch):
+    return class_sums(features(state, batch['image']), batch, STEP_CLASSES)
+
+  forward = Program(features, state, batch['image']).gflop
+  means = Program(sums, state, batch).gflop
+  print(
+    f'  ResNet-10, 224 pixels, batch {BATCH}, C = {STEP_CLASSES:,}: '
+    f'{means:,.1f} GFLOP, {means / forward:.4f} of the forward pass'
+  )
+  report['resnet10'] = {'forward_gflop': forward, 'means_gflop': means}
+  return report
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--sizes', type=int, nargs='+', default=[1000, 8142, 85000])
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument(
+    '--steps', type=int, default=4, help='a round at C = 1000; fewer where C is larger'
+  )
+  parser.add_argument(
+    '--most_bytes', type=float, default=1e9, help='of one array (B, C, D) in PyTorch'
+  )
+  parser.add_argument('--full', action='store_true', help='times a ResNet-10 step too')
+  parser.add_argument('--torch_python', default=None)
+  parser.add_argument('--json', default=None)
+  options = parser.parse_args()
+
+  print(
+    f'JAX {jax.__version__} on {jax.devices()[0].device_kind}, float32; '
+    f'{options.rounds} rounds in turn'
+  )
+  print(f'1. heads, forward and backward; B = {BATCH}, D = {WIDTH}')
+  heads = {c: compare_heads(c, options) for c in options.sizes}
+  report = {
+    'batch': BATCH,
+    'width': WIDTH,
+    'rounds': options.rounds,
+    **timing.facts(),
+    'heads': heads,
+    'step': share_of_step(options),
+    'filling': fill_memory(options),
+  }
+  timing.write_report(options.json, report)
+
+
+if __name__ == '__main__':
+  main()

@@ -33,7 +33,8 @@ Argument: a recipe (see docs/methods.md) and
   epochs      instead of the protocol's 200 (shu 100, ren 160); the schedule scales
   net         resnet32, or resnet8, 20, 44, 56
   meta        images a class of a balanced set that is taken out first: 10 in ren, shu
-              and jamal, 0 elsewhere; n_max is 5000 less them
+              and jamal, and for tau_norm, which chooses by them; 0 elsewhere. n_max is
+              5000 less them
 """
 
 from lt_jax import protocols

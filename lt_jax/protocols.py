@@ -140,6 +140,8 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
   data = config.data
   if option.meta >= 0:
     data.meta_per_class = option.meta
+  elif recipe == 'tau_norm':  # there are no validation images to choose tau by
+    data.meta_per_class = 10
   data.n_max = n_max - data.meta_per_class
   rescale(config, (option.epochs or config.epochs) / config.epochs)
   return apply_recipe(config, recipe)

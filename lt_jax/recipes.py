@@ -388,12 +388,14 @@ def _lws(config: ConfigDict) -> Overrides:
 
 
 def _tau_norm(config: ConfigDict) -> Overrides:
-  del config
+  """Tau by validation images, or by those set aside as meta images."""
+  data = config.data
+  split = 'meta' if data.meta_per_class and not data.val_per_class else 'val'
   taus = tuple(round(0.1 * i, 1) for i in range(21))
   posthoc = {
     'epochs': 0.0,
     'wrappers': {'tau_norm': {'taus': taus}},
-    'surgeries': (_copy('.*', 'train'), ('choose_tau', {})),
+    'surgeries': (_copy('.*', 'train'), ('choose_tau', {'split': split})),
   }
   return _then('train', ('tau_norm', posthoc))
 

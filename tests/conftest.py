@@ -3,6 +3,11 @@
 import os
 import pathlib
 
+# Compiling is most of a test's time, and LLVM's optimisations are most of compiling.
+os.environ['XLA_FLAGS'] = (
+  f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
+)
+
 import jax
 import numpy as np
 import pytest
