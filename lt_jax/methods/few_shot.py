@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lt_jax.errors import UserError, lookup
 from lt_jax.evals.collect import Survey
@@ -33,7 +32,7 @@ from lt_jax.method import (
   mean_metric,
   named_key,
 )
-from lt_jax.methods.supervised import Loss, batch_metrics
+from lt_jax.methods.supervised import Loss, apply_gradients, batch_metrics, first_state
 from lt_jax.models.few_shot import WeightGenerator
 from lt_jax.models.heads import CosineBias
 from lt_jax.optim import Optimizer
@@ -99,14 +98,7 @@ def weight_generator(
       )
     made = generator.init(named_key(key, 'generator', 0), features, kernel, base)
     params = {'net': net_params, 'generator': made['params']}
-    return State(
-      step=jnp.zeros((), jnp.int32),
-      key=key,
-      params=params,
-      stats={'net': net_stats},
-      opt={'net': optimizer.init(params)},
-      memory={},
-    )
+    return first_state(key, params, net_stats, optimizer)
 
   def thinned(features: jax.Array, key: jax.Array) -> jax.Array:
     # Not divided by what is kept, as only directions of features count.
@@ -137,10 +129,8 @@ def weight_generator(
     grads, metrics = jax.grad(objective, has_aux=True)(
       state.params, batches['train'], key
     )
-    params, opt = optimizer.update(grads, state.opt['net'], state.params, state.step)
-    metrics['grad_norm'] = mean_metric(optax.tree.norm(grads))
-    metrics['learning_rate'] = mean_metric(optimizer.learning_rate(state.step))
-    return state.replace(step=state.step + 1, params=params, opt={'net': opt}), metrics
+    state, norms = apply_gradients(state, grads, optimizer)
+    return state, metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]

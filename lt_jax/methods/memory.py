@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from lt_jax.errors import lookup
@@ -31,7 +30,7 @@ from lt_jax.method import (
   mean_metric,
   named_key,
 )
-from lt_jax.methods.supervised import Loss, batch_metrics
+from lt_jax.methods.supervised import Loss, apply_gradients, batch_metrics, first_state
 from lt_jax.optim import Optimizer
 
 Discrimination = Callable[..., jax.Array]
@@ -124,14 +123,7 @@ def oltr(
     )
     size = (shapes['logits'].shape[-1], shapes['features'].shape[-1])
     params = {'net': net_params, 'centroids': jnp.zeros(size, jnp.float32)}
-    return State(
-      step=jnp.zeros((), jnp.int32),
-      key=key,
-      params=params,
-      stats={'net': net_stats},
-      opt={'net': optimizer.init(params)},
-      memory={},
-    )
+    return first_state(key, params, net_stats, optimizer)
 
   def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
     params = optimizer.held(params)
@@ -164,12 +156,8 @@ def oltr(
     grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params, state.stats, batch, coefficients
     )
-    params, opt = optimizer.update(grads, state.opt['net'], state.params, state.step)
-    metrics['grad_norm'] = mean_metric(optax.tree.norm(grads))
-    metrics['learning_rate'] = mean_metric(optimizer.learning_rate(state.step))
-    return state.replace(
-      step=state.step + 1, params=params, stats=stats, opt={'net': opt}
-    ), metrics
+    state, norms = apply_gradients(state, grads, optimizer)
+    return state.replace(stats=stats), metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(

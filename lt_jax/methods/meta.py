@@ -54,7 +54,12 @@ from lt_jax.method import (
   mean_metric,
   named_key,
 )
-from lt_jax.methods.supervised import Loss, batch_metrics
+from lt_jax.methods.supervised import (
+  Loss,
+  apply_gradients,
+  batch_metrics,
+  first_state,
+)
 from lt_jax.models.weight_net import WeightNet
 from lt_jax.optim import Optimizer, make_optimizer
 
@@ -294,15 +299,7 @@ def _reweighted(
     )
     players = weighing.init(named_key(key, 'init_weighing', 0))
     params = {'net': net_params}
-    state = State(
-      step=jnp.zeros((), jnp.int32),
-      key=key,
-      params=params | {name: player[0] for name, player in players.items()},
-      stats={'net': stats},
-      opt={'net': optimizer.init(params)}
-      | {name: player[1] for name, player in players.items()},
-      memory={},
-    )
+    state = _with_players(first_state(key, params, stats, optimizer), players)
     _chosen(params, meta_layers)
     if route == 'jvp':
       _check_forward_mode(loss, partial(outputs_of, state), params, batches['train'])
@@ -337,14 +334,13 @@ def _reweighted(
     meta_loss, gradient = meta_gradient(state, batches, losses) if due else (0.0, None)
     weights, players = weighing.weigh(gradient, losses.values, state, batch)
     grads = losses.pull(weights / len(weights))
-    params, opt = optimizer.update(grads, state.opt['net'], params, state.step)
-    outputs, stats = losses.aux
     prior = weighing.prior(state, batch)
+    state, norms = apply_gradients(state, grads, optimizer)
+    outputs, stats = losses.aux
     metrics = {
       'loss': mean_metric(jnp.dot(weights, losses.values) / len(weights)),
       'meta_loss': (jnp.asarray(meta_loss), jnp.float32(due)),
-      'grad_norm': mean_metric(optax.tree.norm(grads)),
-      'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
+      **norms,
       **batch_metrics(outputs, batch, losses.values),
       **weight_metrics(
         weights,
@@ -354,17 +350,19 @@ def _reweighted(
         mean_one=weighing.mean_one,
       ),
     }
-    return state.replace(
-      step=state.step + 1,
-      params=params | {name: player[0] for name, player in players.items()},
-      stats={'net': stats},
-      opt={'net': opt} | {name: player[1] for name, player in players.items()},
-    ), metrics
+    return _with_players(state.replace(stats={'net': stats}), players), metrics
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
 
   return Method(init, step, predict)
+
+
+def _with_players(state: State, players: Mapping[str, tuple]) -> State:
+  """Returns the State with the (params, opt) of the players that weigh."""
+  params = {name: params for name, (params, _) in players.items()}
+  opt = {name: opt for name, (_, opt) in players.items()}
+  return state.replace(params=state.params | params, opt=state.opt | opt)
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
