@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from lt_jax import method as wrappers
 from lt_jax import posthoc, sharding, surgery
 from lt_jax.class_weights import make_class_weights
-from lt_jax.data import augment, crops, longtail
+from lt_jax.data import augment, longtail
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.episodes import episode_stream, episodes
+from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import (
-  Crop,
   Pass,
   Split,
   Stream,
@@ -120,6 +120,7 @@ RANGES = {
   'data.jitter': (0, 1),
   'data.image_size': (0, 1e4),
   'data.resize': (0, 1e4),
+  'data.workers': (-1, 1e4),
   'schedule.base': (0, 1e30),
 }
 """Least and largest value of numbers in a configuration."""
@@ -242,12 +243,15 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   data = dict(config['data'])
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
+  workers = _workers(data.pop('workers'))
   check_options('data', load_dataset, data, 'to_device')
   to_device = functools.partial(sharding.put_replicated, mesh)
   dataset = load_dataset(**data, to_device=to_device)
   _check_channels(config['data'], dataset.image_shape[-1])
   passes = {
-    name: evaluation_pass(split, batch=config['eval_batch'], transform=plain_transform)
+    name: evaluation_pass(
+      split, batch=config['eval_batch'], transform=plain_transform, workers=workers
+    )
     for name, split in dataset.splits.items()
   }
   strict, inclusive = (
@@ -339,7 +343,10 @@ def _build_stage(
   """Builds one stage from its merged configuration."""
   learned = _learned(config['classes'], groups)
   images = functools.partial(
-    train_stream, seed=config['seed'], transform=transform, crop=_train_crop(config)
+    train_stream,
+    seed=config['seed'],
+    transform=transform,
+    workers=_workers(config['data']['workers']),
   )
   train = construct(
     STREAMS,
@@ -369,7 +376,7 @@ def _build_stage(
       construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, train.steps),
+    plan=_plan(config, train),
     epoch_steps=train.length / train.batch,
     batch=max(_batch_sizes(config).values()),
     select=_select(config['select'], dataset, groups),
@@ -466,10 +473,9 @@ def _learned(names: Sequence[str], groups: Mapping[str, np.ndarray]) -> np.ndarr
   return learned
 
 
-def _train_crop(config: Config) -> Crop | None:
-  """Returns the augmentation on the host, of images of many sizes."""
-  size = config['data']['image_size']
-  return functools.partial(crops.random_resized_crop, size=size) if size else None
+def _workers(number: int) -> int:
+  """Returns how many processes decode images; -1 means one a core."""
+  return usable_cores() if number == -1 else number
 
 
 def _trainable(dataset: Dataset) -> dict[str, Split]:
@@ -591,21 +597,23 @@ def _network(
   )
 
 
-def _plan(config: Config, steps: Callable[[float], int]) -> Plan:
+def _plan(config: Config, train: _Training) -> Plan:
   """Turns epochs into steps, and intervals into multiples of a compiled call.
 
   Checkpoints fall on log rows, so that a run resumed from one writes whole rows.
   """
   log_every = config['log_every_steps']
-  most = 1 if jax.default_backend() == 'cpu' else STEPS_PER_CALL
+  # Payloads of images would fill the device if many steps of them were stacked.
+  single = jax.default_backend() == 'cpu' or train.stream.workers is not None
+  most = 1 if single else STEPS_PER_CALL
   chunk = max(n for n in range(1, min(log_every, most) + 1) if log_every % n == 0)
 
   def interval(epochs: float, unit: int) -> int:
-    return max(1, math.ceil(steps(epochs) / unit)) * unit
+    return max(1, math.ceil(train.steps(epochs) / unit)) * unit
 
   return Plan(
     first=0,
-    steps=steps(config['epochs']),
+    steps=train.steps(config['epochs']),
     chunk=chunk,
     log_every=log_every,
     save_every=interval(config['save_every_epochs'], log_every),

@@ -202,6 +202,7 @@ def rescale(config: ConfigDict, scale: float) -> None:
 # ImageNet-LT and Places-LT.
 
 _PHOTOGRAPHS = {
+  'workers': -1,
   'image_size': 224,
   'resize': 256,
   'flip': True,

@@ -55,6 +55,7 @@ def base_config() -> ConfigDict:
         'test_split': 'test',
         'image_size': 0,  # of random crops, where images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
+        'workers': 0,  # processes that decode images; -1: one a core, 0: threads
       },
       'batch': 128,
       'meta_batch': 0,  # images a step of the meta set; 0: no such stream

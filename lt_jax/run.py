@@ -22,6 +22,7 @@ from lt_jax.writers import Events, Screen
 
 MAY_CHANGE = frozenset(
   {
+    'data.workers',
     'device',
     'keep_checkpoints',
     'log_every_steps',

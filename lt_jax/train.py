@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lt_jax import checkpoint, sharding
+from lt_jax.data.reading import Read, reading
 from lt_jax.data.streams import Stream
 from lt_jax.method import Method, Metrics, State, named_key
 
@@ -122,7 +123,7 @@ def state_shapes(method: Method, streams: Mapping[str, Stream]) -> State:
   The arrays of a stream may be shapes too: what an earlier stage is yet to leave.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
-  payloads = _payloads(streams, 0)
+  payloads = _payload_shapes(streams)
   return jax.eval_shape(_init(method, streams), jax.random.key(0), arrays, payloads)
 
 
@@ -236,48 +237,51 @@ def train(
     check()
     hooks.save(step, state)
 
-  while True:
-    if plan.due(step, plan.evaluate_every):
-      check()  # which also waits, so that the pause begins when the training ends
-      began = time.perf_counter()
-      hooks.evaluate(step, state)
-      clock += time.perf_counter() - began
-    if hooks.stop():
-      if step > logged:
+  with reading(streams, step, plan.steps) as read:
+    while True:
+      if plan.due(step, plan.evaluate_every):
+        check()  # which also waits, so that the pause begins when the training ends
+        began = time.perf_counter()
+        hooks.evaluate(step, state)
+        clock += time.perf_counter() - began
+      if hooks.stop():
+        if step > logged:
+          log()
+        save()
+        raise Preempted
+      if step == plan.steps:
+        profiler.stop()
+        return state
+      if step == logged:
+        clock = time.perf_counter()
+      length = min(plan.chunk - step % plan.chunk, plan.steps - step)
+      payloads = sharding.put_batch(
+        mesh, _stack(read, streams, step, length), leading=1
+      )
+      program = (length, *payloads)
+      fresh = program not in compiled
+      if fresh:
+        began = time.perf_counter()
+        update = make_update(method, streams, mesh, length)
+        compiled[program] = update.lower(state, totals, bad, arrays, payloads).compile()
+        compile_seconds = time.perf_counter() - began
+        clock += compile_seconds
+      profiler.before(step, length)
+      with jax.transfer_guard('disallow'):
+        state, totals, bad = compiled[program](state, totals, bad, arrays, payloads)
+      if fresh:
+        bad.block_until_ready()
+        hooks.first_call(compile_seconds)
+      step += length
+      in_flight.append(bad)
+      if len(in_flight) > IN_FLIGHT:
+        in_flight.popleft().block_until_ready()
+      hooks.progress(step)
+      profiler.after(step)
+      if plan.due(step, plan.log_every):
         log()
-      save()
-      raise Preempted
-    if step == plan.steps:
-      profiler.stop()
-      return state
-    if step == logged:
-      clock = time.perf_counter()
-    length = min(plan.chunk - step % plan.chunk, plan.steps - step)
-    payloads = sharding.put_batch(mesh, _stack(streams, step, length), leading=1)
-    program = (length, *payloads)
-    fresh = program not in compiled
-    if fresh:
-      began = time.perf_counter()
-      update = make_update(method, streams, mesh, length)
-      compiled[program] = update.lower(state, totals, bad, arrays, payloads).compile()
-      compile_seconds = time.perf_counter() - began
-      clock += compile_seconds
-    profiler.before(step, length)
-    with jax.transfer_guard('disallow'):
-      state, totals, bad = compiled[program](state, totals, bad, arrays, payloads)
-    if fresh:
-      bad.block_until_ready()
-      hooks.first_call(compile_seconds)
-    step += length
-    in_flight.append(bad)
-    if len(in_flight) > IN_FLIGHT:
-      in_flight.popleft().block_until_ready()
-    hooks.progress(step)
-    profiler.after(step)
-    if plan.due(step, plan.log_every):
-      log()
-    if plan.due(step, plan.save_every):
-      save()
+      if plan.due(step, plan.save_every):
+        save()
 
 
 def means(total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -298,15 +302,26 @@ def _payloads(streams: Mapping[str, Stream], step: int) -> dict[str, Any]:
   return {n: s.payload(step) for n, s in streams.items() if step % s.every == 0}
 
 
-def _stack(streams: Mapping[str, Stream], step: int, length: int) -> Any:
+def _payload_shapes(streams: Mapping[str, Stream]) -> dict[str, Any]:
+  """Returns the shapes of the payloads of a step at which all streams are due."""
+  return {name: stream.payload_shapes() for name, stream in streams.items()}
+
+
+def _stack(read: Read, streams: Mapping[str, Stream], step: int, length: int) -> Any:
   """Returns the payloads of `length` steps with a leading axis.
 
   One step has those of the streams that are due; many have all of them.
   """
   if length > 1:
-    streams = {name: stream._replace(every=1) for name, stream in streams.items()}
-  payloads = [_payloads(streams, step + i) for i in range(length)]
-  return jax.tree.map(lambda *rows: np.stack(rows), *payloads)
+    payloads = [
+      {n: s.payload(step + i) for n, s in streams.items()} for i in range(length)
+    ]
+  else:
+    due = [name for name, stream in streams.items() if step % stream.every == 0]
+    payloads = [{name: read(name, step) for name in due}]
+  # One is not stacked, which would copy its images.
+  stack = (lambda *rows: np.stack(rows)) if length > 1 else (lambda row: row[None])
+  return jax.tree.map(stack, *payloads)
 
 
 def metric_shapes(method: Method, streams: Mapping[str, Stream], state: State) -> Any:
@@ -316,7 +331,7 @@ def metric_shapes(method: Method, streams: Mapping[str, Stream], state: State) -
     lambda s, a, p: method.step(s, batches_at(streams, a, p, s.key, s.step))[1],
     state,
     arrays,
-    _payloads(streams, 0),
+    _payload_shapes(streams),
   )
 
 

@@ -7,12 +7,14 @@ import pytest
 
 from configs import imagenet_lt
 from lt_jax import build, run
+from lt_jax.data import reading
 from lt_jax.errors import UserError
 from tests import mini
 
 SMALL = {
   'data.image_size': 32,
   'data.resize': 36,
+  'data.workers': 0,
   'data.many_shot': 5,
   'data.few_shot': 2,
   'model.trunk_options.width': 8,
@@ -87,6 +89,24 @@ def test_crops_are_a_function_of_the_position(lists):
   np.testing.assert_array_equal(first, again)
   assert first.shape == (8, 32, 32, 3) and first.dtype == np.uint8
   assert (first != later).any()
+
+
+@pytest.mark.parametrize('kind', ['lists', 'tfds'])
+def test_worker_processes_make_the_same_batches(request, kind):
+  source = request.getfixturevalue(kind)
+  experiment = build.build(config('ce', **source, **{'data.workers': 2}))
+  streams = experiment.stages['train'].streams | {
+    'test': experiment.passes['test'].stream
+  }
+  for name, stream in streams.items():
+    assert stream.workers == 2
+    with reading.reading({name: stream}, 0, 1) as read:
+      made = read(name, 0)
+    direct = stream.payload(0)
+    assert made.keys() == direct.keys() == stream.payload_shapes().keys()
+    for key, shape in stream.payload_shapes().items():
+      np.testing.assert_array_equal(made[key], direct[key])
+      assert (made[key].shape, made[key].dtype) == (shape.shape, shape.dtype)
 
 
 @pytest.mark.parametrize(

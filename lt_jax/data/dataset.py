@@ -1,15 +1,14 @@
 """A data set as a run uses it: a source, cut into its splits."""
 
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.data import crops, longtail
+from lt_jax.data import longtail
 from lt_jax.data.sources import fingerprint, load_source
-from lt_jax.data.streams import Split
+from lt_jax.data.streams import Crop, Split
 from lt_jax.errors import UserError
 
 RESIDENT_LIMIT = 4 * 2**30
@@ -118,7 +117,7 @@ def load_dataset(
   from_pool = {name: (pool, rows) for name, rows in drawn.items()}
   splits = _own_splits(sources, known, source, test_split, bool(test_per_class))
   splits |= from_pool
-  crop = _evaluation_crop(pool, source, image_size, resize)
+  crop = _crop(pool, source, image_size, resize)
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
   prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
   train_labels, channels = pool.labels[drawn['train']], pool.image_shape[-1]
@@ -178,17 +177,15 @@ def _own_splits(
   return splits
 
 
-def _evaluation_crop(
-  pool: Any, name: str, image_size: int, resize: int
-) -> Callable[[np.ndarray], np.ndarray] | None:
-  """Returns the crop of evaluation; None where images have one size and keep it."""
+def _crop(pool: Any, name: str, image_size: int, resize: int) -> Crop | None:
+  """Returns how images are cropped; None where they have one size and keep it."""
   if not image_size:
     if None in pool.image_shape:
       raise UserError(f'the images of {name!r} differ in size: set data.image_size')
     return None
   if resize < image_size:
     raise UserError(f'data.resize is {resize}, less than data.image_size {image_size}')
-  return functools.partial(crops.center_crop, size=image_size, resize=resize)
+  return Crop(image_size, resize)
 
 
 def _resident(source: Any, to_device: Callable[[np.ndarray], Any]) -> Any:

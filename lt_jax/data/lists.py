@@ -46,16 +46,18 @@ class Files:
     return len(self.files)
 
   def __getitem__(self, position: int) -> np.ndarray:
-    file = os.path.join(self.root, self.files[position])
-    return np.asarray(crops.decode(self.encoded(position), file))
+    return np.asarray(crops.decode(self.encoded(position), self.where(position)))
 
   def encoded(self, position: int) -> bytes:
     """Returns an image as it is stored."""
-    file = os.path.join(self.root, self.files[position])
     try:
-      return pathlib.Path(file).read_bytes()
+      return pathlib.Path(self.where(position)).read_bytes()
     except OSError as error:
-      raise UserError(f'{file}: {error.strerror}') from None
+      raise UserError(f'{self.where(position)}: {error.strerror}') from None
+
+  def where(self, position: int) -> str:
+    """Returns the path of an image."""
+    return os.path.join(self.root, self.files[position])
 
   def identity(self, rows: np.ndarray) -> bytes:
     """Returns what a fingerprint takes for the images at `rows`: their paths."""

@@ -23,7 +23,10 @@ MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into me
 
 
 class Source(Protocol):
-  """What every source offers; one that lies in memory has `images` beside it.
+  """What every source offers.
+
+  One that lies in memory has `images` beside it; one whose images differ in size has
+  `encoded(position)`, the bytes of a file, and `where(position)`, its name.
 
   Attributes:
     labels: (N,) int32, -1 for images of no known class.
@@ -117,8 +120,16 @@ class Records:
       with Image.open(io.BytesIO(encoded)) as image:
         pixels = np.asarray(image.convert(_PIL_MODES[self.image_shape[-1]]))
     except OSError as error:
-      raise UserError(f'{self.name}: image {position}: {error}') from None
+      raise UserError(f'{self.where(position)}: {error}') from None
     return pixels.reshape(*pixels.shape[:2], -1)
+
+  def encoded(self, position: int) -> bytes:
+    """Returns an image as it is stored."""
+    return self.example(position)[0]
+
+  def where(self, position: int) -> str:
+    """Returns the name of an image."""
+    return f'{self.name}: image {position}'
 
   def __len__(self) -> int:
     return len(self.records)

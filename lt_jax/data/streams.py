@@ -5,16 +5,15 @@ and normalising happen on the device, inside the jitted step. A stream keeps no
 position: its payload is a function of the step, so a resumed run needs no iterator.
 """
 
-import concurrent.futures
 import functools
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lt_jax.data import crops
 from lt_jax.data.samplers import Sampler, batch_indices
 from lt_jax.errors import UserError
 
@@ -22,8 +21,8 @@ PyTree = Any
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, jax.Array], jax.Array]
 """(key, uint8 images) -> float32 images: augmentation and normalisation."""
-Crop = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""(uint8 image of any size, random numbers) -> uint8 image of the one size."""
+Payload = Mapping[str, np.ndarray]
+"""What the device is given of a batch, batch first: the rows of this process."""
 
 
 class Stream(NamedTuple):
@@ -36,12 +35,50 @@ class Stream(NamedTuple):
     prepare: (arrays, payload, key) -> batch; pure, inside jit.
     every: the stream is there in steps that it divides; in the others the method finds
       no batch of its name.
+    workers: of a stream whose payloads take time, the processes that make them ahead;
+      0: threads of this one. None: a payload is made when it is asked for.
+    shapes: of the payload of the whole batch; None: they are those of a payload.
   """
 
   arrays: PyTree
-  payload: Callable[[int], Mapping[str, np.ndarray]]
+  payload: Callable[[int], Payload]
   prepare: Callable[[PyTree, Mapping[str, jax.Array], jax.Array], Batch]
   every: int = 1
+  workers: int | None = None
+  shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None
+
+  def payload_shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a payload, the rows of all processes together."""
+    if self.shapes is not None:
+      return self.shapes
+    return {
+      name: jax.ShapeDtypeStruct((len(x) * jax.process_count(), *x.shape[1:]), x.dtype)
+      for name, x in self.payload(0).items()
+    }
+
+
+class Crop(NamedTuple):
+  """Brings encoded images of any size to a square.
+
+  Attributes:
+    size: its side in pixels.
+    resize: the short side of an image before the central square is taken.
+  """
+
+  size: int
+  resize: int
+
+  def training(
+    self, encoded: bytes, where: str, generator: np.random.Generator
+  ) -> np.ndarray:
+    """Returns a random window, see `crops.random_resized_crop`."""
+    image = np.asarray(crops.decode(encoded, where))
+    return crops.random_resized_crop(image, generator, size=self.size)
+
+  def evaluation(self, encoded: bytes, where: str) -> np.ndarray:
+    """Returns the central window, see `crops.center_crop`."""
+    image = np.asarray(crops.decode(encoded, where))
+    return crops.center_crop(image, size=self.size, resize=self.resize)
 
 
 class Split(NamedTuple):
@@ -52,20 +89,38 @@ class Split(NamedTuple):
     rows: (N,) int, their positions in the source.
     labels: (N,) int32, -1 for images of no known class.
     arrays: the source's images in device memory, or {} to stream them from the host.
-    crop: what brings an image of any size to the one that evaluation sees; None where
-      images have one size.
+    crop: what brings encoded images of any size to one; None where they have one size.
   """
 
   source: Any
   rows: np.ndarray
   labels: np.ndarray
   arrays: PyTree
-  crop: Callable[[np.ndarray], np.ndarray] | None = None
+  crop: Crop | None = None
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, channels) of what evaluation and training see."""
+    height, width, channels = self.source.image_shape
+    return (
+      (*(self.crop.size,) * 2, channels) if self.crop else (height, width, channels)
+    )
 
   def image(self, row: int) -> np.ndarray:
     """Returns the image at a position of the source as evaluation sees it."""
-    image = self.source[int(row)]
-    return self.crop(image) if self.crop else image
+    row = int(row)
+    if self.crop is None:
+      return self.source[row]
+    return self.crop.evaluation(self.source.encoded(row), self.source.where(row))
+
+  def augmented(self, row: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns it as training sees it, as far as that is done on the host."""
+    row = int(row)
+    if self.crop is None:
+      return self.source[row]
+    return self.crop.training(
+      self.source.encoded(row), self.source.where(row), generator
+    )
 
 
 class Pass(NamedTuple):
@@ -103,28 +158,46 @@ def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Bat
   return prepare
 
 
-def _payload(
+def _stream(
   split: Split,
-  positions: np.ndarray,
-  read: Callable[[np.ndarray], Sequence[np.ndarray]],
-) -> dict[str, np.ndarray]:
-  """Returns what the device needs to know of the examples at `positions`.
+  positions: Callable[[int], np.ndarray],
+  read: Callable[[int, int], np.ndarray],
+  *,
+  batch: int,
+  transform: Transform,
+  workers: int,
+) -> Stream:
+  """Returns the stream of the examples at some positions.
 
-  `read` takes the places in the global batch of the images that are read here.
+  Args:
+    split: the images.
+    positions: step -> (B,) int, positions in the split.
+    read: (place in the stream, position in the source) -> image, of a host stream.
+    batch: B.
+    transform: what is done on the device.
+    workers: of a host stream.
   """
-  places = process_rows(np.arange(len(positions)))
-  positions = positions[places]
-  rows = split.rows[positions].astype(np.int32)
-  payload = {'index': rows, 'label': split.labels[positions].astype(np.int32)}
-  if not split.arrays:
-    payload['image'] = _stacked(read(places), rows)
-  return payload
+  # Which rows are ours is found out here: where Grain makes the payloads, there is no
+  # device to ask.
+  places = process_rows(np.arange(batch))
+  resident = bool(split.arrays)
 
+  def payload(step: int) -> dict[str, np.ndarray]:
+    chosen = positions(step)[places]
+    rows = split.rows[chosen].astype(np.int32)
+    made = {'index': rows, 'label': split.labels[chosen].astype(np.int32)}
+    if not resident:
+      began = step * batch
+      images = [read(began + p, r) for p, r in zip(places, rows, strict=True)]
+      made['image'] = _stacked(images, rows)
+    return made
 
-@functools.cache
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
-  """Returns the threads that read images; decoders do not hold the interpreter."""
-  return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+  if resident:
+    return Stream(split.arrays, payload, _prepare(transform))
+  numbers = jax.ShapeDtypeStruct((batch,), np.int32)
+  images = jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8)
+  shapes = {'index': numbers, 'label': numbers, 'image': images}
+  return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
 
 
 def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -145,54 +218,65 @@ def train_stream(
   seed: int,
   batch: int,
   transform: Transform,
-  crop: Crop | None = None,
+  workers: int = 0,
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
   Args:
-    split: the training images; the sampler speaks of positions in it.
+    split: the training images; the sampler speaks of positions in it. What is done to
+      them on the host takes random numbers that are a function of the seed and the
+      place in the stream.
     sampler: the order, one epoch after the other.
     seed: of the order.
     batch: global batch size.
     transform: augmentation and normalisation on the device.
-    crop: augmentation on the host, of images of many sizes; its random numbers are a
-      function of the seed and the position in the stream.
+    workers: processes that decode images, if they are not on the device; 0: threads.
   """
 
-  def payload(step: int) -> dict[str, np.ndarray]:
-    positions = batch_indices(sampler, seed, batch, step)
+  def read(place: int, row: int) -> np.ndarray:
+    return split.augmented(row, np.random.default_rng((seed, int(place))))
 
-    def read(place: int) -> np.ndarray:
-      image = split.source[int(split.rows[positions[place]])]
-      if crop is None:
-        return image
-      return crop(image, np.random.default_rng((seed, step * batch + int(place))))
+  return _stream(
+    split,
+    lambda step: batch_indices(sampler, seed, batch, step),
+    read,
+    batch=batch,
+    transform=transform,
+    workers=workers,
+  )
 
-    return _payload(split, positions, lambda p: list(_threads().map(read, p)))
 
-  return Stream(split.arrays, payload, _prepare(transform))
-
-
-def evaluation_pass(split: Split, *, batch: int, transform: Transform) -> Pass:
+def evaluation_pass(
+  split: Split, *, batch: int, transform: Transform, workers: int = 0
+) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
   Args:
     split: the images.
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
+    workers: as for `train_stream`.
   """
   examples = len(split.rows)
-  batches = math.ceil(examples / batch)
+  places = process_rows(np.arange(batch))
+  stream = _stream(
+    split,
+    lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
+    lambda place, row: split.image(row),
+    batch=batch,
+    transform=transform,
+    workers=workers,
+  )
 
   def payload(step: int) -> dict[str, np.ndarray]:
-    positions = np.arange(step * batch, (step + 1) * batch)
-    mask = process_rows(positions < examples)
-    positions = np.minimum(positions, examples - 1)
-    rows = split.rows[positions]
+    return {**stream.payload(step), 'mask': step * batch + places < examples}
 
-    def read(places: np.ndarray) -> list[np.ndarray]:
-      return list(_threads().map(split.image, rows[places]))
-
-    return {**_payload(split, positions, read), 'mask': mask}
-
-  return Pass(Stream(split.arrays, payload, _prepare(transform)), batches, examples)
+  shapes = stream.shapes and {
+    **stream.shapes,
+    'mask': jax.ShapeDtypeStruct((batch,), np.bool_),
+  }
+  return Pass(
+    stream._replace(payload=payload, shapes=shapes),
+    batches=math.ceil(examples / batch),
+    examples=examples,
+  )

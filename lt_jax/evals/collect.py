@@ -6,7 +6,7 @@ of what was kept.
 """
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lt_jax import sharding
+from lt_jax.data.reading import reading
 from lt_jax.data.streams import Pass
 from lt_jax.errors import lookup
 from lt_jax.method import Batch, Outputs, State
@@ -77,10 +78,9 @@ def collector(
     evaluate = compiled[stream.prepare]
     waiting: collections.deque = collections.deque()
     batches = []
-    for step in range(one_pass.batches):
+    for payload in _payloads(one_pass, mesh):
       if stop():
         return None
-      payload = sharding.put_batch(mesh, stream.payload(step))
       waiting.append(evaluate(state, stream.arrays, payload))
       if len(waiting) > in_flight:
         batches.append(jax.device_get(waiting.popleft()))
@@ -123,17 +123,23 @@ def total(
     return new, jnp.int32(0)  # the latter outlives the former, so one can wait for it
 
   compiled = jax.jit(add, donate_argnums=0, out_shardings=sharding.replicated(mesh))
-  shapes = jax.eval_shape(summed, state, stream.arrays, stream.payload(0))
+  shapes = jax.eval_shape(summed, state, stream.arrays, stream.payload_shapes())
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   sums = sharding.put_replicated(mesh, zeros)
   waiting: collections.deque = collections.deque()
-  for step in range(one_pass.batches):
-    payload = sharding.put_batch(mesh, stream.payload(step))
+  for payload in _payloads(one_pass, mesh):
     sums, done = compiled(sums, state, stream.arrays, payload)
     waiting.append(done)
     if len(waiting) > in_flight:
       waiting.popleft().block_until_ready()
   return jax.device_get(sums)
+
+
+def _payloads(one_pass: Pass, mesh: Mesh) -> Iterator[PyTree]:
+  """Yields the payloads of a pass, on the devices."""
+  with reading({'': one_pass.stream}, 0, one_pass.batches) as read:
+    for step in range(one_pass.batches):
+      yield sharding.put_batch(mesh, read('', step))
 
 
 def survey(
@@ -159,7 +165,7 @@ def survey(
       batch = stream.prepare(arrays, payload, jax.random.key(0))
       return predict(state, batch['image'])
 
-    return jax.eval_shape(one, state, stream.arrays, stream.payload(0))
+    return jax.eval_shape(one, state, stream.arrays, stream.payload_shapes())
 
   return Survey(
     outputs,

@@ -1,0 +1,158 @@
+"""Reading ahead: the same payloads, from threads and processes, and their failures."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lt_jax.data import reading
+from lt_jax.data.streams import Stream
+from lt_jax.errors import UserError
+
+
+def payload(step):
+  return {'x': np.full((2, 300), step, np.int32)}  # large enough for shared memory
+
+
+def stream(workers, make=payload, every=1):
+  return Stream({}, make, lambda arrays, payload, key: payload, every, workers)
+
+
+def values(workers, first, last, **options):
+  """Returns step -> value of what is read."""
+  one = stream(workers, **options)
+  with reading.reading({'train': one}, first, last) as read:
+    steps = [step for step in range(first, last) if step % one.every == 0]
+    return {step: int(read('train', step)['x'][0, 0]) for step in steps}
+
+
+@pytest.mark.parametrize('workers', [None, 0, 2])
+def test_payloads_are_those_of_their_steps(workers):
+  assert values(workers, 3, 12) == {step: step for step in range(3, 12)}
+
+
+@pytest.mark.parametrize('workers', [None, 0])
+def test_a_stream_that_is_not_always_there(workers):
+  assert values(workers, 5, 21, every=4) == {8: 8, 12: 12, 16: 16, 20: 20}
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_nothing_is_read_beyond_the_last_step(workers):
+  assert values(workers, 0, 1) == {0: 0}
+  with reading.reading({'train': stream(workers)}, 7, 7):
+    assert not multiprocessing.active_children()
+
+
+def test_steps_out_of_order_are_a_mistake():
+  with reading.reading({'train': stream(0)}, 0, 4) as read:
+    read('train', 0)
+    with pytest.raises(AssertionError, match='step 2 was asked for, 1 is next'):
+      read('train', 2)
+
+
+def test_processes_end_with_the_context():
+  with reading.reading({'train': stream(2)}, 0, 100) as read:
+    read('train', 0)
+    assert len(multiprocessing.active_children()) == 2
+  assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_goes_wrong_in_a_worker_is_raised_here(workers):
+  def broken(step):
+    if step == 2:
+      raise UserError('cat.jpg: the file is empty')
+    return payload(step)
+
+  with (
+    pytest.raises(UserError, match=r'cat\.jpg: the file is empty'),
+    reading.reading({'train': stream(workers, broken)}, 0, 100) as read,
+  ):
+    for step in range(3):
+      read('train', step)
+  assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_told():
+  with (
+    pytest.raises(reading.WorkersFailed, match='a data worker was killed'),
+    reading.reading({'train': stream(1)}, 0, 1000) as read,
+  ):
+    read('train', 0)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    for step in range(1, 1000):
+      read('train', step)
+  assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_stalled_worker_is_given_up(workers, monkeypatch):
+  def stalled(step):
+    if step == 1:
+      time.sleep(3)
+    return payload(step)
+
+  with reading.reading({'train': stream(workers, stalled)}, 0, 4) as read:
+    read('train', 0)
+    monkeypatch.setattr(reading, 'STALLED_AFTER', 0.2)
+    with pytest.raises(reading.WorkersFailed, match=r'no batch for step 1 in 0\.2 s'):
+      read('train', 1)
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+from lt_jax.data import reading
+from tests.test_reading import stream
+
+if __name__ == '__main__':
+  with reading.reading({'train': stream(2)}, 0, 100) as read:
+    read('train', 0)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if sys.argv[1] == 'TERM':  # to all, as a scheduler does; only the parent may go
+      for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+      print(sum(read('train', step)['x'].size for step in range(1, 100)), flush=True)
+    else:
+      os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize('sign', ['TERM', 'KILL'])
+def test_signals(sign, tmp_path):
+  """Workers outlive a signal to all processes, but not their parent."""
+  script = tmp_path / 'parent.py'
+  script.write_text(PARENT)
+  done = subprocess.run(
+    [sys.executable, script, sign],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  pids, *rest = done.stdout.splitlines()
+  if sign == 'TERM':
+    assert done.returncode == 0, done.stderr
+    assert rest == [str(99 * 600)]
+  else:
+    assert done.returncode == -signal.SIGKILL
+  for _ in range(100):
+    alive = [pid for pid in pids.split() if _alive(int(pid))]
+    if not alive:
+      break
+    time.sleep(0.1)
+  assert not alive
+
+
+def _alive(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  with open(f'/proc/{pid}/stat') as file:
+    return file.read().split()[2] != 'Z'
