@@ -98,7 +98,7 @@ def table(results, recipes, columns):
     for column in columns:
       place = 'test_by_energy' if column.startswith('energy:') else 'test'
       name = column.removeprefix('energy:')
-      cells.append(shown([run[place][name] for run in results[recipe]]))
+      cells.append(shown([run[place].get(name) for run in results[recipe]]))
     print(f'| `{recipe}` | {" | ".join(cells)} |')
   print()
 

@@ -64,4 +64,4 @@ def get_config(arg: str | None = None):
   if recipe == 'fslwf':  # two classes are many-shot, too few to learn from
     for stage in config.stages.values():
       stage.classes = ('many', 'medium')
-  return config
+  return recipes.open_stages(config)

@@ -25,15 +25,16 @@ few and all classes; `plain` is `ce` here):
 
 `ce` trains for 30 epochs as in that table, the others for 90 in all, which favours
 them: `ce,epochs=90` is the fair control. The State that counts is the best on
-validation images, in every stage.
+validation images, in every stage but that of few-shot episodes.
 
 Cost: `oltr` makes 27,152 + 54,300 steps of 128 images; not run.
 
 Argument: a recipe (see docs/methods.md) and
   net         resnet10, or resnet18, 34, 50, 101, 152, resnext50_32x4d
   protocol    liu (30 epochs, batch 128, steps; a second stage of 60) or kang (90
-              epochs, batch 512, cosine); by default of the recipe's own paper
-  epochs      of the first stage instead; all schedules scale
+              epochs, batch 512, cosine; not for recipes with a second training); by
+              default that of the recipe's own paper
+  epochs      of the first stage instead; all stages scale
 """
 
 from lt_jax import protocols

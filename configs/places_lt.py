@@ -4,9 +4,10 @@
     --config.data.source=list:LISTS --config.data.dir=IMAGES --workdir=runs/places
 
 Data: the published lists over a folder of images (Places365, 256 x 256 pixels). LISTS
-holds Places_LT_train.txt, _val.txt, _test.txt and perhaps _open.txt, in either of their
-two spellings of paths (or Places_LT_v2_*.txt); IMAGES is either archive unpacked. 365
-classes of 4,980 to 5 images, in all 62,500; 131 are many-shot, 163 medium and 71 few.
+(by default the folder Places_LT) holds Places_LT_train.txt, _val.txt, _test.txt and
+perhaps _open.txt, in either of their two spellings of paths (or Places_LT_v2_*.txt);
+IMAGES is either archive unpacked. 365 classes of 4,980 to 5 images, in all 62,500; 131
+are many-shot, 163 medium and 71 few.
 
 Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
 
@@ -32,5 +33,5 @@ from lt_jax import protocols
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt', ..."""
   return protocols.photographs_lt(
-    arg, name='places_lt', source='tfds:places_lt', net='resnet152'
+    arg, name='places_lt', source='list:Places_LT', net='resnet152'
   )

@@ -39,6 +39,7 @@ from lt_jax.method import Method
 from lt_jax.methods import METHODS, few_shot
 from lt_jax.models import make_classifier
 from lt_jax.optim import epoch_start, make_optimizer, make_schedule
+from lt_jax.recipes import STAGE_KEYS, set_keys
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan, state_shapes
 
@@ -68,33 +69,6 @@ SELECTABLE = {
 }
 """Metrics a State can be chosen by; -1 where less is better."""
 
-STAGE_KEYS = (
-  'batch',
-  'meta_batch',
-  'meta_every',
-  'train_split',
-  'classes',
-  'stream',
-  'leaves',
-  'epochs',
-  'log_every_steps',
-  'save_every_epochs',
-  'evaluate_every_epochs',
-  'method',
-  'model',
-  'loss',
-  'penalty',
-  'class_weights',
-  'reduction',
-  'sampler',
-  'optimizer',
-  'schedule',
-  'wrappers',
-  'surgeries',
-  'select',
-)
-"""Keys that a stage can set; the others are of the whole run."""
-
 RANGES = {
   'seed': (0, 2**31 - 1),
   'batch': (1, 2**31),
@@ -122,6 +96,8 @@ RANGES = {
   'data.resize': (0, 1e4),
   'data.workers': (-1, 1e4),
   'schedule.base': (0, 1e30),
+  'method.weight': (0, 1e30),
+  'penalty.weight': (0, 1e30),
 }
 """Least and largest value of numbers in a configuration."""
 
@@ -182,7 +158,9 @@ def resolve(config: Any) -> dict[str, Any]:
   Raises:
     UserError: a number is not finite.
   """
-  plain = json.loads(json.dumps(config.to_dict()))
+  plain = config.to_dict()
+  plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}
+  plain = json.loads(json.dumps(plain))
   for key, value in flatten(plain).items():
     try:
       json.dumps(value, allow_nan=False)
@@ -202,9 +180,13 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
 
   def merge(base: Config, over: Config) -> dict[str, Any]:
     merged = dict(base)
+    for key in over:  # what is called otherwise has not the options of another
+      if f'{key}_options' in base and over[key] != base[key]:
+        merged[f'{key}_options'] = {}
     for key, value in over.items():
       both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-      merged[key] = merge(base[key], value) if both and 'name' not in value else value
+      nested = both and 'name' not in value
+      merged[key] = merge(merged[key], value) if nested else value
     return merged
 
   stage = lookup(config['stages'], 'stage', name)
@@ -227,8 +209,8 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   """
   check_device(config['device'])
   configs = {name: stage_config(config, name) for name in config['stage_order']}
-  if not configs:
-    raise UserError('stage_order names no stage')
+  if not configs or len(configs) < len(config['stage_order']):
+    raise UserError('stage_order must name stages, each of them once')
   for stage in configs.values():
     check_ranges(stage)
   batches = {

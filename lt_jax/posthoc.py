@@ -60,6 +60,8 @@ def tau_norm(method: Method, *, taus: Sequence[float]) -> Method:
   Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
   section 4.2; the authors' code leaves out the bias, and tries 0, 0.1, ..., 2.
   """
+  if not len(taus) or not np.isfinite(taus).all():
+    raise UserError(f'tau_norm: taus must be some finite numbers, got {taus!r}')
 
   def init(key, batches):
     state = method.init(key, batches)

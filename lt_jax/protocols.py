@@ -4,12 +4,19 @@ A configuration file names a data set; a protocol says how it is trained on, and
 recipe (`lt_jax.recipes`) what is learned.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lt_jax.errors import lookup
-from lt_jax.recipes import Overrides, apply, apply_recipe, base_config, parse_arg
+from lt_jax.errors import UserError, lookup
+from lt_jax.recipes import (
+  Overrides,
+  apply,
+  apply_recipe,
+  base_config,
+  open_stages,
+  parse_arg,
+)
 
 _CAO_DATA = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
 _MWN_DATA = {
@@ -144,7 +151,7 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
     data.meta_per_class = 10
   data.n_max = n_max - data.meta_per_class
   rescale(config, (option.epochs or config.epochs) / config.epochs)
-  return apply_recipe(config, recipe)
+  return open_stages(apply_recipe(config, recipe))
 
 
 def cifar100_open(arg: str | None) -> ConfigDict:
@@ -177,7 +184,7 @@ def cifar100_open(arg: str | None) -> ConfigDict:
   )
   apply(config, PROTOCOLS['cao'])
   rescale(config, (option.epochs or config.epochs) / config.epochs)
-  return apply_recipe(config, recipe)
+  return open_stages(apply_recipe(config, recipe))
 
 
 def rescale(config: ConfigDict, scale: float) -> None:
@@ -223,25 +230,34 @@ def _sgd(weight_decay: float, *rates: tuple[str, float]) -> Overrides:
   }
 
 
-Protocol = tuple[Overrides, Overrides]
-"""Of the first training, and of the second where a recipe has one after plain."""
+class Protocol(NamedTuple):
+  """How photographs are trained on.
+
+  Attributes:
+    first: of the first training.
+    second: of a second training on class-aware batches; None: it was never tried.
+  """
+
+  first: Overrides
+  second: Overrides | None
+
 
 PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
   'imagenet_lt': {
     # Liu et al., arXiv 1904.05160: the last configuration in the authors' repository.
-    'liu': (
+    'liu': Protocol(
       {'batch': 128, 'optimizer': _sgd(5e-4), **_steps(30, (10, 0.1), (20, 0.01))},
       _steps(60, (20, 0.1), (40, 0.01)),
     ),
     # Kang et al., arXiv 1910.09217. Their cosine falls epoch by epoch, ours by step.
-    'kang': (
+    'kang': Protocol(
       {'batch': 512, 'optimizer': _sgd(5e-4), **_cosine(90, base=0.2)},
-      {},
+      None,
     ),
   },
   'places_lt': {
     # As above; the second stage leaves all but attention, projection and head alone.
-    'liu': (
+    'liu': Protocol(
       {
         'batch': 128,
         'model': {'projection': 512},
@@ -260,7 +276,7 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
       },
     ),
     # As above, and of the trunk the last block alone; the authors published no config.
-    'kang': (
+    'kang': Protocol(
       {
         'batch': 256,
         'optimizer': _sgd(
@@ -268,7 +284,7 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
         ),
         **_cosine(30, base=0.1),
       },
-      {},
+      None,
     ),
   },
 }
@@ -279,6 +295,9 @@ EPISODES: dict[str, Overrides] = {
   'imagenet_lt': {'novel': 248, 'queries_novel': 1488, 'queries_base': 752},
   'places_lt': {'novel': 80, 'queries_novel': 480, 'queries_base': 240},
 }
+
+CLASSIFIER_EPOCHS = {'crt': 10.0, 'crt_las': 10.0, 'lws': 5.0}
+"""Of the classifier alone, whatever the first training takes; Kang et al."""
 
 DECOUPLED = ('crt', 'crt_las', 'lws', 'tau_norm', 'ncm')
 """Recipes of Kang et al."""
@@ -313,12 +332,16 @@ def photographs_lt(arg: str | None, *, name: str, source: str, net: str) -> Conf
   scale = (option.epochs or config.epochs) / config.epochs
   rescale(config, scale)
   apply_recipe(config, recipe)
-  if 'generator' in config.stages:
-    config.stages.generator.epochs = 6.0
-    config.stages.generator.stream.update(EPISODES[name], per_epoch=4000)
-  for stage in ('memory', 'aware'):
-    if stage in config.stages:
-      apply(config.stages[stage], second)
-      if second:
-        rescale(config.stages[stage], scale)
-  return config
+  stages = config.stages
+  if 'generator' in stages:
+    stages.generator.epochs = 6.0 * scale
+    stages.generator.stream.update(EPISODES[name], per_epoch=4000)
+  if 'classifier' in stages:
+    epochs = CLASSIFIER_EPOCHS[recipe] * scale
+    apply(stages.classifier, {'epochs': epochs, 'schedule': {'end': epochs}})
+  for stage in {'memory', 'aware'} & set(stages):
+    if second is None:
+      raise UserError(f'protocol {chosen!r} of {name} has no second training: {recipe}')
+    apply(stages[stage], second)
+    rescale(stages[stage], scale)
+  return open_stages(config)

@@ -8,14 +8,41 @@ applies the recipe that its argument names:
 Durations are in epochs of the training sampler; `lt_jax.build` turns them into steps.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lt_jax.errors import UserError, lookup, suggest
 
 Overrides = dict[str, Any]
+
+STAGE_KEYS = (
+  'batch',
+  'meta_batch',
+  'meta_every',
+  'train_split',
+  'classes',
+  'stream',
+  'leaves',
+  'epochs',
+  'log_every_steps',
+  'save_every_epochs',
+  'evaluate_every_epochs',
+  'method',
+  'model',
+  'loss',
+  'penalty',
+  'class_weights',
+  'reduction',
+  'sampler',
+  'optimizer',
+  'schedule',
+  'wrappers',
+  'surgeries',
+  'select',
+)
+"""Keys that a stage can set; the others are of the whole run."""
 
 
 def base_config() -> ConfigDict:
@@ -144,6 +171,53 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
     else:
       config[key] = ConfigDict(value) if isinstance(value, dict) else value
   return config
+
+
+class _Following(FieldReference):
+  """The value of a key of the top level, until it is set itself."""
+
+  def __init__(self, followed: FieldReference):
+    super().__init__(followed)
+    self.is_set = False
+
+  def set(self, value: Any, type_safe: bool = True) -> None:
+    """Sets the value, and stops following."""
+    super().set(value, type_safe)
+    self.is_set = True
+
+
+def open_stages(config: ConfigDict) -> ConfigDict:
+  """Lets every key of every stage be set; until then it follows the top level."""
+
+  def follow(stage: ConfigDict, base: ConfigDict, keys: Iterable[str]) -> None:
+    for key in keys:
+      nested = isinstance(base[key], ConfigDict)
+      if key not in stage and nested:
+        if base[key]:  # in an empty one there is no key to set
+          stage[key] = {}
+          follow(stage[key], base[key], base[key])
+      elif key not in stage:
+        stage[key] = _Following(base.get_ref(key))
+      elif nested and 'name' not in stage[key]:
+        follow(stage[key], base[key], base[key])
+
+  for stage in config.stages.values():
+    follow(stage, config, STAGE_KEYS)
+  return config
+
+
+def set_keys(stage: ConfigDict) -> Overrides:
+  """Returns what a stage sets, without what only follows the top level."""
+  found = {}
+  for key in stage:
+    value = stage[key]
+    if isinstance(value, ConfigDict):
+      inside = set_keys(value)
+      if inside or not value:
+        found[key] = value.to_dict() if 'name' in value else inside
+    elif getattr(stage.get_ref(key), 'is_set', True):
+      found[key] = value
+  return found
 
 
 def apply_recipe(config: ConfigDict, recipe: str) -> ConfigDict:
@@ -283,9 +357,16 @@ def _finetune(config: ConfigDict) -> Overrides:
   }
 
 
-def _then(first: str, *seconds: tuple[str, Overrides]) -> Overrides:
+def _selected(config: ConfigDict, metric: str = 'accuracy') -> Overrides:
+  """The best State on validation images, as these papers take it, if there are any."""
+  keeps = config.data.val_per_class or config.select != 'last'
+  return {'select': f'val/{metric}'} if keeps else {}
+
+
+def _then(config: ConfigDict, first: str, *seconds: tuple[str, Overrides]) -> Overrides:
   """The config's own training as the stage `first`, then other stages."""
   return {
+    **_selected(config),
     'stages': {first: {}, **dict(seconds)},
     'stage_order': (first, *(name for name, _ in seconds)),
   }
@@ -301,10 +382,18 @@ def _copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
 
 
+CLASS_AWARE: Overrides = {
+  'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
+  # Consecutive images are of one class: statistics of a part of the batch would be of a
+  # few classes, and depend on the number of devices.
+  'model': {'batch_norm': 'global'},
+}
+
+
 def _aware(**second: Any) -> Overrides:
   """A second training from the first one's weights, with class-aware batches."""
   return {
-    'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
+    **CLASS_AWARE,
     'optimizer': {'learning_rate_scale': TENTH_BUT_HEAD},
     'surgeries': (_copy('.*', 'plain'),),
     **second,
@@ -317,6 +406,7 @@ def _oltr(config: ConfigDict) -> Overrides:
   memory = _aware(
     method={'name': 'oltr', 'weight': 0.01, 'form': 'released'},
     model={
+      **CLASS_AWARE['model'],
       'attention': True,
       'projection': projected or -1,
       'head': 'meta_embedding',
@@ -327,23 +417,22 @@ def _oltr(config: ConfigDict) -> Overrides:
       ('class_means', {}),
     ),
   )
-  return _then('plain', ('memory', memory))
+  return _then(config, 'plain', ('memory', memory))
 
 
-def _penalised(penalty: Overrides) -> Overrides:
-  return _then('plain', ('aware', _aware(penalty=penalty)))
+def _two_trainings(config: ConfigDict, **second: Any) -> Overrides:
+  return _then(config, 'plain', ('aware', _aware(**second)))
 
 
 def _openmax(config: ConfigDict) -> Overrides:
   """OpenMax on the network that the range loss trained."""
-  del config
   posthoc = {
     'epochs': 0.0,
     'wrappers': {'openmax': {'alpha': 10}},
     'surgeries': (_copy('.*', 'aware'), ('fit_openmax', {'tail': 20})),
   }
   aware = _aware(penalty=RANGE)
-  return _then('plain', ('aware', aware), ('openmax', posthoc))
+  return _then(config, 'plain', ('aware', aware), ('openmax', posthoc))
 
 
 LIFTED = {'name': 'lifted', 'weight': 0.1}
@@ -354,8 +443,8 @@ def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides
   """Cross-entropy; then the classifier alone on balanced batches, cosine to zero."""
   epochs = config.get_ref('epochs') * share
   second = {
+    **CLASS_AWARE,
     'epochs': epochs,
-    'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
     'schedule': {
       'name': 'cosine',
       'base': config.schedule.get_ref('base'),
@@ -363,7 +452,7 @@ def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides
     },
     **classifier,
   }
-  return _then('train', ('classifier', second))
+  return _then(config, 'train', ('classifier', second))
 
 
 def _crt(config: ConfigDict, **classifier: Any) -> Overrides:
@@ -382,7 +471,7 @@ def _lws(config: ConfigDict) -> Overrides:
   return _decoupled(
     config,
     1 / 18,
-    model={'head': 'scaled_linear'},
+    model={**CLASS_AWARE['model'], 'head': 'scaled_linear'},
     optimizer={'learning_rate_scale': (('net/head/scale', 1.0), ('.*', 0.0))},
     surgeries=(_copy('net/(?!head/scale).*', 'train'),),
   )
@@ -398,23 +487,22 @@ def _tau_norm(config: ConfigDict) -> Overrides:
     'wrappers': {'tau_norm': {'taus': taus}},
     'surgeries': (_copy('.*', 'train'), ('choose_tau', {'split': split})),
   }
-  return _then('train', ('tau_norm', posthoc))
+  return _then(config, 'train', ('tau_norm', posthoc))
 
 
 def _ncm(config: ConfigDict) -> Overrides:
   """Nearest class mean on the first stage's features."""
-  del config
   posthoc = {
     'epochs': 0.0,
-    'model': {'head': 'nearest_class_mean', 'head_options': {}},
+    'model': {'head': 'nearest_class_mean'},
     'surgeries': (_copy(ALL_BUT_HEAD, 'train'), ('nearest_class_mean', {})),
   }
-  return _then('train', ('ncm', posthoc))
+  return _then(config, 'train', ('ncm', posthoc))
 
 
 def _fslwf(config: ConfigDict) -> Overrides:
   """Few-shot learning without forgetting: many-shot classes are base, others novel."""
-  shared = {'classes': ('many',), 'model': {'head': 'cosine_bias', 'head_options': {}}}
+  shared = {'classes': ('many',), 'model': {'head': 'cosine_bias'}}
   generator = {
     'method': {'name': 'weight_generator', 'dropout': 0.5, 'gamma': 10.0},
     'stream': {
@@ -446,10 +534,10 @@ def _fslwf(config: ConfigDict) -> Overrides:
       ('novel_classifiers', {'stage': 'generator'}),
     ),
   }
-  del config
   return {
     'stages': {
-      'base': {**shared, 'leaves': ('features',)},
+      # Of the classes it has learned.
+      'base': {**shared, **_selected(config, 'many'), 'leaves': ('features',)},
       'generator': {**shared, **generator},
       'novel': {**shared, **novel},
     },
@@ -495,12 +583,12 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'meta_ce_control': lambda config: _two_stages(config, {}),
   'cb_finetune': _finetune,
   'oltr': _oltr,
-  'ce_aware': lambda config: _then('plain', ('aware', _aware())),
-  'focal_aware': lambda config: _then(
-    'plain', ('aware', _aware(loss={'name': 'softmax_focal', 'gamma': 2.0}))
+  'ce_aware': _two_trainings,
+  'focal_aware': lambda config: _two_trainings(
+    config, loss={'name': 'softmax_focal', 'gamma': 2.0}
   ),
-  'lifted': lambda config: _penalised(LIFTED),
-  'range': lambda config: _penalised(RANGE),
+  'lifted': lambda config: _two_trainings(config, penalty=LIFTED),
+  'range': lambda config: _two_trainings(config, penalty=RANGE),
   'openmax': _openmax,
   'fslwf': _fslwf,
   'crt': _crt,

@@ -78,6 +78,10 @@ def evaluate(
   # Without validation images the threshold is the papers', of a probability.
   scores = {'known_score': 'test'}
   scores |= {'energy': 'test_by_energy'} if 'val' in records else {}
+  # That threshold means nothing for a score that a method makes itself.
+  test = records['test']
+  own = not np.array_equal(test['known_score'], test['confidence'])
+  probability = None if own else 'known_score'
   for score, place in scores.items():
     thresholds[score] = _choose_threshold(records, score)
     joined = _joined(score, records['test'], records['open_test'])
@@ -87,7 +91,7 @@ def evaluate(
       thresholds[score]['value'],
       num_classes=len(experiment.dataset.class_names),
       groups=experiment.groups,
-      fixed=open_set.FIXED_THRESHOLD if score == 'known_score' else None,
+      fixed=open_set.FIXED_THRESHOLD if score == probability else None,
     )
   return Evaluated(metrics, thresholds['known_score'], curves, records)
 

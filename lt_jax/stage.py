@@ -2,6 +2,7 @@
 
 import os
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
-from lt_jax.method import State
+from lt_jax.method import State, named_key
 from lt_jax.surgery import operate
 from lt_jax.writers import Events, MetricWriter, Screen, write_npz
 
@@ -62,17 +63,17 @@ class StageRunner:
 
   def _run(self, earlier: Mapping[str, State]) -> State:
     mesh = self._experiment.mesh
+    self._begun_from = {name: checkpoint.digest(s)[:16] for name, s in earlier.items()}
     stage = self._stage = self._with_arrays(self._stage)
-    key = jax.random.key(self._experiment.config['seed'])
     shapes = train.state_shapes(stage.method, stage.streams)
     target = checkpoint.abstract(shapes, sharding.replicated(mesh))
     restored = self._checkpoints.restore(target)
     if restored is None:
-      first_state = train.initial_state(stage.method, stage.streams, key, mesh)
-      state = operate(first_state, earlier, stage.surgeries)
+      state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
       first = int(jax.device_get(state.step))
     else:
       state, first = restored.state, restored.manifest.get('first', 0)
+      self._check_origin(restored.manifest.get('begun_from', self._begun_from))
     step = int(jax.device_get(state.step))
     if stage.plan.steps < step:
       raise UserError(
@@ -115,6 +116,29 @@ class StageRunner:
     self._leave(state)
     return state
 
+  def _first_state(self, later: bool) -> State:
+    """Returns the State of step 0.
+
+    A later stage draws other parameters than the first one did, or a classifier that is
+    trained again would begin just where the first did.
+    """
+    stage, key = self._stage, jax.random.key(self._experiment.config['seed'])
+    drawn_by = named_key(key, f'stage {stage.name}', 0) if later else key
+    state = train.initial_state(
+      stage.method, stage.streams, drawn_by, self._experiment.mesh
+    )
+    key = sharding.put_replicated(self._experiment.mesh, key)
+    return state.replace(key=key)
+
+  def _check_origin(self, begun_from: Mapping[str, str]) -> None:
+    """Refuses to go on with a stage whose earlier stages have changed since."""
+    for name, digest in self._begun_from.items():
+      if begun_from.get(name) != digest:
+        raise UserError(
+          f'stage {self._stage.name!r} began from another State of stage {name!r}, '
+          f'which was trained on since: delete {self._folder} to begin it again'
+        )
+
   def _with_arrays(self, stage: Stage) -> Stage:
     """Returns the stage with the arrays that earlier stages have left for its streams.
 
@@ -140,7 +164,8 @@ class StageRunner:
   def _leave(self, state: State) -> None:
     """Writes arrays.npz: outputs of the final State for every training image."""
     path, names = self._folder / 'arrays.npz', self._stage.leaves
-    if not names or path.exists():
+    origin = checkpoint.digest(state)
+    if not names or (path.exists() and _origin(path) == origin):
       return
 
     def keep(outputs, batch):
@@ -150,7 +175,7 @@ class StageRunner:
     survey = self._experiment.survey(self._stage.method.predict)
     found = survey.collect(state, 'train', keep)
     if jax.process_index() == 0:
-      write_npz(path, **found)
+      write_npz(path, **found, state_sha256=np.array(origin))
 
   def _announce(self, step: int, restored: checkpoint.Restored | None) -> None:
     told = 'fresh start'
@@ -192,7 +217,13 @@ class StageRunner:
     if self._checkpoints.last_saved != step:
       self._metrics.flush()
       epoch = step / self._stage.epoch_steps
-      self._checkpoints.save(step, state, epoch=epoch, first=self._plan.first)
+      self._checkpoints.save(
+        step,
+        state,
+        epoch=epoch,
+        first=self._plan.first,
+        begun_from=self._begun_from,
+      )
 
   def _evaluate(self, step: int, state: State) -> None:
     """Evaluates closed-set accuracy on validation and test data, and selects."""
@@ -230,6 +261,15 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self._stage.name, step=diverged.step, see=str(path))
+
+
+def _origin(path: epath.Path) -> str:
+  """Returns the digest of the State that left some arrays; '' of a damaged file."""
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
+      return str(stored['state_sha256'])
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    return ''
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every config with every recipe builds and says what the papers say, without data."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -101,7 +102,9 @@ def test_the_protocols_are_those_of_the_papers(no_data):
   assert stage.plan.steps == 19385  # ceil(200 * 12406 / 128)
 
 
-@pytest.mark.parametrize('recipe', ['ldam_drw', 'ce_drs', 'cb_focal'])
+@pytest.mark.parametrize(  # one of each head, and each way to begin a stage
+  'recipe', ['ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf']
+)
 @pytest.mark.parametrize('protocol', protocols.PROTOCOLS)
 def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
   arg = f'{recipe},net=resnet8,protocol={protocol},meta=10'
@@ -127,6 +130,129 @@ def test_learning_rates_of_the_papers_to_the_epoch(no_data, recipe, stage, rates
   for epoch, rate in rates.items():
     first = epoch_start(epoch, length, merged['batch'])
     np.testing.assert_allclose(schedule(first), rate, rtol=1e-5, err_msg=str(epoch))
+
+
+PHOTOGRAPHS = {
+  ('imagenet_lt', 'oltr', 'plain'): {
+    'batch': (128, 'instance', 30),
+    'net/trunk/x': {0: 0.1, 9: 0.1, 10: 0.01, 19: 0.01, 20: 1e-3, 29: 1e-3},
+    'net/head/x': {0: 0.1, 10: 0.01, 20: 1e-3},
+  },
+  ('imagenet_lt', 'oltr', 'memory'): {
+    'batch': (128, 'class_aware', 60),
+    'net/trunk/x': {0: 0.01, 19: 0.01, 20: 1e-3, 39: 1e-3, 40: 1e-4},
+    'net/attention/x': {0: 0.01, 20: 1e-3},
+    'net/projection/x': {0: 0.01},
+    'net/head/x': {0: 0.1, 20: 0.01, 40: 1e-3, 59: 1e-3},
+    'centroids': {0: 0.01, 20: 1e-3, 40: 1e-4},
+  },
+  ('imagenet_lt', 'range', 'aware'): {
+    'batch': (128, 'class_aware', 60),
+    'net/trunk/x': {0: 0.01, 20: 1e-3},
+    'net/head/x': {0: 0.1, 40: 1e-3},
+  },
+  ('imagenet_lt', 'crt', 'train'): {
+    'batch': (512, 'instance', 90),
+    'net/trunk/x': {0: 0.2, 45: 0.1, 90: 0.0},
+  },
+  ('imagenet_lt', 'crt', 'classifier'): {
+    'batch': (512, 'class_aware', 10),
+    'net/trunk/x': {0: 0.0, 5: 0.0},
+    'net/head/x': {0: 0.2, 5: 0.1, 10: 0.0},
+  },
+  ('imagenet_lt', 'lws', 'classifier'): {
+    'batch': (512, 'class_aware', 5),
+    'net/head/kernel': {0: 0.0},
+    'net/head/scale': {0: 0.2, 5: 0.0},
+  },
+  ('imagenet_lt', 'fslwf', 'base'): {'batch': (128, 'instance', 30)},
+  ('imagenet_lt', 'fslwf', 'generator'): {'batch': (128, 'instance', 6)},
+  ('places_lt', 'oltr', 'plain'): {
+    'batch': (128, 'instance', 30),
+    'net/trunk/x': {0: 1e-3, 10: 1e-4, 20: 1e-5},
+    'net/projection/x': {0: 1e-3},
+    'net/head/x': {0: 0.1, 10: 0.01},
+  },
+  ('places_lt', 'oltr', 'memory'): {
+    'batch': (128, 'class_aware', 30),
+    'net/trunk/x': {0: 0.0},
+    'net/attention/x': {0: 1e-4, 10: 1e-5},
+    'net/projection/x': {0: 1e-4},
+    'net/head/x': {0: 0.01, 10: 1e-3, 20: 1e-4},
+    'centroids': {0: 0.01, 10: 1e-3},
+  },
+  ('places_lt', 'crt', 'train'): {
+    'batch': (256, 'instance', 30),
+    'net/trunk/stage4_block3/x': {0: 0.01, 15: 0.005},
+    'net/trunk/stage4_block2/x': {0: 0.0},
+    'net/head/x': {0: 0.1},
+  },
+  ('places_lt', 'crt', 'classifier'): {
+    'batch': (256, 'class_aware', 10),
+    'net/head/x': {0: 0.1, 5: 0.05},
+  },
+  ('places_lt', 'lws', 'classifier'): {
+    'batch': (256, 'class_aware', 5),
+    'net/head/scale': {0: 0.1},
+  },
+}
+"""(batch, sampler, epochs), and learning rates by parameter and epoch."""
+
+
+@pytest.mark.parametrize('where', PHOTOGRAPHS, ids='-'.join)
+def test_protocols_of_photographs_to_the_epoch(where):
+  name, recipe, stage = where
+  expected = dict(PHOTOGRAPHS[where])
+  config = build.resolve(CONFIGS[name][0].get_config(recipe))
+  merged = build.stage_config(config, stage)
+  batch = merged['batch']
+  found = (batch, merged['sampler']['name'], merged['epochs'])
+  assert found == expected.pop('batch')
+  assert dict(merged['optimizer']['weight_decay']) == {'.*': 5e-4}
+  length = 1000 * batch
+  schedule = make_schedule(**merged['schedule'], length=length, batch=batch)
+  for path, rates in expected.items():
+    rules = merged['optimizer']['learning_rate_scale']
+    scale = next(s for pattern, s in rules if re.fullmatch(pattern, path))
+    for epoch, rate in rates.items():
+      now = scale * schedule(epoch_start(epoch, length, batch))
+      np.testing.assert_allclose(
+        now, rate, rtol=1e-4, atol=1e-8, err_msg=f'{path} {epoch}'
+      )
+
+
+def test_class_aware_batches_have_statistics_of_the_whole():
+  for recipe, stage in (('oltr', 'memory'), ('range', 'aware'), ('lws', 'classifier')):
+    config = build.resolve(imagenet_lt.get_config(recipe))
+    assert config['model']['batch_norm'] == 'per_device'
+    assert build.stage_config(config, stage)['model']['batch_norm'] == 'global'
+
+
+def test_a_second_training_needs_a_protocol_that_has_one():
+  with pytest.raises(UserError, match=r"'kang' of places_lt has no second training"):
+    places_lt.get_config('oltr,protocol=kang')
+
+
+def test_keys_of_a_stage_follow_the_top_level_until_they_are_set():
+  config = imagenet_lt.get_config('crt')
+  config.stages.classifier.model.batch_norm = 'frozen'
+  config.batch = 64
+  config.stages.train.schedule.base = 0.05
+  resolved = build.resolve(config)
+  first, second = (build.stage_config(resolved, n) for n in ('train', 'classifier'))
+  assert (first['model']['batch_norm'], second['model']['batch_norm']) == (
+    'per_device',
+    'frozen',
+  )
+  assert first['batch'] == second['batch'] == 64
+  assert first['schedule']['base'] == 0.05 and resolved['schedule']['base'] == 0.2
+  assert resolved['stages']['train'].keys() == {'schedule'}  # and no more
+
+
+def test_another_head_has_not_the_options_of_the_first():
+  config = build.resolve(cifar10_lt.get_config('ncm,protocol=cui,net=resnet8'))
+  assert build.stage_config(config, 'train')['model']['head_options']
+  assert build.stage_config(config, 'ncm')['model']['head_options'] == {}
 
 
 def cifar10_counts(n_max):
@@ -243,7 +369,9 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'data.test_per_class': 0}, 'has no test split'),
     ({'data.sede': 1}, "data has no option 'sede'; did you mean 'seed'"),
     ({'stages.train': {'seed': 9}}, "sets 'seed', which a stage cannot"),
-    ({'stage_order': []}, 'names no stage'),
+    ({'stage_order': []}, 'must name stages, each of them once'),
+    ({'stage_order': ['train', 'train']}, 'must name stages, each of them once'),
+    ({'penalty': {'name': 'lade', 'weight': -1.0}}, 'penalty.weight is -1'),
     ({'batch': 0}, 'batch is 0; it must be from 1'),
     ({'epochs': -1.0}, 'epochs is -1.0'),
     ({'epochs': float('nan')}, 'epochs is nan'),

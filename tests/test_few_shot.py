@@ -12,6 +12,7 @@ import pytest
 from configs import digits_lt
 from lt_jax import build, evaluate, files, run, sharding, writers
 from lt_jax.data.episodes import episode_stream, episodes
+from lt_jax.data.sources import Arrays
 from lt_jax.data.streams import Split, evaluation_pass
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import survey
@@ -431,7 +432,8 @@ class Novel:
     self.labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
     images = rng.integers(0, 256, (len(self.labels), *IMAGE)).astype(np.uint8)
     rows = np.arange(len(self.labels))
-    split = Split(images, rows, self.labels, {})
+    names = tuple(str(c) for c in range(CLASSES))
+    split = Split(Arrays(images, self.labels, names), rows, self.labels, {})
     self.images = plain(None, jnp.asarray(images))
     self.method = supervised(
       network(), optimizer(), loss, class_weights=None, reduction=None
@@ -519,7 +521,9 @@ def test_what_a_stage_should_have_left_is_missed_by_name(digits_run):
   config = files.read_json(digits_run / 'config.json')
   stages = digits_run / 'stages'
   shutil.rmtree(stages / 'generator')
-  (stages / 'base' / 'arrays.npz').rename(stages / 'elsewhere.npz')
-  np.savez(stages / 'base' / 'arrays.npz', features=np.zeros((3, 8), np.float32))
+  path = stages / 'base' / 'arrays.npz'
+  with np.load(path) as whole:
+    origin = whole['state_sha256']
+  np.savez(path, features=np.zeros((3, 8), np.float32), state_sha256=origin)
   with pytest.raises(UserError, match=r'features is \(3, 8\), but it should be \(225'):
     run.run(config, digits_run)

@@ -728,7 +728,7 @@ def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
   one_by_one, _, _ = runner.run(runner.init(), 4)
   together = train.make_update(runner.stage.method, streams, mesh, 4)
   totals, bad = runner.zeros
-  rows = build.sharding.put_batch(mesh, train._stack(streams, 0, 4), leading=1)
+  rows = build.sharding.put_batch(mesh, train._stack(None, streams, 0, 4), leading=1)
   scanned, metrics, _ = together(runner.init(), totals, bad, runner.arrays, rows)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),

@@ -78,7 +78,8 @@ class Runner:
     """Runs from where the state is; returns the last state and all metrics."""
     totals, bad = self.zeros
     for step in range(int(state.step), int(state.step) + steps):
-      rows = train._stack(self.stage.streams, step, 1)
+      rows = train._payloads(self.stage.streams, step)
+      rows = jax.tree.map(lambda x: x[None], rows)
       payload = sharding.put_batch(self.mesh, rows, leading=1)
       state, totals, bad = self.update(state, totals, bad, self.arrays, payload)
     return state, jax.device_get(totals), int(bad)

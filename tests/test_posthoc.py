@@ -151,6 +151,12 @@ def test_tau_normalised_logits(rng, tau):
   np.testing.assert_array_equal(outputs['features'], images)
 
 
+@pytest.mark.parametrize('taus', [(), (0.5, float('nan'))])
+def test_taus_that_cannot_be_chosen_from(taus):
+  with pytest.raises(UserError, match='taus must be some finite numbers'):
+    tau_norm(a_method({}), taus=taus)
+
+
 def test_a_class_without_weights_keeps_finite_logits():
   kernel = KERNEL * np.array([[1, 0, 1]], np.float32)
   wrapped = tau_norm(a_method({'kernel': kernel, 'bias': np.zeros(3)}), taus=(2.0,))

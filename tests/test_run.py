@@ -1,13 +1,18 @@
 """Runs of several stages, in their own processes, and what a run leaves behind."""
 
 import json
+import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
+from lt_jax import run as run_module
+from lt_jax import train
+from lt_jax.errors import UserError
 from lt_jax.writers import read_rows
-from tests import child
+from tests import child, tiny
 
 TWO_STAGES = '''
 from configs import digits_lt
@@ -250,3 +255,42 @@ def test_a_kill_while_weights_are_learned_ends_in_the_same_run(learned, tmp_path
   ):
     for name in theirs.files:
       np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.fixture(scope='module')
+def two_trainings(tmp_path_factory):
+  """(config, workdir) of a finished run, and the States that its stages began with."""
+  folder = tmp_path_factory.mktemp('crt')
+  config = tiny.config(tiny.write_npz(folder / 'tiny.npz'), 'crt', epochs=2.0)
+  begun, real = [], train.train
+
+  def spy(method, streams, state, **rest):
+    begun.append(jax.device_get(state))
+    return real(method, streams, state, **rest)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, 'train', spy)
+    run_module.run(config, folder / 'run')
+  return config, folder / 'run', begun
+
+
+def test_a_classifier_that_is_trained_again_begins_elsewhere(two_trainings):
+  _, _, (first, second) = two_trainings
+  one, other = (np.asarray(s.params['net']['head']['kernel']) for s in (first, second))
+  assert one.shape == other.shape and (one != other).all()
+  np.testing.assert_array_equal(
+    *(jax.random.key_data(s.key) for s in (first, second))  # of augmentation
+  )
+
+
+def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
+  """Where the first training is prolonged, the second is not silently the old one."""
+  config, workdir, _ = two_trainings
+  before = (workdir / 'result.json').read_bytes()
+  longer = {**config, 'epochs': 4.0}
+  with pytest.raises(UserError, match=r"'classifier' began from another .*delete"):
+    run_module.run(longer, workdir, allow_config_change=True)
+  assert (workdir / 'result.json').read_bytes() == before
+  shutil.rmtree(workdir / 'stages' / 'classifier')
+  run_module.run(longer, workdir, allow_config_change=True)
+  assert (workdir / 'result.json').read_bytes() != before

@@ -43,7 +43,7 @@ def config(path, arg, **overrides):
     pad=0,
   )
   made.model.update(trunk='digits_cnn', trunk_options={'width': 4})
-  made.update(batch=8, eval_batch=8)
+  made.update(batch=8, eval_batch=8, select='last')
   made.schedule = {'name': 'constant', 'base': 0.05}
   for stage in (made, *made.stages.values()):
     if stage.get('meta_batch'):
