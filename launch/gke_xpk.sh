@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Trains on a GKE cluster that XPK has made, as a JobSet:
+#
+#   NAME=ldam-drw CLUSTER=mine ZONE=us-west4-a BUCKET=gs://MINE \
+#     IMAGE=us-docker.pkg.dev/MINE/lt_jax/lt_jax:1 \
+#     launch/gke_xpk.sh --config=configs/inat18.py:ldam_drw
+#
+# --dry_run prints the command only.
+set -euo pipefail
+
+NAME=${NAME:?of the workload and the run: a-z, 0-9 and -, such as ldam-drw}
+CLUSTER=${CLUSTER:?of xpk cluster create}
+ZONE=${ZONE:?of the cluster, such as us-west4-a}
+BUCKET=${BUCKET:?gs://..., in the same region}
+IMAGE=${IMAGE:?built from launch/Dockerfile and pushed}
+WORKDIR=${WORKDIR:-$BUCKET/runs/$NAME}
+TFDS_DATA_DIR=${TFDS_DATA_DIR:-$BUCKET/tensorflow_datasets}
+TPU_TYPE=${TPU_TYPE:-v5litepod-32}
+MAX_RESTARTS=${MAX_RESTARTS:-50}  # of the JobSet, after a preemption or a failure
+
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh "$@"
+
+# XPK runs the command in a subshell to which it passes SIGTERM: exec makes that python.
+# By itself it restarts after a signal, 128 and more, among them 143.
+run xpk workload create --workload="$NAME" --cluster="$CLUSTER" --zone="$ZONE" \
+  --tpu-type="$TPU_TYPE" --docker-image="$IMAGE" --env=TFDS_DATA_DIR="$TFDS_DATA_DIR" \
+  --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=75 \
+  --termination-grace-period-seconds=120 \
+  --command="exec $(quoted python -m lt_jax.main "${ARGS[@]}" --workdir="$WORKDIR" \
+    --distributed)"

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU: asks for it, waits, sets up and runs on every host, and deletes
+# it. After a preemption it deletes what is left and asks again; the run goes on from
+# its checkpoint in the bucket. What is committed is what runs. From a machine that
+# stays on:
+#
+#   NAME=ldam-drw ZONE=us-west4-a BUCKET=gs://MINE launch/tpu_queued_resource.sh \
+#     --config=configs/inat18.py:ldam_drw
+#
+# --dry_run prints the commands only.
+set -euo pipefail
+
+NAME=${NAME:?of the TPU and the run, such as ldam-drw}
+ZONE=${ZONE:?of the TPU, such as us-west4-a}
+BUCKET=${BUCKET:?gs://..., in the same region}
+WORKDIR=${WORKDIR:-$BUCKET/runs/$NAME}
+TFDS_DATA_DIR=${TFDS_DATA_DIR:-$BUCKET/tensorflow_datasets}
+ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-32}
+RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}  # goes with the type
+SPOT=${SPOT-1}                      # empty: never preempted, at the full price
+KEEP=${KEEP-}                       # 1: the TPU, and its bill, stay when this ends
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-10}    # at asking for one TPU, or at training on it
+POLL_SECONDS=${POLL_SECONDS:-60}
+
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh "$@"
+
+code_file=${TMPDIR:-/tmp}/lt_jax-$NAME.tar.gz
+
+create() {
+  run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" \
+    --zone="$ZONE" --accelerator-type="$ACCELERATOR_TYPE" \
+    --runtime-version="$RUNTIME_VERSION" ${SPOT:+--spot}
+}
+
+delete() {
+  run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
+}
+
+# Prints the state of the queued resource; of an ACTIVE one, that of its TPU.
+state() {
+  local queued tpu
+  queued=$(gcloud compute tpus queued-resources list --zone="$ZONE" \
+    --filter="name~/$NAME\$" --format='value(state.state)') || return
+  if [[ $queued == ACTIVE ]]; then
+    tpu=$(gcloud compute tpus tpu-vm list --zone="$ZONE" \
+      --filter="name~/$NAME\$" --format='value(state)') || return
+    queued=${tpu:-DELETED}
+  fi
+  echo "$queued"
+}
+
+on_all_hosts() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
+}
+
+setup() {
+  run gcloud compute tpus tpu-vm scp "$code_file" "$NAME:lt_jax.tar.gz" \
+    --zone="$ZONE" --worker=all &&
+    on_all_hosts 'tar -xzf lt_jax.tar.gz && lt_jax/launch/tpu_setup.sh'
+}
+
+# The lock makes this wait for a run that was left behind when a connection broke.
+train() {
+  on_all_hosts "cd lt_jax && $(quoted env TFDS_DATA_DIR="$TFDS_DATA_DIR" \
+    flock --close /tmp/lt_jax.lock .venv/bin/python -m lt_jax.main \
+    "${ARGS[@]}" --workdir="$WORKDIR" --distributed)"
+}
+
+attempt() {
+  ((++attempts <= MAX_ATTEMPTS)) || { echo 'giving up'; exit "$code"; }
+}
+
+run git archive --prefix=lt_jax/ --output="$code_file" HEAD
+if [[ $DRY_RUN ]]; then
+  create
+  echo '# once it is ready, and again after a failure that is no mistake:'
+  setup
+  train
+  echo '# in the end; and after a preemption, before it is created again:'
+  delete
+  exit
+fi
+
+[[ $KEEP ]] || trap 'delete || true' EXIT
+[[ $(state) ]] || create  # a wrong login, project, zone or type ends here
+attempts=0
+code=1
+before=
+while true; do
+  now=$(state) || now=UNKNOWN
+  [[ $now == "$before" ]] || echo "$(date '+%F %T') ${now:-absent}"
+  before=$now
+  case $now in
+    '')
+      attempt
+      create || true ;;
+    READY)
+      attempt
+      if setup; then
+        code=0
+        train || code=$?
+        case $code in 0 | 2 | 3) exit "$code" ;; esac # finished; a mistake; diverged
+      fi ;;
+    FAILED)
+      attempt
+      delete || true ;;
+    SUSPENDED | PREEMPTED | STOPPED | TERMINATED | DELETED)
+      attempts=0
+      delete || true ;;
+  esac
+  sleep "$POLL_SECONDS"
+done
