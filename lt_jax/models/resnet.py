@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -25,8 +25,8 @@ def bottleneck(
 ) -> Sequence[Mapping[str, int]]:
   """Returns a 1x1 convolution, a strided 3x3 one, and a 1x1 one to 4 width channels.
 
-  The stride is on the 3x3 convolution, as in torchvision; He et al. have it on the
-  first, which skips pixels.
+  The stride is on the 3x3 convolution, as in torchvision; `stride_first` moves it to
+  where He et al. have it.
 
   Args:
     width: w.
@@ -49,6 +49,43 @@ def bottleneck(
     {'features': inner * width, 'stride': stride, 'groups': groups},
     {'features': 4 * width, 'size': 1},
   )
+
+
+def stride_first(
+  branch: Branch, width: int, stride: int
+) -> Sequence[Mapping[str, int]]:
+  """Returns a branch whose first convolution strides, which skips pixels if it is 1x1.
+
+  Source: the networks published with He et al., arXiv 1512.03385, for Caffe.
+  """
+  first, *others = branch(width, 1)
+  return {**first, 'stride': stride}, *others
+
+
+class Style(NamedTuple):
+  """What implementations of one residual network differ in, beside its weights.
+
+  Attributes:
+    adapt: branch -> branch.
+    pool: rows, and columns, that the first maximum adds before and after its input.
+  """
+
+  adapt: Callable[[Branch], Branch]
+  pool: tuple[int, int]
+
+
+STYLES = {
+  'torch': Style(lambda branch: branch, (1, 1)),
+  'caffe': Style(lambda branch: partial(stride_first, branch), (0, 1)),
+}
+"""name -> style. Weights of one have the names and shapes of the other.
+
+Caffe rounds the size of its maximum up, which is what a row after the last one gives.
+Pixels are part of a style too: weights as published for Caffe expect BGR from 0 to 255
+less (103.939, 116.779, 123.68); converters can move that into the first kernel, and the
+file for PyTorch that Liu et al. (1904.05160) begin Places-LT from has it moved: RGB,
+normalised as for torchvision's weights. Their network, though, is of the style 'torch'.
+"""
 
 
 class Block(nn.Module):
@@ -99,6 +136,7 @@ class ResNet(nn.Module):
     branch: of every block, such as `basic`.
     blocks: number of blocks, a stage.
     width: w.
+    pool: rows, and columns, that the first maximum adds before and after its input.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
@@ -110,6 +148,7 @@ class ResNet(nn.Module):
   branch: Branch
   blocks: Sequence[int]
   width: int
+  pool: tuple[int, int] = (1, 1)
   conv: Callable[..., nn.Module] = Conv
   norm: Callable[..., nn.Module] = BatchNorm
 
@@ -117,11 +156,12 @@ class ResNet(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Maps (B, H, W, C) images to (B, H / 32, W / 32, C'), rounded up.
 
-    C' is 8 w of basic blocks and 32 w of bottlenecks.
+    C' is 8 w of basic blocks and 32 w of bottlenecks. With nothing added before the
+    maximum, an odd map is rounded down there.
     """
     x = self.conv(self.width, size=7, stride=2, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=(self.pool, self.pool))
     for stage, blocks in enumerate(self.blocks):
       for block in range(blocks):
         x = Block(
@@ -141,14 +181,16 @@ def resnet(
   /,
   *,
   width: int = 64,
+  style: str = 'torch',
   init: str = 'kaiming_fan_out',
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> ResNet:
-  """Returns a `ResNet`, its initialisation by its name."""
+  """Returns a `ResNet`, its style and its initialisation by their names."""
+  adapt, pool = lookup(STYLES, 'style', style)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
-  return ResNet(branch, tuple(blocks), width, conv, norm)
+  return ResNet(adapt(branch), tuple(blocks), width, pool, conv, norm)
 
 
 RESNETS: dict[str, Callable[..., ResNet]] = {
@@ -162,4 +204,4 @@ RESNETS: dict[str, Callable[..., ResNet]] = {
     resnet, partial(bottleneck, inner=2, groups=32), (3, 4, 6, 3)
   ),
 }
-"""name -> (init, dtype, norm, ...) -> a trunk for large images."""
+"""name -> (style, init, dtype, norm, ...) -> a trunk for large images."""

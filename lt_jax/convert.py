@@ -1,0 +1,113 @@
+"""Converts weights of PyTorch, whose files can run code, to such as hold numbers only.
+
+  python -m lt_jax.convert --source=WEIGHTS.pth --out=WEIGHTS.safetensors
+
+A file of PyTorch is a program that makes tensors, and a hostile one makes other things.
+This is the only place that reads one: here, once, with everything but plain tensors and
+containers forbidden, and better in a container of its own if its origin is doubtful.
+Needs PyTorch, at least 2.6, of which the CPU build is enough: pip install torch.
+"""
+
+import hashlib
+import os
+import re
+from typing import Any
+
+from absl import flags
+
+from lt_jax import commands
+from lt_jax.errors import UserError
+from lt_jax.files import write_atomically
+from lt_jax.pretrained import MOST_BYTES
+
+SOURCE = flags.DEFINE_string('source', None, 'The file of PyTorch.')
+OUT = flags.DEFINE_string('out', None, 'The .safetensors file to write.')
+
+WRAPPERS = ('state_dict', 'model', 'state_dict_best')
+"""Keys under which training codes keep the weights, beside epoch or optimiser."""
+
+
+def convert(source: str, out: str) -> int:
+  """Writes the tensors of a PyTorch file as `.safetensors`.
+
+  A name such as resnet50-0676ba61.pth holds the beginning of the file's SHA-256, which
+  is then checked. Names, shapes and types of the tensors stay as they are.
+
+  Args:
+    source: file that `torch.save` wrote.
+    out: file to write, whole or not at all.
+
+  Returns:
+    The number of tensors.
+
+  Raises:
+    UserError: PyTorch is absent or too old, a path is wrong, or the file is damaged or
+      holds anything but tensors.
+  """
+  if not out.endswith('.safetensors'):
+    raise UserError(f'--out is {out!r}; it must end in .safetensors')
+  if not os.path.isdir(os.path.dirname(out) or '.'):
+    raise UserError(f'--out is {out!r}, in a folder that is not there')
+  if not os.path.isfile(source):
+    raise UserError(f'there is no file {source}')
+  digest = _sha256(source)
+  named = re.search(r'-([0-9a-f]{8,64})\.pth$', source)
+  if named and not digest.startswith(named[1]):
+    raise UserError(f'{source} is damaged or not what its name says: {digest[:8]}')
+  try:
+    import torch
+    from safetensors.torch import save
+  except ImportError:
+    raise UserError('converting needs PyTorch: pip install torch') from None
+  if tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 6):
+    raise UserError(f'PyTorch is {torch.__version__}; before 2.6 reading is not safe')
+  try:
+    loaded = torch.load(source, map_location='cpu', weights_only=True)
+  except Exception as error:  # of many kinds; some advise to read without the guard
+    raise UserError(
+      f'{source} is damaged, or holds more than tensors: {type(error).__name__}'
+    ) from None
+  tensors = _unwrapped(loaded, torch.Tensor, source)
+  size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+  if size > MOST_BYTES:  # a few bytes of a file can claim to be so many
+    raise UserError(f'{source} holds {size} bytes of tensors, more than weights have')
+  try:
+    dense = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    data = save(dense, {'source': os.path.basename(source), 'source_sha256': digest})
+  except (RuntimeError, ValueError, KeyError) as error:
+    raise UserError(f'{source} holds unusual tensors: {type(error).__name__}') from None
+  write_atomically(out, data)
+  return len(tensors)
+
+
+def _unwrapped(loaded: Any, tensor: type, source: str) -> dict[str, Any]:
+  """Returns the dict of tensors inside of what a training code has saved."""
+  for _ in WRAPPERS:  # and not for ever: a dict can hold itself
+    inner = loaded if isinstance(loaded, dict) else {}
+    wrapped = [inner[key] for key in WRAPPERS if isinstance(inner.get(key), dict)]
+    loaded = wrapped[0] if wrapped else loaded
+  if not isinstance(loaded, dict) or not loaded:
+    raise UserError(f'{source} holds no dict of tensors')
+  for name, value in loaded.items():
+    if not isinstance(name, str) or not isinstance(value, tensor):
+      raise UserError(
+        f'{source}: {str(name)[:80]!a} is no tensor; weights are looked for at the top '
+        f'and under {", ".join(WRAPPERS)}'
+      )
+  return loaded
+
+
+def _sha256(path: str) -> str:
+  """Returns the digest of a file in hexadecimal."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def main() -> None:
+  """Converts the file named on the command line."""
+  count = convert(SOURCE.value, OUT.value)
+  print(f'{OUT.value}: {count} tensors')
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'source', 'out')

@@ -1,0 +1,421 @@
+"""Weights of torchvision's and timm's residual networks: read, checked, put in place.
+
+A file is `.safetensors`, here or in an object store, or the one of a model on the
+Hugging Face hub: 'timm/resnet50.tv_in1k'. It holds numbers only; it cannot run code,
+and what does not fit the network to the last parameter is refused. Files of PyTorch
+can run code: `lt_jax.convert` reads them, once, and nothing else here does.
+
+What names and shapes cannot tell is the user's to know:
+
+- The style of the network (`lt_jax.models.resnet.STYLES`), and pooling or activations
+  that some variants of these networks have changed.
+- The pixels. torchvision's weights expect RGB in [0, 1] less (0.485, 0.456, 0.406)
+  over (0.229, 0.224, 0.225); nearly all of timm's do too, and each model's card says.
+  Those published for Caffe expect BGR in [0, 255] less (103.939, 116.779, 123.68).
+- torchvision's second weights (timm's tag tv2_in1k) were trained at 176 pixels with a
+  recipe of their own; the first (tv_in1k) at 224.
+"""
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+
+from lt_jax.errors import UserError, lookup
+from lt_jax.files import is_remote
+from lt_jax.models.resnet import RESNETS
+
+PyTree = Any
+
+MOST_HEADER = 2**20
+"""Bytes of the longest header that is parsed; ResNet-152's has a tenth of it."""
+
+MOST_BYTES = 2**31
+"""Bytes of the largest file that is read; ResNet-152 as float64 has a quarter."""
+
+DTYPES = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'I64': np.int64,  # of PyTorch's count of batches, which is dropped
+}
+"""Element type in a file -> ours. The numbers themselves become float32."""
+
+CODE = ('.pth', '.pt', '.bin', '.tar', '.pkl', '.ckpt')
+"""Endings of files that PyTorch writes and that can run code."""
+
+PREFIXES = re.compile(r'^(module\.|backbone\.|encoder\.)+')
+"""What training codes put before torchvision's names."""
+
+MODEL = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
+"""What a model on the hub is called, with its revision after an @."""
+
+REASONS = {
+  'HFValidationError': 'that is no name of a model',
+  'RepositoryNotFoundError': 'the hub has no such model, or not for you',
+  'RevisionNotFoundError': 'the hub has no such revision of it',
+  'LocalEntryNotFoundError': 'there is no network to download it',
+  'EntryNotFoundError': 'it has no model.safetensors',
+}
+"""Errors of the hub that trying again will not mend, the narrower first."""
+
+TORCHVISION = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+STEM = {'conv': 'conv1', 'norm': 'bn1'}
+BLOCK = {
+  'conv1': 'conv1',
+  'conv2': 'conv2',
+  'conv3': 'conv3',
+  'norm1': 'bn1',
+  'norm2': 'bn2',
+  'norm3': 'bn3',
+  'shortcut_conv': 'downsample.0',
+  'shortcut_norm': 'downsample.1',
+}
+HEAD = {'head/kernel': 'fc.weight', 'head/bias': 'fc.bias'}
+LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'bias': 'bias',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+"""Our names -> torchvision's: of layers before and in the blocks, of a linear head, and
+of parameters."""
+
+
+class Weights(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    tensors: name in the file -> array.
+    source: the file or model.
+    revision: of the hub's repository; empty for a file.
+    sha256: of the file.
+    mean: of the RGB pixels in [0, 1] that they expect; empty where it is not known.
+    std: which they are divided by then; likewise.
+  """
+
+  tensors: dict[str, np.ndarray]
+  source: str
+  revision: str
+  sha256: str
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+class Report(NamedTuple):
+  """What became of a file; plain data, for result.json.
+
+  Attributes:
+    source: the file or model.
+    revision: of the hub's repository; empty for a file.
+    sha256: of the file.
+    loaded: number of parameters and statistics taken, as arrays.
+    fresh: paths in our network that kept what they were, such as 'head/kernel'.
+    dropped: names in the file that nothing was taken from, such as 'fc.weight'.
+    mean: see `Weights`.
+    std: see `Weights`.
+  """
+
+  source: str
+  revision: str
+  sha256: str
+  loaded: int
+  fresh: tuple[str, ...]
+  dropped: tuple[str, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+def pretrained(
+  source: str,
+  params: PyTree,
+  stats: PyTree,
+  *,
+  head: bool = False,
+  cache: str | None = None,
+) -> tuple[PyTree, PyTree, Report]:
+  """Puts a file's weights into the trunk of a classifier.
+
+  Args:
+    source: a file or a model, see `load`.
+    params: parameters of a classifier, or their shapes, which are then checked alone.
+    stats: its batch statistics, likewise.
+    head: takes a linear head too, if it has as many classes.
+    cache: where a download is kept; None for the hub's own folder.
+
+  Returns:
+    (params, stats, what was done). Leaves that were taken are NumPy arrays.
+
+  Raises:
+    UserError: the file cannot be read, or holds the weights of another network.
+  """
+  return assign(load(source, cache), params, stats, head=head)
+
+
+def assign(
+  weights: Weights, params: PyTree, stats: PyTree, *, head: bool = False
+) -> tuple[PyTree, PyTree, Report]:
+  """Does what `pretrained` does, with weights that are loaded.
+
+  Kernels are transposed from (out, in, H, W) to (H, W, in, out). Running averages are
+  copied as they are, although PyTorch averages the unbiased variance.
+
+  Source of the names: torchvision.models.resnet, whose networks timm's residual ones
+  are too.
+  """
+  found = _by_torchvision_name(weights)
+  ours = {_path(keys): leaf for tree in (params, stats) for keys, leaf in _flat(tree)}
+  expected = {path: _torch_shape(leaf.shape) for path, leaf in ours.items()}
+  names = {path: _trunk_name(path) for path in ours if path.startswith('trunk/')}
+  if not names or not all(names.values()):
+    raise UserError(f'{weights.source}: only residual networks have such weights')
+  if head and _fits(found, expected):
+    names |= HEAD
+  dropped = {'fc.weight', 'fc.bias'} & found.keys() - set(names.values())
+  _check(
+    weights.source,
+    {name: expected[path] for path, name in names.items()},
+    {name: value for name, value in found.items() if name not in dropped},
+  )
+
+  def leaf(keys: tuple, ours: Any) -> Any:
+    name = names.get(_path(keys))
+    if name is None or isinstance(ours, jax.ShapeDtypeStruct):
+      return ours
+    value = found[name].astype(ours.dtype)
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+  report = Report(
+    source=weights.source,
+    revision=weights.revision,
+    sha256=weights.sha256,
+    loaded=len(names),
+    fresh=tuple(sorted(ours.keys() - names.keys())),
+    dropped=tuple(sorted(dropped)),
+    mean=weights.mean,
+    std=weights.std,
+  )
+  moved = (jax.tree_util.tree_map_with_path(leaf, tree) for tree in (params, stats))
+  return *moved, report
+
+
+def load(source: str, cache: str | None = None) -> Weights:
+  """Reads weights from a file, or downloads them from the Hugging Face hub.
+
+  Args:
+    source: a `.safetensors` file; or 'OWNER/MODEL', such as 'timm/resnet50.tv_in1k',
+      of which 'OWNER/MODEL@REVISION' is one revision. A model that was downloaded
+      before is not asked for again.
+    cache: where a download is kept; None for the hub's own folder.
+
+  Raises:
+    UserError: the file is no weights or may not be read, or nothing can be downloaded.
+  """
+  revision, file, pixels = '', source, {'mean': (), 'std': ()}
+  if source.endswith(CODE):
+    raise UserError(
+      f'{source} can run code when it is read: convert it once, python -m '
+      f'lt_jax.convert --source={source} --out=WEIGHTS.safetensors'
+    )
+  if not source.endswith('.safetensors'):
+    if not MODEL.fullmatch(source) or epath.Path(source).exists():
+      raise UserError(f'{source!r} is no .safetensors file, and no OWNER/MODEL')
+    file, revision = _download(source, cache)
+    if re.match(r'timm/.*\.tv2?_in1k(@|$)', source):
+      pixels = TORCHVISION
+  data = _read(file)
+  sha256 = hashlib.sha256(data).hexdigest()
+  return Weights(_parse(data, file), source, revision, sha256, **pixels)
+
+
+def read_safetensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads a file of arrays.
+
+  Memory is at most three times the file, whatever the file claims.
+
+  Args:
+    path: of the file, here or in an object store.
+
+  Returns:
+    name -> array.
+
+  Raises:
+    UserError: it is absent, too large, truncated or not of this format, or has
+      elements of a type that no weights have.
+
+  Source: the format of the package `safetensors`, which parses it.
+  """
+  return _parse(_read(path), path)
+
+
+def _read(path: epath.PathLike) -> bytes:
+  """Returns a whole file whose size and length of header are credible."""
+  path = epath.Path(path)
+  try:
+    regular = path.is_file() if is_remote(path) else os.path.isfile(path)
+    if not regular:  # a folder, or a pipe, whose end never comes
+      raise UserError(f'there is no file {path}')
+    size = path.stat().length
+    if size > MOST_BYTES:
+      raise UserError(f'{path} has {size} bytes, more than any weights read here')
+    with path.open('rb') as file:
+      start = file.read(8)
+      header = int.from_bytes(start, 'little')
+      if len(start) < 8 or header > size - 8:
+        raise UserError(f'{path} is truncated, or no safetensors file')
+      if header > MOST_HEADER:
+        raise UserError(f'{path} claims a header of {header} bytes, which none has')
+      file.seek(0)
+      return file.read(size)
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+
+
+def _parse(data: bytes, path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Returns the arrays of a file's bytes, by their names."""
+  try:
+    entries = safetensors.deserialize(data)
+  except safetensors.SafetensorError as error:
+    reason = str(error).partition(': ')[2] or str(error)
+    raise UserError(f'{path} is no whole safetensors file: {_quoted(reason)}') from None
+  arrays = {}
+  for name, entry in entries:
+    if entry['dtype'] not in DTYPES:
+      known = ', '.join(DTYPES)
+      raise UserError(
+        f'{path}: {_quoted(name)} has elements {entry["dtype"]}; known: {known}'
+      )
+    array = np.frombuffer(entry['data'], DTYPES[entry['dtype']])
+    arrays[name] = array.reshape(entry['shape'])
+  return arrays
+
+
+def _download(model: str, cache: str | None) -> tuple[str, str]:
+  """Returns the file of a model on the hub, and the revision it is of."""
+  repository, _, revision = model.partition('@')
+  owner, _, name = repository.partition('/')
+  if owner == 'timm':  # whose other networks can have the same names and shapes
+    lookup(RESNETS, 'network of timm', name.partition('.')[0])
+  by_hand = (
+    f'or fetch https://huggingface.co/{repository}/resolve/{revision or "main"}'
+    '/model.safetensors on any machine and name that file'
+  )
+  try:
+    from huggingface_hub import hf_hub_download
+  except ImportError:
+    raise UserError(
+      f"{model}: downloading needs pip install 'lt_jax[hub]'; {by_hand}"
+    ) from None
+  download = functools.partial(
+    hf_hub_download,
+    repository,
+    'model.safetensors',
+    revision=revision or None,
+    cache_dir=cache,
+  )
+  try:
+    try:
+      file = download(local_files_only=True)
+    except FileNotFoundError:
+      file = download()
+  except Exception as error:  # of the hub, of what it speaks HTTP with, of the disk
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    reason = next((text for name, text in REASONS.items() if name in kinds), None)
+    if reason:
+      raise UserError(f'{model}: {reason}; {by_hand}') from None
+    told = _quoted(f'{kinds[0]}: {error}')
+    raise OSError(f'{model} was not downloaded: {told}') from error
+  return file, os.path.basename(os.path.dirname(file))
+
+
+def _by_torchvision_name(weights: Weights) -> dict[str, np.ndarray]:
+  """Returns the tensors without prefixes, and without the counts of batches."""
+  found: dict[str, np.ndarray] = {}
+  for key, value in weights.tensors.items():
+    name = PREFIXES.sub('', key)
+    if name in found:
+      raise UserError(f'{weights.source} has {_quoted(name)} twice, under two prefixes')
+    if not name.endswith('.num_batches_tracked'):
+      found[name] = value
+  return found
+
+
+def _fits(
+  found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> bool:
+  """Returns whether our head is linear and has as many classes as the file's."""
+  linear = HEAD.keys() == {path for path in expected if path.startswith('head/')}
+  return linear and all(
+    name in found and found[name].shape == expected[path] for path, name in HEAD.items()
+  )
+
+
+def _trunk_name(path: str) -> str | None:
+  """Returns torchvision's name of 'trunk/stage2_block1/norm3/scale'; None for none."""
+  match = re.fullmatch(r'trunk/(?:stage(\d+)_block(\d+)/)?(\w+)/(\w+)', path)
+  if match is None:
+    return None
+  stage, block, layer, leaf = match.groups()
+  place = f'layer{stage}.{int(block) - 1}.' if stage else ''
+  layer = (BLOCK if stage else STEM).get(layer)
+  return f'{place}{layer}.{LEAVES[leaf]}' if layer else None
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape that PyTorch gives what has this one here."""
+  if len(shape) == 4:
+    height, width, inputs, outputs = shape
+    return outputs, inputs, height, width
+  return shape[::-1]
+
+
+def _check(
+  source: str,
+  expected: Mapping[str, tuple[int, ...]],
+  found: Mapping[str, np.ndarray],
+) -> None:
+  """Refuses weights of another network, and numbers that no network can have."""
+  wrong = {
+    'missing': [name for name in expected if name not in found],
+    'not of this network': [name for name in found if name not in expected],
+    'of another shape': [
+      name for name in expected if name in found and found[name].shape != expected[name]
+    ],
+  }
+  told = [(kind, names) for kind, names in wrong.items() if names]
+  if told:
+    counts = ', '.join(f'{len(names)} {kind}' for kind, names in told)
+    kind, (first, *_) = told[0]
+    raise UserError(
+      f'{source} is of another network: {_quoted(first)} is {kind} ({counts})'
+    )
+  for name, value in found.items():
+    with np.errstate(over='ignore'):
+      single = value.astype(np.float32)
+    least = 0 if name.endswith('running_var') else -np.inf
+    if value.dtype == np.int64 or not np.all(np.isfinite(single) & (single >= least)):
+      raise UserError(f'{source}: {name} has values that no network can have')
+
+
+def _quoted(text: str) -> str:
+  """Returns what a file or server says so that it is short and stays in its line."""
+  return ascii(text if len(text) <= 120 else f'{text[:120]}...')
+
+
+def _flat(tree: PyTree) -> list[tuple[tuple, Any]]:
+  return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _path(keys: tuple) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
