@@ -1,6 +1,9 @@
 """Crops: every file becomes RGB or one line, and windows are where they should be."""
 
+import glob
 import io
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -100,6 +103,214 @@ def test_the_pixel_limit_does_not_need_the_warning_of_pillow(monkeypatch):
     crops.decode(bitmap_of(10000, 10000), 'x')
 
 
+def jpeg_of(width, height):
+  """A JPEG whose header claims a size."""
+  encoded = bytearray(encode(Image.new('RGB', (8, 8)), 'JPEG'))
+  place = encoded.index(b'\xff\xc0') + 5
+  encoded[place : place + 4] = height.to_bytes(2, 'big') + width.to_bytes(2, 'big')
+  return bytes(encoded)
+
+
+@pytest.fixture(params=['simplejpeg', 'Pillow'])
+def decoder(request, monkeypatch):
+  """Both decoders in turn: without the one, the other does everything."""
+  if request.param == 'Pillow':
+    monkeypatch.setitem(sys.modules, 'simplejpeg', None)
+  else:
+    pytest.importorskip('simplejpeg')
+  return request.param
+
+
+def texture(rng, width, height):
+  """Smooth shapes and fine grain: amplitudes fall with the frequency, as in nature."""
+  wave = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+  wave[0, 0] = 1
+  channels = []
+  for _ in range(3):
+    spectrum = np.fft.fft2(rng.standard_normal((height, width))) / wave
+    grey = np.fft.ifft2(spectrum).real
+    channels.append(128 + 50 * (grey - grey.mean()) / grey.std())
+  shared = 0.8 * channels[0]
+  pixels = np.stack([shared + 0.2 * channel for channel in channels], -1)
+  return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def both_crops(encoded, where='x', seed=0, size=24):
+  """The two crops of an encoded image."""
+  generator = np.random.default_rng(seed)
+  return (
+    crops.random_resized_crop(encoded, where, generator, size=size),
+    crops.center_crop(encoded, where, size=size, resize=size + 4),
+  )
+
+
+def expected_crops(image, seed=0, size=24):
+  """The same of a decoded one, with Pillow as torchvision uses it."""
+  generator = np.random.default_rng(seed)
+  box = crops._random_box(*image.size, generator, (0.08, 1.0), (3 / 4, 4 / 3))
+  squares = [
+    image.crop(box).resize((size, size), Image.Resampling.BILINEAR),
+    crops.center_crop(encode(image, 'PNG'), 'x', size=size, resize=size + 4),
+  ]
+  return [np.asarray(square) for square in squares]
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'subsampling': '4:2:0'},
+    {'subsampling': '4:2:2'},
+    {'subsampling': '4:4:4'},
+    {'progressive': True},
+    {'restart_marker_rows': 1},
+    {'keep_rgb': True},
+    {'quality': 30},
+    {'mode': 'L'},
+    {'mode': 'CMYK'},
+  ],
+  ids=str,
+)
+def test_crops_of_a_jpeg_are_those_of_pillow_bit_for_bit(rng, decoder, options):
+  options = dict(options)
+  image = texture(rng, 47, 45).convert(options.pop('mode', 'RGB'))
+  encoded = encode(image, 'JPEG', **options)
+  decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
+  np.testing.assert_array_equal(crops.pixels(encoded, 'x'), np.asarray(decoded))
+  for crop, expected in zip(both_crops(encoded), expected_crops(decoded), strict=True):
+    assert crop.shape == (24, 24, 3)
+    assert crop.dtype == np.uint8
+    np.testing.assert_array_equal(crop, expected)
+
+
+def test_crops_of_other_files(rng, decoder):
+  image = texture(rng, 47, 45)
+  deep = np.asarray(image)[..., 0].astype(np.uint16) << 8
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turned by a quarter
+  animated = image.convert('P')
+  cases = [
+    (encode(image, 'PNG'), image),
+    (encode(image, 'WEBP', lossless=True), image),
+    (encode(Image.fromarray(deep), 'PNG'), image.getchannel(0).convert('RGB')),
+    (
+      encode(animated, 'GIF', save_all=True, append_images=[animated.rotate(180)]),
+      animated.convert('RGB'),
+    ),
+    (encode(image, 'JPEG', exif=exif), None),
+    (encode(image.resize((1, 1)), 'JPEG'), None),
+    (encode(image.resize((1, 60)), 'JPEG'), None),
+  ]
+  for encoded, decoded in cases:
+    decoded = decoded or Image.open(io.BytesIO(encoded)).convert('RGB')
+    for crop, expected in zip(
+      both_crops(encoded, 'photograph.jpg'), expected_crops(decoded), strict=True
+    ):
+      np.testing.assert_array_equal(crop, expected)
+
+
+@pytest.mark.parametrize('size', [209, 208, 150, 104, 60, 52, 26, 20])
+def test_large_windows_are_close_to_exact(rng, decoder, size):
+  encoded = encode(texture(rng, 640, 480), 'JPEG', quality=90)
+  decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
+  # 0.75 * 640 * 480 with r = 4 / 3: w = sqrt(307200) = 554.3, h = sqrt(172800) = 415.7.
+  generator = Fixed([0.75, 0.28768207], [3, 37])
+  crop = crops.random_resized_crop(encoded, 'x', generator, size=size)
+  window = decoded.crop((37, 3, 37 + 554, 3 + 416))
+  exact = np.asarray(window.resize((size, size), Image.Resampling.BILINEAR))
+  difference = np.abs(crop.astype(int) - exact)
+  if size == 209:  # 416 is less than twice
+    assert difference.max() == 0
+  else:
+    assert 0.2 < difference.mean() < 3.5
+    assert difference.max() < 30
+
+
+def test_a_smaller_image_is_not_shifted(decoder):
+  # A shift by half a pixel would change the steepest places by 8 grey levels.
+  x, y = np.meshgrid(np.arange(640), np.arange(480))
+  waves = [np.sin(0.157 * x), np.sin(0.157 * y), np.sin(0.111 * (x + y))]
+  image = Image.fromarray((128 + 100 * np.stack(waves, -1)).round().astype(np.uint8))
+  encoded = encode(image, 'JPEG', quality=100, subsampling='4:4:4')
+  for corner in range(5):
+    # 0.5 * 640 * 480 = 391.9 squared, rounded to 392.
+    generator = Fixed([0.5, 0.0], [corner + 3, corner + 6])
+    crop = crops.random_resized_crop(encoded, 'x', generator, size=128)
+    box = (corner + 6, corner + 3, corner + 398, corner + 395)
+    exact = image.crop(box).resize((128, 128), Image.Resampling.BILINEAR)
+    difference = crop.astype(int) - np.asarray(exact)
+    assert np.abs(difference[2:-2, 2:-2]).max() <= 4
+
+
+def test_photographs_are_within_the_stated_tolerance(decoder):
+  folder = os.path.join(os.environ.get('LT_JAX_DATA', '.'), 'photos')
+  names = sorted(glob.glob(f'{folder}/*.jpg'))[::4]
+  if not names:
+    pytest.skip('LT_JAX_DATA names no folder with photos/*.jpg')
+  means, largest = [], 0
+  for seed, name in enumerate(names):
+    with open(name, 'rb') as file:
+      encoded = file.read()
+    decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
+    exact, center = expected_crops(decoded, seed, 224)  # all of them below 448 pixels
+    crop, ours = both_crops(encoded, name, seed, 224)
+    np.testing.assert_array_equal(crop, exact)
+    np.testing.assert_array_equal(ours, center)
+    crop, _ = both_crops(encoded, name, seed, 80)
+    exact, _ = expected_crops(decoded, seed, 80)
+    difference = np.abs(crop.astype(int) - exact)
+    means.append(difference.mean())
+    largest = max(largest, difference.max())
+  assert 0 < np.mean(means) < 2
+  assert max(means) < 5
+  assert largest < 70
+
+
+@pytest.mark.parametrize(
+  ('encoded', 'message'),
+  [
+    (b'', 'is empty'),
+    (b'<html>not found</html>', 'not an image'),
+    (encode(ramp(40, 40), 'JPEG')[:300], 'damaged'),
+    (encode(ramp(40, 40), 'JPEG')[:-200], 'damaged'),
+    (encode(ramp(40, 40), 'JPEG', progressive=True)[:-200], 'damaged'),
+    (encode(ramp(40, 40), 'PNG')[:-60], 'damaged'),
+    (bitmap_of(30000, 30000), 'more than 89,478,485 pixels'),
+    (jpeg_of(30000, 30000), 'more than 89,478,485 pixels'),
+  ],
+)
+def test_bad_files_are_named_by_every_crop(decoder, encoded, message):
+  for crop in (crops.pixels, lambda *file: both_crops(*file)):
+    with pytest.raises(UserError, match=message) as error:
+      crop(encoded, 'folder/a b.jpg')
+    assert str(error.value).startswith('folder/a b.jpg: ')
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match=message):
+    crops.center_crop(encoded, 'x', size=24, resize=24)
+
+
+def test_lost_pixels_are_never_grey(rng):
+  pytest.importorskip('simplejpeg')
+  encoded = encode(texture(rng, 64, 64), 'JPEG', quality=95)
+  lost = encoded[:-900] + b'\xff\xd9'  # with the marker that ends a whole image
+  assert Image.open(io.BytesIO(lost)).convert('RGB').size == (64, 64)
+  for crop in (crops.pixels, both_crops):
+    with pytest.raises(UserError, match='x: a damaged image: Corrupt JPEG data'):
+      crop(lost, 'x')
+
+
+def test_superfluous_bytes_do_no_harm(rng, decoder):
+  encoded = encode(texture(rng, 64, 64), 'JPEG')
+  for more in (encoded[:-2] + b'abcde' + encoded[-2:], encoded + b'abcde'):
+    image = crops.pixels(more, 'x')
+    np.testing.assert_array_equal(image, crops.pixels(encoded, 'x'))
+    for crop, expected in zip(
+      both_crops(more, size=40), both_crops(encoded, size=40), strict=True
+    ):
+      np.testing.assert_array_equal(crop, expected)
+    halved = both_crops(more, size=20)[0].astype(int)
+    assert np.abs(halved - both_crops(encoded, size=20)[0]).mean() < 1
+
+
 @pytest.mark.parametrize(
   ('width', 'height', 'resized'),
   [
@@ -118,20 +329,19 @@ def test_center_crop_is_resize_then_crop(rng, width, height, resized):
   start = {256: 16, 341: 58, 384: 80, 300: 38, 2304: 1040}
   left, top = start[resized[0]], start[resized[1]]
   expected = whole[top : top + 224, left : left + 224].astype(int)
-  cropped = crops.center_crop(np.asarray(image), size=224, resize=256)
+  cropped = crops.center_crop(encode(image, 'PNG'), 'x', size=224, resize=256)
   assert cropped.shape == (224, 224, 3)
   assert cropped.dtype == np.uint8
   assert np.abs(cropped - expected).max() <= 1  # Pillow may swap its two passes
 
 
 def test_center_crop_of_a_strip_takes_little_memory():
-  cropped = crops.center_crop(
-    np.full((1, 30000, 3), (1, 2, 3), np.uint8), size=224, resize=256
-  )
+  strip = Image.new('RGB', (30000, 1), (1, 2, 3))
+  cropped = crops.center_crop(encode(strip, 'PNG'), 'x', size=224, resize=256)
   assert cropped.shape == (224, 224, 3)
   assert (cropped == (1, 2, 3)).all()
   with pytest.raises(UserError, match='256 pixels out of a short side of 224'):
-    crops.center_crop(np.asarray(ramp(300, 300)), size=256, resize=224)
+    crops.center_crop(encode(ramp(300, 300), 'PNG'), 'x', size=256, resize=224)
 
 
 class Fixed:
@@ -153,10 +363,12 @@ class Fixed:
 def test_a_random_window_by_hand():
   # Half of 100 x 80 with r = 1.25: w = sqrt(5000) = 70.7, h = sqrt(3200) = 56.6.
   generator, image = Fixed([0.5, 0.2231435513], [7, 29]), ramp(100, 80)
-  cropped = crops.random_resized_crop(np.asarray(image), generator, size=32)
+  encoded = encode(image, 'PNG')
+  cropped = crops.random_resized_crop(encoded, 'x', generator, size=32)
   logs = (pytest.approx(-0.2876821), pytest.approx(0.2876821))
   assert generator.asked == [(0.08, 1.0), logs, 80 - 57 + 1, 100 - 71 + 1]
-  expected = image.resize((32, 32), Image.Resampling.BILINEAR, box=(29, 7, 100, 64))
+  window = image.crop((29, 7, 100, 64))  # 57 is less than twice 32
+  expected = window.resize((32, 32), Image.Resampling.BILINEAR)
   np.testing.assert_array_equal(cropped, np.asarray(expected))
 
 
@@ -211,12 +423,11 @@ def test_windows_are_spread_as_they_should():
 
 
 def test_a_crop_is_a_function_of_its_generator():
-  image = ramp(90, 70)
+  encoded = encode(ramp(90, 70), 'PNG')
 
   def crop(*seed):
-    return crops.random_resized_crop(
-      np.asarray(image), np.random.default_rng(seed), size=24
-    )
+    generator = np.random.default_rng(seed)
+    return crops.random_resized_crop(encoded, 'x', generator, size=24)
 
   first = crop(3, 17)
   assert first.shape == (24, 24, 3)
@@ -228,7 +439,6 @@ def test_a_crop_is_a_function_of_its_generator():
 
 
 def test_a_whole_window_keeps_the_corners():
-  cropped = crops.random_resized_crop(
-    np.asarray(ramp(64, 64)), Fixed([1.0, 0.0], [0, 0]), size=64
-  )
+  encoded, generator = encode(ramp(64, 64), 'PNG'), Fixed([1.0, 0.0], [0, 0])
+  cropped = crops.random_resized_crop(encoded, 'x', generator, size=64)
   np.testing.assert_array_equal(cropped, np.asarray(ramp(64, 64)))

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lt_jax.data import longtail
+from lt_jax.data.crops import Crop
 from lt_jax.data.sources import fingerprint, load_source
-from lt_jax.data.streams import Crop, Split
+from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
 
 RESIDENT_LIMIT = 4 * 2**30

@@ -46,7 +46,7 @@ class Files:
     return len(self.files)
 
   def __getitem__(self, position: int) -> np.ndarray:
-    return np.asarray(crops.decode(self.encoded(position), self.where(position)))
+    return crops.pixels(self.encoded(position), self.where(position))
 
   def encoded(self, position: int) -> bytes:
     """Returns an image as it is stored."""

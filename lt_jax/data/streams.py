@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lt_jax.data import crops
+from lt_jax.data.crops import Crop
 from lt_jax.data.samplers import Sampler, batch_indices
 from lt_jax.errors import UserError
 
@@ -55,30 +55,6 @@ class Stream(NamedTuple):
       name: jax.ShapeDtypeStruct((len(x) * jax.process_count(), *x.shape[1:]), x.dtype)
       for name, x in self.payload(0).items()
     }
-
-
-class Crop(NamedTuple):
-  """Brings encoded images of any size to a square.
-
-  Attributes:
-    size: its side in pixels.
-    resize: the short side of an image before the central square is taken.
-  """
-
-  size: int
-  resize: int
-
-  def training(
-    self, encoded: bytes, where: str, generator: np.random.Generator
-  ) -> np.ndarray:
-    """Returns a random window, see `crops.random_resized_crop`."""
-    image = np.asarray(crops.decode(encoded, where))
-    return crops.random_resized_crop(image, generator, size=self.size)
-
-  def evaluation(self, encoded: bytes, where: str) -> np.ndarray:
-    """Returns the central window, see `crops.center_crop`."""
-    image = np.asarray(crops.decode(encoded, where))
-    return crops.center_crop(image, size=self.size, resize=self.resize)
 
 
 class Split(NamedTuple):
