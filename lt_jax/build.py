@@ -35,7 +35,7 @@ from lt_jax.errors import UserError, check_options, construct, lookup, suggest
 from lt_jax.evals.collect import Survey, survey
 from lt_jax.files import flatten
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
-from lt_jax.method import Method
+from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
 from lt_jax.models import make_classifier
 from lt_jax.optim import epoch_start, make_optimizer, make_schedule
@@ -111,6 +111,8 @@ class Stage(NamedTuple):
     streams: what it is trained on.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     leaves: what this stage leaves of each training image: names of outputs.
+    start: what puts published weights into a fresh State, and tells of it; None: they
+      are random.
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
@@ -123,6 +125,7 @@ class Stage(NamedTuple):
   streams: dict[str, Stream]
   reads: dict[str, str]
   leaves: tuple[str, ...]
+  start: Callable[[State], tuple[State, dict[str, Any]]] | None
   surgeries: tuple[Surgery, ...]
   plan: Plan
   epoch_steps: float
@@ -354,6 +357,7 @@ def _build_stage(
     streams=streams,
     reads={'train': train.origin} if train.origin else {},
     leaves=tuple(config['leaves']),
+    start=_start(config['init']) if config['init'] and not earlier else None,
     surgeries=tuple(
       construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
       for name, options in config['surgeries']
@@ -453,6 +457,11 @@ def _learned(names: Sequence[str], groups: Mapping[str, np.ndarray]) -> np.ndarr
   if not learned.any():
     raise UserError(f'no class is in {" or ".join(names)}')
   return learned
+
+
+def _start(source: str) -> Callable:
+  """Returns what puts published weights into a State."""
+  return functools.partial(surgery.start_from, source=source)
 
 
 def _workers(number: int) -> int:

@@ -56,6 +56,7 @@ def base_config() -> ConfigDict:
       'recipe': '',
       'seed': 0,  # initialisation, order and augmentation
       'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
+      'init': '',  # weights the trunk begins with: OWNER/MODEL or FILE.safetensors
       'data': {
         'source': 'digits',
         'dir': '',  # of TFDS; its own default if empty

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -181,7 +181,8 @@ def write_results(
   evaluated = evaluate(experiment, stage, state, stop)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
-  starts = [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == 'started']
+  events = read_rows(workdir / 'events.jsonl')
+  starts = [row for row in events if row['event'] == 'started']
   config = experiment.config
   result = {
     'name': config['name'],
@@ -189,6 +190,7 @@ def write_results(
     'seed': config['seed'],
     'stage': stage.name,
     'step': int(jax.device_get(state.step)),
+    'init': _init(events),
     'select': '/'.join(stage.select) if stage.select else 'last',
     **evaluated.metrics,
     'threshold': evaluated.threshold,
@@ -214,6 +216,13 @@ def write_results(
     _write_weights(workdir, stage, experiment.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
+
+
+def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+  """Returns which published weights the run began with; None if they were random."""
+  rows = [row for row in events if row['event'] == 'began_with_weights']
+  told = ('source', 'revision', 'sha256')
+  return {name: rows[-1][name] for name in told} if rows else None
 
 
 def _write_arrays(

@@ -87,7 +87,7 @@ def run(
   with files.locked(workdir), StopRequest() as stop:
     if not allow_config_change:
       _check_config(config, workdir)
-    experiment = _rehearsed(config)
+    experiment = _rehearsed(config, workdir)
     _check_data(experiment, workdir)
     events = Events(workdir, screen)
     with _claimed(experiment, workdir):
@@ -110,7 +110,7 @@ def run(
     return result
 
 
-def _rehearsed(config: Config) -> Experiment:
+def _rehearsed(config: Config, workdir: epath.Path) -> Experiment:
   """Builds the experiment and goes through its stages without computing anything.
 
   Shapes tell most of what can be wrong, and tell it before the first stage has been
@@ -122,6 +122,8 @@ def _rehearsed(config: Config) -> Experiment:
     for name, stage in experiment.stages.items():
       # Of the clock there is more to know than its shape.
       state = state_shapes(stage.method, stage.streams).replace(step=np.int32(0))
+      if stage.start and not (workdir / 'stages' / name).exists():
+        stage.start(state)  # a run that goes on needs the file no more
       for surgery in stage.surgeries:
         state = surgery(state, shapes)
       begin, end = state.step, stage.plan.steps

@@ -128,7 +128,19 @@ class StageRunner:
       stage.method, stage.streams, drawn_by, self._experiment.mesh
     )
     key = sharding.put_replicated(self._experiment.mesh, key)
-    return state.replace(key=key)
+    state = state.replace(key=key)
+    if stage.start:
+      state, told = stage.start(state)
+      self._events('began_with_weights', **told)
+      data = self._experiment.config['data']
+      if told['mean'] and (list(told['mean']), list(told['std'])) != (
+        list(data['mean']),
+        list(data['std']),
+      ):
+        self._screen.line(
+          'those weights expect pixels of another data.mean or data.std'
+        )
+    return state
 
   def _check_origin(self, begun_from: Mapping[str, str]) -> None:
     """Refuses to go on with a stage whose earlier stages have changed since."""

@@ -21,6 +21,7 @@ from lt_jax.errors import UserError, suggest
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Batch, State
 from lt_jax.models.heads import centred_unit
+from lt_jax.pretrained import pretrained
 
 PyTree = Any
 Surgery = Callable[[State, Mapping[str, State]], State]
@@ -52,6 +53,26 @@ def copy(*, pattern: str, stage: str, source: str = r'\g<0>') -> Surgery:
     return fresh.replace(params=params, stats=stats)
 
   return surgery
+
+
+def start_from(state: State, *, source: str) -> tuple[State, dict[str, Any]]:
+  """Takes the trunk of a network from published weights.
+
+  Args:
+    state: of the network, or its shapes, which are then checked alone.
+    source: a `.safetensors` file, or a model such as 'timm/resnet50.tv_in1k'.
+
+  Returns:
+    (state, what was taken, see `pretrained.Report`).
+
+  Raises:
+    UserError: there are no such weights, or they are of another network.
+  """
+  params, stats, report = pretrained(source, state.params['net'], state.stats['net'])
+  state = state.replace(
+    params={**state.params, 'net': params}, stats={**state.stats, 'net': stats}
+  )
+  return state, report._asdict()
 
 
 def carry(*, fields: Sequence[str], stage: str) -> Surgery:

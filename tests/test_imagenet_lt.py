@@ -4,12 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import imagenet_lt
-from lt_jax import build, run
+from lt_jax import build, checkpoint, run, sharding, train
 from lt_jax.data import reading
 from lt_jax.errors import UserError
+from lt_jax.writers import read_rows
 from tests import mini
+from tests.test_pretrained import tiny_state
 
 SMALL = {
   'data.image_size': 32,
@@ -124,3 +127,43 @@ def test_mistakes_are_told_before_anything_runs(lists, tmp_path, overrides, mess
   with pytest.raises(UserError, match=message):
     run.run(config('oltr', **lists, **overrides), tmp_path)
   assert not (tmp_path / 'stages').exists()
+
+
+def test_a_run_begins_with_published_weights(lists, tmp_path):
+  weights = tmp_path / 'tiny.safetensors'
+  save_file(tiny_state(), weights)
+  options = {'init': str(weights), 'model.trunk_options.width': 4}
+  begun = config('ce', **lists, **options, **{'schedule.base': 0.0})  # and stays there
+  workdir = tmp_path / 'run'
+  result = run.run(begun, workdir)
+  assert result['init']['source'] == str(weights)
+  assert len(result['init']['sha256']) == 64
+  facts = next(
+    row
+    for row in read_rows(workdir / 'events.jsonl')
+    if row['event'] == 'began_with_weights'
+  )
+  assert facts['fresh'] == ['head/bias', 'head/kernel']
+  experiment = build.build(begun)
+  stage = experiment.stages['train']
+  shapes = train.state_shapes(stage.method, stage.streams)
+  saved = checkpoint.Checkpoints(workdir / 'stages' / 'train' / 'checkpoints', keep=1)
+  target = checkpoint.abstract(shapes, sharding.replicated(experiment.mesh))
+  kernel = saved.restore(target).state.params['net']['trunk']['conv']['kernel']
+  ours = np.asarray(kernel).transpose(3, 2, 0, 1)
+  np.testing.assert_array_equal(ours, tiny_state()['conv1.weight'])
+
+  weights.unlink()
+  again = run.run(begun, workdir)  # which needs the file no more
+  assert again['state_sha256'] == result['state_sha256']
+  with pytest.raises(UserError, match='there is no file'):
+    run.run(begun, tmp_path / 'another')
+
+
+def test_weights_of_another_network_are_refused_before_anything_runs(lists, tmp_path):
+  weights = tmp_path / 'tiny.safetensors'
+  save_file(tiny_state(), weights)
+  wider = config('ce', **lists, **{'init': str(weights)})
+  with pytest.raises(UserError, match='conv'):
+    run.run(wider, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'stages').exists()
