@@ -19,8 +19,9 @@ Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
   fslwf           43.9    29.9  29.5  34.9   37.5
   oltr            44.7    37.0  25.3  35.9   46.4
 
-These start from a network that was trained on ImageNet; from random weights, as this
-config begins, they are out of reach.
+These start from a network that was trained on ImageNet: give it by --config.init=FILE
+(`python -m lt_jax.convert` makes FILE.safetensors of a PyTorch file) or
+--config.init=timm/resnet152.tv_in1k. From random weights they are out of reach.
 
 Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
 
