@@ -27,6 +27,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
+from lt_jax.stopping import agreed_numbers, any_process
 
 PyTree = Any
 Log = Callable[..., None]
@@ -155,12 +156,14 @@ class Checkpoints:
       UserError: there are checkpoints and none is usable.
     """
     manifests = {step: self._manifest(str(step)) for step in self.steps()}
-    trusted_first = sorted(
-      manifests, key=lambda step: (manifests[step] is not None, step), reverse=True
+    trusted_first = agreed_numbers(
+      sorted(
+        manifests, key=lambda step: (manifests[step] is not None, step), reverse=True
+      )
     )
     rejected: dict[int, str] = {}
     for step in trusted_first:
-      manifest = manifests[step]
+      manifest = manifests.get(step)
       state, reason = self._attempt(step, manifest, target)
       if state is not None:
         newer = [s for s in manifests if s > step and s not in rejected]
@@ -191,8 +194,8 @@ class Checkpoints:
     if manifest is None:
       return None
     directory = self._directory / 'best' / str(manifest.get('step'))
-    reason = _damage(directory, manifest)
-    if reason is not None:
+    reason = _damage(directory, manifest) if jax.process_index() == 0 else None
+    if any_process(reason is not None):
       raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
@@ -243,8 +246,12 @@ class Checkpoints:
   ) -> tuple[PyTree | None, str]:
     """Returns (state, '') or (None, why this checkpoint cannot be used)."""
     directory = self._directory / str(step)
-    if manifest is not None and (damage := _damage(directory, manifest)):
-      return None, damage
+    # Read and hashed by one process; what follows is done by all together.
+    damage = None
+    if manifest is not None and jax.process_index() == 0:
+      damage = _damage(directory, manifest)
+    if any_process(damage is not None):
+      return None, damage or 'process 0 finds it damaged'
     try:
       state = self._read(directory, target)
     except UserError:

@@ -4,6 +4,8 @@ The same command again goes on where the run left off. What the exit codes mean 
 in `lt_jax.commands`.
 """
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -27,20 +29,35 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs the configured training."""
-  import jax
-
   from lt_jax import build, run
 
   if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
-    jax.distributed.initialize()
+    _start_distributed()
   run.run(
     build.resolve(CONFIG.value),
     WORKDIR.value,
     allow_config_change=ALLOW_CONFIG_CHANGE.value,
     profile=_profile_steps(PROFILE_STEPS.value),
   )
+
+
+def _start_distributed() -> None:
+  """Connects this process to the others of the run.
+
+  Cloud TPU, SLURM, Open MPI and Kubernetes tell JAX who is who; elsewhere the variables
+  JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
+  do.
+  """
+  import jax
+
+  told = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
+  numbers = {key: os.environ[name] for key, name in told.items() if name in os.environ}
+  try:
+    jax.distributed.initialize(**{key: int(text) for key, text in numbers.items()})
+  except ValueError as error:
+    raise UserError(f'--distributed: {error}; {_start_distributed.__doc__}') from None
 
 
 def _profile_steps(text: str | None) -> tuple[int, int] | None:

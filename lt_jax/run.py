@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,13 @@ from lt_jax.build import Config, Experiment, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
+from lt_jax.stopping import (
+  StopRequest,
+  agreed_numbers,
+  any_process,
+  wait_for_all,
+  watched,
+)
 from lt_jax.train import metric_shapes, state_shapes
 from lt_jax.writers import Events, Screen
 
@@ -30,30 +36,6 @@ MAY_CHANGE = frozenset(
   }
 )
 """Keys a resumed run may change, because the training does not depend on them."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class StopRequest:
-  """Whether a scheduler has asked this process to stop: SIGTERM or SIGUSR1."""
-
-  def __init__(self):
-    self._asked = False
-
-  def __enter__(self) -> 'StopRequest':
-    self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
-    return self
-
-  def __exit__(self, *exception: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number: int, frame: Any) -> None:
-    self._asked = True
-
-  def __call__(self) -> bool:
-    """Returns whether it was asked."""
-    return self._asked
 
 
 def run(
@@ -84,10 +66,15 @@ def run(
   began = time.time()
   workdir = files.make_workdir(workdir)
   screen = Screen()
-  with files.locked(workdir), StopRequest() as stop:
+  with (
+    files.locked(workdir),
+    StopRequest() as stop,
+    watched(lambda: stop.last_look),
+  ):
     if not allow_config_change:
       _check_config(config, workdir)
     experiment = _rehearsed(config, workdir)
+    _check_peers(experiment)
     _check_data(experiment, workdir)
     events = Events(workdir, screen)
     with _claimed(experiment, workdir):
@@ -102,7 +89,7 @@ def run(
       workdir,
       stage,
       earlier[stage.name],
-      stop=stop,
+      stop=stop.alone,
       wall_seconds=time.time() - began,
     )
     events('finished', state_sha256=result['state_sha256'])
@@ -155,6 +142,7 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
   if jax.process_index() == 0:
     for name, path in paths.items():
       files.write_json(path, facts[name])
+  wait_for_all('claimed')
   try:
     yield
   except UserError:
@@ -165,6 +153,17 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
         elif not (workdir / 'stages').exists():
           path.unlink()
     raise
+
+
+def _check_peers(experiment: Experiment) -> None:
+  """Refuses to run beside a process that has another configuration or other data."""
+  digests = (config_digest(experiment.config), experiment.dataset.fingerprint)
+  ours = [int(digest[:7], 16) for digest in digests]  # of 28 bits
+  if any_process(agreed_numbers(ours) != ours):
+    raise UserError(
+      'the processes of this run have not all the same configuration and data: here '
+      f'they are {digests[0]} and {digests[1][:12]}'
+    )
 
 
 def _check_config(config: Config, workdir: epath.Path) -> None:

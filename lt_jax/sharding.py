@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -67,14 +68,15 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
   sharding = replicated(mesh)
   if jax.process_count() == 1:
     return jax.device_put(tree, sharding)
-  return jax.tree.map(
-    lambda x: (
-      x
-      if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim)
-      else jax.make_array_from_process_local_data(sharding, np.asarray(x))
-    ),
-    tree,
-  )
+
+  def put(x: Any) -> jax.Array:
+    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+      return x
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+  return jax.tree.map(put, tree)
 
 
 def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:

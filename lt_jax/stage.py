@@ -3,7 +3,7 @@
 import os
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
+from lt_jax.stopping import StopRequest, of_first, wait_for_all
 from lt_jax.surgery import operate
 from lt_jax.writers import Events, MetricWriter, Screen, write_npz
 
@@ -30,7 +31,7 @@ class StageRunner:
     workdir: epath.Path,
     screen: Screen,
     events: Events,
-    stop: Callable[[], bool],
+    stop: StopRequest,
     profile: tuple[int, int] | None,
   ):
     self._experiment = experiment
@@ -177,7 +178,8 @@ class StageRunner:
     """Writes arrays.npz: outputs of the final State for every training image."""
     path, names = self._folder / 'arrays.npz', self._stage.leaves
     origin = checkpoint.digest(state)
-    if not names or (path.exists() and _origin(path) == origin):
+    written = bool(names) and path.exists() and _origin(path) == origin
+    if not names or of_first(written):
       return
 
     def keep(outputs, batch):
@@ -188,6 +190,7 @@ class StageRunner:
     found = survey.collect(state, 'train', keep)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
+    wait_for_all(f'{path} is written')
 
   def _announce(self, step: int, restored: checkpoint.Restored | None) -> None:
     told = 'fresh start'
@@ -243,7 +246,7 @@ class StageRunner:
     for split in ('val', 'test'):
       if split in self._experiment.passes:
         one_pass = self._experiment.passes[split]
-        records = self._collect(state, one_pass, self._stop)
+        records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
         rows[split] = results.split_metrics(records, self._experiment)
@@ -260,7 +263,8 @@ class StageRunner:
     value = SELECTABLE[metric] * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
-    if best is None or value > best['value'] or step < best['step']:
+    better = best is None or value > best['value'] or step < best['step']
+    if of_first(better):  # as the others may see an older file
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
   def _report_divergence(self, diverged: train.Diverged) -> None:

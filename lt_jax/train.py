@@ -19,6 +19,7 @@ from lt_jax import checkpoint, sharding
 from lt_jax.data.reading import Read, reading
 from lt_jax.data.streams import Stream
 from lt_jax.method import Method, Metrics, State, named_key
+from lt_jax.stopping import any_process
 
 IN_FLIGHT = 4
 """Calls the host may be ahead of the device.
@@ -244,7 +245,7 @@ def train(
         began = time.perf_counter()
         hooks.evaluate(step, state)
         clock += time.perf_counter() - began
-      if hooks.stop():
+      if _asked_to_stop(hooks, plan, step):
         if step > logged:
           log()
         save()
@@ -282,6 +283,14 @@ def train(
         log()
       if plan.due(step, plan.save_every):
         save()
+
+
+def _asked_to_stop(hooks: Hooks, plan: Plan, step: int) -> bool:
+  """Returns whether the run must end here: in all processes or in none."""
+  asked = hooks.stop()
+  if jax.process_count() == 1:
+    return asked
+  return plan.due(step, plan.log_every) and any_process(asked)  # they wait here anyway
 
 
 def means(total: np.ndarray, count: np.ndarray) -> np.ndarray:

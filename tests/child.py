@@ -4,16 +4,18 @@ Processes come from a fork server that has imported everything and started nothi
 that each costs what it does and not the imports.
 """
 
-import contextlib
+import functools
 import multiprocessing
 import os
 import pathlib
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRELOAD = [
@@ -60,16 +62,69 @@ def run(
   Returns:
     Its exit code, negative for the signal that killed it.
   """
+  return _join([_start(module, arguments, output, fault)], 120)[0]
+
+
+def run_together(
+  arguments: Sequence[str],
+  outputs: Sequence,
+  faults: Sequence[str],
+  devices: int = 2,
+) -> list[int]:
+  """Runs a command in processes that are one run, each with simulated devices.
+
+  Args:
+    arguments: of the command, the same for all.
+    outputs: files that take what they print.
+    faults: one a process.
+    devices: of each.
+
+  Returns:
+    Their exit codes.
+  """
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  children = []
+  for index, (output, fault) in enumerate(zip(outputs, faults, strict=True)):
+    told = {
+      'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+      'JAX_NUM_PROCESSES': str(len(outputs)),
+      'JAX_PROCESS_ID': str(index),
+    }
+    every = [f'devices:{devices}', 'heartbeat:10', *filter(None, [fault])]
+    given = ['--distributed', *arguments]
+    children.append(_start('lt_jax.main', given, output, '+'.join(every), told))
+  return _join(children, 120)
+
+
+def _start(
+  module: str,
+  arguments: Sequence[str],
+  output,
+  fault: str,
+  environment: Mapping[str, str] | None = None,
+) -> multiprocessing.Process:
+  """Starts a command in a child."""
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(PRELOAD)
-  given = (module, arguments, str(output), fault, CACHE.name)
+  given = (module, arguments, str(output), fault, CACHE.name, dict(environment or {}))
   child = context.Process(target=_main, args=given)
   child.start()
-  child.join(timeout=120)
-  if child.exitcode is None:
-    child.kill()
-    raise TimeoutError(f'{module} {" ".join(arguments)} did not end')
-  return child.exitcode
+  return child
+
+
+def _join(children: Sequence[multiprocessing.Process], seconds: float) -> list[int]:
+  """Returns exit codes; kills and tells who did not end."""
+  until = time.monotonic() + seconds
+  for child in children:
+    child.join(timeout=max(0, until - time.monotonic()))
+  late = [index for index, child in enumerate(children) if child.exitcode is None]
+  for index in late:
+    children[index].kill()
+  if late:
+    raise TimeoutError(f'child {late[0]} of {len(children)} did not end')
+  return [child.exitcode for child in children]
 
 
 def environment() -> dict[str, str]:
@@ -82,10 +137,17 @@ def environment() -> dict[str, str]:
 
 
 def _main(
-  module: str, arguments: Sequence[str], output: str, fault: str, cache: str
+  module: str,
+  arguments: Sequence[str],
+  output: str,
+  faults: str,
+  cache: str,
+  environment: Mapping[str, str],
 ) -> None:
-  """In the child: redirects what is printed, injects the fault, runs the command."""
+  """In the child: redirects what is printed, injects faults, runs the command."""
   import importlib
+
+  os.environ.update(environment)
 
   with open(output, 'w') as file:
     os.dup2(file.fileno(), 1)
@@ -100,8 +162,10 @@ def _main(
   required = ('config', 'workdir') if module == 'lt_jax.main' else ('workdir',)
   commands = importlib.import_module('lt_jax.commands')
   main = importlib.import_module(module).main
-  with _injected(fault):
-    commands.launch(main, *required)
+  for fault in filter(None, faults.split('+')):
+    name, _, argument = fault.partition(':')
+    FAULTS[name](argument)
+  commands.launch(main, *required)
 
 
 def die() -> None:
@@ -110,15 +174,6 @@ def die() -> None:
 
 def terminate(number: int = signal.SIGTERM) -> None:
   os.kill(os.getpid(), number)
-
-
-@contextlib.contextmanager
-def _injected(fault: str) -> Iterator[None]:
-  """Replaces a function of the package so that it fails when it should."""
-  name, _, argument = fault.partition(':')
-  if name:
-    FAULTS[name](argument)
-  yield
 
 
 def _before(owner: object, name: str, act: Callable[..., None]) -> None:
@@ -237,6 +292,29 @@ def _simulate_devices(argument: str) -> None:
   jax.config.update('jax_num_cpu_devices', int(argument))
 
 
+def _hurry(argument: str) -> None:
+  """Notices a dead peer after so many seconds, and not after JAX's hundred."""
+  import jax
+
+  jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=int(argument)
+  )
+
+
+def _give_up_after(argument: str) -> None:
+  from lt_jax import stopping
+
+  stopping.STUCK_AFTER = float(argument)
+
+
+def _see_other_data(argument: str) -> None:
+  from lt_jax.data import dataset
+
+  original = dataset.fingerprint
+  dataset.fingerprint = lambda *args: original(*args)[::-1]
+  del argument
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
   'kill_at': lambda step: _at_step(step, die),
   'term_at': lambda step: _at_step(step, terminate),
@@ -252,4 +330,8 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'file_size': _limit_file_size,
   'devices': _simulate_devices,
   'nan_at': _nan_image,
+  'heartbeat': _hurry,
+  'give_up_after': _give_up_after,
+  'hang_at': lambda step: _at_step(step, lambda: time.sleep(1000)),
+  'other_data': _see_other_data,
 }

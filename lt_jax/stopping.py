@@ -1,0 +1,124 @@
+"""How a run ends before its time: asked to, or because a peer is stuck.
+
+In a run of several processes all must stop at one step, since each waits for the others
+in every all-reduce. So they agree, at the steps at which they wait for the devices
+anyway; and where one waits in vain, it ends itself.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+STUCK_AFTER = 1800.0
+"""Seconds without a step after which one of several processes ends itself."""
+
+
+class StopRequest:
+  """Whether a scheduler has asked this process to stop: SIGTERM or SIGUSR1.
+
+  Attributes:
+    last_look: when that was last looked at, which is at every step and every batch of
+      an evaluation: a sign of life.
+  """
+
+  def __init__(self):
+    self._asked = False
+    self.last_look = time.monotonic()
+
+  def __enter__(self) -> 'StopRequest':
+    self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _ask(self, number: int, frame: Any) -> None:
+    self._asked = True
+
+  def __call__(self) -> bool:
+    """Returns whether it was asked."""
+    self.last_look = time.monotonic()
+    return self._asked
+
+  def alone(self) -> bool:
+    """Returns whether it was asked and may stop without the consent of others."""
+    return self() and jax.process_count() == 1
+
+
+def any_process(flag: bool) -> bool:
+  """Returns whether it is true in any process; all must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def of_first(flag: bool) -> bool:
+  """Returns what process 0 says; all must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+
+
+def agreed_numbers(numbers: Sequence[int]) -> list[int]:
+  """Returns the numbers that process 0 has, 64 at most; all must ask."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  padded = np.full(64, -1, np.int32)
+  padded[: len(numbers)] = numbers[:64]
+  found = multihost_utils.broadcast_one_to_all(padded)
+  return [int(number) for number in found if number >= 0]
+
+
+def wait_for_all(what: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def watched(last_look: Callable[[], float]) -> Iterator[None]:
+  """Ends this process, one of several, where nothing moves for `STUCK_AFTER` seconds.
+
+  A peer that hangs, but lives, is not noticed otherwise: the others wait for it in an
+  all-reduce for ever. The stacks of all threads go to standard error first.
+
+  Args:
+    last_look: when there was a last sign of life, by `time.monotonic`.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  done = threading.Event()
+
+  def watch() -> None:
+    from lt_jax.commands import TRY_AGAIN
+
+    while not done.wait(STUCK_AFTER / 10):
+      if time.monotonic() - last_look() > STUCK_AFTER:
+        faulthandler.dump_traceback(all_threads=True)
+        print(
+          f'error: process {jax.process_index()} made no step for {STUCK_AFTER:g} s: '
+          'another one is stuck; what was saved is whole',
+          file=sys.stderr,
+          flush=True,
+        )
+        os._exit(TRY_AGAIN)
+
+  threading.Thread(target=watch, daemon=True, name='watchdog').start()
+  try:
+    yield
+  finally:
+    done.set()

@@ -1,0 +1,131 @@
+"""One run in two processes, with real `jax.distributed` on this machine."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from lt_jax.writers import read_rows
+from tests import child
+
+BOTH = (0, 0)
+
+
+def run(workdir, *overrides, faults=('', ''), **options):
+  """Returns the exit codes of two processes with two devices each, and their words."""
+  outputs = [workdir.parent / f'{workdir.name}.{i}.log' for i in range(2)]
+  arguments = child.command(workdir, *overrides, **options)
+  codes = child.run_together(arguments, outputs, faults)
+  return tuple(codes), [output.read_text() for output in outputs]
+
+
+def result(workdir):
+  return json.loads((workdir / 'result.json').read_text())
+
+
+def losses(workdir):
+  rows = read_rows(workdir / 'metrics.jsonl')
+  return {row['step']: row['loss'] for row in rows if row['split'] == 'train'}
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """The folder of the same run in one process with four devices."""
+  workdir = tmp_path_factory.mktemp('alone') / 'run'
+  output = workdir.parent / 'log'
+  assert child.run(child.command(workdir), output, 'devices:4') == 0, output.read_text()
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def together(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('together') / 'run'
+  codes, words = run(workdir)
+  assert codes == BOTH, words
+  return workdir, words
+
+
+def assert_same(workdir, alone):
+  """Equal but for the order of additions across processes, which grows in time."""
+  ours, theirs = losses(workdir), losses(alone)
+  assert ours.keys() == theirs.keys()
+  for step in ours:
+    tolerance = 1e-5 if step <= 30 else 1e-2
+    np.testing.assert_allclose(ours[step], theirs[step], tolerance, err_msg=str(step))
+  ours, theirs = result(workdir)['test'], result(alone)['test']
+  np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=1e-2)
+  assert abs(ours['accuracy'] - theirs['accuracy']) <= 0.03
+
+
+def test_two_processes_are_one_run(together, alone):
+  workdir, words = together
+  assert_same(workdir, alone)
+  assert result(workdir)['device'].startswith('4 x')
+  assert '4 x cpu' in words[0]
+  assert 'step' not in words[1]  # process 0 speaks and writes for all
+  steps = [
+    row['step']
+    for row in read_rows(workdir / 'metrics.jsonl')
+    if row['split'] == 'train'
+  ]
+  assert len(steps) == len(set(steps))
+
+
+def test_one_is_asked_and_both_stop_and_another_number_goes_on(tmp_path, alone):
+  workdir = tmp_path / 'run'
+  codes, words = run(workdir, faults=('', 'term_at:32'))
+  assert codes == (143, 143), words
+  saved = {int(p.name) for p in (workdir / 'stages/train/checkpoints').glob('[0-9]*')}
+  assert max(saved) == 35  # the next row of the log
+  output = tmp_path / 'log'
+  assert child.run(child.command(workdir), output) == 0, output.read_text()
+  assert 'resuming from 35' in output.read_text()
+  assert_same(workdir, alone)
+
+
+def test_one_is_killed_and_the_other_ends(tmp_path, alone):
+  workdir = tmp_path / 'run'
+  began = time.monotonic()
+  codes, words = run(workdir, faults=('', 'kill_at:32'))
+  assert codes[1] == -signal.SIGKILL
+  assert codes[0] not in (0, 2, 3), words[0]  # a launcher runs it again
+  assert time.monotonic() - began < 60
+  codes, words = run(workdir)
+  assert codes == BOTH, words
+  assert_same(workdir, alone)
+
+
+def test_one_hangs_and_the_other_gives_up(tmp_path):
+  codes, words = run(tmp_path / 'run', faults=('give_up_after:5', 'hang_at:32'))
+  assert codes[0] == 75
+  assert codes[1] not in (0, 2, 3), words[1]  # it lost its peer, and is ended by JAX
+  assert 'process 0 made no step for 5 s: another one is stuck' in words[0]
+  assert 'most recent call first' in words[0]  # its stacks
+
+
+def test_other_data_in_one_process_are_refused(tmp_path):
+  codes, words = run(tmp_path / 'run', faults=('', 'other_data'))
+  assert codes == (2, 2), words
+  assert 'have not all the same configuration and data' in words[1]
+  assert not (tmp_path / 'run' / 'stages').exists()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+  codes, words = run(tmp_path / 'run', '--config.batch=62')
+  assert codes == (2, 2), words
+  assert 'does not divide over 4 devices; the nearest that do: 60 or 64' in words[0]
+
+
+def test_later_stages_read_what_another_process_wrote(tmp_path):
+  """Features in arrays.npz, class means, a selected State and its manifest."""
+  config = 'digits_lt.py:fslwf,epochs=2'
+  options = (
+    '--config.stages.generator.stream.novel=4',
+    '--config.stages.generator.epochs=0.02',
+    '--config.evaluate_every_epochs=1',
+  )
+  codes, words = run(tmp_path / 'run', *options, config=config, fast=child.FAST[:1])
+  assert codes == BOTH, words
+  assert result(tmp_path / 'run')['stage'] == 'novel'
