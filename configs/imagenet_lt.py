@@ -42,6 +42,4 @@ from lt_jax import protocols
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt,net=resnext50_32x4d', ..."""
-  return protocols.photographs_lt(
-    arg, name='imagenet_lt', source='tfds:imagenet_lt', net='resnet10'
-  )
+  return protocols.photographs_lt(arg, name='imagenet_lt', recipe='oltr')

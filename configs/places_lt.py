@@ -33,6 +33,4 @@ from lt_jax import protocols
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt', ..."""
-  return protocols.photographs_lt(
-    arg, name='places_lt', source='list:Places_LT', net='resnet152'
-  )
+  return protocols.photographs_lt(arg, name='places_lt', recipe='oltr')

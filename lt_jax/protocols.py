@@ -206,7 +206,7 @@ def rescale(config: ConfigDict, scale: float) -> None:
     schedule.warmup_epochs = max(1, round(scale * schedule.warmup_epochs))
 
 
-# ImageNet-LT and Places-LT.
+# Photographs: ImageNet-LT, Places-LT and iNaturalist.
 
 _PHOTOGRAPHS = {
   'workers': -1,
@@ -287,7 +287,47 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
       None,
     ),
   },
+  'inat': {
+    # Cui et al., arXiv 1901.05555, and its code for TPUs: 0.1 for 256 images; neither
+    # statistics' scales nor the last bias decay. Their resize is bicubic.
+    'cui': Protocol(
+      {
+        'batch': 1024,
+        'model': {'dtype': 'bfloat16'},
+        'optimizer': {
+          **_sgd(1e-4),
+          'nesterov': True,
+          'weight_decay': ((r'.*norm\d?/.*|net/head/bias', 0.0), ('.*', 1e-4)),
+        },
+        **_steps(
+          90,
+          (30, 0.1),
+          (60, 0.01),
+          (80, 1e-3),
+          base=0.4,
+          warmup='linear',
+          warmup_epochs=5,
+        ),
+      },
+      None,
+    ),
+    # Kang et al., arXiv 1910.09217, the shorter of their two schedules.
+    'kang': Protocol(
+      {'batch': 512, 'optimizer': _sgd(1e-4), **_cosine(90, base=0.2)},
+      None,
+    ),
+  },
 }
+"""name -> protocol -> how it is trained."""
+
+CUI_LARGE: dict[str, Overrides] = {
+  'cb_focal': {
+    'loss': {'gamma': 0.5},
+    'class_weights': {'beta': 0.999},
+    'schedule': {'base': 1.6},  # 0.4 for 256 images
+  },
+}
+"""What Cui et al. change from one recipe to the next on iNaturalist."""
 
 EPISODES: dict[str, Overrides] = {
   # As in the code of Gidaris and Komodakis, 250 of 389 base classes, 1,500 and 750
@@ -296,35 +336,141 @@ EPISODES: dict[str, Overrides] = {
   'places_lt': {'novel': 80, 'queries_novel': 480, 'queries_base': 240},
 }
 
-CLASSIFIER_EPOCHS = {'crt': 10.0, 'crt_las': 10.0, 'lws': 5.0}
+CLASSIFIER_EPOCHS = {
+  'imagenet_lt': {'crt': 10.0, 'crt_las': 10.0, 'lws': 5.0},
+  'places_lt': {'crt': 10.0, 'crt_las': 10.0, 'lws': 5.0},
+  'inat': {'crt': 30.0, 'crt_las': 30.0, 'lws': 5.0},
+}
 """Of the classifier alone, whatever the first training takes; Kang et al."""
 
 DECOUPLED = ('crt', 'crt_las', 'lws', 'tau_norm', 'ncm')
 """Recipes of Kang et al."""
 
 
-def photographs_lt(arg: str | None, *, name: str, source: str, net: str) -> ConfigDict:
-  """Returns the config of ImageNet-LT or Places-LT; configs/imagenet_lt.py has options.
+def _counts(
+  classes: int, train: int, largest: int, smallest: int, *, val: int, test: int = 0
+) -> dict[str, int]:
+  """Returns what the source 'fake' needs to know of photographs."""
+  return {
+    'classes': classes,
+    'train': train,
+    'largest': largest,
+    'smallest': smallest,
+    'val': val,
+    'test': test,
+    'image_size': 0,
+  }
+
+
+class Photographs(NamedTuple):
+  """A data set of photographs.
+
+  Attributes:
+    source: of the images.
+    net: the trunk.
+    protocols: a key of `PHOTOGRAPHS`.
+    fake: its counts, see `lt_jax.data.generated.sources`.
+    meta: images a class of the meta set, of recipes that learn weights by it.
+    data: what else its data need.
+  """
+
+  source: str
+  net: str
+  protocols: str
+  fake: dict[str, int]
+  meta: int
+  data: Overrides
+
+
+_INAT = {
+  'mean': (0.466, 0.471, 0.380),
+  'std': (0.195, 0.194, 0.192),
+  'jitter': 0.0,
+  'test_split': 'val',
+}
+
+DATASETS = {
+  'imagenet_lt': Photographs(
+    'tfds:imagenet_lt',
+    'resnet10',
+    'imagenet_lt',
+    _counts(1000, 115846, 1280, 5, val=20000, test=50000),
+    10,
+    {'meta_split': 'val'},
+  ),
+  'places_lt': Photographs(
+    'list:Places_LT',
+    'resnet152',
+    'places_lt',
+    _counts(365, 62500, 4980, 5, val=7300, test=36500),
+    10,
+    {'meta_split': 'val'},
+  ),
+  'inat18': Photographs(
+    'tfds:i_naturalist2018',
+    'resnet50',
+    'inat',
+    _counts(8142, 437513, 1000, 2, val=24426),
+    2,
+    _INAT,
+  ),
+  'inat17': Photographs(
+    'tfds:i_naturalist2017',
+    'resnet50',
+    'inat',
+    _counts(5089, 579184, 3919, 9, val=95986),
+    5,
+    _INAT,
+  ),
+}
+
+
+LEARNING_WEIGHTS = ('l2rw', 'mwn', 'meta_ce', 'meta_focal', 'meta_ldam')
+META_CONTROLS = ('meta_ce_control', 'cb_finetune', 'ce_plus_meta')
+
+
+def _meta_set(recipe: str, dataset: Photographs) -> Overrides:
+  """Returns the meta set of a recipe, as Jamal et al. are reported to have taken it.
+
+  Of the validation images where there are any; else of the training images, where they
+  stay. Without validation images tau is chosen on one image a class, which is not
+  trained on.
+  """
+  kept = dataset.data.get('meta_split', 'train') == 'train'
+  if recipe in LEARNING_WEIGHTS + META_CONTROLS:
+    return {'meta_per_class': dataset.meta, 'meta_in_train': kept}
+  return {'meta_per_class': 1} if kept and recipe == 'tau_norm' else {}
+
+
+def photographs_lt(arg: str | None, *, name: str, recipe: str = 'ce') -> ConfigDict:
+  """Returns the config of a long tail of photographs; configs/ has the options.
 
   Args:
     arg: what follows the colon of --config.
-    name: of the config, a key of `PHOTOGRAPHS`.
-    source: of the images.
-    net: the trunk.
+    name: of the config, a key of `DATASETS`.
+    recipe: the default.
   """
-  recipe, option = parse_arg(arg, 'oltr', protocol='', epochs=0.0, net=net)
-  chosen = option.protocol or ('kang' if recipe in DECOUPLED else 'liu')
-  first, second = lookup(PHOTOGRAPHS[name], 'protocol', chosen)
+  dataset = DATASETS[name]
+  recipe, option = parse_arg(arg, recipe, protocol='', epochs=0.0, net=dataset.net)
+  protocols = PHOTOGRAPHS[dataset.protocols]
+  chosen = option.protocol or ('kang' if recipe in DECOUPLED else next(iter(protocols)))
+  first, second = lookup(protocols, 'protocol', chosen)
   config = apply(
     base_config(),
     {
       'name': name,
-      'data': {'source': source, **_PHOTOGRAPHS},
+      'data': {
+        'source': dataset.source,
+        **_PHOTOGRAPHS,
+        **dataset.data,
+        **_meta_set(recipe, dataset),
+        'fake': dataset.fake,
+      },
       'model': {'trunk': option.net, 'batch_norm': 'per_device'},
       'eval_batch': 256,
       'save_every_epochs': 1.0,
       'evaluate_every_epochs': 1.0,
-      'select': 'val/accuracy',
+      'select': 'last' if dataset.data.get('test_split') == 'val' else 'val/accuracy',
     },
   )
   apply(config, first)
@@ -332,12 +478,18 @@ def photographs_lt(arg: str | None, *, name: str, source: str, net: str) -> Conf
   scale = (option.epochs or config.epochs) / config.epochs
   rescale(config, scale)
   apply_recipe(config, recipe)
+  if chosen == 'cui':
+    apply(config, CUI_LARGE.get(recipe, {}))
   stages = config.stages
   if 'generator' in stages:
     stages.generator.epochs = 6.0 * scale
-    stages.generator.stream.update(EPISODES[name], per_epoch=4000)
+    tasks = lookup(EPISODES, 'data set with few-shot tasks', name)
+    stages.generator.stream.update(tasks, per_epoch=4000)
+  if 'meta' in stages and 'method' in stages.meta:
+    # As in the code of Li et al. (MetaSAug, CVPR 2021), who repeat Jamal et al.
+    stages.meta.method.meta_layers = 'head'
   if 'classifier' in stages:
-    epochs = CLASSIFIER_EPOCHS[recipe] * scale
+    epochs = CLASSIFIER_EPOCHS[dataset.protocols][recipe] * scale
     apply(stages.classifier, {'epochs': epochs, 'schedule': {'end': epochs}})
   for stage in {'memory', 'aware'} & set(stages):
     if second is None:

@@ -81,6 +81,17 @@ def base_config() -> ConfigDict:
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
         'test_split': 'test',
+        'meta_split': 'train',  # 'val': meta images are taken from those for validation
+        'fake': {  # what source=fake generates
+          'classes': 10,
+          'train': 1000,
+          'largest': 100,
+          'smallest': 100,
+          'val': 0,
+          'test': 100,
+          'open': 0,
+          'image_size': 8,  # 0: photographs of many sizes
+        },
         'image_size': 0,  # of random crops, where images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
         'workers': 0,  # processes that decode images; -1: one a core, 0: threads
@@ -248,13 +259,14 @@ def _drw(config: ConfigDict) -> Overrides:
   }
 
 
-def _sigmoid(loss: Overrides) -> Overrides:
+def _sigmoid(config: ConfigDict, loss: Overrides) -> Overrides:
   """Sigmoid losses: the prior as the first bias, and no decay on it."""
+  decay = config.optimizer.weight_decay
   return {
     'loss': loss,
     'class_weights': _effective(),
     'model': {'head_options': {'prior_bias': True}},
-    'optimizer': {'weight_decay': (('net/head/bias', 0.0), ('.*', 2e-4))},
+    'optimizer': {'weight_decay': (('net/head/bias', 0.0), *decay)},
   }
 
 
@@ -550,8 +562,8 @@ RECIPES: dict[str, Callable[[ConfigDict], Overrides]] = {
   'ce': lambda config: {},
   'focal': lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}},
   'cb_ce': lambda config: {'class_weights': _effective()},
-  'cb_sigmoid': lambda config: _sigmoid({'name': 'sigmoid_cross_entropy'}),
-  'cb_focal': lambda config: _sigmoid({'name': 'sigmoid_focal', 'gamma': 1.0}),
+  'cb_sigmoid': lambda config: _sigmoid(config, {'name': 'sigmoid_cross_entropy'}),
+  'cb_focal': lambda config: _sigmoid(config, {'name': 'sigmoid_focal', 'gamma': 1.0}),
   'ce_drw': _drw,
   'ce_drs': lambda config: {'sampler': _resample(config.get_ref('defer_epoch'))},
   'resample_cb': lambda config: {'sampler': _resample()},

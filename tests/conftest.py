@@ -48,13 +48,15 @@ def no_data(monkeypatch):
       'tfds:cifar100': 100,
       'tfds:imagenet_lt': 1000,
       'list:Places_LT': 365,
+      'tfds:i_naturalist2017': 5089,
+      'tfds:i_naturalist2018': 8142,
     }.get(spec, 10)
 
     def split(label):
       image = np.broadcast_to(np.zeros(1, np.uint8), (len(label), 32, 32, 3))
       return sources.Arrays(image, label, tuple(str(c) for c in range(classes)))
 
-    test = split(np.arange(10000, dtype=np.int32) % classes)
+    test = split(np.arange(max(10000, 20 * classes), dtype=np.int32) % classes)
     if classes <= 100:
       return {'train': split(np.arange(50000, dtype=np.int32) % classes), 'test': test}
     counts = np.where(np.arange(classes) < classes // 2, 150, 15)

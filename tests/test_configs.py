@@ -12,6 +12,8 @@ from configs import (
   cifar100_open,
   digits_lt,
   imagenet_lt,
+  inat17,
+  inat18,
   places_lt,
 )
 from lt_jax import build, protocols, recipes, train
@@ -38,13 +40,27 @@ CONFIGS = {
   'cifar100_open': (cifar100_open, ',net=resnet8'),
   'imagenet_lt': (imagenet_lt, ''),
   'places_lt': (places_lt, ',net=resnet50'),
+  'inat17': (inat17, ',net=resnet10'),
+  'inat18': (inat18, ',net=resnet10'),
 }
 
 
+TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
+IMPOSSIBLE = {
+  *(('inat18', recipe) for recipe in (*TWO_TRAININGS, 'fslwf')),
+  *((name, 'ce_plus_meta') for name in ('imagenet_lt', 'places_lt')),
+}
+"""No protocol has such a training there, or the meta images are of another split."""
+
+
 @pytest.mark.parametrize('recipe', recipes.RECIPES)
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'inat17'])
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   module, option = CONFIGS[name]
+  if (name, recipe) in IMPOSSIBLE:
+    with pytest.raises(UserError):
+      build.build(build.resolve(module.get_config(recipe + option)))
+    return
   config = module.get_config(recipe + option)
   if not config.data.meta_per_class and recipe in WITH_META:
     pytest.skip(f'{name} sets no meta images aside')
@@ -197,6 +213,48 @@ PHOTOGRAPHS = {
   },
 }
 """(batch, sampler, epochs), and learning rates by parameter and epoch."""
+
+
+STEPS = {
+  'inat18:cb_focal': {'train': 38454},
+  'inat17:cb_focal': {'train': 50905},
+  'inat18:ldam_drw': {'train': 38454},
+  'inat18:crt': {'train': 76907, 'classifier': 25620},
+  'inat18:meta_ce': {'pretrain': 25636, 'meta': 38454},
+  'imagenet_lt:oltr': {'plain': 27152, 'memory': 54300},
+  'places_lt:oltr': {'plain': 14649, 'memory': 14640},
+}
+"""Of Cui et al.'s code, and epochs times images over the batch."""
+
+
+@pytest.mark.parametrize('which', STEPS)
+def test_steps_of_photographs_on_generated_ones(which):
+  name, recipe = which.split(':')
+  config = CONFIGS[name][0].get_config(f'{recipe},net=resnet10')
+  config.data.source = 'fake'
+  experiment = build.build(build.resolve(config))
+  steps = {stage: s.plan.steps for stage, s in experiment.stages.items()}
+  assert steps == STEPS[which]
+
+
+def test_large_batches_decay_neither_scales_nor_the_last_bias():
+  config = build.resolve(inat18.get_config('cb_focal'))
+  rules = config['optimizer']['weight_decay']
+  decays = {
+    path: next(d for pattern, d in rules if re.fullmatch(pattern, path))
+    for path in (
+      'net/trunk/norm/scale',
+      'net/trunk/stage1_block1/norm2/bias',
+      'net/trunk/stage1_block1/shortcut_norm/scale',
+      'net/trunk/stage1_block1/conv1/kernel',
+      'net/head/bias',
+      'net/head/kernel',
+    )
+  }
+  assert list(decays.values()) == [0, 0, 0, 1e-4, 0, 1e-4]
+  assert (config['loss']['gamma'], config['class_weights']['beta']) == (0.5, 0.999)
+  assert config['schedule']['base'] == 1.6 and config['model']['dtype'] == 'bfloat16'
+  assert inat18.get_config('ce').schedule.base == 0.4
 
 
 @pytest.mark.parametrize('where', PHOTOGRAPHS, ids='-'.join)

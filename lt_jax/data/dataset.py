@@ -1,12 +1,12 @@
 """A data set as a run uses it: a source, cut into its splits."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.data import longtail
+from lt_jax.data import generated, longtail
 from lt_jax.data.crops import Crop
 from lt_jax.data.sources import fingerprint, load_source
 from lt_jax.data.streams import Split
@@ -53,6 +53,8 @@ def load_dataset(
   open_val_per_class: int = 0,
   open_test_per_class: int = 0,
   test_split: str = 'test',
+  meta_split: str = 'train',
+  fake: Mapping[str, int] | None = None,
   image_size: int = 0,
   resize: int = 0,
 ) -> Dataset:
@@ -80,6 +82,9 @@ def load_dataset(
     open_test_per_class: open test images a class. A source with a split of open images
       has them as its open test set.
     test_split: the split of the source that is tested on.
+    meta_split: the split of the source that the meta set is taken from, 'train' or
+      'val'.
+    fake: of the source 'fake', see `generated.sources`.
     image_size: side of the square that images of many sizes are brought to, on the
       host; 0: they have one size.
     resize: their short side in evaluation, before the central square is taken.
@@ -87,7 +92,11 @@ def load_dataset(
   Raises:
     UserError: the source cannot serve the splits; it names the class.
   """
-  sources = load_source(source, dir or None)
+  sources = (
+    generated.sources(**(fake or {}))
+    if source == 'fake'
+    else load_source(source, dir or None)
+  )
   if 'train' not in sources:
     raise UserError(f'source {source!r} has no split named train: {list(sources)}')
   pool = sources['train']
@@ -97,14 +106,24 @@ def load_dataset(
     raise UserError(
       f'data.known_classes is {known}, but {source} has {num_classes} classes'
     )
+  if meta_split not in ('train', 'val'):
+    raise UserError(f"data.meta_split is {meta_split!r}; it is 'train' or 'val'")
+  from_val = meta_split == 'val' and bool(meta_per_class)
+  if from_val and meta_in_train:
+    raise UserError(
+      'data.meta_in_train: the meta images are those of another split, val'
+    )
   counts = longtail.class_counts(profile, known, n_max, imbalance)
+  if counts is None and meta_in_train:  # the rest may be nothing: they are put back
+    taken = test_per_class + val_per_class + meta_per_class
+    counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)
   drawn = longtail.draw_splits(
     pool.labels,
     num_classes=num_classes,
     known_classes=known,
     test_per_class=test_per_class,
     val_per_class=val_per_class,
-    meta_per_class=meta_per_class,
+    meta_per_class=0 if from_val else meta_per_class,
     train_counts=counts,
     open_val_per_class=open_val_per_class,
     open_test_per_class=open_test_per_class,
@@ -117,6 +136,10 @@ def load_dataset(
     drawn['train'] = np.union1d(drawn['train'], drawn['meta'])
   from_pool = {name: (pool, rows) for name, rows in drawn.items()}
   splits = _own_splits(sources, known, source, test_split, bool(test_per_class))
+  if from_val:
+    splits |= _meta_from_val(
+      sources, splits, known, meta_per_class, subset, seed, source
+    )
   splits |= from_pool
   crop = _crop(pool, source, image_size, resize)
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
@@ -176,6 +199,29 @@ def _own_splits(
       )
     splits['open_test'] = (sources['open'], np.arange(len(sources['open'])))
   return splits
+
+
+def _meta_from_val(
+  sources: dict[str, Any],
+  splits: dict[str, Any],
+  known: int,
+  meta_per_class: int,
+  subset: str,
+  seed: int,
+  name: str,
+) -> dict[str, Any]:
+  """Returns 'meta', and 'val' without its images, as (source, rows)."""
+  if 'val' not in splits:
+    raise UserError(f'source {name!r} has no val images to take a meta set from')
+  val, rows = splits['val']
+  drawn = longtail.draw_splits(
+    val.labels[rows],
+    num_classes=known,
+    meta_per_class=meta_per_class,
+    subset=subset,
+    seed=seed,
+  )
+  return {'meta': (val, rows[drawn['meta']]), 'val': (val, rows[drawn['train']])}
 
 
 def _crop(pool: Any, name: str, image_size: int, resize: int) -> Crop | None:

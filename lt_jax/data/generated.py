@@ -1,0 +1,156 @@
+"""A generated data set: the shapes, counts and classes of a real one, and no content.
+
+For smoke tests, profiling and planning: any configuration runs on it unchanged, with
+--config.data.source=fake.
+"""
+
+import dataclasses
+import functools
+import io
+from typing import Any
+
+import numpy as np
+
+from lt_jax.errors import UserError
+
+PHOTOGRAPHS = 16
+"""Files that stand for all photographs, one after the other."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Photographs:
+  """A source of encoded images of many sizes, a few of them over and over.
+
+  Attributes:
+    labels: (N,) int32.
+    class_names: names of classes 0 ... C - 1.
+    image_shape: height and width are those of each file.
+  """
+
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+  image_shape: tuple[None, None, int] = (None, None, 3)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def encoded(self, position: int) -> bytes:
+    """Returns a JPEG file."""
+    return _photograph(position % PHOTOGRAPHS)
+
+  def where(self, position: int) -> str:
+    """Returns the name of an image."""
+    return f'generated image {position}'
+
+  def identity(self, rows: np.ndarray) -> bytes:
+    """Returns nothing: the labels say it all."""
+    return b''
+
+
+@functools.cache
+def _photograph(number: int) -> bytes:
+  """Returns a JPEG of about 500 x 375 pixels and 100 kB: clouds and some noise."""
+  from PIL import Image
+
+  generator = np.random.default_rng(number)
+  width, height = generator.integers((480, 360), (520, 390))
+  clouds = generator.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+  image = Image.fromarray(clouds).resize((width, height), Image.Resampling.BICUBIC)
+  noisy = np.asarray(image) + generator.normal(0, 12, (height, width, 3))
+  file = io.BytesIO()
+  Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(
+    file, 'JPEG', quality=90
+  )
+  return file.getvalue()
+
+
+def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.ndarray:
+  r"""Returns counts from the largest to the smallest class, of a given sum.
+
+  .. math:: n_c = s + (l - s) (1 - c / (C - 1))^p
+
+  rounded, with p such that the sum is N, up to what rounding adds; that is spread over
+  the classes between the first and the last.
+
+  Args:
+    total: N.
+    classes: C.
+    largest: l.
+    smallest: s.
+
+  Raises:
+    UserError: no such counts have that sum.
+  """
+  mean = total / max(classes, 1)
+  if not 1 <= smallest <= mean <= largest or (smallest < largest and classes < 3):
+    raise UserError(
+      f'data.fake: {total} images cannot be {classes} classes of {smallest} to '
+      f'{largest}'
+    )
+  if smallest == largest:
+    return np.full(classes, smallest)
+  power = (largest - smallest) / max(mean - smallest, 1e-9) - 1
+  place = 1 - np.arange(classes) / (classes - 1)
+  counts = np.round(smallest + (largest - smallest) * place**power).astype(int)
+  inner = counts[1:-1]
+  while missing := total - counts.sum():
+    step = int(np.sign(missing))
+    room = (inner < largest) if step > 0 else (inner > smallest)
+    inner[np.flatnonzero(room)[: abs(missing)]] += step
+  return counts
+
+
+def sources(
+  *,
+  classes: int,
+  train: int,
+  largest: int,
+  smallest: int,
+  val: int = 0,
+  test: int = 0,
+  open: int = 0,
+  image_size: int = 0,
+) -> dict[str, Any]:
+  """Returns generated splits.
+
+  Args:
+    classes: C.
+    train: training images.
+    largest: training images of the largest class, the first.
+    smallest: those of the last.
+    val: validation images, as many of each class as they can be.
+    test: test images, likewise.
+    open: images of no known class.
+    image_size: side of the images; 0: photographs of many sizes.
+
+  Returns:
+    split -> source.
+
+  Raises:
+    UserError: there are no such counts.
+  """
+  names = tuple(str(c) for c in range(classes))
+  counts = class_counts(train, classes, largest, smallest)
+  labels = {
+    'train': np.repeat(np.arange(classes), counts),
+    'val': np.arange(val) % classes,
+    'test': np.arange(test) % classes,
+    'open': np.full(open, -1),
+  }
+  return {
+    split: _source(y.astype(np.int32), names, image_size)
+    for split, y in labels.items()
+    if y.size
+  }
+
+
+def _source(labels: np.ndarray, names: tuple[str, ...], image_size: int) -> Any:
+  """Returns one split: images in memory, or files."""
+  from lt_jax.data.sources import Arrays
+
+  if not image_size:
+    return Photographs(labels, names)
+  shape = (len(labels), image_size, image_size, 3)
+  return Arrays(
+    np.random.default_rng(0).integers(0, 256, shape, np.uint8), labels, names
+  )
