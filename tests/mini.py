@@ -1,4 +1,4 @@
-"""A miniature ImageNet-LT: generated photographs of many sizes, in both formats."""
+"""Miniatures of ImageNet-LT, Places-LT and iNaturalist: generated photographs."""
 
 import io
 
@@ -55,36 +55,104 @@ def write_lists(folder, rng):
 
 def write_tfds(folder, rng):
   """Writes the same as the TFDS set imagenet_lt, without its open images."""
-  import tensorflow_datasets as tfds
-
-  home = folder / 'imagenet_lt' / '1.0.0'
-  home.mkdir(parents=True)
-  info = tfds.core.DatasetInfo(
-    builder=tfds.core.dataset_info.DatasetIdentity(
-      name='imagenet_lt', version='1.0.0', data_dir=str(home), module_name='tests'
-    ),
-    features=tfds.features.FeaturesDict(
-      {
-        'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
-        'label': tfds.features.ClassLabel(num_classes=CLASSES),
-        'file_name': tfds.features.Text(),
-      }
-    ),
-  )
   splits = examples(rng)
   names = {'train': 'train', 'validation': 'val', 'test': 'test'}
-  writer = tfds.core.SequentialWriter(
-    info, max_examples_per_shard=8, file_format='array_record'
-  )
-  writer.initialize_splits(list(names))
-  writer.add_examples(
-    {
-      name: [
-        {'image': encoded, 'label': label, 'file_name': path}
-        for path, encoded, label in splits[split]
-      ]
-      for name, split in names.items()
+  rows = {
+    name: [
+      {'image': encoded, 'label': label, 'file_name': path}
+      for path, encoded, label in splits[split]
+    ]
+    for name, split in names.items()
+  }
+  return write_records(folder, 'imagenet_lt', rows)
+
+
+def write_inat18(folder, rng):
+  """Writes the TFDS set i_naturalist2018: 8,142 classes of 6 to 2 training images."""
+  kinds = [photograph(rng, kind) for kind in range(4)]
+
+  def row(i, label, supercategory=0):
+    return {
+      'id': str(i),
+      'image': kinds[label % 4],
+      'label': label,
+      'supercategory': supercategory,
     }
+
+  counts = [6, 5, 4, *[2] * 8139]
+  rows = {
+    'train': [row(i, label) for label, n in enumerate(counts) for i in range(n)],
+    'validation': [row(i, label) for label in range(20) for i in range(3)],
+    'test': [{**row(i, 0), 'label': -1, 'supercategory': -1} for i in range(2)],
+  }
+  return write_records(folder, 'i_naturalist2018', rows, shard=4096)
+
+
+def write_records(folder, name, rows, shard=8):
+  """Writes a TFDS set, by the true feature specification, as its own tools do."""
+  import tensorflow_datasets as tfds
+
+  info = tfds.builder(name, data_dir=folder).info
+  home = folder / name / str(info.version)
+  home.mkdir(parents=True)
+  writer = tfds.core.SequentialWriter(
+    tfds.core.DatasetInfo(
+      builder=tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=info.version, data_dir=str(home), module_name='tests'
+      ),
+      features=info.features,
+    ),
+    max_examples_per_shard=shard,
+    file_format='array_record',
   )
+  writer.initialize_splits(list(rows))
+  writer.add_examples(rows)
   writer.close_all()
   return folder
+
+
+PLACES_CLASSES = 365
+
+
+def write_places(folder, rng, *, lists, images):
+  """Writes a Places-LT: lists in one of its two spellings, images in either.
+
+  Args:
+    folder: for both.
+    rng: random numbers.
+    lists: 'standard' or '256'.
+    images: likewise.
+
+  Returns:
+    (folder of the lists, of the images).
+  """
+  kinds = [photograph(rng, kind) for kind in range(4)]
+
+  def spell(how, split, label, number):
+    name = f'kind_{label}' if label % 2 else f'kind_{label}/indoor'
+    if how == 'standard':
+      return f'{split}/{name.replace("/", "-")}/{number:08d}.jpg'
+    if split == 'val':
+      return f'val_256/{number:08d}.jpg'
+    return f'data_256/k/{name}/{number:08d}.jpg'
+
+  rows = {'train': [], 'val': [], 'test': []}
+  number = 0
+  for label in range(PLACES_CLASSES):
+    few = 20 if label < 2 else 0
+    for split, count in (('train', 3 - label % 2), ('val', few), ('test', few // 4)):
+      for _ in range(count):
+        number += 1
+        rows[split].append((label, number))
+  root, home = folder / 'images', folder / 'lists'
+  home.mkdir(parents=True)
+  prefix = 'Places_LT' if lists == 'standard' else 'Places_LT_v2'
+  for split, entries in rows.items():
+    place = 'train' if split == 'train' else 'val'
+    lines = [f'{spell(lists, place, label, n)} {label}\n' for label, n in entries]
+    (home / f'{prefix}_{split}.txt').write_text(''.join(lines))
+    for label, n in entries:
+      file = root / spell(images, place, label, n)
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_bytes(kinds[label % 4])
+  return home, root

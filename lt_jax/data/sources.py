@@ -4,6 +4,7 @@ A specification names one: 'digits', 'npz:PATH', 'tfds:NAME', 'list:FOLDER' or
 'folder:DIR'.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import numpy as np
 
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.files import write_atomically
 
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
 
@@ -92,17 +94,28 @@ class Records:
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
-    """(N,) int32, from `labels_file` or else by reading every record."""
+    """(N,) int32, from `labels_file`; where there is none, it is written first."""
     if self.labels_file.exists():
       stored = io.BytesIO(self.labels_file.read_bytes())
       labels = np.load(stored, allow_pickle=False)
     else:
       labels = self.read_labels()
+      with contextlib.suppress(OSError):  # of a folder that is not ours to write in
+        self.store(labels)
     return _checked_labels(labels, len(self), len(self.class_names), self.name)
 
   def read_labels(self) -> np.ndarray:
-    """Returns (N,) int64 labels from the records, -1 for an image without one."""
-    return np.array([self.example(i)[1] for i in range(len(self))], np.int64)
+    """Returns (N,) int64 labels from all records, -1 for an image without one."""
+    from rich.progress import track
+
+    positions = track(range(len(self)), f'labels of {self.name}', transient=True)
+    return np.array([self.example(i)[1] for i in positions], np.int64)
+
+  def store(self, labels: np.ndarray) -> None:
+    """Writes `labels_file`."""
+    file = io.BytesIO()
+    np.save(file, labels)
+    write_atomically(self.labels_file, file.getvalue())
 
   def example(self, position: int) -> tuple[bytes, int]:
     """Returns (JPEG or PNG file, label) as they are stored."""
@@ -176,9 +189,7 @@ def store_labels(sources: dict[str, Source]) -> None:
   """
   for source in sources.values():
     if isinstance(source, Records):
-      file = io.BytesIO()
-      np.save(file, source.read_labels())
-      source.labels_file.write_bytes(file.getvalue())
+      source.store(source.read_labels())
 
 
 def fingerprint(source: Source, *indices: np.ndarray) -> str:

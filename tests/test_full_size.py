@@ -1,0 +1,110 @@
+"""Miniatures of iNaturalist 2018 and Places-LT through their unchanged configs."""
+
+import numpy as np
+import pytest
+
+from configs import inat18, places_lt
+from lt_jax import build, run
+from lt_jax.data import reading
+from tests import mini
+
+STEPS = {
+  'batch': 8,
+  'eval_batch': 64,
+  'log_every_steps': 1,
+  'data.image_size': 32,
+  'data.resize': 36,
+  'model.trunk_options.width': 4,
+}
+"""Beside the data path, what makes two steps of a large network fast."""
+
+
+def small(config, **overrides):
+  """Returns a config with other data, small images and few steps."""
+  config.model.trunk_options.width = 64
+  config.update_from_flattened_dict({**STEPS, **overrides})
+  return build.resolve(config)
+
+
+@pytest.fixture(scope='module')
+def inat(tmp_path_factory):
+  return mini.write_inat18(tmp_path_factory.mktemp('inat'), np.random.default_rng(0))
+
+
+def test_inat18_from_records(inat, tmp_path):
+  config = small(
+    inat18.get_config('cb_focal,net=resnet10,epochs=0.001'),
+    **{'data.dir': str(inat), 'data.workers': 2},
+  )
+  result = run.run(config, tmp_path)
+  assert result['step'] == 3  # ceil(0.001 * 16293 / 8)
+  assert np.isnan(result['test']['class_accuracy'][30])  # which has no test image here
+  assert result['select'] == 'last'
+  assert {'many', 'medium', 'few'} <= set(result['test'])
+
+
+@pytest.mark.parametrize('recipe', ['meta_ce', 'crt', 'tau_norm', 'ldam_drw'])
+def test_inat18_builds_with_the_recipes_of_its_papers(inat, recipe):
+  options = {'data.dir': str(inat), 'data.workers': 0}
+  if recipe == 'meta_ce':
+    options['stages.meta.meta_batch'] = 8
+  config = small(inat18.get_config(f'{recipe},net=resnet10'), **options)
+  experiment = build.build(config)
+  counts = experiment.dataset.counts
+  assert len(counts) == 8142
+  meta = {'meta_ce': 2 * 8142, 'tau_norm': 8142}.get(recipe, 0)
+  assert len(experiment.dataset.splits['train'].rows) == 16293 - meta * (
+    recipe == 'tau_norm'
+  )
+  if meta:
+    assert len(experiment.dataset.splits['meta'].rows) == meta
+  assert len(experiment.dataset.splits['test'].rows) == 60
+
+
+def test_labels_are_scanned_once(inat, tmp_path):
+  """Without labels beside the records the first run reads them all, and keeps them."""
+  (home,) = (inat / 'i_naturalist2018').iterdir()
+  for file in home.glob('lt_jax-labels-*'):
+    file.unlink()
+  config = small(
+    inat18.get_config('ce,net=resnet10'), **{'data.dir': str(inat), 'data.workers': 0}
+  )
+  first = build.build(config).dataset
+  stored = sorted(path.name for path in home.glob('lt_jax-labels-*'))
+  assert stored == ['lt_jax-labels-train.npy', 'lt_jax-labels-validation.npy']
+  second = build.build(config).dataset
+  assert first.fingerprint == second.fingerprint
+  np.testing.assert_array_equal(first.counts, second.counts)
+
+
+@pytest.mark.parametrize('images', ['standard', '256'])
+@pytest.mark.parametrize('lists', ['standard', '256'])
+def test_places_in_both_spellings(tmp_path, lists, images):
+  folder, root = mini.write_places(
+    tmp_path, np.random.default_rng(0), lists=lists, images=images
+  )
+  config = small(
+    places_lt.get_config('ce,net=resnet10,epochs=0.01'),
+    **{
+      'data.source': f'list:{folder}',
+      'data.dir': str(root),
+      'data.workers': 0,
+    },
+  )
+  experiment = build.build(config)
+  assert len(experiment.dataset.counts) == 365
+  stream = experiment.stages['train'].streams['train']
+  with reading.reading({'train': stream}, 0, 1) as read:
+    assert read('train', 0)['image'].shape == (8, 32, 32, 3)
+  if lists == images == 'standard':
+    result = run.run(config, tmp_path / 'run')
+    assert result['select'] == 'val/accuracy'
+
+
+def test_generated_photographs_run_a_config_unchanged(tmp_path):
+  config = small(
+    inat18.get_config('ce,net=resnet10,epochs=0.00001'),
+    **{'data.source': 'fake', 'data.fake.val': 64, 'data.workers': 0},
+  )
+  result = run.run(config, tmp_path)
+  assert result['step'] == 1
