@@ -69,6 +69,9 @@ SELECTABLE = {
 }
 """Metrics a State can be chosen by; -1 where less is better."""
 
+ON_BAD_IMAGE = {'raise': False, 'skip': True}
+"""Whether another image of the class stands in for one that cannot be read."""
+
 RANGES = {
   'seed': (0, 2**31 - 1),
   'batch': (1, 2**31),
@@ -229,6 +232,7 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
   workers = _workers(data.pop('workers'))
+  data.pop('on_bad_image')  # of training only
   check_options('data', load_dataset, data, 'to_device')
   to_device = functools.partial(sharding.put_replicated, mesh)
   dataset = load_dataset(**data, to_device=to_device)
@@ -332,6 +336,9 @@ def _build_stage(
     seed=config['seed'],
     transform=transform,
     workers=_workers(config['data']['workers']),
+    stand_in=lookup(
+      ON_BAD_IMAGE, 'answer to a bad image', config['data']['on_bad_image']
+    ),
   )
   train = construct(
     STREAMS,

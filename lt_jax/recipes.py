@@ -94,6 +94,7 @@ def base_config() -> ConfigDict:
         },
         'image_size': 0,  # of random crops, where images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
+        'on_bad_image': 'raise',  # 'skip': another image of its class stands in
         'workers': 0,  # processes that decode images; -1: one a core, 0: threads
       },
       'batch': 128,

@@ -20,6 +20,9 @@ from lt_jax.stopping import StopRequest, of_first, wait_for_all
 from lt_jax.surgery import operate
 from lt_jax.writers import Events, MetricWriter, Screen, write_npz
 
+MOST_BAD = 1e-3
+"""Share of the training images that may be damaged where others stand in for them."""
+
 
 class StageRunner:
   """One stage of a run: restores or begins it, and gives the loop its hooks."""
@@ -49,6 +52,7 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
+    self._bad: set[int] = set()
     self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
@@ -108,6 +112,7 @@ class StageRunner:
         save=self._save,
         evaluate=self._evaluate,
         stop=self._stop,
+        bad_images=self._bad_images,
       ),
     )
     self._metrics.close()
@@ -227,6 +232,18 @@ class StageRunner:
       f'step {step}/{self._plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
       f'accuracy {accuracy:.4f}  {rate:,.0f} images/s  ETA {left:.0f} s',
     )
+
+  def _bad_images(self, stream: str, positions: np.ndarray) -> None:
+    """Tells of images that cannot be read, each once; ends the run if they are many."""
+    split = self._experiment.dataset.splits['train' if stream == 'train' else 'meta']
+    for position in set(positions.tolist()) - self._bad:
+      self._bad.add(position)
+      self._events('bad_image', image=split.source.where(position))
+    if len(self._bad) > MOST_BAD * len(split.rows):
+      raise UserError(
+        f'{len(self._bad)} images cannot be read, more than {MOST_BAD:.1%} of '
+        f'{len(split.rows)}: see events.jsonl'
+      )
 
   def _save(self, step: int, state: State) -> None:
     if self._checkpoints.last_saved != step:

@@ -67,6 +67,7 @@ class Hooks(NamedTuple):
     save: (step, state); begins a checkpoint.
     evaluate: (step, state); returns early, without a result, when `stop` turns true.
     stop: () whether the run must end at once.
+    bad_images: (stream, their positions in the source) for which others stood in.
   """
 
   first_call: Callable[[float], None]
@@ -75,6 +76,7 @@ class Hooks(NamedTuple):
   save: Callable[[int, State], None]
   evaluate: Callable[[int, State], None]
   stop: Callable[[], bool]
+  bad_images: Callable[[str, np.ndarray], None]
 
 
 class Preempted(Exception):
@@ -256,9 +258,11 @@ def train(
       if step == logged:
         clock = time.perf_counter()
       length = min(plan.chunk - step % plan.chunk, plan.steps - step)
-      payloads = sharding.put_batch(
-        mesh, _stack(read, streams, step, length), leading=1
-      )
+      rows = _stack(read, streams, step, length)
+      for name, payload in rows.items():
+        if payload.get('bad', np.False_).any():
+          hooks.bad_images(name, payload['index'][payload['bad']])
+      payloads = sharding.put_batch(mesh, rows, leading=1)
       program = (length, *payloads)
       fresh = program not in compiled
       if fresh:

@@ -167,3 +167,57 @@ def test_weights_of_another_network_are_refused_before_anything_runs(lists, tmp_
   with pytest.raises(UserError, match='conv'):
     run.run(wider, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'stages').exists()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+  """Lists of which the first image of class 0 is cut short."""
+  folder, root = mini.write_lists(tmp_path / 'damaged', np.random.default_rng(0))
+  file = root / 'train' / 'n00000000' / 'train_0.JPEG'
+  file.write_bytes(file.read_bytes()[:400])
+  return {'data.source': f'list:{folder}', 'data.dir': str(root)}, file
+
+
+def test_a_stand_in_is_the_next_image_of_the_class(damaged):
+  data, _ = damaged
+  experiment = build.build(config('ce', **data, **{'data.on_bad_image': 'skip'}))
+  split = experiment.dataset.splits['train']
+  stream = experiment.stages['train'].streams['train']
+  steps = range(round(len(split.rows) / 8))
+  found = [p for p in map(stream.payload, steps) if p['bad'].any()]
+  assert len(found) == 1  # in an epoch
+  (place,) = np.flatnonzero(found[0]['bad'])
+  assert found[0]['index'][place] == 0 and found[0]['label'][place] == 0
+  with pytest.raises(UserError, match=r'n00000000/train_0\.JPEG: a damaged image'):
+    split.image(0)  # which evaluation would not pass over
+
+
+def test_a_damaged_image_is_told_once(damaged, tmp_path):
+  data, file = damaged
+  begun = config('ce', **data, **{'data.on_bad_image': 'skip'})
+  begun |= {'epochs': 1.0, 'batch': 256, 'log_every_steps': 4}
+  run.run(begun, tmp_path / 'run')
+  events = read_rows(tmp_path / 'run' / 'events.jsonl')
+  told = [row['image'] for row in events if row['event'] == 'bad_image']
+  assert told == [str(file)]
+
+
+def test_a_damaged_image_ends_a_run_that_was_not_told_to_go_on(damaged):
+  data, _ = damaged
+  stream = build.build(config('ce', **data)).stages['train'].streams['train']
+  with (
+    pytest.raises(UserError, match=r'train_0\.JPEG: a damaged image'),
+    reading.reading({'train': stream}, 0, 127) as read,
+  ):
+    for step in range(127):
+      read('train', step)
+
+
+def test_many_damaged_images_end_the_run(damaged, tmp_path):
+  data, file = damaged
+  for path in (file.with_name(f'train_{i}.JPEG') for i in range(1, 4)):
+    path.write_bytes(b'')
+  begun = config('ce', **data, **{'data.on_bad_image': 'skip'})
+  begun |= {'epochs': 1.0, 'batch': 256, 'log_every_steps': 4}
+  with pytest.raises(UserError, match=r'images cannot be read, more than 0\.1%'):
+    run.run(begun, tmp_path / 'run')

@@ -69,6 +69,7 @@ class Recorder:
       save=self._save,
       evaluate=lambda step, state: self.calls.append(('evaluate', step)),
       stop=lambda: self.stop_at is not None and self.step >= self.stop_at,
+      bad_images=lambda name, positions: self.calls.append(('bad', name)),
     )
 
   def _log(self, step, values, steps, seconds):

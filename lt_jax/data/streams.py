@@ -5,6 +5,7 @@ and normalising happen on the device, inside the jitted step. A stream keeps no
 position: its payload is a function of the step, so a resumed run needs no iterator.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -134,10 +135,14 @@ def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Bat
   return prepare
 
 
+Read = Callable[[int, int], tuple[np.ndarray, bool]]
+"""(place in the stream, position in the split) -> (image, whether it is a stand-in)."""
+
+
 def _stream(
   split: Split,
   positions: Callable[[int], np.ndarray],
-  read: Callable[[int, int], np.ndarray],
+  read: Read,
   *,
   batch: int,
   transform: Transform,
@@ -148,7 +153,7 @@ def _stream(
   Args:
     split: the images.
     positions: step -> (B,) int, positions in the split.
-    read: (place in the stream, position in the source) -> image, of a host stream.
+    read: how a host stream reads an image.
     batch: B.
     transform: what is done on the device.
     workers: of a host stream.
@@ -162,18 +167,39 @@ def _stream(
     chosen = positions(step)[places]
     rows = split.rows[chosen].astype(np.int32)
     made = {'index': rows, 'label': split.labels[chosen].astype(np.int32)}
-    if not resident:
-      began = step * batch
-      images = [read(began + p, r) for p, r in zip(places, rows, strict=True)]
-      made['image'] = _stacked(images, rows)
-    return made
+    if resident:
+      return made
+    where = zip(step * batch + places, chosen, strict=True)
+    images, stand_ins = zip(*(read(*at) for at in where), strict=True)
+    return {**made, 'image': _stacked(images, rows), 'bad': np.array(stand_ins)}
 
   if resident:
     return Stream(split.arrays, payload, _prepare(transform))
   numbers = jax.ShapeDtypeStruct((batch,), np.int32)
-  images = jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8)
-  shapes = {'index': numbers, 'label': numbers, 'image': images}
+  shapes = {
+    'index': numbers,
+    'label': numbers,
+    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8),
+    'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
+  }
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
+
+
+def _or_stand_in(split: Split, read: Read) -> Read:
+  """Returns a `Read` that gives the next image of a class for one that is damaged."""
+
+  def safe(place: int, position: int) -> tuple[np.ndarray, bool]:
+    try:
+      return read(place, position)
+    except UserError as error:
+      same = np.flatnonzero(split.labels == split.labels[position])
+      after = np.searchsorted(same, position, side='right')
+      for stand_in in np.roll(same, -after)[:-1]:
+        with contextlib.suppress(UserError):
+          return read(place, stand_in)[0], True
+      raise error
+
+  return safe
 
 
 def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -195,6 +221,7 @@ def train_stream(
   batch: int,
   transform: Transform,
   workers: int = 0,
+  stand_in: bool = False,
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
@@ -207,15 +234,18 @@ def train_stream(
     batch: global batch size.
     transform: augmentation and normalisation on the device.
     workers: processes that decode images, if they are not on the device; 0: threads.
+    stand_in: takes the next image of its class for one that cannot be read, and says
+      so in payload['bad']; 'index' stays that of the bad one.
   """
 
-  def read(place: int, row: int) -> np.ndarray:
-    return split.augmented(row, np.random.default_rng((seed, int(place))))
+  def read(place: int, position: int) -> tuple[np.ndarray, bool]:
+    generator = np.random.default_rng((seed, int(place)))
+    return split.augmented(split.rows[position], generator), False
 
   return _stream(
     split,
     lambda step: batch_indices(sampler, seed, batch, step),
-    read,
+    _or_stand_in(split, read) if stand_in else read,
     batch=batch,
     transform=transform,
     workers=workers,
@@ -238,7 +268,7 @@ def evaluation_pass(
   stream = _stream(
     split,
     lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
-    lambda place, row: split.image(row),
+    lambda place, position: (split.image(split.rows[position]), False),
     batch=batch,
     transform=transform,
     workers=workers,
