@@ -102,7 +102,13 @@ class Records:
       labels = self.read_labels()
       with contextlib.suppress(OSError):  # of a folder that is not ours to write in
         self.store(labels)
-    return _checked_labels(labels, len(self), len(self.class_names), self.name)
+    return _checked_labels(
+      labels,
+      len(self),
+      len(self.class_names),
+      self.name,
+      is_open=self.name.endswith('/open'),
+    )
 
   def read_labels(self) -> np.ndarray:
     """Returns (N,) int64 labels from all records, -1 for an image without one."""
@@ -218,11 +224,13 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
 
 
 def _checked_labels(
-  labels: np.ndarray, length: int, num_classes: int, where: str
+  labels: np.ndarray, length: int, num_classes: int, where: str, is_open: bool = False
 ) -> np.ndarray:
-  """Returns labels as (length,) int32, all of them in [0, num_classes)."""
+  """Returns labels as (length,) int32, all in [0, num_classes), or all -1 if open."""
   if labels.shape != (length,):
     raise UserError(f'{where}: {length} images, but labels of shape {labels.shape}')
+  if is_open and (labels == -1).all():
+    return labels.astype(np.int32)
   wrong = (labels < 0) | (labels >= num_classes)
   if wrong.any():
     i = np.argmax(wrong)

@@ -1,0 +1,79 @@
+"""Preparing records from lists and folders: the same images, or smaller ones."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lt_jax import prepare
+from lt_jax.data.sources import load_source
+from lt_jax.errors import UserError
+from tests import mini
+
+
+@pytest.fixture(scope='module')
+def lists(tmp_path_factory):
+  rng = np.random.default_rng(0)
+  return mini.write_lists(tmp_path_factory.mktemp('lists'), rng)
+
+
+def test_lists_become_the_same_records(lists, tmp_path):
+  folder, root = map(str, lists)
+  counts = prepare.convert(
+    f'list:{folder}', name='mini_lt', data_dir=str(tmp_path), images=root
+  )
+  assert counts == {'train': 1015, 'val': 8, 'test': 8, 'open': 4}
+  before = load_source(f'list:{folder}', root)
+  after = load_source('tfds:mini_lt', str(tmp_path))
+  assert before.keys() == after.keys()
+  for split in before:
+    np.testing.assert_array_equal(before[split].labels, after[split].labels)
+    for i in (0, len(before[split]) - 1):
+      assert before[split].encoded(i) == after[split].encoded(i)
+  (home,) = (tmp_path / 'mini_lt').iterdir()
+  assert (home / 'lt_jax-labels-train.npy').exists()
+
+
+def test_folders_become_smaller_records(rng, tmp_path):
+  for name in ('cat', 'dog'):
+    (tmp_path / 'images' / name).mkdir(parents=True)
+    for i, size in enumerate([(90, 60), (30, 20)]):
+      pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+      Image.fromarray(pixels).save(tmp_path / 'images' / name / f'{i}.png')
+  source, data_dir = f'folder:{tmp_path / "images"}', str(tmp_path / 'records')
+  prepare.convert(source, name='pets', data_dir=data_dir, short_side=40)
+  train = load_source('tfds:pets', data_dir)['train']
+  assert train.class_names == ('cat', 'dog')
+  sizes = [Image.open(io.BytesIO(train.encoded(i))).size for i in range(4)]
+  assert sizes == [(60, 40), (30, 20)] * 2
+  whole = load_source(source)['train']
+  assert train.encoded(1) == whole.encoded(1)  # the smaller one is not touched
+
+
+def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):
+  folder, root = map(str, lists)
+  options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(prepare, '_rows', interrupted)
+    prepare.convert(f'list:{folder}', **options)
+  with pytest.raises(UserError, match='mini_lt'):
+    load_source('tfds:mini_lt', str(tmp_path))
+  prepare.convert(f'list:{folder}', **options)
+  with pytest.raises(UserError, match='is there already; give another --name'):
+    prepare.convert(f'list:{folder}', **options)
+
+
+def interrupted(*args):
+  raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('name', ['places-lt', 'Places', '', '../x'])
+def test_names_that_tfds_does_not_take(lists, tmp_path, name):
+  with pytest.raises(UserError, match='must be like places_lt'):
+    prepare.convert(f'list:{lists[0]}', name=name, data_dir=str(tmp_path))
+
+
+def test_a_damaged_image_is_named(rng, tmp_path):
+  with pytest.raises(UserError, match='x.jpg: the file is empty'):
+    prepare.smaller(b'', 'x.jpg', 40)
