@@ -13,9 +13,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from lt_jax.errors import UserError
-
-WRONG_INPUT, DIVERGED, TRY_AGAIN, PREEMPTED = 2, 3, 75, 143
+from lt_jax.errors import DIVERGED, PREEMPTED, TRY_AGAIN, WRONG_INPUT, UserError
 
 
 def launch(

@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 T = TypeVar('T')
 
+WRONG_INPUT, DIVERGED, TRY_AGAIN, PREEMPTED = 2, 3, 75, 143
+"""Exit codes of a command, see `lt_jax.commands`."""
+
 
 class UserError(ValueError):
   """A mistake in what the user gave, told in one line; the command exits with 2.

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lt_jax.errors import TRY_AGAIN
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 STUCK_AFTER = 1800.0
@@ -104,8 +106,6 @@ def watched(last_look: Callable[[], float]) -> Iterator[None]:
   done = threading.Event()
 
   def watch() -> None:
-    from lt_jax.commands import TRY_AGAIN
-
     while not done.wait(STUCK_AFTER / 10):
       if time.monotonic() - last_look() > STUCK_AFTER:
         faulthandler.dump_traceback(all_threads=True)
