@@ -12,8 +12,25 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from lt_jax.errors import DIVERGED, PREEMPTED, TRY_AGAIN, WRONG_INPUT, UserError
+
+
+def workdir_flag() -> flags.Flag | flags.FlagHolder:
+  """Returns the flag --workdir; one of all commands that a process imports."""
+  if 'workdir' in flags.FLAGS:
+    return flags.FLAGS['workdir']
+  return flags.DEFINE_string('workdir', None, 'The folder of the run, or runs.')
+
+
+def config_flag() -> flags.Flag | flags.FlagHolder:
+  """Returns the flag --config, likewise."""
+  if 'config' in flags.FLAGS:
+    return flags.FLAGS['config']
+  return config_flags.DEFINE_config_file(
+    'config', help_string='FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
+  )
 
 
 def launch(

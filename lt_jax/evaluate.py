@@ -21,7 +21,7 @@ from lt_jax import (
 from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
+WORKDIR = commands.workdir_flag()
 WHICH = flags.DEFINE_enum(
   'which', 'last', ['last', 'best'], 'The last State, or the one selected on val.'
 )

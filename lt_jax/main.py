@@ -12,10 +12,7 @@ from ml_collections import config_flags
 from lt_jax import commands
 from lt_jax.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file(
-  'config', help_string='FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
-)
-WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of the run.')
+CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   'allow_config_change', False, 'Go on with a configuration other than the folder has.'
 )

@@ -159,7 +159,8 @@ def _main(
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   os.chdir(ROOT)
   sys.argv = [module, *arguments]
-  required = ('config', 'workdir') if module == 'lt_jax.main' else ('workdir',)
+  trains = module in ('lt_jax.main', 'lt_jax.sweep')
+  required = ('config', 'workdir') if trains else ('workdir',)
   commands = importlib.import_module('lt_jax.commands')
   main = importlib.import_module(module).main
   for fault in filter(None, faults.split('+')):

@@ -1,0 +1,205 @@
+"""Runs methods times seeds: python -m lt_jax.sweep --config=FILE.py --workdir=DIR ...
+
+  python -m lt_jax.sweep --config=configs/digits_lt.py --methods=ce,ldam_drw,oltr \
+    --seeds=0,1,2 --workdir=runs/digits [--config.KEY=VALUE ...]
+
+A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was interrupted.
+The same command again runs what is not finished. A cell that fails is told and does not
+stop the rest. What stands behind the colon of --config are options for all methods
+(--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs the I-th cell
+alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list shows them.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from lt_jax import commands, files
+from lt_jax.errors import UserError
+
+CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
+SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
+CELL = flags.DEFINE_integer('cell', None, 'Runs this one alone, counted from 0.')
+LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
+
+SHOWN = ('accuracy', 'many', 'medium', 'few', 'auroc', 'f_measure_oltr2020')
+"""Columns of the table at the end, as far as runs have them."""
+
+
+class Cell(NamedTuple):
+  """One run of a sweep.
+
+  Attributes:
+    method: name of the recipe.
+    seed: of the run.
+    workdir: its folder.
+  """
+
+  method: str
+  seed: int
+  workdir: epath.Path
+
+
+def cells(
+  methods: Sequence[str], seeds: Sequence[str], workdir: epath.Path
+) -> list[Cell]:
+  """Returns all cells, the seeds of a method one after the other.
+
+  Raises:
+    UserError: a seed is no number, or something is named twice.
+  """
+  for name, values in (('methods', methods), ('seeds', seeds)):
+    if not values or len(set(values)) < len(values):
+      raise UserError(f'--{name} must name some, each of them once: {",".join(values)}')
+  for seed in seeds:
+    if not seed.isdigit():
+      raise UserError(f'--seeds: {seed!r} is no whole number')
+  return [
+    Cell(method, int(seed), workdir / method / seed)
+    for method, seed in itertools.product(methods, seeds)
+  ]
+
+
+def sweep(
+  chosen: Sequence[Cell], make_config: Callable[[str], ConfigDict]
+) -> dict[Cell, str]:
+  """Runs cells that are not finished; what goes wrong in one ends that one only.
+
+  Args:
+    chosen: the cells.
+    make_config: recipe -> config.
+
+  Returns:
+    cell -> what went wrong; empty if nothing did.
+
+  Raises:
+    UserError: a recipe that there is not, or an override that one has no key for.
+    Preempted: it was asked to stop; the cell that ran is saved.
+  """
+  from lt_jax import build, run
+  from lt_jax.train import Preempted
+
+  for method in {cell.method: None for cell in chosen}:
+    make_config(method)  # mistakes in names are told before anything runs
+  failed = {}
+  for number, cell in enumerate(chosen):
+    print(f'\ncell {number + 1} of {len(chosen)}: {cell.method}, seed {cell.seed}')
+    try:
+      config = make_config(cell.method)
+      config.seed = cell.seed
+      resolved = build.resolve(config)
+      if _finished(cell, resolved):
+        print(f'is finished: {cell.workdir}')
+      else:
+        run.run(resolved, cell.workdir)
+    except (Preempted, KeyboardInterrupt):
+      raise
+    except Exception as error:  # of any kind: the other cells are wanted
+      if not isinstance(error, UserError):
+        traceback.print_exc()
+      failed[cell] = f'{type(error).__name__}: {" ".join(str(error).split())}'
+      print(f'failed: {failed[cell]}')
+  return failed
+
+
+def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
+  """Returns whether a cell has ended, with this configuration."""
+  done = (cell.workdir / 'result.json').exists()
+  return done and files.read_json(cell.workdir / 'config.json') == config
+
+
+def loader(
+  path: str, options: str, overrides: Mapping[str, Any]
+) -> Callable[[str], ConfigDict]:
+  """Returns what makes the config of a recipe: recipe -> ConfigDict.
+
+  Args:
+    path: of the configuration file.
+    options: of all recipes, such as 'net=resnet8,epochs=40'.
+    overrides: key -> value, for all recipes.
+  """
+  spec = importlib.util.spec_from_file_location('lt_jax_sweep_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def make(recipe: str) -> ConfigDict:
+    config = module.get_config(','.join(filter(None, (recipe, options))))
+    try:
+      config.update_from_flattened_dict(overrides)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+      raise UserError(f'{recipe}: {" ".join(str(error).split())}') from None
+    return config
+
+  return make
+
+
+def table(all_cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+  """Returns rows of mean ± standard deviation in %, a method each, headings first."""
+  results: dict[str, list[dict[str, Any]]] = {}
+  for cell in all_cells:
+    path = cell.workdir / 'result.json'
+    if path.exists():
+      results.setdefault(cell.method, []).append(json.loads(path.read_text())['test'])
+  columns = [c for c in SHOWN if any(c in r for rows in results.values() for r in rows)]
+  rows = [('method', 'seeds', *columns)]
+  for method, found in results.items():
+    values = (_shown([r.get(column) for r in found]) for column in columns)
+    rows.append((method, str(len(found)), *values))
+  return rows
+
+
+def _shown(values: Sequence[float | None]) -> str:
+  if None in values:
+    return 'n/a'
+  percent = 100 * np.array(values)
+  deviation = f' ± {percent.std(ddof=1):.1f}' if len(percent) > 1 else ''
+  return f'{percent.mean():.1f}{deviation}'
+
+
+def main() -> None:
+  """Runs the sweep that the flags name."""
+  import jax
+
+  if METHODS.value is None:
+    raise UserError('--methods is missing: names of recipes, such as ce,ldam_drw')
+  flag = flags.FLAGS['config']
+  path, _, options = flag.config_filename.partition(':')
+  overrides = config_flags.get_override_values(flag)
+  for key in ('seed', 'recipe'):
+    if key in overrides:
+      raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
+  workdir = files.make_workdir(WORKDIR.value)
+  every = cells(METHODS.value, SEEDS.value, workdir)
+  if LIST.value:
+    for number, cell in enumerate(every):
+      print(f'{number}  {cell.method}, seed {cell.seed}: {cell.workdir}')
+    return
+  if CELL.value is not None and not 0 <= CELL.value < len(every):
+    raise UserError(f'--cell is {CELL.value}; there are 0 to {len(every) - 1}')
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # seeds share their programs
+    jax.config.update('jax_compilation_cache_dir', os.fspath(workdir / '.compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  chosen = every if CELL.value is None else [every[CELL.value]]
+  failed = sweep(chosen, loader(path, options, overrides))
+  rows = table(every)
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  print()
+  for row in rows:
+    print('  '.join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+  if failed:
+    told = '; '.join(f'{c.method}/{c.seed}: {why}' for c, why in failed.items())
+    raise UserError(f'{len(failed)} of {len(chosen)} cells failed: {told}')
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'config', 'workdir')

@@ -1,0 +1,132 @@
+"""Sweeps: every cell an ordinary run, none made twice, and failures that stay alone."""
+
+import json
+
+import pytest
+
+from lt_jax import sweep
+from lt_jax.errors import UserError
+from tests import child
+
+
+def run(workdir, *arguments, methods='ce,ldam_drw', seeds='0,1', fault=''):
+  given = [
+    f'--config={child.ROOT}/configs/digits_lt.py:epochs=6',
+    f'--workdir={workdir}',
+    f'--methods={methods}',
+    f'--seeds={seeds}',
+    '--config.model.trunk=tiny_cnn',
+    *arguments,
+  ]
+  output = workdir.parent / f'{workdir.name}.log'
+  code = child.run(given, output, fault, module='lt_jax.sweep')
+  return code, output.read_text()
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('sweep') / 'runs'
+  code, output = run(workdir)
+  assert code == 0, output
+  return workdir, output
+
+
+def result(workdir, method, seed):
+  return json.loads((workdir / method / str(seed) / 'result.json').read_text())
+
+
+def test_every_cell_is_an_ordinary_run(swept):
+  workdir, output = swept
+  for method in ('ce', 'ldam_drw'):
+    for seed in (0, 1):
+      found = result(workdir, method, seed)
+      assert (found['recipe'], found['seed']) == (method, seed)
+      folder = workdir / method / str(seed)
+      assert (folder / 'config.json').exists() and (folder / 'metrics.jsonl').exists()
+  digests = {result(workdir, 'ce', seed)['config_digest'] for seed in (0, 1)}
+  assert len(digests) == 1
+  table = output.strip().splitlines()[-3:]
+  assert table[0].split()[:3] == ['method', 'seeds', 'accuracy']
+  assert table[1].split()[:2] == ['ce', '2'] and '±' in table[1]
+
+
+def test_a_cell_is_the_run_that_its_command_makes(swept, tmp_path):
+  workdir, _ = swept
+  command = child.command(
+    tmp_path / 'alone',
+    '--config.model.trunk=tiny_cnn',
+    '--config.seed=1',
+    config='digits_lt.py:ce,epochs=6',
+    fast=(),
+  )
+  assert child.run(command, tmp_path / 'log') == 0
+  alone = json.loads((tmp_path / 'alone' / 'result.json').read_text())
+  assert alone['state_sha256'] == result(workdir, 'ce', 1)['state_sha256']
+
+
+def test_what_is_finished_is_not_run_again(swept):
+  workdir, _ = swept
+  before = (workdir / 'ce' / '0' / 'events.jsonl').read_bytes()
+  code, output = run(workdir, methods='ce,focal', seeds='0')
+  assert code == 0, output
+  assert output.count('is finished: ') == 1
+  assert (workdir / 'ce' / '0' / 'events.jsonl').read_bytes() == before
+  assert result(workdir, 'focal', 0)['recipe'] == 'focal'
+
+
+def test_a_failure_does_not_stop_the_rest(tmp_path):
+  code, output = run(
+    tmp_path / 'runs',
+    '--config.data.meta_per_class=0',
+    methods='l2rw,ce',
+    seeds='0',
+  )
+  assert code == 2
+  assert output.splitlines()[-1].startswith('error: 1 of 2 cells failed: l2rw/0: ')
+  assert 'set data.meta_per_class' in output.splitlines()[-1]
+  assert result(tmp_path / 'runs', 'ce', 0)['recipe'] == 'ce'
+
+
+def test_one_cell_for_a_scheduler(tmp_path):
+  code, output = run(tmp_path / 'runs', '--cell=1', seeds='3,4')
+  assert code == 0, output
+  assert [p.parent.name for p in (tmp_path / 'runs').glob('*/*/result.json')] == ['4']
+  code, output = run(tmp_path / 'runs', '--list', seeds='3,4')
+  assert output.splitlines()[3].startswith('3  ldam_drw, seed 4: ')
+  code, output = run(tmp_path / 'runs', '--cell=4', seeds='3,4')
+  assert code == 2 and '--cell is 4; there are 0 to 3' in output
+
+
+def test_asked_to_stop_it_saves_and_ends(tmp_path):
+  code, output = run(tmp_path / 'runs', fault='term_at:10')
+  assert code == 143, output
+  assert not list((tmp_path / 'runs').glob('*/*/result.json'))
+  code, output = run(tmp_path / 'runs', methods='ce', seeds='0')
+  assert code == 0 and 'resuming from 10' in output
+
+
+@pytest.mark.parametrize(
+  ('options', 'told'),
+  [
+    ({'methods': 'ce,nope'}, "unknown method 'nope'"),
+    ({'methods': 'ce,ce'}, '--methods must name some, each of them once: ce,ce'),
+    ({'seeds': '0,x'}, "--seeds: 'x' is no whole number"),
+    ({'seeds': '1,1'}, '--seeds must name some, each of them once'),
+  ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, options, told):
+  code, output = run(tmp_path / 'runs', **options)
+  assert code == 2 and told in output
+  assert not list((tmp_path / 'runs').glob('*/*'))
+
+
+def test_the_seed_is_not_for_all(tmp_path):
+  code, output = run(tmp_path / 'runs', '--config.seed=3')
+  assert code == 2 and '--config.seed: a sweep sets it' in output
+
+
+def test_cells_come_seed_after_seed(tmp_path):
+  found = sweep.cells(['a', 'b'], ['0', '1'], tmp_path)
+  assert [(c.method, c.seed) for c in found] == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
+  with pytest.raises(UserError, match='--methods must name some'):
+    sweep.cells([], ['0'], tmp_path)
