@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test test-tpu lint bench lock clean
 
 demo: $(READY)
 	$(RUN) -m lt_jax.main --config=configs/digits_lt.py:ldam_drw \
@@ -27,6 +27,12 @@ test: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Needs no TPU: the real compiler makes programs for one.
+test-tpu:
+	$(MAKE) VENV=.venv-tpu .venv-tpu/.ready
+	.venv-tpu/bin/python -m pip install --quiet --constraint requirements.lock "jax[tpu]"
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_tpu.py
 
 bench: $(READY)
 	$(RUN) -m benchmarks.train_step --json=benchmarks/results/train_step.json
@@ -47,4 +53,4 @@ lock:
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache build *.egg-info

@@ -203,12 +203,16 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
   return merge(config, stage)
 
 
-def build(config: Config, *, devices: int | None = None) -> Experiment:
+def build(
+  config: Config, *, devices: int | None = None, mesh: Mesh | None = None
+) -> Experiment:
   """Builds every object of a run; nothing is trained or compiled.
 
   Args:
     config: the resolved configuration.
     devices: uses at most so many; None for all there are.
+    mesh: of devices that need not be here, for which nothing is put in place; None for
+      those that are.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
@@ -225,16 +229,21 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
     for what, size in _batch_sizes(stage).items()
   }
   batches['evaluation'] = config['eval_batch']
-  mesh = sharding.make_mesh(
-    sharding.usable_devices(batches, devices or jax.device_count(), jax.process_count())
-  )
+  if mesh is None:
+    available = devices or jax.device_count()
+    mesh = sharding.make_mesh(
+      sharding.usable_devices(batches, available, jax.process_count())
+    )
+    to_device = functools.partial(sharding.put_replicated, mesh)
+  else:
+    sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
+    to_device = _shape
   data = dict(config['data'])
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
   workers = _workers(data.pop('workers'))
   data.pop('on_bad_image')  # of training only
   check_options('data', load_dataset, data, 'to_device')
-  to_device = functools.partial(sharding.put_replicated, mesh)
   dataset = load_dataset(**data, to_device=to_device)
   _check_channels(config['data'], dataset.image_shape[-1])
   passes = {
@@ -256,6 +265,10 @@ def build(config: Config, *, devices: int | None = None) -> Experiment:
   evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
   surveyor = functools.partial(survey, passes=passes, mesh=mesh)
   return Experiment(config, dataset, mesh, evaluated, surveyor, groups, stages)
+
+
+def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(images.shape, images.dtype)
 
 
 def check_ranges(config: Config) -> None:

@@ -107,6 +107,19 @@ PROTOCOL_OF = {
 """The protocol of a recipe's own paper, where that is not Cao et al."""
 
 
+def _cifar_counts(of_a_class: int) -> dict[str, int]:
+  """Returns what the source 'fake' needs to know of CIFAR."""
+  return {
+    'classes': 50000 // of_a_class,
+    'train': 50000,
+    'largest': of_a_class,
+    'smallest': of_a_class,
+    'val': 0,
+    'test': 10000,
+    'image_size': 32,
+  }
+
+
 def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDict:
   """Returns the config of long-tailed CIFAR; the options are in configs/cifar10_lt.py.
 
@@ -134,6 +147,7 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
       'name': name,
       'data': {
         'source': source,
+        'fake': _cifar_counts(n_max),
         'profile': option.profile,
         'imbalance': option.imbalance,
         'pad': 4,
@@ -169,6 +183,7 @@ def cifar100_open(arg: str | None) -> ConfigDict:
       'name': 'cifar100_open',
       'data': {
         'source': 'tfds:cifar100',
+        'fake': _cifar_counts(500),
         'known_classes': option.known,
         'profile': 'exponential',
         'n_max': 490,

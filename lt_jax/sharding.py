@@ -95,12 +95,13 @@ def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
   )
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
   """Returns what XLA is told of a program that trains; nothing but on a CPU.
 
   XLA:CPU by default hands convolutions to a library that is several times slower than
   its own code on kernel gradients, where the kernel is as large as an image.
   """
-  if jax.default_backend() != 'cpu':
+  platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+  if platform != 'cpu':
     return {}
   return {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}

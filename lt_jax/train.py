@@ -187,7 +187,7 @@ def make_update(
     update,
     donate_argnums=0,
     out_shardings=sharding.replicated(mesh),
-    compiler_options=sharding.compiler_options(),
+    compiler_options=sharding.compiler_options(mesh),
   )
 
 

@@ -1,0 +1,140 @@
+"""The TPU compiler takes the step of every method, for 32 chips of eight hosts.
+
+Needs no TPU, only the package libtpu: `make test-tpu` installs it. Networks are small,
+as each is compiled anew.
+"""
+
+import importlib.util
+
+import jax
+import pytest
+
+from configs import imagenet_lt
+from lt_jax import build, plan
+from lt_jax.errors import UserError
+from lt_jax.methods import METHODS
+
+if not importlib.util.find_spec('libtpu'):
+  pytest.skip('libtpu is not installed: make test-tpu', allow_module_level=True)
+
+jax.config.update('jax_platforms', 'cpu')  # or JAX looks for a TPU of this machine
+
+POD = plan.parse_devices('v5e:4x8')
+
+SMALL = {
+  'data.image_size': 32,
+  'data.resize': 36,
+  'data.workers': 0,
+  'data.meta_per_class': 1,
+  'data.fake.classes': 128,
+  'data.fake.train': 6400,
+  'data.fake.largest': 250,
+  'data.fake.smallest': 3,
+  'data.fake.val': 256,
+  'data.fake.test': 128,
+  'data.many_shot': 50,
+  'data.few_shot': 20,
+  'model.dtype': 'bfloat16',
+  'batch': 64,
+  'eval_batch': 64,
+}
+
+STAGES = {  # recipe and stage -> its method
+  ('ce', 'train'): 'supervised',
+  ('ldam_drw', 'train'): 'supervised',
+  ('crt', 'classifier'): 'supervised',
+  ('oltr', 'memory'): 'oltr',
+  ('fslwf', 'generator'): 'weight_generator',
+  ('l2rw', 'train'): 'l2rw',
+  ('mwn', 'train'): 'meta_weight_net',
+  ('meta_ce', 'meta'): 'meta_reweight',
+}
+
+
+def compiled(recipe, name='train', **overrides):
+  """Returns a stage's compiled step on the pod, and its stage."""
+  made = imagenet_lt.get_config(recipe)
+  made.model.trunk_options.width = 8
+  made.update_from_flattened_dict({**SMALL, **overrides})
+  for stage in (made, *made.stages.values()):
+    if stage.get('meta_batch'):
+      stage.meta_batch = 64
+  if 'generator' in made.stages:
+    made.stages.generator.stream.update(novel=32, queries_novel=64, queries_base=32)
+  config, mesh = build.resolve(made), plan.make_mesh(POD)
+  stage = plan.build_stages(config, mesh)[name]
+  assert build.stage_config(config, name)['method']['name'] == STAGES[recipe, name]
+  return plan.compile_step(stage, mesh), stage
+
+
+@pytest.fixture(scope='module')
+def plain():
+  return compiled('ce', **{'model.dtype': 'float32'})
+
+
+def all_reduces(step):
+  assert {c.kind for c in step.collectives} == {'all-reduce'}
+  return [c.bytes for c in step.collectives]
+
+
+def test_every_method_is_here():
+  assert set(STAGES.values()) == set(METHODS)
+
+
+@pytest.mark.parametrize(('recipe', 'name'), [s for s in STAGES if s[0] != 'ce'])
+def test_a_method_compiles(recipe, name):
+  step, _ = compiled(recipe, name)
+  assert step.flops > 0 and step.traffic > 0 and step.collectives
+  assert 4 * step.parameters < sum(step.memory.values()) < POD.chip.memory
+
+
+def test_a_plain_step_exchanges_its_gradient_alone(plain):
+  step, stage = plain
+  state = plan.train.state_shapes(stage.method, stage.streams)
+  metrics = plan.train.metric_shapes(stage.method, stage.streams, state)
+  found = all_reduces(step)
+  assert len(found) <= 3
+  least = 4 * step.parameters
+  assert least <= sum(found) <= least + plan._size((state.stats, metrics))
+
+
+def test_in_bfloat16_most_of_the_gradient_is_half_as_large(plain):
+  """A kernel's gradient is exchanged as it was computed, and widened afterwards."""
+  step, _ = compiled('ce')
+  assert len(all_reduces(step)) <= 3
+  assert (
+    2 * step.parameters <= sum(all_reduces(step)) < 0.7 * sum(all_reduces(plain[0]))
+  )
+
+
+def test_global_statistics_cost_exchanges_a_layer(plain):
+  step, _ = compiled('ce', **{'model.dtype': 'float32', 'model.batch_norm': 'global'})
+  assert len(all_reduces(step)) > len(all_reduces(plain[0])) + 9  # of ten layers
+
+
+def test_flops_are_those_that_are_counted_without_it(plain):
+  on_tpu, stage = plain
+  on_cpu = plan.compile_step(stage, plan.make_mesh(plan.Devices('h100', 8)))
+  assert on_tpu.parameters == on_cpu.parameters
+  more = on_tpu.flops * POD.count - on_cpu.flops * 8
+  # There every device's update of the parameters counts, here one in all.
+  assert 0 <= more <= 20 * on_tpu.parameters * POD.count
+
+
+def test_a_step_that_does_not_fit():
+  with pytest.raises(UserError, match="stage 'train' does not fit.*HBM") as caught:
+    compiled('ce', batch=2**24)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('text', ['v4-32', 'v5p-32', 'v6e-16', 'v5e-1'])
+def test_topologies(text):
+  devices = plan.parse_devices(text)
+  mesh = plan.make_mesh(devices)
+  assert mesh.size == devices.count and mesh.devices.flat[0].platform == 'tpu'
+
+
+def test_a_topology_that_there_is_not():
+  with pytest.raises(UserError, match='the TPU compiler refuses v5e:3x5') as caught:
+    plan.make_mesh(plan.parse_devices('v5e:3x5'))
+  assert '\n' not in str(caught.value)
