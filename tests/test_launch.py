@@ -62,6 +62,10 @@ def stubs(tmp_path):
   return Stubs(tmp_path)
 
 
+# A shell cannot trap what its parent, such as nohup, ignores.
+HEARING = ['env', '--default-signal=INT,HUP,TERM'] if sys.platform == 'linux' else []
+
+
 class Stubs:
   """Programs first on the PATH that write down their arguments, one a line."""
 
@@ -90,7 +94,7 @@ class Stubs:
     """Runs a command; returns its exit code and what it printed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')}
     done = subprocess.run(
-      [str(word) for word in command],
+      [*HEARING, *(str(word) for word in command)],
       cwd=cwd,
       env=kept
       | {

@@ -1,6 +1,7 @@
 """Meta gradients by both routes and whole steps, against formulas written by hand."""
 
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ from lt_jax.models import make_classifier
 from lt_jax.optim import make_optimizer
 from tests import tiny
 from tests.test_methods import Runner
+
+NOWHERE = pathlib.Path('nowhere')  # the folder of a run that never began
 
 CLASSES, TRAIN, META, PIXELS, HIDDEN = 5, 16, 10, 12, 7
 COUNTS = np.array([40, 20, 10, 5, 2])
@@ -788,7 +791,7 @@ def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
     both = isinstance(value, dict) and key != 'loss'
     config[key] = {**config[key], **value} if both else value
   with pytest.raises(UserError, match=told) as error:
-    run._rehearsed(config)
+    run._rehearsed(config, NOWHERE)
   assert '\n' not in str(error.value)
 
 
@@ -807,7 +810,7 @@ def test_a_run_that_ends_before_its_second_stage_is_told(npz):
 
   config = tiny.config(npz, 'meta_ce,epochs=60.0', epochs=20.0)
   with pytest.raises(UserError, match="'meta' ends at step 20, but begins at 48"):
-    run._rehearsed(config)
+    run._rehearsed(config, NOWHERE)
 
 
 def test_a_loss_without_a_forward_mode_rule_can_be_unrolled(npz, monkeypatch):

@@ -254,7 +254,8 @@ ALONE = np.zeros(4, np.int32)
 def test_corners(features, labels, lifted, range_loss):
   for name, expected in (('lifted', lifted), ('range', range_loss)):
     value, _ = finite(name, features, labels)
-    np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5)
+    # Where images coincide, distances are the roots of rounding.
+    np.testing.assert_allclose(value, expected, rtol=5e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['lifted', 'range'])
