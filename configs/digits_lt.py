@@ -28,6 +28,7 @@ def get_config(arg: str | None = None):
       'name': 'digits_lt',
       'data': {
         'source': 'digits',
+        'fake': {'train': 1797, 'largest': 180, 'smallest': 179, 'test': 0},
         'known_classes': 8,
         'profile': 'exponential',
         'n_max': option.n_max,

@@ -242,13 +242,17 @@ def build(
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)
   workers = _workers(data.pop('workers'))
-  data.pop('on_bad_image')  # of training only
+  skips = lookup(ON_BAD_IMAGE, 'answer to a bad image', data.pop('on_bad_image'))
   check_options('data', load_dataset, data, 'to_device')
   dataset = load_dataset(**data, to_device=to_device)
   _check_channels(config['data'], dataset.image_shape[-1])
   passes = {
     name: evaluation_pass(
-      split, batch=config['eval_batch'], transform=plain_transform, workers=workers
+      split,
+      batch=config['eval_batch'],
+      transform=plain_transform,
+      workers=workers,
+      stand_in=skips and name in ('train', 'meta'),
     )
     for name, split in dataset.splits.items()
   }

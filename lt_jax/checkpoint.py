@@ -27,7 +27,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.stopping import agreed_numbers, any_process
+from lt_jax.stopping import agreed_numbers, any_process, of_first, wait_for_all
 
 PyTree = Any
 Log = Callable[..., None]
@@ -210,8 +210,10 @@ class Checkpoints:
     directory = self._directory / name / (str(step) if name == 'best' else '')
     try:
       (self._directory / 'manifests').mkdir(parents=True, exist_ok=True)
-      if name == 'best' and directory.exists():  # its save was interrupted
-        directory.rmtree()
+      if name == 'best' and of_first(directory.exists()):  # its save was interrupted
+        if jax.process_index() == 0:
+          directory.rmtree()
+        wait_for_all('an interrupted save is removed')
       self._checkpointer.save(directory, _to_leaves(state))
     except Exception as error:
       raise SaveError(_one_line(error)) from error

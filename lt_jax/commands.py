@@ -7,6 +7,7 @@
 143  asked to stop (SIGTERM, SIGUSR1) and saved: run again to go on
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -94,4 +95,14 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
     text = text.splitlines()[-1].partition(': ')[2] or text.splitlines()[-1]
   text = ' '.join(text.strip('"').split())
   print(f'error: {text}', file=sys.stderr, flush=True)
+  if _one_of_several():
+    # Not through JAX's farewell, which waits minutes for peers that wait for us.
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)
+
+
+def _one_of_several() -> bool:
+  """Returns whether this is a process of a run of several."""
+  jax = sys.modules.get('jax')
+  return bool(jax) and jax.distributed.is_initialized() and jax.process_count() > 1

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
   if is_remote(path):  # an object store writes whole objects
     path.write_bytes(data)
     return
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
   with open(temporary, 'wb') as file:
     file.write(data)
     file.flush()
@@ -85,7 +86,7 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
     UserError: it cannot be written; with the path and the system's reason.
   """
   path = absolute(path)
-  probe = path / f'.probe.{os.getpid()}'
+  probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text('')

@@ -93,7 +93,14 @@ def convert(
 
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
+  if name in tfds.list_builders(with_community_datasets=False):
+    raise UserError(f'--name is {name!r}, which is a data set of TFDS; take another')
+  if source.partition(':')[0] not in ('list', 'folder'):
+    raise UserError(f'{source!r} is neither list:FOLDER nor folder:DIR')
   sources = load_source(source, images)
+  for label in sources['train'].class_names:
+    if label != label.strip() or '\n' in label:
+      raise UserError(f'the class {label!r} has a name that does not fit on a line')
   data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
   home = data_dir / name / VERSION
   if home.exists():

@@ -214,6 +214,8 @@ def open_stages(config: ConfigDict) -> ConfigDict:
       elif nested and 'name' not in stage[key]:
         follow(stage[key], base[key], base[key])
 
+  for name in set(config.stages) - set(config.stage_order):
+    del config.stages[name]  # of the base, and not this recipe's
   for stage in config.stages.values():
     follow(stage, config, STAGE_KEYS)
   return config
@@ -227,7 +229,7 @@ def set_keys(stage: ConfigDict) -> Overrides:
     if isinstance(value, ConfigDict):
       inside = set_keys(value)
       if inside or not value:
-        found[key] = value.to_dict() if 'name' in value else inside
+        found[key] = value.to_dict() if 'name' in inside else inside
     elif getattr(stage.get_ref(key), 'is_set', True):
       found[key] = value
   return found

@@ -66,18 +66,15 @@ def run(
   began = time.time()
   workdir = files.make_workdir(workdir)
   screen = Screen()
-  with (
-    files.locked(workdir),
-    StopRequest() as stop,
-    watched(lambda: stop.last_look),
-  ):
+  with files.locked(workdir), StopRequest() as stop:
     if not allow_config_change:
       _check_config(config, workdir)
     experiment = _rehearsed(config, workdir)
     _check_peers(experiment)
     _check_data(experiment, workdir)
     events = Events(workdir, screen)
-    with _claimed(experiment, workdir):
+    stop()  # from here on there are signs of life
+    with watched(lambda: stop.last_look), _claimed(experiment, workdir):
       events('started', pid=os.getpid(), host=platform.node())
       _banner(experiment, workdir, screen)
       earlier: dict[str, State] = {}
@@ -159,10 +156,11 @@ def _check_peers(experiment: Experiment) -> None:
   """Refuses to run beside a process that has another configuration or other data."""
   digests = (config_digest(experiment.config), experiment.dataset.fingerprint)
   ours = [int(digest[:7], 16) for digest in digests]  # of 28 bits
+  ours.append(experiment.config['seed'])
   if any_process(agreed_numbers(ours) != ours):
     raise UserError(
-      'the processes of this run have not all the same configuration and data: here '
-      f'they are {digests[0]} and {digests[1][:12]}'
+      'the processes of this run have not all the same configuration, data and seed: '
+      f'here they are {digests[0]}, {digests[1][:12]} and {ours[-1]}'
     )
 
 

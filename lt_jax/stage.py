@@ -52,7 +52,7 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    self._bad: set[int] = set()
+    self._bad: dict[str, set[int]] = {}
     self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
@@ -236,12 +236,13 @@ class StageRunner:
   def _bad_images(self, stream: str, positions: np.ndarray) -> None:
     """Tells of images that cannot be read, each once; ends the run if they are many."""
     split = self._experiment.dataset.splits['train' if stream == 'train' else 'meta']
-    for position in set(positions.tolist()) - self._bad:
-      self._bad.add(position)
+    known = self._bad.setdefault(stream, set())
+    for position in set(positions.tolist()) - known:
+      known.add(position)
       self._events('bad_image', image=split.source.where(position))
-    if len(self._bad) > MOST_BAD * len(split.rows):
+    if len(known) > max(1, MOST_BAD * len(split.rows)):
       raise UserError(
-        f'{len(self._bad)} images cannot be read, more than {MOST_BAD:.1%} of '
+        f'{len(known)} images cannot be read, more than {MOST_BAD:.1%} of '
         f'{len(split.rows)}: see events.jsonl'
       )
 
@@ -291,8 +292,9 @@ class StageRunner:
       for name, payload in diverged.payload.items()
     }
     path = self._folder / 'not_finite.json'
-    self._folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {'step': diverged.step, 'examples': examples})
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self._stage.name, step=diverged.step, see=str(path))
 
 

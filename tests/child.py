@@ -308,6 +308,12 @@ def _give_up_after(argument: str) -> None:
   stopping.STUCK_AFTER = float(argument)
 
 
+def _mistake() -> None:
+  from lt_jax.errors import UserError
+
+  raise UserError('bad.jpg: the file is empty')
+
+
 def _see_other_data(argument: str) -> None:
   from lt_jax.data import dataset
 
@@ -335,4 +341,5 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'give_up_after': _give_up_after,
   'hang_at': lambda step: _at_step(step, lambda: time.sleep(1000)),
   'other_data': _see_other_data,
+  'mistake_at': lambda step: _at_step(step, _mistake),
 }

@@ -188,6 +188,13 @@ def test_a_stand_in_is_the_next_image_of_the_class(damaged):
   assert len(found) == 1  # in an epoch
   (place,) = np.flatnonzero(found[0]['bad'])
   assert found[0]['index'][place] == 0 and found[0]['label'][place] == 0
+  step = next(s for s in steps if stream.payload(s)['bad'].any())
+  generator = np.random.default_rng((0, step * 8 + place))
+  np.testing.assert_array_equal(
+    found[0]['image'][place], split.augmented(split.rows[1], generator)
+  )
+  whole = experiment.passes  # without 'train', whose pass has a stand-in too
+  assert 'train' not in whole
   with pytest.raises(UserError, match=r'n00000000/train_0\.JPEG: a damaged image'):
     split.image(0)  # which evaluation would not pass over
 

@@ -108,8 +108,17 @@ def test_one_hangs_and_the_other_gives_up(tmp_path):
 def test_other_data_in_one_process_are_refused(tmp_path):
   codes, words = run(tmp_path / 'run', faults=('', 'other_data'))
   assert codes == (2, 2), words
-  assert 'have not all the same configuration and data' in words[1]
+  assert 'have not all the same configuration, data and seed' in words[1]
   assert not (tmp_path / 'run' / 'stages').exists()
+
+
+def test_a_mistake_in_one_process_ends_both(tmp_path):
+  """With its own code at once; the other one soon, and never with success."""
+  began = time.monotonic()
+  codes, words = run(tmp_path / 'run', faults=('', 'mistake_at:32'))
+  assert codes[1] == 2 and 'error: bad.jpg: the file is empty' in words[1]
+  assert codes[0] not in (0, 2, 3), words[0]
+  assert time.monotonic() - began < 60
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

@@ -96,6 +96,8 @@ def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.nd
   while missing := total - counts.sum():
     step = int(np.sign(missing))
     room = (inner < largest) if step > 0 else (inner > smallest)
+    if not room.any():
+      raise UserError(f'data.fake: no {classes} classes have {total} images')
     inner[np.flatnonzero(room)[: abs(missing)]] += step
   return counts
 

@@ -52,7 +52,8 @@ class Files:
     """Returns an image as it is stored."""
     try:
       return pathlib.Path(self.where(position)).read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+      # Others pass, such as those of a network file system: running again may help.
       raise UserError(f'{self.where(position)}: {error.strerror}') from None
 
   def where(self, position: int) -> str:

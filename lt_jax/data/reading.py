@@ -22,6 +22,9 @@ STALLED_AFTER = 600.0
 
 _BUFFER = 2  # batches that wait in each worker, and again in this process
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What a scheduler sends to every process of a run, and only the parent hears."""
+
 Read = Callable[[str, int], Payload]
 """(name of a stream, step) -> payload; the steps of a stream in order."""
 
@@ -107,6 +110,8 @@ class _Ahead:
 
   def _pump(self) -> None:
     """Moves batches from Grain to those that are ready."""
+    # Workers inherit that, until they ignore these signals themselves.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
       for payload in self._batches:
         if not self._put((payload, None)):
@@ -157,11 +162,14 @@ def usable_cores() -> int:
 def _prepare_worker(index: int, count: int) -> None:
   """Makes a worker end with its parent, and not before."""
   del index, count
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # the devices are the parent's
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # the devices are the parent's
   # A scheduler signals every process of a job. The parent still wants its batches then,
   # to reach a step at which it can save.
-  for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+  for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -253,7 +253,12 @@ def train_stream(
 
 
 def evaluation_pass(
-  split: Split, *, batch: int, transform: Transform, workers: int = 0
+  split: Split,
+  *,
+  batch: int,
+  transform: Transform,
+  workers: int = 0,
+  stand_in: bool = False,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -262,13 +267,19 @@ def evaluation_pass(
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`.
+    stand_in: likewise; for passes over what is trained on.
   """
+
+  def read(place: int, position: int) -> tuple[np.ndarray, bool]:
+    del place
+    return split.image(split.rows[position]), False
+
   examples = len(split.rows)
   places = process_rows(np.arange(batch))
   stream = _stream(
     split,
     lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
-    lambda place, position: (split.image(split.rows[position]), False),
+    _or_stand_in(split, read) if stand_in else read,
     batch=batch,
     transform=transform,
     workers=workers,
