@@ -211,3 +211,14 @@ def test_devices_that_divide_every_batch():
   assert usable({'train': 64}, 8, 2) == 8
   with pytest.raises(sharding.UserError, match="60 of stream 'train'.*56 or 64"):
     usable({'train': 60}, 8, 2)
+
+
+def test_images_that_others_stood_in_for_are_told():
+  plain = toy_stream()
+
+  def payload(step):
+    return {**plain.payload(step), 'bad': np.arange(BATCH) < (step == 5)}
+
+  recorder = Recorder()
+  run(recorder, stream=plain._replace(payload=payload))
+  assert [call for call in recorder.calls if call[0] == 'bad'] == [('bad', 'train')]
