@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -89,6 +90,21 @@ def test_a_killed_worker_is_told():
     for step in range(1, 1000):
       read('train', step)
   assert not multiprocessing.active_children()
+
+
+def test_a_reader_that_does_not_close_is_left_and_its_processes_killed(monkeypatch):
+  monkeypatch.setattr(reading, 'CLOSING_TAKES', 0.2)
+  let_go = threading.Event()
+  ahead = reading._Ahead(payload, range(1000), 1)
+  ahead(0)
+  (worker,) = multiprocessing.active_children()
+  close = ahead._batches.close
+  monkeypatch.setattr(ahead._batches, 'close', lambda: let_go.wait(30))
+  ahead.close()
+  worker.join(10)
+  assert worker.exitcode == -signal.SIGKILL
+  let_go.set()
+  close()
 
 
 @pytest.mark.parametrize('workers', [0, 1])

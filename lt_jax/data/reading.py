@@ -20,6 +20,9 @@ from lt_jax.data.streams import Payload, Stream
 STALLED_AFTER = 600.0
 """Seconds without a batch after which those who make them are given up."""
 
+CLOSING_TAKES = 20.0
+"""Seconds after which threads and processes that do not end are left, or killed."""
+
 _BUFFER = 2  # batches that wait in each worker, and again in this process
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -128,9 +131,19 @@ class _Ahead:
     return False
 
   def close(self) -> None:
-    """Ends the threads and processes."""
+    """Ends the threads and processes.
+
+    Grain waits without end for a thread of its own, which a worker that died in the
+    middle of a message can hold up. A run that could not go on must end all the same.
+    """
     self._closing.set()
-    self._batches.close()
+    closer = threading.Thread(target=self._batches.close, daemon=True, name='closing')
+    closer.start()
+    closer.join(CLOSING_TAKES)
+    if closer.is_alive():
+      for child in multiprocessing.active_children():
+        if child.name.startswith('grain-process-prefetch'):  # which ignores SIGTERM
+          child.kill()
 
 
 def _batches(source: _Payloads, workers: int) -> Any:
