@@ -18,8 +18,9 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-tpu lint bench lock clean
 
 demo: $(READY)
-	$(RUN) -m lt_jax.main --config=configs/digits_lt.py:ldam_drw \
-	  --workdir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+	workdir=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
+	$(RUN) -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=$$workdir && \
+	$(RUN) -m lt_jax.report $$workdir
 
 test: $(READY)
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile

@@ -5,20 +5,20 @@
 
 A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was interrupted.
 The same command again runs what is not finished. A cell that fails is told and does not
-stop the rest. What stands behind the colon of --config are options for all methods
+stop the rest. At the end DIR/report.html shows them all.
+
+What stands behind the colon of --config are options for all methods
 (--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs the I-th cell
 alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list shows them.
 """
 
 import importlib.util
 import itertools
-import json
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
@@ -31,9 +31,6 @@ METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
 SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
 CELL = flags.DEFINE_integer('cell', None, 'Runs this one alone, counted from 0.')
 LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
-
-SHOWN = ('accuracy', 'many', 'medium', 'few', 'auroc', 'f_measure_oltr2020')
-"""Columns of the table at the end, as far as runs have them."""
 
 
 class Cell(NamedTuple):
@@ -143,32 +140,11 @@ def loader(
   return make
 
 
-def table(all_cells: Sequence[Cell]) -> list[tuple[str, ...]]:
-  """Returns rows of mean ± standard deviation in %, a method each, headings first."""
-  results: dict[str, list[dict[str, Any]]] = {}
-  for cell in all_cells:
-    path = cell.workdir / 'result.json'
-    if path.exists():
-      results.setdefault(cell.method, []).append(json.loads(path.read_text())['test'])
-  columns = [c for c in SHOWN if any(c in r for rows in results.values() for r in rows)]
-  rows = [('method', 'seeds', *columns)]
-  for method, found in results.items():
-    values = (_shown([r.get(column) for r in found]) for column in columns)
-    rows.append((method, str(len(found)), *values))
-  return rows
-
-
-def _shown(values: Sequence[float | None]) -> str:
-  if None in values:
-    return 'n/a'
-  percent = 100 * np.array(values)
-  deviation = f' ± {percent.std(ddof=1):.1f}' if len(percent) > 1 else ''
-  return f'{percent.mean():.1f}{deviation}'
-
-
 def main() -> None:
   """Runs the sweep that the flags name."""
   import jax
+
+  from lt_jax import report
 
   if METHODS.value is None:
     raise UserError('--methods is missing: names of recipes, such as ce,ldam_drw')
@@ -191,11 +167,9 @@ def main() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   chosen = every if CELL.value is None else [every[CELL.value]]
   failed = sweep(chosen, loader(path, options, overrides))
-  rows = table(every)
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  print()
-  for row in rows:
-    print('  '.join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
+  if CELL.value is None and any((c.workdir / 'config.json').exists() for c in every):
+    page = report.write(workdir)
+    print(f'\n{(workdir / "report.md").read_text()}\n{page}')
   if failed:
     told = '; '.join(f'{c.method}/{c.seed}: {why}' for c, why in failed.items())
     raise UserError(f'{len(failed)} of {len(chosen)} cells failed: {told}')

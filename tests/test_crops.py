@@ -111,14 +111,23 @@ def jpeg_of(width, height):
   return bytes(encoded)
 
 
-@pytest.fixture(params=['simplejpeg', 'Pillow'])
-def decoder(request, monkeypatch):
-  """Both decoders in turn: without the one, the other does everything."""
-  if request.param == 'Pillow':
-    monkeypatch.setitem(sys.modules, 'simplejpeg', None)
-  else:
-    pytest.importorskip('simplejpeg')
-  return request.param
+FAST = ('simplejpeg', 'cykooz_resizer')
+
+
+@pytest.fixture(params=['fast', 'Pillow'])
+def level(request, monkeypatch):
+  """With the fast libraries and without; by how much their crops are off Pillow's."""
+  for name in FAST:
+    if request.param == 'Pillow':
+      monkeypatch.setitem(sys.modules, name, None)
+    else:
+      pytest.importorskip(name)
+  return int(request.param == 'fast')
+
+
+def assert_within(ours, theirs, level):
+  assert ours.shape == theirs.shape and ours.dtype == theirs.dtype == np.uint8
+  assert np.abs(ours.astype(int) - theirs).max() <= level
 
 
 def texture(rng, width, height):
@@ -144,13 +153,22 @@ def both_crops(encoded, where='x', seed=0, size=24):
   )
 
 
+def center_crop(image, size, resize):
+  """The central square as Pillow resizes it."""
+  with pytest.MonkeyPatch.context() as without:
+    for name in FAST:
+      without.setitem(sys.modules, name, None)
+    square = crops.center_crop(encode(image, 'PNG'), 'x', size=size, resize=resize)
+  return square
+
+
 def expected_crops(image, seed=0, size=24):
   """The same of a decoded one, with Pillow as torchvision uses it."""
   generator = np.random.default_rng(seed)
   box = crops._random_box(*image.size, generator, (0.08, 1.0), (3 / 4, 4 / 3))
   squares = [
     image.crop(box).resize((size, size), Image.Resampling.BILINEAR),
-    crops.center_crop(encode(image, 'PNG'), 'x', size=size, resize=size + 4),
+    center_crop(image, size=size, resize=size + 4),
   ]
   return [np.asarray(square) for square in squares]
 
@@ -170,7 +188,7 @@ def expected_crops(image, seed=0, size=24):
   ],
   ids=str,
 )
-def test_crops_of_a_jpeg_are_those_of_pillow_bit_for_bit(rng, decoder, options):
+def test_crops_of_a_jpeg_are_those_of_pillow(rng, level, options):
   options = dict(options)
   image = texture(rng, 47, 45).convert(options.pop('mode', 'RGB'))
   encoded = encode(image, 'JPEG', **options)
@@ -178,11 +196,10 @@ def test_crops_of_a_jpeg_are_those_of_pillow_bit_for_bit(rng, decoder, options):
   np.testing.assert_array_equal(crops.pixels(encoded, 'x'), np.asarray(decoded))
   for crop, expected in zip(both_crops(encoded), expected_crops(decoded), strict=True):
     assert crop.shape == (24, 24, 3)
-    assert crop.dtype == np.uint8
-    np.testing.assert_array_equal(crop, expected)
+    assert_within(crop, expected, level)
 
 
-def test_crops_of_other_files(rng, decoder):
+def test_crops_of_other_files(rng, level):
   image = texture(rng, 47, 45)
   deep = np.asarray(image)[..., 0].astype(np.uint16) << 8
   exif = Image.Exif()
@@ -205,11 +222,11 @@ def test_crops_of_other_files(rng, decoder):
     for crop, expected in zip(
       both_crops(encoded, 'photograph.jpg'), expected_crops(decoded), strict=True
     ):
-      np.testing.assert_array_equal(crop, expected)
+      assert_within(crop, expected, level)
 
 
 @pytest.mark.parametrize('size', [209, 208, 150, 104, 60, 52, 26, 20])
-def test_large_windows_are_close_to_exact(rng, decoder, size):
+def test_large_windows_are_close_to_exact(rng, level, size):
   encoded = encode(texture(rng, 640, 480), 'JPEG', quality=90)
   decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
   # 0.75 * 640 * 480 with r = 4 / 3: w = sqrt(307200) = 554.3, h = sqrt(172800) = 415.7.
@@ -219,13 +236,13 @@ def test_large_windows_are_close_to_exact(rng, decoder, size):
   exact = np.asarray(window.resize((size, size), Image.Resampling.BILINEAR))
   difference = np.abs(crop.astype(int) - exact)
   if size == 209:  # 416 is less than twice
-    assert difference.max() == 0
+    assert difference.max() <= level
   else:
     assert 0.2 < difference.mean() < 3.5
     assert difference.max() < 30
 
 
-def test_a_smaller_image_is_not_shifted(decoder):
+def test_a_smaller_image_is_not_shifted(level):
   # A shift by half a pixel would change the steepest places by 8 grey levels.
   x, y = np.meshgrid(np.arange(640), np.arange(480))
   waves = [np.sin(0.157 * x), np.sin(0.157 * y), np.sin(0.111 * (x + y))]
@@ -241,7 +258,7 @@ def test_a_smaller_image_is_not_shifted(decoder):
     assert np.abs(difference[2:-2, 2:-2]).max() <= 4
 
 
-def test_photographs_are_within_the_stated_tolerance(decoder):
+def test_photographs_are_within_the_stated_tolerance(level):
   folder = os.path.join(os.environ.get('LT_JAX_DATA', '.'), 'photos')
   names = sorted(glob.glob(f'{folder}/*.jpg'))[::4]
   if not names:
@@ -278,7 +295,7 @@ def test_photographs_are_within_the_stated_tolerance(decoder):
     (jpeg_of(30000, 30000), 'more than 89,478,485 pixels'),
   ],
 )
-def test_bad_files_are_named_by_every_crop(decoder, encoded, message):
+def test_bad_files_are_named_by_every_crop(level, encoded, message):
   for crop in (crops.pixels, lambda *file: both_crops(*file)):
     with pytest.raises(UserError, match=message) as error:
       crop(encoded, 'folder/a b.jpg')
@@ -298,7 +315,7 @@ def test_lost_pixels_are_never_grey(rng):
       crop(lost, 'x')
 
 
-def test_superfluous_bytes_do_no_harm(rng, decoder):
+def test_superfluous_bytes_do_no_harm(rng, level):
   encoded = encode(texture(rng, 64, 64), 'JPEG')
   for more in (encoded[:-2] + b'abcde' + encoded[-2:], encoded + b'abcde'):
     image = crops.pixels(more, 'x')

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from lt_jax import report, train
 from lt_jax import run as run_module
-from lt_jax import train
 from lt_jax.errors import UserError
+from lt_jax.report import figures
 from lt_jax.writers import read_rows
 from tests import child, tiny
 
@@ -231,16 +232,12 @@ def test_learned_weights_are_told_and_drawn(learned):
     found['ratio'][seen], (found['mean'] / found['prior'])[seen]
   )
   assert (found['spread'][seen] >= 0).all() and found['spread'][seen].max() > 0
-  log = learned.parent / 'report.log'
-  arguments = [f'--workdir={learned}']
-  assert child.run(arguments, log, module='lt_jax.report') == 0, log.read_text()
-  assert '<svg' in (learned / 'weights.svg').read_text()
 
 
-def test_a_run_without_learned_weights_has_none_to_draw(carried):
-  log = carried.parent / 'report.log'
-  code = child.run([f'--workdir={carried}'], log, module='lt_jax.report')
-  assert code == 2 and 'its method learns no weights' in log.read_text()
+def test_a_run_has_its_report(learned):
+  assert str(report.write(learned)) == f'{learned}/report.html'
+  drawn = {path.stem for path in (learned / 'figures').iterdir()}
+  assert drawn == {*figures.FIGURES, *figures.OF_ONE_RUN}
 
 
 def test_a_kill_while_weights_are_learned_ends_in_the_same_run(learned, tmp_path):

@@ -181,8 +181,8 @@ def random_resized_crop(
 
   Returns:
     (size, size, 3) uint8, bilinear and antialiased. With a side of the window below
-    2 * `size`, bit for bit what Pillow and torchvision give. Above, on photographs,
-    1.4 grey levels from it on average over the pixels, 4.5 in the worst image, and 56
+    2 * `size`, within one grey level of what Pillow and torchvision give. Above, on
+    photographs, 1.4 from it on average over the pixels, 4.5 in the worst image, and 56
     in the worst pixel.
 
   Raises:
@@ -222,7 +222,7 @@ def center_crop(encoded: bytes, where: str, *, size: int, resize: int) -> np.nda
   Raises:
     UserError: as `pixels` does, or the square does not fit.
 
-  Source: torchvision's Resize and CenterCrop, to which it is equal up to rounding.
+  Source: torchvision's Resize and CenterCrop, which it follows to one grey level.
   """
   if size > resize:
     raise UserError(f'a crop of {size} pixels out of a short side of {resize}')
@@ -287,7 +287,31 @@ def _random_box(
 def _resized(
   image: np.ndarray, size: int, box: tuple[float, float, float, float]
 ) -> np.ndarray:
-  """Returns a window (left, top, right, bottom) of an image as a square."""
+  """Returns a window (left, top, right, bottom) of an image as a square.
+
+  Where `cykooz.resizer` is not installed by Pillow, which takes four times as long and
+  whose values differ by one at most.
+  """
+  try:
+    import cykooz_resizer as resizer
+  except ImportError:
+    return _resized_by_pillow(image, size, box)
+  kind = resizer.PixelType.U8x3
+  source = resizer.ImageData(image.shape[1], image.shape[0], kind, image.tobytes())
+  square = resizer.ImageData(size, size, kind)
+  left, top, right, bottom = box
+  options = resizer.ResizeOptions(
+    resizer.ResizeAlg.convolution(resizer.FilterType.bilinear),
+    crop_box=resizer.CropBox(left, top, right - left, bottom - top),
+  )
+  resizer.Resizer().resize(source, square, options)
+  return np.frombuffer(square.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+def _resized_by_pillow(
+  image: np.ndarray, size: int, box: tuple[float, float, float, float]
+) -> np.ndarray:
+  """Returns what `_resized` does, bit for bit as torchvision has it."""
   from PIL import Image
 
   square = Image.fromarray(image).resize(

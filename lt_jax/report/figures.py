@@ -1,0 +1,672 @@
+"""Figures of a report, each drawn from the files of one run or of seeds of one thing.
+
+A figure is a function of runs that returns what Matplotlib draws and the caption, or
+raises `Missing`. `svg` makes text of it, for a light and a dark page: nothing is
+painted behind a figure, and its text and axes have the colour of the text around it.
+"""
+
+import io
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from lt_jax.evals.calibration import BINS, calibration
+from lt_jax.report.runs import Group, Missing, Run, printable
+
+Drawn = tuple[Figure, str]
+
+INK = '#010203'
+"""Stands for the colour of the page's text until `svg` replaces it."""
+
+COLOURS = {'many': '#3b82c4', 'medium': '#2f9e6e', 'few': '#dd7a21', 'all': '#8a8a8a'}
+CYCLE = ('#3b82c4', '#dd7a21', '#2f9e6e', '#a06cc4', '#c9a227', '#8a8a8a')
+
+STYLE = {
+  'svg.hashsalt': 'lt_jax',  # the same file from the same numbers
+  'svg.fonttype': 'none',
+  'font.family': 'sans-serif',
+  'font.sans-serif': ['DejaVu Sans'],
+  'font.size': 9,
+  'text.parse_math': False,  # a class may be called $
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.prop_cycle': matplotlib.cycler(color=CYCLE),
+  'axes.titlesize': 9,
+  'grid.color': '#8a8a8a',
+  'grid.alpha': 0.3,
+  'grid.linewidth': 0.5,
+  'lines.linewidth': 1.2,
+  'legend.frameon': False,
+  'figure.facecolor': 'none',
+  'axes.facecolor': 'none',
+} | dict.fromkeys(
+  ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color'), INK
+)
+
+MOST_CLASSES = 50
+"""Classes up to which each has a place of its own in a matrix."""
+
+MOST_NAMED = 20
+MOST_POINTS = 1000
+FEWEST_NEIGHBOURS = 30
+
+
+def _plot(
+  rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), **kind
+):
+  """Returns a figure and its axes, with a grid."""
+  figure = Figure(figsize=size, layout='constrained')
+  axes = figure.subplots(rows, columns, **kind)
+  for one in np.atleast_1d(axes).flat:
+    one.grid()
+    one.set_axisbelow(True)
+  return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+  """Puts a legend above the axes."""
+  figure.legend(
+    *axes.get_legend_handles_labels(),
+    loc='outside upper left',
+    ncols=4,
+    columnspacing=1.2,
+    handletextpad=0.5,
+  )
+
+
+def _log_counts(axes: Axes) -> None:
+  """Makes an axis of training images logarithmic, with plain numbers."""
+  axes.set(xscale='log', xlabel='training images of the class')
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter('{x:g}')
+  axes.xaxis.set_minor_formatter('')
+
+
+def _over(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns mean and standard deviation over runs; no deviation of one."""
+  found = np.array(values, np.float64)
+  return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
+
+
+def _some(positions: np.ndarray, most: int) -> np.ndarray:
+  """Returns at most some positions, evenly taken."""
+  last = len(positions) - 1
+  return positions[np.unique(np.linspace(0, last, most).round().astype(int))]
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+  count = len(runs)
+  return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
+
+
+def _finished(runs: Sequence[Run]) -> list[Run]:
+  """Returns the runs with a result."""
+  found = [run for run in runs if run.result]
+  if not found:
+    raise Missing('result.json is missing')
+  return found
+
+
+def _short(name: str) -> str:
+  return name if len(name) <= 14 else f'{name[:13]}…'
+
+
+def _class_accuracy(runs: Sequence[Run]) -> np.ndarray:
+  """Returns (R, C) test accuracies in %, NaN of a class without test images."""
+  return 100 * np.array([run.test('class_accuracy') for run in runs], np.float64)
+
+
+def class_accuracy(runs: Sequence[Run]) -> Drawn:
+  """Draws the accuracy of each class against its training images."""
+  runs = _finished(runs)
+  counts, (mean, deviation) = runs[0].counts, _over(_class_accuracy(runs))
+  figure, axes = _plot()
+  order = np.argsort(-counts, kind='stable')
+  named = len(counts) <= MOST_NAMED
+  place = np.empty(len(counts))
+  place[order] = np.arange(len(counts)) if named else counts[order]
+  drawn = np.isin(np.arange(len(counts)), _some(order, MOST_POINTS))
+  for name, of_group in runs[0].groups.items():
+    mask = of_group & drawn
+    if mask.any():
+      axes.errorbar(
+        place[mask],
+        mean[mask],
+        None if deviation is None else deviation[mask],
+        fmt='o',
+        color=COLOURS[name],
+        markersize=5 if named else 3,
+        elinewidth=0.8,
+        capsize=2 if named else 0,
+        alpha=1 if named else 0.7,
+        label=f'{name}-shot',
+      )
+  if named:
+    names = runs[0].class_names
+    ticks = [f'{_short(names[c])}\n{counts[c]}' for c in order]
+    turned = max(len(names[c]) for c in order) * len(order) > 90
+    axes.set_xticks(np.arange(len(order)), ticks, rotation=45 if turned else 0)
+    axes.set_xlabel('class, and its training images')
+  else:
+    width = max(3, len(order) // 10)
+    kernel = np.ones(width) / width
+    known = order[np.isfinite(mean[order])]
+    axes.plot(
+      np.exp(np.convolve(np.log(np.maximum(counts[known], 1)), kernel, 'valid')),
+      np.convolve(mean[known], kernel, 'valid'),
+      color=INK,
+      label=f'mean of {width} neighbours',
+    )
+    _log_counts(axes)
+  axes.set(ylabel='test accuracy (%)', ylim=(-3, 103))
+  _legend(figure, axes)
+  return figure, 'Accuracy of each class against class frequency.' + _seeds(runs)
+
+
+def shot_groups(runs: Sequence[Run]) -> Drawn:
+  """Draws the accuracy of many-, medium- and few-shot classes, and of all."""
+  runs = _finished(runs)
+  masks = runs[0].groups | {'all': np.ones(len(runs[0].counts), bool)}
+  test = [run.result['test'] | {'all': run.test('accuracy')} for run in runs]
+  there = [name for name in masks if all(t.get(name) is not None for t in test)]
+  mean, deviation = _over([[100 * t[name] for name in there] for t in test])
+  figure, axes = _plot(size=(5.6, 3))
+  place, colours = np.arange(len(there)), [COLOURS[name] for name in there]
+  axes.bar(place, mean, 0.6, yerr=deviation, color=colours, ecolor=INK, capsize=3)
+  for x, value in zip(place, mean, strict=True):
+    axes.text(x, 2, f'{value:.1f}', ha='center', color=INK)
+  told = [
+    f'{n if n == "all" else n + "-shot"}\n{masks[n].sum()} classes' for n in there
+  ]
+  axes.set_xticks(place, told)
+  axes.set(ylabel='test accuracy (%)', ylim=(0, 103))
+  axes.grid(visible=False, axis='x')
+  bounds = runs[0].config['data']
+  return figure, (
+    f'Accuracy by shot group: many-shot classes have more than {bounds["many_shot"]} '
+    f'training images, few-shot ones less than {bounds["few_shot"]}.{_seeds(runs)}'
+  )
+
+
+def confusion(runs: Sequence[Run]) -> Drawn:
+  """Draws what test images of each class, or block of classes, were taken for."""
+  runs = _finished(runs)
+  counts = runs[0].counts
+  classes = len(counts)
+  blocks = classes if classes <= MOST_CLASSES else MOST_NAMED
+  order = np.argsort(-counts, kind='stable')
+  block = np.empty(classes, int)
+  block[order] = np.arange(classes) * blocks // classes
+  cells = np.zeros((blocks, blocks))
+  for run in runs:
+    label, prediction, _ = run.predicted
+    np.add.at(cells, (block[label], block[prediction]), 1)
+  share = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
+  figure, axes = _plot(size=(5.6, 4.6))
+  _matrix(axes, share, numbers=blocks <= 12)
+  if blocks == classes:
+    names = [_short(runs[0].class_names[c]) for c in order]
+    size = 9 if blocks <= MOST_NAMED else 5
+    what = 'classes'
+  else:
+    ends = np.flatnonzero(np.diff(block[order], append=blocks))
+    starts = np.append(0, ends[:-1] + 1)
+    ranges = zip(counts[order][starts], counts[order][ends], strict=True)
+    names, size = [f'{a} to {b}' for a, b in ranges], 7
+    what = f'{blocks} blocks of classes of similar frequency, by their training images'
+  axes.set_xticks(np.arange(blocks), names, rotation=90, fontsize=size)
+  axes.set_yticks(np.arange(blocks), names, fontsize=size)
+  axes.set(xlabel='predicted', ylabel='true')
+  pooled = f', {len(runs)} seeds together' if len(runs) > 1 else ''
+  return figure, (
+    f'Confusion of {what}, the most frequent first: share of the true row in %{pooled}.'
+  )
+
+
+def _matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
+  """Draws (R, C) percentages as squares, the stronger the more; zeros are left out."""
+  rows, columns = np.nonzero(np.nan_to_num(share) > 0)
+  corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+  alpha = share[rows, columns] / 100
+  colours = np.column_stack([np.tile((0.231, 0.51, 0.769), (len(rows), 1)), alpha])
+  squares = np.stack([columns, rows], axis=1)[:, None] + corners
+  axes.add_collection(PolyCollection(squares, facecolors=colours, edgecolors='none'))
+  if numbers:
+    for row, column in zip(rows, columns, strict=True):
+      value = share[row, column]
+      if value >= 0.5:
+        axes.text(
+          column, row, f'{value:.0f}', ha='center', va='center', fontsize=8, color=INK
+        )
+  axes.grid(visible=False)
+  axes.set(xlim=(-0.5, share.shape[1] - 0.5), ylim=(share.shape[0] - 0.5, -0.5))
+
+
+def reliability(runs: Sequence[Run]) -> Drawn:
+  """Draws accuracy against confidence, and how many images have which."""
+  runs = _finished(runs)
+  label, prediction, confidence = (
+    np.concatenate(parts)
+    for parts in zip(*(run.predicted for run in runs), strict=True)
+  )
+  bins = calibration(np.clip(confidence, 1e-9, 1), prediction == label)
+  figure, (upper, lower) = _plot(2, size=(5.6, 4.6), sharex=True, height_ratios=(3, 1))
+  centres = (np.arange(BINS) + 0.5) * 100 / BINS
+  upper.plot((0, 100), (0, 100), '--', color=INK, linewidth=0.8, label='calibrated')
+  upper.bar(
+    centres,
+    100 * np.nan_to_num(bins['bin_accuracy']),
+    92 / BINS,
+    color=COLOURS['many'],
+    alpha=0.8,
+    label='accuracy of a bin',
+  )
+  upper.set(ylabel='test accuracy (%)', xlim=(0, 100), ylim=(0, 103))
+  upper.legend(loc='upper left')
+  share = 100 * bins['bin_count'] / len(label)
+  lower.bar(centres, share, 92 / BINS, color=COLOURS['all'])
+  lower.set(xlabel='confidence (%)', ylabel='images (%)')
+  mean, deviation = _over([100 * run.test('ece') for run in runs])
+  spread = '' if deviation is None else f' ± {deviation:.1f}'
+  pooled = f' {len(runs)} seeds together.' if len(runs) > 1 else ''
+  return figure, (
+    f'Reliability: the expected calibration error is {mean:.1f}{spread} % '
+    f'({BINS} bins).{pooled}'
+  )
+
+
+SCORES = {'known_score': 'the method’s score', 'energy': 'energy of the logits'}
+
+
+def open_set(runs: Sequence[Run]) -> Drawn:
+  """Draws what is accepted, of known and open images, as the threshold falls."""
+  runs = _finished(runs)
+  figure, (rates, f_measures) = _plot(1, 2, size=(9, 3.2))
+  for run in runs:
+    curves, first = run.arrays('open_set.npz'), run is runs[0]
+    for score, colour in zip(SCORES, CYCLE, strict=False):
+      if f'{score}/threshold' in curves:
+        accepted = 100 * (1 - curves[f'{score}/open_accuracy'])
+        rates.plot(
+          accepted,
+          100 * curves[f'{score}/known_accuracy'],
+          color=colour,
+          alpha=1 if first else 0.4,
+          label=SCORES[score] if first else None,
+        )
+    threshold = curves['known_score/threshold']
+    for definition, colour in zip(('oltr2020', 'oltr2019'), CYCLE, strict=False):
+      f_measures.plot(
+        threshold,
+        100 * curves[f'known_score/f_measure_{definition}'],
+        color=colour,
+        alpha=1 if first else 0.4,
+        label=f'F ({definition})' if first else None,
+      )
+  chosen = (runs[0].result.get('threshold') or {}).get('value')
+  if chosen is not None:
+    told = 'chosen threshold' if len(runs) == 1 else f'chosen, seed {runs[0].seed}'
+    f_measures.axvline(chosen, color=INK, linestyle='--', linewidth=0.8, label=told)
+  rates.set(
+    xlabel='open images accepted (%)',
+    ylabel='known images accepted\nand classified right (%)',
+    xlim=(0, 100),
+    ylim=(0, 103),
+  )
+  f_measures.set(
+    xlabel='threshold of the method’s score', ylabel='F-measure (%)', ylim=(0, 103)
+  )
+  for axes in (rates, f_measures):
+    axes.legend(loc='best')
+  mean, _ = _over([100 * run.test('auroc') for run in runs])
+  return figure, f'The open set, at every threshold; AUROC {mean:.1f} %.{_lines(runs)}'
+
+
+SPLITS = {'train': '#8a8a8a', 'val': CYCLE[0], 'test': CYCLE[1]}
+
+
+def training(runs: Sequence[Run]) -> Drawn:
+  """Draws loss, accuracy and learning rate over all stages."""
+  if not any(run.rows for run in runs):
+    raise Missing('metrics.jsonl is missing, or empty')
+  figure, panels = _plot(3, size=(5.6, 4.6), sharex=True, height_ratios=(2, 2, 1))
+  loss, accuracy, rate = panels
+  labelled: set[str] = set()
+  for run in runs:
+    for split, colour in SPLITS.items():
+      style = {'color': colour, 'alpha': 1 if run is runs[0] else 0.4}
+      if split not in labelled and any(row.get('split') == split for row in run.rows):
+        style['label'] = split
+        labelled.add(split)
+      if split != 'train':
+        style |= {'marker': 'o', 'markersize': 2.5}
+      loss.plot(*_curve(run, split, 'loss'), **style)
+      accuracy.plot(*_curve(run, split, 'accuracy', 100), **style)
+    rate.plot(*_curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
+  stages = _stages(runs[0])
+  for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
+    axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
+  loss.set_ylabel('loss (nats)')
+  _legend(figure, loss)
+  accuracy.set(ylabel='accuracy (%)', ylim=(0, 103))
+  rate.set(ylabel='learning rate', xlabel='step')
+  told = (
+    f' Stages, between dashed lines: {", ".join(stages)}.' if len(stages) > 1 else ''
+  )
+  return figure, (
+    'Training. Of training images the loss is the one that is minimised, with weights '
+    f'and margins; of the others it is the cross-entropy.{told}{_lines(runs)}'
+  )
+
+
+def _lines(runs: Sequence[Run]) -> str:
+  return '' if len(runs) == 1 else f' A line a seed, the strong one {runs[0].seed}.'
+
+
+def _stages(run: Run) -> dict[str, tuple[int, int]]:
+  """Returns stage -> (where it begins, what to add to its steps), one after the other.
+
+  A stage counts its steps anew, unless it carries on the clock of the one before.
+  """
+  found, end = {}, 0
+  for stage in dict.fromkeys(row.get('stage') for row in run.rows):
+    surgeries = run.config.get('stages', {}).get(stage, {}).get('surgeries', ())
+    goes_on = any(
+      name == 'carry' and 'step' in options.get('fields', ())
+      for name, options in surgeries
+    )
+    offset = 0 if goes_on else end
+    found[printable(str(stage))] = (end, offset)
+    steps = (row.get('step', 0) for row in run.rows if row.get('stage') == stage)
+    end = offset + max(steps)
+  return found
+
+
+def _curve(
+  run: Run, split: str, name: str, scale: float = 1
+) -> tuple[list[float], list[float]]:
+  """Returns steps and values of a metric, NaN where it was not finite."""
+  stages = _stages(run)
+  points = [
+    (row['step'] + stages[printable(str(row.get('stage')))][1], row[name])
+    for row in run.rows
+    if row.get('split') == split and name in row and 'step' in row
+  ]
+  values = [np.nan if value is None else scale * value for _, value in points]
+  return [step for step, _ in points], values
+
+
+def weights(runs: Sequence[Run]) -> Drawn:
+  """Draws the weights that a method has learned: by class, over training."""
+  run = runs[0]
+  stored = run.arrays('weights.npz')
+  counts, step, prior, mean, spread = (
+    stored[name] for name in ('counts', 'step', 'prior', 'mean', 'spread')
+  )
+  order = np.argsort(-counts, kind='stable')
+  figure, (over_time, at_end) = _plot(1, 2, size=(9, 3.4))
+  lines = _some(order, MOST_CLASSES)
+  for c, alpha in zip(lines, np.linspace(0.25, 1, len(lines)), strict=True):
+    over_time.plot(step, mean[:, c], color=COLOURS['few'], linewidth=1, alpha=alpha)
+  over_time.set(xlabel='step', ylabel='mean weight of a class')
+  over_time.set_title('strong: rare classes; faint: frequent ones')
+  # The last fifth of training: a single log row has few images of a rare class.
+  tail = slice(-max(1, len(step) // 5), None)
+  last, width, before = (_mean(x[tail][:, order]) for x in (mean, spread, prior))
+  at_end.errorbar(
+    counts[order], last, width, fmt='o', markersize=4, capsize=2, label='learned'
+  )
+  at_end.plot(
+    counts[order], before, color=INK, linewidth=1, alpha=0.6, label='class-balanced'
+  )
+  _log_counts(at_end)
+  at_end.set_ylabel('weight')
+  at_end.set_title('last fifth of training: mean, deviation')
+  at_end.legend()
+  seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
+  return figure, f'Learned weights of examples, by class, over training.{seed}'
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+  """Returns the means of columns, without what is not a number."""
+  there = np.isfinite(values)
+  count = there.sum(axis=0)
+  total = np.where(there, values, 0).sum(axis=0)
+  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+def features(runs: Sequence[Run]) -> Drawn:
+  """Draws a plane map of test features, with the centroids of classes."""
+  run = runs[0]
+  stored = run.arrays('features.npz')
+  points, label = stored['features'].astype(np.float32), stored['label']
+  keep = np.flatnonzero(np.isfinite(points).all(axis=1))
+  keep = _some(keep, MOST_POINTS) if len(keep) else keep
+  points, label = points[keep], label[keep]
+  centroids = stored['centroids'].astype(np.float32)
+  if len(points) < 3 or not np.ptp(points, axis=0).any():
+    raise Missing('features.npz has too few features that differ')
+  shown = np.flatnonzero(np.isfinite(centroids).all(axis=1))[:MOST_CLASSES]
+  if centroids.shape[1:] != points.shape[1:] or len(centroids) > MOST_CLASSES:
+    shown = shown[:0]
+  plane, name = _plane(np.concatenate([points, centroids[shown]]))
+  figure, axes = _plot(size=(5.6, 4.6))
+  counts = run.counts
+  if len(counts) <= 10:
+    order = np.argsort(-counts, kind='stable')
+    colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))
+    sets = {
+      f'{_short(run.class_names[c])} ({counts[c]})': (label == c, colour)
+      for c, colour in zip(order, colours, strict=True)
+    }
+  else:
+    sets = {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
+  for told, (mask, colour) in sets.items():
+    axes.scatter(
+      *plane[: len(points)][mask].T, s=9, color=colour, alpha=0.75, label=told
+    )
+  for c, (x, y) in zip(shown, plane[len(points) :], strict=True):
+    axes.plot(x, y, 'P', color=INK, markersize=7, markeredgecolor='#8a8a8a')
+    axes.annotate(
+      _short(run.class_names[c]), (x, y), (4, 4), textcoords='offset points'
+    )
+  axes.set(xlabel=f'{name} 1 (no unit)', ylabel=f'{name} 2 (no unit)')
+  axes.set(xticks=[], yticks=[])
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+  crosses = ', and class centroids (crosses)' if len(shown) else ''
+  return figure, (
+    f'{name} map of {len(points)} test features{crosses}. Behind a class stand its '
+    'training images. Distances between far groups mean little.'
+  )
+
+
+def _plane(points: np.ndarray) -> tuple[np.ndarray, str]:
+  """Returns (N, 2) places of points, and the name of the map."""
+  from sklearn.decomposition import PCA
+  from sklearn.manifold import TSNE
+  from threadpoolctl import threadpool_limits
+
+  few = min(50, *points.shape)
+  points = PCA(few, random_state=0).fit_transform(points)
+  if len(points) < FEWEST_NEIGHBOURS:
+    return points[:, :2], 'PCA'
+  mapped = TSNE(perplexity=min(30, len(points) / 4), max_iter=500, random_state=0)
+  with threadpool_limits(1):  # threads that wait for each other cost more than they do
+    return mapped.fit_transform(points), 't-SNE'
+
+
+FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
+  'class_accuracy': class_accuracy,
+  'shot_groups': shot_groups,
+  'confusion': confusion,
+  'reliability': reliability,
+  'open_set': open_set,
+  'training': training,
+  'weights': weights,
+}
+"""name -> figure of seeds of one thing."""
+
+OF_ONE_RUN = {'features': features}
+"""Those that take seconds."""
+
+
+def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
+  """Draws many-, medium- and few-shot accuracy of each method, a row each."""
+  groups = [group for group in groups if group.counted]
+  figure, axes = _plot(size=(5.6, 0.9 + 0.26 * len(groups)))
+  place = np.arange(len(groups))
+  for name in ('many', 'medium', 'few', 'all'):
+    key = 'accuracy' if name == 'all' else name
+    found = [[r.result['test'].get(key) for r in g.counted] for g in groups]
+    there = np.array([None not in values for values in found])
+    if not there.any():
+      continue
+    pairs = [_over(100 * np.array(v)) for v, t in zip(found, there, strict=True) if t]
+    axes.errorbar(
+      [mean for mean, _ in pairs],
+      place[there],
+      xerr=[0 if deviation is None else deviation for _, deviation in pairs],
+      fmt='o',
+      color=COLOURS[name],
+      markersize=5,
+      elinewidth=1,
+      label=name if name == 'all' else f'{name}-shot',
+    )
+  axes.set_yticks(place, [_short_label(group.label) for group in groups])
+  axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
+  _legend(figure, axes)
+  return figure, 'Accuracy by shot group; mean and standard deviation over seeds.'
+
+
+def _short_label(label: str) -> str:
+  return label if len(label) <= 40 else f'{label[:39]}…'
+
+
+def compare_classes(groups: Sequence[Group]) -> Drawn:
+  """Draws the accuracy of each class, or block of classes, under each method."""
+  groups = [group for group in groups if group.counted]
+  counts = groups[0].counted[0].counts
+  names = groups[0].counted[0].class_names
+  if any(group.counted[0].class_names != names for group in groups):
+    raise Missing('the runs have not the same classes')
+  rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])
+  order = np.argsort(-counts, kind='stable')
+  parts = np.array_split(order, min(len(counts), MOST_NAMED))
+  shown = np.stack([_mean(rows[:, part].T) for part in parts], axis=1)
+  figure, axes = _plot(size=(9, 1.5 + 0.26 * len(groups)))
+  _matrix(axes, shown, numbers=True)
+  if len(parts) == len(counts):
+    names = [f'{_short(names[c])}\n{counts[c]}' for c in order]
+  else:
+    names = [f'{counts[part[0]]} to {counts[part[-1]]}' for part in parts]
+  turned = max(map(len, names)) * len(names) > 100
+  axes.set_xticks(np.arange(len(names)), names, rotation=90 if turned else 0)
+  axes.set_yticks(np.arange(len(groups)), [_short_label(g.label) for g in groups])
+  axes.set_xlabel(
+    'class, and its training images'
+    if len(parts) == len(counts)
+    else 'classes of similar frequency, by their training images'
+  )
+  return figure, 'Test accuracy of each class in %, the most frequent first.'
+
+
+COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
+  'compare_shot_groups': compare_shot_groups,
+  'compare_classes': compare_classes,
+}
+"""name -> figure of several groups."""
+
+
+class Figured(NamedTuple):
+  """A figure for a page.
+
+  Attributes:
+    name: of the figure.
+    caption: what it shows.
+    svg: the drawing; '' if there is none, and the caption says why.
+  """
+
+  name: str
+  caption: str
+  svg: str
+
+
+def draw(
+  name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
+) -> Figured:
+  """Draws a figure; without what it is made of, says what that is."""
+  title = name.replace('_', ' ')
+  try:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
+      drawn, caption = figure(shown)
+      return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
+  except Missing as missing:
+    return Figured(name, f'No figure of {title}: {missing}.', '')
+  except (KeyError, IndexError, TypeError, ValueError) as error:  # other contents
+    told = f'its files hold something else ({type(error).__name__}: {error})'
+    return Figured(name, f'No figure of {title}: {told}.', '')
+
+
+NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}
+REFERENCE = re.compile(r'url\(#(.+?)\)')
+
+
+def svg(figure: Figure, prefix: str, label: str) -> str:
+  """Returns a figure as an <svg> element whose ids begin with a prefix.
+
+  Args:
+    figure: what Matplotlib draws.
+    prefix: unique on the page.
+    label: what a screen reader says.
+  """
+  buffer = io.BytesIO()
+  # What savefig does besides is to draw everything a second time.
+  FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
+  root = ElementTree.fromstring(buffer.getvalue())
+  space = f'{{{NAMESPACES[""]}}}'
+  for parent in list(root.iter()):
+    for child in list(parent):
+      if child.tag in (f'{space}metadata', f'{space}style'):
+        parent.remove(child)
+  href = f'{{{NAMESPACES["xlink"]}}}href'
+  used = set()
+  for element in root.iter():
+    for key, value in element.attrib.items():
+      used |= set(REFERENCE.findall(value))
+      used |= {value[1:]} if key == href else set()
+  for element in root.iter():
+    for key, value in list(element.attrib.items()):
+      if key == 'id' and value not in used:
+        del element.attrib[key]
+      elif key == 'id':
+        element.set(key, f'{prefix}-{value}')
+      elif key == href:
+        element.set(key, f'#{prefix}-{value[1:]}')
+      else:
+        value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
+        element.set(key, value.replace(INK, 'currentColor'))
+  width, height = (float(number) for number in root.get('viewBox').split()[2:])
+  root.attrib.update(
+    {
+      'width': f'{width * 4 / 3:.0f}',  # of points, in pixels
+      'height': f'{height * 4 / 3:.0f}',
+      'role': 'img',
+      'aria-label': label,
+      'stroke-linejoin': 'round',
+    }
+  )
+  for key, uri in NAMESPACES.items():
+    ElementTree.register_namespace(key, uri)
+  return ElementTree.tostring(root, encoding='unicode')

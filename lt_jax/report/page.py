@@ -1,0 +1,203 @@
+"""The page: what was read, counted and drawn, through one template."""
+
+import base64
+import io
+import json
+import os
+import urllib.parse
+from typing import Any
+
+import jinja2
+import numpy as np
+from etils import epath
+
+from lt_jax import files
+from lt_jax.report import figures, tables
+from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
+
+MOST_DRAWN = 20
+"""Groups up to which each has figures; of more, the reports of their folders have."""
+
+REMARK = 'There are many methods: the report of a method’s own folder has its figures.'
+
+MOST_SAMPLES = 32
+THUMBNAIL = 128
+"""Pixels of the longer side."""
+
+STANDALONE = (
+  '<style>svg{color:#24292f}'
+  '@media(prefers-color-scheme:dark){svg{color:#d7dde3}}</style>'
+)
+"""In a file of its own a figure has no text around it to take a colour from."""
+
+
+def write(folder: epath.PathLike) -> epath.Path:
+  """Writes the report of a run, or of all runs beneath a folder, from their files.
+
+  Beside report.html go report.md and report.tex, and as figures/NAME.svg the figures of
+  a run, or those that compare several.
+
+  Args:
+    folder: a run's workdir, or one that holds such.
+
+  Returns:
+    The path of report.html.
+
+  Raises:
+    UserError: there is no run.
+    OSError: the folder cannot be written.
+  """
+  folder = files.absolute(folder)
+  runs = find(folder)
+  groups, notes = grouped(runs)
+  alone = runs[0].folder == folder
+  results, published = tables.results_table(groups), tables.published_table(groups)
+  sections = [_section(group, folder, alone, len(groups)) for group in groups]
+  compared = [] if len(groups) == 1 else _compared(groups)
+  page = _template().render(
+    title=_title(runs, folder, alone),
+    facts=_facts(runs[0]) if alone else [f'{folder}'],
+    alone=alone,
+    results=results,
+    published=published,
+    remarks=[tables.UNITS, *notes],
+    figures=compared,
+    sections=sections,
+    samples=_samples(runs[0]) if alone else None,
+  )
+  (folder / 'figures').mkdir(exist_ok=True)
+  for figure in sections[0]['figures'] if alone else compared:
+    if figure.svg:
+      text = figure.svg.replace('>', f'>{STANDALONE}', 1)
+      files.write_atomically(folder / 'figures' / f'{figure.name}.svg', text)
+  shown = [table for table in (results, published) if table.rows]
+  remarks = [tables.UNITS, *notes]
+  plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
+  files.write_atomically(folder / 'report.md', '\n\n'.join(plain))
+  latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
+  files.write_atomically(folder / 'report.tex', '\n'.join(latex))
+  files.write_atomically(folder / 'report.html', page)
+  return folder / 'report.html'
+
+
+def _title(runs: list[Run], folder: epath.Path, alone: bool) -> str:
+  names = dict.fromkeys(str(run.config.get('name', '')) for run in runs)
+  name = printable(', '.join(filter(None, names))) or printable(folder.name)
+  if alone:
+    return (
+      f'{name}: {printable(str(runs[0].config.get("recipe")))}, seed {runs[0].seed}'
+    )
+  return f'{name}: {len(runs)} runs'
+
+
+def _facts(run: Run) -> list[str]:
+  """Says in a few lines what a run was, and where."""
+  result = run.result
+  told = [f'{run.folder}: {run.state}']
+  if result:
+    chosen = result.get('threshold') or {}
+    versions = result.get('versions', {}).items()
+    told += [
+      f'Stage {result.get("stage")}, step {result.get("step")}, '
+      f'State by {result.get("select")}; {result.get("wall_seconds")} s on '
+      f'{result.get("device")}; {", ".join(f"{k} {v}" for k, v in versions)}',
+      f'Configuration {run.kind[0]}, state {str(result.get("state_sha256"))[:16]}',
+    ]
+    if chosen:
+      told.append(
+        f'Threshold of the open set: {chosen.get("value"):.4g}, '
+        f'{chosen.get("chosen_by")}'
+      )
+  return [printable(line) for line in told]
+
+
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader('lt_jax.report', '.'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.globals['zip'] = zip
+  return environment.get_template('template.html')
+
+
+def _compared(groups: list[Group]) -> list[figures.Figured]:
+  """Draws methods beside each other, if any has finished."""
+  if not any(group.counted for group in groups):
+    return []
+  return [
+    figures.draw(name, figure, groups, 'page')
+    for name, figure in figures.COMPARISONS.items()
+  ]
+
+
+def _section(
+  group: Group, folder: epath.Path, alone: bool, groups: int
+) -> dict[str, Any]:
+  """Returns what the page shows of a group of runs."""
+  links = [
+    _link(run.folder / 'report.html', folder)
+    if not alone and (run.folder / 'report.html').exists()
+    else ''
+    for run in group.runs
+  ]
+  wanted = figures.FIGURES if groups <= MOST_DRAWN else {}
+  wanted = wanted | (figures.OF_ONE_RUN if alone else {})
+  shown = group.counted or group.runs
+  drawn = [figures.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
+  return {
+    'group': group,
+    'runs': None if alone else tables.runs_table(group.runs, links),
+    'figures': drawn,
+    'remark': '' if wanted else REMARK,
+    'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
+  }
+
+
+def _link(path: epath.Path, folder: epath.Path) -> str:
+  """Returns the address of a file, from a page in a folder."""
+  below = os.fspath(path).removeprefix(os.fspath(folder)).lstrip('/')
+  return urllib.parse.quote(below, errors='surrogateescape')
+
+
+def _samples(run: Run) -> dict[str, Any]:
+  """Returns the worst errors on rare classes, and what they were taken for."""
+  try:
+    stored = run.arrays('samples.npz')
+    names = run.class_names
+    rows = zip(
+      *(
+        stored[n][:MOST_SAMPLES] for n in ('image', 'label', 'prediction', 'confidence')
+      ),
+      strict=True,
+    )
+    return {
+      'missing': '',
+      'images': [
+        {
+          'uri': _uri(image),
+          'label': names[label],
+          'prediction': names[prediction],
+          'confidence': f'{100 * confidence:.0f}',
+        }
+        for image, label, prediction, confidence in rows
+      ],
+    }
+  except Missing as missing:
+    return {'missing': str(missing), 'images': []}
+  except (KeyError, IndexError, TypeError, ValueError) as error:
+    return {'missing': f'samples.npz holds something else ({error})', 'images': []}
+
+
+def _uri(pixels: np.ndarray) -> str:
+  """Returns an image (H, W, 1 or 3) uint8 as a data URI, at most a thumbnail."""
+  from PIL import Image
+
+  image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  image.thumbnail((THUMBNAIL, THUMBNAIL))
+  kind = 'png' if max(image.size) < THUMBNAIL // 2 else 'jpeg'
+  buffer = io.BytesIO()
+  image.save(buffer, format=kind)
+  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'

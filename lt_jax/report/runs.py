@@ -1,0 +1,276 @@
+"""Runs as they lie on disk: what each has to tell, and which are seeds of one thing."""
+
+import functools
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lt_jax import files
+from lt_jax.build import config_digest
+from lt_jax.data.longtail import shot_groups
+from lt_jax.errors import UserError
+from lt_jax.writers import read_rows
+
+ONLY = {
+  'open_set.npz': ', which only runs with an open set leave',
+  'weights.npz': ', which only methods that learn the weights of examples leave',
+}
+
+
+class Missing(Exception):
+  """A run lacks what a figure is made of; says which file, in words."""
+
+
+class Run:
+  """One run's folder, read; what is not there is empty.
+
+  Attributes:
+    folder: of the run.
+    name: its path below the folder of the report, or the folder's own name.
+    config: what config.json holds.
+    data: what data.json holds.
+    result: what result.json holds; empty unless the run has finished.
+    state: 'finished', 'diverged at step 40', 'unfinished, at step 120', or what is
+      damaged.
+  """
+
+  def __init__(self, folder: epath.Path, name: str):
+    """Reads the small files; arrays are read when they are asked for."""
+    self.folder, self.name = folder, printable(name)
+    self._damaged: list[str] = []
+    self.config = self._read('config.json')
+    self.data = self._read('data.json')
+    self.result = self._read('result.json')
+    if not isinstance(self.result.get('test'), Mapping):
+      self.result = {}
+    self.state = '; '.join(self._damaged) or self._progress()
+
+  def _read(self, name: str) -> dict[str, Any]:
+    if not (self.folder / name).exists():
+      return {}
+    try:
+      return files.read_json(self.folder / name)
+    except UserError:
+      self._damaged.append(f'{name} is damaged')
+      return {}
+
+  def _progress(self) -> str:
+    """Says how far the run has come, by its files."""
+    if self.result:
+      return 'finished'
+    for event in reversed(read_rows(self.folder / 'events.jsonl')):
+      if event.get('event') == 'diverged':
+        return f'diverged at step {event.get("step")}'
+      if event.get('event') == 'started':
+        break
+    step = max((row.get('step', 0) for row in self.rows), default=0)
+    return f'unfinished, at step {step}' if step else 'unfinished, without a log yet'
+
+  @property
+  def seed(self) -> Any:
+    """The seed of the run."""
+    return self.config.get('seed', '?')
+
+  @functools.cached_property
+  def rows(self) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl."""
+    return read_rows(self.folder / 'metrics.jsonl')
+
+  @functools.cached_property
+  def kind(self) -> tuple[str, str]:
+    """What seeds of one thing share: digests of the configuration and of the data."""
+    digest = self.result.get('config_digest') or config_digest(self.config)
+    return digest, str(self.data.get('fingerprint', ''))
+
+  def arrays(self, name: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of a .npz file.
+
+    Raises:
+      Missing: it is not there, or damaged.
+    """
+    path = self.folder / name
+    if not path.exists():
+      raise Missing(f'{name} is missing{ONLY.get(name, "")}')
+    try:
+      with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+      raise Missing(f'{name} is damaged') from None
+
+  @functools.cached_property
+  def predicted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(label, prediction, confidence) of the test images, (N,) each."""
+    stored = self.arrays('predictions.npz')
+    if 'logits' not in stored:
+      top, of_all = stored['top_logits'][:, 0], stored['log_sum_exp']
+      return stored['label'], stored['top_classes'][:, 0], np.exp(top - of_all)
+    logits = stored['logits'].astype(np.float32)
+    logits -= logits.max(axis=1, keepdims=True)
+    prediction = logits.argmax(axis=1)
+    return stored['label'], prediction, 1 / np.exp(logits, out=logits).sum(axis=1)
+
+  def test(self, name: str) -> Any:
+    """Returns a test metric.
+
+    Raises:
+      Missing: the run has not finished, or has no such metric.
+    """
+    if not self.result:
+      raise Missing('result.json is missing')
+    if self.result['test'].get(name) is None:
+      raise Missing(f'result.json has no {name}')
+    return self.result['test'][name]
+
+  @property
+  def counts(self) -> np.ndarray:
+    """(C,) training images of each class; Missing without data.json."""
+    counts = self.data.get('counts', {}).get('train')
+    if not counts:
+      raise Missing('data.json is missing')
+    return np.array(counts)
+
+  @property
+  def class_names(self) -> list[str]:
+    """Printable names of the classes."""
+    names = self.data.get('class_names') or range(len(self.counts))
+    return [printable(str(name)) for name in names]
+
+  @property
+  def groups(self) -> dict[str, np.ndarray]:
+    """'many', 'medium' and 'few' -> (C,) bool."""
+    data = self.config['data']
+    return shot_groups(self.counts, data['many_shot'], data['few_shot'])
+
+
+def printable(text: str) -> str:
+  """Returns text without what neither XML nor a terminal can hold."""
+  return ''.join(c if c.isprintable() else '\ufffd' for c in text)
+
+
+def find(folder: epath.Path) -> list[Run]:
+  """Returns the run that a folder is, or all runs beneath it, by path.
+
+  Raises:
+    UserError: there are none.
+  """
+  found = [Run(path, _below(path, folder)) for path in _folders(folder, set())]
+  if not found:
+    raise UserError(f'{folder} is no run and holds none: there is no config.json')
+  return found
+
+
+def _below(path: epath.Path, folder: epath.Path) -> str:
+  if path == folder:
+    return folder.name
+  return os.fspath(path).removeprefix(os.fspath(folder)).lstrip('/')
+
+
+def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
+  """Yields the folders of runs; a link back up is not followed twice."""
+  real = os.path.realpath(folder)
+  if real in seen or not folder.is_dir():
+    return
+  seen.add(real)
+  if _is_config(folder / 'config.json'):
+    yield folder
+    return
+  for path in sorted(folder.iterdir()):
+    if not path.name.startswith('.'):
+      yield from _folders(path, seen)
+
+
+def _is_config(path: epath.Path) -> bool:
+  """Returns whether a file is a run's config.json; a torn one may be."""
+  try:
+    value = json.loads(path.read_text())
+  except ValueError:
+    return True
+  except OSError:
+    return False
+  return isinstance(value, dict) and {'recipe', 'seed'} <= value.keys()
+
+
+class Group(NamedTuple):
+  """Runs that differ in nothing but the seed.
+
+  Attributes:
+    label: the recipe, and what sets it apart from other groups of that recipe.
+    anchor: a name for links, of letters, digits and '-'.
+    runs: all of them, by path.
+    counted: those that have finished, one a seed; what means are taken over.
+  """
+
+  label: str
+  anchor: str
+  runs: list[Run]
+  counted: list[Run]
+
+
+def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+  """Sorts runs into groups; runs of different configurations or data never meet.
+
+  Returns:
+    (groups, in the order of their first runs; notes on what was kept apart).
+  """
+  kinds: dict[tuple[str, str], list[Run]] = {}
+  for run in runs:
+    kinds.setdefault(run.kind, []).append(run)
+  recipes: dict[str, list[list[Run]]] = {}
+  for members in kinds.values():
+    recipes.setdefault(_recipe(members[0], runs), []).append(members)
+  groups, notes = [], []
+  for recipe, several in recipes.items():
+    told = _differences([members[0] for members in several])
+    if len(several) > 1:
+      differences = '; '.join(t or 'as the others' for t in told)
+      notes.append(
+        f'{recipe} has runs of {len(several)} configurations or data sets, which are '
+        f'not averaged: {differences}.'
+      )
+    for members, difference in zip(several, told, strict=True):
+      counted = {r.seed: r for r in reversed(members) if r.result}
+      label = f'{recipe} ({difference})' if difference else recipe
+      again = [r.name for r in members if r.result and counted[r.seed] is not r]
+      if again:
+        notes.append(
+          f'{label}: seeds that are there twice count once, without {again}.'
+        )
+      anchor = f'group-{len(groups)}'
+      kept = [r for r in members if counted.get(r.seed) is r]
+      groups.append(Group(label, anchor, members, kept))
+  return groups, notes
+
+
+def _recipe(run: Run, runs: Sequence[Run]) -> str:
+  """Returns the recipe, with the data set's name where runs have several."""
+  recipe = printable(str(run.config.get('recipe') or 'unknown'))
+  if len({other.config.get('name') for other in runs if other.config}) > 1:
+    return f'{printable(str(run.config.get("name")))}: {recipe}'
+  return recipe
+
+
+MOST_DIFFERENCES = 3
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+  """Says of each of some runs of a recipe what of its configuration is its own."""
+  flat = [files.flatten(run.config) for run in runs]
+  keys = sorted({key for config in flat for key in config} - {'seed'})
+  keys = [k for k in keys if any(c.get(k) != flat[0].get(k) for c in flat)]
+  told = []
+  for run, config in zip(runs, flat, strict=True):
+    own = [f'{key}={config.get(key, "-")}' for key in keys[:MOST_DIFFERENCES]]
+    if len(keys) > MOST_DIFFERENCES:
+      own.append(f'and {len(keys) - MOST_DIFFERENCES} more, config {run.kind[0]}')
+    if len({other.kind[1] for other in runs}) > 1:
+      own.append(f'data {run.kind[1][:7] or "unknown"}')
+    told.append(printable(', '.join(own)))
+  if len(set(told)) < len(told):  # told apart by the digest alone
+    told = [f'{t}, config {r.kind[0]}' for t, r in zip(told, runs, strict=True)]
+  return told if len(runs) > 1 else ['']

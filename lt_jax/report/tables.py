@@ -1,0 +1,201 @@
+"""Tables of a report: numbers over seeds, beside published ones, as Markdown and LaTeX.
+
+Means are of the runs that `Group.counted` holds; standard deviations are of the sample
+(n - 1), and there is none of one run.
+"""
+
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lt_jax import files
+from lt_jax.report.runs import Group, Run, printable
+from lt_jax.results import TABLE
+
+UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
+
+
+class Table(NamedTuple):
+  """Text in rows and columns.
+
+  Attributes:
+    headings: of the columns.
+    rows: of texts, as many each.
+    links: where the first cell of each row leads; '' for nowhere.
+  """
+
+  headings: list[str]
+  rows: list[list[str]]
+  links: list[str]
+
+
+def percent(values: Sequence[float | None]) -> str:
+  """Returns mean ± standard deviation in %, or n/a where a run has no such number."""
+  if not values or None in values:
+    return 'n/a'
+  scaled = 100 * np.array(values, np.float64)
+  deviation = f' ± {scaled.std(ddof=1):.1f}' if len(scaled) > 1 else ''
+  return f'{scaled.mean():.1f}{deviation}'
+
+
+def results_table(groups: Sequence[Group]) -> Table:
+  """Returns a row a group, with the test metrics that any of them has, in %."""
+  columns = _columns(run for group in groups for run in group.runs)
+  return Table(
+    ['method', 'runs', *columns.values()],
+    [
+      [
+        group.label,
+        _states(group),
+        *(
+          percent([run.result['test'].get(name) for run in group.counted])
+          if group.counted
+          else '-'
+          for name in columns
+        ),
+      ]
+      for group in groups
+    ],
+    [f'#{group.anchor}' for group in groups],
+  )
+
+
+def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
+  """Returns a row a run; what has not finished says so."""
+  columns = _columns(runs)
+  return Table(
+    ['run', 'seed', 'state', *columns.values(), 'wall time (s)', 'device'],
+    [
+      [
+        run.name,
+        str(run.seed),
+        run.state,
+        *(
+          percent([run.result['test'].get(name)]) if run.result else '-'
+          for name in columns
+        ),
+        str(run.result.get('wall_seconds', '-')),
+        printable(str(run.result.get('device', '-'))),
+      ]
+      for run in runs
+    ],
+    list(links),
+  )
+
+
+def _columns(runs: Sequence[Run]) -> dict[str, str]:
+  """Returns the metrics that any run has, with their titles."""
+  there = {name for run in runs if run.result for name in run.result['test']}
+  return {name: title for name, title in TABLE.items() if name in there}
+
+
+def _states(group: Group) -> str:
+  """Says how many runs have finished, and what became of the others."""
+  told = Counter(re.split(', | at ', run.state)[0] for run in group.runs)
+  return ', '.join(f'{count} {state}' for state, count in told.items())
+
+
+def published_table(groups: Sequence[Group]) -> Table:
+  """Returns our numbers beside published ones, where a group has their setting."""
+  known = json.loads(pathlib.Path(__file__).with_name('published.json').read_text())
+  rows, links = [], []
+  for group in groups:
+    for row in known:
+      test = [run.result['test'] for run in group.counted]
+      values = [_value(metrics, row['metric']) for metrics in test]
+      if not test or None in values or not _is_of(row, group.counted[0].config):
+        continue
+      best = [_best(run) for run in group.counted] if row['metric'] == 'error' else []
+      rows.append(
+        [
+          group.label,
+          _METRICS.get(row['metric'], TABLE.get(row['metric'], row['metric'])),
+          percent(values),
+          percent(best) if best else '-',
+          f'{row["value"]:.1f}',
+          row['source'],
+        ]
+      )
+      links.append(f'#{group.anchor}')
+  headings = [
+    'method',
+    'metric (%)',
+    'ours',
+    'ours, best on test',
+    'published',
+    'source',
+  ]
+  return Table(headings, rows, links)
+
+
+_METRICS = {
+  'error': 'top-1 error',
+  'f_measure_oltr2019_at_0.1': 'open-set F (oltr2019) at 0.1',
+}
+
+
+def _value(test: dict[str, Any], metric: str) -> float | None:
+  return 1 - test['accuracy'] if metric == 'error' else test.get(metric)
+
+
+def _best(run: Run) -> float | None:
+  best = run.result.get('best_on_test')
+  return 1 - best['accuracy'] if best else None
+
+
+def _is_of(row: dict[str, Any], config: dict[str, Any]) -> bool:
+  """Returns whether a published number was measured in a config's setting."""
+  flat = files.flatten(config)
+  same = all(flat.get(key) == value for key, value in row['where'].items())
+  return same and (row['config'], row['recipe']) == (
+    config.get('name'),
+    config.get('recipe'),
+  )
+
+
+def markdown(table: Table) -> str:
+  """Returns a table as Markdown, its text escaped."""
+  head, *body = ([*map(markdown_text, r)] for r in [table.headings, *table.rows])
+  widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+  lines = [head, ['-' * max(3, width) for width in widths], *body]
+  padded = ([t.ljust(w) for t, w in zip(r, widths, strict=True)] for r in lines)
+  return ''.join(f'| {" | ".join(row)} |\n' for row in padded)
+
+
+def markdown_text(text: str) -> str:
+  """Returns text that Markdown shows as it is."""
+  for special in '\\`*_[]<>|':
+    text = text.replace(special, f'\\{special}')
+  return text
+
+
+def latex(table: Table) -> str:
+  """Returns a table as LaTeX with booktabs, its text escaped."""
+  head, *body = (
+    ' & '.join(map(_latex_text, line)) + r' \\'
+    for line in [table.headings, *table.rows]
+  )
+  columns = 'l' * len(table.headings)
+  begin, end = rf'\begin{{tabular}}{{{columns}}}', r'\end{tabular}'
+  lines = [begin, r'\toprule', head, r'\midrule', *body, r'\bottomrule', end]
+  return '\n'.join(lines) + '\n'
+
+
+_LATEX = {
+  '\\': r'\textbackslash{}',
+  '~': r'\textasciitilde{}',
+  '^': r'\textasciicircum{}',
+  '<': r'\textless{}',
+  '>': r'\textgreater{}',
+  '|': r'\textbar{}',
+  '±': r'$\pm$',
+} | {special: f'\\{special}' for special in '&%$#_{}'}
+
+
+def _latex_text(text: str) -> str:
+  return ''.join(_LATEX.get(character, character) for character in text)

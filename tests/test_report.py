@@ -1,0 +1,530 @@
+"""The report: numbers over seeds, what is refused, what is escaped, what is drawn."""
+
+import html.parser
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import urllib.parse
+from collections import Counter
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lt_jax import report
+from lt_jax.errors import UserError
+from lt_jax.report import figures, runs, tables
+
+COUNTS = (200, 90, 30, 8, 3)
+NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
+ALL = figures.FIGURES | figures.OF_ONE_RUN
+RUN_FIGURES = set(ALL)
+ARRAYS = {
+  'predictions.npz': {'confusion', 'reliability'},
+  'open_set.npz': {'open_set'},
+  'weights.npz': {'weights'},
+  'features.npz': {'features'},
+}
+"""file -> the figures that are made of it."""
+
+
+def config(recipe='ce', seed=0, **changes):
+  data = {
+    'many_shot': 100,
+    'few_shot': 20,
+    'imbalance': 100.0,
+    'profile': 'exponential',
+  }
+  made = {
+    'name': 'cifar10_lt',
+    'recipe': recipe,
+    'seed': seed,
+    'epochs': 200.0,
+    'data': data,
+    'model': {'trunk': 'resnet32'},
+    'stages': {'plain': {}, 'second': {'surgeries': [['copy', {'pattern': '.*'}]]}},
+    **changes,
+  }
+  return json.loads(json.dumps(made))
+
+
+def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES, top=False):
+  """Writes what a finished run leaves, with random arrays; returns the folder."""
+  made = made or config()
+  rng = np.random.default_rng(made['seed'])
+  classes = len(counts)
+  folder.mkdir(parents=True)
+  label = np.repeat(np.arange(classes), 10)
+  logits = rng.normal(size=(len(label), classes)).astype(np.float16)
+  if top:
+    order = np.argsort(-logits, axis=1)[:, :20]
+    stored = {
+      'top_logits': np.take_along_axis(logits, order, 1),
+      'top_classes': order.astype(np.int32),
+      'log_sum_exp': np.log(np.exp(logits.astype(np.float32)).sum(1)),
+    }
+  else:
+    stored = {'logits': logits}
+  np.savez(folder / 'predictions.npz', label=label, **stored)
+  np.savez(
+    folder / 'features.npz',
+    features=rng.normal(size=(len(label), 6)).astype(np.float16),
+    label=label,
+    prediction=label,
+    centroids=rng.normal(size=(classes, 6)).astype(np.float16),
+  )
+  np.savez(
+    folder / 'samples.npz',
+    image=rng.integers(0, 255, (3, 8, 8, 1), np.uint8),
+    label=np.array([1, 3, 4]),
+    prediction=np.array([0, 1, 0]),
+    confidence=np.float32([0.9, 0.8, 0.7]),
+  )
+  falling = np.linspace(1, 0, 20)
+  curve = dict.fromkeys(
+    ('f_measure_oltr2019', 'f_measure_oltr2020', 'known_accuracy', 'open_accuracy'),
+    falling,
+  )
+  scores = {
+    f'{score}/{name}': values
+    for score in ('known_score', 'energy')
+    for name, values in {'threshold': falling, **curve}.items()
+  }
+  np.savez(folder / 'open_set.npz', **scores)
+  vectors = {name: rng.random((4, classes)) for name in ('prior', 'mean', 'spread')}
+  np.savez(
+    folder / 'weights.npz', counts=np.array(counts), step=np.arange(4), **vectors
+  )
+  rows = [
+    {'stage': stage, 'split': split, 'step': step, 'loss': 1.0, 'accuracy': 0.5}
+    for stage in ('plain', 'second')
+    for step in (10, 20)
+    for split in ('train', 'test')
+  ]
+  rows[-2]['loss'] = None  # not finite
+  rows[0]['learning_rate'] = rows[4]['learning_rate'] = 0.1
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (folder / 'metrics.jsonl').write_text(text)
+  (folder / 'events.jsonl').write_text('{"event": "started"}\n')
+  (folder / 'config.json').write_text(json.dumps(made))
+  facts = {'class_names': names, 'counts': {'train': counts}, 'fingerprint': 'f' * 64}
+  (folder / 'data.json').write_text(json.dumps(facts))
+  test = {
+    'accuracy': accuracy,
+    'many': 0.75,
+    'medium': accuracy,
+    'few': 0.25,
+    'class_accuracy': [accuracy] * (classes - 1) + [None],
+    'ece': 0.125,
+    'auroc': 0.5,
+  }
+  result = {
+    'test': test,
+    'threshold': {'value': 0.5, 'chosen_by': 'fixed'},
+    'best_on_test': {'accuracy': accuracy + 0.05, 'step': 10, 'epoch': 1},
+    'wall_seconds': 1.5,
+    'device': '1 x cpu',
+    'state_sha256': 'ab' * 32,
+  }
+  (folder / 'result.json').write_text(json.dumps(result))
+  return folder
+
+
+class Page(html.parser.HTMLParser):
+  """A page, parsed: tags, ids, what is referred to, and the text between tags."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.ids, self.links, self.text = Counter(), [], [], ''
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags[tag] += 1
+    for name, value in attrs:
+      if name == 'id':
+        self.ids.append(value)
+      if name in ('href', 'src', 'xlink:href'):
+        self.links.append(value)
+      self.links += re.findall(r'url\((.+?)\)', value or '')
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def page_of(folder):
+  return Page(report.write(folder).read_text())
+
+
+def svgs(folder):
+  """Returns the figures of a run's report, parsed; and that the page has the same."""
+  text = (folder / 'report.html').read_text()
+  found = re.findall(r'<svg .*?</svg>', text, re.DOTALL)
+  return [ElementTree.fromstring(svg) for svg in found]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+  return write_run(tmp_path / 'run <b>1')
+
+
+def test_a_run_has_every_figure_in_one_page(run_folder):
+  page = page_of(run_folder)
+  drawn = svgs(run_folder)
+  assert page.tags['svg'] == len(drawn) == len(RUN_FIGURES)
+  for svg in drawn:
+    size = [float(svg.get(name)) for name in ('width', 'height')]
+    box = [float(number) for number in svg.get('viewBox').split()]
+    assert min(*size, *box[2:]) > 100 and svg.get('aria-label')
+  saved = {path.stem for path in (run_folder / 'figures').iterdir()}
+  assert saved == RUN_FIGURES
+  for path in (run_folder / 'figures').iterdir():
+    assert 'prefers-color-scheme' in ElementTree.parse(path).getroot()[0].text
+  assert page.tags['img'] == 3
+  assert 'No figure' not in page.text
+
+
+def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path):
+  for recipe in ('ce', 'l2rw'):
+    write_run(tmp_path / recipe, config(recipe))
+  page_of(tmp_path / 'ce')
+  page = page_of(tmp_path)
+  assert len(set(page.ids)) == len(page.ids) > 2
+  for link in page.links:
+    if link.startswith('#'):
+      assert link[1:] in page.ids
+    elif not link.startswith('data:image/'):
+      assert (tmp_path / urllib.parse.unquote(link)).is_file()
+  assert 'ce/report.html' in page.links
+  text = (tmp_path / 'report.html').read_text()
+  assert "default-src 'none'" in text
+  assert set(re.findall(r'https?://[^"\' ]*', text)) <= {*figures.NAMESPACES.values()}
+
+
+def test_names_and_paths_are_text(run_folder):
+  page = page_of(run_folder)
+  assert page.tags['script'] == page.tags['b'] == 0
+  assert NAMES[1] in page.text  # a sample of it, and what it was taken for
+  assert str(run_folder) in page.text
+  for figure in ('confusion', 'class_accuracy'):
+    path = run_folder / f'figures/{figure}.svg'
+    text = ''.join(ElementTree.parse(path).getroot().itertext())
+    assert 'a & "b"' in text and '$x_1$' in text and '<script>aler' in text
+
+
+def test_what_no_text_can_hold_is_replaced(tmp_path):
+  names = ('\x00\x1b[31m', '\udc80', '\n', '漢字', 'x' * 200)
+  run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
+  drawn = figures.draw('confusion', figures.confusion, [run], 'page')
+  text = ''.join(ElementTree.fromstring(drawn.svg).itertext())
+  assert '\ufffd\ufffd[31m' in text and '漢字' in text and '\x1b' not in text
+
+
+def test_the_same_files_give_the_same_page(run_folder):
+  first = report.write(run_folder).read_bytes()
+  assert report.write(run_folder).read_bytes() == first
+
+
+@pytest.fixture
+def tables_only(monkeypatch):
+  """Reports without figures, for what is about numbers and words."""
+  for family in ('FIGURES', 'COMPARISONS', 'OF_ONE_RUN'):
+    monkeypatch.setattr(figures, family, {})
+
+
+def row_of(folder, label):
+  lines = (folder / 'report.md').read_text().splitlines()
+  rows = [[text.strip() for text in line.strip('|').split(' | ')] for line in lines]
+  head = next(row for row in rows if row[0] == 'method')
+  return dict(zip(head, next(r for r in rows if r[0] == label), strict=True))
+
+
+def test_means_and_deviations_are_over_seeds(tables_only, tmp_path):
+  values = (0.5, 0.75, 0.7)
+  for seed, accuracy in enumerate(values):
+    write_run(tmp_path / f'ce/{seed}', config(seed=seed), accuracy)
+  report.write(tmp_path)
+  row = row_of(tmp_path, 'ce')
+  assert row['runs'] == '3 finished'
+  deviation = np.sqrt(sum((100 * (v - 0.65)) ** 2 for v in values) / 2)
+  assert row['accuracy'] == f'65.0 ± {deviation:.1f}'
+  assert row['many-shot'] == '75.0 ± 0.0'
+  latex = (tmp_path / 'report.tex').read_text()
+  assert rf'65.0 $\pm$ {deviation:.1f}' in latex and r'\toprule' in latex
+
+
+def test_other_configurations_are_not_averaged(tables_only, tmp_path):
+  write_run(tmp_path / 'a', config(), 0.5)
+  write_run(tmp_path / 'b', config(seed=1, epochs=100.0), 0.7)
+  page = page_of(tmp_path)
+  assert row_of(tmp_path, 'ce (epochs=200.0)')['accuracy'] == '50.0'
+  assert row_of(tmp_path, 'ce (epochs=100.0)')['accuracy'] == '70.0'
+  told = 'runs of 2 configurations or data sets, which are not averaged'
+  assert told in page.text
+  assert told in (tmp_path / 'report.md').read_text()
+  assert told in (tmp_path / 'report.tex').read_text()
+
+
+def test_other_data_are_not_averaged(tables_only, tmp_path):
+  write_run(tmp_path / 'a', config(), 0.5)
+  other = write_run(tmp_path / 'b', config(seed=1), 0.7) / 'data.json'
+  other.write_text(other.read_text().replace('f' * 64, 'e' * 64))
+  report.write(tmp_path)
+  assert row_of(tmp_path, 'ce (data fffffff)')['accuracy'] == '50.0'
+  assert row_of(tmp_path, 'ce (data eeeeeee)')['accuracy'] == '70.0'
+
+
+def test_a_seed_counts_once(tables_only, tmp_path):
+  for name in ('a', 'b', 'copy of b'):
+    write_run(tmp_path / name, config(seed=int(name != 'a')), 0.5 + 0.2 * (name != 'a'))
+  page = page_of(tmp_path)
+  assert row_of(tmp_path, 'ce')['accuracy'] == tables.percent([0.5, 0.7])
+  assert "count once, without ['copy of b']" in page.text
+
+
+def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
+  write_run(tmp_path / '0', config(), 0.5)
+  for seed in (1, 2, 3):
+    (write_run(tmp_path / f'{seed}', config(seed=seed)) / 'result.json').unlink()
+  with (tmp_path / '1/events.jsonl').open('a') as file:
+    file.write('{"event": "diverged", "step": 15}\n')
+  (tmp_path / '3/result.json').write_text('{"test": ')
+  (tmp_path / '2/metrics.jsonl').unlink()
+  page = page_of(tmp_path)
+  row = row_of(tmp_path, 'ce')
+  assert row['accuracy'] == '50.0'
+  assert sorted(row['runs'].split(', ')) == [
+    '1 diverged',
+    '1 finished',
+    '1 result.json is damaged',
+    '1 unfinished',
+  ]
+  for told in ('diverged at step 15', 'unfinished, without a log yet'):
+    assert told in page.text
+
+
+def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  for name in ('result.json', 'samples.npz', *ARRAYS):
+    (folder / name).unlink()
+  page = page_of(folder)
+  assert page.tags['svg'] == 1 and 'unfinished, at step 20' in page.text
+  assert {path.stem for path in (folder / 'figures').iterdir()} == {'training'}
+
+
+def test_a_diverged_run_that_goes_on_has_not_failed(tables_only, run_folder):
+  (run_folder / 'result.json').unlink()
+  with (run_folder / 'events.jsonl').open('a') as file:
+    file.write('{"event": "diverged", "step": 15}\n{"event": "started"}\n')
+  assert 'unfinished, at step 20' in page_of(run_folder).text
+
+
+@pytest.mark.parametrize('name', ARRAYS)
+@pytest.mark.parametrize('damage', ['missing', 'damaged', 'something else'])
+def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage):
+  path = run_folder / name
+  if damage == 'missing':
+    path.unlink()
+  elif damage == 'damaged':
+    path.write_bytes(path.read_bytes()[:99])
+  else:
+    np.savez(path, other=np.zeros(3))
+  for figure in ARRAYS[name]:
+    drawn = figures.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
+    assert drawn.svg == ''
+    assert drawn.caption.startswith(f'No figure of {figure.replace("_", " ")}: ')
+    assert damage in drawn.caption and drawn.caption.count('\n') == 0
+    assert damage == 'something else' or name in drawn.caption
+
+
+def test_every_file_may_be_missing_but_the_configuration(tmp_path):
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(config()))
+  page = page_of(folder)
+  assert page.tags['svg'] == 0
+  assert page.text.count('No figure of') == len(RUN_FIGURES)
+  (folder / 'config.json').write_text('{')
+  assert 'config.json is damaged' in page_of(folder).text
+
+
+def test_the_command_names_the_page(tables_only, run_folder, capsys):
+  importlib.import_module('lt_jax.report.__main__').main(str(run_folder))
+  assert capsys.readouterr().out == f'{run_folder}/report.html\n'
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+  (tmp_path / 'model').mkdir()
+  (tmp_path / 'model/config.json').write_text('{"hidden_size": 3}')
+  with pytest.raises(UserError, match='no config.json'):
+    report.write(tmp_path)
+  with pytest.raises(UserError, match='no config.json'):
+    report.write(tmp_path / 'absent')
+
+
+def test_many_classes_are_drawn_in_blocks(tmp_path):
+  counts = tuple(int(500 * 0.96**c) + 1 for c in range(120))
+  names = [f'class {c}' for c in range(120)]
+  arguments = {'counts': counts, 'names': names}
+  write_run(tmp_path / 'ce', config(), top=True, **arguments)
+  write_run(tmp_path / 'l2rw', config('l2rw'), **arguments)
+  found = runs.find(epath.Path(tmp_path))
+  for name in ('confusion', 'class_accuracy'):
+    drawn = figures.draw(name, ALL[name], found[:1], 'page')
+    assert drawn.svg and len(drawn.svg) < 200_000
+    assert ('20 blocks of classes' in drawn.caption) == (name == 'confusion')
+  compared = figures.compare_classes
+  assert figures.draw('compare', compared, runs.grouped(found)[0], 'page').svg
+
+
+def test_both_forms_of_predictions_tell_the_same(tmp_path):
+  names = [str(c) for c in range(30)]
+  arguments = {'counts': range(30, 0, -1), 'names': names}
+  arguments['counts'] = list(arguments['counts'])
+  found = [
+    runs.Run(write_run(tmp_path / str(top), top=top, **arguments), 'run').predicted
+    for top in (False, True)
+  ]
+  for ours, theirs in zip(*found, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+  with np.load(tmp_path / 'False/predictions.npz') as stored:
+    logits = stored['logits'].astype(np.float64)
+  softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  np.testing.assert_allclose(found[0][2], softmax.max(1), rtol=1e-5)
+
+
+def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
+  folder = write_run(tmp_path / 'run')
+  run = runs.Run(folder, 'run')
+  assert figures._stages(run) == {'plain': (0, 0), 'second': (20, 20)}
+  made = config()
+  made['stages']['second']['surgeries'].append(['carry', {'fields': ['opt', 'step']}])
+  (folder / 'config.json').write_text(json.dumps(made))
+  assert figures._stages(runs.Run(folder, 'run'))['second'] == (20, 0)
+
+
+def test_published_numbers_stand_beside_their_own_setting_only(tables_only, tmp_path):
+  write_run(tmp_path / 'same', config('ldam_drw'), 0.75)
+  write_run(tmp_path / 'short', config('ldam', epochs=10.0))
+  page = page_of(tmp_path)
+  lines = (tmp_path / 'report.md').read_text().splitlines()
+  beside = lines[lines.index('') :]
+  rows = [line for line in lines if 'Jamal' in line]
+  assert beside and len(rows) == 1
+  cells = [text.strip() for text in rows[0].strip('|').split(' | ')]
+  assert cells[1:5] == ['top-1 error', '25.0', '20.0', '23.0']
+  assert 'Beside published numbers' in page.text
+  report.write(tmp_path / 'short')
+  assert 'Beside published' not in (tmp_path / 'short/report.html').read_text()
+
+
+def test_text_of_tables_is_escaped():
+  table = tables.Table(['a|b'], [['x_1 & 50 % <b> \\ ± #']], [''])
+  assert tables.markdown(table).splitlines() == [
+    r'| a\|b                     |',
+    '| ------------------------ |',
+    r'| x\_1 & 50 % \<b\> \\ ± # |',
+  ]
+  line = r'x\_1 \& 50 \% \textless{}b\textgreater{} \textbackslash{} $\pm$ \# \\'
+  assert line in tables.latex(table).splitlines()
+
+
+def test_few_features_are_mapped_by_their_principal_components(rng):
+  assert figures._plane(rng.normal(size=(12, 5)))[1] == 'PCA'
+  plane, name = figures._plane(rng.normal(size=(40, 5)))
+  assert name == 't-SNE' and plane.shape == (40, 2) and np.isfinite(plane).all()
+
+
+BROWSERS = ('chromium-headless-shell', 'chromium', 'chromium-browser', 'google-chrome')
+PROBE = """
+<script nonce="test">
+const problems = [];
+addEventListener('error', e => problems.push(`${e.message}`), true);
+document.addEventListener('securitypolicyviolation', e => problems.push(e.blockedURI));
+console.error = console.warn = (...given) => problems.push(given.join(' '));
+addEventListener('load', () => {
+  const size = e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height];
+  const drawn = [...document.querySelectorAll('figure > svg, figure > img')];
+  const followed = [...document.querySelectorAll('table a')].map(a => {
+    const to = a.getAttribute('href');
+    if (!to.startsWith('#')) return [to, true];
+    a.click();
+    const there = document.getElementById(to.slice(1)).getBoundingClientRect();
+    const seen = there.top >= 0 && there.top < innerHeight;
+    return [to, location.hash === to && seen];
+  });
+  const ink = e => getComputedStyle(e).fill;
+  const found = {
+    problems, followed,
+    sizes: drawn.map(size),
+    text: [...new Set([...document.querySelectorAll('svg text')].map(ink))],
+    colour: getComputedStyle(document.body).color,
+    back: getComputedStyle(document.body).backgroundColor,
+    width: document.documentElement.scrollWidth - innerWidth,
+  };
+  const out = document.createElement('pre');
+  out.id = 'found';
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+});
+</script>
+"""
+
+
+def look_at(page, folder, *flags):
+  """Returns what a browser finds on a page; its policy lets in the probe alone."""
+  browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+  if browser is None:
+    pytest.skip('there is no Chromium')
+  text = page.read_text()
+  allowed = "default-src 'none'; script-src 'nonce-test'"
+  assert text.count("default-src 'none'") == 1
+  text = text.replace("default-src 'none'", allowed).replace(
+    '<style>', f'{PROBE}<style>', 1
+  )
+  copy = page.with_name('probed.html')
+  copy.write_text(text)
+  command = [
+    browser,
+    '--headless',
+    '--disable-gpu',
+    f'--user-data-dir={folder}',
+    *flags,
+  ]
+  command += ['--no-sandbox'] * (os.geteuid() == 0)
+  command += ['--window-size=700,900', '--virtual-time-budget=5000', '--dump-dom']
+  done = subprocess.run(
+    [*command, copy.as_uri()], capture_output=True, text=True, timeout=120
+  )
+  copy.unlink()
+  assert 'CONSOLE' not in done.stderr, done.stderr
+  found = Page(done.stdout[done.stdout.index('<pre id="found">') :]).text
+  return json.loads(found[: found.rindex('}') + 1])
+
+
+@pytest.mark.parametrize('dark', [False, True])
+def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
+  for recipe, seed in (('ce', 0), ('ce', 1), ('l2rw', 0)):
+    write_run(tmp_path / f'runs/{recipe}/#{seed}', config(recipe, seed))
+  alone = report.write(tmp_path / 'runs/ce/#0')
+  flags = [f'--blink-settings=preferredColorScheme={0 if dark else 1}']
+  page = report.write(tmp_path / 'runs')
+  found = look_at(page, tmp_path / 'browser', *flags)
+  assert found['problems'] == []
+  assert len(found['sizes']) == 2 * len(figures.FIGURES) + len(figures.COMPARISONS)
+  assert min(map(min, found['sizes'])) > 50
+  links = [link for link, there in found['followed'] if there]
+  assert len(links) == len(found['followed'])
+  assert set(links) == {'#group-0', '#group-1', 'ce/%230/report.html'}
+  assert found['width'] <= 0
+  brightness = [sum(map(int, re.findall(r'\d+', found[k]))) for k in ('colour', 'back')]
+  assert (brightness[0] > brightness[1]) == dark
+  assert found['text'] == [found['colour']]
+  linked = page.parent / urllib.parse.unquote('ce/%230/report.html')
+  assert linked == alone
+  found = look_at(linked, tmp_path / 'browser', *flags)
+  assert found['problems'] == [] and min(map(min, found['sizes'])) > 50
+  assert len(found['sizes']) == len(RUN_FIGURES) + 3
