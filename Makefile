@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-tpu lint bench lock clean
+.PHONY: demo test test-all test-tpu lint bench lock clean
 
 demo: $(READY)
 	workdir=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
@@ -23,7 +23,11 @@ demo: $(READY)
 	$(RUN) -m lt_jax.report $$workdir
 
 test: $(READY)
-	$(RUN) -m pytest --numprocesses=auto --dist=loadfile
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+# With those that say the same of more recipes, devices and moments.
+test-all: $(READY)
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m ""
 
 lint: $(READY)
 	$(RUN) -m ruff check .

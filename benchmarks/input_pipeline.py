@@ -10,8 +10,12 @@
 2. The same after the photographs were prepared: the short side resized to 320, JPEG of
    quality 90. What that changes in a central crop is shown in grey levels.
 
-Sides take turns within one run, every one of them on the same core; medians over the
-rounds are shown, of times and of ratios within a round. Files come from the page cache.
+3. On all cores: batches by worker processes, read ahead and put on the device, over the
+   rate of one core times the cores.
+
+In 1 and 2 sides take turns within one run, every one of them on the same core. Medians
+over the rounds are shown, of times and of ratios within a round. Files come from the
+page cache.
 """
 
 import argparse
@@ -32,6 +36,8 @@ from PIL import Image
 
 from benchmarks import timing
 from lt_jax.data import augment, crops
+from lt_jax.data.reading import reading, usable_cores
+from lt_jax.data.streams import Stream
 
 HERE = pathlib.Path(__file__).parent
 SIZE, RESIZE = 224, 256
@@ -131,6 +137,47 @@ class Device:
     for _ in range(batches):
       self.transform(self.key, jax.device_put(self.images)).block_until_ready()
     return (time.perf_counter() - began) * steps / (batches * len(self.images))
+
+
+def end_to_end(paths, batch, batches, rounds):
+  """Returns what worker processes, one a core, make of the rate of one core."""
+  cores = usable_cores()
+
+  def payload(step):
+    rows = range(step * batch, (step + 1) * batch)
+    crops_of = (
+      ours(paths[i % len(paths)], np.random.default_rng((0, i))) for i in rows
+    )
+    return {'image': np.stack(list(crops_of))}
+
+  def alone(steps):
+    began = time.perf_counter()
+    for step in range(steps):
+      jax.device_put(payload(step)).popitem()[1].block_until_ready()
+    return time.perf_counter() - began
+
+  def together(steps):
+    stream = Stream({}, payload, lambda arrays, rows, key: rows, workers=cores)
+    ready = 3 * cores  # what is made while processes start is not counted
+    with reading({'train': stream}, 0, ready + steps) as read:
+      for step in range(ready + steps):
+        if step == ready:
+          began = time.perf_counter()
+        jax.device_put(read('train', step)).popitem()[1].block_until_ready()
+      return time.perf_counter() - began
+
+  seconds = {'alone': [], 'together': []}
+  for _ in range(rounds):
+    seconds['alone'].append(alone(batches))
+    seconds['together'].append(together(cores * batches))  # as long, at best
+  share = timing.ratio(seconds['alone'], seconds['together'])
+  rates = {k: batch * batches / statistics.median(v) for k, v in seconds.items()}
+  rates['together'] *= cores
+  print(
+    f'3. {cores} worker processes: {rates["together"]:,.0f} images/s on the device, '
+    f'{share:.2f} of {cores} times the {rates["alone"]:,.0f} of one process'
+  )
+  return {'workers': cores, 'images_per_second': rates, 'share': share}
 
 
 def prepared(encoded, short, quality):
@@ -241,6 +288,7 @@ def main():
   paths = sorted(pathlib.Path(options.images).glob('*.jpg'))
   if not paths:
     raise SystemExit(f'{options.images} has no *.jpg')
+  all_cores = end_to_end(paths, options.batch, 20, options.rounds)
   bound = one_core()
 
   with contextlib.ExitStack() as stack:
@@ -289,6 +337,7 @@ def main():
     'steps': options.steps,
     'batch': options.batch,
     'one_core': bound,
+    'end_to_end': all_cores,
     **timing.facts(),
     'originals': tables[0],
     'prepared': {

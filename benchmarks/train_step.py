@@ -59,7 +59,7 @@ class Jax:
       train.initial_state(self.stage.method, streams, jax.random.key(0), self.mesh)
       for _ in range(2)
     )
-    self.zeros, self.bad = train._empty_totals(
+    self.zeros, self.bad = train.empty_totals(
       self.stage.method, streams, self.state, self.mesh
     )
     rows = train._stack(streams, 0, self.chunk)

@@ -14,6 +14,7 @@ uv=$HOME/.local/bin/uv
 # Ubuntu 24.04 refuses pip without that variable; in --user nothing can break.
 run env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 [[ -x .venv/bin/python ]] || run "$uv" venv --quiet --python "$PYTHON_VERSION" .venv
-# The exact versions of the lock; with what JAX needs here, and etils for gs://.
+# The exact versions of the lock; with what JAX needs here, etils for gs://, and
+# the hub for published weights.
 run "$uv" pip install --quiet --python .venv/bin/python \
-  --requirement requirements.lock "jax[$JAX_EXTRA]" 'etils[epath-gcs]'
+  --requirement requirements.lock "jax[$JAX_EXTRA]" 'etils[epath-gcs]' huggingface_hub

@@ -204,7 +204,11 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
 
 
 def build(
-  config: Config, *, devices: int | None = None, mesh: Mesh | None = None
+  config: Config,
+  *,
+  devices: int | None = None,
+  mesh: Mesh | None = None,
+  dataset: Dataset | None = None,
 ) -> Experiment:
   """Builds every object of a run; nothing is trained or compiled.
 
@@ -213,6 +217,8 @@ def build(
     devices: uses at most so many; None for all there are.
     mesh: of devices that need not be here, for which nothing is put in place; None for
       those that are.
+    dataset: takes the place of the one that the configuration names, which is then not
+      read; None for that one.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
@@ -244,7 +250,8 @@ def build(
   workers = _workers(data.pop('workers'))
   skips = lookup(ON_BAD_IMAGE, 'answer to a bad image', data.pop('on_bad_image'))
   check_options('data', load_dataset, data, 'to_device')
-  dataset = load_dataset(**data, to_device=to_device)
+  if dataset is None:
+    dataset = load_dataset(**data, to_device=to_device)
   _check_channels(config['data'], dataset.image_shape[-1])
   passes = {
     name: evaluation_pass(
@@ -347,7 +354,7 @@ def _build_stage(
   transform: Callable,
 ) -> Stage:
   """Builds one stage from its merged configuration."""
-  learned = _learned(config['classes'], groups)
+  learned = learned_classes(config['classes'], groups)
   images = functools.partial(
     train_stream,
     seed=config['seed'],
@@ -474,7 +481,9 @@ def _batch_sizes(config: Config) -> dict[str, int]:
   return {name: size for name, size in sizes.items() if size}
 
 
-def _learned(names: Sequence[str], groups: Mapping[str, np.ndarray]) -> np.ndarray:
+def learned_classes(
+  names: Sequence[str], groups: Mapping[str, np.ndarray]
+) -> np.ndarray:
   """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
   members = [lookup(groups, 'group of classes', name) for name in names]
   learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
@@ -563,7 +572,8 @@ def _method(
     method = construct(
       WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
     )
-  return method
+  # What is traced once for shapes is then not traced again for the program.
+  return Method(*(jax.jit(function, inline=True) for function in method))
 
 
 def _check_all_is_used(name: str, config: Config) -> None:

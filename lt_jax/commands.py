@@ -34,15 +34,22 @@ def config_flag() -> flags.Flag | flags.FlagHolder:
   )
 
 
+def out_flag() -> flags.Flag | flags.FlagHolder:
+  """Returns the flag --out, likewise."""
+  if 'out' in flags.FLAGS:
+    return flags.FLAGS['out']
+  return flags.DEFINE_string('out', None, 'The file to write.')
+
+
 def launch(
-  command: Callable[..., None], *required: str, arguments: int = 0
+  command: Callable[..., None], *required: str, arguments: int | None = 0
 ) -> NoReturn:
   """Parses the flags, runs a command and exits with its code.
 
   Args:
     command: takes the arguments, reads its flags and raises what goes wrong.
     *required: names of the flags that must be given.
-    arguments: how many arguments that are no flags it takes.
+    arguments: how many arguments that are no flags it takes; None: any number.
   """
 
   def parse(given: Sequence[str]) -> list[str]:
@@ -59,7 +66,7 @@ def launch(
       fail(f'unknown config key {told}', WRONG_INPUT)
     except (flags.Error, ValueError, OSError) as error:
       fail(error, WRONG_INPUT)
-    if len(rest) - 1 != arguments:
+    if arguments is not None and len(rest) - 1 != arguments:
       fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
     return rest

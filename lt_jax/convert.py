@@ -21,7 +21,7 @@ from lt_jax.files import write_atomically
 from lt_jax.pretrained import MOST_BYTES
 
 SOURCE = flags.DEFINE_string('source', None, 'The file of PyTorch.')
-OUT = flags.DEFINE_string('out', None, 'The .safetensors file to write.')
+OUT = commands.out_flag()
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')
 """Keys under which training codes keep the weights, beside epoch or optimiser."""

@@ -13,18 +13,14 @@ from lt_jax import (
   commands,
   files,
   posthoc,
-  recipes,
   results,
-  sharding,
-  train,
+  trained,
 )
 from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
-WHICH = flags.DEFINE_enum(
-  'which', 'last', ['last', 'best'], 'The last State, or the one selected on val.'
-)
+WHICH = trained.which_flag()
 ADJUST = flags.DEFINE_float(
   'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
 )
@@ -35,7 +31,7 @@ def main() -> None:
   """Evaluates the run that the flags name."""
   evaluate(
     files.absolute(WORKDIR.value),
-    which=WHICH.value,
+    which=WHICH.value or 'last',
     stage_name=STAGE.value,
     logit_adjustment=ADJUST.value,
   )
@@ -62,13 +58,7 @@ def evaluate(
   Raises:
     UserError: there is no such run or State, or it is damaged.
   """
-  path = workdir / 'config.json'
-  if not path.exists():
-    raise UserError(f'{workdir} holds no run: there is no config.json')
-  config = files.read_json(path)
-  missing = [key for key in recipes.base_config() if key not in config]
-  if missing:
-    raise UserError(f'{path} lacks {missing[0]!r}: another version wrote it')
+  config = trained.read_config(workdir)
   experiment = build.build({**config, 'device': 'any'})
   before = files.read_json(workdir / 'data.json')['fingerprint']
   if before != experiment.dataset.fingerprint:
@@ -77,18 +67,7 @@ def evaluate(
   if name not in experiment.stages:
     raise UserError(f'no stage {name!r}; there are {", ".join(experiment.stages)}')
   stage = experiment.stages[name]
-  shapes = train.state_shapes(stage.method, stage.streams)
-  target = checkpoint.abstract(shapes, sharding.replicated(experiment.mesh))
-  ladder = checkpoint.Checkpoints(workdir / 'stages' / name / 'checkpoints')
-  try:
-    if which == 'best':
-      restored = ladder.restore_best(target)
-    else:
-      restored = ladder.restore(target, quarantine=False)
-  finally:
-    ladder.close()
-  if restored is None:
-    raise UserError(f'{workdir} has no {which} checkpoint of stage {name!r}')
+  restored = trained.restore(workdir, stage, experiment.mesh, which)
   if logit_adjustment is not None:
     counts = experiment.dataset.counts
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)

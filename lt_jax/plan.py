@@ -279,7 +279,7 @@ def compile_step(stage: build.Stage, mesh: Mesh) -> Step:
   whole = sharding.replicated(mesh)
   rows = NamedSharding(mesh, PartitionSpec(None, sharding.AXIS))
   state = train.state_shapes(method, streams)
-  metrics = train.metric_shapes(method, streams, state)
+  metrics = train.metric_shapes(method, streams, state, mesh)
   arrays = {name: stream.arrays for name, stream in streams.items()}
   payloads = {name: stream.payload_shapes() for name, stream in streams.items()}
   is_tpu = _is_tpu(mesh)
@@ -303,7 +303,7 @@ def compile_step(stage: build.Stage, mesh: Mesh) -> Step:
   return Step(
     flops=cost['flops'] if is_tpu else cost['flops'] / mesh.size,
     traffic=cost['bytes accessed'] if is_tpu else None,
-    memory=_memory(compiled.memory_analysis(), state, arrays, payloads, mesh.size),
+    memory=memory_of(compiled.memory_analysis(), state, arrays, payloads, mesh.size),
     collectives=parse_collectives(compiled.as_text()),
     parameters=sum(x.size for x in jax.tree.leaves(state.params)),
   )
@@ -316,7 +316,7 @@ def _placed(tree: Any, where: NamedSharding, leading: tuple[int, ...] = ()) -> A
   )
 
 
-def _memory(
+def memory_of(
   analysis: Any, state: Any, arrays: Any, payloads: Any, devices: int
 ) -> dict[str, float]:
   """Returns component -> bytes on a device; their sum is what the program takes."""

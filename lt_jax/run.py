@@ -68,10 +68,10 @@ def run(
   screen = Screen()
   with files.locked(workdir), StopRequest() as stop:
     if not allow_config_change:
-      _check_config(config, workdir)
-    experiment = _rehearsed(config, workdir)
+      check_config(config, workdir)
+    experiment = rehearsed(config, workdir)
     _check_peers(experiment)
-    _check_data(experiment, workdir)
+    check_data(experiment, workdir)
     events = Events(workdir, screen)
     stop()  # from here on there are signs of life
     with watched(lambda: stop.last_look), _claimed(experiment, workdir):
@@ -94,7 +94,7 @@ def run(
     return result
 
 
-def _rehearsed(config: Config, workdir: epath.Path) -> Experiment:
+def rehearsed(config: Config, workdir: epath.Path) -> Experiment:
   """Builds the experiment and goes through its stages without computing anything.
 
   Shapes tell most of what can be wrong, and tell it before the first stage has been
@@ -113,7 +113,7 @@ def _rehearsed(config: Config, workdir: epath.Path) -> Experiment:
       begin, end = state.step, stage.plan.steps
       if begin > end:
         raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
-      metric_shapes(stage.method, stage.streams, state)
+      metric_shapes(stage.method, stage.streams, state, experiment.mesh)
       shapes[name] = state.replace(step=np.int32(end))
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):
@@ -164,7 +164,7 @@ def _check_peers(experiment: Experiment) -> None:
     )
 
 
-def _check_config(config: Config, workdir: epath.Path) -> None:
+def check_config(config: Config, workdir: epath.Path) -> None:
   """Refuses a configuration other than the one the folder was begun with."""
   path = workdir / 'config.json'
   if not path.exists():
@@ -182,7 +182,7 @@ def _check_config(config: Config, workdir: epath.Path) -> None:
     )
 
 
-def _check_data(experiment: Experiment, workdir: epath.Path) -> None:
+def check_data(experiment: Experiment, workdir: epath.Path) -> None:
   """Refuses data other than those the run was begun with."""
   path, now = workdir / 'data.json', experiment.dataset.fingerprint
   before = files.read_json(path)['fingerprint'] if path.exists() else now

@@ -16,9 +16,9 @@ from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
-from lt_jax.stopping import StopRequest, of_first, wait_for_all
+from lt_jax.stopping import StopRequest, of_any_process, of_first, wait_for_all
 from lt_jax.surgery import operate
-from lt_jax.writers import Events, MetricWriter, Screen, write_npz
+from lt_jax.writers import Events, MetricWriter, Screen, read_rows, write_npz
 
 MOST_BAD = 1e-3
 """Share of the training images that may be damaged where others stand in for them."""
@@ -52,7 +52,9 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    self._bad: dict[str, set[int]] = {}
+    told = [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == 'bad_image']
+    self._bad = {row['image'] for row in told}
+    self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
@@ -222,6 +224,7 @@ class StageRunner:
   def _log(
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
+    self._tell_bad_images()
     rate = steps * self._stage.batch / seconds
     epoch = step / self._stage.epoch_steps
     self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
@@ -234,17 +237,25 @@ class StageRunner:
     )
 
   def _bad_images(self, stream: str, positions: np.ndarray) -> None:
-    """Tells of images that cannot be read, each once; ends the run if they are many."""
-    split = self._experiment.dataset.splits['train' if stream == 'train' else 'meta']
-    known = self._bad.setdefault(stream, set())
-    for position in set(positions.tolist()) - known:
-      known.add(position)
-      self._events('bad_image', image=split.source.where(position))
-    if len(known) > max(1, MOST_BAD * len(split.rows)):
-      raise UserError(
-        f'{len(known)} images cannot be read, more than {MOST_BAD:.1%} of '
-        f'{len(split.rows)}: see events.jsonl'
-      )
+    """Notes images that this process cannot read, for the next row of the log."""
+    self._new_bad[stream].update(positions.tolist())
+
+  def _tell_bad_images(self) -> None:
+    """Tells of images that no process can read, each once; too many end the run."""
+    for stream, new in self._new_bad.items():
+      split = self._experiment.dataset.splits['train' if stream == 'train' else 'meta']
+      if self._stage.streams[stream].workers is None:
+        continue
+      found = of_any_process(sorted(new))
+      new.clear()
+      for name in {split.source.where(position) for position in found} - self._bad:
+        self._bad.add(name)
+        self._events('bad_image', image=name)
+      if len(self._bad) > max(1, MOST_BAD * len(split.rows)):
+        raise UserError(
+          f'{len(self._bad)} images cannot be read, more than {MOST_BAD:.1%} of '
+          f'{len(split.rows)}: see events.jsonl'
+        )
 
   def _save(self, step: int, state: State) -> None:
     if self._checkpoints.last_saved != step:

@@ -84,6 +84,16 @@ def agreed_numbers(numbers: Sequence[int]) -> list[int]:
   return [int(number) for number in found if number >= 0]
 
 
+def of_any_process(numbers: Sequence[int]) -> list[int]:
+  """Returns the numbers that any process has, of each 64 at most; all must ask."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  padded = np.full(64, -1, np.int32)
+  padded[: len(numbers)] = numbers[:64]
+  found = np.unique(multihost_utils.process_allgather(padded))
+  return [int(number) for number in found if number >= 0]
+
+
 def wait_for_all(what: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:

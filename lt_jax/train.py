@@ -116,7 +116,7 @@ def initial_state(
   return init(
     sharding.put_replicated(mesh, key),
     arrays,
-    sharding.put_batch(mesh, _payloads(streams, 0)),
+    sharding.put_batch(mesh, payloads_at(streams, 0)),
   )
 
 
@@ -221,7 +221,7 @@ def train(
   compiled: dict[tuple, Callable] = {}  # by length, and which streams there are
   in_flight: collections.deque = collections.deque()
   step = logged = int(jax.device_get(state.step))
-  zeros, bad = _empty_totals(method, streams, state, mesh)
+  zeros, bad = empty_totals(method, streams, state, mesh)
   totals, clock, profiler = zeros, time.perf_counter(), _Profiler(plan)
 
   def log() -> None:
@@ -234,7 +234,7 @@ def train(
   def check() -> None:
     check_finite(bad, streams)
     if not checkpoint.all_finite(state):
-      raise Diverged(step - 1, _payloads(streams, step - 1))
+      raise Diverged(step - 1, payloads_at(streams, step - 1))
 
   def save() -> None:
     check()
@@ -307,10 +307,10 @@ def check_finite(bad: jax.Array, streams: Mapping[str, Stream]) -> None:
   """Raises `Diverged` if a step since the last check was not finite."""
   step = int(jax.device_get(bad))
   if step >= 0:
-    raise Diverged(step, _payloads(streams, step))
+    raise Diverged(step, payloads_at(streams, step))
 
 
-def _payloads(streams: Mapping[str, Stream], step: int) -> dict[str, Any]:
+def payloads_at(streams: Mapping[str, Stream], step: int) -> dict[str, Any]:
   """Returns the payloads of the streams that are due at a step."""
   return {n: s.payload(step) for n, s in streams.items() if step % s.every == 0}
 
@@ -337,22 +337,26 @@ def _stack(read: Read, streams: Mapping[str, Stream], step: int, length: int) ->
   return jax.tree.map(stack, *payloads)
 
 
-def metric_shapes(method: Method, streams: Mapping[str, Stream], state: State) -> Any:
-  """Returns the shapes of a step's metrics; nothing is computed or compiled."""
+def metric_shapes(
+  method: Method, streams: Mapping[str, Stream], state: State, mesh: Mesh
+) -> Any:
+  """Returns the shapes of a step's metrics; nothing is computed or compiled.
+
+  The step is traced on the mesh, so that the program need not trace it again.
+  """
   arrays = {name: stream.arrays for name, stream in streams.items()}
+  given = (state, arrays, _payload_shapes(streams))
   return jax.eval_shape(
     lambda s, a, p: method.step(s, batches_at(streams, a, p, s.key, s.step))[1],
-    state,
-    arrays,
-    _payload_shapes(streams),
+    *checkpoint.abstract(given, sharding.replicated(mesh)),
   )
 
 
-def _empty_totals(
+def empty_totals(
   method: Method, streams: Mapping[str, Stream], state: State, mesh: Mesh
 ) -> tuple[Metrics, jax.Array]:
   """Returns metrics of zero, in the shapes a step gives, and "no bad step"."""
-  metrics = metric_shapes(method, streams, state)
+  metrics = metric_shapes(method, streams, state, mesh)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
   return sharding.put_replicated(mesh, (zeros, np.int32(-1)))
 

@@ -12,7 +12,6 @@ import resource
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,6 @@ PRELOAD = [
   'tensorboardX',
   'tests.child',
 ]
-CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
-"""Where children share what they compiled: a program costs its compilation once."""
-
 FAST = (
   '--config.model.trunk=tiny_cnn',
   '--config.log_every_steps=5',
@@ -108,7 +104,8 @@ def _start(
   """Starts a command in a child."""
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(PRELOAD)
-  given = (module, arguments, str(output), fault, CACHE.name, dict(environment or {}))
+  cache = os.environ['LT_JAX_TEST_CACHE']
+  given = (module, arguments, str(output), fault, cache, dict(environment or {}))
   child = context.Process(target=_main, args=given)
   child.start()
   return child
@@ -130,7 +127,7 @@ def _join(children: Sequence[multiprocessing.Process], seconds: float) -> list[i
 def environment() -> dict[str, str]:
   """Returns what a process needs to share compiled programs."""
   return {
-    'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+    'JAX_COMPILATION_CACHE_DIR': os.environ['LT_JAX_TEST_CACHE'],
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }

@@ -1,7 +1,13 @@
-"""What every test shares: eight simulated devices, strict broadcasting, real data."""
+"""What every test shares: eight devices, strict broadcasting, a cache, real data."""
 
 import os
 import pathlib
+import tempfile
+
+# One folder for all processes of the tests, whose first one makes and removes it.
+if 'LT_JAX_TEST_CACHE' not in os.environ:
+  CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
+  os.environ['LT_JAX_TEST_CACHE'] = CACHE.name
 
 # Compiling is most of a test's time, and LLVM's optimisations are most of compiling.
 os.environ['XLA_FLAGS'] = (
@@ -14,8 +20,33 @@ import pytest
 
 from lt_jax.data import dataset, sources
 
+jax.config.update('jax_compilation_cache_dir', os.environ['LT_JAX_TEST_CACHE'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+LONG = (
+  'test_imagenet_lt',
+  'test_faults',
+  'test_processes',
+  'test_run',
+  'test_methods',
+  'test_meta',
+  'test_full_size',
+  'test_sweep',
+  'test_reading',
+  'test_doctor',
+  'test_predict',
+)
+"""Files that take the longest: begun first, they leave no process idle at the end."""
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the files of `LONG` first; pytest-xdist hands them out in that order."""
+  place = {name: number for number, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope='session')

@@ -103,10 +103,10 @@ def _rows_so_far(workdir):
   [
     'kill_at:31',
     'kill_in_save:1',
-    'kill_in_save:2',
+    pytest.param('kill_in_save:2', marks=pytest.mark.slow),
     'kill_between:2',
-    'kill_in_evaluation:40',
-    'kill_in_evaluation:81',
+    pytest.param('kill_in_evaluation:40', marks=pytest.mark.slow),
+    pytest.param('kill_in_evaluation:81', marks=pytest.mark.slow),
   ],
 )
 def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
@@ -137,9 +137,9 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   [
     'term_at:31',
     'usr1_at:8',
-    'term_twice_at:31',
+    pytest.param('term_twice_at:31', marks=pytest.mark.slow),
     'term_in_evaluation:40',
-    'term_in_evaluation:81',
+    pytest.param('term_in_evaluation:81', marks=pytest.mark.slow),
     'term_while_compiling',
   ],
 )
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_compiling(tmp_path):
   assert 'cannot be written' in output and 'first step' not in output
 
 
-@pytest.mark.parametrize('devices', [2, 8])
+@pytest.mark.parametrize('devices', [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_goes_on_on_other_devices(tmp_path, unbroken, devices):
   """F10: begun on one device; equal to rounding, the same order of images."""
   workdir = tmp_path / 'run'

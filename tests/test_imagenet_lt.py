@@ -78,7 +78,24 @@ def test_two_stages_from_lists(finished):
     assert (np.diff(curves['known_score/threshold']) < 0).all()
 
 
-def test_the_same_images_from_tfds(finished, tfds, tmp_path):
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_the_same_images_from_tfds(lists, tfds, split):
+  """To the bit, and cropped at the same places."""
+  ours, theirs = (build.build(config('ce', **source)) for source in (tfds, lists))
+  for step in range(2):
+    batches = [
+      x.stages['train'].streams['train'].payload(step)
+      if split == 'train'
+      else x.passes[split].stream.payload(step)
+      for x in (ours, theirs)
+    ]
+    assert batches[0].keys() == batches[1].keys()
+    for name in batches[0]:
+      np.testing.assert_array_equal(batches[0][name], batches[1][name])
+
+
+@pytest.mark.slow
+def test_the_same_run_from_tfds(finished, tfds, tmp_path):
   """Without the open set, but otherwise the same run to the digest."""
   run.run(config('oltr', **tfds), tmp_path)
   ours, theirs = (
@@ -207,21 +224,27 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
   experiment = build.build(config('ce', **data, **{'data.on_bad_image': 'skip'}))
   screen, stop = Screen(), StopRequest()
   events = Events(epath.Path(tmp_path), screen)
-  runner = StageRunner(
-    experiment,
-    experiment.stages['train'],
-    epath.Path(tmp_path),
-    screen,
-    events,
-    stop,
-    None,
-  )
-  runner._bad_images('train', np.array([0, 0]))
-  runner._bad_images('train', np.array([0]))
+
+  def begun():
+    return StageRunner(
+      experiment,
+      experiment.stages['train'],
+      epath.Path(tmp_path),
+      screen,
+      events,
+      stop,
+      None,
+    )
+
+  for runner in (begun(), begun()):  # the second as one that goes on
+    for positions in ([0, 0], [0]):
+      runner._bad_images('train', np.array(positions))
+      runner._tell_bad_images()
   rows = read_rows(tmp_path / 'events.jsonl')
   assert [row['image'] for row in rows] == [str(file)]
+  runner._bad_images('train', np.array([1]))  # of 1,015
   with pytest.raises(UserError, match=r'2 images cannot be read, more than 0\.1%'):
-    runner._bad_images('train', np.array([1]))  # of 1,015
+    runner._tell_bad_images()
 
 
 def test_a_damaged_image_ends_a_run_that_was_not_told_to_go_on(damaged):

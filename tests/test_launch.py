@@ -457,7 +457,8 @@ def test_the_setup_of_a_host(stubs):
   pip, venv, install = stubs.calls()
   assert pip == ['python3', '-m', 'pip', 'install', '--quiet', '--user', 'uv']
   assert venv == ['uv', 'venv', '--quiet', '--python', '3.12', '.venv']
-  assert install[-3:] == ['requirements.lock', 'jax[tpu]', 'etils[epath-gcs]']
+  extras = ['jax[tpu]', 'etils[epath-gcs]', 'huggingface_hub']
+  assert install[-4:] == ['requirements.lock', *extras]
 
 
 def test_the_image_is_pinned_without_secrets_and_not_root():

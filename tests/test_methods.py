@@ -62,7 +62,7 @@ class Runner:
       train.initial_state, method, streams, jax.random.key(0), self.mesh
     )
     first = train.state_shapes(method, streams)
-    zeros = train._empty_totals(method, streams, first, self.mesh)
+    zeros = train.empty_totals(method, streams, first, self.mesh)
     return init, train.make_update(counted, streams, self.mesh, 1), traces, zeros
 
   def _counted(self, step, traces):
@@ -78,7 +78,7 @@ class Runner:
     """Runs from where the state is; returns the last state and all metrics."""
     totals, bad = self.zeros
     for step in range(int(state.step), int(state.step) + steps):
-      rows = train._payloads(self.stage.streams, step)
+      rows = train.payloads_at(self.stage.streams, step)
       rows = jax.tree.map(lambda x: x[None], rows)
       payload = sharding.put_batch(self.mesh, rows, leading=1)
       state, totals, bad = self.update(state, totals, bad, self.arrays, payload)
@@ -149,7 +149,16 @@ def assert_devices_agree(npz, recipe, one, devices):
   )
 
 
-def test_eight_devices_are_one(npz, runner, request):
+ONE_A_FAMILY = ('ldam_drw', 'lifted', 'oltr', 'mwn', 'meta_ce')
+
+
+@pytest.mark.parametrize('recipe', ONE_A_FAMILY)
+def test_eight_devices_are_one(npz, recipe):
+  assert_devices_agree(npz, recipe, Runner(npz, recipe), devices=8)
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one_by_any_recipe(npz, runner, request):
   recipe = request.node.callspec.params['runner']
   assert_devices_agree(npz, recipe, runner, devices=8)
 

@@ -176,7 +176,7 @@ def test_a_head_that_is_not_linear_is_told(npz, head):
   config = make_config(npz, 'tau_norm')
   config['model'] = {**config['model'], 'head': head, 'head_options': {}}
   with pytest.raises(UserError, match="a 'linear' head, no other"):
-    run._rehearsed(config, NOWHERE)
+    run.rehearsed(config, NOWHERE)
 
 
 @pytest.fixture(scope='module', params=[1, 8])
@@ -266,9 +266,9 @@ def no_programs(monkeypatch):
 
 
 def test_a_choice_without_val_is_told_before_training(npz, no_programs):
-  run._rehearsed(make_config(npz, 'tau_norm'), NOWHERE)
+  run.rehearsed(make_config(npz, 'tau_norm'), NOWHERE)
   with pytest.raises(UserError, match="unknown split 'val'") as told:
-    run._rehearsed(make_config(npz, 'tau_norm', val=0), NOWHERE)
+    run.rehearsed(make_config(npz, 'tau_norm', val=0), NOWHERE)
   assert '\n' not in str(told.value)
 
 
@@ -283,7 +283,7 @@ def test_a_surgery_without_its_wrapper_is_told(
   config['stages'][recipe]['wrappers'] = {}
   message = f"{surgery}: the stage has no wrapper '{wrapper}'"
   with pytest.raises(UserError, match=message):
-    run._rehearsed(config, NOWHERE)
+    run.rehearsed(config, NOWHERE)
 
 
 # OpenMax.
@@ -401,10 +401,10 @@ def test_wrong_numbers_of_openmax_are_told_before_training(
 ):
   config = make_config(npz, 'openmax')
   stage = config['stages']['openmax']
-  run._rehearsed(config, NOWHERE)
+  run.rehearsed(config, NOWHERE)
   if part == 'surgery':
     stage['surgeries'][1][1].update(option)
   else:
     stage['wrappers']['openmax'].update(option)
   with pytest.raises(UserError, match=told):
-    run._rehearsed(config, NOWHERE)
+    run.rehearsed(config, NOWHERE)

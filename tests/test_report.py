@@ -505,7 +505,7 @@ def look_at(page, folder, *flags):
   return json.loads(found[: found.rindex('}') + 1])
 
 
-@pytest.mark.parametrize('dark', [False, True])
+@pytest.mark.parametrize('dark', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   for recipe, seed in (('ce', 0), ('ce', 1), ('l2rw', 0)):
     write_run(tmp_path / f'runs/{recipe}/#{seed}', config(recipe, seed))

@@ -26,7 +26,7 @@ def run(workdir, *arguments, methods='ce,ldam_drw', seeds='0,1', fault=''):
 @pytest.fixture(scope='module')
 def swept(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('sweep') / 'runs'
-  code, output = run(workdir)
+  code, output = run(workdir, methods='ce')
   assert code == 0, output
   return workdir, output
 
@@ -37,12 +37,11 @@ def result(workdir, method, seed):
 
 def test_every_cell_is_an_ordinary_run(swept):
   workdir, output = swept
-  for method in ('ce', 'ldam_drw'):
-    for seed in (0, 1):
-      found = result(workdir, method, seed)
-      assert (found['recipe'], found['seed']) == (method, seed)
-      folder = workdir / method / str(seed)
-      assert (folder / 'config.json').exists() and (folder / 'metrics.jsonl').exists()
+  for seed in (0, 1):
+    found = result(workdir, 'ce', seed)
+    assert (found['recipe'], found['seed']) == ('ce', seed)
+    folder = workdir / 'ce' / str(seed)
+    assert (folder / 'config.json').exists() and (folder / 'metrics.jsonl').exists()
   digests = {result(workdir, 'ce', seed)['config_digest'] for seed in (0, 1)}
   assert len(digests) == 1
   lines = output.strip().splitlines()
@@ -69,9 +68,10 @@ def test_a_cell_is_the_run_that_its_command_makes(swept, tmp_path):
 def test_what_is_finished_is_not_run_again(swept):
   workdir, _ = swept
   before = (workdir / 'ce' / '0' / 'events.jsonl').read_bytes()
-  code, output = run(workdir, seeds='0')
+  code, output = run(workdir, methods='ce,focal', seeds='0')
   assert code == 0, output
-  assert output.count('is finished: ') == 2
+  assert output.count('is finished: ') == 1
+  assert result(workdir, 'focal', 0)['recipe'] == 'focal'
   assert (workdir / 'ce' / '0' / 'events.jsonl').read_bytes() == before
 
 

@@ -91,7 +91,9 @@ def test_a_method_compiles(recipe, name):
 def test_a_plain_step_exchanges_its_gradient_alone(plain):
   step, stage = plain
   state = plan.train.state_shapes(stage.method, stage.streams)
-  metrics = plan.train.metric_shapes(stage.method, stage.streams, state)
+  metrics = plan.train.metric_shapes(
+    stage.method, stage.streams, state, plan.make_mesh(POD)
+  )
   found = all_reduces(step)
   assert len(found) <= 3
   least = 4 * step.parameters

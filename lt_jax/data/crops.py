@@ -19,10 +19,10 @@ MAX_PIXELS = 2**28 // 3
 """Above this an image is taken for a mistake or an attack: 256 MiB as RGB."""
 
 # Without this limit Pillow would hand a PostScript file to an interpreter.
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
 # What the decoders of Pillow raise on damaged files.
-_DECODE_ERRORS = (OSError, EOFError, IndexError, SyntaxError, ValueError)
-_DECODE_ERRORS += (struct.error, zlib.error)
+DECODE_ERRORS = (OSError, EOFError, IndexError, SyntaxError, ValueError)
+DECODE_ERRORS += (struct.error, zlib.error)
 _JPEG_MODELS = ('YCbCr', 'Gray', 'RGB')  # which both decoders turn into the same RGB
 # How libjpeg speaks of faults after which pixels are missing; it fills them with grey.
 _PIXELS_LOST = ('premature end', 'bad huffman', 'bad arithmetic', 'found marker')
@@ -46,7 +46,7 @@ def decode(encoded: bytes, where: str) -> 'Image':
   if not encoded:
     raise UserError(f'{where}: the file is empty')
   try:
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
       _check_size(image.width, image.height, where)
       return _to_rgb(image)
   except UserError:
@@ -54,8 +54,8 @@ def decode(encoded: bytes, where: str) -> 'Image':
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise UserError(_TOO_LARGE.format(where)) from None
   except UnidentifiedImageError:
-    raise UserError(f'{where}: not an image ({", ".join(_FORMATS)})') from None
-  except _DECODE_ERRORS as error:
+    raise UserError(f'{where}: not an image ({", ".join(FORMATS)})') from None
+  except DECODE_ERRORS as error:
     raise _damaged(where, error) from None
 
 

@@ -1,0 +1,285 @@
+"""Takes a network out of its run: python -m lt_jax.export --workdir=DIR --to=FORMAT.
+
+  python -m lt_jax.export --workdir=runs/1 --to=safetensors --out=digits.safetensors
+  python -m lt_jax.export --workdir=runs/1 --to=stablehlo --out=digits.stablehlo
+
+safetensors: parameters, statistics and what else the method predicts by, as arrays by
+their paths; in the header class names, preprocessing, configuration and digests. `load`
+makes the network of it again.
+
+stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch, from
+uint8 images to outputs; `jax.export.deserialize` reads it, and needs nothing of ours.
+Beside it a .json file has class names, preprocessing and the names of the outputs.
+
+Before a file counts it is read back, and must predict what the run predicts.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lt_jax import checkpoint, commands, files, sharding, trained
+from lt_jax.build import config_digest
+from lt_jax.errors import UserError, lookup
+from lt_jax.method import Outputs
+from lt_jax.train import state_shapes
+from lt_jax.trained import Trained
+
+WORKDIR, WHICH = commands.workdir_flag(), trained.which_flag()
+OUT = commands.out_flag()
+TO = flags.DEFINE_string('to', None, 'safetensors or stablehlo.')
+
+FIELDS = ('params', 'stats', 'memory')
+"""Fields of a State that a network predicts by."""
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+MOST_OFF = 1e-3
+"""Largest difference of an exported output from the run's, over its largest value."""
+
+
+def main() -> None:
+  """Exports the network that the flags name."""
+  export(files.absolute(WORKDIR.value), TO.value, OUT.value, which=WHICH.value)
+
+
+def export(
+  workdir: epath.Path, to: str, out: epath.PathLike, *, which: str | None = None
+) -> dict[str, Any]:
+  """Writes the network of a run to a file, after reading it back.
+
+  Args:
+    workdir: the run's folder.
+    to: a key of `FORMATS`.
+    out: the file to write, whole or not at all; it ends in the name of the format.
+    which: 'last' or 'best'; None for the State that the run's result is of.
+
+  Returns:
+    What the file's header, or the .json beside it, tells.
+
+  Raises:
+    UserError: a path is wrong, the run is damaged, or what was read back predicts
+      otherwise than the run.
+  """
+  write = lookup(FORMATS, 'format', to)
+  out = epath.Path(out)
+  if out.suffix != f'.{to}':
+    raise UserError(f'--out is {out}; it must end in .{to}')
+  if not out.parent.is_dir():
+    raise UserError(f'--out is {out}, in a folder that is not there')
+  network = trained.open_run(workdir, which)
+  draft = out.with_name(f'.{out.name}.{uuid.uuid4().hex}.draft')
+  try:
+    told, predict = write(network, draft)
+    off = difference(network, predict)
+    if not off <= MOST_OFF:  # nor where it is no number
+      raise UserError(
+        f'{out} is not written: read back, it predicts otherwise than the run, by '
+        f'{off:.2g} of the largest output'
+      )
+    draft.replace(out)
+  finally:
+    draft.unlink(missing_ok=True)
+  if to == 'stablehlo':
+    files.write_json(out.with_suffix('.json'), told)
+  size = out.stat().length
+  print(f'{out}: {size:,} bytes, checked: within {off:.1g} of what the run predicts')
+  return told
+
+
+def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> float:
+  """Returns how far a prediction is from a network's own, on images of noise.
+
+  Args:
+    network: the network.
+    predict: images (B, H, W, channels) uint8 -> what `Trained.predict` returns.
+
+  Returns:
+    The largest difference of an output, over the largest magnitude of that output.
+  """
+  generator = np.random.default_rng(0)
+  images = generator.integers(0, 256, (3, *network.facts['image_shape']), np.uint8)
+  images[0] = images[0] // 64 + 100  # nearly flat
+  own = jax.device_get(jax.jit(network.predict)(network.state, images))
+  other = jax.device_get(predict(images))
+  off = [
+    np.abs(np.asarray(other[name], np.float64) - value).max()
+    / max(np.abs(value).max(), np.finfo(np.float32).tiny)
+    for name, value in own.items()
+  ]
+  return float(np.max(off))  # which is no number where one of them is none
+
+
+def facts(network: Trained) -> dict[str, Any]:
+  """Returns what a person or a program must know to use a network; plain data."""
+  return {
+    'class_names': list(network.class_names),
+    'image_shape': list(network.facts['image_shape']),
+    'preprocessing': network.facts['preprocessing'],
+    'threshold': network.facts.get('threshold'),
+    'counts': network.facts['counts'],
+    'recipe': network.config['recipe'],
+    'seed': network.config['seed'],
+    'stage': network.stage.name,
+    'step': network.step,
+    'config_digest': config_digest(network.config),
+    'state_sha256': checkpoint.digest(network.state),
+  }
+
+
+def _safetensors(
+  network: Trained, path: epath.Path
+) -> tuple[dict[str, Any], Callable[[np.ndarray], Outputs]]:
+  """Writes arrays; returns (what the header tells, the prediction by the file)."""
+  from safetensors.numpy import save
+
+  held = jax.device_get({name: getattr(network.state, name) for name in FIELDS})
+  leaves = jax.tree_util.tree_flatten_with_path(held)[0]
+  tensors = {_name(keys): np.array(leaf, order='C') for keys, leaf in leaves}
+  told = facts(network) | {'config': network.config, 'sha256': _digest(tensors)}
+  header = {
+    key: value if isinstance(value, str) else json.dumps(value)
+    for key, value in told.items()
+  }
+  files.write_atomically(path, save(tensors, header))
+  loaded = load(path)
+  predict = jax.jit(loaded.predict)
+  return told, lambda images: predict(loaded.state, images)
+
+
+def load(path: epath.PathLike) -> Trained:
+  """Makes the network of an exported .safetensors file; its run is not needed.
+
+  Returns:
+    A network that predicts. Its State has no optimiser and no key of its run.
+
+  Raises:
+    UserError: the file is damaged, or does not fit what it says of itself.
+  """
+  header, tensors = _read(epath.Path(path))
+  try:
+    strings = ('recipe', 'stage', 'config_digest', 'state_sha256', 'sha256')
+    told = {k: v if k in strings else json.loads(v) for k, v in header.items()}
+    config, step, sha256 = told['config'], told['step'], told['sha256']
+  except (KeyError, ValueError) as error:
+    raise UserError(f'{path} was not exported here: {error}') from None
+  if sha256 != _digest(tensors):
+    raise UserError(f'{path} is damaged: its arrays do not have the recorded digest')
+  experiment = trained.build_without_data(config, told)
+  *_, stage = experiment.stages.values()
+  shapes = state_shapes(stage.method, stage.streams)
+  held = {name: getattr(shapes, name) for name in FIELDS}
+  held = sharding.put_replicated(
+    experiment.mesh, put_back(tensors, held, os.fspath(path))
+  )
+  state = shapes.replace(step=np.int32(step), key=jax.random.key(0), opt={}, **held)
+  return Trained(config, told, {}, stage, experiment.mesh, state, step, verified=True)
+
+
+def put_back(tensors: Mapping[str, np.ndarray], tree: Any, source: str) -> Any:
+  """Returns a tree with arrays by their paths in the places of its leaves.
+
+  Args:
+    tensors: path -> array, such as 'params.net.head.kernel'.
+    tree: leaves with shapes and types.
+    source: where the arrays are from, for messages.
+
+  Raises:
+    UserError: a path or shape is another.
+  """
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  shapes = {_name(keys): (leaf.shape, leaf.dtype) for keys, leaf in leaves}
+  found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+  for name in sorted(shapes.keys() | found.keys()):
+    if shapes.get(name) != found.get(name):
+      there, here = (
+        '{1} of shape {0}'.format(*of[name]) if name in of else 'absent'
+        for of in (found, shapes)
+      )
+      raise UserError(f'{source}: {name} is {there} there and {here} in the network')
+  return jax.tree_util.tree_map_with_path(lambda keys, _: tensors[_name(keys)], tree)
+
+
+def _name(keys: tuple) -> str:
+  return jax.tree_util.keystr(keys, simple=True, separator='.')
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+  """Returns the SHA-256 of arrays, with names, shapes and types."""
+  total = hashlib.sha256()
+  for name, value in sorted(tensors.items()):
+    total.update(f'{name} {value.shape} {value.dtype}\n'.encode())
+    total.update(value.tobytes())
+  return total.hexdigest()
+
+
+def _read(path: epath.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+  """Returns (header, name -> array) of a .safetensors file."""
+  import safetensors
+  from safetensors.numpy import load as parse
+
+  try:
+    data = path.read_bytes()
+    tensors = parse(data)
+    length = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8 : 8 + length]).get('__metadata__', {})
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror}') from None
+  except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    told = ' '.join(str(error).split())
+    raise UserError(f'{path} is damaged, or no .safetensors file: {told}') from None
+  return header, tensors
+
+
+def _stablehlo(
+  network: Trained, path: epath.Path
+) -> tuple[dict[str, Any], Callable[[np.ndarray], Outputs]]:
+  """Writes a program; returns (what the .json tells, the prediction by the file)."""
+  from jax import export as jax_export
+
+  # On no devices, as a program for a mesh would run on as many only.
+  held = {name: getattr(network.state, name) for name in FIELDS}
+  state = network.state.replace(opt={}, **jax.device_get(held))
+
+  def predict(images: jax.Array) -> Outputs:
+    return network.predict(state, images)
+
+  sizes = ','.join(map(str, network.facts['image_shape']))
+  shape = jax_export.symbolic_shape(f'batch,{sizes}')
+  program = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(
+    jax.ShapeDtypeStruct(shape, jnp.uint8)
+  )
+  files.write_atomically(path, program.serialize())
+  loaded = jax_export.deserialize(bytearray(path.read_bytes()))
+  outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
+  told = facts(network) | {
+    'input': {'shape': ['batch', *network.facts['image_shape']], 'dtype': 'uint8'},
+    'outputs': {
+      name: {
+        'shape': [str(n) if n == shape[0] else n for n in x.shape],
+        'dtype': str(x.dtype),
+      }
+      for name, x in outputs.items()
+    },
+    'platforms': list(PLATFORMS),
+    'jax': jax.__version__,
+    'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+  }
+  return told, loaded.call
+
+
+FORMATS = {'safetensors': _safetensors, 'stablehlo': _stablehlo}
+"""name -> (network, path) -> (what is told of it, the prediction by the file)."""
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'workdir', 'to', 'out')

@@ -1,0 +1,309 @@
+"""Predicts the classes of images: python -m lt_jax.predict --workdir=DIR IMAGES ...
+
+  python -m lt_jax.predict --workdir=runs/digits photographs/ one.png --out=found.csv
+
+IMAGES are image files, folders (all images below them, hidden ones left out) and lists:
+@FILE has a path a line, relative to the current folder, as on the command line. A row a
+image is written, of the State that the run's result is of. The run's folder is enough:
+its training data are not read.
+"""
+
+import csv
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lt_jax import commands, files, trained
+from lt_jax.build import ON_BAD_IMAGE
+from lt_jax.data import crops
+from lt_jax.data.lists import SUFFIXES
+from lt_jax.data.streams import Pass, Stream
+from lt_jax.errors import UserError, lookup
+from lt_jax.evals.collect import Collected, collector
+from lt_jax.method import Batch, Outputs
+from lt_jax.trained import Trained
+from lt_jax.writers import Screen
+
+WORKDIR, WHICH = commands.workdir_flag(), trained.which_flag()
+OUT = commands.out_flag()
+TOP = flags.DEFINE_integer('top', 5, 'How many classes of an image are told.')
+ON_BAD = flags.DEFINE_enum(
+  'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to leave out damaged images.'
+)
+
+
+def main(*images: str) -> None:
+  """Predicts the images named on the command line."""
+  predict(
+    files.absolute(WORKDIR.value),
+    images,
+    OUT.value,
+    top=TOP.value,
+    which=WHICH.value,
+    on_bad_image=ON_BAD.value,
+  )
+
+
+def predict(
+  workdir: epath.Path,
+  images: Sequence[str],
+  out: str,
+  *,
+  top: int = 5,
+  which: str | None = None,
+  on_bad_image: str = 'raise',
+) -> int:
+  """Predicts images and writes a CSV file, whole or not at all.
+
+  Its columns are 'path', 'prediction', 'confidence', the probability of that class,
+  'known_score', 'is_unknown' where the run has chosen a threshold of the known score,
+  and then 'class_1', 'probability_1', 'class_2' and so on, the likeliest first.
+
+  Args:
+    workdir: the run's folder.
+    images: files, folders and lists, see `expand`.
+    out: the file to write.
+    top: how many classes of an image are told.
+    which: 'last' or 'best'; None for the State that the run's result is of.
+    on_bad_image: 'raise', or 'skip' leaves out what cannot be read.
+
+  Returns:
+    The number of images predicted.
+
+  Raises:
+    UserError: a path is wrong, an image cannot be read, or the run is damaged.
+  """
+  skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
+  if top < 1:
+    raise UserError(f'--top is {top}; it must be at least 1')
+  if not os.path.isdir(os.path.dirname(out) or '.'):
+    raise UserError(f'--out is {out!r}, in a folder that is not there')
+  if os.path.isdir(out):
+    raise UserError(f'--out is {out!r}, which is a folder')
+  paths = list(itertools.chain.from_iterable(expand(name) for name in images))
+  if not paths:
+    raise UserError('no images are given: name files, folders or @LIST')
+  batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
+  network = trained.open_run(workdir, which, batch)
+  pictures = Pictures(paths, network, skip)
+  screen = Screen()
+  found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
+  if len(pictures.bad) == len(paths):
+    raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
+  read = [i for i in range(len(paths)) if i not in pictures.bad]
+  text = _table(
+    network, [paths[i] for i in read], {n: v[read] for n, v in found.items()}
+  )
+  files.write_atomically(out, text.encode(errors='surrogateescape'))
+  _tell(network, pictures, found['known_score'][read], out, screen)
+  return len(read)
+
+
+def expand(name: str) -> Iterator[str]:
+  """Yields the images that an argument stands for.
+
+  Args:
+    name: a file; a folder, for all images below it, sorted; or '@' and a file with a
+      path a line, which stands for a file or a folder in turn.
+
+  Raises:
+    UserError: it is not there, or a folder without images.
+  """
+  if name.startswith('@'):
+    try:
+      lines = pathlib.Path(name[1:]).read_text(errors='surrogateescape').splitlines()
+    except OSError as error:
+      raise UserError(f'the list {name[1:]} cannot be read: {error.strerror}') from None
+    for line in filter(None, map(str.strip, lines)):
+      yield from _below(line) if os.path.isdir(line) else [line]
+  elif os.path.isdir(name):
+    yield from _below(name)
+  elif os.path.exists(name):
+    yield name
+  else:
+    raise UserError(f'there is no file or folder {name}')
+
+
+def _below(folder: str) -> list[str]:
+  """Returns the sorted paths of the images below a folder."""
+  found = []
+  for base, folders, names in os.walk(folder):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    images = (n for n in names if n.lower().endswith(SUFFIXES) and n[0] != '.')
+    found += [os.path.join(base, name) for name in images]
+  if not found:
+    raise UserError(f'{folder} has no images ({" ".join(SUFFIXES)})')
+  return sorted(found)
+
+
+class Pictures:
+  """Images in files, brought to what a network has been trained on.
+
+  Photographs are cropped as in its evaluation. Where it has seen images of one size,
+  others are resized to it, and made grey if those were.
+
+  Attributes:
+    paths: of the files.
+    bad: position of an image that cannot be read -> why.
+    resized: positions of images that had another size.
+  """
+
+  def __init__(self, paths: Sequence[str], network: Trained, skip: bool):
+    """Reads nothing yet; `skip` puts images that cannot be read into `bad`."""
+    self.paths = paths
+    self.bad: dict[int, str] = {}
+    self.resized: set[int] = set()
+    self._shape = tuple(network.facts['image_shape'])
+    self._crop = network.crop
+    self._skip = skip
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    """Returns an image, (H, W, channels) uint8; zeros for one that is skipped.
+
+    Raises:
+      UserError: it cannot be read, and is not skipped.
+    """
+    try:
+      return self._read(position)
+    except UserError as error:
+      if not self._skip:
+        raise
+      self.bad[position] = str(error)
+      return np.zeros(self._shape, np.uint8)
+
+  def _read(self, position: int) -> np.ndarray:
+    from PIL import Image
+
+    path, (height, width, channels) = self.paths[position], self._shape
+    try:
+      encoded = pathlib.Path(path).read_bytes()
+    except OSError as error:
+      raise UserError(f'{path}: {error.strerror}') from None
+    if self._crop is not None:
+      return self._crop.evaluation(encoded, path)
+    image = Image.fromarray(crops.pixels(encoded, path))
+    if channels == 1:
+      image = image.convert('L')
+    if image.size != (width, height):
+      self.resized.add(position)
+      # Pillow widens the filter where it reduces, so that nothing aliases.
+      image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(self._shape)
+
+  def in_batches(self, batch: int) -> Pass:
+    """Returns one pass, the last batch padded, read ahead by threads."""
+    examples = len(self.paths)
+
+    def payload(step: int) -> dict[str, np.ndarray]:
+      here = range(step * batch, min((step + 1) * batch, examples))
+      images = np.zeros((batch, *self._shape), np.uint8)
+      for row, position in enumerate(here):
+        images[row] = self[position]
+      return {'image': images}
+
+    shapes = {'image': jax.ShapeDtypeStruct((batch, *self._shape), np.uint8)}
+    stream = Stream({}, payload, lambda _, made, key: made, workers=0, shapes=shapes)
+    return Pass(stream, -(-examples // batch), examples)
+
+
+def _run(
+  network: Trained, pictures: Pictures, batch: int, top: int, screen: Screen
+) -> Collected:
+  """Returns 'class' and 'probability' (N, top), and 'known_score' (N,)."""
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    del batch
+    # By logits, as many a small probability is 0 in float32.
+    _, classes = jax.lax.top_k(outputs['logits'], top)
+    return {
+      'class': classes,
+      'probability': jnp.take_along_axis(outputs['probabilities'], classes, axis=-1),
+      'known_score': outputs['known_score'],
+    }
+
+  one_pass = pictures.in_batches(batch)
+  begun = itertools.count()
+
+  def stop() -> bool:
+    """Is asked once a batch, and never says so."""
+    screen.progress(next(begun))
+    return False
+
+  screen.start_bar('predicting', 0, one_pass.batches)
+  try:
+    collect = collector(network.predict, keep, network.mesh)
+    return collect(network.state, one_pass, stop)
+  finally:
+    screen.stop_bar()
+
+
+def _table(network: Trained, paths: Sequence[str], found: Collected) -> str:
+  """Returns the CSV file, a row an image."""
+  names, threshold = network.class_names, network.threshold
+  unknown = [] if threshold is None else ['is_unknown']
+  top = range(1, found['class'].shape[1] + 1)
+  told = [f'{what}_{place}' for place in top for what in ('class', 'probability')]
+  text = io.StringIO()
+  table = csv.writer(text, lineterminator='\n')
+  table.writerow(['path', 'prediction', 'confidence', 'known_score', *unknown, *told])
+  for path, classes, probabilities, score in zip(
+    paths, found['class'], found['probability'], found['known_score'], strict=True
+  ):
+    pairs = zip((names[c] for c in classes), map(_number, probabilities), strict=True)
+    table.writerow(
+      [
+        path,
+        names[classes[0]],
+        _number(probabilities[0]),
+        _number(score),
+        *([] if threshold is None else [bool(score < threshold)]),
+        *itertools.chain.from_iterable(pairs),
+      ]
+    )
+  return text.getvalue()
+
+
+def _number(value: Any) -> str:
+  """Returns a number in as many digits as float32 has."""
+  return f'{value:.7g}'
+
+
+def _tell(
+  network: Trained, pictures: Pictures, score: np.ndarray, out: str, screen: Screen
+) -> None:
+  """Says what was done, and what a person should know of it."""
+  for reason in pictures.bad.values():
+    screen.line(f'skipped: {reason}')
+  height, width, channels = network.facts['image_shape']
+  if pictures.resized:
+    kind = ', grey' if channels == 1 else ''
+    screen.line(
+      f'{len(pictures.resized)} of {len(pictures.paths)} images were resized to '
+      f'{width} x {height} pixels{kind}, as the network was trained on'
+    )
+  state = '' if network.verified else ', UNVERIFIED'
+  rows = [
+    ('State', f'stage {network.stage.name}, step {network.step}{state}'),
+    ('images', f'{len(score)} predicted, {len(pictures.bad)} skipped'),
+  ]
+  if network.threshold is not None:
+    chosen, below = network.result.get('step'), (score < network.threshold).sum()
+    other = '' if chosen == network.step else f', which was chosen for step {chosen}'
+    rows.append(
+      ('unknown', f'{below}, known score below {network.threshold:.4g}{other}')
+    )
+  told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
+  screen.table(told, [*rows, ('file', out)])
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'workdir', 'out', arguments=None)

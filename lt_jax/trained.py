@@ -1,0 +1,213 @@
+"""A run that has been trained, opened to be used: its configuration, network and State.
+
+What a network predicts by is all in the run's folder: no training data are needed.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+
+from lt_jax import build, checkpoint, files, recipes, sharding
+from lt_jax.build import Config, Experiment, Stage
+from lt_jax.data import augment
+from lt_jax.data.crops import Crop
+from lt_jax.data.dataset import Dataset
+from lt_jax.data.streams import Split
+from lt_jax.errors import UserError
+from lt_jax.method import Outputs, State
+from lt_jax.train import state_shapes
+
+Facts = Mapping[str, Any]
+"""What data.json tells."""
+
+FACTS = ('class_names', 'counts', 'image_shape', 'preprocessing')
+"""What of it a network is built of."""
+
+
+def which_flag() -> flags.Flag | flags.FlagHolder:
+  """Returns the flag --which; one of all commands that a process imports."""
+  if 'which' in flags.FLAGS:
+    return flags.FLAGS['which']
+  return flags.DEFINE_enum(
+    'which',
+    None,
+    ['last', 'best'],
+    'The last State, or the one selected on val. By default the one that the result is '
+    'of; evaluate takes the last.',
+  )
+
+
+class Trained(NamedTuple):
+  """A network that has learned, with all that it takes to predict by it.
+
+  Attributes:
+    config: the resolved configuration of its run.
+    facts: what data.json tells: class names, image shape, preprocessing, threshold.
+    result: what result.json tells; empty if the run has not ended.
+    stage: the stage whose network it is.
+    mesh: the devices.
+    state: its State; what predicts is in `params`, `stats` and `memory`.
+    step: of the State.
+    verified: whether the files of the State had the recorded digests.
+  """
+
+  config: Config
+  facts: Facts
+  result: Mapping[str, Any]
+  stage: Stage
+  mesh: Mesh
+  state: State
+  step: int
+  verified: bool
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """Names of the C classes."""
+    return tuple(self.facts['class_names'])
+
+  @property
+  def crop(self) -> Crop | None:
+    """What brings photographs to one size; None where images were of one size."""
+    told = self.facts['preprocessing']
+    return Crop(told['image_size'], told['resize']) if told['image_size'] else None
+
+  @property
+  def threshold(self) -> float | None:
+    """The known score below which an image is of an unknown class; None: no such."""
+    chosen = self.facts.get('threshold')
+    return chosen['value'] if chosen else None
+
+  def predict(self, state: State, images: jax.Array) -> Outputs:
+    """Predicts images as they are stored; pure.
+
+    Args:
+      state: of this network.
+      images: (B, H, W, channels) uint8.
+
+    Returns:
+      'logits' (B, C), 'probabilities' (B, C), their softmax, 'known_score' (B,), the
+      method's or else the largest probability, and 'features' (B, D).
+    """
+    told = self.facts['preprocessing']
+    normalised = augment.normalise(images, told['mean'], told['std'])
+    outputs = self.stage.method.predict(state, normalised)
+    probabilities = jax.nn.softmax(outputs['logits'])
+    return {
+      'logits': outputs['logits'],
+      'probabilities': probabilities,
+      'known_score': outputs.get('known_score', probabilities.max(-1)),
+      'features': outputs['features'],
+    }
+
+
+def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> Trained:
+  """Opens the last stage of a run, without its data.
+
+  Args:
+    workdir: the run's folder, or a copy of it.
+    which: 'last' or 'best'; None for the State that the run's result is of.
+    batch: images that will be predicted at once, which devices share; 0: as many as in
+      the run's evaluation.
+
+  Raises:
+    UserError: there is no such run or State, or it is damaged.
+  """
+  config = read_config(workdir)
+  facts = files.read_json(workdir / 'data.json')
+  missing = [key for key in FACTS if key not in facts]
+  if missing:
+    raise UserError(f'{workdir / "data.json"} lacks {missing[0]!r}')
+  path = workdir / 'result.json'
+  result = files.read_json(path) if path.exists() else {}
+  experiment = build_without_data(config, facts, batch)
+  *_, stage = experiment.stages.values()
+  state, step, _, verified = restore(workdir, stage, experiment.mesh, which)
+  return Trained(config, facts, result, stage, experiment.mesh, state, step, verified)
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+  """Reads the configuration of a run.
+
+  Keys of data that it lacks are newer than the run and have their defaults, which are
+  what was done before there were such keys.
+
+  Raises:
+    UserError: there is no run, or another version wrote it.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise UserError(f'{workdir} holds no run: there is no config.json')
+  config, base = files.read_json(path), recipes.base_config().to_dict()
+  missing = [key for key in base if key not in config]
+  if missing:
+    raise UserError(f'{path} lacks {missing[0]!r}: another version wrote it')
+  return {**config, 'data': base['data'] | config['data']}
+
+
+def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:
+  """Builds a run from what data.json tells, for prediction only.
+
+  Its streams have the shapes of the images that it was trained on, and no images.
+
+  Args:
+    config: of the run.
+    facts: what data.json tells.
+    batch: images that will be predicted at once, which devices share; 0: as many as in
+      the run's evaluation.
+  """
+  here = {'device': 'any', 'eval_batch': batch or config['eval_batch']}
+  return build.build({**config, **here}, dataset=_shapes_of(facts))
+
+
+def _shapes_of(facts: Facts) -> Dataset:
+  """Returns the data set of a run as labels and shapes: as many images, and none."""
+  shape = tuple(facts['image_shape'])
+
+  def split(counts: list[int]) -> Split:
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    images = jax.ShapeDtypeStruct((len(labels), *shape), np.uint8)
+    return Split(None, np.arange(len(labels)), labels, {'image': images})
+
+  return Dataset(
+    splits={name: split(counts) for name, counts in facts['counts'].items()},
+    counts=np.asarray(facts['counts']['train']),
+    class_names=tuple(facts['class_names']),
+    image_shape=shape,
+    fingerprint='',
+  )
+
+
+def restore(
+  workdir: epath.Path, stage: Stage, mesh: Mesh, which: str | None
+) -> checkpoint.Restored:
+  """Restores a State of a stage, and leaves the run's folder as it is.
+
+  Args:
+    workdir: the run's folder.
+    stage: the stage.
+    mesh: the devices.
+    which: 'last' or 'best'; None for the State that the run's result is of.
+
+  Raises:
+    UserError: there is no such State, or it is damaged.
+  """
+  shapes = state_shapes(stage.method, stage.streams)
+  target = checkpoint.abstract(shapes, sharding.replicated(mesh))
+  ladder = checkpoint.Checkpoints(workdir / 'stages' / stage.name / 'checkpoints')
+  try:
+    if which is None:
+      which = 'best' if stage.select and ladder.best() is not None else 'last'
+    if which == 'best':
+      restored = ladder.restore_best(target)
+    else:
+      restored = ladder.restore(target, quarantine=False)
+  finally:
+    ladder.close()
+  if restored is None:
+    raise UserError(f'{workdir} has no {which} checkpoint of stage {stage.name!r}')
+  return restored

@@ -1,0 +1,368 @@
+"""Faults are planted, and the doctor finds each; a healthy run has none."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from lt_jax import doctor, files
+from tests import child, mini, tiny
+
+COUNTS = (6, 3, 1, 1)
+"""One class is many-shot, one medium-shot, two few-shot, in the bounds of `tiny`."""
+
+
+def arrays(seed=0):
+  """Returns the members of an .npz without a fault."""
+  generator = np.random.default_rng(seed)
+  made, pattern = {}, generator.integers(0, 128, (len(COUNTS), 8, 8, 1), np.uint8)
+  for split, counts in {'train': np.add(COUNTS, tiny.META), 'test': [2] * 4}.items():
+    label = np.repeat(np.arange(len(COUNTS)), counts)
+    noise = generator.integers(0, 128, (len(label), 8, 8, 1), np.uint8)
+    made |= {f'x_{split}': pattern[label] + noise, f'y_{split}': label}
+  return made
+
+
+@pytest.fixture
+def config(tmp_path):
+  """Returns a function (arrays) -> resolved config, of the healthy ones by default."""
+
+  def write(members=None, **overrides):
+    path = tmp_path / 'data.npz'
+    np.savez(path, **(members or arrays()))
+    made = tiny.config(path, 'ce', **overrides)
+    made['data'] |= {'mean': [0.5], 'std': [0.2]}
+    return made
+
+  return write
+
+
+@pytest.fixture
+def listed(tmp_path, rng):
+  """Returns (config, folder) of twelve photographs a split, listed."""
+  folder = tmp_path / 'lists'
+  folder.mkdir()
+  for split in ('train', 'test'):
+    lines = []
+    for i in range(12):
+      label = i // 6 if split == 'train' and i < 9 else i % 3
+      (folder / f'{split}_{i}.jpg').write_bytes(mini.photograph(rng, label))
+      lines.append(f'{split}_{i}.jpg {label}\n')
+    (folder / f'{split}.txt').write_text(''.join(lines))
+  made = tiny.config(folder, 'ce')
+  made['data'] |= {
+    'source': f'list:{folder}',
+    'meta_per_class': 0,
+    'image_size': 8,
+    'resize': 8,
+    'mean': [0.57, 0.39, 0.21],
+    'std': [0.35, 0.33, 0.2],
+  }
+  return made, folder
+
+
+def examine(case, *checks):
+  """Returns the findings of some checks, after the configuration is built."""
+  sections = {'open': (doctor.Case.open,), 'rest': checks}
+  return [finding for _, finding in doctor.examine(case, sections)]
+
+
+def told(found, level):
+  return '\n'.join(finding.text for finding in found if finding.level == level)
+
+
+def faults(found):
+  """Returns what is not as it should be, as one text."""
+  return told(found, 'odd') + told(found, 'wrong')
+
+
+def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(doctor, '_file_system', lambda path: 'ext4')
+  workdir = tmp_path / 'deep' / 'run'
+  found = list(doctor.examine(doctor.Case(config(), workdir)))
+  bad = [(s, f) for s, f in found if f.level != 'ok' and s != 'machine']
+  assert not bad
+  assert {section for section, _ in found} == set(doctor.SECTIONS)
+  assert [path.name for path in tmp_path.iterdir()] == ['data.npz']
+
+
+def test_photographs_without_a_fault(listed):
+  checks = [*doctor.SECTIONS['data'], *doctor.SECTIONS['images']]
+  found = examine(doctor.Case(listed[0]), *checks)
+  assert not faults(found)
+  assert 'train: 12 files open, 12 were decoded' in told(found, 'ok')
+  assert 'of 24 were hashed, as the others differ in size' in told(found, 'ok')
+
+
+def test_an_image_in_training_and_test(config):
+  members = arrays()
+  members['x_test'][0] = members['x_train'][1]
+  found = examine(doctor.Case(config(members)), doctor.duplicates)
+  assert 'images in test and in train: 1, such as' in told(found, 'wrong')
+  assert '(train)' in told(found, 'wrong') and '(test)' in told(found, 'wrong')
+
+
+def test_an_image_twice_with_two_labels(config):
+  members = arrays()
+  members['x_train'][:] = np.arange(len(members['x_train']))[:, None, None, None]
+  members['x_train'][-1] = members['x_train'][0]
+  data = config(members)
+  data['data'] |= {'meta_per_class': 0}
+  found = examine(doctor.Case(data), doctor.duplicates)
+  assert 'images more than once in train: 1, such as' in told(found, 'odd')
+  assert "two labels: 1, such as #0 (train): '0' = #18 (train): '3'" in faults(found)
+
+
+def test_few_that_are_twice_are_odd(config, monkeypatch):
+  monkeypatch.setattr(doctor, 'TOLERATED', 0.5)
+  members = arrays()
+  members['x_test'][0] = members['x_train'][0]
+  found = examine(doctor.Case(config(members)), doctor.duplicates)
+  assert 'in test' in told(found, 'odd') and not told(found, 'wrong')
+
+
+def test_the_same_file_under_two_names(listed):
+  config, folder = listed
+  shutil.copy(folder / 'train_0.jpg', folder / 'test_7.jpg')
+  found = examine(doctor.Case(config), doctor.duplicates)
+  for name in ('train_0.jpg (train)', 'test_7.jpg (test)', "'0'", "'1'"):
+    assert name in told(found, 'wrong')
+
+
+def test_a_truncated_file_is_found_by_its_end(listed, monkeypatch):
+  config, folder = listed
+  monkeypatch.setattr(doctor, 'SAMPLE', 0)
+  whole = (folder / 'test_3.jpg').read_bytes()
+  (folder / 'test_3.jpg').write_bytes(whole[: len(whole) // 2])
+  found = examine(doctor.Case(config), doctor.readable)
+  assert 'test: images that cannot be read: 1, such as' in told(found, 'wrong')
+  assert 'test_3.jpg' in told(found, 'wrong')
+
+
+def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
+  config, folder = listed
+  monkeypatch.setattr(doctor, 'SAMPLE', 0)
+  whole = (folder / 'train_5.jpg').read_bytes()
+  (folder / 'train_5.jpg').write_bytes(whole[: len(whole) // 2] + whole[-2:])
+  assert not faults(examine(doctor.Case(config), doctor.readable))
+  thorough = doctor.Case(config, thorough=True)
+  assert 'train_5.jpg' in told(examine(thorough, doctor.readable), 'wrong')
+  config['data']['on_bad_image'] = 'skip'
+  thorough = doctor.Case(config, thorough=True)
+  found = examine(thorough, doctor.readable)
+  assert 'train_5.jpg' in told(found, 'odd') and not told(found, 'wrong')
+  (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many for stand-ins
+  found = examine(thorough, doctor.readable)
+  assert 'train: images that cannot be read: 2' in told(found, 'wrong')
+
+
+def test_a_missing_file_and_what_is_skipped_for_it(listed):
+  config, folder = listed
+  (folder / 'train_2.jpg').unlink()
+  found = examine(doctor.Case(config), doctor.duplicates, doctor.compiles)
+  assert 'lacks 1 of the listed images: train_2.jpg' in told(found, 'wrong')
+  assert [finding.level for finding in found] == ['wrong', 'skip', 'skip']
+  assert 'duplicates: the data cannot be opened' in told(found, 'skip')
+
+
+def test_a_label_out_of_range(config):
+  members = arrays()
+  members['y_test'][3] = 4
+  found = examine(doctor.Case(config(members)))
+  assert 'y_test: label 4 at index 3 is not in [0, 4)' in told(found, 'wrong')
+  assert len(found) == 1
+
+
+def test_the_data_are_looked_at_where_nothing_else_can_be_built(config):
+  config = config(optimizer={'name': 'sgdd'})
+  found = examine(doctor.Case(config), doctor.splits, doctor.compiles)
+  assert 'sgd' in told(found, 'wrong')
+  assert 'test: 8 images' in told(found, 'ok')
+  assert 'compiles: the configuration cannot be built' in told(found, 'skip')
+
+
+@pytest.mark.parametrize('name, value', [('mean', 0.9), ('std', 1.0)])
+def test_another_normalisation(config, name, value):
+  config = config()
+  config['data'][name] = [value]
+  found = examine(doctor.Case(config), doctor.normalisation)
+  assert f'see data.mean {config["data"]["mean"][0]}' in told(found, 'odd')
+
+
+def test_blank_images(config):
+  members = arrays()
+  members['x_train'][:] = 7
+  found = examine(doctor.Case(config(members)), doctor.constant)
+  assert 'images of one colour: 11 of 11' in told(found, 'wrong')
+
+
+def test_classes_and_their_counts(config):
+  members = arrays() | {'class_names': np.array(['a', 'b', 'a', 'c'])}
+  members['y_test'][:] = [0, 0, 0, 0, 0, 1, 2, 2]
+  checks = doctor.classes, doctor.tail, doctor.shots, doctor.balanced_test
+  config = config(members)
+  config['data'] |= {'many_shot': 9}
+  found = told(examine(doctor.Case(config), *checks), 'odd')
+  assert "names of two classes: 1, such as 'a'" in found
+  assert "classes without images in test: 1, such as 'c'" in found
+  assert 'no class is many-shot' in found
+  assert 'test has 1 to 5 images a class' in found
+
+
+def test_a_tail_that_is_not_as_stated(config):
+  config = config()
+  config['data'] |= {'profile': 'exponential', 'n_max': 6, 'imbalance': 6}
+  case = doctor.Case(config)
+  assert 'are those of data.profile' in told(examine(case, doctor.tail), 'ok')
+  config['data']['imbalance'] = 2  # which the images were not drawn for
+  (_, stated) = [finding for _, finding in doctor.examine(case, {'': (doctor.tail,)})]
+  assert stated.level == 'odd' and 'states 4 images of class 1' in stated.text
+
+
+@pytest.mark.parametrize(
+  ('counts', 'shape'),
+  [
+    ([100, 46, 22, 10, 5], 'exponential'),
+    ([50, 50, 5, 5], 'a step'),
+    ([50, 50, 49, 49], 'balanced'),
+    ([100, 99, 98, 97, 1], 'neither'),
+  ],
+)
+def test_shapes_of_a_tail(counts, shape):
+  assert doctor._shape(np.array(counts)).startswith(shape)
+
+
+def test_the_gini_coefficient_is_the_mean_difference(rng):
+  counts = rng.integers(1, 100, 20)
+  mean_difference = np.abs(counts[:, None] - counts[None]).mean()
+  np.testing.assert_allclose(
+    doctor._gini(counts), mean_difference / (2 * counts.mean()), rtol=1e-12
+  )
+
+
+STEP = doctor.compiles, doctor.one_step, doctor.loss_at_start, doctor.learns
+
+
+def test_a_learning_rate_that_is_too_great(config):
+  config = config(schedule={'name': 'constant', 'base': 1e30})
+  found = examine(doctor.Case(config), *STEP, doctor.by_heart)
+  assert 'not finite: a smaller schedule.base' in told(found, 'wrong')
+
+
+def test_a_batch_that_is_not_learned_by_heart(config, monkeypatch):
+  monkeypatch.setattr(doctor, 'BY_HEART', 2)
+  config = config(schedule={'name': 'constant', 'base': 1e-6})
+  case = doctor.Case(config)
+  found = examine(case, *STEP, doctor.by_heart)
+  assert 'not below the half' in told(found, 'odd')
+  monkeypatch.setattr(doctor, 'BY_HEART', 1000)
+  monkeypatch.setattr(doctor, 'BUDGET', 0.01)
+  found = [f for _, f in doctor.examine(case, {'': (doctor.by_heart,)})]
+  assert 'that is as many as' in told(found, 'skip')
+
+
+def test_every_stage_makes_a_step(config, tmp_path):
+  config = tiny.config(tmp_path / 'data.npz', 'meta_ce') | {'data': config()['data']}
+  case = doctor.Case(config)
+  found = examine(case, *STEP, doctor.by_heart, doctor.memory, doctor.decoding)
+  assert not told(found, 'wrong')
+  assert set(case.steps) == set(config['stage_order'])
+
+
+def test_a_gradient_that_does_not_arrive(config):
+  config = config(optimizer={'name': 'sgd', 'weight_decay': [['.*', 1e-4]]})
+  case = doctor.Case(config)
+  examine(case)
+  stage = case.experiment.stages['train']
+
+  def step(state, batches):
+    blank = {**batches['train'], 'image': 0 * batches['train']['image']}
+    blank['label'] = 0 * blank['label']
+    return stage.method.step(state, {'train': blank})
+
+  blind = stage._replace(method=stage.method._replace(step=step))
+  case.experiment.stages['train'] = blind
+  found = [finding for _, finding in doctor.examine(case, {'': STEP})]
+  assert 'the same way for other images: no gradient arrives' in told(found, 'wrong')
+
+
+def test_nothing_moves_without_a_learning_rate(config):
+  found = examine(doctor.Case(config(schedule={'name': 'constant', 'base': 0})), *STEP)
+  assert 'no parameter moves' in told(found, 'wrong')
+  assert 'that of a guess' in told(found, 'ok')
+
+
+def trial(case, **values):
+  """Returns a trial of the first stage that nobody compiled."""
+  examine(case)
+  fields = dict.fromkeys(doctor.Trial._fields) | values
+  return doctor.Trial(**fields)._replace(stage=case.experiment.stages['train'])
+
+
+def test_memory_and_space(config, tmp_path, monkeypatch):
+  case = doctor.Case(config(), tmp_path)
+  case.trials['train'] = trial(case, memory={'parameters': 2e6, 'batch': 1e6})
+  found = examine(case, doctor.memory, doctor.space)
+  assert not faults(found) and 'most of it parameters' in told(found, 'ok')
+  monkeypatch.setattr(doctor, '_device_memory', lambda device: 1000.0)
+  free = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda path: free)
+  found = told(examine(case, doctor.memory, doctor.space), 'wrong')
+  assert 'there are 0.00 MB' in found and '0.00 MB are free' in found
+
+
+def test_images_that_are_decoded_too_slowly(listed):
+  case = doctor.Case(listed[0])
+  case.trials['train'] = trial(case)
+  for seconds, level in ((1e-9, 'odd'), (1e3, 'ok')):
+    case.steps['train'] = doctor.Step(1.0, True, {}, False, seconds)
+    (_, found) = examine(case, doctor.decoding)  # after what building says
+    assert found.level == level and 'images/s can be decoded' in found.text
+
+
+def test_a_folder_that_cannot_be_written(config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  found = examine(doctor.Case(config(), tmp_path / 'file' / 'run'), doctor.writable)
+  assert 'cannot be written: Not a directory' in told(found, 'wrong')
+
+
+def test_folders_on_other_file_systems(config, tmp_path, monkeypatch):
+  case = doctor.Case(config(), tmp_path)
+  for kind, text in (('tmpfs', 'in memory'), ('fuse.s3fs', 'on a network')):
+    monkeypatch.setattr(doctor, '_file_system', lambda path, kind=kind: kind)
+    assert text in told(examine(case, doctor.file_system), 'odd')
+
+
+def test_a_folder_with_another_run_in_it(config, tmp_path):
+  config = config()
+  case = doctor.Case(config, tmp_path)
+  files.write_json(tmp_path / 'config.json', config)
+  assert 'it will go on' in told(examine(case, doctor.begun), 'ok')
+  files.write_json(tmp_path / 'config.json', config | {'seed': 7})
+  with files.locked(tmp_path):
+    found = told(examine(case, doctor.begun), 'wrong')
+  assert 'in use by a run' in found and 'seed was 7 and is 0' in found
+
+
+def test_generated_images_are_not_looked_at(config):
+  config = config()
+  config['data'] |= {'source': 'fake', 'meta_per_class': 0}
+  checks = [*doctor.SECTIONS['data'], *doctor.SECTIONS['images']]
+  found = examine(doctor.Case(config), *checks)
+  assert 'duplicates: the images are generated' in told(found, 'skip')
+
+
+def test_exit_codes(tmp_path):
+  output = tmp_path / 'output'
+  arguments = [
+    f'--config={child.ROOT}/configs/digits_lt.py:ce',
+    f'--workdir={tmp_path}/run',
+    '--config.model.trunk=tiny_cnn',
+  ]
+  assert child.run(arguments, output, module='lt_jax.doctor') == 0
+  assert 'found 0 wrong' in output.read_text()
+  arguments.append('--config.data.known_classes=11')
+  assert child.run(arguments, output, module='lt_jax.doctor') == 2
+  text = output.read_text()
+  assert '  wrong  data.known_classes is 11' in text
+  assert text.splitlines()[-1].startswith('error: found 1 wrong')

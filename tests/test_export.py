@@ -1,0 +1,167 @@
+"""Networks taken out of their runs: written, read back, and the same."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from lt_jax import checkpoint, export, trained
+from lt_jax.errors import UserError
+from tests import tiny
+from tests.test_predict import fitted, leave
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """The folder of a run whose method remembers more than parameters."""
+  folder = tmp_path_factory.mktemp('run')
+  config = tiny.config(tiny.write_npz(folder / 'tiny.npz', (8, 1, 1, 1)), 'openmax')
+  leave(config, folder / 'run', fitted)
+  return epath.Path(folder / 'run')
+
+
+@pytest.fixture(scope='module')
+def network(workdir):
+  return trained.open_run(workdir)
+
+
+@pytest.fixture(scope='module')
+def images():
+  return np.random.default_rng(1).integers(0, 256, (5, 8, 8, 1), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def expected(network, images):
+  return jax.device_get(jax.jit(network.predict)(network.state, images))
+
+
+@pytest.fixture(scope='module')
+def arrays(workdir, tmp_path_factory):
+  """(exported file, what its header tells)."""
+  path = tmp_path_factory.mktemp('arrays') / 'one.safetensors'
+  return path, export.export(workdir, 'safetensors', path)
+
+
+def held(state):
+  return {name: getattr(state, name) for name in export.FIELDS}
+
+
+def test_arrays_make_the_network_again(arrays, network, images, expected):
+  path, told = arrays
+  loaded = export.load(path)
+  assert checkpoint.digest(held(loaded.state)) == checkpoint.digest(held(network.state))
+  assert jax.tree.structure(held(loaded.state)) == jax.tree.structure(
+    held(network.state)
+  )
+  again = jax.device_get(jax.jit(loaded.predict)(loaded.state, images))
+  assert again.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(again[name], value)
+  assert loaded.class_names == network.class_names and loaded.step == network.step
+  assert loaded.config == network.config
+  assert told['state_sha256'] == checkpoint.digest(network.state)
+  assert [p.name for p in path.parent.iterdir()] == ['one.safetensors']
+
+
+def test_others_can_read_the_arrays(arrays, network):
+  """By the public library: flat paths, and what must be known in the header."""
+  from safetensors import safe_open
+
+  with safe_open(arrays[0], framework='numpy') as file:
+    header = file.metadata()
+    kernel = file.get_tensor('params.net.head.kernel')
+    assert file.get_tensor('memory.openmax.fitted').dtype == bool
+    assert not any(name.startswith(('opt', 'key')) for name in file.keys())  # noqa: SIM118
+  np.testing.assert_array_equal(kernel, network.state.params['net']['head']['kernel'])
+  assert json.loads(header['class_names']) == ['0', '1', '2', '3']
+  assert json.loads(header['preprocessing'])['mean'] == [0.5]
+  assert {'config', 'config_digest', 'recipe', 'sha256', 'step'} <= header.keys()
+
+
+def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
+  data = bytearray(arrays[0].read_bytes())
+  path = tmp_path / 'bad.safetensors'
+  for change, told in (
+    (lambda b: b[:-4] + bytes([b[-4] ^ 1]) + b[-3:], 'do not have the recorded digest'),
+    (lambda b: b[:-100], 'is damaged, or no .safetensors file'),
+    (lambda b: b'', 'is damaged, or no .safetensors file'),
+  ):
+    path.write_bytes(change(bytes(data)))
+    with pytest.raises(UserError, match=told):
+      export.load(path)
+  save_file({'x': np.zeros(3)}, path)
+  with pytest.raises(UserError, match="was not exported here: 'config'"):
+    export.load(path)
+  with pytest.raises(UserError, match='cannot be read: No such file'):
+    export.load(tmp_path / 'absent.safetensors')
+
+
+def test_arrays_of_another_network_are_refused():
+  tree = {'params': {'kernel': np.zeros((2, 3)), 'bias': np.zeros(3)}}
+  whole = {'params.kernel': np.ones((2, 3)), 'params.bias': np.ones(3)}
+  back = export.put_back(whole, tree, 'f')
+  assert back['params']['kernel'].sum() == 6
+  for change, told in (
+    ({'params.kernel': np.ones((2, 4))}, r'params.kernel is float64 of shape \(2, 4\)'),
+    ({'params.bias': np.ones(3, np.float32)}, 'float64 of shape .* in the network'),
+    ({'params.more': np.ones(1)}, 'params.more .* absent in the network'),
+  ):
+    with pytest.raises(UserError, match=told):
+      export.put_back(whole | change, tree, 'f')
+  with pytest.raises(UserError, match='params.bias is absent there'):
+    export.put_back({'params.kernel': whole['params.kernel']}, tree, 'f')
+
+
+def test_a_program_predicts_batches_of_any_size(
+  workdir, network, images, expected, tmp_path
+):
+  path = tmp_path / 'one.stablehlo'
+  export.export(workdir, 'stablehlo', path)
+  program = jax.export.deserialize(bytearray(path.read_bytes()))
+  assert program.platforms == export.PLATFORMS and program.nr_devices == 1
+  for size in (1, 5):
+    found = jax.device_get(program.call(images[:size]))
+    for name, value in expected.items():
+      np.testing.assert_allclose(found[name], value[:size], rtol=1e-4, atol=1e-5)
+  told = json.loads((tmp_path / 'one.json').read_text())
+  assert told['class_names'] == list(network.class_names)
+  assert told['input'] == {'shape': ['batch', 8, 8, 1], 'dtype': 'uint8'}
+  assert {name: out['shape'][1:] for name, out in told['outputs'].items()} == {
+    name: list(value.shape[1:]) for name, value in expected.items()
+  }
+  assert {p.name for p in tmp_path.iterdir()} == {'one.stablehlo', 'one.json'}
+
+
+@pytest.mark.parametrize('wrong', [1.01, np.nan])
+def test_what_predicts_otherwise_is_not_written(workdir, tmp_path, monkeypatch, wrong):
+  load = export.load
+
+  def changed(path):
+    loaded = load(path)
+    scaled = jax.tree.map(lambda x: wrong * x, loaded.state.params)
+    return loaded._replace(state=loaded.state.replace(params=scaled))
+
+  monkeypatch.setattr(export, 'load', changed)
+  out = tmp_path / 'one.safetensors'
+  out.write_text('as it was')
+  with pytest.raises(UserError, match='is not written: read back, it predicts other'):
+    export.export(workdir, 'safetensors', out)
+  assert out.read_text() == 'as it was' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_mistakes_are_told_first(workdir, tmp_path):
+  for to, out, told in (
+    ('onnx', 'x.onnx', "unknown format 'onnx'"),
+    ('safetensor', 'x.safetensors', "did you mean 'safetensors'"),
+    ('stablehlo', 'x.safetensors', 'must end in .stablehlo'),
+    ('stablehlo', 'no/x.stablehlo', 'in a folder that is not there'),
+  ):
+    with pytest.raises(UserError, match=told):
+      export.export(workdir, to, tmp_path / out)
+  with pytest.raises(UserError, match='holds no run'):
+    export.export(epath.Path(tmp_path), 'safetensors', tmp_path / 'x.safetensors')
+  assert not list(pathlib.Path(tmp_path).iterdir())

@@ -1,0 +1,329 @@
+"""Predictions of image files, by the run's folder alone."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import digits_lt
+from lt_jax import (
+  build,
+  checkpoint,
+  files,
+  predict,
+  results,
+  run,
+  train,
+  trained,
+)
+from lt_jax.errors import UserError
+from tests import child, tiny
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+  """(run, folder of its test images); it has moved since it was trained."""
+  folder = tmp_path_factory.mktemp('digits')
+  command = child.command(folder / 'run', config='digits_lt.py:ce,epochs=8')
+  log = folder / 'log'
+  assert child.run(command, log) == 0, log.read_text()
+  workdir = epath.Path(shutil.move(folder / 'run', folder / 'moved'))
+  split = build.build(trained.read_config(workdir)).dataset.splits['test']
+  (folder / 'images').mkdir()
+  for place, row in enumerate(split.rows):
+    image = Image.fromarray(split.image(row)[..., 0])
+    image.save(folder / 'images' / f'{place:03d}.png')
+  return workdir, folder / 'images'
+
+
+def leave(config, workdir, change=lambda state: state):
+  """Leaves the folder of a run, without training; returns its test images.
+
+  There are two checkpoints of one State, of which step 0 is the selected one.
+  """
+  workdir.mkdir()
+  experiment = build.build(config, devices=1)
+  stage = list(experiment.stages.values())[-1]
+  state = train.initial_state(
+    stage.method, stage.streams, jax.random.key(0), experiment.mesh
+  )
+  state = change(state)
+  ladder = checkpoint.Checkpoints(workdir / 'stages' / stage.name / 'checkpoints')
+  ladder.save_best(0, state)
+  ladder.save(1, state.replace(step=state.step + 1))
+  ladder.close()
+  test = results.evaluate(experiment, stage, state).records['test']
+  np.savez(
+    workdir / 'predictions.npz', logits=test['logits'], score=test['known_score']
+  )
+  files.write_json(workdir / 'config.json', config)
+  files.write_json(workdir / 'data.json', run._data_facts(experiment, workdir))
+  return experiment.dataset.splits['test']
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+  """(run, folder of its test images), of photographs of many sizes."""
+  folder = tmp_path_factory.mktemp('photographs')
+  config = tiny.config('', 'ce', epochs=4.0, select='val/loss')
+  fake = {'classes': 4, 'train': 16, 'largest': 7, 'smallest': 2, 'val': 8, 'test': 8}
+  fake |= {'open': 0, 'image_size': 0}
+  config['data'] |= {'source': 'fake', 'fake': fake, 'meta_per_class': 0}
+  config['data'] |= {'image_size': 8, 'resize': 10, 'mean': [0.4, 0.5, 0.6]}
+  workdir = epath.Path(folder / 'run')
+  split = leave(config, workdir)
+  (folder / 'images').mkdir()
+  for place, row in enumerate(split.rows):
+    (folder / 'images' / f'{place}.jpeg').write_bytes(split.source.encoded(row))
+  return workdir, folder / 'images'
+
+
+def table(path):
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def check_is_as_evaluated(rows, workdir):
+  """The logits of predictions.npz are the same to float16."""
+  with np.load(workdir / 'predictions.npz') as stored:
+    logits = stored['logits'].astype(np.float64)
+  probability = np.exp(logits - logits.max(1, keepdims=True))
+  probability /= probability.sum(1, keepdims=True)
+  told = np.array([[float(row[f'probability_{k}']) for k in (1, 2)] for row in rows])
+  np.testing.assert_allclose(
+    told, np.sort(probability, 1)[:, :-3:-1], rtol=5e-3, atol=1e-3
+  )
+  picked = [probability[i, int(row['prediction'])] for i, row in enumerate(rows)]
+  np.testing.assert_allclose(picked, told[:, 0], rtol=5e-3, atol=1e-3)
+
+
+def stamps(workdir):
+  return {path: path.stat().st_mtime_ns for path in pathlib.Path(workdir).rglob('*')}
+
+
+def test_they_are_those_of_the_run(digits, tmp_path, capsys):
+  workdir, images = digits
+  before = stamps(workdir)
+  predict.predict(workdir, [str(images)], str(tmp_path / 'out.csv'), top=99)
+  assert stamps(workdir) == before
+  rows = table(tmp_path / 'out.csv')
+  assert [row['path'] for row in rows] == sorted(map(str, images.iterdir()))
+  assert [row['prediction'] for row in rows] == [row['class_1'] for row in rows]
+  assert 'class_8' in rows[0] and 'class_9' not in rows[0]
+  check_is_as_evaluated(rows, workdir)
+  result = json.loads((workdir / 'result.json').read_text())
+  threshold = result['test']['threshold']
+  for row in rows:
+    assert row['is_unknown'] == str(float(row['known_score']) < threshold)
+  known = [
+    row['is_unknown'] == 'False' and row['prediction'] == str(label)
+    for row, label in zip(rows, labels(workdir), strict=True)
+  ]
+  assert np.mean(known) == pytest.approx(result['test']['known_accuracy'])
+  told = capsys.readouterr().out
+  assert '400 predicted, 0 skipped' in told and 'resized' not in told
+
+
+def labels(workdir):
+  with np.load(workdir / 'predictions.npz') as stored:
+    return stored['label']
+
+
+def fitted(state):
+  """Gives OpenMax tails, as if some had been fitted; others stay as they are."""
+  if 'openmax' not in state.memory:
+    return state
+  mean = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
+  tails = {**state.memory['openmax'], 'mean': mean, 'fitted': jnp.ones(4, bool)}
+  return state.replace(memory={'openmax': tails})
+
+
+@pytest.mark.parametrize('recipe', ['oltr', 'openmax'])
+def test_what_else_a_method_remembers_counts(tmp_path, recipe):
+  config = tiny.config(tiny.write_npz(tmp_path / 'tiny.npz', (8, 1, 1, 1)), recipe)
+  workdir = epath.Path(tmp_path / 'run')
+  split = leave(config, workdir, fitted)
+  (tmp_path / 'tiny.npz').unlink()
+  (tmp_path / 'images').mkdir()
+  for place, row in enumerate(split.rows):
+    image = Image.fromarray(split.image(row)[..., 0])
+    image.save(tmp_path / 'images' / f'{place:02d}.png')
+  predict.predict(workdir, [str(tmp_path / 'images')], str(tmp_path / 'out.csv'))
+  rows = table(tmp_path / 'out.csv')
+  check_is_as_evaluated(rows, workdir)
+  with np.load(workdir / 'predictions.npz') as stored:
+    score = stored['score']
+  assert score.min() < 0.99
+  told = [float(row['known_score']) for row in rows]
+  np.testing.assert_allclose(told, score, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'recipe', ['ldam_drw', 'meta_ce', 'cb_finetune', 'fslwf', 'crt']
+)
+def test_a_network_is_built_without_the_data(recipe):
+  """Of streams, classes and stages of every kind: from data.json, the same State."""
+  config = build.resolve(digits_lt.get_config(recipe))
+  experiment = build.build(config, devices=1)
+  told = run._data_facts(experiment, epath.Path('nowhere'))
+  without = trained.build_without_data(config, json.loads(json.dumps(told)))
+  stage, expected = (list(e.stages.values())[-1] for e in (without, experiment))
+  assert (stage.name, stage.select) == (expected.name, expected.select)
+  shapes, others = (train.state_shapes(s.method, s.streams) for s in (stage, expected))
+  assert jax.tree.structure(shapes) == jax.tree.structure(others)
+  assert jax.tree.leaves(shapes) == jax.tree.leaves(others)
+
+
+def test_photographs_are_cropped_as_in_the_evaluation(photographs, tmp_path):
+  workdir, images = photographs
+  predict.predict(workdir, [str(images)], str(tmp_path / 'out.csv'), top=2)
+  rows = table(tmp_path / 'out.csv')
+  assert len(rows) == 8 and 'is_unknown' not in rows[0]
+  check_is_as_evaluated(rows, workdir)
+
+
+def test_the_state_is_the_one_that_the_result_is_of(photographs):
+  workdir, _ = photographs
+  for which, step in ((None, 0), ('best', 0), ('last', 1)):
+    network = trained.open_run(workdir, which)
+    assert network.step == step == int(network.state.step) and network.verified
+
+
+def flat(folder, name, size, mode='RGB'):
+  colour = {'RGB': (90, 90, 90), 'L': 90, 'RGBA': (90, 90, 90, 7), 'I;16': 90 * 257}
+  path = folder / name
+  Image.new(mode, size, colour[mode]).save(path)
+  return str(path)
+
+
+def test_other_sizes_and_colours_become_those_of_the_network(digits, tmp_path, capsys):
+  kinds = [((8, 8), 'L'), ((8, 8), 'RGB'), ((31, 9), 'RGBA'), ((3, 40), 'I;16')]
+  images = [flat(tmp_path, f'{i}.png', *kind) for i, kind in enumerate(kinds)]
+  predict.predict(digits[0], images, str(tmp_path / 'out.csv'))
+  rows = table(tmp_path / 'out.csv')
+  assert [row.pop('path') for row in rows] == images
+  for row in rows[1:]:
+    told = [float(row[key]) for key in ('confidence', 'known_score')]
+    assert told == pytest.approx(
+      [float(rows[0][key]) for key in ('confidence', 'known_score')], rel=1e-4
+    )
+  told = capsys.readouterr().out
+  assert told.count('2 of 4 images were resized to 8 x 8 pixels, grey') == 1
+
+
+def test_a_reduced_image_is_smoothed_before(photographs, tmp_path):
+  """Thin stripes become grey, and not whatever pixels the grid happens to meet."""
+  workdir, _ = photographs
+  network = trained.open_run(workdir)
+  facts = {**network.facts, 'preprocessing': {'image_size': 0, 'resize': 0}}
+  stripes = np.zeros((64, 64, 3), np.uint8)
+  stripes[:, ::2] = 200
+  Image.fromarray(stripes).save(tmp_path / 'stripes.png')
+  path = [str(tmp_path / 'stripes.png')]
+  found = predict.Pictures(path, network._replace(facts=facts), False)[0]
+  assert found.shape == (8, 8, 3) and abs(found.astype(int) - 100).max() <= 4
+
+
+@pytest.fixture
+def some_bad(tmp_path):
+  """Seven images, three of which cannot be read."""
+  folder = tmp_path / 'some'
+  folder.mkdir()
+  for name in 'aceg':
+    flat(folder, f'{name}.png', (8, 8))
+  (folder / 'b.png').write_bytes((folder / 'a.png').read_bytes()[:40])
+  (folder / 'd.jpg').write_bytes(b'')
+  (folder / 'f.png').write_text('this is no image')
+  return folder
+
+
+def test_bad_images_are_left_out_on_request(digits, some_bad, tmp_path, capsys):
+  out = str(tmp_path / 'out.csv')
+  count = predict.predict(digits[0], [str(some_bad)], out, on_bad_image='skip')
+  told = capsys.readouterr().out
+  assert count == 4 and '4 predicted, 3 skipped' in told
+  assert told.count('skipped: ') == 3 and f'skipped: {some_bad}/d.jpg: the file' in told
+  rows = table(out)
+  assert [pathlib.Path(row['path']).stem for row in rows] == list('aceg')
+  assert len({row['confidence'] for row in rows}) == 1
+  bad = [str(some_bad / name) for name in ('b.png', 'f.png')]
+  with pytest.raises(UserError, match='no image can be read; the first: .*b.png'):
+    predict.predict(digits[0], bad, out, on_bad_image='skip')
+
+
+def test_the_command_refuses_a_bad_image_in_one_line(digits, some_bad, tmp_path):
+  out = tmp_path / 'out.csv'
+  out.write_text('as it was')
+  command = [sys.executable, '-m', 'lt_jax.predict', f'--workdir={digits[0]}']
+  ended = subprocess.run(
+    [*command, str(some_bad / 'a.png'), str(some_bad), '--out', str(out)],
+    cwd=child.ROOT,
+    env={**os.environ, **child.environment(), 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2 and out.read_text() == 'as it was'
+  assert ended.stderr.startswith(f'error: {some_bad}/b.png: ')
+  assert ended.stderr.count('\n') == 1
+  assert {path.name for path in tmp_path.iterdir()} == {'some', 'out.csv'}
+
+
+def test_what_arguments_stand_for(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('b/2.JPG', 'b/1.png', 'b/c/3.webp', 'b/.h/4.png', 'b/.5.png', 'b/x.txt'):
+    pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(name).touch()
+  below = ['b/1.png', 'b/2.JPG', 'b/c/3.webp']
+  assert list(predict.expand('b')) == below
+  assert list(predict.expand('b/x.txt')) == ['b/x.txt']  # named, whatever its ending
+  pathlib.Path('list').write_text('b/2.JPG\n\n  b\nabsent.png\n')
+  assert list(predict.expand('@list')) == ['b/2.JPG', *below, 'absent.png']
+  (tmp_path / 'empty').mkdir()
+  for name, told in {
+    'empty': 'has no images',
+    'absent.png': 'no file or folder absent.png',
+    '@absent': 'the list absent cannot be read: No such file',
+  }.items():
+    with pytest.raises(UserError, match=told):
+      list(predict.expand(name))
+
+
+def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
+  workdir, images = digits
+  for given, told in (
+    ({'workdir': epath.Path(tmp_path)}, 'holds no run'),
+    ({'images': []}, 'no images are given'),
+    ({'top': 0}, '--top is 0'),
+    ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that is not there'),
+    ({'out': str(tmp_path)}, 'which is a folder'),
+    ({'which': 'best'}, 'has no best checkpoint of stage'),
+    ({'on_bad_image': 'skp'}, "did you mean 'skip'"),
+  ):
+    right = {
+      'workdir': workdir,
+      'images': [str(images)],
+      'out': str(tmp_path / 'x.csv'),
+    }
+    with pytest.raises(UserError, match=told):
+      predict.predict(**(right | given))
+  assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_no_text_stay_what_they_are(digits, tmp_path):
+  path = os.fsdecode(os.fsencode(tmp_path) + b'/a,"\xff\n.png')
+  pathlib.Path(path).write_bytes(next(digits[1].iterdir()).read_bytes())
+  predict.predict(digits[0], [path], str(tmp_path / 'out.csv'))
+  text = (tmp_path / 'out.csv').read_bytes().decode(errors='surrogateescape')
+  (row,) = csv.DictReader(io.StringIO(text))
+  assert row['path'] == path
