@@ -236,7 +236,8 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
       None,
     )
 
-  for runner in (begun(), begun()):  # the second as one that goes on
+  for _ in range(2):  # the second time as one that goes on
+    runner = begun()
     for positions in ([0, 0], [0]):
       runner._bad_images('train', np.array(positions))
       runner._tell_bad_images()
