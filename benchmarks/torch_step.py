@@ -1,4 +1,4 @@
-"""The same ResNet-32 steps written plainly in PyTorch, as a worker process.
+"""The same ResNet steps written plainly in PyTorch, as a worker process.
 
 Started by the benchmarks, perhaps under another Python. For each line `KIND K` on its
 standard input it makes K steps of a kind and answers with the seconds they took.
@@ -50,6 +50,72 @@ def resnet(depth, classes=10):
       inputs = outputs
   pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
   return nn.Sequential(*layers, *pooled)
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions; a 1x1 convolution where the shape changes."""
+
+  def __init__(self, inputs, width, stride):
+    super().__init__()
+    outputs = 4 * width
+    self.body = nn.Sequential(
+      nn.Conv2d(inputs, width, 1, bias=False),
+      nn.BatchNorm2d(width),
+      nn.ReLU(),
+      nn.Conv2d(width, width, 3, stride, 1, bias=False),
+      nn.BatchNorm2d(width),
+      nn.ReLU(),
+      nn.Conv2d(width, outputs, 1, bias=False),
+      nn.BatchNorm2d(outputs),
+    )
+    self.shortcut = nn.Identity()
+    if inputs != outputs or stride != 1:
+      self.shortcut = nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+      )
+
+  def forward(self, x):
+    return functional.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50(classes=1000):
+  """Returns the ResNet of 50 layers for photographs."""
+  layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+  layers.append(nn.MaxPool2d(3, 2, 1))
+  inputs = 64
+  for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+    for i in range(blocks):
+      layers.append(Bottleneck(inputs, width, 2 if i == 0 and width > 64 else 1))
+      inputs = 4 * width
+  pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+  return nn.Sequential(*layers, *pooled)
+
+
+class Photographs:
+  """ResNet-50 in channels-last; in bfloat16 by autocast, compiled on a GPU."""
+
+  def __init__(self, batch, size, dtype, device):
+    self.net = resnet50().to(device, memory_format=torch.channels_last).train()
+    self.sgd = torch.optim.SGD(
+      self.net.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4
+    )
+    images = torch.randn(batch, 3, size, size, device=device)
+    self.images = images.to(memory_format=torch.channels_last)
+    self.labels = torch.randint(0, 1000, (batch,), device=device)
+    self.device, self.low = device, dtype == 'bfloat16'
+    self.loss = torch.compile(self._loss) if device == 'cuda' else self._loss
+
+  def _loss(self):
+    with torch.autocast(self.device, torch.bfloat16, enabled=self.low):
+      return functional.cross_entropy(self.net(self.images), self.labels)
+
+  def plain(self):
+    """Gradient descent on the mean loss."""
+    self.sgd.zero_grad(set_to_none=True)
+    loss = self.loss()
+    loss.backward()
+    self.sgd.step()
+    return loss.detach()
 
 
 class Training:
@@ -124,11 +190,17 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--depth', type=int, required=True)
   parser.add_argument('--batch', type=int, required=True)
+  parser.add_argument('--size', type=int, default=32)
+  parser.add_argument('--dtype', default='float32')
   options = parser.parse_args()
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   torch.manual_seed(0)
-  training = Training(options.depth, options.batch, device)
-  kinds = {'plain': training.plain, 'double': training.double, 'jvp': training.jvp}
+  if options.depth == 50:
+    training = Photographs(options.batch, options.size, options.dtype, device)
+    kinds = {'plain': training.plain}
+  else:
+    training = Training(options.depth, options.batch, device)
+    kinds = {'plain': training.plain, 'double': training.double, 'jvp': training.jvp}
   training.plain().item()
   params = sum(p.numel() for p in training.net.parameters())
   print(f'ready torch {torch.__version__} {device} {params}', flush=True)

@@ -8,6 +8,13 @@ runs where this Python, or the one that --torch_python names, has it.
 
 On an accelerator the step runs in a scan over device-resident data, and one epoch of
 CIFAR-10-LT (imbalance 100: 12,406 images) is timed as the loop runs it.
+
+  python -m benchmarks.train_step --net=resnet50 --size=224 --dtype=bfloat16 --peak=989
+
+With --size other than 32 it is a step of ImageNet-LT. The loop then reads its batches
+from a worker process, which has them decoded before, so that what is seen is the cost
+of handing them over; the bare step has one batch on the device. The model-FLOP
+utilisation is that of the compiled step over --peak TFLOP/s.
 """
 
 import argparse
@@ -22,9 +29,10 @@ import jax
 import numpy as np
 
 from benchmarks import timing
-from configs import cifar10_lt
+from configs import cifar10_lt, imagenet_lt
 from lt_jax import build, sharding, train
 from lt_jax.data import dataset, sources
+from lt_jax.data.reading import reading
 
 HERE = pathlib.Path(__file__).parent
 
@@ -42,16 +50,36 @@ def synthetic(spec, data_dir=None):
   return {'train': split(50000), 'test': split(1000)}
 
 
+def cifar(options, steps):
+  """Returns (stage, mesh) of a step on small images that lie on the device."""
+  dataset.load_source = synthetic
+  config = cifar10_lt.get_config(f'ldam_drw,net={options.net}')
+  config.update(batch=options.batch, log_every_steps=steps)
+  experiment = build.build(build.resolve(config), devices=1)
+  return experiment.stages['train'], experiment.mesh
+
+
+def photographs(options, steps):
+  """Returns the same on images that come from the host, decoded before."""
+  config = imagenet_lt.get_config(f'ce,net={options.net}')
+  config.update(batch=options.batch, log_every_steps=steps)
+  config.data.update(source='fake', image_size=options.size, resize=options.size)
+  config.data.workers = 1
+  config.model.dtype = options.dtype
+  experiment = build.build(build.resolve(config), devices=1)
+  stage = experiment.stages['train']
+  stream = stage.streams['train']
+  decoded = [stream.payload(step) for step in range(4)]
+  stream = stream._replace(payload=lambda step: decoded[step % len(decoded)])
+  return stage._replace(streams={'train': stream}), experiment.mesh
+
+
 class Jax:
   """Our side: the compiled call alone, and the loop that calls it."""
 
-  def __init__(self, net, batch, steps):
-    dataset.load_source = synthetic
-    config = cifar10_lt.get_config(f'ldam_drw,net={net}')
-    config.update(batch=batch, log_every_steps=steps)
-    experiment = build.build(build.resolve(config), devices=1)
-    self.stage = experiment.stages['train']
-    self.mesh = experiment.mesh
+  def __init__(self, options, steps):
+    make = cifar if options.size == 32 else photographs
+    self.stage, self.mesh = make(options, steps)
     self.chunk = self.stage.plan.chunk
     streams = self.stage.streams
     self.arrays = {name: s.arrays for name, s in streams.items()}
@@ -62,13 +90,15 @@ class Jax:
     self.zeros, self.bad = train.empty_totals(
       self.stage.method, streams, self.state, self.mesh
     )
-    rows = train._stack(streams, 0, self.chunk)
+    with reading(streams, 0, self.chunk) as read:
+      rows = train._stack(read, streams, 0, self.chunk)
     self.payload = sharding.put_batch(self.mesh, rows, leading=1)
     update = train.make_update(self.stage.method, streams, self.mesh, self.chunk)
     began = time.perf_counter()
     arguments = (self.state, self.zeros, self.bad, self.arrays, self.payload)
     self.update = update.lower(*arguments).compile()
     self.compile_seconds = time.perf_counter() - began
+    self.flops = self.update.cost_analysis()['flops']  # of a scan: of one step
     self.params = sum(x.size for x in jax.tree.leaves(self.state.params))
 
   def lower(self, *arguments):
@@ -100,6 +130,7 @@ class Jax:
       save=lambda step, state: None,
       evaluate=lambda step, state: None,
       stop=lambda: False,
+      bad_images=lambda stream, positions: None,
     )
     plan = self.stage.plan._replace(
       first=first, steps=first + steps, log_every=steps, save_every=10**9
@@ -118,8 +149,9 @@ class Jax:
 class Torch:
   """The other side, in a process of its own."""
 
-  def __init__(self, python, depth, batch):
+  def __init__(self, python, depth, batch, size=32, dtype='float32'):
     command = [python, HERE / 'torch_step.py', f'--depth={depth}', f'--batch={batch}']
+    command += [f'--size={size}', f'--dtype={dtype}']
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -149,6 +181,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--net', default='resnet32')
   parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--size', type=int, default=32, help='pixels; 32 is CIFAR')
+  parser.add_argument('--dtype', default='float32', help='of --size other than 32')
+  parser.add_argument('--peak', type=float, default=0, help='TFLOP/s of the device')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--steps', type=int, default=0, help='a round; 0 chooses')
   parser.add_argument('--torch_python', default=None)
@@ -157,18 +192,19 @@ def main():
 
   on_cpu = jax.default_backend() == 'cpu'
   steps = options.steps or (4 if on_cpu else 200)
-  ours = Jax(options.net, options.batch, steps)
+  ours = Jax(options, steps)
   steps = max(1, steps // ours.chunk) * ours.chunk
   sides = {'bare step': ours.bare, 'loop': ours.loop}
   python = find_torch(options.torch_python)
   if python:
     depth = int(options.net.removeprefix('resnet'))
-    torch = Torch(python, depth, options.batch)
+    torch = Torch(python, depth, options.batch, options.size, options.dtype)
     sides[f'PyTorch {torch.version}'] = torch.run
   seconds = timing.in_turn(sides, options.rounds, steps)
   kind = jax.devices()[0].device_kind
   print(
-    f'{options.net}, {ours.params:,} parameters, batch {options.batch}, float32, '
+    f'{options.net}, {ours.params:,} parameters, batch {options.batch} of '
+    f'{options.size} pixels, {options.dtype}, '
     f'JAX {jax.__version__} on {kind}; {options.rounds} rounds of {steps} steps in '
     f'turn, {ours.chunk} a call; compiled in {ours.compile_seconds:.1f} s'
   )
@@ -192,13 +228,19 @@ def main():
   report = {
     'net': options.net,
     'batch': options.batch,
+    'size': options.size,
+    'dtype': options.dtype,
+    'tflop_per_step': ours.flops / 1e12,
     'rounds': options.rounds,
     'steps': steps,
     **timing.facts(),
     'compile_seconds': ours.compile_seconds,
     'sides': table,
   }
-  if not on_cpu:
+  tflops = ours.flops / base / 1e12
+  used = f', {100 * tflops / options.peak:.1f} % of {options.peak:g}'
+  print(f'  bare step: {tflops:.2f} TFLOP/s{used if options.peak else ""}')
+  if not on_cpu and options.size == 32:
     calls = max(1, round(10 * 12406 / options.batch / ours.chunk))  # ten epochs
     images = calls * ours.chunk * options.batch
     loop = min(ours.loop(calls * ours.chunk) for _ in range(3)) * 12406 / images

@@ -41,6 +41,13 @@ def out_flag() -> flags.Flag | flags.FlagHolder:
   return flags.DEFINE_string('out', None, 'The file to write.')
 
 
+def tracker_flag() -> flags.Flag | flags.FlagHolder:
+  """Returns the flag --tracker, likewise."""
+  if 'tracker' in flags.FLAGS:
+    return flags.FLAGS['tracker']
+  return flags.DEFINE_string('tracker', '', 'Logs to wandb or trackio as well.')
+
+
 def launch(
   command: Callable[..., None], *required: str, arguments: int | None = 0
 ) -> NoReturn:

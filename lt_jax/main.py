@@ -13,6 +13,7 @@ from lt_jax import commands
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+TRACKER = commands.tracker_flag()
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   'allow_config_change', False, 'Go on with a configuration other than the folder has.'
 )
@@ -37,6 +38,7 @@ def main() -> None:
     WORKDIR.value,
     allow_config_change=ALLOW_CONFIG_CHANGE.value,
     profile=_profile_steps(PROFILE_STEPS.value),
+    tracker=TRACKER.value,
   )
 
 

@@ -24,7 +24,7 @@ from lt_jax.stopping import (
   watched,
 )
 from lt_jax.train import metric_shapes, state_shapes
-from lt_jax.writers import Events, Screen
+from lt_jax.writers import Events, Screen, tracking
 
 MAY_CHANGE = frozenset(
   {
@@ -44,6 +44,7 @@ def run(
   *,
   allow_config_change: bool = False,
   profile: tuple[int, int] | None = None,
+  tracker: str = '',
 ) -> dict[str, Any]:
   """Trains every stage, from where an interrupted run left off, and sums up.
 
@@ -53,6 +54,7 @@ def run(
     allow_config_change: goes on although the configuration differs from the one the
       folder was begun with.
     profile: (first, last) step of a profiler trace of each stage.
+    tracker: where metrics go besides, see `writers.tracking`.
 
   Returns:
     What result.json holds.
@@ -74,12 +76,18 @@ def run(
     check_data(experiment, workdir)
     events = Events(workdir, screen)
     stop()  # from here on there are signs of life
-    with watched(lambda: stop.last_look), _claimed(experiment, workdir):
+    with (
+      watched(lambda: stop.last_look),
+      _claimed(experiment, workdir),
+      tracking(tracker, config, workdir) as track,
+    ):
       events('started', pid=os.getpid(), host=platform.node())
       _banner(experiment, workdir, screen)
       earlier: dict[str, State] = {}
       for stage in experiment.stages.values():
-        runner = StageRunner(experiment, stage, workdir, screen, events, stop, profile)
+        runner = StageRunner(
+          experiment, stage, workdir, screen, events, stop, profile, track
+        )
         earlier[stage.name] = runner.run(earlier)
     result = results.write_results(
       experiment,

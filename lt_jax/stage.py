@@ -18,7 +18,7 @@ from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
 from lt_jax.stopping import StopRequest, of_any_process, of_first, wait_for_all
 from lt_jax.surgery import operate
-from lt_jax.writers import Events, MetricWriter, Screen, read_rows, write_npz
+from lt_jax.writers import Events, MetricWriter, Screen, Track, read_rows, write_npz
 
 MOST_BAD = 1e-3
 """Share of the training images that may be damaged where others stand in for them."""
@@ -36,6 +36,7 @@ class StageRunner:
     events: Events,
     stop: StopRequest,
     profile: tuple[int, int] | None,
+    track: Track,
   ):
     self._experiment = experiment
     self._stage = stage
@@ -44,6 +45,7 @@ class StageRunner:
     self._events = events
     self._stop = stop
     self._profile = profile
+    self._track = track
     self._folder = workdir / 'stages' / stage.name
     self._checkpoints = checkpoint.Checkpoints(
       self._folder / 'checkpoints',
@@ -97,6 +99,7 @@ class StageRunner:
       stage.name,
       resume_step=step,
       vectors=self._folder / 'metrics',
+      track=self._track,
     )
     if stage.plan.steps == first and restored is None:  # a stage of no steps
       self._save(step, state)

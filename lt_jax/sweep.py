@@ -27,6 +27,7 @@ from lt_jax import commands, files
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+TRACKER = commands.tracker_flag()
 METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
 SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
 CELL = flags.DEFINE_integer('cell', None, 'Runs this one alone, counted from 0.')
@@ -98,7 +99,7 @@ def sweep(
       if _finished(cell, resolved):
         print(f'is finished: {cell.workdir}')
       else:
-        run.run(resolved, cell.workdir)
+        run.run(resolved, cell.workdir, tracker=TRACKER.value)
     except (Preempted, KeyboardInterrupt):
       raise
     except Exception as error:  # of any kind: the other cells are wanted

@@ -1,14 +1,18 @@
-"""What a run says while it runs: JSON lines, TensorBoard, and a person's screen.
+"""What a run says while it runs: JSON lines, TensorBoard, a tracker, a person's screen.
 
 Only process 0 writes. Files grow by whole lines; a line torn by a crash is dropped
 when the run goes on, and so is every row after the step that it goes on from.
 """
 
+import contextlib
+import hashlib
+import importlib
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lt_jax import files
+from lt_jax.errors import UserError
 
 Row = dict[str, Any]
 
@@ -77,6 +82,56 @@ class Events:
       self._screen.line(f'{event.replace("_", " ")}: {told}')
 
 
+Track = Callable[[Row], None]
+"""Takes metrics by name, and shows them elsewhere."""
+
+TRACKERS = ('wandb', 'trackio')
+"""Packages with one interface: `init`, `log`, `finish`."""
+
+
+@contextlib.contextmanager
+def tracking(
+  name: str, config: Mapping[str, Any], workdir: epath.Path
+) -> Iterator[Track]:
+  """Opens the run in a tracker, where it goes on if it is there.
+
+  Args:
+    name: of `TRACKERS`; '' for none.
+    config: the resolved configuration.
+    workdir: the run's folder, by which the run is known there.
+
+  Yields:
+    A `Track`.
+
+  Raises:
+    UserError: there is no such tracker, or it is not installed.
+  """
+  if not name:
+    yield lambda row: None
+    return
+  if name not in TRACKERS:
+    raise UserError(f'unknown tracker {name!r}; known: {", ".join(TRACKERS)}')
+  try:
+    module = importlib.import_module(name)
+  except ImportError:
+    raise UserError(f'--tracker={name} needs it: pip install {name}') from None
+  if jax.process_index():
+    yield lambda row: None
+    return
+  known_by = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
+  run = module.init(
+    project=config['name'],
+    name=f'{config["recipe"]}-{config["seed"]}-{known_by[:6]}',
+    config=files.flatten(config),
+    resume='allow',
+    **({'id': known_by} if name == 'wandb' else {}),
+  )
+  try:
+    yield run.log
+  finally:
+    run.finish()
+
+
 class MetricWriter:
   """The metrics of one stage: metrics.jsonl, TensorBoard, and a file a vector.
 
@@ -85,7 +140,13 @@ class MetricWriter:
   """
 
   def __init__(
-    self, workdir: epath.Path, stage: str, *, resume_step: int, vectors: epath.Path
+    self,
+    workdir: epath.Path,
+    stage: str,
+    *,
+    resume_step: int,
+    vectors: epath.Path,
+    track: Track = lambda row: None,
   ):
     """Opens the files for a stage that goes on from `resume_step`.
 
@@ -94,6 +155,7 @@ class MetricWriter:
     """
     self._stage = stage
     self._vectors_dir = vectors
+    self._track = track
 
     def keep(row: Row) -> bool:
       if row.get('stage') != stage:
@@ -118,6 +180,8 @@ class MetricWriter:
     scalars = {k: float(v) for k, v in arrays.items() if v.ndim == 0}
     place = {'stage': self._stage, 'split': split, 'step': step}
     self._lines.append({**place, 'epoch': round(epoch, 4), **scalars, **timing})
+    told = {f'{split}/{key}': value for key, value in {**scalars, **timing}.items()}
+    self._track({'stage': self._stage, 'step': step, 'epoch': epoch, **told})
     for name, value in arrays.items():
       if value.ndim:
         self._vectors.setdefault(name, {})[step] = value

@@ -53,8 +53,32 @@ IMPOSSIBLE = {
 """No protocol has such a training there, or the meta images are of another split."""
 
 
-@pytest.mark.parametrize('recipe', recipes.RECIPES)
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'inat17'])
+OFTEN = (
+  'ce',
+  'cb_focal',
+  'ldam_drw',
+  'balanced_softmax',
+  'meta_ce',
+  'oltr',
+  'crt',
+  'tau_norm',
+)
+"""Recipes that every config is asked for; all are where their networks are small."""
+
+
+@pytest.mark.parametrize(
+  ('name', 'recipe'),
+  [
+    pytest.param(
+      name,
+      recipe,
+      marks=[] if recipe in OFTEN or name == 'digits_lt' else pytest.mark.slow,
+    )
+    for name in CONFIGS
+    for recipe in recipes.RECIPES
+    if name != 'inat17'
+  ],
+)
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   module, option = CONFIGS[name]
   if (name, recipe) in IMPOSSIBLE:

@@ -120,6 +120,7 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
     assert 'no manifest' in events(workdir, 'checkpoint_rejected')[0]['reason']
 
 
+@pytest.mark.slow
 def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   """F2: each start dies up to 0.2 s after its first save begins."""
   workdir = tmp_path / 'run'

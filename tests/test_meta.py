@@ -295,7 +295,17 @@ def precision(request):
     if (kind, name) != ('mwn', 'adam')
   ],
 )
-def test_it_is_the_gradient_through_the_virtual_step(precision, kind, optimizer):
+def test_it_is_the_gradient_through_the_virtual_step(kind, optimizer):
+  with jax.enable_x64(True):
+    check_the_gradient('float64', kind, optimizer)
+
+
+@pytest.mark.parametrize('kind', ['multiplicative', 'mwn'])
+def test_it_is_so_in_single_precision(kind):
+  check_the_gradient('float32', kind, 'sgd')
+
+
+def check_the_gradient(precision, kind, optimizer):
   problem = make_problem(precision)
   expected = defined(kind, optimizer)
   for route in ('jvp', 'unrolled') if precision == 'float64' else ('jvp',):
@@ -550,8 +560,20 @@ WEIGHTS = {
   ('kind', 'optimizer', 'loss', 'options'),
   [
     ('multiplicative', 'nesterov', 'ldam', {'virtual': 'optimizer', 'eps_lr': TAU}),
-    ('additive', 'heavy-ball', 'ldam', {'low_memory': True, 'eps_lr': TAU}),
-    ('l2rw', 'adam', 'cross_entropy', {'virtual': 'optimizer'}),
+    pytest.param(
+      'additive',
+      'heavy-ball',
+      'ldam',
+      {'low_memory': True, 'eps_lr': TAU},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      'l2rw',
+      'adam',
+      'cross_entropy',
+      {'virtual': 'optimizer'},
+      marks=pytest.mark.slow,
+    ),
     ('mwn', 'heavy-ball', 'cross_entropy', {'weight_learning_rate': 2**-4}),
   ],
 )

@@ -127,6 +127,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
   assert 'does not divide over 4 devices; the nearest that do: 60 or 64' in words[0]
 
 
+@pytest.mark.slow
 def test_later_stages_read_what_another_process_wrote(tmp_path):
   """Features in arrays.npz, class means, a selected State and its manifest."""
   config = 'digits_lt.py:fslwf,epochs=2'

@@ -84,7 +84,9 @@ def test_what_is_not_carried_is_fresh(config_file, carried, tmp_path):
   assert result(workdir)['state_sha256'] != result(carried)['state_sha256']
 
 
-@pytest.mark.parametrize('fault', ['kill_between_stages', 'kill_at:45'])
+@pytest.mark.parametrize(
+  'fault', ['kill_between_stages', pytest.param('kill_at:45', marks=pytest.mark.slow)]
+)
 def test_killed_between_stages_or_in_the_second(config_file, carried, tmp_path, fault):
   workdir = tmp_path / 'run'
   assert run(workdir, f'{config_file}:carry', fault=fault)[0] == -signal.SIGKILL
@@ -240,6 +242,7 @@ def test_a_run_has_its_report(learned):
   assert drawn == {*figures.FIGURES, *figures.OF_ONE_RUN}
 
 
+@pytest.mark.slow
 def test_a_kill_while_weights_are_learned_ends_in_the_same_run(learned, tmp_path):
   workdir = tmp_path / 'run'
   assert run(workdir, META, fault='kill_at:66')[0] == -signal.SIGKILL

@@ -98,6 +98,7 @@ def test_one_cell_for_a_scheduler(tmp_path):
   assert code == 2 and '--cell is 4; there are 0 to 3' in output
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_and_ends(tmp_path):
   code, output = run(tmp_path / 'runs', fault='term_at:10')
   assert code == 143, output

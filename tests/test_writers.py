@@ -1,0 +1,72 @@
+"""What a run says elsewhere: rows to a tracker."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lt_jax import writers
+from lt_jax.errors import UserError
+
+CONFIG = {'name': 'digits_lt', 'recipe': 'ce', 'seed': 3, 'data': {'source': 'digits'}}
+
+
+class Tracker(types.ModuleType):
+  """Stands for wandb and trackio, and keeps what it is told."""
+
+  def __init__(self):
+    super().__init__('tracker')
+    self.rows, self.finished, self.begun = [], 0, []
+
+  def init(self, **options):
+    self.begun.append(options)
+    return self
+
+  def log(self, row):
+    self.rows.append(row)
+
+  def finish(self):
+    self.finished += 1
+
+
+@pytest.mark.parametrize('name', writers.TRACKERS)
+def test_a_tracker_is_told_every_row(monkeypatch, tmp_path, name):
+  tracker, workdir = Tracker(), epath.Path(tmp_path)
+  monkeypatch.setitem(sys.modules, name, tracker)
+  for _ in range(2):  # the second goes on
+    with (
+      pytest.raises(KeyError),
+      writers.tracking(name, CONFIG, workdir) as track,
+    ):
+      writer = writers.MetricWriter(
+        workdir, 'train', resume_step=0, vectors=workdir / 'metrics', track=track
+      )
+      values = {'loss': np.float32(0.5), 'by_class': np.ones(3)}
+      writer.write('val', 10, 1.5, values, images_per_second=7.0)
+      writer.close()
+      raise KeyError
+  row = {'stage': 'train', 'step': 10, 'epoch': 1.5}
+  assert tracker.rows[0] == row | {'val/loss': 0.5, 'val/images_per_second': 7.0}
+  assert tracker.finished == 2  # whatever happens
+  first, second = tracker.begun
+  assert first == second
+  assert first['project'] == 'digits_lt' and first['resume'] == 'allow'
+  assert first['config']['data.source'] == 'digits'
+  assert ('id' in first) == (name == 'wandb')
+
+
+def test_a_tracker_that_is_not_there_is_told(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  for name, told in (('wandb', 'pip install wandb'), ('mlflow', 'known: wandb')):
+    with (
+      pytest.raises(UserError, match=told),
+      writers.tracking(name, CONFIG, epath.Path(tmp_path)),
+    ):
+      pass
+
+
+def test_without_a_tracker_nothing_is_told(tmp_path):
+  with writers.tracking('', CONFIG, epath.Path(tmp_path)) as track:
+    track({'loss': 1.0})
