@@ -10,42 +10,50 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lt_jax.errors import DIVERGED, PREEMPTED, TRY_AGAIN, WRONG_INPUT, UserError
 
-
-def workdir_flag() -> flags.Flag | flags.FlagHolder:
-  """Returns the flag --workdir; one of all commands that a process imports."""
-  if 'workdir' in flags.FLAGS:
-    return flags.FLAGS['workdir']
-  return flags.DEFINE_string('workdir', None, 'The folder of the run, or runs.')
+Flag = flags.Flag | flags.FlagHolder
 
 
-def config_flag() -> flags.Flag | flags.FlagHolder:
-  """Returns the flag --config, likewise."""
-  if 'config' in flags.FLAGS:
-    return flags.FLAGS['config']
-  return config_flags.DEFINE_config_file(
-    'config', help_string='FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
+def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
+  """Returns a flag that several commands have; one of all that a process imports."""
+  return flags.FLAGS[name] if name in flags.FLAGS else define(name, *options)
+
+
+def workdir_flag() -> Flag:
+  """Returns the flag --workdir."""
+  return _shared(
+    'workdir', flags.DEFINE_string, None, 'The folder of the run, or runs.'
   )
 
 
-def out_flag() -> flags.Flag | flags.FlagHolder:
-  """Returns the flag --out, likewise."""
-  if 'out' in flags.FLAGS:
-    return flags.FLAGS['out']
-  return flags.DEFINE_string('out', None, 'The file to write.')
+def config_flag() -> Flag:
+  """Returns the flag --config."""
+  told = 'FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
+  return _shared('config', config_flags.DEFINE_config_file, None, told)
 
 
-def tracker_flag() -> flags.Flag | flags.FlagHolder:
-  """Returns the flag --tracker, likewise."""
-  if 'tracker' in flags.FLAGS:
-    return flags.FLAGS['tracker']
-  return flags.DEFINE_string('tracker', '', 'Logs to wandb or trackio as well.')
+def out_flag() -> Flag:
+  """Returns the flag --out."""
+  return _shared('out', flags.DEFINE_string, None, 'The file to write.')
+
+
+def tracker_flag() -> Flag:
+  """Returns the flag --tracker."""
+  told = 'Logs to wandb or trackio as well.'
+  return _shared('tracker', flags.DEFINE_string, '', told)
+
+
+def which_flag() -> Flag:
+  """Returns the flag --which."""
+  told = 'The last State, or the one selected on val. By default the one that the '
+  told += 'result is of; evaluate takes the last.'
+  return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], told)
 
 
 def launch(

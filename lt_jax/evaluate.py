@@ -20,7 +20,7 @@ from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
-WHICH = trained.which_flag()
+WHICH = commands.which_flag()
 ADJUST = flags.DEFINE_float(
   'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
 )

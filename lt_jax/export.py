@@ -34,7 +34,7 @@ from lt_jax.method import Outputs
 from lt_jax.train import state_shapes
 from lt_jax.trained import Trained
 
-WORKDIR, WHICH = commands.workdir_flag(), trained.which_flag()
+WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
 TO = flags.DEFINE_string('to', None, 'safetensors or stablehlo.')
 

@@ -33,7 +33,7 @@ from lt_jax.method import Batch, Outputs
 from lt_jax.trained import Trained
 from lt_jax.writers import Screen
 
-WORKDIR, WHICH = commands.workdir_flag(), trained.which_flag()
+WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
 TOP = flags.DEFINE_integer('top', 5, 'How many classes of an image are told.')
 ON_BAD = flags.DEFINE_enum(

@@ -78,9 +78,7 @@ def agreed_numbers(numbers: Sequence[int]) -> list[int]:
   """Returns the numbers that process 0 has, 64 at most; all must ask."""
   if jax.process_count() == 1:
     return list(numbers)
-  padded = np.full(64, -1, np.int32)
-  padded[: len(numbers)] = numbers[:64]
-  found = multihost_utils.broadcast_one_to_all(padded)
+  found = multihost_utils.broadcast_one_to_all(_padded(numbers))
   return [int(number) for number in found if number >= 0]
 
 
@@ -88,10 +86,16 @@ def of_any_process(numbers: Sequence[int]) -> list[int]:
   """Returns the numbers that any process has, of each 64 at most; all must ask."""
   if jax.process_count() == 1:
     return list(numbers)
-  padded = np.full(64, -1, np.int32)
-  padded[: len(numbers)] = numbers[:64]
-  found = np.unique(multihost_utils.process_allgather(padded))
+  found = np.unique(multihost_utils.process_allgather(_padded(numbers)))
   return [int(number) for number in found if number >= 0]
+
+
+def _padded(numbers: Sequence[int]) -> np.ndarray:
+  """Returns the first 64 of some numbers, in as many places; -1 where there is none."""
+  padded = np.full(64, -1, np.int32)
+  first = list(numbers)[:64]
+  padded[: len(first)] = first
+  return padded
 
 
 def wait_for_all(what: str) -> None:

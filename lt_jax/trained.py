@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
@@ -27,19 +26,6 @@ Facts = Mapping[str, Any]
 
 FACTS = ('class_names', 'counts', 'image_shape', 'preprocessing')
 """What of it a network is built of."""
-
-
-def which_flag() -> flags.Flag | flags.FlagHolder:
-  """Returns the flag --which; one of all commands that a process imports."""
-  if 'which' in flags.FLAGS:
-    return flags.FLAGS['which']
-  return flags.DEFINE_enum(
-    'which',
-    None,
-    ['last', 'best'],
-    'The last State, or the one selected on val. By default the one that the result is '
-    'of; evaluate takes the last.',
-  )
 
 
 class Trained(NamedTuple):

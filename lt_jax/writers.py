@@ -104,7 +104,7 @@ def tracking(
     A `Track`.
 
   Raises:
-    UserError: there is no such tracker, or it is not installed.
+    UserError: there is no such tracker, it is not installed, or it does not start.
   """
   if not name:
     yield lambda row: None
@@ -119,13 +119,16 @@ def tracking(
     yield lambda row: None
     return
   known_by = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
-  run = module.init(
-    project=config['name'],
-    name=f'{config["recipe"]}-{config["seed"]}-{known_by[:6]}',
-    config=files.flatten(config),
-    resume='allow',
-    **({'id': known_by} if name == 'wandb' else {}),
-  )
+  try:
+    run = module.init(
+      project=config['name'],
+      name=f'{config["recipe"]}-{config["seed"]}-{known_by[:6]}',
+      config=files.flatten(config),
+      resume='allow',
+      **({'id': known_by} if name == 'wandb' else {}),
+    )
+  except Exception as error:  # of its own kinds: no account, no network
+    raise UserError(f'--tracker={name} does not start: {error}') from None
   try:
     yield run.log
   finally:

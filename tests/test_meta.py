@@ -284,25 +284,29 @@ def precision(request):
     yield request.param
 
 
-@pytest.mark.parametrize(
-  ('kind', 'optimizer'),
-  [(kind, 'sgd') for kind in WEIGHINGS]
-  + [('mwn', 'adam')]
-  + [
-    pytest.param(kind, name, marks=pytest.mark.slow)
-    for kind in ('multiplicative', 'mwn')
-    for name in [*OPTIMIZERS][1:]
-    if (kind, name) != ('mwn', 'adam')
-  ],
-)
+def marked(often):
+  """Returns pairs of a weighing and an optimiser; slow but those that are named."""
+  pairs = [(kind, 'sgd') for kind in WEIGHINGS]
+  pairs += [(k, name) for k in ('multiplicative', 'mwn') for name in [*OPTIMIZERS][1:]]
+  return [
+    pytest.param(*pair, marks=() if pair in often else pytest.mark.slow)
+    for pair in pairs
+  ]
+
+
+DOUBLE = [*((kind, 'sgd') for kind in WEIGHINGS), ('mwn', 'adam')]
+SINGLE = [('multiplicative', 'sgd'), ('mwn', 'sgd')]
+
+
+@pytest.mark.parametrize(('kind', 'optimizer'), marked(DOUBLE))
 def test_it_is_the_gradient_through_the_virtual_step(kind, optimizer):
   with jax.enable_x64(True):
     check_the_gradient('float64', kind, optimizer)
 
 
-@pytest.mark.parametrize('kind', ['multiplicative', 'mwn'])
-def test_it_is_so_in_single_precision(kind):
-  check_the_gradient('float32', kind, 'sgd')
+@pytest.mark.parametrize(('kind', 'optimizer'), marked(SINGLE))
+def test_it_is_so_in_single_precision(kind, optimizer):
+  check_the_gradient('float32', kind, optimizer)
 
 
 def check_the_gradient(precision, kind, optimizer):

@@ -245,7 +245,15 @@ def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
 
 
 @pytest.mark.parametrize(  # every method, and everything that depends on the counts
-  'recipe', ['cb_focal', 'ldam_drw', 'balanced_softmax', 'l2rw', 'meta_ldam']
+  'recipe',
+  [
+    'cb_focal',
+    'ldam_drw',
+    'balanced_softmax',
+    'l2rw',
+    pytest.param('mwn', marks=pytest.mark.slow),
+    'meta_ldam',
+  ],
 )
 def test_five_hundred_images_to_one_are_finite(extreme, recipe):
   runner = Runner(extreme, recipe)

@@ -67,6 +67,20 @@ def test_a_tracker_that_is_not_there_is_told(monkeypatch, tmp_path):
       pass
 
 
+def test_a_tracker_that_does_not_start_is_told_in_a_line(monkeypatch, tmp_path):
+  def init(**options):
+    raise RuntimeError('no API key')
+
+  tracker = types.ModuleType('wandb')
+  tracker.init = init
+  monkeypatch.setitem(sys.modules, 'wandb', tracker)
+  with (
+    pytest.raises(UserError, match='--tracker=wandb does not start: no API key'),
+    writers.tracking('wandb', CONFIG, epath.Path(tmp_path)),
+  ):
+    pass
+
+
 def test_without_a_tracker_nothing_is_told(tmp_path):
   with writers.tracking('', CONFIG, epath.Path(tmp_path)) as track:
     track({'loss': 1.0})

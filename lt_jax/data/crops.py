@@ -1,9 +1,11 @@
 """Images on the host: decoded whatever their kind, and cropped to one size."""
 
 import functools
+import importlib
 import io
 import math
 import struct
+import types
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -118,13 +120,23 @@ def _open(
   return size, functools.partial(_read_jpeg, encoded, where, size)
 
 
+@functools.cache
+def _optional(name: str) -> types.ModuleType | None:
+  """Returns a module, or None; looks once, as a vain search takes time an image."""
+  try:
+    return importlib.import_module(name)
+  except ImportError:
+    return None
+
+
 def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
   """Returns (width, height) of a plain JPEG, or None for any other file."""
+  simplejpeg = _optional('simplejpeg')
+  if simplejpeg is None:
+    return None
   try:
-    import simplejpeg
-
     height, width, model, _ = simplejpeg.decode_jpeg_header(encoded)
-  except (ImportError, ValueError):
+  except ValueError:
     return None
   return (width, height) if model in _JPEG_MODELS else None
 
@@ -289,12 +301,11 @@ def _resized(
 ) -> np.ndarray:
   """Returns a window (left, top, right, bottom) of an image as a square.
 
-  Where `cykooz.resizer` is not installed by Pillow, which takes four times as long and
-  whose values differ by one at most.
+  Pillow does it where `cykooz.resizer` is not installed: it takes longer, and its
+  values differ by one at most.
   """
-  try:
-    import cykooz_resizer as resizer
-  except ImportError:
+  resizer = _optional('cykooz_resizer')
+  if resizer is None:
     return _resized_by_pillow(image, size, box)
   kind = resizer.PixelType.U8x3
   source = resizer.ImageData(image.shape[1], image.shape[0], kind, image.tobytes())
