@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lt_jax import build, commands, files, sharding, train
+from lt_jax import build, commands, files, footprint, sharding, train
 from lt_jax.errors import UserError, lookup, suggest
 
 CONFIG = commands.config_flag()
@@ -303,7 +303,9 @@ def compile_step(stage: build.Stage, mesh: Mesh) -> Step:
   return Step(
     flops=cost['flops'] if is_tpu else cost['flops'] / mesh.size,
     traffic=cost['bytes accessed'] if is_tpu else None,
-    memory=memory_of(compiled.memory_analysis(), state, arrays, payloads, mesh.size),
+    memory=footprint.memory_of(
+      compiled.memory_analysis(), state, arrays, payloads, mesh.size
+    ),
     collectives=parse_collectives(compiled.as_text()),
     parameters=sum(x.size for x in jax.tree.leaves(state.params)),
   )
@@ -314,33 +316,6 @@ def _placed(tree: Any, where: NamedSharding, leading: tuple[int, ...] = ()) -> A
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=where), tree
   )
-
-
-def memory_of(
-  analysis: Any, state: Any, arrays: Any, payloads: Any, devices: int
-) -> dict[str, float]:
-  """Returns component -> bytes on a device; their sum is what the program takes."""
-  sizes = {
-    'parameters': _size(state.params),
-    'optimiser state': _size(state.opt),
-    'batch statistics': _size(state.stats),
-    'other state': _size(state.memory),
-    'images kept there': _size(arrays),
-    'batch': _size(payloads) / devices,
-  }
-  held = analysis.argument_size_in_bytes - analysis.alias_size_in_bytes
-  rest = held + analysis.output_size_in_bytes - sum(sizes.values())
-  return {
-    **sizes,
-    'activations, temporaries': analysis.temp_size_in_bytes,
-    'program': analysis.generated_code_size_in_bytes,
-    'metrics, padding': rest,
-  }
-
-
-def _size(tree: Any) -> int:
-  """Returns the bytes of all leaves."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Rates(NamedTuple):

@@ -77,7 +77,7 @@ def faults(found):
 
 
 def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(doctor, '_file_system', lambda path: 'ext4')
+  monkeypatch.setattr(doctor.machine, '_file_system', lambda path: 'ext4')
   workdir = tmp_path / 'deep' / 'run'
   found = list(doctor.examine(doctor.Case(config(), workdir)))
   bad = [(s, f) for s, f in found if f.level != 'ok' and s != 'machine']
@@ -114,7 +114,7 @@ def test_an_image_twice_with_two_labels(config):
 
 
 def test_few_that_are_twice_are_odd(config, monkeypatch):
-  monkeypatch.setattr(doctor, 'TOLERATED', 0.5)
+  monkeypatch.setattr(doctor.data, 'TOLERATED', 0.5)
   members = arrays()
   members['x_test'][0] = members['x_train'][0]
   found = examine(doctor.Case(config(members)), doctor.duplicates)
@@ -131,7 +131,7 @@ def test_the_same_file_under_two_names(listed):
 
 def test_a_truncated_file_is_found_by_its_end(listed, monkeypatch):
   config, folder = listed
-  monkeypatch.setattr(doctor, 'SAMPLE', 0)
+  monkeypatch.setattr(doctor.case, 'SAMPLE', 0)
   whole = (folder / 'test_3.jpg').read_bytes()
   (folder / 'test_3.jpg').write_bytes(whole[: len(whole) // 2])
   found = examine(doctor.Case(config), doctor.readable)
@@ -141,7 +141,7 @@ def test_a_truncated_file_is_found_by_its_end(listed, monkeypatch):
 
 def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
   config, folder = listed
-  monkeypatch.setattr(doctor, 'SAMPLE', 0)
+  monkeypatch.setattr(doctor.case, 'SAMPLE', 0)
   whole = (folder / 'train_5.jpg').read_bytes()
   (folder / 'train_5.jpg').write_bytes(whole[: len(whole) // 2] + whole[-2:])
   assert not faults(examine(doctor.Case(config), doctor.readable))
@@ -229,14 +229,14 @@ def test_a_tail_that_is_not_as_stated(config):
   ],
 )
 def test_shapes_of_a_tail(counts, shape):
-  assert doctor._shape(np.array(counts)).startswith(shape)
+  assert doctor.data._shape(np.array(counts)).startswith(shape)
 
 
 def test_the_gini_coefficient_is_the_mean_difference(rng):
   counts = rng.integers(1, 100, 20)
   mean_difference = np.abs(counts[:, None] - counts[None]).mean()
   np.testing.assert_allclose(
-    doctor._gini(counts), mean_difference / (2 * counts.mean()), rtol=1e-12
+    doctor.data._gini(counts), mean_difference / (2 * counts.mean()), rtol=1e-12
   )
 
 
@@ -250,13 +250,13 @@ def test_a_learning_rate_that_is_too_great(config):
 
 
 def test_a_batch_that_is_not_learned_by_heart(config, monkeypatch):
-  monkeypatch.setattr(doctor, 'BY_HEART', 2)
+  monkeypatch.setattr(doctor.step, 'BY_HEART', 2)
   config = config(schedule={'name': 'constant', 'base': 1e-6})
   case = doctor.Case(config)
   found = examine(case, *STEP, doctor.by_heart)
   assert 'not below the half' in told(found, 'odd')
-  monkeypatch.setattr(doctor, 'BY_HEART', 1000)
-  monkeypatch.setattr(doctor, 'BUDGET', 0.01)
+  monkeypatch.setattr(doctor.step, 'BY_HEART', 1000)
+  monkeypatch.setattr(doctor.step, 'BUDGET', 0.01)
   found = [f for _, f in doctor.examine(case, {'': (doctor.by_heart,)})]
   assert 'that is as many as' in told(found, 'skip')
 
@@ -295,8 +295,8 @@ def test_nothing_moves_without_a_learning_rate(config):
 def trial(case, **values):
   """Returns a trial of the first stage that nobody compiled."""
   examine(case)
-  fields = dict.fromkeys(doctor.Trial._fields) | values
-  return doctor.Trial(**fields)._replace(stage=case.experiment.stages['train'])
+  fields = dict.fromkeys(doctor.case.Trial._fields) | values
+  return doctor.case.Trial(**fields)._replace(stage=case.experiment.stages['train'])
 
 
 def test_memory_and_space(config, tmp_path, monkeypatch):
@@ -304,9 +304,9 @@ def test_memory_and_space(config, tmp_path, monkeypatch):
   case.trials['train'] = trial(case, memory={'parameters': 2e6, 'batch': 1e6})
   found = examine(case, doctor.memory, doctor.space)
   assert not faults(found) and 'most of it parameters' in told(found, 'ok')
-  monkeypatch.setattr(doctor, '_device_memory', lambda device: 1000.0)
+  monkeypatch.setattr(doctor.step, '_device_memory', lambda device: 1000.0)
   free = shutil.disk_usage(tmp_path)._replace(free=1000)
-  monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda path: free)
+  monkeypatch.setattr(doctor.machine.shutil, 'disk_usage', lambda path: free)
   found = told(examine(case, doctor.memory, doctor.space), 'wrong')
   assert 'there are 0.00 MB' in found and '0.00 MB are free' in found
 
@@ -315,7 +315,7 @@ def test_images_that_are_decoded_too_slowly(listed):
   case = doctor.Case(listed[0])
   case.trials['train'] = trial(case)
   for seconds, level in ((1e-9, 'odd'), (1e3, 'ok')):
-    case.steps['train'] = doctor.Step(1.0, True, {}, False, seconds)
+    case.steps['train'] = doctor.case.Step(1.0, True, {}, False, seconds)
     (_, found) = examine(case, doctor.decoding)  # after what building says
     assert found.level == level and 'images/s can be decoded' in found.text
 
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written(config, tmp_path):
 def test_folders_on_other_file_systems(config, tmp_path, monkeypatch):
   case = doctor.Case(config(), tmp_path)
   for kind, text in (('tmpfs', 'in memory'), ('fuse.s3fs', 'on a network')):
-    monkeypatch.setattr(doctor, '_file_system', lambda path, kind=kind: kind)
+    monkeypatch.setattr(doctor.machine, '_file_system', lambda path, kind=kind: kind)
     assert text in told(examine(case, doctor.file_system), 'odd')
 
 
@@ -359,10 +359,10 @@ def test_exit_codes(tmp_path):
     f'--workdir={tmp_path}/run',
     '--config.model.trunk=tiny_cnn',
   ]
-  assert child.run(arguments, output, module='lt_jax.doctor') == 0
+  assert child.run(arguments, output, module='lt_jax.doctor.__main__') == 0
   assert 'found 0 wrong' in output.read_text()
   arguments.append('--config.data.known_classes=11')
-  assert child.run(arguments, output, module='lt_jax.doctor') == 2
+  assert child.run(arguments, output, module='lt_jax.doctor.__main__') == 2
   text = output.read_text()
   assert '  wrong  data.known_classes is 11' in text
   assert text.splitlines()[-1].startswith('error: found 1 wrong')

@@ -1,0 +1,74 @@
+"""Checks of a run before it is long, section by section.
+
+A check is a generator (Case) -> findings; it raises `Missing` where an earlier one left
+it nothing to look at. To add one, write it and its entry in `SECTIONS`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+
+from lt_jax.doctor.case import Case, Finding, Findings, Missing, one_line, skip, wrong
+from lt_jax.doctor.data import (
+  balanced_test,
+  classes,
+  constant,
+  duplicates,
+  normalisation,
+  readable,
+  shots,
+  sizes,
+  splits,
+  tail,
+)
+from lt_jax.doctor.machine import (
+  accelerators,
+  begun,
+  cores,
+  file_system,
+  idle_devices,
+  space,
+  versions,
+  writable,
+)
+from lt_jax.doctor.step import (
+  by_heart,
+  compiles,
+  decoding,
+  learns,
+  loss_at_start,
+  memory,
+  one_step,
+)
+from lt_jax.errors import UserError
+
+Check = Callable[[Case], Findings]
+
+SECTIONS: dict[str, tuple[Check, ...]] = {
+  'machine': (versions, accelerators, cores),
+  'configuration': (Case.open, idle_devices),
+  'folder': (writable, file_system, begun, space),
+  'data': (splits, readable, duplicates, classes, tail, shots, balanced_test),
+  'images': (normalisation, constant, sizes),
+  'one step': (compiles, one_step, loss_at_start, learns, by_heart),
+  'what it takes': (memory, decoding),
+}
+"""What is checked, in this order: later checks use what earlier ones leave."""
+
+
+def examine(
+  case: Case, sections: Mapping[str, Sequence[Check]] = SECTIONS
+) -> Iterator[tuple[str, Finding]]:
+  """Yields (section, finding) as checks make them.
+
+  What a check stumbles over is a finding, and does not keep the others from being made.
+  """
+  for section, checks in sections.items():
+    for check in checks:
+      try:
+        for finding in check(case):
+          yield section, finding
+      except Missing as missing:
+        yield section, skip(f'{check.__name__.replace("_", " ")}: {missing}')
+      except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        yield section, wrong(one_line(error))

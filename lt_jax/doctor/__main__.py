@@ -1,0 +1,46 @@
+"""What is wrong with a run, before it is long.
+
+  python -m lt_jax.doctor --config=configs/digits_lt.py:ldam_drw [--workdir=DIR]
+
+Looks at the machine, the folder, the images and their labels, makes a step of every
+stage, learns one batch by heart, and says a line of each thing: ok, odd (runs, but look
+at it), wrong (would fail, or its numbers would mean nothing) or skip. Ends with 2 if
+something is wrong, else with 0. Nothing stays in the folder.
+"""
+
+import collections
+
+from absl import flags
+
+from lt_jax import build, commands, doctor
+from lt_jax.errors import UserError
+
+CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+THOROUGH = flags.DEFINE_bool(
+  'thorough', False, 'Decode every image and hash every record, not a sample.'
+)
+
+
+def main() -> None:
+  """Prints what is found.
+
+  Raises:
+    UserError: something is wrong.
+  """
+  case = doctor.Case(build.resolve(CONFIG.value), WORKDIR.value, THOROUGH.value)
+  counts, section = collections.Counter(), ''
+  for now, finding in doctor.examine(case):
+    if now != section:
+      print(now)
+    section = now
+    counts[finding.level] += 1
+    print(f'  {finding.level:5}  {finding.text}', flush=True)
+  levels = ('wrong', 'odd', 'ok', 'skip')
+  told = ', '.join(f'{counts[level]} {level}' for level in levels)
+  if counts['wrong']:
+    raise UserError(f'found {told}')
+  print(f'found {told}')
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'config')

@@ -1,0 +1,201 @@
+"""A configuration, what checks say of it, and what several of them use."""
+
+import concurrent.futures
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lt_jax import build, files, run
+from lt_jax.data.dataset import Dataset, load_dataset
+from lt_jax.data.reading import usable_cores
+from lt_jax.errors import UserError
+from lt_jax.method import State
+
+SAMPLE = 256
+"""Images of a split that are decoded."""
+
+
+class Finding(NamedTuple):
+  """What a check says.
+
+  Attributes:
+    level: 'ok', 'odd', 'wrong' or 'skip'.
+    text: one line.
+  """
+
+  level: str
+  text: str
+
+
+ok, odd, wrong, skip = (
+  functools.partial(Finding, level) for level in ('ok', 'odd', 'wrong', 'skip')
+)
+Findings = Iterator[Finding]
+
+
+class Missing(Exception):
+  """A check cannot be made, for want of what an earlier one did not find."""
+
+
+class Trial(NamedTuple):
+  """A stage whose step is compiled.
+
+  Attributes:
+    stage: of the run.
+    state: where it begins, with the clock at the end of the warm-up.
+    batches: payloads of two steps, placed on the devices.
+    update: (state, payloads) -> (state, metrics, whether they are finite); consumes the
+      state.
+    compile_seconds: what compiling took.
+    memory: component -> bytes on a device.
+  """
+
+  stage: build.Stage
+  state: State
+  batches: tuple[Any, Any]
+  update: Callable[[State, Any], tuple[State, dict[str, np.ndarray], bool]]
+  compile_seconds: float
+  memory: dict[str, float]
+
+
+class Step(NamedTuple):
+  """What one step from the first state came to.
+
+  Attributes:
+    loss: before it.
+    finite: whether metrics and the state after it are.
+    moved: of each array of parameters, whether it changed.
+    blind: whether another batch gave the very same parameters.
+    seconds: of a step that is compiled.
+  """
+
+  loss: float
+  finite: bool
+  moved: dict[str, bool]
+  blind: bool
+  seconds: float
+
+
+class Case:
+  """A configuration, and what the checks have found out about it.
+
+  Attributes:
+    config: resolved.
+    workdir: the folder of the run, or None.
+    thorough: whether to look at all images.
+    sizes: split -> (N, 2) widths and heights of those images that are files.
+    trials: stage -> its compiled step.
+    steps: stage -> what it came to.
+  """
+
+  def __init__(
+    self, config: build.Config, workdir: str | None = None, thorough: bool = False
+  ):
+    self.config = config
+    self.workdir = files.absolute(workdir) if workdir else None
+    self.thorough = thorough
+    self.sizes: dict[str, np.ndarray] = {}
+    self.trials: dict[str, Trial] = {}
+    self.steps: dict[str, Step] = {}
+    self._experiment: build.Experiment | None = None
+    self._dataset: Dataset | None = None
+
+  def open(self) -> Findings:
+    """Builds everything, or at least opens the data."""
+    # Without a folder there is no stage that was begun.
+    workdir = self.workdir or epath.Path(os.devnull)
+    try:
+      self._experiment = run.rehearsed(self.config, workdir)
+      self._dataset = self._experiment.dataset
+    except UserError as error:
+      yield wrong(str(error))
+      yield from self._open_data(str(error))
+      return
+    stages = self._experiment.stages.values()
+    told = ', '.join(f'{s.name} {s.plan.steps:,}' for s in stages)
+    yield ok(f'networks, methods and surgeries fit together; steps: {told}')
+
+  def _open_data(self, told: str) -> Findings:
+    """Opens the data alone; says what is wrong with them unless that was told."""
+    keys = inspect.signature(load_dataset).parameters
+    options = {k: v for k, v in self.config['data'].items() if k in keys}
+    try:
+      self._dataset = load_dataset(**options, to_device=lambda images: images)
+    except UserError as error:
+      if str(error) != told:
+        yield wrong(str(error))
+
+  @property
+  def experiment(self) -> build.Experiment:
+    """The objects of the run."""
+    if self._experiment is None:
+      raise Missing('the configuration cannot be built')
+    return self._experiment
+
+  @property
+  def dataset(self) -> Dataset:
+    """Its data."""
+    if self._dataset is None:
+      raise Missing('the data cannot be opened')
+    return self._dataset
+
+  @property
+  def real(self) -> Dataset:
+    """Its data, if they are anything to look at."""
+    if self.config['data']['source'] == 'fake':
+      raise Missing('the images are generated')
+    return self.dataset
+
+  @property
+  def folder(self) -> epath.Path:
+    """The folder of the run."""
+    if self.workdir is None:
+      raise Missing('no --workdir is given')
+    return self.workdir
+
+  @functools.cached_property
+  def sample(self) -> np.ndarray:
+    """(n, H, W, channels) uint8, training images as evaluation sees them."""
+    split = self.real.splits['train']
+    images, _ = each(split.image, some(split.rows))
+    if len({image.shape for image in images}) != 1:
+      raise Missing('no training images of one size can be read')
+    return np.stack(images)
+
+
+def each(
+  function: Callable[[int], Any], rows: Iterable[int]
+) -> tuple[list[Any], list[UserError]]:
+  """Returns what a function gives of rows, in threads, and what it refuses."""
+
+  def safe(row: int) -> Any:
+    try:
+      return function(int(row))
+    except UserError as error:
+      return error
+
+  with concurrent.futures.ThreadPoolExecutor(usable_cores()) as pool:
+    found = list(pool.map(safe, rows))
+  bad = [one for one in found if isinstance(one, UserError)]
+  return [one for one in found if not isinstance(one, UserError)], bad
+
+
+def some(rows: np.ndarray) -> np.ndarray:
+  """Returns `SAMPLE` rows, the same ones each time, or all."""
+  few = min(SAMPLE, len(rows))
+  return np.sort(np.random.default_rng(0).choice(rows, few, replace=False))
+
+
+def amount(size: float) -> str:
+  """Returns bytes as a person reads them."""
+  return f'{size / 1e9:,.2f} GB' if size >= 1e8 else f'{size / 1e6:,.2f} MB'
+
+
+def one_line(error: Exception) -> str:
+  """Returns what an error says, on one line."""
+  return ' '.join(str(error).split())[:500]  # XLA tells of every buffer

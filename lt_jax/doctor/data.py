@@ -1,0 +1,400 @@
+"""Checks of the images and of their labels."""
+
+import collections
+import functools
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from lt_jax import build
+from lt_jax.data import crops, longtail
+from lt_jax.data.dataset import Dataset
+from lt_jax.data.lists import Files
+from lt_jax.data.streams import Split
+from lt_jax.doctor.case import (
+  Case,
+  Finding,
+  Findings,
+  Missing,
+  each,
+  odd,
+  ok,
+  some,
+  wrong,
+)
+from lt_jax.errors import UserError
+from lt_jax.stage import MOST_BAD
+
+HASHED = 50_000
+"""Records up to which all are read for duplicates; files are told apart by size."""
+
+TOLERATED = 1e-3
+"""Share of a split up to which images that are there twice are odd and not wrong."""
+
+FAR = 0.5
+"""Mean of the normalised pixels, from 0, that is odd."""
+
+FACTOR = 1.5
+"""By which their standard deviation may differ from 1."""
+
+
+# The data.
+
+
+def splits(case: Case) -> Findings:
+  """Says how many images there are."""
+  dataset = case.dataset
+  for name, split in dataset.splits.items():
+    labels, classes = split.labels, len(dataset.class_names)
+    beyond = (labels < -1) | (labels >= classes)
+    beyond |= (labels == -1) != name.startswith('open')
+    if beyond.any():
+      yield wrong(f'{name}: label {labels[beyond][0]} is none of {classes} classes')
+    there = len(np.unique(labels))
+    told = '' if name.startswith('open') else f' of {there} of {classes} classes'
+    yield ok(f'{name}: {len(labels):,} images{told}')
+
+
+def readable(case: Case) -> Findings:
+  """Opens all image files, and decodes those that look cut off and a sample."""
+  skips = build.ON_BAD_IMAGE.get(case.config['data']['on_bad_image'], False)
+  in_memory = []
+  for name, split in case.real.splits.items():
+    source = split.source
+    if not hasattr(source, 'encoded'):
+      in_memory.append(name)
+      continue
+    found, bad = each(functools.partial(_opened, source), split.rows)
+    case.sizes[name] = np.array(found).reshape(-1, 2)
+    chosen = split.rows if case.thorough else some(split.rows)
+    _, also = each(functools.partial(_decoded, source), chosen)
+    told = list(dict.fromkeys(map(str, (*bad, *also))))
+    if told:
+      replaced = skips and name in ('train', 'meta')
+      few = len(told) <= max(1, MOST_BAD * len(split.rows))
+      level = odd if replaced and few else wrong
+      yield level(
+        f'{name}: images that cannot be read: {len(told):,}, such as {told[0]}'
+      )
+    else:
+      yield ok(f'{name}: {len(found):,} files open, {len(chosen):,} were decoded')
+  if in_memory:
+    yield ok(f'the images of {", ".join(in_memory)} are arrays in memory')
+
+
+_ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}
+"""What whole files of a format have within their last `_TAIL` bytes."""
+
+_TAIL = 1024
+
+
+def _opened(source: Any, row: int) -> tuple[int, int]:
+  """Returns (width, height) by the header of a file; decodes one that looks cut off."""
+  from PIL import Image
+
+  errors = (*crops.DECODE_ERRORS, Image.DecompressionBombError)
+  try:
+    with (
+      _file(source, row) as file,
+      Image.open(file, formats=crops.FORMATS) as image,
+    ):
+      file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+      if _ENDS.get(image.format, b'') in file.read():
+        return image.size
+  except errors:
+    pass
+  return _decoded(source, row)
+
+
+def _file(source: Any, row: int) -> BinaryIO:
+  """Opens an image as a file, of which perhaps not all is read."""
+  if isinstance(source, Files):
+    return open(source.where(row), 'rb')
+  return io.BytesIO(source.encoded(row))
+
+
+def _decoded(source: Any, row: int) -> tuple[int, int]:
+  """Returns (width, height) of an image that can be decoded.
+
+  Raises:
+    UserError: it cannot.
+  """
+  height, width, _ = crops.pixels(source.encoded(row), source.where(row)).shape
+  return width, height
+
+
+class Picture(NamedTuple):
+  """An image among those that may be the same.
+
+  Attributes:
+    split: name of its split.
+    label: its class, -1 if open.
+    source: where it is.
+    row: there.
+  """
+
+  split: str
+  label: int
+  source: Any
+  row: int
+
+  def __str__(self) -> str:
+    """Returns its name for a person."""
+    where = getattr(self.source, 'where', '#{}'.format)(self.row)
+    return f'{where} ({self.split})'
+
+  def is_record(self) -> bool:
+    """Returns whether all of it must be read to know its size."""
+    return hasattr(self.source, 'encoded') and not isinstance(self.source, Files)
+
+  def size(self) -> int:
+    """Returns a number that is the same of equal images, and costs nothing."""
+    if not isinstance(self.source, Files):
+      return 0
+    try:
+      return os.stat(self.source.where(self.row)).st_size
+    except OSError as error:
+      raise UserError(f'{self.source.where(self.row)}: {error.strerror}') from None
+
+  def digest(self) -> bytes:
+    """Returns the SHA-256 of the file, or of the pixels."""
+    if hasattr(self.source, 'encoded'):
+      return hashlib.sha256(self.source.encoded(self.row)).digest()
+    return hashlib.sha256(np.ascontiguousarray(self.source[self.row])).digest()
+
+
+def duplicates(case: Case) -> Findings:
+  """Looks for the same image twice: in two splits, with two labels, in training."""
+  pictures = _pictures(case)
+  records = [p for p in pictures if p.is_record()]
+  if len(records) > HASHED and not case.thorough:
+    raise Missing(f'{len(records):,} records would be read: give --thorough')
+  alike = [p for group in _equal(pictures, Picture.size) for p in group]
+  same = _equal(alike, Picture.digest)
+  if not same:
+    told = f'no image is there twice: {len(alike):,} of {len(pictures):,} were hashed'
+    fewer = len(alike) < len(pictures)
+    yield ok(told + (', as the others differ in size' if fewer else ''))
+  yield from _across(case.dataset.splits, same)
+  yield from _within(same)
+  yield from _two_labels(case.dataset, same, len(pictures))
+
+
+def _pictures(case: Case) -> list[Picture]:
+  """Returns all images but those of a meta set that is part of training."""
+  return [
+    Picture(name, label, split.source, row)
+    for name, split in case.real.splits.items()
+    if name != 'meta' or not case.config['data']['meta_in_train']
+    for label, row in zip(split.labels.tolist(), split.rows.tolist(), strict=True)
+  ]
+
+
+def _equal(
+  pictures: Sequence[Picture], key: Callable[[Picture], Any]
+) -> list[list[Picture]]:
+  """Returns the groups of two and more with one key; what cannot be read is in none."""
+  groups = collections.defaultdict(list)
+  found, _ = each(lambda i: (key(pictures[i]), pictures[i]), range(len(pictures)))
+  for value, picture in found:
+    groups[value].append(picture)
+  return [group for group in groups.values() if len(group) > 1]
+
+
+def _level(count: int, of: int) -> Callable[[str], Finding]:
+  """Returns `odd` for a few, `wrong` for many."""
+  return wrong if count > TOLERATED * of else odd
+
+
+def _across(splits: Mapping[str, Split], same: Sequence[Sequence[Picture]]) -> Findings:
+  """Tells of images in two splits."""
+  for a, b in itertools.combinations(splits, 2):
+    both = [group for group in same if {a, b} <= {picture.split for picture in group}]
+    if both:
+      one, two = (next(p for p in both[0] if p.split == name) for name in (a, b))
+      fewer = min(len(splits[a].rows), len(splits[b].rows))
+      yield _level(len(both), fewer)(
+        f'images in {a} and in {b}: {len(both):,}, such as {one} = {two}'
+      )
+
+
+def _within(same: Sequence[Sequence[Picture]]) -> Findings:
+  """Tells of images that are trained on more than once."""
+  trained = [[p for p in group if p.split == 'train'] for group in same]
+  twice = [group for group in trained if len(group) > 1]
+  if twice:
+    extra, first = sum(len(group) - 1 for group in twice), twice[0]
+    yield odd(
+      f'images more than once in train: {extra:,}, such as {first[0]} = {first[1]}'
+    )
+
+
+def _two_labels(
+  dataset: Dataset, same: Sequence[Sequence[Picture]], total: int
+) -> Findings:
+  """Tells of images with two labels."""
+  torn = [group for group in same if len({picture.label for picture in group}) > 1]
+  if torn:
+    one = torn[0][0]
+    two = next(picture for picture in torn[0] if picture.label != one.label)
+    names = [
+      repr(dataset.class_names[p.label]) if p.label >= 0 else 'open' for p in (one, two)
+    ]
+    yield _level(len(torn), total)(
+      f'images with two labels: {len(torn):,}, such as {one}: {names[0]} = {two}: '
+      f'{names[1]}'
+    )
+
+
+def classes(case: Case) -> Findings:
+  """Looks for classes without images, and for names of two classes."""
+  dataset = case.dataset
+  doubled = [n for n, k in collections.Counter(dataset.class_names).items() if k > 1]
+  if doubled:
+    yield odd(f'names of two classes: {len(doubled)}, such as {doubled[0]!r}')
+  for name in ('train', 'test'):
+    empty = np.flatnonzero(_per_class(dataset, name) == 0)
+    if empty.size:
+      first = dataset.class_names[empty[0]]
+      level = wrong if name == 'train' else odd
+      yield level(f'classes without images in {name}: {empty.size}, such as {first!r}')
+
+
+def _per_class(dataset: Dataset, name: str) -> np.ndarray:
+  """Returns (C,) the images of each class in a split."""
+  labels = dataset.splits[name].labels
+  return np.bincount(labels[labels >= 0], minlength=len(dataset.class_names))
+
+
+def tail(case: Case) -> Findings:
+  """Describes the long tail, and compares it with what the configuration states."""
+  counts, data = case.dataset.counts, case.config['data']
+  ordered = np.sort(counts)[::-1]
+  yield ok(
+    f'training images a class: most {ordered[0]:,}, median {np.median(ordered):,g}, '
+    f'fewest {ordered[-1]:,}; imbalance {ordered[0] / max(ordered[-1], 1):,.4g}, Gini '
+    f'coefficient {_gini(counts):.3f}; the tail is {_shape(ordered)}'
+  )
+  stated = longtail.class_counts(
+    data['profile'], len(counts), data['n_max'], data['imbalance']
+  )
+  if stated is None:
+    return
+  stated = stated + data['meta_per_class'] * data['meta_in_train']
+  if (stated == counts).all():
+    yield ok(f'the counts are those of data.profile {data["profile"]!r}')
+  else:
+    off = np.flatnonzero(stated != counts)[0]
+    yield odd(
+      f'data.profile {data["profile"]!r} states {stated[off]} images of class {off}, '
+      f'there are {counts[off]}'
+    )
+
+
+def _gini(counts: np.ndarray) -> float:
+  """Returns the Gini coefficient of counts: 0 if they are equal, near 1 if one has all.
+
+  It is sum_i (2 i - C - 1) n_i / (C sum_i n_i), n ascending, i from 1.
+  """
+  n, total = len(counts), counts.sum()
+  ranks = 2 * np.arange(1, n + 1) - n - 1
+  return float(ranks @ np.sort(counts) / (n * max(total, 1)))
+
+
+def _shape(ordered: np.ndarray) -> str:
+  """Returns what counts from the most to the fewest look like."""
+  logs = np.log(np.maximum(ordered, 1))
+  if np.ptp(ordered) <= 0.05 * ordered[0]:
+    return 'balanced'
+  if len(np.unique(ordered)) == 2:
+    return 'a step'
+  fit = np.corrcoef(np.arange(len(logs)), logs)[0, 1] ** 2
+  if fit > 0.98:
+    return 'exponential'
+  return f'neither exponential nor a step (R^2 of log n by rank {fit:.2f})'
+
+
+def shots(case: Case) -> Findings:
+  """Counts many-, medium- and few-shot classes."""
+  many, few = (case.config['data'][f'{name}_shot'] for name in ('many', 'few'))
+  groups = longtail.shot_groups(case.dataset.counts, many, few)
+  told = ', '.join(f'{mask.sum()} {name}' for name, mask in groups.items())
+  yield ok(f'classes with over {many}, between, and under {few} images: {told}')
+  for name, mask in groups.items():
+    if not mask.any():
+      yield odd(f'no class is {name}-shot: metrics of that group will be empty')
+
+
+def balanced_test(case: Case) -> Findings:
+  """Tells whether accuracy over images is that over classes."""
+  counts = _per_class(case.dataset, 'test')
+  there = counts[counts > 0]
+  if there.size and there.max() > 1.1 * there.min():
+    yield odd(
+      f'test has {there.min():,} to {there.max():,} images a class: accuracy over '
+      'images and over classes (macro_accuracy) differ'
+    )
+  else:
+    yield ok('test is balanced')
+
+
+# The images.
+
+
+def normalisation(case: Case) -> Findings:
+  """Compares data.mean and data.std with the pixels of a sample."""
+  data, channels = case.config['data'], case.sample.reshape(-1, case.sample.shape[-1])
+  pixels = channels / 255
+  seen = (pixels.mean(0), pixels.std(0))
+  normal = (pixels - np.array(data['mean'])) / np.array(data['std'])
+  mean, std = normal.mean(0), normal.std(0)
+  told = (
+    f'the pixels of {len(case.sample)} training images have mean {_numbers(seen[0])} '
+    f'and deviation {_numbers(seen[1])}, normalised {_numbers(mean)} and '
+    f'{_numbers(std)}'
+  )
+  if np.abs(mean).max() > FAR or std.max() > FACTOR or std.min() < 1 / FACTOR:
+    yield odd(
+      f'{told}, far from 0 and 1: see data.mean {_numbers(data["mean"])} and data.std '
+      f'{_numbers(data["std"])}'
+    )
+  else:
+    yield ok(told)
+
+
+def _numbers(values: Iterable[float]) -> str:
+  return ' '.join(f'{value:.3g}' for value in values)
+
+
+def constant(case: Case) -> Findings:
+  """Counts images of one colour."""
+  flat = np.ptp(case.sample.reshape(len(case.sample), -1, case.sample.shape[-1]), 1)
+  blank = int((flat.max(1) == 0).sum())
+  if blank:
+    level = wrong if 2 * blank > len(flat) else odd
+    yield level(f'images of one colour: {blank} of {len(flat)}')
+  else:
+    yield ok(f'none of {len(flat)} images is of one colour')
+
+
+def sizes(case: Case) -> Findings:
+  """Describes sizes and shapes of image files."""
+  side = case.config['data']['image_size']
+  for name, found in case.sizes.items():
+    if not len(found):
+      continue
+    short, long = found.min(1), found.max(1)
+    yield ok(
+      f'{name}: short sides of {short.min()} to {short.max()} pixels, median '
+      f'{np.median(short):g}'
+    )
+    strips, small = int((long > 5 * short).sum()), int((short < side).sum())
+    if strips:
+      yield odd(f'{name}: images over five times as long as wide: {strips:,}')
+    if 2 * small > len(found):
+      yield odd(f'{name}: images smaller than data.image_size {side}: {small:,}')

@@ -1,0 +1,168 @@
+"""Checks of the machine and of the folder of a run."""
+
+import contextlib
+import fcntl
+import glob
+import os
+import pathlib
+import shutil
+import tempfile
+
+import jax
+from etils import epath
+
+from lt_jax import files, footprint, results, run, train
+from lt_jax.data.reading import usable_cores
+from lt_jax.doctor.case import Case, Findings, amount, odd, ok, wrong
+from lt_jax.errors import UserError
+
+NETWORKS = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'ceph', '9p', 'gpfs', 'beegfs')
+MEMORY = ('tmpfs', 'ramfs')
+"""File systems by their names in /proc/mounts; those of fuse are known by a prefix."""
+
+
+# The machine.
+
+
+def versions(case: Case) -> Findings:
+  """Says what is installed, and where JAX runs."""
+  yield ok(', '.join(f'{k} {v}' for k, v in results.versions().items()))
+  kind = jax.devices()[0].device_kind
+  yield ok(f'{jax.device_count()} x {jax.default_backend()} {kind}')
+
+
+def accelerators(case: Case) -> Findings:
+  """Looks for an accelerator that JAX passes over."""
+  drivers = {'nvidia': 'cuda', 'accel': 'tpu'}
+  for name, extra in drivers.items():
+    if glob.glob(f'/dev/{name}[0-9]*') and jax.default_backend() == 'cpu':
+      yield odd(
+        f'/dev has {name} devices, but JAX runs on the CPU: install lt_jax[{extra}], '
+        'or see whether another process holds them'
+      )
+
+
+def cores(case: Case) -> Findings:
+  """Compares data workers with cores."""
+  workers, found = case.config['data']['workers'], usable_cores()
+  if workers > found:
+    yield odd(f'data.workers is {workers}, but this process may use {found} cores')
+  else:
+    yield ok(f'{found} cores, data.workers {workers}')
+
+
+def idle_devices(case: Case) -> Findings:
+  """Counts devices that the batches leave out."""
+  idle = jax.device_count() - case.experiment.mesh.size
+  if idle:
+    yield odd(f'{idle} of {jax.device_count()} devices idle: batches do not divide')
+
+
+# The folder.
+
+
+def writable(case: Case) -> Findings:
+  """Writes, renames and locks beside where the run will."""
+  folder, content = case.folder, os.urandom(2**16)
+  if files.is_remote(folder):
+    probe = folder / '.doctor'
+    files.write_atomically(probe, content)
+    same = probe.read_bytes() == content
+    probe.unlink()
+  else:
+    try:
+      with tempfile.TemporaryDirectory(prefix='.doctor.', dir=_existing(folder)) as own:
+        probe = epath.Path(own) / 'probe'
+        for text in (b'', content):  # the second replaces the first
+          files.write_atomically(probe, text)
+        same = probe.read_bytes() == content
+        yield from _locks(epath.Path(own))
+    except OSError as error:
+      yield wrong(f'workdir {folder} cannot be written: {error.strerror}')
+      return
+  yield (
+    ok(f'{folder} can be written and read back')
+    if same
+    else wrong(f'{folder}: what was written is not what is read')
+  )
+
+
+def _existing(folder: epath.Path) -> epath.Path:
+  """Returns a folder, or the first of those it lies in that is there."""
+  return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _locks(folder: epath.Path) -> Findings:
+  """Takes a lock that is held."""
+  with files.locked(folder):
+    try:
+      with files.locked(folder):
+        yield odd('locks do not hold there: start no second run in this folder')
+    except UserError:
+      yield ok('locks hold there')
+
+
+def file_system(case: Case) -> Findings:
+  """Tells whether the folder outlives the machine."""
+  folder = case.folder
+  if files.is_remote(folder):
+    yield ok('the folder is in an object store')
+    return
+  kind = _file_system(os.fspath(_existing(folder)))
+  if kind in MEMORY:
+    yield odd(f'the folder is in memory ({kind}): it is gone when the machine is')
+  elif kind in NETWORKS or kind.startswith('fuse'):
+    yield odd(f'the folder is on a network ({kind}): saving may be slow')
+  else:
+    yield ok(f'the folder is on {kind or "an unknown file system"}')
+
+
+def _file_system(path: str) -> str:
+  """Returns the kind of file system a path is on; '' where that is not to be known."""
+  mounts = pathlib.Path('/proc/mounts')
+  if not mounts.exists():
+    return ''
+  lines = [line.split() for line in mounts.read_text().splitlines()]
+  path = os.path.realpath(path)
+  above = [
+    (len(at), index, kind)
+    for index, (_, at, kind, *_) in enumerate(lines)
+    if os.path.commonpath([at, path]) == at
+  ]
+  return max(above)[2] if above else ''
+
+
+def begun(case: Case) -> Findings:
+  """Compares the run with the one that the folder holds."""
+  folder = case.folder
+  if not files.is_remote(folder) and _held(folder / 'lock'):
+    yield wrong('the folder is in use by a run')
+  if (folder / 'config.json').exists():
+    run.check_config(case.config, folder)
+    run.check_data(case.experiment, folder)
+    yield ok('the folder holds this run: it will go on')
+  else:
+    yield ok('the folder holds no run yet')
+
+
+def _held(path: epath.Path) -> bool:
+  """Returns whether a process holds a lock file."""
+  with contextlib.suppress(FileNotFoundError, NotADirectoryError), path.open() as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
+def space(case: Case) -> Findings:
+  """Compares free space with that of the checkpoints."""
+  folder = case.folder
+  if files.is_remote(folder):
+    return
+  keep = case.config['keep_checkpoints'] + 1
+  stages = case.experiment.stages.values()
+  one = [footprint.size(train.state_shapes(s.method, s.streams)) for s in stages]
+  needed, free = keep * sum(one), shutil.disk_usage(_existing(folder)).free
+  told = f'{keep} checkpoints a stage take {amount(needed)}, {amount(free)} are free'
+  yield wrong(told) if needed > free else ok(told)

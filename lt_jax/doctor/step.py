@@ -1,0 +1,293 @@
+"""Checks of a step of every stage, and of what it takes."""
+
+import contextlib
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lt_jax import build, checkpoint, footprint, sharding, train
+from lt_jax.data.reading import usable_cores
+from lt_jax.data.streams import Split
+from lt_jax.doctor.case import (
+  Case,
+  Findings,
+  Missing,
+  Step,
+  Trial,
+  amount,
+  odd,
+  ok,
+  one_line,
+  skip,
+  some,
+  wrong,
+)
+from lt_jax.errors import UserError
+from lt_jax.method import State
+
+BY_HEART, BUDGET = 60, 60.0
+"""Steps on one batch, and seconds after which no more are made."""
+
+
+# A step.
+
+
+def compiles(case: Case) -> Findings:
+  """Compiles the step of every stage that trains."""
+  for name, stage in case.experiment.stages.items():
+    if not stage.plan.steps:
+      yield ok(f'{name}: makes no steps')
+    elif stage.reads:
+      yield skip(f'{name}: learns from what another stage is yet to leave')
+    else:
+      try:
+        trial = case.trials[name] = _trial(case, stage)
+      except (UserError, jax.errors.JaxRuntimeError) as error:
+        yield wrong(f'{name}: {one_line(error)}')
+      else:
+        yield ok(f'{name}: compiled in {trial.compile_seconds:.1f} s')
+
+
+def _trial(case: Case, stage: build.Stage) -> Trial:
+  """Begins a stage and compiles its step, as the loop does."""
+  mesh, method, streams = case.experiment.mesh, stage.method, stage.streams
+  arrays = {name: stream.arrays for name, stream in streams.items()}
+  key = jax.random.key(case.config['seed'])
+  state = train.initial_state(method, streams, key, mesh)
+  if stage.start:
+    state, _ = stage.start(state)
+  period = math.lcm(*(stream.every for stream in streams.values()))
+  clock = _warmed_up(case, stage)
+  clock += -clock % period  # so that every stream is there
+  state = state.replace(step=sharding.put_replicated(mesh, np.int32(clock)))
+  zeros, bad = train.empty_totals(method, streams, state, mesh)
+  batches = tuple(_placed(streams, step, mesh) for step in (clock, clock + period))
+  began = time.perf_counter()
+  program = train.make_update(method, streams, mesh, 1)
+  compiled = program.lower(state, zeros, bad, arrays, batches[0]).compile()
+  seconds = time.perf_counter() - began
+
+  def update(state: State, payloads: Any) -> tuple[State, dict[str, Any], bool]:
+    state, totals, first_bad = compiled(state, zeros, bad, arrays, payloads)
+    means = {k: train.means(*v) for k, v in jax.device_get(totals).items()}
+    return state, means, int(first_bad) < 0
+
+  analysis = compiled.memory_analysis()
+  memory = footprint.memory_of(analysis, state, arrays, batches[0], mesh.size)
+  return Trial(stage, state, batches, update, seconds, memory)
+
+
+def _warmed_up(case: Case, stage: build.Stage) -> int:
+  """Returns the step at which the learning rate of a stage has risen, if it has one."""
+  schedule = build.stage_config(case.config, stage.name)['schedule']
+  steps = math.ceil(schedule.get('warmup_epochs', 0) * stage.epoch_steps)
+  return min(steps, stage.plan.steps - 1)
+
+
+def _placed(streams: Mapping[str, Any], step: int, mesh: Any) -> Any:
+  """Returns the payloads of a step on the devices."""
+  one = jax.tree.map(lambda x: x[None], train.payloads_at(streams, step))
+  return sharding.put_batch(mesh, one, leading=1)
+
+
+def _copied(state: State) -> State:
+  """Returns a state that a step may consume."""
+  return jax.tree.map(lambda x: x.copy(), state)
+
+
+def one_step(case: Case) -> Findings:
+  """Makes a step of every stage from fresh parameters."""
+  for name, trial in _trials(case).items():
+    step = case.steps[name] = _made(trial)
+    length = trial.stage.plan.steps
+    yield ok(
+      f'{name}: a step takes {1e3 * step.seconds:,.4g} ms, {length:,} of them '
+      f'{_duration(length * step.seconds)}, evaluation apart'
+    )
+
+
+def _duration(seconds: float) -> str:
+  units = {'days': 86400, 'h': 3600, 'min': 60, 's': 1}
+  unit = next((name for name, size in units.items() if seconds > 2 * size), 's')
+  return f'{seconds / units[unit]:,.1f} {unit}'
+
+
+def _trials(case: Case) -> dict[str, Trial]:
+  if not case.trials:
+    raise Missing('no step was compiled')
+  return case.trials
+
+
+def _steps(case: Case) -> dict[str, Step]:
+  if not case.steps:
+    raise Missing('no step was made')
+  return case.steps
+
+
+def _made(trial: Trial) -> Step:
+  """Makes a step from the first state, then another one on another batch."""
+  before = jax.device_get(trial.state.params)
+  after, values, finite = trial.update(_copied(trial.state), trial.batches[0])
+  seconds = []
+  for _ in range(3):  # of which the shortest was disturbed least
+    state = jax.block_until_ready(_copied(trial.state))
+    began = time.perf_counter()
+    other, _, _ = trial.update(state, trial.batches[1])
+    jax.block_until_ready(other)
+    seconds.append(time.perf_counter() - began)
+  finite = finite and checkpoint.all_finite(after)
+  after, other = jax.device_get((after.params, other.params))
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+  apart = jax.tree.map(lambda a, b: not np.array_equal(a, b), after, other)
+  paths = jax.tree_util.tree_leaves_with_path(changed)
+  return Step(
+    loss=float(values.get('loss', np.nan)),
+    finite=finite,
+    moved={
+      jax.tree_util.keystr(path, simple=True, separator='/'): v for path, v in paths
+    },
+    blind=not any(jax.tree.leaves(apart)),
+    seconds=min(seconds),
+  )
+
+
+def loss_at_start(case: Case) -> Findings:
+  """Compares the first loss with that of a guess, where that is known."""
+  for name, step in _steps(case).items():
+    guess = _guess(case, name)
+    told = f'{name}: the loss begins at {step.loss:.4g}'
+    if not step.finite:
+      yield wrong(f'{told}; it or what it led to is not finite')
+    elif guess is None:
+      yield ok(told)
+    elif 0.5 * guess < step.loss < 2 * guess:
+      yield ok(f'{told}, near {guess:.4g}, that of a guess')
+    else:
+      yield odd(f'{told}, far from {guess:.4g}, that of a guess: see normalisation')
+
+
+def _guess(case: Case, name: str) -> float | None:
+  """Returns log C of plain cross-entropy; None for other objectives."""
+  config = build.stage_config(case.config, name)
+  plain = {
+    'method': 'supervised',
+    'loss': 'cross_entropy',
+    'class_weights': 'uniform',
+    'penalty': 'none',
+  }
+  others = any(config[key]['name'] != value for key, value in plain.items())
+  if others or config['reduction'] != 'mean':
+    return None
+  learned = build.learned_classes(config['classes'], case.experiment.groups)
+  return math.log(max(learned.sum(), 2))
+
+
+def learns(case: Case) -> Findings:
+  """Tells whether parameters move, and by the images."""
+  for name, step in _steps(case).items():
+    still = [path for path, moved in step.moved.items() if not moved]
+    told = f'{name}: {len(step.moved) - len(still)} of {len(step.moved)} arrays of '
+    told += 'parameters move'
+    if len(still) == len(step.moved):
+      yield wrong(f'{name}: no parameter moves: see schedule.base and what is frozen')
+    elif step.blind:
+      yield wrong(f'{told}, but the same way for other images: no gradient arrives')
+    else:
+      yield ok(told + (f'; {still[0]} is one that does not' if still else ''))
+
+
+def by_heart(case: Case) -> Findings:
+  """Trains the first stage on one batch only, at one learning rate."""
+  trial = next(iter(_trials(case).values()))
+  state, losses = _copied(trial.state), []
+  clock, until = trial.state.step, time.monotonic() + BUDGET
+  while len(losses) < BY_HEART and time.monotonic() < until:
+    state, values, finite = trial.update(
+      state.replace(step=clock.copy()), trial.batches[0]
+    )
+    losses.append(float(values.get('loss', np.nan)))
+    if not finite:
+      break
+  told = f'{trial.stage.name}: {len(losses)} steps on one batch, at the learning rate '
+  told += (
+    f'of step {int(clock)}: the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}'
+  )
+  if not (finite and checkpoint.all_finite(state)):
+    yield wrong(f'{told}, not finite: a smaller schedule.base, or a warm-up')
+  elif losses[-1] < 0.5 * losses[0]:
+    yield ok(told)
+  elif len(losses) < BY_HEART:
+    yield skip(f'{told}; that is as many as {BUDGET:g} s allow')
+  else:
+    yield odd(f'{told}, not below the half: see the learning rate, labels, what learns')
+
+
+# What it takes.
+
+
+def memory(case: Case) -> Findings:
+  """Compares what a step takes with what there is."""
+  device = case.experiment.mesh.devices.flat[0]
+  for name, trial in _trials(case).items():
+    needed, there = sum(trial.memory.values()), _device_memory(device)
+    if device.platform == 'cpu':  # all devices share the memory of the host
+      needed *= case.experiment.mesh.size
+    largest = max(trial.memory, key=trial.memory.get)
+    told = f'{name}: a step takes {amount(needed)}, most of it {largest} '
+    told += f'({amount(trial.memory[largest])} a device)'
+    if there is None:
+      yield ok(told)
+    else:
+      told += f'; there are {amount(there)}'
+      level = wrong if needed > there else odd if needed > 0.9 * there else ok
+      yield level(told)
+
+
+def _device_memory(device: Any) -> float | None:
+  """Returns the bytes of a device, of a CPU those that are free; None: unknown."""
+  statistics = device.memory_stats() or {}
+  if 'bytes_limit' in statistics:
+    return statistics['bytes_limit']
+  table = pathlib.Path('/proc/meminfo')
+  if device.platform != 'cpu' or not table.exists():
+    return None
+  lines = dict(line.split(':') for line in table.read_text().splitlines())
+  return 1024 * float(lines['MemAvailable'].split()[0])
+
+
+def decoding(case: Case) -> Findings:
+  """Compares how fast images are decoded with how fast they are used."""
+  rate = functools.cache(lambda: _decode_rate(case.dataset.splits['train']))
+  for name, step in _steps(case).items():
+    stage = case.trials[name].stage
+    workers = stage.streams['train'].workers
+    if workers is None:
+      yield ok(f'{name}: the images are in the memory of the devices')
+      continue
+    made = rate() * min(workers or usable_cores(), usable_cores())
+    used = stage.batch / step.seconds
+    told = f'{name}: about {made:,.0f} images/s can be decoded, {used:,.0f} are used'
+    yield odd(f'{told}: the devices will wait for data') if made < used else ok(told)
+
+
+def _decode_rate(split: Split) -> float:
+  """Returns the training images that one core makes a second."""
+  generator, rows = np.random.default_rng(0), some(split.rows)
+
+  def make(row: int) -> None:
+    with contextlib.suppress(UserError):  # of damaged ones others tell
+      split.augmented(row, generator)
+
+  for row in rows[:16]:  # the first ones import decoders
+    make(row)
+  timed = rows[-32:]
+  began = time.perf_counter()
+  for row in timed:
+    make(row)
+  return len(timed) / (time.perf_counter() - began)
