@@ -209,6 +209,7 @@ def build(
   devices: int | None = None,
   mesh: Mesh | None = None,
   dataset: Dataset | None = None,
+  replicas: int = 1,
 ) -> Experiment:
   """Builds every object of a run; nothing is trained or compiled.
 
@@ -219,6 +220,8 @@ def build(
       those that are.
     dataset: takes the place of the one that the configuration names, which is then not
       read; None for that one.
+    replicas: how many seeds one program trains; the devices then divide them, not the
+      batches.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
@@ -234,6 +237,8 @@ def build(
     for name, stage in configs.items()
     for what, size in _batch_sizes(stage).items()
   }
+  if replicas > 1:
+    batches = {'replicas': replicas}
   batches['evaluation'] = config['eval_batch']
   if mesh is None:
     available = devices or jax.device_count()

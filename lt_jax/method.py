@@ -67,12 +67,12 @@ def named_key(key: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
   """Returns the random key of one use at one step: fold_in(fold_in(key, name), step).
 
   Args:
-    key: `State.key`.
+    key: `State.key`; of (S,) replicas, each has its own.
     name: what the key is for; distinct uses have distinct names.
     step: `State.step`, so that a resumed run draws what the unbroken run drew.
   """
-  named = jax.random.fold_in(key, zlib.crc32(name.encode()))
-  return jax.random.fold_in(named, step)
+  fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
+  return fold_in(fold_in(key, zlib.crc32(name.encode())), step)
 
 
 def init_net(net: Network, key: jax.Array, images: jax.Array) -> tuple[PyTree, PyTree]:

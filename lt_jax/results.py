@@ -1,5 +1,6 @@
 """What a run leaves behind: final metrics, predictions, features, worst errors."""
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,9 @@ def evaluate(
   Raises:
     Preempted: `stop()` turned true on the way.
   """
-  keep_all = collector(stage.method.predict, _keep(experiment), experiment.mesh)
+  classes = len(experiment.dataset.class_names)
+  all_logits = experiment.passes['test'].examples * classes <= MOST_LOGITS
+  keep_all = collector(stage.method.predict, _keep(all_logits), experiment.mesh)
   keep_record = collector(stage.method.predict, record, experiment.mesh)
   records = {
     name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
@@ -128,13 +131,12 @@ def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str,
   return {'value': open_set.FIXED_THRESHOLD, 'chosen_by': 'fixed, there is no val'}
 
 
-def _keep(experiment: Experiment) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
+@functools.cache
+def _keep(all_logits: bool) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
   """Returns what is kept of the test split: records, features, and logits or the top.
 
   On the device, so that a large test set times many classes never comes to the host.
   """
-  classes = len(experiment.dataset.class_names)
-  all_logits = experiment.passes['test'].examples * classes <= MOST_LOGITS
 
   def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     logits = outputs['logits']
@@ -164,6 +166,7 @@ def write_results(
   *,
   stop: Callable[[], bool],
   wall_seconds: float,
+  replicas: int = 1,
 ) -> dict[str, Any]:
   """Evaluates the last State and writes everything that a run leaves behind.
 
@@ -174,6 +177,7 @@ def write_results(
     state: its State that counts.
     stop: whether the run must end at once.
     wall_seconds: of this process, from its start to here.
+    replicas: how many runs it trained together in that time.
 
   Returns:
     What result.json holds.
@@ -198,6 +202,7 @@ def write_results(
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
     'wall_seconds': round(wall_seconds, 1),
+    'replicas': replicas,
     'starts': len(starts),
     'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
     'versions': versions(),

@@ -1,21 +1,22 @@
 """A run: its folder, its stages one after the other, and what they leave behind."""
 
 import contextlib
+import functools
 import os
 import platform
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from lt_jax import files, results
-from lt_jax.build import Config, Experiment, build, config_digest
+from lt_jax import files, results, train
+from lt_jax.build import Config, Experiment, Stage, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
-from lt_jax.stage import StageRunner
+from lt_jax.stage import StageRunner, run_together
 from lt_jax.stopping import (
   StopRequest,
   agreed_numbers,
@@ -24,7 +25,7 @@ from lt_jax.stopping import (
   watched,
 )
 from lt_jax.train import metric_shapes, state_shapes
-from lt_jax.writers import Events, Screen, tracking
+from lt_jax.writers import Events, Screen, Track, tracking
 
 MAY_CHANGE = frozenset(
   {
@@ -66,12 +67,135 @@ def run(
     SaveError: a checkpoint could not be written.
   """
   began = time.time()
-  workdir = files.make_workdir(workdir)
-  screen = Screen()
-  with files.locked(workdir), StopRequest() as stop:
+  opened = functools.partial(
+    _opened, allow_config_change=allow_config_change, tracker=tracker
+  )
+  with (
+    StopRequest() as stop,
+    opened(config, workdir, stop, lambda: rehearsed(config, workdir)) as at,
+  ):
+    earlier: dict[str, State] = {}
+    for name in at.experiment.stages:
+      runner = at.runner(name, stop, profile)
+      earlier[name] = runner.run(earlier)
+    return _finish(at, earlier[name], stop, began)
+
+
+def run_seeds(
+  configs: Sequence[Config], workdirs: Sequence[epath.PathLike]
+) -> list[dict[str, Any] | train.Diverged]:
+  """Trains runs that differ in their seed alone as one program.
+
+  Each has a folder like any other run, at every moment, so that it can go on alone.
+
+  Args:
+    configs: the resolved configurations.
+    workdirs: a folder for each.
+
+  Returns:
+    What result.json holds, or how the run diverged, for each.
+
+  Raises:
+    UserError: as for `run`; or they differ in more than the seed, there are several
+      processes, or the images are not on the devices.
+    Preempted: it was asked to stop and saved all.
+    SaveError: a checkpoint could not be written.
+  """
+  began = time.time()
+  if len({config_digest(config) for config in configs}) > 1:
+    raise UserError('runs that train together may differ in the seed alone')
+  if jax.process_count() > 1:
+    raise UserError('runs train together in one process, not in several')
+  first: list[Experiment] = []
+
+  def make(config: Config, workdir: epath.PathLike) -> Experiment:
+    if not first:
+      first.append(rehearsed(config, workdir, replicas=len(configs)))
+      return first[0]
+    return reseeded(first[0], config, replicas=len(configs))
+
+  with StopRequest() as stop, contextlib.ExitStack() as stack:
+    runs = [
+      stack.enter_context(
+        _opened(
+          config,
+          workdir,
+          stop,
+          functools.partial(make, config, workdir),
+          screen=Screen(show=not number),
+        )
+      )
+      for number, (config, workdir) in enumerate(zip(configs, workdirs, strict=True))
+    ]
+    states: list[dict[str, State]] = [{} for _ in runs]
+    outcomes: list[Any] = [None] * len(runs)
+    for name in first[0].stages:
+      alive = [i for i in range(len(runs)) if outcomes[i] is None]
+      runners = [runs[i].runner(name, stop) for i in alive]
+      ends = run_together(runners, [states[i] for i in alive], first[0].mesh)
+      for i, end in zip(alive, ends, strict=True):
+        if isinstance(end, train.Diverged):
+          outcomes[i] = end
+        else:
+          states[i][name] = end
+    for i, at in enumerate(runs):
+      if outcomes[i] is None:
+        outcomes[i] = _finish(at, states[i][name], stop, began, len(runs))
+    return outcomes
+
+
+class _Run(NamedTuple):
+  """A run whose folder is open."""
+
+  experiment: Experiment
+  workdir: epath.Path
+  screen: Screen
+  events: Events
+  track: Track
+
+  def runner(
+    self, stage: str, stop: StopRequest, profile: tuple[int, int] | None = None
+  ) -> StageRunner:
+    """Returns what runs one of its stages."""
+    return StageRunner(
+      self.experiment,
+      self.experiment.stages[stage],
+      self.workdir,
+      self.screen,
+      self.events,
+      stop,
+      profile,
+      self.track,
+    )
+
+
+@contextlib.contextmanager
+def _opened(
+  config: Config,
+  workdir: epath.PathLike,
+  stop: StopRequest,
+  make: Callable[[], Experiment],
+  *,
+  screen: Screen | None = None,
+  allow_config_change: bool = False,
+  tracker: str = '',
+) -> Iterator[_Run]:
+  """Opens the folder of a run, after looking whether all is in order.
+
+  Args:
+    config: the resolved configuration.
+    workdir: the folder.
+    stop: whether the run must end.
+    make: makes the experiment.
+    screen: where it shows; None for the terminal.
+    allow_config_change: as for `run`.
+    tracker: likewise.
+  """
+  workdir, screen = files.make_workdir(workdir), screen or Screen()
+  with files.locked(workdir):
     if not allow_config_change:
       check_config(config, workdir)
-    experiment = rehearsed(config, workdir)
+    experiment = make()
     _check_peers(experiment)
     check_data(experiment, workdir)
     events = Events(workdir, screen)
@@ -83,33 +207,56 @@ def run(
     ):
       events('started', pid=os.getpid(), host=platform.node())
       _banner(experiment, workdir, screen)
-      earlier: dict[str, State] = {}
-      for stage in experiment.stages.values():
-        runner = StageRunner(
-          experiment, stage, workdir, screen, events, stop, profile, track
-        )
-        earlier[stage.name] = runner.run(earlier)
-    result = results.write_results(
-      experiment,
-      workdir,
-      stage,
-      earlier[stage.name],
-      stop=stop.alone,
-      wall_seconds=time.time() - began,
+      yield _Run(experiment, workdir, screen, events, track)
+
+
+def _finish(
+  at: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
+) -> dict[str, Any]:
+  """Evaluates the last State, writes the results and shows them."""
+  result = results.write_results(
+    at.experiment,
+    at.workdir,
+    [*at.experiment.stages.values()][-1],
+    state,
+    stop=stop.alone,
+    wall_seconds=time.time() - began,
+    replicas=replicas,
+  )
+  at.events('finished', state_sha256=result['state_sha256'])
+  results.show(result, at.workdir, at.screen)
+  return result
+
+
+def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experiment:
+  """Returns an experiment with another seed, which shares everything else.
+
+  So its programs are the same objects, and none of them is compiled again.
+  """
+  own = build(config, replicas=replicas, dataset=experiment.dataset)
+
+  def stage(name: str) -> Stage:
+    shared = experiment.stages[name]
+    return shared._replace(
+      streams={
+        stream: shared.streams[stream]._replace(payload=ours.payload)
+        for stream, ours in own.stages[name].streams.items()
+      }
     )
-    events('finished', state_sha256=result['state_sha256'])
-    results.show(result, workdir, screen)
-    return result
+
+  stages = {name: stage(name) for name in experiment.stages}
+  return experiment._replace(config=config, stages=stages)
 
 
-def rehearsed(config: Config, workdir: epath.Path) -> Experiment:
+def rehearsed(config: Config, workdir: epath.PathLike, replicas: int = 1) -> Experiment:
   """Builds the experiment and goes through its stages without computing anything.
 
   Shapes tell most of what can be wrong, and tell it before the first stage has been
   trained for days: networks, optimisers, augmentation, surgeries.
   """
+  workdir = epath.Path(workdir)
   try:
-    experiment = build(config)
+    experiment = build(config, replicas=replicas)
     shapes: dict[str, State] = {}
     for name, stage in experiment.stages.items():
       # Of the clock there is more to know than its shape.

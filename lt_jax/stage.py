@@ -1,16 +1,20 @@
-"""One stage of a run: restores or begins it, and gives the loop its hooks."""
+"""One stage of a run, or of several that one program trains."""
 
+import collections
+import contextlib
+import functools
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
-from lt_jax import checkpoint, files, results, sharding, train
+from lt_jax import checkpoint, files, replicas, results, sharding, train
 from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals import record
@@ -25,7 +29,15 @@ MOST_BAD = 1e-3
 
 
 class StageRunner:
-  """One stage of a run: restores or begins it, and gives the loop its hooks."""
+  """One stage of a run: restores or begins it, and gives the loop its hooks.
+
+  `run` does it all. Where one program trains several runs, `begin` and `end` are called
+  before and after, and the loop calls the `hooks` of each.
+
+  Attributes:
+    stage: the stage.
+    plan: when things happen; known once it has begun.
+  """
 
   def __init__(
     self,
@@ -39,7 +51,7 @@ class StageRunner:
     track: Track,
   ):
     self._experiment = experiment
-    self._stage = stage
+    self.stage = stage
     self._workdir = workdir
     self._screen = screen
     self._events = events
@@ -54,29 +66,41 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    told = [r for r in read_rows(workdir / 'events.jsonl') if r['event'] == 'bad_image']
-    self._bad = {row['image'] for row in told}
+    events_before = read_rows(workdir / 'events.jsonl')
+    self._bad = {
+      (row.get('split', 'train'), row['image'])
+      for row in events_before
+      if row['event'] == 'bad_image'
+    }
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
     """Trains the stage to its end and returns the State that counts."""
-    try:
-      return self._run(earlier)
-    except train.Diverged as diverged:
-      self._report_divergence(diverged)
-      raise
-    finally:
-      self._screen.stop_bar()
-      self._checkpoints.close()
+    with contextlib.closing(self):
+      state = self.begin(earlier)
+      try:
+        state = train.train(
+          self.stage.method,
+          self.stage.streams,
+          state,
+          mesh=self._experiment.mesh,
+          plan=self.plan,
+          hooks=self.hooks(),
+        )
+      except train.Diverged as diverged:
+        self.report_divergence(diverged)
+        raise
+      return self.end(state)
 
-  def _run(self, earlier: Mapping[str, State]) -> State:
+  def begin(self, earlier: Mapping[str, State]) -> State:
+    """Returns the State from which the stage goes on, after opening its files."""
     mesh = self._experiment.mesh
     self._begun_from = {name: checkpoint.digest(s)[:16] for name, s in earlier.items()}
-    stage = self._stage = self._with_arrays(self._stage)
+    stage = self.stage = self._with_arrays(self.stage)
     shapes = train.state_shapes(stage.method, stage.streams)
-    target = checkpoint.abstract(shapes, sharding.replicated(mesh))
-    restored = self._checkpoints.restore(target)
+    self._target = checkpoint.abstract(shapes, sharding.replicated(mesh))
+    restored = self._checkpoints.restore(self._target)
     if restored is None:
       state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
       first = int(jax.device_get(state.step))
@@ -88,7 +112,7 @@ class StageRunner:
       raise UserError(
         f'stage {stage.name!r} ends at step {stage.plan.steps}, but begins at {step}'
       )
-    self._plan = stage.plan._replace(
+    self.plan = stage.plan._replace(
       first=first,
       profile=self._profile,
       profile_dir=os.fspath(self._folder / 'profile'),
@@ -104,28 +128,33 @@ class StageRunner:
     if stage.plan.steps == first and restored is None:  # a stage of no steps
       self._save(step, state)
     self._screen.start_bar(stage.name, step, stage.plan.steps)
-    state = train.train(
-      stage.method,
-      stage.streams,
-      state,
-      mesh=mesh,
-      plan=self._plan,
-      hooks=train.Hooks(
-        first_call=self._first_call,
-        progress=self._screen.progress,
-        log=self._log,
-        save=self._save,
-        evaluate=self._evaluate,
-        stop=self._stop,
-        bad_images=self._bad_images,
-      ),
+    return state
+
+  def hooks(self) -> train.Hooks:
+    """Returns what happens at a step."""
+    return train.Hooks(
+      first_call=self._first_call,
+      progress=self._screen.progress,
+      log=self._log,
+      save=self._save,
+      evaluate=self._evaluate,
+      stop=self._stop,
+      bad_images=self._bad_images,
     )
+
+  def end(self, state: State) -> State:
+    """Returns the State that counts, given the last one, and leaves what it must."""
     self._metrics.close()
     self._checkpoints.wait()
-    if stage.select is not None and stage.plan.steps > first:
-      state = self._checkpoints.restore_best(target).state
+    if self.stage.select is not None and self.stage.plan.steps > self.plan.first:
+      state = self._checkpoints.restore_best(self._target).state
     self._leave(state)
     return state
+
+  def close(self) -> None:
+    """Ends what is under way."""
+    self._screen.stop_bar()
+    self._checkpoints.close()
 
   def _first_state(self, later: bool) -> State:
     """Returns the State of step 0.
@@ -133,7 +162,7 @@ class StageRunner:
     A later stage draws other parameters than the first one did, or a classifier that is
     trained again would begin just where the first did.
     """
-    stage, key = self._stage, jax.random.key(self._experiment.config['seed'])
+    stage, key = self.stage, jax.random.key(self._experiment.config['seed'])
     drawn_by = named_key(key, f'stage {stage.name}', 0) if later else key
     state = train.initial_state(
       stage.method, stage.streams, drawn_by, self._experiment.mesh
@@ -158,7 +187,7 @@ class StageRunner:
     for name, digest in self._begun_from.items():
       if begun_from.get(name) != digest:
         raise UserError(
-          f'stage {self._stage.name!r} began from another State of stage {name!r}, '
+          f'stage {self.stage.name!r} began from another State of stage {name!r}, '
           f'which was trained on since: delete {self._folder} to begin it again'
         )
 
@@ -186,7 +215,7 @@ class StageRunner:
 
   def _leave(self, state: State) -> None:
     """Writes arrays.npz: outputs of the final State for every training image."""
-    path, names = self._folder / 'arrays.npz', self._stage.leaves
+    path, names = self._folder / 'arrays.npz', self.stage.leaves
     origin = checkpoint.digest(state)
     written = bool(names) and path.exists() and _origin(path) == origin
     if not names or of_first(written):
@@ -196,7 +225,7 @@ class StageRunner:
       del batch
       return {name: outputs[name] for name in names}
 
-    survey = self._experiment.survey(self._stage.method.predict)
+    survey = self._experiment.survey(self.stage.method.predict)
     found = survey.collect(state, 'train', keep)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
@@ -210,16 +239,16 @@ class StageRunner:
       )
     elif step:
       told = f'fresh start at step {step}, carried over'
-    epochs = self._stage.plan.steps / self._stage.epoch_steps
+    epochs = self.stage.plan.steps / self.stage.epoch_steps
     self._screen.line(
-      f'stage {self._stage.name}: {self._stage.plan.steps} steps, {epochs:.4g} epochs '
-      f'of {self._stage.epoch_steps:.4g} steps; {told}'
+      f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
+      f'of {self.stage.epoch_steps:.4g} steps; {told}'
     )
 
   def _first_call(self, compile_seconds: float) -> None:
     self._events(
       'first_step',
-      stage=self._stage.name,
+      stage=self.stage.name,
       seconds=round(time.time() - self._began, 1),
       compile_seconds=round(compile_seconds, 1),
     )
@@ -228,14 +257,14 @@ class StageRunner:
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
     self._tell_bad_images()
-    rate = steps * self._stage.batch / seconds
-    epoch = step / self._stage.epoch_steps
+    rate = steps * self.stage.batch / seconds
+    epoch = step / self.stage.epoch_steps
     self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
-    left = (self._plan.steps - step) / steps * seconds
+    left = (self.plan.steps - step) / steps * seconds
     loss, accuracy = (float(values.get(k, np.nan)) for k in ('loss', 'accuracy'))
     self._screen.note(
       f'loss {loss:.4f}  {rate:,.0f} images/s',
-      f'step {step}/{self._plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
+      f'step {step}/{self.plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
       f'accuracy {accuracy:.4f}  {rate:,.0f} images/s  ETA {left:.0f} s',
     )
 
@@ -244,31 +273,36 @@ class StageRunner:
     self._new_bad[stream].update(positions.tolist())
 
   def _tell_bad_images(self) -> None:
-    """Tells of images that no process can read, each once; too many end the run."""
+    """Tells of images that cannot be read, each once; too many of a split end the run.
+
+    All processes are here together, and tell of what any of them has found.
+    """
     for stream, new in self._new_bad.items():
-      split = self._experiment.dataset.splits['train' if stream == 'train' else 'meta']
-      if self._stage.streams[stream].workers is None:
+      if self.stage.streams[stream].workers is None:
         continue
+      name = 'train' if stream == 'train' else 'meta'
+      split = self._experiment.dataset.splits[name]
       found = of_any_process(sorted(new))
-      new.clear()
-      for name in {split.source.where(position) for position in found} - self._bad:
-        self._bad.add(name)
-        self._events('bad_image', image=name)
-      if len(self._bad) > max(1, MOST_BAD * len(split.rows)):
+      new.difference_update(found)
+      for bad in {(name, split.source.where(row)) for row in found} - self._bad:
+        self._bad.add(bad)
+        self._events('bad_image', split=name, image=bad[1])
+      count = sum(known == name for known, _ in self._bad)
+      if count > max(1, MOST_BAD * len(split.rows)):
         raise UserError(
-          f'{len(self._bad)} images cannot be read, more than {MOST_BAD:.1%} of '
+          f'{count} images cannot be read, more than {MOST_BAD:.1%} of '
           f'{len(split.rows)}: see events.jsonl'
         )
 
   def _save(self, step: int, state: State) -> None:
     if self._checkpoints.last_saved != step:
       self._metrics.flush()
-      epoch = step / self._stage.epoch_steps
+      epoch = step / self.stage.epoch_steps
       self._checkpoints.save(
         step,
         state,
         epoch=epoch,
-        first=self._plan.first,
+        first=self.plan.first,
         begun_from=self._begun_from,
       )
 
@@ -283,15 +317,15 @@ class StageRunner:
           return
         rows[split] = results.split_metrics(records, self._experiment)
     for split, values in rows.items():
-      self._metrics.write(split, step, step / self._stage.epoch_steps, values)
+      self._metrics.write(split, step, step / self.stage.epoch_steps, values)
     told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
     self._screen.line(f'step {step}: accuracy on {told}')
-    if self._stage.select is not None:
+    if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
-    split, metric = self._stage.select
+    split, metric = self.stage.select
     value = SELECTABLE[metric] * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
@@ -299,7 +333,7 @@ class StageRunner:
     if of_first(better):  # as the others may see an older file
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
-  def _report_divergence(self, diverged: train.Diverged) -> None:
+  def report_divergence(self, diverged: train.Diverged) -> None:
     """Says where it happened, and on which examples."""
     examples = {
       name: {k: v.tolist() for k, v in payload.items() if k in ('index', 'label')}
@@ -309,7 +343,120 @@ class StageRunner:
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
       files.write_json(path, {'step': diverged.step, 'examples': examples})
-    self._events('diverged', stage=self._stage.name, step=diverged.step, see=str(path))
+    self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def run_together(
+  runners: Sequence[StageRunner], earlier: Sequence[Mapping[str, State]], mesh: Mesh
+) -> list[State | train.Diverged]:
+  """Trains a stage of several runs that differ in their seed as one program.
+
+  Those that are not at the same step, as a crash can leave them, train one after the
+  other.
+
+  Args:
+    runners: of the runs.
+    earlier: the States of the earlier stages of each.
+    mesh: the devices.
+
+  Returns:
+    The State that counts of each, or how it diverged.
+  """
+  with contextlib.ExitStack() as stack:
+    for runner in runners:
+      stack.callback(runner.close)
+    states = [r.begin(e) for r, e in zip(runners, earlier, strict=True)]
+    ends: list[State | train.Diverged] = list(states)
+    by_place = collections.defaultdict(list)
+    for i, (runner, state) in enumerate(zip(runners, states, strict=True)):
+      by_place[runner.plan.first, int(jax.device_get(state.step))].append(i)
+    for members in by_place.values():
+      group = _Together([runners[i] for i in members], mesh)
+      found = group.run([states[i] for i in members])
+      for i, end in zip(members, found, strict=True):
+        ends[i] = end if isinstance(end, train.Diverged) else runners[i].end(end)
+    return ends
+
+
+class _Together:
+  """Runs at one step of one stage, and what happens to each while they train."""
+
+  def __init__(self, runners: Sequence[StageRunner], mesh: Mesh):
+    self._runners = runners
+    self._hooks = [runner.hooks() for runner in runners]
+    self._mesh = mesh
+    self._one = replicas.separator(mesh)
+    self._ends: list[train.Diverged | None] = [None] * len(runners)
+
+  def run(self, states: Sequence[State]) -> list[State | train.Diverged]:
+    """Returns the last State of each, or how it diverged."""
+    first, missing = self._runners[0], -len(states) % self._mesh.size
+    # Where some are gone every device still needs as many; nobody looks at these.
+    runners = [*self._runners, *[first] * missing]
+    states = [*states, *[states[0]] * missing]
+    streams = {
+      name: replicas.together_streams(
+        [runner.stage.streams[name] for runner in runners], self._mesh
+      )
+      for name in first.stage.streams
+    }
+    try:
+      state = train.train(
+        replicas.vectorise(first.stage.method, len(states), self._mesh),
+        streams,
+        replicas.together(states, self._mesh),
+        mesh=self._mesh,
+        plan=first.plan,
+        hooks=self._all_hooks(),
+      )
+    except train.Diverged:
+      if None in self._ends:
+        raise
+      return self._ends
+    return [self._one(state, i) if e is None else e for i, e in enumerate(self._ends)]
+
+  def _all_hooks(self) -> train.Hooks:
+    return train.Hooks(
+      first_call=lambda seconds: self._for_all('first_call', seconds),
+      progress=lambda step: self._for_all('progress', step),
+      log=self._log,
+      save=functools.partial(self._with_state, 'save'),
+      evaluate=functools.partial(self._with_state, 'evaluate'),
+      stop=self._hooks[0].stop,
+      bad_images=lambda stream, positions: None,  # they lie on the devices
+    )
+
+  def _alive(self) -> list[int]:
+    return [i for i, end in enumerate(self._ends) if end is None]
+
+  def _for_all(self, name: str, value: float) -> None:
+    for i in self._alive():
+      getattr(self._hooks[i], name)(value)
+
+  def _with_state(self, name: str, step: int, state: State) -> None:
+    """Saves or evaluates every replica that is finite, as far as is known here."""
+    finite = jax.device_get(state.memory[replicas.ALIVE])
+    for i in self._alive():
+      if finite[i]:
+        getattr(self._hooks[i], name)(step, self._one(state, i))
+
+  def _log(
+    self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
+  ) -> None:
+    """Gives each replica its values, and takes leave of those that diverged."""
+    died_at = values.pop(replicas.DIED_AT)
+    for i in self._alive():
+      runner = self._runners[i]
+      if np.isnan(died_at[i]):
+        own = {name: value[i] for name, value in values.items()}
+        self._hooks[i].log(step, own, steps, seconds)
+        continue
+      at = int(died_at[i])
+      payload = train.payloads_at(runner.stage.streams, at)
+      self._ends[i] = train.Diverged(at, payload)
+      runner.report_divergence(self._ends[i])
+    if not self._alive():
+      raise self._ends[0]
 
 
 def _origin(path: epath.Path) -> str:

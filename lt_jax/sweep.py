@@ -31,6 +31,11 @@ TRACKER = commands.tracker_flag()
 METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
 SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
 CELL = flags.DEFINE_integer('cell', None, 'Runs this one alone, counted from 0.')
+VECTORISE = flags.DEFINE_bool(
+  'vectorise',
+  False,
+  'Trains the seeds of a method as one program: for small networks on accelerators.',
+)
 LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
 
 
@@ -69,13 +74,16 @@ def cells(
 
 
 def sweep(
-  chosen: Sequence[Cell], make_config: Callable[[str], ConfigDict]
+  chosen: Sequence[Cell],
+  make_config: Callable[[str], ConfigDict],
+  vectorise: bool = False,
 ) -> dict[Cell, str]:
   """Runs cells that are not finished; what goes wrong in one ends that one only.
 
   Args:
     chosen: the cells.
     make_config: recipe -> config.
+    vectorise: trains the seeds of a method as one program.
 
   Returns:
     cell -> what went wrong; empty if nothing did.
@@ -84,30 +92,59 @@ def sweep(
     UserError: a recipe that there is not, or an override that one has no key for.
     Preempted: it was asked to stop; the cell that ran is saved.
   """
-  from lt_jax import build, run
   from lt_jax.train import Preempted
 
   for method in {cell.method: None for cell in chosen}:
     make_config(method)  # mistakes in names are told before anything runs
   failed = {}
-  for number, cell in enumerate(chosen):
-    print(f'\ncell {number + 1} of {len(chosen)}: {cell.method}, seed {cell.seed}')
+  done = 0
+  for _, group in itertools.groupby(
+    chosen, key=lambda cell: cell.method if vectorise else cell
+  ):
+    cells = list(group)
+    seeds = ', '.join(str(cell.seed) for cell in cells)
+    done += len(cells)
+    print(f'\ncell {done} of {len(chosen)}: {cells[0].method}, seed {seeds}')
     try:
-      config = make_config(cell.method)
-      config.seed = cell.seed
-      resolved = build.resolve(config)
-      if _finished(cell, resolved):
-        print(f'is finished: {cell.workdir}')
-      else:
-        run.run(resolved, cell.workdir, tracker=TRACKER.value)
+      wrong = _run(cells, make_config)
     except (Preempted, KeyboardInterrupt):
       raise
     except Exception as error:  # of any kind: the other cells are wanted
       if not isinstance(error, UserError):
         traceback.print_exc()
+      wrong = dict.fromkeys(cells, error)
+    for cell, error in wrong.items():
       failed[cell] = f'{type(error).__name__}: {" ".join(str(error).split())}'
-      print(f'failed: {failed[cell]}')
+      print(f'failed: seed {cell.seed}: {failed[cell]}')
   return failed
+
+
+def _run(
+  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict]
+) -> dict[Cell, Exception]:
+  """Runs those cells of one method that are not finished, as one program if many.
+
+  Returns:
+    cell -> how it diverged, while others went on.
+  """
+  from lt_jax import build, run
+
+  configs = {}
+  for cell in cells:
+    config = make_config(cell.method)
+    config.seed = cell.seed
+    configs[cell] = build.resolve(config)
+    if _finished(cell, configs[cell]):
+      print(f'is finished: {cell.workdir}')
+      del configs[cell]
+  if len(configs) == 1:
+    ((cell, config),) = configs.items()
+    run.run(config, cell.workdir, tracker=TRACKER.value)
+  if len(configs) <= 1:
+    return {}
+  ends = run.run_seeds([*configs.values()], [cell.workdir for cell in configs])
+  pairs = zip(configs, ends, strict=True)
+  return {cell: end for cell, end in pairs if isinstance(end, Exception)}
 
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
@@ -166,8 +203,10 @@ def main() -> None:
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # seeds share their programs
     jax.config.update('jax_compilation_cache_dir', os.fspath(workdir / '.compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  if VECTORISE.value and TRACKER.value:
+    raise UserError('--vectorise: a tracker takes one run at a time; leave --tracker')
   chosen = every if CELL.value is None else [every[CELL.value]]
-  failed = sweep(chosen, loader(path, options, overrides))
+  failed = sweep(chosen, loader(path, options, overrides), VECTORISE.value)
   if CELL.value is None and any((c.workdir / 'config.json').exists() for c in every):
     page = report.write(workdir)
     print(f'\n{(workdir / "report.md").read_text()}\n{page}')

@@ -140,7 +140,11 @@ def _init(method: Method, streams: Mapping[str, Stream]) -> Callable:
 
 
 def make_update(
-  method: Method, streams: Mapping[str, Stream], mesh: Mesh, length: int
+  method: Method,
+  streams: Mapping[str, Stream],
+  mesh: Mesh,
+  length: int,
+  placed: Any = None,
 ) -> Callable:
   """Returns jit(state, totals, bad, arrays, payloads) -> (state, totals, bad).
 
@@ -150,6 +154,7 @@ def make_update(
     mesh: the devices.
     length: steps a call. One is called as it is, with the payloads that it is given;
       more run in a `lax.scan`, where a step leaves out the streams that are not due.
+    placed: shardings of the state; None: every device has a copy.
 
   `totals` adds up the metrics, `bad` is the first step whose metrics were not finite,
   -1 while there is none, and `payloads` has a leading axis of `length`.
@@ -183,10 +188,11 @@ def make_update(
       return one(carry, jax.tree.map(lambda x: x[0], payloads), arrays)[0]
     return lax.scan(lambda c, p: one_of_many(c, p, arrays), carry, payloads)[0]
 
+  everywhere = sharding.replicated(mesh)
   return jax.jit(
     update,
     donate_argnums=0,
-    out_shardings=sharding.replicated(mesh),
+    out_shardings=(placed or everywhere, everywhere, everywhere),
     compiler_options=sharding.compiler_options(mesh),
   )
 
@@ -205,8 +211,8 @@ def train(
   Args:
     method: the method.
     streams: name -> stream, as the method's step expects them.
-    state: where to begin; its buffers are consumed.
-    mesh: the devices; the state is replicated on them.
+    state: where to begin, on the devices; its buffers are consumed.
+    mesh: the devices.
     plan: when things happen.
     hooks: what happens.
 
@@ -267,7 +273,8 @@ def train(
       fresh = program not in compiled
       if fresh:
         began = time.perf_counter()
-        update = make_update(method, streams, mesh, length)
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        update = make_update(method, streams, mesh, length, placed)
         compiled[program] = update.lower(state, totals, bad, arrays, payloads).compile()
         compile_seconds = time.perf_counter() - began
         clock += compile_seconds

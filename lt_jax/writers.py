@@ -234,9 +234,10 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 class Screen:
   """A person's terminal: a progress bar there, plain lines anywhere else."""
 
-  def __init__(self):
+  def __init__(self, show: bool = True):
+    """Opens it; process 0 shows something, unless it shall not."""
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    self._show = jax.process_index() == 0
+    self._show = show and jax.process_index() == 0
     self._bar: Progress | None = None
     self._task: Any = None
 

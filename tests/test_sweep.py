@@ -75,6 +75,22 @@ def test_what_is_finished_is_not_run_again(swept):
   assert (workdir / 'ce' / '0' / 'events.jsonl').read_bytes() == before
 
 
+def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
+  workdir, _ = swept
+  code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
+  assert code == 0, output
+  assert output.count('first step: ') == 1
+  for seed in (0, 1):
+    found, alone = (
+      result(folder, 'ce', seed) for folder in (tmp_path / 'runs', workdir)
+    )
+    assert (found['replicas'], alone['replicas']) == (2, 1)
+    assert found['config_digest'] == alone['config_digest']
+    assert found['test']['loss'] == pytest.approx(alone['test']['loss'], rel=1e-3)
+  code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
+  assert code == 0 and output.count('is finished: ') == 2
+
+
 def test_a_failure_does_not_stop_the_rest(tmp_path):
   code, output = run(
     tmp_path / 'runs',

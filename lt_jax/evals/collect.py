@@ -6,6 +6,7 @@ of what was kept.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Survey(NamedTuple):
   total: Callable[[State, str, Callable], PyTree]
 
 
+@functools.lru_cache(maxsize=8)
 def collector(
   predict: Callable[[State, jax.Array], Outputs],
   keep: Callable[[Outputs, Batch], dict[str, jax.Array]],
@@ -49,6 +51,8 @@ def collector(
   in_flight: int = 4,
 ) -> Collect:
   """Returns a function that runs one pass; passes of one shape share a program.
+
+  Asked the same again it returns the same one, so that runs can share programs.
 
   Args:
     predict: a method's.

@@ -1,0 +1,182 @@
+"""Several seeds of one method, trained as one program.
+
+A network that is small leaves an accelerator idle most of the time, and a second seed
+costs it little. Replicas share the clock, the data and the program; all else of a
+State, and every payload, batch and metric, has a leading axis of replicas. On several
+devices each has replicas of its own, and they exchange nothing.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lt_jax import sharding
+from lt_jax.data.streams import Stream
+from lt_jax.errors import UserError
+from lt_jax.method import Method, State
+
+PyTree = Any
+
+ALIVE = 'alive'
+"""Name in `State.memory`: (S,) bool, which replicas have been finite all along."""
+
+DIED_AT = 'died_at'
+"""Name of a metric: the mean step at which a replica stopped being finite."""
+
+
+def vectorise(method: Method, replicas: int, mesh: Mesh) -> Method:
+  """Returns a method that trains S replicas of another one, each as if it were alone.
+
+  `init` takes (S,) keys. Of its State only `step` has no leading axis: it is the clock
+  of all. A replica whose metrics or next State are not finite stays at the State before
+  that step, and its metrics count for nothing from there on, while the others go on;
+  the metric 'died_at' tells the step.
+
+  Args:
+    method: the method.
+    replicas: S, which the devices must divide.
+    mesh: the devices; more than one have S / devices replicas each.
+
+  Raises:
+    UserError: the devices do not divide S.
+  """
+  if replicas % mesh.size:
+    raise UserError(f'{mesh.size} devices do not divide {replicas} replicas')
+
+  def each(function: Callable, arguments: tuple, results: PyTree) -> Callable:
+    """Applies a function to every replica, where it is; 0 marks what has the axis."""
+    mapped = jax.vmap(function, in_axes=arguments, out_axes=results)
+    if mesh.size == 1:
+      return mapped
+    return jax.shard_map(
+      mapped,
+      mesh=mesh,
+      in_specs=_specs(arguments),
+      out_specs=_specs(results),
+      check_vma=False,  # constants inside a method are the same everywhere
+    )
+
+  def init(keys, batches):
+    state = each(method.init, (0, 0), _AXES)(keys, batches)
+    return _with_alive(state, jnp.ones(replicas, bool))
+
+  def step(state, batches):
+    alive, old = state.memory[ALIVE], _without_alive(state)
+    new, metrics = each(method.step, (_AXES, 0), (_AXES, 0))(old, batches)
+    well = alive & _finite((new.replace(step=()), metrics), replicas)
+    new = jax.tree.map(
+      functools.partial(_where, well), new.replace(step=()), old.replace(step=())
+    )
+    metrics = jax.tree.map(lambda x: _where(well, x, jnp.zeros_like(x)), metrics)
+    died = (alive & ~well).astype(jnp.float32)
+    metrics[DIED_AT] = (died * state.step, died)
+    return _with_alive(new.replace(step=state.step + 1), well), metrics
+
+  def predict(state, images):
+    return each(method.predict, (_AXES, None), 0)(_without_alive(state), images)
+
+  return Method(init, step, predict)
+
+
+_AXES = State(step=None, key=0, params=0, stats=0, opt=0, memory=0)
+"""Which axis of a State's leaves is that of the replicas."""
+
+
+def _specs(axes: PyTree) -> PyTree:
+  """Returns how what has these axes lies on the devices: each has its own replicas."""
+  own = {0: PartitionSpec(sharding.AXIS), None: PartitionSpec()}
+  return jax.tree.map(own.get, axes, is_leaf=lambda axis: axis is None)
+
+
+def _where(chosen: jax.Array, ours: jax.Array, theirs: jax.Array) -> jax.Array:
+  """Chooses by replica."""
+  if ours.size == 0:
+    return ours
+  return jnp.where(chosen.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
+
+
+def _finite(tree: PyTree, replicas: int) -> jax.Array:
+  """Returns (S,) bool, whether all numbers of a replica are finite."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  each = [jnp.isfinite(x).reshape(replicas, -1).all(axis=1) for x in leaves]
+  return jnp.stack(each).all(axis=0)
+
+
+def _with_alive(state: State, alive: jax.Array) -> State:
+  return state.replace(memory={**state.memory, ALIVE: alive})
+
+
+def _without_alive(state: State) -> State:
+  return state.replace(memory={k: v for k, v in state.memory.items() if k != ALIVE})
+
+
+def together(states: Sequence[State], mesh: Mesh) -> State:
+  """Returns States of one step as that of a vectorised method.
+
+  Args:
+    states: of single runs, on the devices.
+    mesh: the devices.
+
+  Raises:
+    UserError: they are not at the same step.
+  """
+  steps = {int(jax.device_get(state.step)) for state in states}
+  if len(steps) > 1:
+    raise UserError(f'replicas must be at one step, not at {sorted(steps)}')
+
+  def join(*states: State) -> State:
+    own = [state.replace(step=()) for state in states]
+    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+    alive = jnp.ones(len(states), bool)
+    return _with_alive(joined.replace(step=states[0].step), alive)
+
+  placed = jax.tree.map(functools.partial(NamedSharding, mesh), _specs(_AXES))
+  return jax.jit(join, out_shardings=placed)(*states)
+
+
+def separator(mesh: Mesh) -> Callable[[State, int], State]:
+  """Returns (the State of replicas, which one) -> its State, on all devices."""
+
+  def one(state: State, replica: jax.Array) -> State:
+    own = jax.tree.map(lambda x: x[replica], _without_alive(state).replace(step=()))
+    return own.replace(step=state.step)
+
+  return jax.jit(one, out_shardings=sharding.replicated(mesh))
+
+
+def together_streams(streams: Sequence[Stream], mesh: Mesh) -> Stream:
+  """Returns the stream of a vectorised method: each replica has batches of its own.
+
+  Args:
+    streams: one a replica, which differ in their order, and in their arrays where an
+      earlier stage has left them.
+    mesh: the devices.
+
+  Raises:
+    UserError: the images do not lie on the devices.
+  """
+  first = streams[0]
+  if first.workers is not None:
+    raise UserError(
+      'replicas train together on images that lie on the devices, not on those that '
+      'the host decodes'
+    )
+  shared = all(stream.arrays is first.arrays for stream in streams)
+  arrays = first.arrays
+  if not shared:
+    own = NamedSharding(mesh, PartitionSpec(sharding.AXIS))
+    join = jax.jit(
+      lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees), out_shardings=own
+    )
+    arrays = join(*(stream.arrays for stream in streams))
+
+  def payload(step: int) -> dict[str, np.ndarray]:
+    return jax.tree.map(lambda *x: np.stack(x), *(s.payload(step) for s in streams))
+
+  prepare = jax.vmap(first.prepare, in_axes=(None if shared else 0, 0, 0))
+  return first._replace(arrays=arrays, payload=payload, prepare=prepare)
