@@ -6,10 +6,10 @@ accelerator: it is where a method is tried first, and what the tests train.
 
   python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=runs/digits
 
-Cost: 1,407 steps of a network of 37,000 parameters, a few seconds on two CPU cores.
+Cost: 704 steps of a network of 37,000 parameters, a few seconds on two CPU cores.
 There is no published number.
 
-Argument: a recipe (see docs/methods.md), and `epochs` (400; schedules scale with it),
+Argument: a recipe (see docs/methods.md), and `epochs` (200; schedules scale with it),
 `imbalance` (30) and `n_max` (90). Every recipe sets ten images a class aside as the
 balanced meta set; only those that learn weights, and two controls, use it.
 """
@@ -20,7 +20,7 @@ from lt_jax import recipes
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
   recipe, option = recipes.parse_arg(
-    arg, 'ldam_drw', epochs=400.0, imbalance=30.0, n_max=90
+    arg, 'ldam_drw', epochs=200.0, imbalance=30.0, n_max=90
   )
   config = recipes.apply(
     recipes.base_config(),

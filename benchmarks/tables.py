@@ -1,0 +1,137 @@
+"""The tables of docs/results.md: each a sweep, whose numbers go to results/NAME.json.
+
+  python -m benchmarks.tables digits_lt --workdir=runs/digits_lt
+
+The same command again runs what is not finished, and so fills a table in several
+sittings. On a CPU the methods are shared out to sweeps of one core each, which is
+faster for networks as small as those; on an accelerator there is one sweep, with what
+follows `--` as its options, such as `-- --vectorise`. The tables in print are those of
+report.md in the same folder.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+from lt_jax import files, report
+from lt_jax.recipes import RECIPES
+from lt_jax.report import runs as read
+from lt_jax.results import TABLE
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CIFAR = (
+  'ce,focal,cb_ce,cb_focal,ldam,ldam_drw,ce_drw,balanced_softmax,l2rw,mwn,meta_ce,'
+  'meta_ce_control,meta_focal,meta_ldam,crt,tau_norm'
+)
+
+
+def cifar(classes: int, imbalance: int) -> tuple[str, str, str]:
+  """Returns a table of the papers: ResNet-32, their schedules, three seeds."""
+  return f'cifar{classes}_lt.py:imbalance={imbalance}', CIFAR, '0,1,2'
+
+
+TABLES = {
+  'digits_lt': ('digits_lt.py', ','.join(RECIPES), '0,1,2,3,4'),
+  'cifar10_lt_resnet8': (
+    'cifar10_lt.py:net=resnet8,epochs=40',
+    'ce,cb_ce,ce_drw,ldam_drw,balanced_softmax,meta_ce,meta_ce_control,crt,oltr',
+    '0',
+  ),
+} | {
+  f'cifar{classes}_lt_{imbalance}': cifar(classes, imbalance)
+  for imbalance, classes in itertools.product((100, 10, 200, 50, 20), (10, 100))
+}
+"""name -> (configuration, methods, seeds), the most telling first."""
+
+
+def sweep(name, workdir, options):
+  """Runs what is not finished of a table; what fails stays out of it."""
+  import jax
+
+  config, methods, seeds = TABLES[name]
+  methods = methods.split(',')
+  cores = [None]
+  if jax.default_backend() == 'cpu' and hasattr(os, 'sched_getaffinity'):
+    cores = sorted(os.sched_getaffinity(0))[: len(methods)]
+  parts = [methods[i :: len(cores)] for i in range(len(cores))]
+  started = []
+  for core, part in zip(cores, parts, strict=True):
+    command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{config}']
+    command += [f'--methods={",".join(part)}', f'--seeds={seeds}']
+    command += [f'--workdir={workdir}', *options]
+    pinned = {} if core is None else {'preexec_fn': lambda c=core: only(c)}
+    started.append(subprocess.Popen(command, cwd=ROOT, **pinned))
+  return [process.wait() for process in started]
+
+
+def only(core):
+  """Keeps a process, which is about to begin, on one core."""
+  os.sched_setaffinity(0, {core})
+
+
+def table(name, workdir, options):
+  """Returns what results/NAME.json holds: a row a method, every seed's numbers."""
+  config, methods, seeds = TABLES[name]
+  file, _, argument = config.partition(':')
+  given = ' '.join(['', *options]).rstrip()
+  groups, _ = read.grouped(read.find(workdir))
+  rows = []
+  for group in groups:
+    if not group.counted:
+      continue
+    results = [run.result for run in group.counted]
+    recipe = ','.join(filter(None, (results[0]['recipe'], argument)))
+    command = f'python -m lt_jax.main --config=configs/{file}:{recipe}{given}'
+    rows.append(
+      {
+        'recipe': results[0]['recipe'],
+        'command': f'{command} --config.seed=SEED --workdir=DIR',
+        'config_digest': results[0]['config_digest'],
+        'data': group.counted[0].kind[1],
+        'seeds': [result['seed'] for result in results],
+        'device': sorted({result['device'] for result in results}),
+        'versions': results[0]['versions'],
+        'wall_seconds': [result['wall_seconds'] for result in results],
+        'replicas': [result.get('replicas', 1) for result in results],
+        'best_on_test': [(r['best_on_test'] or {}).get('accuracy') for r in results],
+        'test': {
+          metric: [result['test'][metric] for result in results]
+          for metric in TABLE
+          if metric in results[0]['test']
+        },
+      }
+    )
+  return {
+    'command': f'python -m benchmarks.tables {name} --workdir=DIR{given}',
+    'methods': methods.split(','),
+    'seeds': [int(seed) for seed in seeds.split(',')],
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+    'rows': rows,
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('name', choices=TABLES)
+  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('options', nargs='*', help='of the sweep, after --')
+  options = parser.parse_args()
+  workdir = files.absolute(options.workdir)
+  codes = sweep(options.name, workdir, options.options)
+  report.write(workdir)
+  found = table(options.name, workdir, options.options)
+  path = ROOT / 'results' / f'{options.name}.json'
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(json.dumps(found, indent=1) + '\n')
+  print(f'{(workdir / "report.md").read_text()}\n{path}')
+  raise SystemExit(max(codes))
+
+
+if __name__ == '__main__':
+  main()
