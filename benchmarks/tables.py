@@ -100,6 +100,7 @@ def table(name, workdir, options):
         'wall_seconds': [result['wall_seconds'] for result in results],
         'replicas': [result.get('replicas', 1) for result in results],
         'best_on_test': [(r['best_on_test'] or {}).get('accuracy') for r in results],
+        'learned_over_prior': [learned_over_prior(run) for run in group.counted],
         'test': {
           metric: [result['test'][metric] for result in results]
           for metric in TABLE
@@ -116,6 +117,12 @@ def table(name, workdir, options):
   }
 
 
+def learned_over_prior(run):
+  """Returns mean |learned weight| over mean prior, of all steps that learned."""
+  rows = [row['learned_over_prior'] for row in run.rows if 'learned_over_prior' in row]
+  return sum(rows) / len(rows) if rows else None
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('name', choices=TABLES)
@@ -128,7 +135,9 @@ def main():
   found = table(options.name, workdir, options.options)
   path = ROOT / 'results' / f'{options.name}.json'
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps(found, indent=1) + '\n')
+  rows = ',\n'.join(json.dumps(row) for row in found.pop('rows'))
+  facts = json.dumps(found, indent=1).removesuffix('\n}')
+  path.write_text(f'{facts},\n "rows": [\n{rows}\n]}}\n')
   print(f'{(workdir / "report.md").read_text()}\n{path}')
   raise SystemExit(max(codes))
 

@@ -75,7 +75,7 @@ def launch(
         if value is None:
           raise UserError(f'--{name} is missing')
         hasattr(value, 'to_dict')  # a config file that failed to load says so here
-    except AttributeError as error:  # of a locked config, with the near miss
+    except (AttributeError, KeyError) as error:  # of a config, with the near miss
       told = str(error).replace('\\n', '; ')
       told = told.replace('"', '').replace("'", '').replace('\\', '')
       fail(f'unknown config key {told}', WRONG_INPUT)

@@ -38,6 +38,9 @@ MAY_CHANGE = frozenset(
 )
 """Keys a resumed run may change, because the training does not depend on them."""
 
+SEEN_WITHIN = 90.0
+"""Seconds within which a file system shows a new file to every host; NFS takes 60."""
+
 
 def run(
   config: Config,
@@ -296,6 +299,7 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
       files.write_json(path, facts[name])
   wait_for_all('claimed')
   try:
+    _check_shared(paths['config.json'])
     yield
   except UserError:
     if jax.process_index() == 0:
@@ -305,6 +309,18 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
         elif not (workdir / 'stages').exists():
           path.unlink()
     raise
+
+
+def _check_shared(path: epath.Path) -> None:
+  """Refuses a folder that is not one for all processes, given what the first wrote."""
+  until = time.monotonic() + SEEN_WITHIN
+  while not path.exists() and time.monotonic() < until:
+    time.sleep(1)
+  if any_process(not path.exists()):
+    raise UserError(
+      f'not every process sees {path}: the workdir must be one folder for all of them, '
+      'in a bucket or a shared file system'
+    )
 
 
 def _check_peers(experiment: Experiment) -> None:

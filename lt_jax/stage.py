@@ -20,7 +20,14 @@ from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
-from lt_jax.stopping import StopRequest, of_any_process, of_first, wait_for_all
+from lt_jax.stopping import (
+  StopRequest,
+  agreed_numbers,
+  any_process,
+  of_any_process,
+  of_first,
+  wait_for_all,
+)
 from lt_jax.surgery import operate
 from lt_jax.writers import Events, MetricWriter, Screen, Track, read_rows, write_npz
 
@@ -171,6 +178,9 @@ class StageRunner:
     state = state.replace(key=key)
     if stage.start:
       state, told = stage.start(state)
+      ours = [int(told['sha256'][:7], 16)]
+      if any_process(agreed_numbers(ours) != ours):
+        raise UserError(f'the processes have not all the same file of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
       if told['mean'] and (list(told['mean']), list(told['std'])) != (

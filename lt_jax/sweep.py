@@ -160,7 +160,8 @@ def loader(
 
   Args:
     path: of the configuration file.
-    options: of all recipes, such as 'net=resnet8,epochs=40'.
+    options: of all recipes, such as 'net=resnet8,epochs=40'; a recipe among them, for
+      the sake of keys that only some have, is not the one that runs.
     overrides: key -> value, for all recipes.
   """
   spec = importlib.util.spec_from_file_location('lt_jax_sweep_config', path)
@@ -168,7 +169,7 @@ def loader(
   spec.loader.exec_module(module)
 
   def make(recipe: str) -> ConfigDict:
-    config = module.get_config(','.join(filter(None, (recipe, options))))
+    config = module.get_config(','.join(filter(None, (options, recipe))))
     try:
       config.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

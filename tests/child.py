@@ -319,7 +319,18 @@ def _see_other_data(argument: str) -> None:
   del argument
 
 
+def _work_elsewhere(argument: str) -> None:
+  """Has a folder of its own where all should have one."""
+  from lt_jax import files, run
+
+  del argument
+  original = files.make_workdir
+  files.make_workdir = lambda path: original(f'{os.fspath(path)}.elsewhere')
+  run.SEEN_WITHIN = 2.0
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
+  'elsewhere': _work_elsewhere,
   'kill_at': lambda step: _at_step(step, die),
   'term_at': lambda step: _at_step(step, terminate),
   'usr1_at': lambda step: _at_step(step, lambda: terminate(signal.SIGUSR1)),

@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 
+from lt_jax.data.samplers import batch_indices, instance
 from lt_jax.writers import read_rows
-from tests import child
+from tests import child, mini
 
 BOTH = (0, 0)
 
@@ -110,6 +111,60 @@ def test_other_data_in_one_process_are_refused(tmp_path):
   assert codes == (2, 2), words
   assert 'have not all the same configuration, data and seed' in words[1]
   assert not (tmp_path / 'run' / 'stages').exists()
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+  codes, words = run(tmp_path / 'run', faults=('', 'elsewhere'))
+  assert codes == (2, 2), words
+  for told in words:
+    assert 'the workdir must be one folder for all of them' in told
+  assert not [*(tmp_path / 'run').glob('*.json')]  # nothing stands in the way
+
+
+def test_a_damaged_image_of_either_process_is_told(tmp_path):
+  lists, root = mini.write_lists(tmp_path, np.random.default_rng(0))
+  labels = np.repeat(np.arange(mini.CLASSES), mini.COUNTS)
+  # What each of the two decodes up to the first row of the log, of classes of several.
+  shares = [[], []]
+  for step in range(5):
+    for share, part in zip(
+      shares, np.split(batch_indices(instance(labels), 0, 64, step), 2), strict=True
+    ):
+      share += [position for position in part if mini.COUNTS[labels[position]] > 1]
+  files = []
+  for position in (share[0] for share in shares):
+    label = labels[position]
+    within = position - np.searchsorted(labels, label)
+    files.append(root / f'train/n{label:08d}/train_{within}.JPEG')
+  for file in files:
+    file.write_bytes(file.read_bytes()[:400])
+  options = {
+    'data.source': f'list:{lists}',
+    'data.dir': root,
+    'data.on_bad_image': 'skip',
+    'data.image_size': 16,
+    'data.resize': 18,
+    'data.known_classes': 0,
+    'data.profile': 'original',
+    'data.test_per_class': 0,
+    'data.val_per_class': 0,
+    'data.meta_per_class': 0,
+    'data.open_val_per_class': 0,
+    'data.open_test_per_class': 0,
+    'data.workers': 0,
+    'select': 'last',
+  }
+  given = [f'--config.{key}={value}' for key, value in options.items()]
+  codes, words = run(tmp_path / 'run', *given, config='digits_lt.py:ce,epochs=1')
+  told = [
+    row['image']
+    for row in read_rows(tmp_path / 'run' / 'events.jsonl')
+    if row['event'] == 'bad_image'
+  ]
+  # Two of 1,015 are too many, by one.
+  assert codes == (2, 2), words
+  assert sorted(told) == sorted(map(str, files))
+  assert all('2 images cannot be read, more than 0.1% of 1015' in w for w in words)
 
 
 def test_a_mistake_in_one_process_ends_both(tmp_path):

@@ -104,6 +104,19 @@ def test_a_failure_does_not_stop_the_rest(tmp_path):
   assert result(tmp_path / 'runs', 'ce', 0)['recipe'] == 'ce'
 
 
+def test_the_methods_run_whatever_recipe_the_config_names(tmp_path):
+  key = '--config.stages.meta.method.eps_lr=0.5'
+  given = [f'--config={child.ROOT}/configs/digits_lt.py:meta_ce', '--methods=meta_ldam']
+  given += [f'--workdir={tmp_path}/runs', '--list', key]
+  assert child.run(given, tmp_path / 'log', module='lt_jax.sweep') == 0
+  make = sweep.loader(f'{child.ROOT}/configs/digits_lt.py', 'meta_ce,epochs=6', {})
+  made = make('meta_ldam')
+  assert (made.recipe, made.loss.name, made.epochs) == ('meta_ldam', 'ldam', 6)
+  code, output = run(tmp_path / 'runs', key, methods='meta_ldam')  # ldam_drw has none
+  assert code == 2 and 'unknown config key' in output.splitlines()[-1]
+  assert 'Traceback' not in output
+
+
 def test_one_cell_for_a_scheduler(tmp_path):
   code, output = run(tmp_path / 'runs', '--cell=1', seeds='3,4')
   assert code == 0, output
