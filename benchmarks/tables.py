@@ -52,27 +52,28 @@ TABLES = {
 
 def sweep(name, workdir, options):
   """Runs what is not finished of a table; what fails stays out of it."""
-  import jax
-
   config, methods, seeds = TABLES[name]
   methods = methods.split(',')
-  cores = [None]
-  if jax.default_backend() == 'cpu' and hasattr(os, 'sched_getaffinity'):
-    cores = sorted(os.sched_getaffinity(0))[: len(methods)]
-  parts = [methods[i :: len(cores)] for i in range(len(cores))]
+  cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
+  own = sorted(cores)[: len(methods)] if cores and backend() == 'cpu' else [None]
   started = []
-  for core, part in zip(cores, parts, strict=True):
+  for i, core in enumerate(own):
     command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{config}']
-    command += [f'--methods={",".join(part)}', f'--seeds={seeds}']
+    command += [f'--methods={",".join(methods[i :: len(own)])}', f'--seeds={seeds}']
     command += [f'--workdir={workdir}', *options]
-    pinned = {} if core is None else {'preexec_fn': lambda c=core: only(c)}
-    started.append(subprocess.Popen(command, cwd=ROOT, **pinned))
+    if core is not None:
+      os.sched_setaffinity(0, {core})  # which a process that begins here takes over
+    started.append(subprocess.Popen(command, cwd=ROOT))
+  if cores:
+    os.sched_setaffinity(0, cores)
   return [process.wait() for process in started]
 
 
-def only(core):
-  """Keeps a process, which is about to begin, on one core."""
-  os.sched_setaffinity(0, {core})
+def backend():
+  """Returns what JAX computes on, asked elsewhere: this process shall not hold it."""
+  command = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+  return done.stdout.strip()
 
 
 def table(name, workdir, options):
@@ -127,12 +128,13 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('name', choices=TABLES)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('options', nargs='*', help='of the sweep, after --')
-  options = parser.parse_args()
+  given = sys.argv[1:]
+  end = given.index('--') if '--' in given else len(given)
+  options, passed = parser.parse_args(given[:end]), given[end + 1 :]
   workdir = files.absolute(options.workdir)
-  codes = sweep(options.name, workdir, options.options)
+  codes = sweep(options.name, workdir, passed)
   report.write(workdir)
-  found = table(options.name, workdir, options.options)
+  found = table(options.name, workdir, passed)
   path = ROOT / 'results' / f'{options.name}.json'
   path.parent.mkdir(exist_ok=True)
   rows = ',\n'.join(json.dumps(row) for row in found.pop('rows'))
