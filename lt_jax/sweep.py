@@ -92,8 +92,6 @@ def sweep(
     UserError: a recipe that there is not, or an override that one has no key for.
     Preempted: it was asked to stop; the cell that ran is saved.
   """
-  from lt_jax.train import Preempted
-
   for method in {cell.method: None for cell in chosen}:
     make_config(method)  # mistakes in names are told before anything runs
   failed = {}
@@ -101,22 +99,39 @@ def sweep(
   for _, group in itertools.groupby(
     chosen, key=lambda cell: cell.method if vectorise else cell
   ):
-    cells = list(group)
-    seeds = ', '.join(str(cell.seed) for cell in cells)
-    done += len(cells)
-    print(f'\ncell {done} of {len(chosen)}: {cells[0].method}, seed {seeds}')
-    try:
-      wrong = _run(cells, make_config)
-    except (Preempted, KeyboardInterrupt):
-      raise
-    except Exception as error:  # of any kind: the other cells are wanted
-      if not isinstance(error, UserError):
-        traceback.print_exc()
-      wrong = dict.fromkeys(cells, error)
+    members = list(group)
+    seeds = ', '.join(str(cell.seed) for cell in members)
+    done += len(members)
+    print(f'\ncell {done} of {len(chosen)}: {members[0].method}, seed {seeds}')
+    wrong = _attempt(members, make_config)
     for cell, error in wrong.items():
       failed[cell] = f'{type(error).__name__}: {" ".join(str(error).split())}'
       print(f'failed: seed {cell.seed}: {failed[cell]}')
   return failed
+
+
+def _attempt(
+  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict]
+) -> dict[Cell, Exception]:
+  """Runs cells of one method; what cannot be done together is done one by one.
+
+  Returns:
+    cell -> what went wrong with it.
+  """
+  from lt_jax.train import Preempted
+
+  try:
+    return _run(cells, make_config)
+  except (Preempted, KeyboardInterrupt):
+    raise
+  except Exception as error:  # of any kind: the other cells are wanted
+    if not isinstance(error, UserError):
+      traceback.print_exc()
+    if len(cells) == 1:
+      return {cells[0]: error}
+    print(f'not as one program: {error}')
+  alone = [_attempt([cell], make_config) for cell in cells]
+  return {cell: error for wrong in alone for cell, error in wrong.items()}
 
 
 def _run(

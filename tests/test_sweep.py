@@ -91,6 +91,16 @@ def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
   assert code == 0 and output.count('is finished: ') == 2
 
 
+def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
+  code, output = run(tmp_path / 'runs', '--config.batch=32', methods='ce', seeds='1')
+  assert code == 0, output
+  code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
+  assert code == 2 and 'not as one program: ' in output
+  (told,) = [line for line in output.splitlines() if line.startswith('failed: ')]
+  assert told.startswith('failed: seed 1: UserError: ') and 'batch was 32' in told
+  assert result(tmp_path / 'runs', 'ce', 0)['replicas'] == 1
+
+
 def test_a_failure_does_not_stop_the_rest(tmp_path):
   code, output = run(
     tmp_path / 'runs',
