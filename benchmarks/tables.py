@@ -141,7 +141,7 @@ def main():
   facts = json.dumps(found, indent=1).removesuffix('\n}')
   path.write_text(f'{facts},\n "rows": [\n{rows}\n]}}\n')
   print(f'{(workdir / "report.md").read_text()}\n{path}')
-  raise SystemExit(max(codes))
+  raise SystemExit(next(filter(None, codes), 0))
 
 
 if __name__ == '__main__':

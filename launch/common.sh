@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it, with their arguments. Takes out --dry_run and leaves
-# the rest, which is for lt_jax.main, in ARGS.
+# the rest, which is for python, in ARGS.
 
 DRY_RUN=
 ARGS=()

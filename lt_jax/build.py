@@ -220,8 +220,8 @@ def build(
       those that are.
     dataset: takes the place of the one that the configuration names, which is then not
       read; None for that one.
-    replicas: how many seeds one program trains; the devices then divide them, not the
-      batches.
+    replicas: how many seeds one program trains; each device then has whole batches of
+      some of them.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
@@ -238,10 +238,12 @@ def build(
     for what, size in _batch_sizes(stage).items()
   }
   if replicas > 1:
-    batches = {'replicas': replicas}
+    batches = {}
   batches['evaluation'] = config['eval_batch']
   if mesh is None:
     available = devices or jax.device_count()
+    if replicas > 1:
+      available = min(available, replicas)
     mesh = sharding.make_mesh(
       sharding.usable_devices(batches, available, jax.process_count())
     )
@@ -249,6 +251,12 @@ def build(
   else:
     sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
     to_device = _shape
+  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
+  if replicas > 1 and mesh.size > 1 and per_device:
+    raise UserError(
+      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "whole batches: set it to 'global'"
+    )
   data = dict(config['data'])
   shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
   train_transform, plain_transform = _transforms(data)

@@ -92,22 +92,34 @@ def launch(
 
 def exit_code(command: Callable[[], None]) -> int:
   """Runs a command; returns its exit code, after saying what went wrong."""
-  from lt_jax.checkpoint import SaveError
-  from lt_jax.train import Diverged, Preempted
+  from lt_jax.train import Preempted
 
   try:
     command()
-  except UserError as error:
-    fail(error, WRONG_INPUT)
-  except Diverged as error:
-    fail(f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED)
-  except SaveError as error:
-    fail(f'a checkpoint could not be written: {error}', TRY_AGAIN)
-  except OSError as error:
-    fail(f'{error}; what was saved is whole', TRY_AGAIN)
   except Preempted:
     fail('stopped as asked, and saved: the same command goes on', PREEMPTED)
+  except Exception as error:
+    known = explained(error)
+    if known is None:
+      raise
+    fail(*known)
   return 0
+
+
+def explained(error: Exception) -> tuple[str, int] | None:
+  """Returns a line for a person and the exit code of an error; None of a bug."""
+  from lt_jax.checkpoint import SaveError
+  from lt_jax.train import Diverged
+
+  if isinstance(error, UserError):
+    return str(error), WRONG_INPUT
+  if isinstance(error, Diverged):
+    return f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED
+  if isinstance(error, SaveError):
+    return f'a checkpoint could not be written: {error}', TRY_AGAIN
+  if isinstance(error, OSError):
+    return f'{error}; what was saved is whole', TRY_AGAIN
+  return None
 
 
 def fail(error: BaseException | str, code: int) -> NoReturn:

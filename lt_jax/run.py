@@ -103,39 +103,36 @@ def run_seeds(
       processes, or the images are not on the devices.
     Preempted: it was asked to stop and saved all.
     SaveError: a checkpoint could not be written.
+
+  Any of these, of one run, ends all; what was saved is whole.
   """
   began = time.time()
   if len({config_digest(config) for config in configs}) > 1:
     raise UserError('runs that train together may differ in the seed alone')
   if jax.process_count() > 1:
     raise UserError('runs train together in one process, not in several')
-  first: list[Experiment] = []
-
-  def make(config: Config, workdir: epath.PathLike) -> Experiment:
-    if not first:
-      first.append(rehearsed(config, workdir, replicas=len(configs)))
-      return first[0]
-    return reseeded(first[0], config, replicas=len(configs))
-
+  seeds = [config['seed'] for config in configs]
+  runs: list[_Run] = []
   with StopRequest() as stop, contextlib.ExitStack() as stack:
-    runs = [
-      stack.enter_context(
-        _opened(
-          config,
-          workdir,
-          stop,
-          functools.partial(make, config, workdir),
-          screen=Screen(show=not number),
+    for config, workdir in zip(configs, workdirs, strict=True):
+      if runs:
+        make = functools.partial(
+          reseeded, runs[0].experiment, config, replicas=len(configs)
         )
+      else:
+        make = functools.partial(rehearsed, config, workdir, replicas=len(configs))
+      screen = Screen(
+        f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None
       )
-      for number, (config, workdir) in enumerate(zip(configs, workdirs, strict=True))
-    ]
+      opened = _opened(config, workdir, stop, make, screen=screen, seeds=seeds)
+      runs.append(stack.enter_context(opened))
     states: list[dict[str, State]] = [{} for _ in runs]
     outcomes: list[Any] = [None] * len(runs)
-    for name in first[0].stages:
+    for name in runs[0].experiment.stages:
       alive = [i for i in range(len(runs)) if outcomes[i] is None]
       runners = [runs[i].runner(name, stop) for i in alive]
-      ends = run_together(runners, [states[i] for i in alive], first[0].mesh)
+      mesh = runs[0].experiment.mesh
+      ends = run_together(runners, [states[i] for i in alive], mesh)
       for i, end in zip(alive, ends, strict=True):
         if isinstance(end, train.Diverged):
           outcomes[i] = end
@@ -180,6 +177,7 @@ def _opened(
   make: Callable[[], Experiment],
   *,
   screen: Screen | None = None,
+  seeds: Sequence[int] = (),
   allow_config_change: bool = False,
   tracker: str = '',
 ) -> Iterator[_Run]:
@@ -191,6 +189,7 @@ def _opened(
     stop: whether the run must end.
     make: makes the experiment.
     screen: where it shows; None for the terminal.
+    seeds: of the runs that train together, whose first has the banner.
     allow_config_change: as for `run`.
     tracker: likewise.
   """
@@ -209,7 +208,8 @@ def _opened(
       tracking(tracker, config, workdir) as track,
     ):
       events('started', pid=os.getpid(), host=platform.node())
-      _banner(experiment, workdir, screen)
+      if not seeds or config['seed'] == seeds[0]:
+        _banner(experiment, workdir, screen, seeds)
       yield _Run(experiment, workdir, screen, events, track)
 
 
@@ -388,7 +388,9 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   }
 
 
-def _banner(experiment: Experiment, workdir: epath.Path, screen: Screen) -> None:
+def _banner(
+  experiment: Experiment, workdir: epath.Path, screen: Screen, seeds: Sequence[int]
+) -> None:
   """Says what is about to run, before anything is compiled."""
   config, dataset, mesh = experiment.config, experiment.dataset, experiment.mesh
   counts = dataset.counts
@@ -397,14 +399,18 @@ def _banner(experiment: Experiment, workdir: epath.Path, screen: Screen) -> None
   params = sum(x.size for x in jax.tree.leaves(state.params))
   idle = jax.device_count() - mesh.size
   idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''
+  a_device = f'{config["batch"] // mesh.size} a device'
+  if len(seeds) > 1:
+    idle_note = f' ({idle} idle: too few seeds, or eval_batch)' if idle else ''
+    a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
   sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.splits.items())
   kind = jax.devices()[0].device_kind
   imbalance = counts.max() / max(counts.min(), 1)
   screen.table(
-    f'{config["name"]}: {config["recipe"]}, seed {config["seed"]}',
+    f'{config["name"]}: {config["recipe"]}, {_named(seeds or [config["seed"]])}',
     [
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
-      ('batch', f'{config["batch"]} ({config["batch"] // mesh.size} a device)'),
+      ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
       ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
@@ -412,6 +418,11 @@ def _banner(experiment: Experiment, workdir: epath.Path, screen: Screen) -> None
       ('workdir', os.fspath(workdir)),
     ],
   )
+
+
+def _named(seeds: Sequence[int]) -> str:
+  told = ', '.join(map(str, seeds))
+  return f'seeds {told} as one program' if len(seeds) > 1 else f'seed {told}'
 
 
 def _some(counts: np.ndarray) -> str:

@@ -96,7 +96,7 @@ class StageRunner:
           hooks=self.hooks(),
         )
       except train.Diverged as diverged:
-        self.report_divergence(diverged)
+        self._report_divergence(diverged)
         raise
       return self.end(state)
 
@@ -250,7 +250,7 @@ class StageRunner:
     elif step:
       told = f'fresh start at step {step}, carried over'
     epochs = self.stage.plan.steps / self.stage.epoch_steps
-    self._screen.line(
+    self._screen.detail(
       f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
       f'of {self.stage.epoch_steps:.4g} steps; {told}'
     )
@@ -329,7 +329,7 @@ class StageRunner:
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
     told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
-    self._screen.line(f'step {step}: accuracy on {told}')
+    self._screen.detail(f'step {step}: accuracy on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
@@ -343,7 +343,17 @@ class StageRunner:
     if of_first(better):  # as the others may see an older file
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
-  def report_divergence(self, diverged: train.Diverged) -> None:
+  def diverged(self, step: int) -> train.Diverged:
+    """Returns that a step was not finite, after telling of it."""
+    diverged = train.Diverged(step, train.payloads_at(self.stage.streams, step))
+    self._report_divergence(diverged)
+    return diverged
+
+  def follow(self) -> None:
+    """Has the screen follow this run, among others that train with it."""
+    self._screen.follow(self.stage.name, self.plan.steps)
+
+  def _report_divergence(self, diverged: train.Diverged) -> None:
     """Says where it happened, and on which examples."""
     examples = {
       name: {k: v.tolist() for k, v in payload.items() if k in ('index', 'label')}
@@ -361,8 +371,7 @@ def run_together(
 ) -> list[State | train.Diverged]:
   """Trains a stage of several runs that differ in their seed as one program.
 
-  Those that are not at the same step, as a crash can leave them, train one after the
-  other.
+  Those that are behind, as a crash can leave them, first come up to the others.
 
   Args:
     runners: of the runs.
@@ -375,24 +384,37 @@ def run_together(
   with contextlib.ExitStack() as stack:
     for runner in runners:
       stack.callback(runner.close)
-    states = [r.begin(e) for r, e in zip(runners, earlier, strict=True)]
-    ends: list[State | train.Diverged] = list(states)
-    by_place = collections.defaultdict(list)
-    for i, (runner, state) in enumerate(zip(runners, states, strict=True)):
-      by_place[runner.plan.first, int(jax.device_get(state.step))].append(i)
-    for members in by_place.values():
-      group = _Together([runners[i] for i in members], mesh)
-      found = group.run([states[i] for i in members])
-      for i, end in zip(members, found, strict=True):
-        ends[i] = end if isinstance(end, train.Diverged) else runners[i].end(end)
-    return ends
+    now: list[State | train.Diverged] = [
+      runner.begin(states) for runner, states in zip(runners, earlier, strict=True)
+    ]
+    for i, runner in enumerate(runners):
+      if not checkpoint.all_finite(now[i]):
+        now[i] = runner.diverged(int(jax.device_get(now[i].step)))
+    while True:
+      places = collections.defaultdict(list)
+      for i, state in enumerate(now):
+        if not isinstance(state, train.Diverged):
+          places[int(jax.device_get(state.step))].append(i)
+      if not places:
+        return now
+      step, *ahead = sorted(places)
+      members, until = places[step], min(ahead, default=None)
+      group = _Together([runners[i] for i in members], mesh, until)
+      for i, state in zip(members, group.run([now[i] for i in members]), strict=True):
+        now[i] = state
+      if until is None:
+        return [
+          state if isinstance(state, train.Diverged) else runner.end(state)
+          for runner, state in zip(runners, now, strict=True)
+        ]
 
 
 class _Together:
   """Runs at one step of one stage, and what happens to each while they train."""
 
-  def __init__(self, runners: Sequence[StageRunner], mesh: Mesh):
+  def __init__(self, runners: Sequence[StageRunner], mesh: Mesh, until: int | None):
     self._runners = runners
+    self._until = until
     self._hooks = [runner.hooks() for runner in runners]
     self._mesh = mesh
     self._one = replicas.separator(mesh)
@@ -401,6 +423,9 @@ class _Together:
   def run(self, states: Sequence[State]) -> list[State | train.Diverged]:
     """Returns the last State of each, or how it diverged."""
     first, missing = self._runners[0], -len(states) % self._mesh.size
+    first.follow()
+    if len(states) == self._mesh.size == 1:
+      return [self._alone(first, states[0])]
     # Where some are gone every device still needs as many; nobody looks at these.
     runners = [*self._runners, *[first] * missing]
     states = [*states, *[states[0]] * missing]
@@ -416,7 +441,7 @@ class _Together:
         streams,
         replicas.together(states, self._mesh),
         mesh=self._mesh,
-        plan=first.plan,
+        plan=first.plan._replace(until=self._until),
         hooks=self._all_hooks(),
       )
     except train.Diverged:
@@ -424,6 +449,20 @@ class _Together:
         raise
       return self._ends
     return [self._one(state, i) if e is None else e for i, e in enumerate(self._ends)]
+
+  def _alone(self, runner: StageRunner, state: State) -> State | train.Diverged:
+    """Trains one run as it would be trained without the others, to the bit."""
+    try:
+      return train.train(
+        runner.stage.method,
+        runner.stage.streams,
+        state,
+        mesh=self._mesh,
+        plan=runner.plan._replace(until=self._until),
+        hooks=runner.hooks(),
+      )
+    except train.Diverged as diverged:
+      return runner.diverged(diverged.step)
 
   def _all_hooks(self) -> train.Hooks:
     return train.Hooks(
@@ -461,12 +500,10 @@ class _Together:
         own = {name: value[i] for name, value in values.items()}
         self._hooks[i].log(step, own, steps, seconds)
         continue
-      at = int(died_at[i])
-      payload = train.payloads_at(runner.stage.streams, at)
-      self._ends[i] = train.Diverged(at, payload)
-      runner.report_divergence(self._ends[i])
+      self._ends[i] = runner.diverged(int(died_at[i]))
     if not self._alive():
       raise self._ends[0]
+    self._runners[self._alive()[0]].follow()
 
 
 def _origin(path: epath.Path) -> str:

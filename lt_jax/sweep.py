@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from lt_jax import commands, files
-from lt_jax.errors import UserError
+from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
@@ -37,6 +37,9 @@ VECTORISE = flags.DEFINE_bool(
   'Trains the seeds of a method as one program: for small networks on accelerators.',
 )
 LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
+
+
+MOST_SEED = 2**31 - 1
 
 
 class Cell(NamedTuple):
@@ -65,8 +68,10 @@ def cells(
     if not values or len(set(values)) < len(values):
       raise UserError(f'--{name} must name some, each of them once: {",".join(values)}')
   for seed in seeds:
-    if not seed.isdigit():
+    if not (seed.isascii() and seed.isdecimal() and str(int(seed)) == seed):
       raise UserError(f'--seeds: {seed!r} is no whole number')
+    if int(seed) > MOST_SEED:
+      raise UserError(f'--seeds: {seed} is more than {MOST_SEED}')
   return [
     Cell(method, int(seed), workdir / method / seed)
     for method, seed in itertools.product(methods, seeds)
@@ -77,7 +82,7 @@ def sweep(
   chosen: Sequence[Cell],
   make_config: Callable[[str], ConfigDict],
   vectorise: bool = False,
-) -> dict[Cell, str]:
+) -> dict[Cell, Exception]:
   """Runs cells that are not finished; what goes wrong in one ends that one only.
 
   Args:
@@ -89,12 +94,9 @@ def sweep(
     cell -> what went wrong; empty if nothing did.
 
   Raises:
-    UserError: a recipe that there is not, or an override that one has no key for.
     Preempted: it was asked to stop; the cell that ran is saved.
   """
-  for method in {cell.method: None for cell in chosen}:
-    make_config(method)  # mistakes in names are told before anything runs
-  failed = {}
+  failed: dict[Cell, Exception] = {}
   done = 0
   for _, group in itertools.groupby(
     chosen, key=lambda cell: cell.method if vectorise else cell
@@ -105,9 +107,19 @@ def sweep(
     print(f'\ncell {done} of {len(chosen)}: {members[0].method}, seed {seeds}')
     wrong = _attempt(members, make_config)
     for cell, error in wrong.items():
-      failed[cell] = f'{type(error).__name__}: {" ".join(str(error).split())}'
-      print(f'failed: seed {cell.seed}: {failed[cell]}')
+      print(f'failed: seed {cell.seed}: {_line(error)}')
+    failed |= wrong
   return failed
+
+
+def _line(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _code(failed: Iterable[Exception]) -> int:
+  """Returns the exit code of a sweep: whether running it again may help."""
+  codes = {(commands.explained(error) or ('', WRONG_INPUT))[1] for error in failed}
+  return TRY_AGAIN if TRY_AGAIN in codes else min(codes)
 
 
 def _attempt(
@@ -125,7 +137,7 @@ def _attempt(
   except (Preempted, KeyboardInterrupt):
     raise
   except Exception as error:  # of any kind: the other cells are wanted
-    if not isinstance(error, UserError):
+    if commands.explained(error) is None:
       traceback.print_exc()
     if len(cells) == 1:
       return {cells[0]: error}
@@ -208,27 +220,31 @@ def main() -> None:
   for key in ('seed', 'recipe'):
     if key in overrides:
       raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
-  workdir = files.make_workdir(WORKDIR.value)
-  every = cells(METHODS.value, SEEDS.value, workdir)
+  every = cells(METHODS.value, SEEDS.value, files.absolute(WORKDIR.value))
+  make_config = loader(path, options, overrides)
+  for method in METHODS.value:
+    make_config(method)  # mistakes in names are told before anything runs
   if LIST.value:
     for number, cell in enumerate(every):
       print(f'{number}  {cell.method}, seed {cell.seed}: {cell.workdir}')
     return
   if CELL.value is not None and not 0 <= CELL.value < len(every):
     raise UserError(f'--cell is {CELL.value}; there are 0 to {len(every) - 1}')
+  workdir = files.make_workdir(WORKDIR.value)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # seeds share their programs
     jax.config.update('jax_compilation_cache_dir', os.fspath(workdir / '.compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   if VECTORISE.value and TRACKER.value:
     raise UserError('--vectorise: a tracker takes one run at a time; leave --tracker')
   chosen = every if CELL.value is None else [every[CELL.value]]
-  failed = sweep(chosen, loader(path, options, overrides), VECTORISE.value)
+  failed = sweep(chosen, make_config, VECTORISE.value)
   if CELL.value is None and any((c.workdir / 'config.json').exists() for c in every):
     page = report.write(workdir)
     print(f'\n{(workdir / "report.md").read_text()}\n{page}')
   if failed:
-    told = '; '.join(f'{c.method}/{c.seed}: {why}' for c, why in failed.items())
-    raise UserError(f'{len(failed)} of {len(chosen)} cells failed: {told}')
+    told = '; '.join(f'{c.method}/{c.seed}: {_line(e)}' for c, e in failed.items())
+    text = f'{len(failed)} of {len(chosen)} cells failed: {told}'
+    commands.fail(text, _code(failed.values()))
 
 
 if __name__ == '__main__':

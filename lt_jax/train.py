@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     evaluate_every: interval of evaluations.
     profile: (first, last) step of a profiler trace; None for no trace.
     profile_dir: where the trace goes.
+    until: the step at which the loop returns before the end; None for the end.
   """
 
   first: int
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
   evaluate_every: int
   profile: tuple[int, int] | None = None
   profile_dir: str = ''
+  until: int | None = None
 
   def due(self, step: int, every: int) -> bool:
     """Returns whether something that happens `every` so many steps is due."""
@@ -217,7 +219,7 @@ def train(
     hooks: what happens.
 
   Returns:
-    The state after the last step.
+    The state after the last step, or at `plan.until`.
 
   Raises:
     Preempted: `hooks.stop()` turned true; the state was saved.
@@ -248,6 +250,10 @@ def train(
 
   with reading(streams, step, plan.steps) as read:
     while True:
+      if step == plan.until:  # what else is due here is left to who goes on
+        if step > logged:
+          log()
+        return state
       if plan.due(step, plan.evaluate_every):
         check()  # which also waits, so that the pause begins when the training ends
         began = time.perf_counter()
@@ -263,7 +269,8 @@ def train(
         return state
       if step == logged:
         clock = time.perf_counter()
-      length = min(plan.chunk - step % plan.chunk, plan.steps - step)
+      end = plan.steps if plan.until is None else plan.until
+      length = min(plan.chunk - step % plan.chunk, end - step)
       rows = _stack(read, streams, step, length)
       for name, payload in rows.items():
         if payload.get('bad', np.False_).any():

@@ -79,7 +79,8 @@ class Events:
     self._lines.append({'event': event, 'time': time.time(), **values})
     if event not in ('saved', 'started', 'finished'):
       told = ', '.join(f'{k} {v}' for k, v in values.items())
-      self._screen.line(f'{event.replace("_", " ")}: {told}')
+      show = self._screen.detail if event == 'first_step' else self._screen.line
+      show(f'{event.replace("_", " ")}: {told}')
 
 
 Track = Callable[[Row], None]
@@ -234,29 +235,51 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 class Screen:
   """A person's terminal: a progress bar there, plain lines anywhere else."""
 
-  def __init__(self, show: bool = True):
-    """Opens it; process 0 shows something, unless it shall not."""
-    self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    self._show = show and jax.process_index() == 0
+  def __init__(self, name: str = '', beside: 'Screen | None' = None):
+    """Opens it for a run, or for one of several that train together.
+
+    Args:
+      name: what its lines begin with.
+      beside: the screen of the run whose progress is shown instead of this one's.
+    """
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    self._console = beside._console if beside else console
+    self._show = jax.process_index() == 0
+    self._name = name
+    self._followed = beside is None
     self._bar: Progress | None = None
     self._task: Any = None
 
+  def follow(self, stage: str, steps: int) -> None:
+    """Shows the progress of this run, if it has not been shown so far."""
+    if not self._followed:
+      self._followed = True
+      self.start_bar(stage, 0, steps)
+
   def line(self, text: str) -> None:
     """Prints one line."""
+    self._print(f'{self._name}{text}')
+
+  def _print(self, text: str) -> None:
     if self._show:
       self._console.print(text, markup=False)
+
+  def detail(self, text: str) -> None:
+    """Prints one line of a run that is followed."""
+    if self._followed:
+      self.line(text)
 
   def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Prints names and values under a title."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
-    self.line(f'\n{title}')
+    self._print(f'\n{title}')
     for name, value in rows:
-      self.line(f'  {name:<{width}}  {value}')
+      self._print(f'  {name:<{width}}  {value}')
 
   def start_bar(self, name: str, step: int, steps: int) -> None:
     """Begins the progress bar of a stage, on a terminal."""
-    if self._show and self._console.is_terminal:
+    if self._show and self._followed and self._console.is_terminal:
       self._bar = Progress(
         TextColumn('{task.description}'),
         BarColumn(),
@@ -278,7 +301,7 @@ class Screen:
     if self._bar is not None:
       self._bar.update(self._task, note=text)
     else:
-      self.line(line)
+      self.detail(line)
 
   def stop_bar(self) -> None:
     """Ends the bar."""

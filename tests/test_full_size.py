@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import inat18, places_lt
+from configs import imagenet_lt, inat18, places_lt
 from lt_jax import build, run
 from lt_jax.data import reading
 from tests import mini
@@ -84,18 +84,47 @@ def test_places_in_both_spellings(tmp_path, lists, images):
     tmp_path, np.random.default_rng(0), lists=lists, images=images
   )
   config = small(
-    places_lt.get_config('ce,net=resnet10,epochs=0.01'),
+    places_lt.get_config('ce,net=resnet10,epochs=0.001'),
     **{
       'data.source': f'list:{folder}',
       'data.dir': str(root),
       'data.workers': 0,
     },
   )
-  experiment = build.build(config)
-  assert len(experiment.dataset.counts) == 365
-  stream = experiment.stages['train'].streams['train']
-  with reading.reading({'train': stream}, 0, 1) as read:
-    assert read('train', 0)['image'].shape == (8, 32, 32, 3)
+  result = run.run(config, tmp_path / 'run')
+  assert result['step'] == 1 and len(result['test']['class_accuracy']) == 365
+
+
+WHOLE = {'batch': 2, 'eval_batch': 63, 'log_every_steps': 1, 'data.workers': 2}
+"""Of a network and images of full size, what a small machine can bear."""
+
+
+@pytest.fixture
+def whole(request, tmp_path):
+  """A configuration, unchanged but for its data, its batch and one step."""
+  config, write, options = request.param
+  written = write(tmp_path, np.random.default_rng(0), **options)
+  made = config.get_config('ce,epochs=0.00001')
+  made.update_from_flattened_dict(WHOLE)
+  if isinstance(written, tuple):  # lists, and the images that they name
+    made.data.source, written = f'list:{written[0]}', written[1]
+  made.data.dir = str(written)
+  return build.resolve(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'whole',
+  [
+    (inat18, mini.write_inat18, {}),
+    (imagenet_lt, mini.write_lists, {}),
+    (places_lt, mini.write_places, {'lists': 'standard', 'images': 'standard'}),
+  ],
+  indirect=True,
+)
+def test_networks_of_full_size_on_images_of_full_size(whole, tmp_path):
+  assert build.build(whole).dataset.image_shape == (224, 224, 3)
+  assert run.run(whole, tmp_path / 'run')['step'] == 1
 
 
 def test_generated_photographs_serve_a_config_unchanged():

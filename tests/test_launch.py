@@ -15,7 +15,12 @@ import yaml
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
-SBATCH = ['slurm_single.sbatch', 'slurm_multi.sbatch', 'slurm_array_seeds.sbatch']
+SBATCH = [
+  'slurm_single.sbatch',
+  'slurm_multi.sbatch',
+  'slurm_array_seeds.sbatch',
+  'slurm_array_cells.sbatch',
+]
 HARD = [
   "--config.data.dir=a b/it's",
   '--config.x="$(touch harm)" * \\ # é',
@@ -231,6 +236,9 @@ def test_slurm_gets_the_flags_as_they_are(stubs):
   array = {'SLURM_ARRAY_JOB_ID': '17', 'SLURM_ARRAY_TASK_ID': '4'}
   assert _job(stubs, 'slurm_array_seeds.sbatch', WORKDIR='/a b', **array)[0] == 0
   assert stubs.calls() == [[*train, '--config.seed=4', '--workdir=/a b/4']]
+  assert _job(stubs, 'slurm_array_cells.sbatch', WORKDIR='/a b', **array)[0] == 0
+  sweep = ['srun', f'{stubs.folder}/python', '-m', 'lt_jax.sweep', *FLAGS]
+  assert stubs.calls() == [[*sweep, '--cell=4', '--workdir=/a b']]
 
 
 @pytest.mark.parametrize('name', SBATCH)

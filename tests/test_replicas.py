@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import build, replicas, run, sharding, train
+from lt_jax import build, replicas, run, sharding, stage, train
 from lt_jax.errors import UserError
 from lt_jax.method import Method, State, mean_metric, named_key
 from lt_jax.writers import read_rows
@@ -151,7 +151,10 @@ def test_one_that_is_not_finite_stays_and_the_others_go_on(broken):
     keys = jax.random.split(jax.random.key(0), 3)
     first = train.initial_state(vectorised, {'train': joined}, keys, mesh)
     assert first.step.shape == () and first.params['net']['w'].shape == (3,)
-    return update_by(vectorised, {'train': joined}, first, mesh, steps=5)
+    state, totals = update_by(vectorised, {'train': joined}, first, mesh, steps=5)
+    found = vectorised.predict(state, jnp.zeros((2, 8, 8, 1)))['w']
+    np.testing.assert_array_equal(found, state.params['net']['w'])
+    return state, totals
 
   state, totals = trained(poisoned=True)
   whole, whole_totals = trained(poisoned=False)
@@ -266,7 +269,78 @@ def test_when_all_diverge_it_ends(npz, tmp_path, monkeypatch):
   assert [str(end) for end in ends] == ['not finite at step 0'] * 2
 
 
-def test_stopped_they_go_on_alone_or_together(npz, tmp_path, monkeypatch):
+def test_those_behind_come_up_to_the_others(npz, tmp_path, monkeypatch):
+  """As a kill leaves them: each with its own last checkpoint."""
+  given = configs(npz, seeds=(0, 1, 2), evaluate_every_epochs=4.0)
+  for config in given:
+    run.run(config, tmp_path / f'alone{config["seed"]}')
+  folders = [tmp_path / str(config['seed']) for config in given]
+  with monkeypatch.context() as stopped:
+    for config, folder, after in zip(given, folders, (4, 6, 4), strict=True):
+      asked = iter([False] * after + [True] * 10)
+      stopped.setattr(run.StopRequest, '__call__', lambda self, a=asked: next(a))
+      with pytest.raises(train.Preempted):
+        run.run(config, folder)
+  steps = [
+    max(int(p.name) for p in (f / 'stages/train/checkpoints').glob('[0-9]*'))
+    for f in folders
+  ]
+  assert len(set(steps)) == 2 and max(steps) < 8
+  run.run_seeds(given, folders)
+  for folder in folders:
+    alone = tmp_path / f'alone{folder.name}'
+    np.testing.assert_allclose(
+      result(folder)['test']['loss'], result(alone)['test']['loss'], rtol=1e-3
+    )
+    rows, others = (
+      [(r['split'], r['step']) for r in read_rows(f / 'metrics.jsonl')]
+      for f in (folder, alone)
+    )
+    assert set(rows) >= set(others)
+    assert len(rows) == len(set(rows))
+
+
+def test_seeds_that_the_devices_do_not_divide(npz, tmp_path):
+  given = configs(npz, seeds=(0, 1, 2, 3, 4), eval_batch=8)
+  folders = [tmp_path / str(config['seed']) for config in given]
+  run.run_seeds(given, folders)
+  for config, folder in zip(given, folders, strict=True):
+    assert result(folder)['device'].startswith('4 x ')
+    alone = run.run(config, tmp_path / f'alone{config["seed"]}')
+    np.testing.assert_allclose(
+      result(folder)['test']['loss'], alone['test']['loss'], rtol=1e-3
+    )
+  config = configs(npz)[0]
+  config['model']['batch_norm'] = 'per_device'
+  with pytest.raises(UserError, match='of seeds that train together a device has'):
+    run.run_seeds([config, config | {'seed': 9}], [tmp_path / 'a', tmp_path / 'b'])
+
+
+def test_one_that_begins_without_being_finite_ends_alone(npz, tmp_path, monkeypatch):
+  real = stage.StageRunner.begin
+
+  def begin(self, earlier):
+    state = real(self, earlier)
+    if self._experiment.config['seed'] == SEEDS[0]:
+      state = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+    return state
+
+  monkeypatch.setattr(stage.StageRunner, 'begin', begin)
+  ends = run.run_seeds(configs(npz), [tmp_path / str(seed) for seed in SEEDS])
+  assert str(ends[0]) == 'not finite at step 0'
+  assert np.isfinite(ends[1]['test']['loss'])
+
+
+def test_the_screen_follows_one_and_shows_the_end_of_all(npz, tmp_path, capsys):
+  run.run_seeds(configs(npz), [tmp_path / str(seed) for seed in SEEDS])
+  output = capsys.readouterr().out
+  assert 'ce, seeds 3, 4 as one program' in output
+  assert output.count('seed 3: step 8/8') == 1 and 'seed 4: step 8/8' not in output
+  for seed in SEEDS:
+    assert f'test, ce, seed {seed}\n' in output
+
+
+def test_stopped_they_go_on_together(npz, tmp_path, monkeypatch):
   folders = [tmp_path / str(seed) for seed in SEEDS]
   run.run_seeds(configs(npz), [tmp_path / f'whole{seed}' for seed in SEEDS])
 

@@ -127,6 +127,18 @@ def test_the_methods_run_whatever_recipe_the_config_names(tmp_path):
   assert 'Traceback' not in output
 
 
+def test_it_ends_with_what_running_it_again_would_bring(tmp_path):
+  code, output = run(
+    tmp_path / 'runs', '--config.schedule.base=1e25', methods='ce', seeds='0'
+  )
+  assert code == 3, output
+  assert 'Traceback' not in output
+  assert 'error: 1 of 1 cells failed: ce/0: Diverged: not finite' in output
+  passing, wrong, lost = OSError('a disk'), UserError('a mistake'), KeyError('a bug')
+  assert sweep._code([wrong, passing, lost]) == 75
+  assert sweep._code([wrong]) == sweep._code([lost]) == 2
+
+
 def test_one_cell_for_a_scheduler(tmp_path):
   code, output = run(tmp_path / 'runs', '--cell=1', seeds='3,4')
   assert code == 0, output
@@ -153,6 +165,9 @@ def test_asked_to_stop_it_saves_and_ends(tmp_path):
     ({'methods': 'ce,ce'}, '--methods must name some, each of them once: ce,ce'),
     ({'seeds': '0,x'}, "--seeds: 'x' is no whole number"),
     ({'seeds': '1,1'}, '--seeds must name some, each of them once'),
+    ({'seeds': '1,01'}, "--seeds: '01' is no whole number"),
+    ({'seeds': '\u00b2'}, "--seeds: '\u00b2' is no whole number"),
+    ({'seeds': '0,3000000000'}, '--seeds: 3000000000 is more than 2147483647'),
   ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, options, told):
