@@ -17,6 +17,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from typing import NamedTuple
 
 from lt_jax import files, report
 from lt_jax.recipes import RECIPES
@@ -31,14 +32,39 @@ CIFAR = (
 )
 
 
-def cifar(classes: int, imbalance: int) -> tuple[str, str, str]:
+class Sweep(NamedTuple):
+  """What `lt_jax.sweep` is given for a table."""
+
+  config: str
+  methods: str
+  seeds: str
+  options: tuple[str, ...] = ()
+
+
+def cifar(classes: int, imbalance: int) -> Sweep:
   """Returns a table of the papers: ResNet-32, their schedules, three seeds."""
-  return f'cifar{classes}_lt.py:imbalance={imbalance}', CIFAR, '0,1,2'
+  return Sweep(f'cifar{classes}_lt.py:imbalance={imbalance}', CIFAR, '0,1,2')
 
 
 TABLES = {
-  'digits_lt': ('digits_lt.py', ','.join(RECIPES), '0,1,2,3,4'),
-  'cifar10_lt_resnet8': (
+  'digits_lt': Sweep('digits_lt.py', ','.join(RECIPES), '0,1,2,3,4'),
+  # Learned weights that move further than the papers' constants let them.
+  'digits_lt_mwn': Sweep(
+    'digits_lt.py:mwn',
+    'mwn',
+    '0,1,2,3,4',
+    ('--config.method.weight_learning_rate=0.1',),
+  ),
+  'digits_lt_meta_ce': Sweep(
+    'digits_lt.py:meta_ce',
+    'meta_ce',
+    '0,1,2,3,4',
+    (
+      '--config.stages.meta.method.eps_scale=relative',
+      '--config.stages.meta.method.eps_lr=0.5',
+    ),
+  ),
+  'cifar10_lt_resnet8': Sweep(
     'cifar10_lt.py:net=resnet8,epochs=40',
     'ce,cb_ce,ce_drw,ldam_drw,balanced_softmax,meta_ce,meta_ce_control,crt,oltr',
     '0',
@@ -47,12 +73,12 @@ TABLES = {
   f'cifar{classes}_lt_{imbalance}': cifar(classes, imbalance)
   for imbalance, classes in itertools.product((100, 10, 200, 50, 20), (10, 100))
 }
-"""name -> (configuration, methods, seeds), the most telling first."""
+"""name -> its sweep, the most telling first."""
 
 
 def sweep(name, workdir, options):
   """Runs what is not finished of a table; what fails stays out of it."""
-  config, methods, seeds = TABLES[name]
+  config, methods, seeds, own_options = TABLES[name]
   methods = methods.split(',')
   cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
   own = sorted(cores)[: len(methods)] if cores and backend() == 'cpu' else [None]
@@ -60,7 +86,7 @@ def sweep(name, workdir, options):
   for i, core in enumerate(own):
     command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{config}']
     command += [f'--methods={",".join(methods[i :: len(own)])}', f'--seeds={seeds}']
-    command += [f'--workdir={workdir}', *options]
+    command += [f'--workdir={workdir}', *own_options, *options]
     if core is not None:
       os.sched_setaffinity(0, {core})  # which a process that begins here takes over
     started.append(subprocess.Popen(command, cwd=ROOT))
@@ -78,9 +104,12 @@ def backend():
 
 def table(name, workdir, options):
   """Returns what results/NAME.json holds: a row a method, every seed's numbers."""
-  config, methods, seeds = TABLES[name]
+  config, methods, seeds, own_options = TABLES[name]
   file, _, argument = config.partition(':')
-  given = ' '.join(['', *options]).rstrip()
+  argument = ','.join(part for part in argument.split(',') if '=' in part)
+  given, passed = (
+    ' '.join(['', *words]).rstrip() for words in ((*own_options, *options), options)
+  )
   groups, _ = read.grouped(read.find(workdir))
   rows = []
   for group in groups:
@@ -110,7 +139,8 @@ def table(name, workdir, options):
       }
     )
   return {
-    'command': f'python -m benchmarks.tables {name} --workdir=DIR{given}',
+    'command': f'python -m benchmarks.tables {name} --workdir=DIR'
+    f'{" --" if options else ""}{passed}',
     'methods': methods.split(','),
     'seeds': [int(seed) for seed in seeds.split(',')],
     'machine': f'{platform.machine()}, {os.cpu_count()} cores',

@@ -57,7 +57,7 @@ def test_a_table_holds_what_its_runs_found(tmp_path, monkeypatch):
   monkeypatch.setattr(tables, 'ROOT', tmp_path)
   for folder in ('configs', 'lt_jax'):
     (tmp_path / folder).symlink_to(child.ROOT / folder)
-  table = ('digits_lt.py:epochs=6', 'ce,mwn', '0,1')
+  table = tables.Sweep('digits_lt.py:epochs=6', 'ce,mwn', '0,1')
   monkeypatch.setitem(tables.TABLES, 'digits_lt', table)
   option = '--config.model.trunk=tiny_cnn'
   given = ['tables', 'digits_lt', f'--workdir={tmp_path}/runs', '--', option]
