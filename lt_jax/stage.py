@@ -79,6 +79,7 @@ class StageRunner:
       for row in events_before
       if row['event'] == 'bad_image'
     }
+    self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
 
@@ -161,6 +162,8 @@ class StageRunner:
   def close(self) -> None:
     """Ends what is under way."""
     self._screen.stop_bar()
+    if self._metrics is not None:
+      self._metrics.abandon()
     self._checkpoints.close()
 
   def _first_state(self, later: bool) -> State:

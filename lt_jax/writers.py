@@ -209,8 +209,14 @@ class MetricWriter:
   def close(self) -> None:
     """Writes what is left."""
     self.flush()
+    self.abandon()
+
+  def abandon(self) -> None:
+    """Ends TensorBoard's thread, which else stumbles over files that are closed."""
     if self._board is not None:
-      self._board.close()
+      with contextlib.suppress(OSError):
+        self._board.close()
+      self._board = None
 
 
 def _read_vectors(folder: epath.Path, last: int) -> dict[str, dict[int, np.ndarray]]:

@@ -91,6 +91,7 @@ def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
   assert code == 0 and output.count('is finished: ') == 2
 
 
+@pytest.mark.slow
 def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
   code, output = run(tmp_path / 'runs', '--config.batch=32', methods='ce', seeds='1')
   assert code == 0, output
