@@ -9,6 +9,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -18,6 +19,9 @@ from ml_collections import config_flags
 from lt_jax.errors import DIVERGED, PREEMPTED, TRY_AGAIN, WRONG_INPUT, UserError
 
 Flag = flags.Flag | flags.FlagHolder
+
+GRACE = 3.0
+"""Seconds that process 0 of several leaves the others to find the same mistake."""
 
 
 def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
@@ -130,8 +134,11 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
   text = ' '.join(text.strip('"').split())
   print(f'error: {text}', file=sys.stderr, flush=True)
   if _one_of_several():
-    # Not through JAX's farewell, which waits minutes for peers that wait for us.
+    # Not through JAX's farewell, which waits minutes for peers that wait for us. The
+    # others end with process 0, which connects them, unless it leaves them some time.
     sys.stdout.flush()
+    if sys.modules['jax'].process_index() == 0:
+      time.sleep(GRACE)
     os._exit(code)
   sys.exit(code)
 

@@ -182,6 +182,11 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
 def main(source: str) -> None:
   """Prepares the data set named on the command line."""
   if ':' not in source:
+    if NAME.value or IMAGES.value or SHORT_SIDE.value:
+      raise UserError(
+        '--name, --images and --short_side are for lists and folders, not for '
+        f'the TFDS set {source!r}'
+      )
     download(source, DATA_DIR.value)
     return
   if NAME.value is None:

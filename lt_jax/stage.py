@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lt_jax import checkpoint, files, replicas, results, sharding, train
-from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest
+from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest, stage_config
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
@@ -79,6 +79,7 @@ class StageRunner:
       for row in events_before
       if row['event'] == 'bad_image'
     }
+    self._train_split = stage_config(experiment.config, stage.name)['train_split']
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
@@ -98,6 +99,9 @@ class StageRunner:
         )
       except train.Diverged as diverged:
         self._report_divergence(diverged)
+        raise
+      except train.Preempted:  # a process that ends may take the others with it
+        self._wait_for_saves()
         raise
       return self.end(state)
 
@@ -153,11 +157,16 @@ class StageRunner:
   def end(self, state: State) -> State:
     """Returns the State that counts, given the last one, and leaves what it must."""
     self._metrics.close()
-    self._checkpoints.wait()
+    self._wait_for_saves()
     if self.stage.select is not None and self.stage.plan.steps > self.plan.first:
       state = self._checkpoints.restore_best(self._target).state
     self._leave(state)
     return state
+
+  def _wait_for_saves(self) -> None:
+    """Waits until what is saved has its manifest, which process 0 alone writes."""
+    self._checkpoints.wait()
+    wait_for_all('saved')
 
   def close(self) -> None:
     """Ends what is under way."""
@@ -293,7 +302,7 @@ class StageRunner:
     for stream, new in self._new_bad.items():
       if self.stage.streams[stream].workers is None:
         continue
-      name = 'train' if stream == 'train' else 'meta'
+      name = self._train_split if stream == 'train' else 'meta'
       split = self._experiment.dataset.splits[name]
       found = of_any_process(sorted(new))
       new.difference_update(found)
@@ -301,7 +310,7 @@ class StageRunner:
         self._bad.add(bad)
         self._events('bad_image', split=name, image=bad[1])
       count = sum(known == name for known, _ in self._bad)
-      if count > max(1, MOST_BAD * len(split.rows)):
+      if any_process(count > max(1, MOST_BAD * len(split.rows))):
         raise UserError(
           f'{count} images cannot be read, more than {MOST_BAD:.1%} of '
           f'{len(split.rows)}: see events.jsonl'

@@ -268,8 +268,8 @@ def test_photographs_are_within_the_stated_tolerance(level):
     decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
     exact, center = expected_crops(decoded, seed, 224)  # all of them below 448 pixels
     crop, ours = both_crops(encoded, name, seed, 224)
-    np.testing.assert_array_equal(crop, exact)
-    np.testing.assert_array_equal(ours, center)
+    assert_within(crop, exact, 2 * level)  # its two passes round apart, very rarely
+    assert_within(ours, center, 2 * level)
     crop, _ = both_crops(encoded, name, seed, 80)
     exact, _ = expected_crops(decoded, seed, 80)
     difference = np.abs(crop.astype(int) - exact)

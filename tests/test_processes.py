@@ -121,6 +121,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
   assert not [*(tmp_path / 'run').glob('*.json')]  # nothing stands in the way
 
 
+@pytest.mark.slow
 def test_a_damaged_image_of_either_process_is_told(tmp_path):
   lists, root = mini.write_lists(tmp_path, np.random.default_rng(0))
   labels = np.repeat(np.arange(mini.CLASSES), mini.COUNTS)

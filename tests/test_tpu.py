@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import imagenet_lt
-from lt_jax import build, plan
+from lt_jax import build, footprint, plan
 from lt_jax.errors import UserError
 from lt_jax.methods import METHODS
 
@@ -97,7 +97,7 @@ def test_a_plain_step_exchanges_its_gradient_alone(plain):
   found = all_reduces(step)
   assert len(found) <= 3
   least = 4 * step.parameters
-  assert least <= sum(found) <= least + plan._size((state.stats, metrics))
+  assert least <= sum(found) <= least + footprint.size((state.stats, metrics))
 
 
 def test_in_bfloat16_most_of_the_gradient_is_half_as_large(plain):

@@ -1,6 +1,7 @@
 """The loop, with a method of three lines: what happens when, and that it resumes."""
 
 import collections
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +223,19 @@ def test_images_that_others_stood_in_for_are_told():
   recorder = Recorder()
   run(recorder, stream=plain._replace(payload=payload))
   assert [call for call in recorder.calls if call[0] == 'bad'] == [('bad', 'train')]
+
+
+def test_devices_of_a_process_are_neighbours_whatever_the_machine_calls_first(
+  monkeypatch,
+):
+  """As each process owns consecutive rows of a batch; a TPU counts along its torus."""
+
+  class Device(NamedTuple):
+    process_index: int
+    id: int
+
+  torus = [Device(i // 2 % 4, i) for i in range(16)]
+  monkeypatch.setattr(jax, 'devices', lambda: torus)
+  monkeypatch.setattr(sharding, 'Mesh', lambda devices, *names, **options: devices)
+  found = [int(device[0]) for device in sharding.make_mesh(16)]
+  assert found == sorted(found)

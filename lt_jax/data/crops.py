@@ -302,7 +302,8 @@ def _resized(
   """Returns a window (left, top, right, bottom) of an image as a square.
 
   Pillow does it where `cykooz.resizer` is not installed: it takes longer, and its
-  values differ by one at most.
+  values differ by one in an eighth of all places; on real photographs by two in one of
+  7.5 million.
   """
   resizer = _optional('cykooz_resizer')
   if resizer is None:
