@@ -95,8 +95,6 @@ def _specs(axes: PyTree) -> PyTree:
 
 def _where(chosen: jax.Array, ours: jax.Array, theirs: jax.Array) -> jax.Array:
   """Chooses by replica."""
-  if ours.size == 0:
-    return ours
   return jnp.where(chosen.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
 
 

@@ -16,7 +16,7 @@ from lt_jax import files, results, train
 from lt_jax.build import Config, Experiment, Stage, build, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
-from lt_jax.stage import StageRunner, run_together
+from lt_jax.stage import StageRunner
 from lt_jax.stopping import (
   StopRequest,
   agreed_numbers,
@@ -24,6 +24,7 @@ from lt_jax.stopping import (
   wait_for_all,
   watched,
 )
+from lt_jax.together import run_together
 from lt_jax.train import metric_shapes, state_shapes
 from lt_jax.writers import Events, Screen, Track, tracking
 
