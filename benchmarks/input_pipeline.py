@@ -7,8 +7,8 @@
    in PyTorch's DataLoader and tf.data's fused decoding and cropping, where this Python
    or the one that is named has them. Then a batch of crops on the device: transfer,
    flip and normalisation.
-2. The same after the photographs were prepared: the short side resized to 320, JPEG of
-   quality 90. What that changes in a central crop is shown in grey levels.
+2. The same after the photographs were prepared as `lt_jax.prepare` does with
+   --short_side=320. What that changes in a central crop is shown in grey levels.
 
 3. On all cores: batches by worker processes, read ahead and put on the device, over the
    rate of one core times the cores.
@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import timing
+from lt_jax import prepare
 from lt_jax.data import augment, crops
 from lt_jax.data.reading import reading, usable_cores
 from lt_jax.data.streams import Stream
@@ -180,25 +181,12 @@ def end_to_end(paths, batch, batches, rounds):
   return {'workers': cores, 'images_per_second': rates, 'share': share}
 
 
-def prepared(encoded, short, quality):
-  """Returns a photograph with its short side resized, as JPEG; never enlarged."""
-  image = crops.decode(encoded, 'photograph')
-  factor = short / min(image.size)
-  if factor < 1:
-    image = image.resize(
-      [round(factor * side) for side in image.size], Image.Resampling.BICUBIC
-    )
-  file = io.BytesIO()
-  image.save(file, 'JPEG', quality=quality)
-  return file.getvalue()
-
-
-def prepare(paths, folder, short, quality):
+def write_smaller(paths, folder, short):
   """Writes prepared photographs; returns by how much their central crops differ."""
   differences = []
   for path in paths:
     before = path.read_bytes()
-    after = prepared(before, short, quality)
+    after = prepare.smaller(before, path.name, short)
     (folder / path.name).write_bytes(after)
     crop, other = (
       crops.center_crop(encoded, path.name, size=SIZE, resize=RESIZE)
@@ -280,7 +268,6 @@ def main():
   parser.add_argument('--steps', type=int, default=200, help='images a round')
   parser.add_argument('--batch', type=int, default=50)
   parser.add_argument('--short_side', type=int, default=320)
-  parser.add_argument('--quality', type=int, default=90)
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--tf_python', default=None)
   parser.add_argument('--json', default=None)
@@ -293,7 +280,7 @@ def main():
 
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    change = prepare(paths, folder, options.short_side, options.quality)
+    change = write_smaller(paths, folder, options.short_side)
     folders = [options.images, str(folder)]
     sides = sides_of(stack, folders, options)
     on_device = Device(paths, options.batch)
@@ -316,7 +303,7 @@ def main():
     if name.startswith('tf.data'):
       bases['tf.data'] = name, 0
   tables = []
-  headings = ('originals', f'short side {options.short_side}, q {options.quality}')
+  headings = ('originals', f'short side {options.short_side}, q {prepare.QUALITY}')
   for k, heading in enumerate(headings):
     print(
       f'{k + 1}. {heading}: {files[k]["photographs"]} photographs, mostly '
@@ -342,7 +329,7 @@ def main():
     'originals': tables[0],
     'prepared': {
       'short': options.short_side,
-      'quality': options.quality,
+      'quality': prepare.QUALITY,
       **tables[1],
       'difference': change,
     },

@@ -21,6 +21,7 @@ MAX_RESTARTS=${MAX_RESTARTS:-50}  # of the JobSet, after a preemption or a failu
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh "$@"
+expect_device tpu
 
 # XPK runs the command in a subshell to which it passes SIGTERM: exec makes that python.
 # By itself it restarts after a signal, 128 and more, among them 143.

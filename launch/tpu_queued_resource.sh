@@ -25,6 +25,7 @@ POLL_SECONDS=${POLL_SECONDS:-60}
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh "$@"
+expect_device tpu
 
 code_file=${TMPDIR:-/tmp}/lt_jax-$NAME.tar.gz
 
@@ -83,8 +84,9 @@ if [[ $DRY_RUN ]]; then
   exit
 fi
 
+found=$(state)  # a wrong login, project or zone ends here, before there is one to delete
 [[ $KEEP ]] || trap 'delete || true' EXIT
-[[ $(state) ]] || create  # a wrong login, project, zone or type ends here
+[[ $found ]] || create
 attempts=0
 code=1
 before=

@@ -210,6 +210,7 @@ def build(
   mesh: Mesh | None = None,
   dataset: Dataset | None = None,
   replicas: int = 1,
+  look: Callable[[], None] = lambda: None,
 ) -> Experiment:
   """Builds every object of a run; nothing is trained or compiled.
 
@@ -222,6 +223,7 @@ def build(
       read; None for that one.
     replicas: how many seeds one program trains; each device then has whole batches of
       some of them.
+    look: called before every batch of a surgery's passes; it may raise, to end them.
 
   Raises:
     UserError: something in the configuration or the data is wrong.
@@ -281,13 +283,13 @@ def build(
     for rule in ('strict', 'inclusive')
   )
   groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  surveyor = functools.partial(survey, passes=passes, mesh=mesh, look=look)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
     stages[name] = _build_stage(
-      stage, name, stages, dataset, passes, groups, mesh, train_transform
+      stage, name, stages, dataset, surveyor, groups, mesh, train_transform
     )
   evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
-  surveyor = functools.partial(survey, passes=passes, mesh=mesh)
   return Experiment(config, dataset, mesh, evaluated, surveyor, groups, stages)
 
 
@@ -361,7 +363,7 @@ def _build_stage(
   name: str,
   earlier: Mapping[str, Stage],
   dataset: Dataset,
-  passes: Mapping[str, Pass],
+  surveyor: Callable[[Callable], Survey],
   groups: Mapping[str, np.ndarray],
   mesh: Mesh,
   transform: Callable,
@@ -391,10 +393,10 @@ def _build_stage(
   streams = {'train': train.stream}
   if config['meta_batch']:
     meta = _meta_split(dataset, config['meta_batch'])
-    drawn = images(meta, instance(meta.labels), batch=config['meta_batch'])
+    drawn = images(meta, instance(meta.labels), batch=config['meta_batch'], name='meta')
     streams['meta'] = drawn._replace(every=config['meta_every'])
   method = _method(config, dataset, mesh, train, learned)
-  seen = survey(method.predict, passes, mesh)
+  seen = surveyor(method.predict)
   return Stage(
     name=name,
     method=method,

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -102,8 +103,8 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
   The kernel holds the lock, so it ends with the process, however that dies: there is
   no stale lock to judge. The file only names the owner for the message. Taken by
-  process 0 alone, since the others work in the same folder. Object stores have no
-  locks; there the launcher must not start twice.
+  process 0 alone, since the others work in the same folder. Object stores and some
+  network file systems have no locks; there the launcher must not start twice.
 
   Raises:
     UserError: another process holds the folder.
@@ -116,12 +117,17 @@ def locked(workdir: epath.Path) -> Iterator[None]:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
-    if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+    if error.errno in _IN_USE:
+      file.seek(0)
+      owner = file.read().strip() or 'another process'
+      file.close()
+      raise UserError(f'workdir {workdir} is in use by {owner}') from None
+    if error.errno not in _NO_LOCKS:
       raise
-    file.seek(0)
-    owner = file.read().strip() or 'another process'
-    file.close()
-    raise UserError(f'workdir {workdir} is in use by {owner}') from None
+    print(
+      f'note: {workdir} is on a file system without locks: do not start there twice',
+      file=sys.stderr,
+    )
   try:
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
@@ -129,6 +135,10 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     yield
   finally:
     file.close()
+
+
+_IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -3,11 +3,14 @@
   python -m lt_jax.prepare cifar10 [--data_dir=DIR]
   python -m lt_jax.prepare list:LISTS --images=IMAGES --name=places_lt --data_dir=DIR
   python -m lt_jax.prepare folder:IMAGES --name=birds --data_dir=DIR --short_side=320
+  python -m lt_jax.prepare tfds:i_naturalist2018 --name=inat18_320 --data_dir=DIR \
+    --short_side=320
 
 The first downloads a TFDS data set, which needs TensorFlow: pip install
-'lt_jax[prepare]'. The others copy listed images, or folders of them, and need nothing
-more; they are then the source tfds:NAME. With --short_side larger images are made
-smaller, which lets a core decode several times as many.
+'lt_jax[prepare]'. The others copy listed images, folders of them, or a TFDS data set
+that is prepared already, and need nothing more; they are then the source tfds:NAME.
+With --short_side larger images are made smaller, which lets a core decode several times
+as many.
 """
 
 import concurrent.futures
@@ -22,9 +25,7 @@ from lt_jax.errors import UserError
 
 DATA_DIR = flags.DEFINE_string('data_dir', None, "The folder; TFDS's own by default.")
 IMAGES = flags.DEFINE_string('images', None, 'The folder that lists are relative to.')
-NAME = flags.DEFINE_string(
-  'name', None, 'What lists or folders are called from now on.'
-)
+NAME = flags.DEFINE_string('name', None, 'What copies are called from now on.')
 SHORT_SIDE = flags.DEFINE_integer(
   'short_side', 0, 'Short side of the copies, where images are larger; 0 copies files.'
 )
@@ -44,7 +45,7 @@ def download(name: str, data_dir: str | None = None) -> None:
     data_dir: where it goes; None is TFDS's default.
 
   Raises:
-    UserError: TensorFlow is not installed.
+    UserError: TensorFlow is not installed, or there is no such data set.
   """
   try:
     import tensorflow  # noqa: F401 (TFDS needs it to prepare, not to read)
@@ -52,11 +53,9 @@ def download(name: str, data_dir: str | None = None) -> None:
     raise UserError(
       "preparing a data set needs TensorFlow: pip install 'lt_jax[prepare]'"
     ) from None
-  import tensorflow_datasets as tfds
+  from lt_jax.data.sources import load_source, store_labels, tfds_builder
 
-  from lt_jax.data.sources import load_source, store_labels
-
-  builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+  builder = tfds_builder(name, data_dir=data_dir, file_format='array_record')
   builder.download_and_prepare()
   store_labels(load_source(f'tfds:{name}', data_dir))
 
@@ -69,10 +68,11 @@ def convert(
   images: str | None = None,
   short_side: int = 0,
 ) -> dict[str, int]:
-  """Writes listed images, or folders of them, as a data set that TFDS reads.
+  """Writes images that lie on disk as a data set that TFDS reads.
 
   Args:
-    source: 'list:FOLDER' or 'folder:DIR', see `lt_jax.data.sources.load_source`.
+    source: 'list:FOLDER', 'folder:DIR' or 'tfds:NAME', see
+      `lt_jax.data.sources.load_source`.
     name: of the data set, such as 'places_lt'; it is then the source tfds:NAME.
     data_dir: where it goes; None is TFDS's default.
     images: the folder that lists are relative to.
@@ -95,9 +95,12 @@ def convert(
     raise UserError(f'--name is {name!r}; it must be like places_lt')
   if name in tfds.list_builders(with_community_datasets=False):
     raise UserError(f'--name is {name!r}, which is a data set of TFDS; take another')
-  if source.partition(':')[0] not in ('list', 'folder'):
-    raise UserError(f'{source!r} is neither list:FOLDER nor folder:DIR')
-  sources = load_source(source, images)
+  kind = source.partition(':')[0]
+  if kind not in ('list', 'folder', 'tfds'):
+    raise UserError(f'{source!r} is not list:FOLDER, folder:DIR or tfds:NAME')
+  sources = load_source(source, data_dir if kind == 'tfds' else images)
+  if not hasattr(sources['train'], 'example'):
+    raise UserError(f'the images of {source} have one size, and stay as they are')
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
@@ -142,10 +145,10 @@ def _rows(source: Any, split: str, short_side: int) -> Iterator[dict[str, Any]]:
   from rich.progress import track
 
   def row(position: int) -> dict[str, Any]:
-    encoded = source.encoded(position)
+    encoded, label = source.example(position)
     if short_side:
       encoded = smaller(encoded, source.where(position), short_side)
-    return {'image': encoded, 'label': int(source.labels[position])}
+    return {'image': encoded, 'label': label}
 
   positions = range(len(source))
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -184,8 +187,8 @@ def main(source: str) -> None:
   if ':' not in source:
     if NAME.value or IMAGES.value or SHORT_SIDE.value:
       raise UserError(
-        '--name, --images and --short_side are for lists and folders, not for '
-        f'the TFDS set {source!r}'
+        '--name, --images and --short_side are for what is on disk: prepare the TFDS '
+        f'set {source} without them, then tfds:{source} with them'
       )
     download(source, DATA_DIR.value)
     return

@@ -143,7 +143,6 @@ def pretrained(
   stats: PyTree,
   *,
   head: bool = False,
-  cache: str | None = None,
 ) -> tuple[PyTree, PyTree, Report]:
   """Puts a file's weights into the trunk of a classifier.
 
@@ -152,7 +151,6 @@ def pretrained(
     params: parameters of a classifier, or their shapes, which are then checked alone.
     stats: its batch statistics, likewise.
     head: takes a linear head too, if it has as many classes.
-    cache: where a download is kept; None for the hub's own folder.
 
   Returns:
     (params, stats, what was done). Leaves that were taken are NumPy arrays.
@@ -160,7 +158,7 @@ def pretrained(
   Raises:
     UserError: the file cannot be read, or holds the weights of another network.
   """
-  return assign(load(source, cache), params, stats, head=head)
+  return assign(load(source), params, stats, head=head)
 
 
 def assign(
@@ -210,14 +208,15 @@ def assign(
   return *moved, report
 
 
-def load(source: str, cache: str | None = None) -> Weights:
+def load(source: str) -> Weights:
   """Reads weights from a file, or downloads them from the Hugging Face hub.
+
+  Memory is at most three times the file, whatever the file claims.
 
   Args:
     source: a `.safetensors` file; or 'OWNER/MODEL', such as 'timm/resnet50.tv_in1k',
       of which 'OWNER/MODEL@REVISION' is one revision. A model that was downloaded
       before is not asked for again.
-    cache: where a download is kept; None for the hub's own folder.
 
   Raises:
     UserError: the file is no weights or may not be read, or nothing can be downloaded.
@@ -231,32 +230,12 @@ def load(source: str, cache: str | None = None) -> Weights:
   if not source.endswith('.safetensors'):
     if not MODEL.fullmatch(source) or epath.Path(source).exists():
       raise UserError(f'{source!r} is no .safetensors file, and no OWNER/MODEL')
-    file, revision = _download(source, cache)
+    file, revision = _download(source)
     if re.match(r'timm/.*\.tv2?_in1k(@|$)', source):
       pixels = TORCHVISION
   data = _read(file)
   sha256 = hashlib.sha256(data).hexdigest()
   return Weights(_parse(data, file), source, revision, sha256, **pixels)
-
-
-def read_safetensors(path: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads a file of arrays.
-
-  Memory is at most three times the file, whatever the file claims.
-
-  Args:
-    path: of the file, here or in an object store.
-
-  Returns:
-    name -> array.
-
-  Raises:
-    UserError: it is absent, too large, truncated or not of this format, or has
-      elements of a type that no weights have.
-
-  Source: the format of the package `safetensors`, which parses it.
-  """
-  return _parse(_read(path), path)
 
 
 def _read(path: epath.PathLike) -> bytes:
@@ -301,7 +280,7 @@ def _parse(data: bytes, path: epath.PathLike) -> dict[str, np.ndarray]:
   return arrays
 
 
-def _download(model: str, cache: str | None) -> tuple[str, str]:
+def _download(model: str) -> tuple[str, str]:
   """Returns the file of a model on the hub, and the revision it is of."""
   repository, _, revision = model.partition('@')
   owner, _, name = repository.partition('/')
@@ -322,7 +301,6 @@ def _download(model: str, cache: str | None) -> tuple[str, str]:
     repository,
     'model.safetensors',
     revision=revision or None,
-    cache_dir=cache,
   )
   try:
     try:

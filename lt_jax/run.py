@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def run(
   )
   with (
     StopRequest() as stop,
-    opened(config, workdir, stop, lambda: rehearsed(config, workdir)) as at,
+    opened(config, workdir, stop, lambda: rehearsed(config, workdir, stop)) as at,
   ):
     earlier: dict[str, State] = {}
     for name in at.experiment.stages:
@@ -121,7 +122,7 @@ def run_seeds(
           reseeded, runs[0].experiment, config, replicas=len(configs)
         )
       else:
-        make = functools.partial(rehearsed, config, workdir, replicas=len(configs))
+        make = functools.partial(rehearsed, config, workdir, stop, len(configs))
       screen = Screen(
         f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None
       )
@@ -200,6 +201,7 @@ def _opened(
       check_config(config, workdir)
     experiment = make()
     _check_peers(experiment)
+    _check_shared(workdir)
     check_data(experiment, workdir)
     events = Events(workdir, screen)
     stop()  # from here on there are signs of life
@@ -252,15 +254,25 @@ def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experimen
   return experiment._replace(config=config, stages=stages)
 
 
-def rehearsed(config: Config, workdir: epath.PathLike, replicas: int = 1) -> Experiment:
+def rehearsed(
+  config: Config,
+  workdir: epath.PathLike,
+  stop: StopRequest | None = None,
+  replicas: int = 1,
+) -> Experiment:
   """Builds the experiment and goes through its stages without computing anything.
 
   Shapes tell most of what can be wrong, and tell it before the first stage has been
   trained for days: networks, optimisers, augmentation, surgeries.
   """
   workdir = epath.Path(workdir)
+
+  def look() -> None:
+    if stop is not None and stop.alone():
+      raise train.Preempted
+
   try:
-    experiment = build(config, replicas=replicas)
+    experiment = build(config, replicas=replicas, look=look)
     shapes: dict[str, State] = {}
     for name, stage in experiment.stages.items():
       # Of the clock there is more to know than its shape.
@@ -300,7 +312,6 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
       files.write_json(path, facts[name])
   wait_for_all('claimed')
   try:
-    _check_shared(paths['config.json'])
     yield
   except UserError:
     if jax.process_index() == 0:
@@ -312,15 +323,27 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
     raise
 
 
-def _check_shared(path: epath.Path) -> None:
-  """Refuses a folder that is not one for all processes, given what the first wrote."""
+def _check_shared(workdir: epath.Path) -> None:
+  """Refuses a folder that is not one for all processes.
+
+  Process 0 leaves a file there with a name that it has just made up.
+  """
+  if jax.process_count() == 1:
+    return
+  mark = workdir / f'.shared-{agreed_numbers([secrets.randbelow(2**31)])[0]}'
+  if jax.process_index() == 0:
+    mark.touch()
+  wait_for_all('marked')
   until = time.monotonic() + SEEN_WITHIN
-  while not path.exists() and time.monotonic() < until:
+  while not mark.exists() and time.monotonic() < until:
     time.sleep(1)
-  if any_process(not path.exists()):
+  unseen = any_process(not mark.exists())
+  if jax.process_index() == 0:
+    mark.unlink()
+  if unseen:
     raise UserError(
-      f'not every process sees {path}: the workdir must be one folder for all of them, '
-      'in a bucket or a shared file system'
+      f'not every process sees {workdir} as process 0 does: the workdir must be one '
+      'folder for all of them, in a bucket or a shared file system'
     )
 
 

@@ -363,15 +363,15 @@ class StageRunner:
     self._screen.follow(self.stage.name, self.plan.steps)
 
   def _report_divergence(self, diverged: train.Diverged) -> None:
-    """Says where it happened, and on which examples."""
+    """Says where it happened, and on which examples: every process its own."""
     examples = {
       name: {k: v.tolist() for k, v in payload.items() if k in ('index', 'label')}
       for name, payload in diverged.payload.items()
     }
-    path = self._folder / 'not_finite.json'
-    if jax.process_index() == 0:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      files.write_json(path, {'step': diverged.step, 'examples': examples})
+    ours = f'.{jax.process_index()}' if jax.process_index() else ''
+    path = self._folder / f'not_finite{ours}.json'
+    self._folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
 
 

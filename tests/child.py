@@ -329,8 +329,40 @@ def _work_elsewhere(argument: str) -> None:
   run.SEEN_WITHIN = 2.0
 
 
+def _list_devices_in_turns(argument: str) -> None:
+  """Has the maker of the mesh see the devices of two processes in turns.
+
+  As the torus of a TPU may have them; JAX itself lists them process by process.
+  """
+  import types
+
+  import jax
+
+  from lt_jax import sharding
+
+  del argument
+
+  def devices():
+    return sorted(jax.devices(), key=lambda d: (d.id % 2, d.process_index))
+
+  seen = types.SimpleNamespace(**{name: getattr(jax, name) for name in dir(jax)})
+  seen.devices = devices
+  seen.make_mesh = lambda *args, **more: jax.make_mesh(*args, **more, devices=devices())
+  sharding.jax = seen
+
+
+def _slow_manifest(argument: str) -> None:
+  """Writes each manifest so many seconds after its checkpoint."""
+  from lt_jax import checkpoint
+
+  seconds = float(argument)
+  _before(checkpoint.Checkpoints, '_write_manifest', lambda *_: time.sleep(seconds))
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
   'elsewhere': _work_elsewhere,
+  'in_turns': _list_devices_in_turns,
+  'slow_manifest': _slow_manifest,
   'kill_at': lambda step: _at_step(step, die),
   'term_at': lambda step: _at_step(step, terminate),
   'usr1_at': lambda step: _at_step(step, lambda: terminate(signal.SIGUSR1)),

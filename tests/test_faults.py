@@ -3,6 +3,7 @@
 The numbers F1 ... F24 are those of the list in docs/reliability.md.
 """
 
+import errno
 import json
 import os
 import random
@@ -271,6 +272,17 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_is_not_in_the_way(tmp_path)
   with files.locked(files.make_workdir(tmp_path / 'run')):
     code, output = run(tmp_path / 'run')
   assert code == 2 and 'in use by process' in output
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+  def refuse(*args):
+    raise OSError(errno.ENOLCK, 'no locks available')
+
+  monkeypatch.setattr('fcntl.flock', refuse)
+  with files.locked(tmp_path):
+    assert 'a file system without locks: do not start there twice' in (
+      capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

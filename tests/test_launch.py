@@ -27,6 +27,7 @@ HARD = [
   '--config.y=',
 ]
 FLAGS = ['--config=configs/inat18.py:ldam_drw', *HARD]
+ON_GPU, ON_TPU = '--config.device=gpu', '--config.device=tpu'
 NAMES = {
   'NAME': 'ldam-drw',
   'ZONE': 'us-west4-a',
@@ -228,7 +229,7 @@ def test_sbatch_directives(name):
 
 
 def test_slurm_gets_the_flags_as_they_are(stubs):
-  train = ['srun', f'{stubs.folder}/python', '-m', 'lt_jax.main', *FLAGS]
+  train = ['srun', f'{stubs.folder}/python', '-m', 'lt_jax.main', *FLAGS, ON_GPU]
   assert _job(stubs, 'slurm_single.sbatch')[0] == 0
   assert stubs.calls() == [train]
   assert _job(stubs, 'slurm_multi.sbatch')[0] == 0
@@ -237,8 +238,16 @@ def test_slurm_gets_the_flags_as_they_are(stubs):
   assert _job(stubs, 'slurm_array_seeds.sbatch', WORKDIR='/a b', **array)[0] == 0
   assert stubs.calls() == [[*train, '--config.seed=4', '--workdir=/a b/4']]
   assert _job(stubs, 'slurm_array_cells.sbatch', WORKDIR='/a b', **array)[0] == 0
-  sweep = ['srun', f'{stubs.folder}/python', '-m', 'lt_jax.sweep', *FLAGS]
+  sweep = ['srun', f'{stubs.folder}/python', '-m', 'lt_jax.sweep', *FLAGS, ON_GPU]
   assert stubs.calls() == [[*sweep, '--cell=4', '--workdir=/a b']]
+
+
+def test_another_device_takes_the_place_of_that_of_the_script(stubs):
+  code, text = stubs.run(
+    ['bash', LAUNCH / 'slurm_single.sbatch', *FLAGS, '--config.device=any', '--dry_run']
+  )
+  assert code == 0
+  assert re.findall(r'--config\.device=\S+', text) == ['--config.device=any']
 
 
 @pytest.mark.parametrize('name', SBATCH)
@@ -344,6 +353,13 @@ def test_a_request_that_is_refused_ends_at_once(stubs):
   assert did == ['create', 'delete']
 
 
+def test_a_network_that_fails_at_the_start_deletes_nothing(stubs):
+  stubs.lines('states', 'UNREACHABLE', 'READY')
+  code, _, did = stubs.tpu()
+  assert code == 1
+  assert did == []
+
+
 def test_a_network_that_fails_for_a_while_does_not_end_the_run(stubs):
   stubs.lines('created', *['UNREACHABLE'] * 4, 'READY')
   stubs.lines('codes', 0)
@@ -395,7 +411,7 @@ def test_flags_arrive_intact_on_the_hosts_of_a_tpu(stubs):
   flock, python = stubs.calls()[:2]
   assert flock[:3] == ['flock', '--close', '/tmp/lt_jax.lock']
   assert python[1:] == [
-    *('-m', 'lt_jax.main', *FLAGS, '--workdir=gs://bucket/runs/ldam-drw'),
+    *('-m', 'lt_jax.main', *FLAGS, ON_TPU, '--workdir=gs://bucket/runs/ldam-drw'),
     '--distributed',
   ]
   assert not (stubs.folder / 'harm').exists()
@@ -424,8 +440,8 @@ def test_flags_arrive_intact_in_the_container_of_xpk(stubs):
   assert code == 0
   assert stubs.calls() == [
     [
-      *('python', '-m', 'lt_jax.main', *FLAGS, '--workdir=gs://bucket/runs/ldam-drw'),
-      '--distributed',
+      *('python', '-m', 'lt_jax.main', *FLAGS, ON_TPU),
+      *('--workdir=gs://bucket/runs/ldam-drw', '--distributed'),
     ]
   ]
 
@@ -445,7 +461,8 @@ def test_skypilot(stubs, kind):
   )
   assert code == 0, text
   assert stubs.calls()[0] == [
-    *('python', '-m', 'lt_jax.main', '--config=a.py:b', *HARD),
+    *('python', '-m', 'lt_jax.main', '--config=a.py:b', f'--config.device={kind}'),
+    *HARD,
     '--workdir=gs://bucket/runs/ldam-drw',
     *(['--distributed'] if kind == 'tpu' else []),
   ]

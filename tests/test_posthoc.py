@@ -19,6 +19,7 @@ from lt_jax.posthoc import (
   with_openmax,
 )
 from lt_jax.surgery import operate
+from lt_jax.train import Preempted
 from tests import tiny
 
 NOWHERE = pathlib.Path('nowhere')  # the folder of a run that never began
@@ -251,6 +252,22 @@ def test_tau_is_not_chosen_on_the_test_set(npz):
   config['stages']['tau_norm']['surgeries'] = [['choose_tau', {'split': 'test'}]]
   with pytest.raises(UserError, match="not on 'test'"):
     build.build(config)
+
+
+def test_a_run_that_must_end_ends_a_choice_too(npz):
+  looks = []
+
+  def look():
+    looks.append(None)
+    if len(looks) == 2:
+      raise Preempted
+
+  config = {**make_config(npz, 'tau_norm'), 'eval_batch': 8}  # of 16 images
+  experiment = build.build(config, devices=1, look=look)
+  state, fresh = (first_state(experiment, name) for name in ('train', 'tau_norm'))
+  with pytest.raises(Preempted):
+    operate(fresh, {'train': state}, experiment.stages['tau_norm'].surgeries)
+  assert len(looks) == 2
 
 
 @pytest.fixture

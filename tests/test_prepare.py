@@ -1,6 +1,8 @@
 """Preparing records from lists and folders: the same images, or smaller ones."""
 
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from lt_jax import prepare
 from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
 from tests import mini
+from tests.test_sources import small_tfds
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +52,39 @@ def test_folders_become_smaller_records(rng, tmp_path):
   assert sizes == [(60, 40), (30, 20)] * 2
   whole = load_source(source)['train']
   assert train.encoded(1) == whole.encoded(1)  # the smaller one is not touched
+
+
+def test_a_prepared_set_becomes_a_smaller_one(rng, tmp_path):
+  def rows(*labels):
+    kind = {'supercategory': -1, 'id': ''}
+    return [{'image': mini.photograph(rng, 0), 'label': y, **kind} for y in labels]
+
+  splits = {'train': rows(5, 8141, 0), 'validation': rows(7), 'test': rows(-1)}
+  data_dir = str(mini.write_records(tmp_path, 'i_naturalist2018', splits))
+  source, options = 'tfds:i_naturalist2018', {'data_dir': data_dir, 'short_side': 32}
+  prepare.convert(source, name='inat18_32', **options)
+  before, after = (load_source(s, data_dir) for s in (source, 'tfds:inat18_32'))
+  assert before.keys() == after.keys() == {'train', 'val', 'test'}
+  assert before['train'].class_names == after['train'].class_names
+  assert after['train'].labels.tolist() == [5, 8141, 0]
+  assert min(Image.open(io.BytesIO(after['train'].encoded(0))).size) == 32
+  assert after['test'].example(0)[1] == -1  # unlabelled, and so it stays
+
+
+def test_what_is_no_source_of_records(tmp_path):
+  small_tfds(tmp_path)
+  for source, message in {
+    'tfds:small_set': 'tfds:small_set have one size, and stay as they are',
+    'npz:x.npz': "'npz:x.npz' is not list:FOLDER, folder:DIR or tfds:NAME",
+  }.items():
+    with pytest.raises(UserError, match=message):
+      prepare.convert(source, name='smaller', data_dir=str(tmp_path))
+
+
+def test_an_unknown_set_is_told_in_a_line(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow', types.ModuleType('tensorflow'))
+  with pytest.raises(UserError, match="unknown TFDS data set 'cifar_10'; did you mean"):
+    prepare.download('cifar_10')
 
 
 def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):

@@ -313,8 +313,8 @@ GOOD = made({'a': np.arange(6, dtype=np.float32).reshape(2, 3)})
 def test_a_good_file_is_read(tmp_path):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(GOOD)
-  arrays = pretrained.read_safetensors(path)
-  np.testing.assert_array_equal(arrays['a'], [[0, 1, 2], [3, 4, 5]])
+  found = pretrained.load(str(path))
+  np.testing.assert_array_equal(found.tensors['a'], [[0, 1, 2], [3, 4, 5]])
 
 
 @pytest.mark.parametrize(
@@ -461,13 +461,13 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
   hub.answers = [LocalEntryNotFoundError(), str(path), str(path)]
   for revision, expected in ((None, 2), ('main', 3)):
     name = 'timm/resnet18.tv_in1k' + (f'@{revision}' if revision else '')
-    found = pretrained.load(name, cache='somewhere')
+    found = pretrained.load(name)
     assert (found.source, found.revision) == (name, '5f1c0ffee')
     assert found.mean == (0.485, 0.456, 0.406) and found.std == (0.229, 0.224, 0.225)
     assert len(hub.asked) == expected
     repository, file, options = hub.asked[-1]
     assert (repository, file) == ('timm/resnet18.tv_in1k', 'model.safetensors')
-    assert (options['revision'], options['cache_dir']) == (revision, 'somewhere')
+    assert options['revision'] == revision
   assert [o.get('local_files_only', False) for *_, o in hub.asked] == [
     True,
     False,
@@ -519,10 +519,11 @@ def test_without_the_package(monkeypatch):
 def test_the_real_package_without_a_network(tmp_path, monkeypatch):
   constants = pytest.importorskip('huggingface_hub.constants')
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
   with pytest.raises(UserError, match='there is no network to download it'):
-    pretrained.load('timm/resnet50.tv_in1k', cache=str(tmp_path))
+    pretrained.load('timm/resnet50.tv_in1k')
   with pytest.raises(UserError, match='that is no name of a model'):
-    pretrained.load('timm--/resnet50--a', cache=str(tmp_path))
+    pretrained.load('timm--/resnet50--a')
 
 
 # The converter.

@@ -1,6 +1,7 @@
 """One run in two processes, with real `jax.distributed` on this machine."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -42,8 +43,9 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def together(tmp_path_factory):
+  """The two processes, on a mesh whose devices are listed in turns."""
   workdir = tmp_path_factory.mktemp('together') / 'run'
-  codes, words = run(workdir)
+  codes, words = run(workdir, faults=('in_turns', 'in_turns'))
   assert codes == BOTH, words
   return workdir, words
 
@@ -63,6 +65,8 @@ def assert_same(workdir, alone):
 def test_two_processes_are_one_run(together, alone):
   workdir, words = together
   assert_same(workdir, alone)
+  ours, theirs = (np.load(at / 'predictions.npz') for at in (workdir, alone))
+  np.testing.assert_array_equal(ours['label'], theirs['label'])
   assert result(workdir)['device'].startswith('4 x')
   assert '4 x cpu' in words[0]
   assert 'step' not in words[1]  # process 0 speaks and writes for all
@@ -113,7 +117,10 @@ def test_other_data_in_one_process_are_refused(tmp_path):
   assert not (tmp_path / 'run' / 'stages').exists()
 
 
-def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, alone):
+  (tmp_path / 'run.elsewhere').mkdir()
+  # Left there by a run of long ago.
+  shutil.copy(alone / 'config.json', tmp_path / 'run.elsewhere')
   codes, words = run(tmp_path / 'run', faults=('', 'elsewhere'))
   assert codes == (2, 2), words
   for told in words:
@@ -192,6 +199,9 @@ def test_later_stages_read_what_another_process_wrote(tmp_path):
     '--config.stages.generator.epochs=0.02',
     '--config.evaluate_every_epochs=1',
   )
-  codes, words = run(tmp_path / 'run', *options, config=config, fast=child.FAST[:1])
+  late = ('slow_manifest:1', '')
+  codes, words = run(
+    tmp_path / 'run', *options, config=config, fast=child.FAST[:1], faults=late
+  )
   assert codes == BOTH, words
   assert result(tmp_path / 'run')['stage'] == 'novel'

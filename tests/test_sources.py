@@ -321,6 +321,34 @@ def test_fingerprint_of_a_source_on_disk(tmp_path, monkeypatch):
   assert prints[0] != sources.fingerprint(first['test'], rows)
 
 
+def test_a_set_that_was_prepared_anew_has_another_fingerprint(tmp_path):
+  prints = []
+  for side in (4, 5):
+    pixels = PIXELS.integers(0, 256, (side, 4), np.uint8)
+    image = encode(pixels, 'L', 'png')
+    examples = [{'id': '', 'image': image, 'label': 0}]
+    write_tfds(tmp_path / str(side), 'pets', (None, None, 3), {'train': examples})
+    loaded = sources.load_source('tfds:pets', data_dir=str(tmp_path / str(side)))
+    prints.append(sources.fingerprint(loaded['train']))
+  assert prints[0] != prints[1]
+
+
+def test_a_damaged_record_is_named(tmp_path):
+  pixels = PIXELS.integers(0, 256, (20, 20), np.uint8)  # which does not compress
+  examples = [{'id': '', 'image': encode(pixels, 'L', 'png'), 'label': 0}] * 3
+  write_tfds(tmp_path, 'pets', (None, None, 3), {'train': examples})
+  (shard,) = (tmp_path / 'pets' / '1.0.0').glob('*.array_record*')
+  data = bytearray(shard.read_bytes())
+  middle = len(data) // 2
+  data[middle : middle + 64] = bytes(64)
+  shard.write_bytes(data)
+  source = sources.load_source('tfds:pets', data_dir=str(tmp_path))['train']
+  with pytest.raises(UserError, match=r'train: image \d: a damaged record: ') as error:
+    for position in range(3):
+      source.example(position)
+  assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize(('name', 'n'), [('cifar10', 20521), ('cifar100', 20563)])
 def test_cifar_archives(name, n):
   file = pathlib.Path(os.environ.get('LT_JAX_DATA', '.')) / f'{name}.npz'

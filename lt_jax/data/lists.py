@@ -56,6 +56,10 @@ class Files:
       # Others pass, such as those of a network file system: running again may help.
       raise UserError(f'{self.where(position)}: {error.strerror}') from None
 
+  def example(self, position: int) -> tuple[bytes, int]:
+    """Returns (file, label) as they are stored."""
+    return self.encoded(position), int(self.labels[position])
+
   def where(self, position: int) -> str:
     """Returns the path of an image."""
     return os.path.join(self.root, self.files[position])

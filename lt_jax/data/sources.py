@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import write_atomically
@@ -80,6 +81,7 @@ class Records:
 
   Attributes:
     name: data set, version and split.
+    size: bytes of its records, by which a set that was prepared anew is known.
     records: random access to serialised tf.train.Example messages.
     class_names: names of classes 0 ... C - 1.
     image_shape: (H, W, channels); H and W are None where images differ in size.
@@ -87,6 +89,7 @@ class Records:
   """
 
   name: str
+  size: int
   records: Sequence[bytes]
   class_names: tuple[str, ...]
   image_shape: tuple[int | None, int | None, int]
@@ -125,11 +128,17 @@ class Records:
 
   def example(self, position: int) -> tuple[bytes, int]:
     """Returns (JPEG or PNG file, label) as they are stored."""
+    from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 
-    # Parsed here, because the decoders of TFDS take eight times as long.
-    feature = tf_example_pb2.Example.FromString(self.records[position]).features.feature
-    return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
+    try:
+      # Parsed here, because the decoders of TFDS take eight times as long.
+      example = tf_example_pb2.Example.FromString(self.records[position])
+      feature = example.features.feature
+      return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
+    except (RuntimeError, ValueError, DecodeError, IndexError) as error:
+      reason = ' '.join(str(error).split())[:200]
+      raise UserError(f'{self.where(position)}: a damaged record: {reason}') from None
 
   def decode(self, position: int, encoded: bytes) -> np.ndarray:
     """Returns a stored image as (H, W, channels) uint8, whatever its colour model."""
@@ -138,7 +147,7 @@ class Records:
     try:
       with Image.open(io.BytesIO(encoded)) as image:
         pixels = np.asarray(image.convert(_PIL_MODES[self.image_shape[-1]]))
-    except OSError as error:
+    except DECODE_ERRORS as error:
       raise UserError(f'{self.where(position)}: {error}') from None
     return pixels.reshape(*pixels.shape[:2], -1)
 
@@ -157,8 +166,8 @@ class Records:
     return self.decode(position, self.example(position)[0])
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns nothing: `name`, which has the version, and the rows say it all."""
-    return b''
+    """Returns `size`; beside it `name`, which has the version, and the rows say all."""
+    return str(self.size).encode()
 
 
 _PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
@@ -203,7 +212,7 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
 
   Labels, class names and the length count, and of the images what `identity` says:
   those in memory byte for byte, those in files by their paths, and a TFDS data set by
-  its name and version.
+  its name, version and number of bytes.
 
   Args:
     source: of any kind.
@@ -330,7 +339,11 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   """Opens a prepared TFDS data set, without TensorFlow."""
   import tensorflow_datasets as tfds
 
-  builder = _builder(name, data_dir)
+  builder = tfds_builder(name, data_dir=data_dir)
+  if not builder.is_prepared():
+    raise UserError(
+      f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare {name}'
+    )
   features = dict(builder.info.features)
   image, label = features.get('image'), features.get('label')
   if not (
@@ -354,6 +367,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   sources = {
     _SPLIT_NAMES.get(str(split), str(split)): Records(
       name=f'tfds:{builder.info.full_name}/{split}',
+      size=builder.info.splits[split].num_bytes,
       records=data.data_source,
       class_names=tuple(label.names),
       image_shape=image.shape,
@@ -364,23 +378,22 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   return {split: _in_memory_if_small(source) for split, source in sources.items()}
 
 
-def _builder(name: str, data_dir: str | None) -> Any:
-  """Returns the TFDS builder of a prepared data set."""
+def tfds_builder(name: str, **options: Any) -> Any:
+  """Returns `tfds.builder(name, **options)`.
+
+  Raises:
+    UserError: there is no such data set.
+  """
   import tensorflow_datasets as tfds
 
   try:
-    builder = tfds.builder(name, data_dir=data_dir)
+    return tfds.builder(name, **options)
   except tfds.core.DatasetNotFoundError:
     known = tfds.list_builders(with_community_datasets=False)
     near = suggest(name, known).partition('; known')[0]  # which are hundreds
     raise UserError(f'unknown TFDS data set {name!r}{near}') from None
   except (ValueError, AssertionError) as error:
     raise UserError(f'tfds:{name}: {str(error).splitlines()[0]}') from None
-  if not builder.is_prepared():
-    raise UserError(
-      f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare {name}'
-    )
-  return builder
 
 
 def _in_memory_if_small(source: Records) -> Source:

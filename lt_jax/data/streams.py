@@ -8,6 +8,7 @@ position: its payload is a function of the step, so a resumed run needs no itera
 import contextlib
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -222,13 +223,14 @@ def train_stream(
   transform: Transform,
   workers: int = 0,
   stand_in: bool = False,
+  name: str = 'train',
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
   Args:
     split: the training images; the sampler speaks of positions in it. What is done to
-      them on the host takes random numbers that are a function of the seed and the
-      place in the stream.
+      them on the host takes random numbers that are a function of the seed, the name
+      and the place in the stream.
     sampler: the order, one epoch after the other.
     seed: of the order.
     batch: global batch size.
@@ -236,10 +238,12 @@ def train_stream(
     workers: processes that decode images, if they are not on the device; 0: threads.
     stand_in: takes the next image of its class for one that cannot be read, and says
       so in payload['bad']; 'index' stays that of the bad one.
+    name: of the stream; another one has other random numbers.
   """
+  drawn_by = (seed, zlib.crc32(name.encode()))
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
-    generator = np.random.default_rng((seed, int(place)))
+    generator = np.random.default_rng((*drawn_by, int(place)))
     return split.augmented(split.rows[position], generator), False
 
   return _stream(

@@ -103,6 +103,7 @@ def total(
   mesh: Mesh,
   state: State,
   one_pass: Pass,
+  look: Callable[[], None] = lambda: None,
   in_flight: int = 4,
 ) -> PyTree:
   """Returns sums over a split, NumPy; they stay on the devices until the end.
@@ -114,6 +115,7 @@ def total(
     mesh: the devices.
     state: the method's.
     one_pass: the pass over the split.
+    look: called before every batch; it may raise, to end the pass.
     in_flight: batches the host may be ahead of the device.
   """
   stream = one_pass.stream
@@ -132,6 +134,7 @@ def total(
   sums = sharding.put_replicated(mesh, zeros)
   waiting: collections.deque = collections.deque()
   for payload in _payloads(one_pass, mesh):
+    look()
     sums, done = compiled(sums, state, stream.arrays, payload)
     waiting.append(done)
     if len(waiting) > in_flight:
@@ -150,6 +153,7 @@ def survey(
   predict: Callable[[State, jax.Array], Outputs],
   passes: Mapping[str, Pass],
   mesh: Mesh,
+  look: Callable[[], None] = lambda: None,
 ) -> Survey:
   """Returns the passes that a surgery can make over data.
 
@@ -157,6 +161,7 @@ def survey(
     predict: a method's.
     passes: split -> evaluation pass.
     mesh: the devices.
+    look: called before every batch; it may raise, to end the pass.
   """
 
   def the(split: str) -> Pass:
@@ -171,8 +176,10 @@ def survey(
 
     return jax.eval_shape(one, state, stream.arrays, stream.payload_shapes())
 
-  return Survey(
-    outputs,
-    lambda state, split, keep: collector(predict, keep, mesh)(state, the(split)),
-    lambda state, split, fold: total(predict, fold, mesh, state, the(split)),
-  )
+  def collect(state: State, split: str, keep: Callable) -> Collected:
+    return collector(predict, keep, mesh)(state, the(split), stop=look)
+
+  def totals(state: State, split: str, fold: Callable) -> PyTree:
+    return total(predict, fold, mesh, state, the(split), look)
+
+  return Survey(outputs, collect, totals)
