@@ -27,7 +27,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.stopping import agreed_numbers, any_process, of_first, wait_for_all
+from lt_jax.stopping import agreed, any_process, wait_for_all
 
 PyTree = Any
 Log = Callable[..., None]
@@ -155,15 +155,13 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints and none is usable.
     """
-    manifests = {step: self._manifest(str(step)) for step in self.steps()}
-    trusted_first = agreed_numbers(
-      sorted(
-        manifests, key=lambda step: (manifests[step] is not None, step), reverse=True
-      )
+    manifests = dict(agreed([[s, self._manifest(str(s))] for s in self.steps()]))
+    trusted_first = sorted(
+      manifests, key=lambda step: (manifests[step] is not None, step), reverse=True
     )
     rejected: dict[int, str] = {}
     for step in trusted_first:
-      manifest = manifests.get(step)
+      manifest = manifests[step]
       state, reason = self._attempt(step, manifest, target)
       if state is not None:
         newer = [s for s in manifests if s > step and s not in rejected]
@@ -176,7 +174,7 @@ class Checkpoints:
       rejected[step] = reason
     folder = self._directory / 'manifests'
     stray = [p.name for p in folder.glob('[0-9]*.json')] if folder.exists() else []
-    if not rejected and not stray:
+    if not rejected and not agreed(stray):
       return None
     told = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
     raise UserError(
@@ -190,13 +188,14 @@ class Checkpoints:
     Raises:
       UserError: it is damaged.
     """
-    manifest = self._manifest('best')
+    manifest = agreed(self._manifest('best'))
     if manifest is None:
       return None
     directory = self._directory / 'best' / str(manifest.get('step'))
     reason = _damage(directory, manifest) if jax.process_index() == 0 else None
     if any_process(reason is not None):
       raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
+    files.seen(directory)
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
 
@@ -210,7 +209,7 @@ class Checkpoints:
     directory = self._directory / name / (str(step) if name == 'best' else '')
     try:
       (self._directory / 'manifests').mkdir(parents=True, exist_ok=True)
-      if name == 'best' and of_first(directory.exists()):  # its save was interrupted
+      if name == 'best' and agreed(directory.exists()):  # its save was interrupted
         if jax.process_index() == 0:
           directory.rmtree()
         wait_for_all('an interrupted save is removed')

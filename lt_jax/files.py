@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,9 @@ import jax
 from etils import epath
 
 from lt_jax.errors import UserError
+
+SEEN_WITHIN = 90.0
+"""Seconds within which a file system shows a new file to every host; NFS takes 60."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -95,6 +99,17 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
   except OSError as error:
     raise UserError(f'workdir {path} cannot be written: {error.strerror}') from None
   return path
+
+
+def seen(path: epath.Path) -> bool:
+  """Returns whether a file is there; one of several processes waits for it to appear.
+
+  A network file system shows a new file to other hosts late.
+  """
+  until = time.monotonic() + (SEEN_WITHIN if jax.process_count() > 1 else 0)
+  while not path.exists() and time.monotonic() < until:
+    time.sleep(1)
+  return path.exists()
 
 
 @contextlib.contextmanager

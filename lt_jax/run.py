@@ -20,7 +20,7 @@ from lt_jax.method import State
 from lt_jax.stage import StageRunner
 from lt_jax.stopping import (
   StopRequest,
-  agreed_numbers,
+  agreed,
   any_process,
   wait_for_all,
   watched,
@@ -39,9 +39,6 @@ MAY_CHANGE = frozenset(
   }
 )
 """Keys a resumed run may change, because the training does not depend on them."""
-
-SEEN_WITHIN = 90.0
-"""Seconds within which a file system shows a new file to every host; NFS takes 60."""
 
 
 def run(
@@ -330,14 +327,11 @@ def _check_shared(workdir: epath.Path) -> None:
   """
   if jax.process_count() == 1:
     return
-  mark = workdir / f'.shared-{agreed_numbers([secrets.randbelow(2**31)])[0]}'
+  mark = workdir / f'.shared-{agreed(secrets.token_hex(8))}'
   if jax.process_index() == 0:
     mark.touch()
   wait_for_all('marked')
-  until = time.monotonic() + SEEN_WITHIN
-  while not mark.exists() and time.monotonic() < until:
-    time.sleep(1)
-  unseen = any_process(not mark.exists())
+  unseen = any_process(not files.seen(mark))
   if jax.process_index() == 0:
     mark.unlink()
   if unseen:
@@ -349,13 +343,12 @@ def _check_shared(workdir: epath.Path) -> None:
 
 def _check_peers(experiment: Experiment) -> None:
   """Refuses to run beside a process that has another configuration or other data."""
-  digests = (config_digest(experiment.config), experiment.dataset.fingerprint)
-  ours = [int(digest[:7], 16) for digest in digests]  # of 28 bits
-  ours.append(experiment.config['seed'])
-  if any_process(agreed_numbers(ours) != ours):
+  config, data = experiment.config, experiment.dataset
+  ours = [config_digest(config), data.fingerprint[:12], config['seed']]
+  if any_process(agreed(ours) != ours):
     raise UserError(
       'the processes of this run have not all the same configuration, data and seed: '
-      f'here they are {digests[0]}, {digests[1][:12]} and {ours[-1]}'
+      f'here they are {ours[0]}, {ours[1]} and {ours[2]}'
     )
 
 

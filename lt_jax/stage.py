@@ -19,10 +19,9 @@ from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
 from lt_jax.stopping import (
   StopRequest,
-  agreed_numbers,
+  agreed,
   any_process,
   of_any_process,
-  of_first,
   wait_for_all,
 )
 from lt_jax.surgery import operate
@@ -187,8 +186,7 @@ class StageRunner:
     state = state.replace(key=key)
     if stage.start:
       state, told = stage.start(state)
-      ours = [int(told['sha256'][:7], 16)]
-      if any_process(agreed_numbers(ours) != ours):
+      if any_process(agreed(told['sha256']) != told['sha256']):
         raise UserError(f'the processes have not all the same file of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
@@ -219,7 +217,7 @@ class StageRunner:
     streams = dict(stage.streams)
     for name, origin in stage.reads.items():
       path = self._workdir / 'stages' / origin / 'arrays.npz'
-      if not path.exists():
+      if not files.seen(path):
         raise UserError(f'stage {stage.name!r} reads what {origin!r} leaves in {path}')
       with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
         found = {key: stored[key] for key in streams[name].arrays}
@@ -237,7 +235,7 @@ class StageRunner:
     path, names = self._folder / 'arrays.npz', self.stage.leaves
     origin = checkpoint.digest(state)
     written = bool(names) and path.exists() and _origin(path) == origin
-    if not names or of_first(written):
+    if not names or agreed(written):
       return
 
     def keep(outputs, batch):
@@ -349,7 +347,7 @@ class StageRunner:
     self._checkpoints.wait()
     best = self._checkpoints.best()
     better = best is None or value > best['value'] or step < best['step']
-    if of_first(better):  # as the others may see an older file
+    if agreed(better):
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
   def diverged(self, step: int) -> train.Diverged:

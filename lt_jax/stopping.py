@@ -7,6 +7,7 @@ anyway; and where one waits in vain, it ends itself.
 
 import contextlib
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -67,35 +68,28 @@ def any_process(flag: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
-def of_first(flag: bool) -> bool:
-  """Returns what process 0 says; all must ask."""
-  if jax.process_count() == 1:
-    return flag
-  return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+def agreed(value: Any) -> Any:
+  """Returns what process 0 has of a value that JSON can hold; all must ask.
 
-
-def agreed_numbers(numbers: Sequence[int]) -> list[int]:
-  """Returns the numbers that process 0 has, 64 at most; all must ask."""
+  Files are read so: another host may for a while see an older one, or none.
+  """
   if jax.process_count() == 1:
-    return list(numbers)
-  found = multihost_utils.broadcast_one_to_all(_padded(numbers))
-  return [int(number) for number in found if number >= 0]
+    return value
+  ours = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(ours))))
+  padded = np.zeros(-(-size // 1024) * 1024, np.uint8)  # of few sizes: each compiles
+  padded[: min(size, len(ours))] = ours[:size]
+  return json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
 
 
 def of_any_process(numbers: Sequence[int]) -> list[int]:
   """Returns the numbers that any process has, of each 64 at most; all must ask."""
   if jax.process_count() == 1:
     return list(numbers)
-  found = np.unique(multihost_utils.process_allgather(_padded(numbers)))
+  ours = np.full(64, -1, np.int32)  # where there is none
+  ours[: len(numbers)] = numbers[:64]
+  found = np.unique(multihost_utils.process_allgather(ours))
   return [int(number) for number in found if number >= 0]
-
-
-def _padded(numbers: Sequence[int]) -> np.ndarray:
-  """Returns the first 64 of some numbers, in as many places; -1 where there is none."""
-  padded = np.full(64, -1, np.int32)
-  first = list(numbers)[:64]
-  padded[: len(first)] = first
-  return padded
 
 
 def wait_for_all(what: str) -> None:

@@ -321,12 +321,12 @@ def _see_other_data(argument: str) -> None:
 
 def _work_elsewhere(argument: str) -> None:
   """Has a folder of its own where all should have one."""
-  from lt_jax import files, run
+  from lt_jax import files
 
   del argument
   original = files.make_workdir
   files.make_workdir = lambda path: original(f'{os.fspath(path)}.elsewhere')
-  run.SEEN_WITHIN = 2.0
+  files.SEEN_WITHIN = 2.0
 
 
 def _list_devices_in_turns(argument: str) -> None:
