@@ -176,7 +176,7 @@ def write_results(
     stage: the last stage.
     state: its State that counts.
     stop: whether the run must end at once.
-    wall_seconds: of this process, from its start to here.
+    wall_seconds: from the start to here, of all starts together.
     replicas: how many runs it trained together in that time.
 
   Returns:
@@ -343,6 +343,24 @@ def jsonable(value: Any) -> Any:
   if isinstance(value, np.ndarray | list | tuple):
     return [jsonable(entry) for entry in np.asarray(value, object).tolist()]
   return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def seconds_of_earlier_starts(events: Sequence[Mapping[str, Any]]) -> float:
+  """Returns how long a run has taken before its last start.
+
+  Each start counts up to the last thing it told, such as a save: what came after that
+  is not in the result.
+
+  Args:
+    events: rows of events.jsonl.
+  """
+  spans: list[list[float]] = []
+  for row in events:
+    if row['event'] == 'started':
+      spans.append([row['time'], row['time']])
+    elif spans:
+      spans[-1][1] = row['time']
+  return sum(end - begin for begin, end in spans[:-1])
 
 
 def versions() -> dict[str, str]:

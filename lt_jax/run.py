@@ -27,7 +27,7 @@ from lt_jax.stopping import (
 )
 from lt_jax.together import run_together
 from lt_jax.train import metric_shapes, state_shapes
-from lt_jax.writers import Events, Screen, Track, tracking
+from lt_jax.writers import Events, Screen, Track, read_rows, tracking
 
 MAY_CHANGE = frozenset(
   {
@@ -217,13 +217,14 @@ def _finish(
   at: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
 ) -> dict[str, Any]:
   """Evaluates the last State, writes the results and shows them."""
+  before = results.seconds_of_earlier_starts(read_rows(at.workdir / 'events.jsonl'))
   result = results.write_results(
     at.experiment,
     at.workdir,
     [*at.experiment.stages.values()][-1],
     state,
     stop=stop.alone,
-    wall_seconds=time.time() - began,
+    wall_seconds=before + time.time() - began,
     replicas=replicas,
   )
   at.events('finished', state_sha256=result['state_sha256'])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lt_jax import report, train
+from lt_jax import report, results, train
 from lt_jax import run as run_module
 from lt_jax.errors import UserError
 from lt_jax.report import figures
@@ -127,6 +127,25 @@ def test_a_run_leaves_everything_behind(carried):
     assert samples['image'].dtype == np.uint8
   assert found['best_on_test']['accuracy'] >= found['test']['accuracy'] - 1e-6
   assert {'jax', 'python', 'lt_jax'} <= found['versions'].keys()
+
+
+def test_wall_time_is_that_of_all_starts(carried, config_file, tmp_path):
+  rows = [
+    ('started', 10.0),
+    ('saved', 14.0),
+    ('started', 100.0),  # killed before it told anything
+    ('started', 200.0),
+    ('finished', 203.0),
+    ('started', 300.0),
+    ('saved', 301.0),
+  ]
+  told = [{'event': event, 'time': time} for event, time in rows]
+  assert results.seconds_of_earlier_starts(told) == 7
+  assert results.seconds_of_earlier_starts(told[:2]) == 0
+  workdir = shutil.copytree(carried, tmp_path / 'run')
+  code, output = run(workdir, f'{config_file}:carry')
+  assert code == 0, output
+  assert result(workdir)['wall_seconds'] > result(carried)['wall_seconds']
 
 
 def test_selection_on_validation_data_feeds_the_result(tmp_path):
