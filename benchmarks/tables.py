@@ -122,7 +122,7 @@ def table(name, workdir, options):
       {
         'recipe': results[0]['recipe'],
         'command': f'{command} --config.seed=SEED --workdir=DIR',
-        'config_digest': results[0]['config_digest'],
+        'config_digest': group.counted[0].kind[0],
         'data': group.counted[0].kind[1],
         'seeds': [result['seed'] for result in results],
         'device': sorted({result['device'] for result in results}),

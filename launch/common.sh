@@ -11,7 +11,7 @@ done
 # Has python refuse to train on another kind of device, as it would on the CPU of a
 # machine whose driver is broken; a --config.device among the arguments takes its place.
 expect_device() {
-  [[ " ${ARGS[*]}" == *' --config.device='* ]] || ARGS+=("--config.device=$1")
+  [[ " ${ARGS[*]}" == *' --config.device'[=\ ]* ]] || ARGS+=("--config.device=$1")
 }
 
 # Prints words on one line, quoted so that a shell reads the same words back.

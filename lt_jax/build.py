@@ -105,6 +105,18 @@ RANGES = {
 """Least and largest value of numbers in a configuration."""
 
 
+MAY_CHANGE = frozenset(
+  {
+    'data.workers',
+    'device',
+    'keep_checkpoints',
+    'log_every_steps',
+    'save_every_epochs',
+  }
+)
+"""Keys a resumed run may change, because the training does not depend on them."""
+
+
 class Stage(NamedTuple):
   """One stage: an ordinary run, which begins from the States of earlier ones.
 
@@ -175,9 +187,14 @@ def resolve(config: Any) -> dict[str, Any]:
   return plain
 
 
+def trained_by(config: Config) -> dict[str, Any]:
+  """Returns what of a configuration the training depends on: 'data.source' -> value."""
+  return {k: value for k, value in flatten(config).items() if k not in MAY_CHANGE}
+
+
 def config_digest(config: Config) -> str:
-  """Returns 12 hexadecimal digits that name a configuration, its seed aside."""
-  rest = {key: value for key, value in config.items() if key != 'seed'}
+  """Returns 12 hexadecimal digits of what the training depends on, the seed aside."""
+  rest = {key: value for key, value in trained_by(config).items() if key != 'seed'}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]
 
 

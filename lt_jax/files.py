@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -73,11 +74,13 @@ def absolute(path: epath.PathLike) -> epath.Path:
   """Returns the folder of a run as an absolute path, which Orbax asks for.
 
   Raises:
-    UserError: the path is empty.
+    UserError: the path is empty, or of a bucket that nothing installed can read.
   """
   text = os.fspath(path)
   if not text:
     raise UserError('--workdir is empty')
+  if text.startswith('gs://') and not any(map(find_spec, ('gcsfs', 'tensorflow'))):
+    raise UserError(f"{text} needs what reads buckets: pip install 'lt_jax[gcs]'")
   return epath.Path(text if is_remote(text) else os.path.abspath(text))
 
 

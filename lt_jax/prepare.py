@@ -95,12 +95,22 @@ def convert(
     raise UserError(f'--name is {name!r}; it must be like places_lt')
   if name in tfds.list_builders(with_community_datasets=False):
     raise UserError(f'--name is {name!r}, which is a data set of TFDS; take another')
+  if short_side < 0:
+    raise UserError(f'--short_side is {short_side}; it must be 0 or more')
   kind = source.partition(':')[0]
   if kind not in ('list', 'folder', 'tfds'):
     raise UserError(f'{source!r} is not list:FOLDER, folder:DIR or tfds:NAME')
+  if images and kind != 'list':
+    raise UserError(f'--images is for list:FOLDER, not for {source}')
   sources = load_source(source, data_dir if kind == 'tfds' else images)
-  if not hasattr(sources['train'], 'example'):
-    raise UserError(f'the images of {source} have one size, and stay as they are')
+  if 'train' not in sources:
+    raise UserError(f'{source} has no split named train: {", ".join(sources)}')
+  for one in sources.values():
+    if one.image_shape != (None, None, 3) or not hasattr(one, 'example'):
+      raise UserError(
+        f'{source} has images of shape {one.image_shape}; only sets of colour images '
+        'that differ in size are prepared again'
+      )
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
@@ -110,9 +120,12 @@ def convert(
     raise UserError(f'{home} is there already; give another --name')
   # Renamed at the end: what was interrupted is never taken for whole.
   unfinished = data_dir / name / f'{VERSION}.unfinished'
-  if unfinished.exists():
-    unfinished.rmtree()
-  unfinished.mkdir(parents=True)
+  try:
+    if unfinished.exists():
+      unfinished.rmtree()
+    unfinished.mkdir(parents=True)
+  except OSError as error:
+    raise UserError(f'{unfinished} cannot be written: {error.strerror}') from None
   identity = tfds.core.dataset_info.DatasetIdentity(
     name=name, version=VERSION, data_dir=str(unfinished), module_name='lt_jax'
   )

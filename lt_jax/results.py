@@ -397,4 +397,4 @@ def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> 
     if name in test
   }
   screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())
-  screen.line(f'\nfiles: {os.fspath(workdir)}')
+  screen.line(f'files: {os.fspath(workdir)}')

@@ -14,7 +14,14 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files, results, train
-from lt_jax.build import Config, Experiment, Stage, build, config_digest
+from lt_jax.build import (
+  Config,
+  Experiment,
+  Stage,
+  build,
+  config_digest,
+  trained_by,
+)
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
@@ -28,17 +35,6 @@ from lt_jax.stopping import (
 from lt_jax.together import run_together
 from lt_jax.train import metric_shapes, state_shapes
 from lt_jax.writers import Events, Screen, Track, read_rows, tracking
-
-MAY_CHANGE = frozenset(
-  {
-    'data.workers',
-    'device',
-    'keep_checkpoints',
-    'log_every_steps',
-    'save_every_epochs',
-  }
-)
-"""Keys a resumed run may change, because the training does not depend on them."""
 
 
 def run(
@@ -262,6 +258,12 @@ def rehearsed(
 
   Shapes tell most of what can be wrong, and tell it before the first stage has been
   trained for days: networks, optimisers, augmentation, surgeries.
+
+  Args:
+    config: the resolved configuration.
+    workdir: the run's folder.
+    stop: whether the run must end, which passes of its surgeries look at; None: never.
+    replicas: how many seeds train together.
   """
   workdir = epath.Path(workdir)
 
@@ -358,11 +360,11 @@ def check_config(config: Config, workdir: epath.Path) -> None:
   path = workdir / 'config.json'
   if not path.exists():
     return
-  before, now = files.flatten(files.read_json(path)), files.flatten(config)
+  before, now = trained_by(files.read_json(path)), trained_by(config)
   told = [
     f'{key} was {before.get(key)!r} and is {now.get(key)!r}'
     for key in sorted(before.keys() | now.keys())
-    if key not in MAY_CHANGE and before.get(key) != now.get(key)
+    if before.get(key) != now.get(key)
   ]
   if told:
     raise UserError(

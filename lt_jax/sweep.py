@@ -176,8 +176,11 @@ def _run(
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   """Returns whether a cell has ended, with this configuration."""
-  done = (cell.workdir / 'result.json').exists()
-  return done and files.read_json(cell.workdir / 'config.json') == config
+  from lt_jax.build import trained_by
+
+  if not (cell.workdir / 'result.json').exists():
+    return False
+  return trained_by(files.read_json(cell.workdir / 'config.json')) == trained_by(config)
 
 
 def loader(

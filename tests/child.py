@@ -250,6 +250,14 @@ def _terminate_in_evaluation(argument: str) -> None:
   _at_call(collect.sharding, 'put_batch', terminate, int(argument))
 
 
+def _terminate_in_surgery(argument: str) -> None:
+  """Asks when the first pass of a surgery begins."""
+  from lt_jax.evals import collect
+
+  del argument
+  _at_call(collect, 'total', terminate, 1)
+
+
 def _kill_in_evaluation(argument: str) -> None:
   from lt_jax.evals import collect
 
@@ -372,6 +380,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'kill_in_save': _kill_in_save,
   'term_twice_at': _terminate_twice,
   'term_in_evaluation': _terminate_in_evaluation,
+  'term_in_surgery': _terminate_in_surgery,
   'kill_in_evaluation': _kill_in_evaluation,
   'term_while_compiling': _terminate_while_compiling,
   'file_size': _limit_file_size,

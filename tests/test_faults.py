@@ -274,6 +274,18 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_is_not_in_the_way(tmp_path)
   assert code == 2 and 'in use by process' in output
 
 
+def test_a_signal_in_the_pass_of_a_surgery(tmp_path):
+  """F4: it does not wait for the end of the pass."""
+  options = {'config': 'digits_lt.py:ncm,epochs=4', 'fast': child.FAST[:1]}
+  workdir = tmp_path / 'run'
+  arguments = child.command(workdir, **options)
+  code = child.run(arguments, tmp_path / 'log', 'term_in_surgery')
+  assert code == TERMINATED, (tmp_path / 'log').read_text()
+  assert (workdir / 'stages/train/checkpoints').exists()
+  assert not (workdir / 'stages/ncm').exists()
+  assert child.run(arguments, tmp_path / 'log') == 0, (tmp_path / 'log').read_text()
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
   def refuse(*args):
     raise OSError(errno.ENOLCK, 'no locks available')

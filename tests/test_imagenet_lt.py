@@ -220,6 +220,22 @@ def test_a_stand_in_is_the_next_image_of_the_class(damaged):
     split.image(0)  # which evaluation would not pass over
 
 
+def test_training_and_meta_images_are_cropped_by_other_random_numbers(damaged):
+  data, _ = damaged
+  options = {'data.meta_per_class': 1, 'data.meta_in_train': True}
+  options |= {'data.meta_split': 'train', 'data.on_bad_image': 'skip'}
+  experiment = build.build(config('meta_ce', **data, **options))
+  streams = experiment.stages['meta'].streams
+  assert streams.keys() == {'train', 'meta'}
+  for name, stream in streams.items():
+    found = stream.payload(1)
+    generator = np.random.default_rng((0, zlib.crc32(name.encode()), len(found['bad'])))
+    split = experiment.dataset.splits[name]
+    np.testing.assert_array_equal(
+      found['image'][0], split.augmented(found['index'][0], generator)
+    )
+
+
 def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
   data, file = damaged
   experiment = build.build(config('ce', **data, **{'data.on_bad_image': 'skip'}))

@@ -243,11 +243,12 @@ def test_slurm_gets_the_flags_as_they_are(stubs):
 
 
 def test_another_device_takes_the_place_of_that_of_the_script(stubs):
-  code, text = stubs.run(
-    ['bash', LAUNCH / 'slurm_single.sbatch', *FLAGS, '--config.device=any', '--dry_run']
-  )
-  assert code == 0
-  assert re.findall(r'--config\.device=\S+', text) == ['--config.device=any']
+  for given in (['--config.device=any'], ['--config.device', 'any']):
+    code, text = stubs.run(
+      ['bash', LAUNCH / 'slurm_single.sbatch', *FLAGS, *given, '--dry_run']
+    )
+    assert code == 0
+    assert re.findall(r'--config\.device\S*', text) == given[:1]
 
 
 @pytest.mark.parametrize('name', SBATCH)

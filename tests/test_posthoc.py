@@ -254,7 +254,9 @@ def test_tau_is_not_chosen_on_the_test_set(npz):
     build.build(config)
 
 
-def test_a_run_that_must_end_ends_a_choice_too(npz):
+@pytest.mark.parametrize('recipe', ['tau_norm', 'ncm'])
+def test_a_run_that_must_end_ends_the_pass_of_a_surgery(npz, recipe):
+  """One that collects outputs of each image, and one that adds them up."""
   looks = []
 
   def look():
@@ -262,11 +264,11 @@ def test_a_run_that_must_end_ends_a_choice_too(npz):
     if len(looks) == 2:
       raise Preempted
 
-  config = {**make_config(npz, 'tau_norm'), 'eval_batch': 8}  # of 16 images
+  config = {**make_config(npz, recipe), 'eval_batch': 8}  # of 16 images and more
   experiment = build.build(config, devices=1, look=look)
-  state, fresh = (first_state(experiment, name) for name in ('train', 'tau_norm'))
+  state, fresh = (first_state(experiment, name) for name in ('train', recipe))
   with pytest.raises(Preempted):
-    operate(fresh, {'train': state}, experiment.stages['tau_norm'].surgeries)
+    operate(fresh, {'train': state}, experiment.stages[recipe].surgeries)
   assert len(looks) == 2
 
 

@@ -74,11 +74,23 @@ def test_a_prepared_set_becomes_a_smaller_one(rng, tmp_path):
 def test_what_is_no_source_of_records(tmp_path):
   small_tfds(tmp_path)
   for source, message in {
-    'tfds:small_set': 'tfds:small_set have one size, and stay as they are',
+    'tfds:small_set': r'tfds:small_set has images of shape \(4, 5, 3\); only',
     'npz:x.npz': "'npz:x.npz' is not list:FOLDER, folder:DIR or tfds:NAME",
   }.items():
     with pytest.raises(UserError, match=message):
       prepare.convert(source, name='smaller', data_dir=str(tmp_path))
+
+
+def test_options_that_make_no_sense(lists, tmp_path):
+  folder, root = map(str, lists)
+  options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
+  for source, changed, message in (
+    (f'list:{folder}', {'short_side': -5}, '--short_side is -5; it must be 0 or more'),
+    (f'folder:{root}', {}, '--images is for list:FOLDER, not for folder:'),
+    (f'list:{folder}', {'data_dir': '/proc/no'}, 'cannot be written: No such file'),
+  ):
+    with pytest.raises(UserError, match=message):
+      prepare.convert(source, **{**options, **changed})
 
 
 def test_an_unknown_set_is_told_in_a_line(monkeypatch):

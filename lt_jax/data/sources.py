@@ -138,7 +138,9 @@ class Records:
       return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
     except (RuntimeError, ValueError, DecodeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
-      raise UserError(f'{self.where(position)}: a damaged record: {reason}') from None
+      raise UserError(
+        f'{self.where(position)}: a record that cannot be read: {reason}'
+      ) from None
 
   def decode(self, position: int, encoded: bytes) -> np.ndarray:
     """Returns a stored image as (H, W, channels) uint8, whatever its colour model."""
@@ -341,8 +343,10 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
 
   builder = tfds_builder(name, data_dir=data_dir)
   if not builder.is_prepared():
+    where = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
-      f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare {name}'
+      f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare '
+      f'{name}{where}'
     )
   features = dict(builder.info.features)
   image, label = features.get('image'), features.get('label')
@@ -392,7 +396,7 @@ def tfds_builder(name: str, **options: Any) -> Any:
     known = tfds.list_builders(with_community_datasets=False)
     near = suggest(name, known).partition('; known')[0]  # which are hundreds
     raise UserError(f'unknown TFDS data set {name!r}{near}') from None
-  except (ValueError, AssertionError) as error:
+  except (ValueError, AssertionError, ImportError) as error:  # of a bucket's reader
     raise UserError(f'tfds:{name}: {str(error).splitlines()[0]}') from None
 
 

@@ -177,7 +177,7 @@ def survey(
     return jax.eval_shape(one, state, stream.arrays, stream.payload_shapes())
 
   def collect(state: State, split: str, keep: Callable) -> Collected:
-    return collector(predict, keep, mesh)(state, the(split), stop=look)
+    return collector(predict, keep, mesh)(state, the(split), lambda: bool(look()))
 
   def totals(state: State, split: str, fold: Callable) -> PyTree:
     return total(predict, fold, mesh, state, the(split), look)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files
-from lt_jax.build import config_digest
+from lt_jax.build import config_digest, trained_by
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
 from lt_jax.writers import read_rows
@@ -85,8 +85,7 @@ class Run:
   @functools.cached_property
   def kind(self) -> tuple[str, str]:
     """What seeds of one thing share: digests of the configuration and of the data."""
-    digest = self.result.get('config_digest') or config_digest(self.config)
-    return digest, str(self.data.get('fingerprint', ''))
+    return config_digest(self.config), str(self.data.get('fingerprint', ''))
 
   def arrays(self, name: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a .npz file.
@@ -260,7 +259,7 @@ MOST_DIFFERENCES = 3
 
 def _differences(runs: Sequence[Run]) -> list[str]:
   """Says of each of some runs of a recipe what of its configuration is its own."""
-  flat = [files.flatten(run.config) for run in runs]
+  flat = [trained_by(run.config) for run in runs]
   keys = sorted({key for config in flat for key in config} - {'seed'})
   keys = [k for k in keys if any(c.get(k) != flat[0].get(k) for c in flat)]
   told = []

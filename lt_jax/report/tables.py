@@ -40,7 +40,8 @@ def percent(values: Sequence[float | None]) -> str:
     return 'n/a'
   scaled = 100 * np.array(values, np.float64)
   deviation = f' ± {scaled.std(ddof=1):.1f}' if len(scaled) > 1 else ''
-  return f'{scaled.mean():.1f}{deviation}'
+  # Of a number between two tenths, what it is and not how it is stored decides.
+  return f'{round(scaled.mean(), 6):.1f}{deviation}'
 
 
 def results_table(groups: Sequence[Group]) -> Table:
