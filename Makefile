@@ -48,7 +48,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { \
 	  echo "lt_jax needs Python 3.11 or newer, with venv; set PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.lock
+	$(RUN) -m pip install --quiet --no-compile --requirement requirements.lock
 	$(RUN) -m pip install --quiet --no-deps --editable .
 	@touch $@
 

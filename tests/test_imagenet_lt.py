@@ -115,7 +115,9 @@ def test_crops_are_a_function_of_the_position(lists):
   assert (first != later).any()
 
 
-@pytest.mark.parametrize('kind', ['lists', 'tfds'])
+@pytest.mark.parametrize(
+  'kind', [pytest.param('lists', marks=pytest.mark.slow), 'tfds']
+)
 def test_worker_processes_make_the_same_batches(request, kind):
   source = request.getfixturevalue(kind)
   experiment = build.build(config('ce', **source, **{'data.workers': 2}))

@@ -184,6 +184,7 @@ def test_a_mistake_in_one_process_ends_both(tmp_path):
   assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
   codes, words = run(tmp_path / 'run', '--config.batch=62')
   assert codes == (2, 2), words

@@ -272,6 +272,7 @@ def test_when_all_diverge_it_ends(npz, tmp_path, monkeypatch):
   assert [str(end) for end in ends] == ['not finite at step 0'] * 2
 
 
+@pytest.mark.slow
 def test_those_behind_come_up_to_the_others(npz, tmp_path, monkeypatch):
   """As a kill leaves them: each with its own last checkpoint."""
   given = configs(npz, seeds=(0, 1, 2), evaluate_every_epochs=4.0)
@@ -303,6 +304,7 @@ def test_those_behind_come_up_to_the_others(npz, tmp_path, monkeypatch):
     assert len(rows) == len(set(rows))
 
 
+@pytest.mark.slow
 def test_seeds_that_the_devices_do_not_divide(npz, tmp_path):
   given = configs(npz, seeds=(0, 1, 2, 3, 4), eval_batch=8)
   folders = [tmp_path / str(config['seed']) for config in given]
