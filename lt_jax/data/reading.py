@@ -144,6 +144,13 @@ class _Ahead:
       for child in multiprocessing.active_children():
         if child.name.startswith('grain-process-prefetch'):  # which ignores SIGTERM
           child.kill()
+    # What nobody will ask for lies in shared memory, which goes with its last
+    # reference: at the end of the process that would be too late.
+    self._thread.join(CLOSING_TAKES)
+    self._batches = None
+    with contextlib.suppress(queue.Empty):
+      while True:
+        self._ready.get_nowait()
 
 
 def _batches(source: _Payloads, workers: int) -> Any:
