@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 from lt_jax.data.streams import Payload, Stream
@@ -113,7 +114,9 @@ class _Ahead:
 
   def _pump(self) -> None:
     """Moves batches from Grain to those that are ready."""
-    # Workers inherit that, until they ignore these signals themselves.
+    # Workers inherit that, until they ignore these signals themselves. The tracker that
+    # Python starts beside them would take the mask away again, so it comes first.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
       for payload in self._batches:
@@ -182,15 +185,15 @@ def usable_cores() -> int:
 def _prepare_worker(index: int, count: int) -> None:
   """Makes a worker end with its parent, and not before."""
   del index, count
-  import jax
-
-  jax.config.update('jax_platforms', 'cpu')  # the devices are the parent's
   # A scheduler signals every process of a job. The parent still wants its batches then,
   # to reach a step at which it can save.
   for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
   threading.Thread(target=_end_with_parent, daemon=True).start()
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # the devices are the parent's
 
 
 def _end_with_parent() -> None:
