@@ -124,6 +124,11 @@ class _Ahead:
           return
     except BaseException as error:  # is raised again by the one who asks
       self._put((None, error))
+    finally:
+      # By the one who takes from it: while another waits in it, Grain leaves what its
+      # workers had ready in shared memory.
+      self._batches.close()
+      self._batches = None
 
   def _put(self, item: Any) -> bool:
     """Waits for a free place; returns False where nobody will ask any more."""
@@ -140,17 +145,14 @@ class _Ahead:
     middle of a message can hold up. A run that could not go on must end all the same.
     """
     self._closing.set()
-    closer = threading.Thread(target=self._batches.close, daemon=True, name='closing')
-    closer.start()
-    closer.join(CLOSING_TAKES)
-    if closer.is_alive():
+    self._thread.join(CLOSING_TAKES)
+    if self._thread.is_alive():
       for child in multiprocessing.active_children():
         if child.name.startswith('grain-process-prefetch'):  # which ignores SIGTERM
           child.kill()
+      self._thread.join(CLOSING_TAKES)
     # What nobody will ask for lies in shared memory, which goes with its last
     # reference: at the end of the process that would be too late.
-    self._thread.join(CLOSING_TAKES)
-    self._batches = None
     with contextlib.suppress(queue.Empty):
       while True:
         self._ready.get_nowait()
