@@ -3,16 +3,22 @@
 import os
 import pathlib
 import tempfile
+from importlib import metadata
 
 # One folder for all processes of the tests, whose first one makes and removes it.
 if 'LT_JAX_TEST_CACHE' not in os.environ:
   CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
   os.environ['LT_JAX_TEST_CACHE'] = CACHE.name
 
-# Compiling is most of a test's time, and LLVM's optimisations are most of compiling.
+# Compiling is most of a test's time, and LLVM's optimisations are most of compiling;
+# of the rest, the newer emitters of fused operations, which jaxlib 0.10 can go without.
 os.environ['XLA_FLAGS'] = (
   f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 )
+if metadata.version('jaxlib').startswith('0.10.'):
+  os.environ['XLA_FLAGS'] += (
+    ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  )
 
 import jax
 import numpy as np

@@ -17,16 +17,6 @@ from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import meta_embedding
 from lt_jax.optim import sgd
 
-quick = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-"""jax.jit that compiles at once, which takes most of the time here."""
-
-
 # The references: float64 NumPy, an image at a time, straight from the formulas.
 
 
@@ -90,7 +80,7 @@ def test_attention(rng, height, width):
     apply = functools.partial(
       ModulatedAttention().apply, capture_intermediates=True, mutable=['intermediates']
     )
-    found, captured = quick(apply)({'params': params}, x)
+    found, captured = jax.jit(apply)({'params': params}, x)
   captured = captured['intermediates']
   for i, image in enumerate(x):
     expected = attention_by_numpy(params, image)
@@ -106,7 +96,7 @@ def test_attention_in_bfloat16(rng, dtype):
   params = attention_params(rng, x.shape[1:])
   rounded = jax.tree.map(lambda p: jnp.asarray(p / 2, jnp.bfloat16), params)
   wide = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), rounded)
-  found = quick(ModulatedAttention(dtype).apply)({'params': wide}, x)
+  found = jax.jit(ModulatedAttention(dtype).apply)({'params': wide}, x)
   assert found.dtype == jnp.bfloat16
   rounded = jax.tree.map(lambda p: np.asarray(p, np.float64), rounded)
   expected = [
@@ -118,7 +108,7 @@ def test_attention_in_bfloat16(rng, dtype):
 def test_attention_is_not_the_identity_in_the_beginning():
   """Scales of the first weights: sqrt(2 / channels out), and PyTorch's elsewhere."""
   x = jnp.ones((1, 2, 2, 128))
-  init = quick(ModulatedAttention().init_with_output)
+  init = jax.jit(ModulatedAttention().init_with_output)
   found, variables = init(jax.random.key(0), x)
   assert np.abs(found - x).max() > 0.01
   params = variables['params']
@@ -173,14 +163,14 @@ def apply_head(module, params, features, centroids):
   return module.apply({'params': params}, features, centroids=centroids)
 
 
-run_head = quick(apply_head, static_argnums=0)
+run_head = jax.jit(apply_head, static_argnums=0)
 
 
 def test_meta_embedding(head):
   module, params, features, centroids = head
   with jax.enable_x64(True):
     apply = functools.partial(module.apply, mutable=['intermediates'])
-    logits, kept = quick(apply)({'params': params}, features, centroids=centroids)
+    logits, kept = jax.jit(apply)({'params': params}, features, centroids=centroids)
   expected = head_by_numpy(params, features, centroids)
   np.testing.assert_allclose(logits, expected.pop('logits'), rtol=1e-10, atol=1e-10)
   kept = kept['intermediates']
@@ -197,7 +187,7 @@ def test_the_meta_embedding_of_the_released_code():
 
 def test_first_weights_of_the_meta_embedding():
   width = 400
-  first = quick(meta_embedding(9).init)(jax.random.key(0), jnp.zeros((1, width)))
+  first = jax.jit(meta_embedding(9).init)(jax.random.key(0), jnp.zeros((1, width)))
   params = first['params']
   bound = 1 / math.sqrt(width)
   for leaf in (
@@ -222,7 +212,7 @@ def test_gradients_of_the_meta_embedding(head, rng):
       lambda p, v, m: (direction * apply_head(module, p, v, m)).sum(),
       argnums=(0, 1, 2),
     )
-    found, of_features, of_centroids = quick(gradient)(params, features, centroids)
+    found, of_features, of_centroids = jax.jit(gradient)(params, features, centroids)
   slopes = numerical_gradient(functools.partial(by_numpy, params), features)
   assert np.abs(slopes).max() > 0.1
   np.testing.assert_allclose(of_features, slopes, rtol=1e-6, atol=1e-8)
@@ -263,7 +253,7 @@ def test_a_feature_on_a_centroid_is_finite(head, value):
     return (logits * jnp.arange(1.0, CLASSES + 1)[None]).sum(), logits
 
   gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-  (_, logits), grads = quick(gradient)(params, features)
+  (_, logits), grads = jax.jit(gradient)(params, features)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((logits, grads)))
   assert np.abs(logits).max() <= SCALE * (1 + 1e-5)
 
@@ -364,7 +354,7 @@ def method(projection=-1, *, rules=(('.*', 1.0),), form='released'):
 
 @functools.cache
 def compiled_step(options):
-  return quick(method(**dict(options)).step)
+  return jax.jit(method(**dict(options)).step)
 
 
 def a_step(state, batch, **options):
@@ -380,7 +370,7 @@ def begun():
   """The first State, and a batch."""
   images = np.random.default_rng(3).normal(size=(8, 8, 8, 1)).astype(np.float32)
   batch = {'image': images, 'label': LABELS}
-  init = quick(method().init)
+  init = jax.jit(method().init)
   return init(jax.random.key(1), {'train': batch}), batch
 
 
@@ -442,7 +432,7 @@ def paper_by_numpy(features, centroids):
   return loss, of_features, of_centroids, active
 
 
-@quick
+@jax.jit
 def network_gradient(params, stats, centroids, images, slopes):
   """Returns the outputs, and the gradient of a function with slopes by outputs."""
 
@@ -581,7 +571,7 @@ def test_centroids_have_the_size_of_the_features(begun, projection, width):
 
 def test_predictions_read_the_centroids(begun, centroids):
   state, batch = begun
-  predict = quick(method().predict)
+  predict = jax.jit(method().predict)
   outputs, elsewhere = (
     predict(with_centroids(state, m), batch['image']) for m in (centroids, -centroids)
   )

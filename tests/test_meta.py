@@ -28,7 +28,6 @@ CLASSES, TRAIN, META, PIXELS, HIDDEN = 5, 16, 10, 12, 7
 COUNTS = np.array([40, 20, 10, 5, 2])
 CLASS_WEIGHTS = (0.2, 0.5, 1.0, 1.5, 1.8)
 PRECISIONS = {'float64': 1e-10, 'float32': 1e-5}
-QUICK = {'xla_backend_optimization_level': 0}  # these programs run once
 
 
 # A network of two dense layers with batch normalisation, written here in full.
@@ -230,15 +229,11 @@ def by_hand(problem, kind, virtual, loss=cross_entropy):
 def defined(kind, virtual):
   """The same in float64, of the problem of the tests."""
   with jax.enable_x64(True):
-    by = jax.jit(by_hand, static_argnums=(1, 2), compiler_options=QUICK)
+    by = jax.jit(by_hand, static_argnums=(1, 2))
     return by(make_problem('float64'), kind, virtual)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('route', 'kind', 'optimizer', 'layers'),
-  compiler_options=QUICK,
-)
+@functools.partial(jax.jit, static_argnames=('route', 'kind', 'optimizer', 'layers'))
 def meta_gradient(problem, route, kind, optimizer, layers=(None, None)):
   """Returns (meta loss, meta gradient) by a route, as a step of the method does."""
   name, options = WEIGHINGS[kind]
@@ -604,7 +599,7 @@ def test_a_whole_step_by_hand(kind, optimizer, loss, options):
       stats=zeros(shapes.stats),
       opt={**zeros(shapes.opt), **here.opt},
     )
-    step = jax.jit(method.step, compiler_options=QUICK)
+    step = jax.jit(method.step)
     after, metrics = step(before, batches)
 
     def expectation(problem):
@@ -638,7 +633,7 @@ def test_a_whole_step_by_hand(kind, optimizer, loss, options):
       'stats': after.stats['net']['mean'],
       'weight_net': after.params.get('weight_net', {}),
     }
-    expected = jax.jit(expectation, compiler_options=QUICK)(problem)
+    expected = jax.jit(expectation)(problem)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10),
       found,

@@ -1,6 +1,5 @@
 """Post-hoc classifiers, and the surgeries that measure what they need."""
 
-import functools
 import pathlib
 
 import jax
@@ -23,15 +22,6 @@ from lt_jax.train import Preempted
 from tests import tiny
 
 NOWHERE = pathlib.Path('nowhere')  # the folder of a run that never began
-
-quick = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-"""jax.jit that compiles at once, which takes most of the time here."""
 
 COUNTS = (12, 7, 5, 2)
 """26 training images: the last batch of eight has two."""
@@ -59,7 +49,7 @@ def first_state(experiment, stage):
   key = build.config_digest(experiment.config), stage
   if key not in FIRST:
     batch = {'image': jnp.zeros((8, 8, 8, 1)), 'label': jnp.zeros(8, jnp.int32)}
-    init = quick(experiment.stages[stage].method.init)
+    init = jax.jit(experiment.stages[stage].method.init)
     FIRST[key] = jax.device_get(init(jax.random.key(0), {'train': batch}))
   return sharding.put_replicated(experiment.mesh, FIRST[key])
 
@@ -78,7 +68,7 @@ def images_of(experiment, split):
 
 
 def features_of(experiment, stage, state, images):
-  predict = quick(experiment.stages[stage].method.predict)
+  predict = jax.jit(experiment.stages[stage].method.predict)
   return np.asarray(predict(jax.device_get(state), images)['features'], np.float64)
 
 
@@ -223,7 +213,7 @@ def test_predictions_use_the_chosen_tau(chosen):
   images = images[:8]
   features = features_of(experiment, 'train', state, images)
   method = experiment.stages['tau_norm'].method
-  outputs = quick(method.predict)(jax.device_get(last), images)
+  outputs = jax.jit(method.predict)(jax.device_get(last), images)
   kernel = np.asarray(state.params['net']['head']['kernel'], np.float64)
   tau = float(last.memory['tau_norm']['tau'])
   expected = features @ (kernel / np.sqrt((kernel**2).sum(0)) ** tau)
@@ -330,7 +320,7 @@ def fitted(request, npz):
 
 def logits_of(experiment, state, split):
   images, labels = images_of(experiment, split)
-  predict = quick(experiment.stages['aware'].method.predict)
+  predict = jax.jit(experiment.stages['aware'].method.predict)
   logits = predict(jax.device_get(state), images)['logits']
   return np.asarray(logits, np.float64), labels
 
@@ -367,7 +357,7 @@ def test_nothing_changes_before_the_tails_are_fitted(fitted):
   images, _ = images_of(experiment, 'test')
   fresh = fresh.replace(params=state.params, stats=state.stats)
   plain, wrapped = (
-    quick(experiment.stages[name].method.predict)(jax.device_get(s), images)
+    jax.jit(experiment.stages[name].method.predict)(jax.device_get(s), images)
     for name, s in (('aware', state), ('openmax', fresh))
   )
   np.testing.assert_allclose(wrapped['logits'], plain['logits'], atol=1e-5)
@@ -381,7 +371,7 @@ def test_predictions_give_logits_to_the_unknown_class(fitted, rng):
   experiment, state, _, last = fitted
   logits, _ = logits_of(experiment, state, 'test')
   images, _ = images_of(experiment, 'test')
-  predict = quick(experiment.stages['openmax'].method.predict)
+  predict = jax.jit(experiment.stages['openmax'].method.predict)
   last = jax.device_get(last)
   outputs = jax.device_get(predict(last, images))
   tails = openmax.Tails(**last.memory['openmax'])
@@ -403,7 +393,9 @@ def test_a_known_score_is_the_share_of_the_known_classes():
   logits = np.array([[0.0, 1.0, 2.0], [-70.0, -71.0, -72.0]], np.float32)
   method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
   state = method.init(jax.random.key(0), {'train': {'image': logits}})
-  score = quick(method.predict)(state, logits)['known_score']  # the unknown logit is 0
+  score = jax.jit(method.predict)(state, logits)[
+    'known_score'
+  ]  # the unknown logit is 0
   known = np.exp(logits.astype(np.float64)).sum(1)
   np.testing.assert_allclose(score, known / (known + 1), rtol=1e-4)
 

@@ -141,7 +141,7 @@ if __name__ == '__main__':
       print(sum(read('train', step)['x'].size for step in range(1, 50)), flush=True)
     else:
       os.kill(os.getpid(), signal.SIGKILL)
-  time.sleep(0.5)  # Grain lets go of its memory in a thread
+  time.sleep(1.5)  # Grain lets go of its memory in a thread
 """
 
 

@@ -1,7 +1,5 @@
 """Surgery: what is named is taken, what is not stays fresh, and mistakes are told."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,15 +197,6 @@ def test_a_source_of_another_shape_is_named():
 COUNTS = (9, 6, 4, 2)
 """21 training images: the last batch of eight has five."""
 
-quick = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-"""jax.jit that compiles at once, which takes most of the time here."""
-
 
 @pytest.fixture(scope='module')
 def npz(tmp_path_factory):
@@ -222,7 +211,7 @@ def first_state(experiment, stage):
   key = build.config_digest(experiment.config), stage
   if key not in FIRST:
     batch = {'image': jnp.zeros((8, 8, 8, 1)), 'label': jnp.zeros(8, jnp.int32)}
-    init = quick(experiment.stages[stage].method.init)
+    init = jax.jit(experiment.stages[stage].method.init)
     FIRST[key] = jax.device_get(init(jax.random.key(len(FIRST)), {'train': batch}))
   return sharding.put_replicated(experiment.mesh, FIRST[key])
 
@@ -237,7 +226,7 @@ def measured(npz, recipe, devices):
   split = experiment.dataset.splits['train']
   images = np.stack([split.source[int(row)] for row in split.rows])
   images = (images / 255 - 0.5).astype(np.float32) / 0.5
-  outputs = quick(stage.method.predict)(jax.device_get(last), images)
+  outputs = jax.jit(stage.method.predict)(jax.device_get(last), images)
   outputs = {name: np.asarray(x, np.float64) for name, x in outputs.items()}
   return (
     images,
