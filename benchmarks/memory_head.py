@@ -231,7 +231,9 @@ class Filling:
 
     one_pass = self.one_pass._replace(stream=stream._replace(payload=payload))
     mesh = sharding.make_mesh(1)
-    collect.total(self.method.predict, fold, mesh, self.state, one_pass, IN_FLIGHT)
+    collect.total(
+      self.method.predict, fold, mesh, self.state, one_pass, in_flight=IN_FLIGHT
+    )
     return time.perf_counter() - began
 
 
