@@ -6,6 +6,7 @@ at a step reads from there and nowhere else.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -15,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
+
+import numpy as np
 
 from lt_jax.data.streams import Payload, Stream
 
@@ -89,6 +92,7 @@ class _Ahead:
     self._steps = iter(steps)
     self._closing = threading.Event()
     self._ready: queue.Queue = queue.Queue(_BUFFER)
+    self._copy = workers > 0
     self._batches = iter(_batches(_Payloads(payload, steps), workers))
     self._thread = threading.Thread(target=self._pump, daemon=True, name='reading')
     self._thread.start()
@@ -120,6 +124,10 @@ class _Ahead:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
       for payload in self._batches:
+        if self._copy:
+          # Of shared memory there is little, and JAX lets go of what it has read only
+          # when garbage is collected.
+          payload = {name: np.array(values) for name, values in payload.items()}
         if not self._put((payload, None)):
           return
     except BaseException as error:  # is raised again by the one who asks
@@ -151,11 +159,9 @@ class _Ahead:
         if child.name.startswith('grain-process-prefetch'):  # which ignores SIGTERM
           child.kill()
       self._thread.join(CLOSING_TAKES)
-    # What nobody will ask for lies in shared memory, which goes with its last
-    # reference: at the end of the process that would be too late.
-    with contextlib.suppress(queue.Empty):
-      while True:
-        self._ready.get_nowait()
+    # Grain leaves batches in cycles; at the end of the process Python would call their
+    # shared memory leaked.
+    gc.collect()
 
 
 def _batches(source: _Payloads, workers: int) -> Any:
