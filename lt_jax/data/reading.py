@@ -118,8 +118,10 @@ class _Ahead:
 
   def _pump(self) -> None:
     """Moves batches from Grain to those that are ready."""
-    # Workers inherit that, until they ignore these signals themselves. The tracker that
-    # Python starts beside them would take the mask away again, so it comes first.
+    # Workers inherit that, until they ignore these signals themselves. So does the
+    # tracker that Python starts beside them, which takes the mask away here: it comes
+    # first, and the mask again.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
