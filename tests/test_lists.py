@@ -1,6 +1,7 @@
 """Lists and folders of images: what is in the files, and faults with file and line."""
 
 import copy
+import errno
 import os
 import pathlib
 
@@ -237,6 +238,18 @@ def test_bad_images_are_named_when_they_are_read(tmp_path):
   for i, message in enumerate(('empty', 'not an image', 'No such file')):
     with pytest.raises(UserError, match=f'{tmp_path}/{"abc"[i]}.png: .*{message}'):
       train[i]
+
+
+def test_a_disk_that_fails_is_no_bad_image(tmp_path, monkeypatch):
+  write_list(tmp_path, 'train.txt', ['a.png 0'])
+  train = load(tmp_path)['train']
+
+  def failing(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', failing)
+  with pytest.raises(OSError, match='Input/output error.*a.png'):
+    train[0]
 
 
 def test_the_fingerprint_is_of_paths_and_labels(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pathlib
+import re
 import zipfile
 
 import numpy as np
@@ -349,6 +350,52 @@ def test_a_damaged_record_is_named(tmp_path):
     for position in range(3):
       source.example(position)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('told', 'kind'),
+  [
+    ('Corrupted Riegeli/records file: block header hash mismatch', UserError),
+    ('Invalid Riegeli/records file: chunk boundary is 393216 but', UserError),
+    ('ArrayRecord file should be at least 64KB big', UserError),
+    ('', UserError),  # of a shard that ends at the end of a block
+    ('open() failed: No such file or directory; opening FILE', UserError),
+    ('pread() failed: Input/output error; reading Corrupted; at byte 9', OSError),
+    ('open() failed: Stale file handle; opening FILE', OSError),
+    ('open() failed: Too many open files; opening FILE', OSError),
+    ('PerformWork() - CURL error [6]=Could not resolve hostname', OSError),
+  ],
+)
+def test_only_damage_is_a_bad_record(told, kind):
+  class Shard:
+    def __getitem__(self, position):
+      raise RuntimeError(told)
+
+  source = sources.Records('tfds:pets', 1, Shard(), ('cat',), (None, None, 3), None)
+  with pytest.raises(kind, match='^tfds:pets: image 7: .*' + re.escape(told)):
+    source.encoded(7)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path):
+  pixels = PIXELS.integers(0, 256, (200, 200), np.uint8)
+  examples = [{'id': '', 'image': encode(pixels, 'L', 'png'), 'label': 0}] * 3
+  write_tfds(tmp_path, 'pets', (None, None, 3), {'train': examples})
+  source = sources.load_source('tfds:pets', data_dir=str(tmp_path))['train']
+  source.encoded(0)
+  (shard,) = (tmp_path / 'pets' / '1.0.0').glob('*.array_record*')
+  opened = [n for n in os.listdir('/proc/self/fd') if _target(n) == str(shard)]
+  with open('/proc/self/mem', 'rb') as failing:  # whose first page gives EIO
+    for number in opened:
+      os.dup2(failing.fileno(), int(number))
+  with pytest.raises(OSError, match='image 1: .*Input/output error'):
+    source.encoded(1)
+
+
+def _target(number):
+  try:
+    return os.readlink(f'/proc/self/fd/{number}')
+  except FileNotFoundError:  # that of listing them
+    return ''
 
 
 @pytest.mark.parametrize(('name', 'n'), [('cifar10', 20521), ('cifar100', 20563)])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -127,7 +128,12 @@ class Records:
     write_atomically(self.labels_file, file.getvalue())
 
   def example(self, position: int) -> tuple[bytes, int]:
-    """Returns (JPEG or PNG file, label) as they are stored."""
+    """Returns (JPEG or PNG file, label) as they are stored.
+
+    Raises:
+      UserError: the record is damaged, or its file is not there.
+      OSError: it could not be read now, as where a disk or a network fails.
+    """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -138,7 +144,8 @@ class Records:
       return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
     except (RuntimeError, ValueError, DecodeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
-      raise UserError(
+      passing = isinstance(error, RuntimeError) and not _LASTING.match(reason)
+      raise (OSError if passing else UserError)(
         f'{self.where(position)}: a record that cannot be read: {reason}'
       ) from None
 
@@ -173,6 +180,14 @@ class Records:
 
 
 _PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
+
+# How array_record, whose errors are words alone, begins to tell of damage (of a shard
+# that ends too early without a word) and of a file that is not there. Whatever else it
+# says, such as of system calls that fail or of a bucket, can pass.
+_LASTING = re.compile(
+  r'$|Corrupted|Invalid|Truncated|Riegeli|ArrayRecord|Could not parse|'
+  r'\w+\(\) failed: (No such file|Is a directory|Permission denied)'
+)
 
 
 def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
