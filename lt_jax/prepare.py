@@ -15,13 +15,16 @@ as many.
 
 import concurrent.futures
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from absl import flags
+from etils import epath
 
 from lt_jax import commands
 from lt_jax.errors import UserError
+from lt_jax.files import locked, make_workdir
 
 DATA_DIR = flags.DEFINE_string('data_dir', None, "The folder; TFDS's own by default.")
 IMAGES = flags.DEFINE_string('images', None, 'The folder that lists are relative to.')
@@ -83,11 +86,11 @@ def convert(
     split -> number of images.
 
   Raises:
-    UserError: the source or an image is damaged, a name is wrong, or there is such a
-      data set already.
+    UserError: the source or an image is damaged, a name is wrong, there is such a data
+      set already, or another process prepares it.
+    OSError: it cannot be written, as on a full disk.
   """
   import tensorflow_datasets as tfds
-  from etils import epath
 
   from lt_jax.data.sources import load_source, store_labels
 
@@ -115,19 +118,36 @@ def convert(
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
   data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
-  home = data_dir / name / VERSION
+  folder = make_workdir(data_dir / name)
+  with locked(folder):
+    _write(sources, folder / VERSION, source, short_side)
+  store_labels(load_source(f'tfds:{name}', str(data_dir)))
+  return {split: len(one) for split, one in sources.items()}
+
+
+def _write(
+  sources: Mapping[str, Any], home: epath.Path, source: str, short_side: int
+) -> None:
+  """Writes the records of all splits into DATA_DIR/NAME/VERSION.
+
+  Raises:
+    UserError: it is there already, or an image is damaged.
+    OSError: they cannot be written, as on a full disk.
+  """
+  import tensorflow_datasets as tfds
+
   if home.exists():
     raise UserError(f'{home} is there already; give another --name')
   # Renamed at the end: what was interrupted is never taken for whole.
-  unfinished = data_dir / name / f'{VERSION}.unfinished'
-  try:
-    if unfinished.exists():
-      unfinished.rmtree()
-    unfinished.mkdir(parents=True)
-  except OSError as error:
-    raise UserError(f'{unfinished} cannot be written: {error.strerror}') from None
+  unfinished = home.with_name(f'{VERSION}.unfinished')
+  if unfinished.exists():
+    unfinished.rmtree()
+  unfinished.mkdir()
   identity = tfds.core.dataset_info.DatasetIdentity(
-    name=name, version=VERSION, data_dir=str(unfinished), module_name='lt_jax'
+    name=home.parent.name,
+    version=VERSION,
+    data_dir=str(unfinished),
+    module_name='lt_jax',
   )
   size = f'short side {short_side} at most' if short_side else 'as they were'
   info = tfds.core.DatasetInfo(
@@ -143,14 +163,15 @@ def convert(
   writer = tfds.core.SequentialWriter(
     info, max_examples_per_shard=IMAGES_A_SHARD, file_format='array_record'
   )
-  writer.initialize_splits(list(sources))
-  for split, one in sources.items():
-    for row in _rows(one, split, short_side):
-      writer.add_examples({split: [row]})
-  writer.close_all()
+  try:
+    writer.initialize_splits(list(sources))
+    for split, one in sources.items():
+      for row in _rows(one, split, short_side):
+        writer.add_examples({split: [row]})
+    writer.close_all()
+  except RuntimeError as error:  # as array_record tells of a system call that failed
+    raise OSError(str(error)) from None
   unfinished.rename(home)
-  store_labels(load_source(f'tfds:{name}', str(data_dir)))
-  return {split: len(one) for split, one in sources.items()}
 
 
 def _rows(source: Any, split: str, short_side: int) -> Iterator[dict[str, Any]]:
@@ -197,6 +218,7 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
 
 def main(source: str) -> None:
   """Prepares the data set named on the command line."""
+  jax.config.update('jax_platforms', 'cpu')  # devices may be busy with a run
   if ':' not in source:
     if NAME.value or IMAGES.value or SHORT_SIDE.value:
       raise UserError(

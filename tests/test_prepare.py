@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 from PIL import Image
 
 from lt_jax import prepare
@@ -34,8 +35,9 @@ def test_lists_become_the_same_records(lists, tmp_path):
     np.testing.assert_array_equal(before[split].labels, after[split].labels)
     for i in (0, len(before[split]) - 1):
       assert before[split].encoded(i) == after[split].encoded(i)
-  (home,) = (tmp_path / 'mini_lt').iterdir()
+  home = tmp_path / 'mini_lt' / prepare.VERSION
   assert (home / 'lt_jax-labels-train.npy').exists()
+  assert not home.with_name(f'{prepare.VERSION}.unfinished').exists()
 
 
 def test_folders_become_smaller_records(rng, tmp_path):
@@ -114,6 +116,39 @@ def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):
 
 def interrupted(*args):
   raise KeyboardInterrupt
+
+
+def test_a_set_is_prepared_by_one_at_a_time(lists, tmp_path, monkeypatch):
+  folder, root = map(str, lists)
+  options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
+  rows = prepare._rows
+
+  def meanwhile(*args):
+    monkeypatch.setattr(prepare, '_rows', rows)
+    with pytest.raises(UserError, match=r'mini_lt is in use by process \d+'):
+      prepare.convert(f'list:{folder}', **options)
+    yield from rows(*args)
+
+  monkeypatch.setattr(prepare, '_rows', meanwhile)
+  counts = prepare.convert(f'list:{folder}', **options)
+  after = load_source('tfds:mini_lt', str(tmp_path))
+  assert {split: len(one) for split, one in after.items()} == counts
+  assert len(after['train'].encoded(counts['train'] - 1)) > 0
+
+
+def test_a_full_disk_can_pass(lists, tmp_path, monkeypatch):
+  folder, root = map(str, lists)
+  options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
+
+  class Full(array_record_module.ArrayRecordWriter):
+    def close(self):
+      raise RuntimeError('write() failed: No space left on device; writing FILE')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(array_record_module, 'ArrayRecordWriter', Full)
+    with pytest.raises(OSError, match='No space left on device; writing FILE'):
+      prepare.convert(f'list:{folder}', **options)
+  assert prepare.convert(f'list:{folder}', **options)['train'] == 1015
 
 
 @pytest.mark.parametrize('name', ['places-lt', 'Places', '', '../x'])
