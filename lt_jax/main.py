@@ -33,13 +33,16 @@ def main() -> None:
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
     _start_distributed()
-  run.run(
-    build.resolve(CONFIG.value),
-    WORKDIR.value,
-    allow_config_change=ALLOW_CONFIG_CHANGE.value,
-    profile=_profile_steps(PROFILE_STEPS.value),
-    tracker=TRACKER.value,
-  )
+  try:
+    run.run(
+      build.resolve(CONFIG.value),
+      WORKDIR.value,
+      allow_config_change=ALLOW_CONFIG_CHANGE.value,
+      profile=_profile_steps(PROFILE_STEPS.value),
+      tracker=TRACKER.value,
+    )
+  except run.OtherConfig as error:
+    raise UserError(f'{error}, or --allow_config_change') from None
 
 
 def _start_distributed() -> None:

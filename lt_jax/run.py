@@ -355,6 +355,10 @@ def _check_peers(experiment: Experiment) -> None:
     )
 
 
+class OtherConfig(UserError):
+  """A folder was begun with another configuration."""
+
+
 def check_config(config: Config, workdir: epath.Path) -> None:
   """Refuses a configuration other than the one the folder was begun with."""
   path = workdir / 'config.json'
@@ -367,9 +371,9 @@ def check_config(config: Config, workdir: epath.Path) -> None:
     if before.get(key) != now.get(key)
   ]
   if told:
-    raise UserError(
+    raise OtherConfig(
       f'{workdir} was begun with another configuration: {", ".join(told)}; give '
-      'another workdir, or --allow_config_change'
+      'another workdir'
     )
 
 

@@ -203,6 +203,7 @@ def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
   assert code == 2
   assert 'schedule.base was 0.05 and is 0.5' in output
   assert 'optimizer.momentum was 0.9 and is 0.5' in output
+  assert output.endswith('; give another workdir, or --allow_config_change\n')
   code, output = run(workdir, '--config.keep_checkpoints=5')  # of no consequence
   assert code == 0, output
   assert_same_run(workdir, unbroken)  # and a finished run is not changed
