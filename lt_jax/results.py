@@ -25,6 +25,18 @@ from lt_jax.writers import Screen, read_rows, write_npz
 MOST_LOGITS = 10**8
 """Test images times classes up to which predictions.npz holds every logit."""
 
+PREDICTIONS = (
+  'label',
+  'prediction',
+  'confidence',
+  'logits',
+  'top_logits',
+  'top_classes',
+  'label_logit',
+  'log_sum_exp',
+)
+"""What predictions.npz may hold; two logits may be equal in float16."""
+
 TOP = 20
 FEATURES = 2000
 SAMPLES = 64
@@ -131,6 +143,12 @@ def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str,
   return {'value': open_set.FIXED_THRESHOLD, 'chosen_by': 'fixed, there is no val'}
 
 
+def _half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """Returns values in float16, those beyond its range at its ends."""
+  most = float(np.finfo(np.float16).max)
+  return values.astype(np.float32).clip(-most, most).astype(np.float16)
+
+
 @functools.cache
 def _keep(all_logits: bool) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
   """Returns what is kept of the test split: records, features, and logits or the top.
@@ -142,14 +160,14 @@ def _keep(all_logits: bool) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
     logits = outputs['logits']
     kept = {
       **record(outputs, batch),
-      'features': outputs['features'].astype(jnp.float16),
+      'features': _half(outputs['features']),
     }
     if all_logits:
-      return kept | {'logits': logits.astype(jnp.float16)}
+      return kept | {'logits': _half(logits)}
     top, classes = jax.lax.top_k(logits, TOP)
     of_label = jnp.take_along_axis(logits, batch['label'][:, None], axis=-1)[:, 0]
     return kept | {
-      'top_logits': top.astype(jnp.float16),
+      'top_logits': _half(top),
       'top_classes': classes,
       'label_logit': of_label,
       'log_sum_exp': jax.nn.logsumexp(logits, axis=-1),
@@ -234,9 +252,8 @@ def _write_arrays(
   experiment: Experiment, workdir: epath.Path, state: State, test: Collected
 ) -> None:
   """Writes predictions.npz, features.npz and samples.npz."""
-  logits = ('logits', 'top_logits', 'top_classes', 'label_logit', 'log_sum_exp')
-  predictions = {name: test[name] for name in logits if name in test}
-  write_npz(workdir / 'predictions.npz', label=test['label'], **predictions)
+  predictions = {name: test[name] for name in PREDICTIONS if name in test}
+  write_npz(workdir / 'predictions.npz', **predictions)
 
   few = np.linspace(0, len(test['label']) - 1, FEATURES).round().astype(int)
   few = np.unique(few)
@@ -248,7 +265,7 @@ def _write_arrays(
     features=test['features'][few],
     label=test['label'][few],
     prediction=test['prediction'][few],
-    centroids=np.asarray(centroids, np.float16),
+    centroids=_half(np.asarray(centroids)),
   )
 
   worst = worst_tail_errors(test, experiment.dataset.counts, experiment.groups['few'])

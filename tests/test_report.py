@@ -52,24 +52,18 @@ def config(recipe='ce', seed=0, **changes):
   return json.loads(json.dumps(made))
 
 
-def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES, top=False):
+def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
   """Writes what a finished run leaves, with random arrays; returns the folder."""
   made = made or config()
   rng = np.random.default_rng(made['seed'])
   classes = len(counts)
   folder.mkdir(parents=True)
   label = np.repeat(np.arange(classes), 10)
-  logits = rng.normal(size=(len(label), classes)).astype(np.float16)
-  if top:
-    order = np.argsort(-logits, axis=1)[:, :20]
-    stored = {
-      'top_logits': np.take_along_axis(logits, order, 1),
-      'top_classes': order.astype(np.int32),
-      'log_sum_exp': np.log(np.exp(logits.astype(np.float32)).sum(1)),
-    }
-  else:
-    stored = {'logits': logits}
-  np.savez(folder / 'predictions.npz', label=label, **stored)
+  predicted = {
+    'prediction': rng.integers(0, classes, len(label), np.int32),
+    'confidence': rng.uniform(0.2, 1, len(label)).astype(np.float32),
+  }
+  np.savez(folder / 'predictions.npz', label=label, **predicted)
   np.savez(
     folder / 'features.npz',
     features=rng.normal(size=(len(label), 6)).astype(np.float16),
@@ -369,7 +363,7 @@ def test_many_classes_are_drawn_in_blocks(tmp_path):
   counts = tuple(int(500 * 0.96**c) + 1 for c in range(120))
   names = [f'class {c}' for c in range(120)]
   arguments = {'counts': counts, 'names': names}
-  write_run(tmp_path / 'ce', config(), top=True, **arguments)
+  write_run(tmp_path / 'ce', config(), **arguments)
   write_run(tmp_path / 'l2rw', config('l2rw'), **arguments)
   found = runs.find(epath.Path(tmp_path))
   for name in ('confusion', 'class_accuracy'):
@@ -378,22 +372,6 @@ def test_many_classes_are_drawn_in_blocks(tmp_path):
     assert ('20 blocks of classes' in drawn.caption) == (name == 'confusion')
   compared = figures.compare_classes
   assert figures.draw('compare', compared, runs.grouped(found)[0], 'page').svg
-
-
-def test_both_forms_of_predictions_tell_the_same(tmp_path):
-  names = [str(c) for c in range(30)]
-  arguments = {'counts': range(30, 0, -1), 'names': names}
-  arguments['counts'] = list(arguments['counts'])
-  found = [
-    runs.Run(write_run(tmp_path / str(top), top=top, **arguments), 'run').predicted
-    for top in (False, True)
-  ]
-  for ours, theirs in zip(*found, strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=2e-3)
-  with np.load(tmp_path / 'False/predictions.npz') as stored:
-    logits = stored['logits'].astype(np.float64)
-  softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-  np.testing.assert_allclose(found[0][2], softmax.max(1), rtol=1e-5)
 
 
 def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):

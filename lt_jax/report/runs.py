@@ -106,13 +106,7 @@ class Run:
   def predicted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(label, prediction, confidence) of the test images, (N,) each."""
     stored = self.arrays('predictions.npz')
-    if 'logits' not in stored:
-      top, of_all = stored['top_logits'][:, 0], stored['log_sum_exp']
-      return stored['label'], stored['top_classes'][:, 0], np.exp(top - of_all)
-    logits = stored['logits'].astype(np.float32)
-    logits -= logits.max(axis=1, keepdims=True)
-    prediction = logits.argmax(axis=1)
-    return stored['label'], prediction, 1 / np.exp(logits, out=logits).sum(axis=1)
+    return stored['label'], stored['prediction'], stored['confidence']
 
   def test(self, name: str) -> Any:
     """Returns a test metric.
