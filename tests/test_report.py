@@ -4,6 +4,7 @@ import html.parser
 import importlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lt_jax import report
+from configs import cifar10_lt, places_lt
+from lt_jax import build, report
 from lt_jax.errors import UserError
-from lt_jax.report import figures, runs, tables
+from lt_jax.report import figures, published, runs, tables
 
 COUNTS = (200, 90, 30, 8, 3)
 NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
@@ -384,19 +386,62 @@ def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
   assert figures._stages(runs.Run(folder, 'run'))['second'] == (20, 0)
 
 
+def resolved(module, recipe, **changes):
+  made = module.get_config(recipe)
+  made.update_from_flattened_dict(changes)
+  return build.resolve(made)
+
+
 def test_published_numbers_stand_beside_their_own_setting_only(tables_only, tmp_path):
-  write_run(tmp_path / 'same', config('ldam_drw'), 0.75)
-  write_run(tmp_path / 'short', config('ldam', epochs=10.0))
+  elsewhere = {
+    'data.source': 'npz:cifar10.npz',
+    'seed': 1,
+    'evaluate_every_epochs': 1.0,
+  }
+  same = resolved(cifar10_lt, 'ldam_drw', **elsewhere)
+  write_run(tmp_path / 'same', same, 0.75)
+  write_run(tmp_path / 'short', resolved(cifar10_lt, 'ldam,epochs=10'))
   page = page_of(tmp_path)
   lines = (tmp_path / 'report.md').read_text().splitlines()
-  beside = lines[lines.index('') :]
   rows = [line for line in lines if 'Jamal' in line]
-  assert beside and len(rows) == 1
+  assert len(rows) == 1
   cells = [text.strip() for text in rows[0].strip('|').split(' | ')]
   assert cells[1:5] == ['top-1 error', '25.0', '20.0', '23.0']
   assert 'Beside published numbers' in page.text
   report.write(tmp_path / 'short')
   assert 'Beside published' not in (tmp_path / 'short/report.html').read_text()
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'data.source': 'fake'},
+    {'data.n_max': 500},
+    {'data.imbalance': 50.5},
+    {'data.flip': False},
+    {'batch': 64},
+    {'schedule.base': 0.2},
+    {'defer_epoch': 10.0},
+    {'init': 'weights.safetensors'},
+    {'stages.meta.method.eps_lr': 0.5},
+  ],
+)
+def test_one_other_key_is_another_setting(change):
+  plain = resolved(cifar10_lt, 'meta_ce')
+  assert [row['value'] for row in published.beside(plain)] == [23.59]
+  assert published.beside(resolved(cifar10_lt, 'meta_ce', **change)) == []
+
+
+def test_a_setting_may_begin_with_weights_wherever_they_lie():
+  config = resolved(places_lt, 'oltr', init='weights.safetensors')
+  assert len(published.beside(config)) == 5
+  assert published.beside(resolved(places_lt, 'oltr')) == []
+
+
+def test_published_settings_are_those_of_the_configurations():
+  """Where this fails, lt_jax/report/published.py says what to do."""
+  configs = pathlib.Path(cifar10_lt.__file__).parent
+  assert published.made(os.fspath(configs)) == published.PATH.read_text()
 
 
 def test_text_of_tables_is_escaped():

@@ -4,8 +4,6 @@ Means are of the runs that `Group.counted` holds; standard deviations are of the
 (n - 1), and there is none of one run.
 """
 
-import json
-import pathlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax import files
+from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 from lt_jax.results import TABLE
 
@@ -103,13 +101,12 @@ def _states(group: Group) -> str:
 
 def published_table(groups: Sequence[Group]) -> Table:
   """Returns our numbers beside published ones, where a group has their setting."""
-  known = json.loads(pathlib.Path(__file__).with_name('published.json').read_text())
   rows, links = [], []
   for group in groups:
-    for row in known:
-      test = [run.result['test'] for run in group.counted]
+    test = [run.result['test'] for run in group.counted]
+    for row in published.beside(group.counted[0].config) if test else []:
       values = [_value(metrics, row['metric']) for metrics in test]
-      if not test or None in values or not _is_of(row, group.counted[0].config):
+      if None in values:
         continue
       best = [_best(run) for run in group.counted] if row['metric'] == 'error' else []
       rows.append(
@@ -147,16 +144,6 @@ def _value(test: dict[str, Any], metric: str) -> float | None:
 def _best(run: Run) -> float | None:
   best = run.result.get('best_on_test')
   return 1 - best['accuracy'] if best else None
-
-
-def _is_of(row: dict[str, Any], config: dict[str, Any]) -> bool:
-  """Returns whether a published number was measured in a config's setting."""
-  flat = files.flatten(config)
-  same = all(flat.get(key) == value for key, value in row['where'].items())
-  return same and (row['config'], row['recipe']) == (
-    config.get('name'),
-    config.get('recipe'),
-  )
 
 
 def markdown(table: Table) -> str:
