@@ -36,7 +36,10 @@ def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
     raise UserError(
       f'logit adjustment needs images of every class; class {counts.argmin()} has none'
     )
-  offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
+  with np.errstate(over='ignore', invalid='ignore'):
+    offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
+  if not np.isfinite(offset).all():
+    raise UserError(f'logit adjustment: tau is {tau:g}: the logits would not be finite')
 
   def predict(state, images):
     outputs = method.predict(state, images)

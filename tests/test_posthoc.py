@@ -120,6 +120,12 @@ def test_the_class_that_has_no_image_is_told():
     adjust_logits(a_method({'kernel': KERNEL}), counts=[5, 0, 2])
 
 
+@pytest.mark.parametrize('tau', [np.nan, np.inf, -1e39])
+def test_a_strength_that_no_logit_bears_is_refused(tau):
+  with pytest.raises(UserError, match='tau is .*: the logits would not be finite'):
+    adjust_logits(a_method({'kernel': KERNEL}), counts=[5, 1, 2], tau=tau)
+
+
 # Tau-normalisation.
 
 
@@ -393,9 +399,8 @@ def test_a_known_score_is_the_share_of_the_known_classes():
   logits = np.array([[0.0, 1.0, 2.0], [-70.0, -71.0, -72.0]], np.float32)
   method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
   state = method.init(jax.random.key(0), {'train': {'image': logits}})
-  score = jax.jit(method.predict)(state, logits)[
-    'known_score'
-  ]  # the unknown logit is 0
+  # The unknown logit is 0.
+  score = jax.jit(method.predict)(state, logits)['known_score']
   known = np.exp(logits.astype(np.float64)).sum(1)
   np.testing.assert_allclose(score, known / (known + 1), rtol=1e-4)
 
