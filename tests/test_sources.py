@@ -283,6 +283,41 @@ def test_tfds_faults(tmp_path):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ('file', 'kept', 'message'),
+  [
+    ('features.json', None, 'features.json cannot be read: No such file'),
+    ('features.json', 0.5, 'features.json is no valid JSON'),
+    ('dataset_info.json', None, 'dataset_info.json cannot be read: No such file'),
+    ('dataset_info.json', 0.5, 'dataset_info.json is no valid JSON'),
+    ('lt_jax-labels-train.npy', 0.5, 'lt_jax-labels-train.npy is damaged, delete it'),
+    ('lt_jax-labels-train.npy', 0, 'lt_jax-labels-train.npy is damaged, delete it'),
+  ],
+)
+def test_a_set_that_was_copied_in_part(tmp_path, file, kept, message):
+  image = encode(np.zeros((4, 5), np.uint8), 'RGB', 'png')
+  examples = {'train': [{'id': '', 'image': image, 'label': 1}] * 3}
+  write_tfds(tmp_path, 'pets', (None, None, 3), examples)
+  sources.store_labels(sources.load_source('tfds:pets', str(tmp_path)))
+  path = tmp_path / 'pets' / '1.0.0' / file
+  if kept is None:
+    path.unlink()
+  else:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+  with pytest.raises(UserError, match=f'{path.parent}/{message}') as error:
+    _ = sources.load_source('tfds:pets', str(tmp_path))['train'].labels
+  assert '\n' not in str(error.value)
+
+
+def test_a_known_set_that_was_copied_in_part(tmp_path):
+  home = tmp_path / 'cifar10' / '3.0.2'
+  home.mkdir(parents=True)
+  (home / 'features.json').write_text('{}')
+  with pytest.raises(UserError, match=f'{home}/dataset_info.json cannot be read'):
+    sources.load_source('tfds:cifar10', str(tmp_path))
+
+
 def test_fingerprint_sees_every_change_of_what_is_trained_on():
   members = archive()
   base = sources.Arrays(members['x_train'], members['y_train'], ('a', 'b', 'c'))

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.errors import UserError, lookup, suggest
-from lt_jax.files import write_atomically
+from lt_jax.files import read_json, write_atomically
 
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
 
@@ -86,7 +87,7 @@ class Records:
     records: random access to serialised tf.train.Example messages.
     class_names: names of classes 0 ... C - 1.
     image_shape: (H, W, channels); H and W are None where images differ in size.
-    labels_file: an epath.Path, where `store_labels` leaves the labels.
+    labels_file: where `store_labels` leaves the labels.
   """
 
   name: str
@@ -94,14 +95,13 @@ class Records:
   records: Sequence[bytes]
   class_names: tuple[str, ...]
   image_shape: tuple[int | None, int | None, int]
-  labels_file: Any
+  labels_file: epath.Path
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
     """(N,) int32, from `labels_file`; where there is none, it is written first."""
     if self.labels_file.exists():
-      stored = io.BytesIO(self.labels_file.read_bytes())
-      labels = np.load(stored, allow_pickle=False)
+      labels = _stored_array(self.labels_file)
     else:
       labels = self.read_labels()
       with contextlib.suppress(OSError):  # of a folder that is not ours to write in
@@ -249,6 +249,15 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
   return digest.hexdigest()
 
 
+def _stored_array(file: epath.Path) -> np.ndarray:
+  """Reads an .npy file."""
+  stored = io.BytesIO(file.read_bytes())
+  try:
+    return np.lib.format.read_array(stored, allow_pickle=False)
+  except ValueError as error:
+    raise UserError(f'{file} is damaged, delete it: {error}') from None
+
+
 def _checked_labels(
   labels: np.ndarray, length: int, num_classes: int, where: str, is_open: bool = False
 ) -> np.ndarray:
@@ -358,6 +367,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
 
   builder = tfds_builder(name, data_dir=data_dir)
   if not builder.is_prepared():
+    _check_metadata(name, data_dir)
     where = f' --data_dir={data_dir}' if data_dir else ''
     raise UserError(
       f'tfds:{name} is not in {builder.data_path}; run: python -m lt_jax.prepare '
@@ -401,18 +411,41 @@ def tfds_builder(name: str, **options: Any) -> Any:
   """Returns `tfds.builder(name, **options)`.
 
   Raises:
-    UserError: there is no such data set.
+    UserError: there is no such data set, or it is not whole.
   """
   import tensorflow_datasets as tfds
+  from google.protobuf.json_format import ParseError
 
+  unread = (ParseError, tfds.core.dataset_info.DatasetInfoFileError)
   try:
-    return tfds.builder(name, **options)
+    try:
+      return tfds.builder(name, **options)
+    except (ValueError, *unread):
+      _check_metadata(name, options.get('data_dir'))
+      raise
   except tfds.core.DatasetNotFoundError:
     known = tfds.list_builders(with_community_datasets=False)
     near = suggest(name, known).partition('; known')[0]  # which are hundreds
     raise UserError(f'unknown TFDS data set {name!r}{near}') from None
-  except (ValueError, AssertionError, ImportError) as error:  # of a bucket's reader
+  except (ValueError, AssertionError, ImportError, *unread) as error:  # of a bucket too
     raise UserError(f'tfds:{name}: {str(error).splitlines()[0]}') from None
+
+
+def _check_metadata(name: str, data_dir: str | None) -> None:
+  """Raises a `UserError` for a file of TFDS's own that is missing or no JSON.
+
+  Without one of them TFDS knows no such data set, and of the other it says only that it
+  cannot be parsed.
+  """
+  import tensorflow_datasets as tfds
+
+  data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
+  folder = data_dir / name.partition(':')[0]
+  files = ('dataset_info.json', 'features.json')
+  found = {path.parent for file in files for path in folder.glob(f'*[0-9]/{file}')}
+  for home in sorted(found):
+    for file in files:
+      read_json(home / file)
 
 
 def _in_memory_if_small(source: Records) -> Source:
