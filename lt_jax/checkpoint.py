@@ -195,7 +195,6 @@ class Checkpoints:
     reason = _damage(directory, manifest) if jax.process_index() == 0 else None
     if any_process(reason is not None):
       raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
-    files.seen(directory)
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
 
@@ -260,6 +259,8 @@ class Checkpoints:
     except Exception as error:
       if manifest is None:
         return None, f'not readable: {_one_line(error)}'
+      if isinstance(error, OSError):  # of a disk or a network: not of what was written
+        raise
       # Files that are as they were written and yet do not load are of another
       # version: older ones are no better, and none is damaged.
       raise UserError(
@@ -294,7 +295,13 @@ class Checkpoints:
           manifest.rename(aside / 'manifest.json')
 
   def _read(self, directory: epath.Path, target: PyTree) -> PyTree:
-    """Reads a checkpoint into the structure and shardings of `target`."""
+    """Reads a checkpoint into the structure and shardings of `target`.
+
+    Raises:
+      UserError: it is of another structure.
+      OSError: reading failed, which may pass.
+    """
+    files.seen(directory)
     wanted = _to_leaves(target)
     stored = self._checkpointer.metadata(directory).item_metadata.tree
     shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
@@ -311,7 +318,13 @@ class Checkpoints:
         f'{shapes.get(name, "absent")} there and {here} here '
         f'({len(differing)} leaves differ)'
       )
-    return _from_leaves(self._checkpointer.restore(directory, wanted), target)
+    try:
+      leaves = self._checkpointer.restore(directory, wanted)
+    except ValueError as error:  # of TensorStore, which has no other
+      if 'Error reading' not in str(error):
+        raise
+      raise OSError(f'{directory} could not be read: {_one_line(error)}') from error
+    return _from_leaves(leaves, target)
 
 
 def _to_leaves(tree: PyTree) -> dict[str, Any]:

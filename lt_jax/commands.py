@@ -4,6 +4,7 @@
 2    something given is wrong: one line says what; running again will not help
 3    diverged: a loss or parameter is not finite; nothing of it was saved
 75   a passing failure, such as a full disk: running again may help
+130  interrupted from the keyboard: what was saved is whole
 143  asked to stop (SIGTERM, SIGUSR1) and saved: run again to go on
 """
 
@@ -16,7 +17,14 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lt_jax.errors import DIVERGED, PREEMPTED, TRY_AGAIN, WRONG_INPUT, UserError
+from lt_jax.errors import (
+  DIVERGED,
+  INTERRUPTED,
+  PREEMPTED,
+  TRY_AGAIN,
+  WRONG_INPUT,
+  UserError,
+)
 
 Flag = flags.Flag | flags.FlagHolder
 
@@ -102,6 +110,8 @@ def exit_code(command: Callable[[], None]) -> int:
     command()
   except Preempted:
     fail('stopped as asked, and saved: the same command goes on', PREEMPTED)
+  except KeyboardInterrupt:
+    fail('interrupted; what was saved is whole', INTERRUPTED)
   except Exception as error:
     known = explained(error)
     if known is None:
@@ -140,7 +150,16 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
     if sys.modules['jax'].process_index() == 0:
       time.sleep(GRACE)
     os._exit(code)
+  if _reads_still():
+    sys.stdout.flush()
+    os._exit(code)
   sys.exit(code)
+
+
+def _reads_still() -> bool:
+  """Returns whether a read that hangs would keep this process from its end."""
+  reading = sys.modules.get('lt_jax.data.reading')
+  return bool(reading) and reading.is_stuck()
 
 
 def _one_of_several() -> bool:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar('T')
 
-WRONG_INPUT, DIVERGED, TRY_AGAIN, PREEMPTED = 2, 3, 75, 143
+WRONG_INPUT, DIVERGED, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 3, 75, 130, 143
 """Exit codes of a command, see `lt_jax.commands`."""
 
 

@@ -94,6 +94,8 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
     UserError: it cannot be written; with the path and the system's reason.
   """
   path = absolute(path)
+  if '\\' in os.fspath(path):  # where TensorStore begins a new folder
+    raise UserError(f'workdir {path} has a backslash, which checkpoints cannot have')
   probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
   try:
     path.mkdir(parents=True, exist_ok=True)

@@ -248,7 +248,18 @@ def train(
     check()
     hooks.save(step, state)
 
-  with reading(streams, step, plan.steps) as read:
+  def preempt() -> None:
+    if step > logged:
+      log()
+    save()
+    raise Preempted
+
+  def look() -> None:
+    """Ends a run that is asked to, waiting for a batch; one of several may not."""
+    if hooks.stop() and jax.process_count() == 1:
+      preempt()
+
+  with reading(streams, step, plan.steps, look) as read:
     while True:
       if step == plan.until:  # what else is due here is left to who goes on
         if step > logged:
@@ -260,10 +271,7 @@ def train(
         hooks.evaluate(step, state)
         clock += time.perf_counter() - began
       if _asked_to_stop(hooks, plan, step):
-        if step > logged:
-          log()
-        save()
-        raise Preempted
+        preempt()
       if step == plan.steps:
         profiler.stop()
         return state

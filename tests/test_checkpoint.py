@@ -190,6 +190,21 @@ def test_another_network_is_refused_by_name(folder):
   assert (folder / '3').exists()
 
 
+@pytest.mark.parametrize(
+  'error',
+  [OSError(5, 'Input/output error'), ValueError('NOT_FOUND: Error reading "x/.zarray"')],
+)
+def test_a_read_that_fails_may_pass_and_moves_nothing(folder, monkeypatch, error):
+  def fails(*arguments):
+    raise error
+
+  with Ladder(folder) as ladder:
+    monkeypatch.setattr(ladder.checkpoints._checkpointer, 'restore', fails)
+    with pytest.raises(OSError, match=r'Input/output error|could not be read: .*NOT_F'):
+      ladder.checkpoints.restore(target())
+  assert not (folder / 'quarantine').exists() and not ladder.events
+
+
 def test_a_failed_write_is_told_and_older_steps_stay(tmp_path, monkeypatch):
   """The manifest cannot be written: the error comes with the next call."""
   ladder = Ladder(tmp_path)

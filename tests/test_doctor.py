@@ -1,5 +1,6 @@
 """Faults are planted, and the doctor finds each; a healthy run has none."""
 
+import os
 import shutil
 
 import numpy as np
@@ -318,6 +319,18 @@ def test_images_that_are_decoded_too_slowly(listed):
     case.steps['train'] = doctor.case.Step(1.0, True, {}, False, seconds)
     (_, found) = examine(case, doctor.decoding)  # after what building says
     assert found.level == level and 'images/s can be decoded' in found.text
+
+
+@pytest.mark.skipif(not os.path.isdir('/dev/shm'), reason='no /dev/shm')
+def test_shared_memory_for_the_workers(listed, monkeypatch):
+  config = listed[0]
+  config['data']['workers'] = 2
+  case = doctor.Case(config)
+  for free, level in ((10**9, 'ok'), (10**3, 'odd')):
+    usage = shutil.disk_usage('/')._replace(free=free)
+    monkeypatch.setattr(doctor.machine.shutil, 'disk_usage', lambda path, u=usage: u)
+    (_, found) = examine(case, doctor.shared_memory)
+    assert found.level == level and 'in /dev/shm' in found.text
 
 
 def test_a_folder_that_cannot_be_written(config, tmp_path):

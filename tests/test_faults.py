@@ -237,6 +237,11 @@ def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, told)
   assert_same_run(workdir, unbroken)
 
 
+def test_a_folder_that_checkpoints_cannot_have(tmp_path):
+  with pytest.raises(UserError, match='has a backslash'):
+    files.make_workdir(tmp_path / 'a\\b')
+
+
 def test_a_mistake_does_not_stand_in_the_way_of_the_corrected_command(tmp_path):
   workdir = tmp_path / 'run'
   config = 'digits_lt.py:ce,epochs=4'

@@ -1,5 +1,6 @@
 """Reading ahead: the same payloads, from threads and processes, and their failures."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -92,19 +93,72 @@ def test_a_killed_worker_is_told():
   assert not multiprocessing.active_children()
 
 
+def test_an_error_that_cannot_be_sent_is_told_all_the_same():
+  class Held(Exception):
+    def __init__(self, what):
+      super().__init__(what)
+      self.lock = threading.Lock()
+
+  def broken(step):
+    raise Held('no room')
+
+  with (
+    pytest.raises(RuntimeError, match='Held: no room'),
+    reading.reading({'train': stream(1, broken)}, 0, 4) as read,
+  ):
+    read('train', 0)
+
+
+@pytest.mark.skipif(not os.path.isdir('/dev/shm'), reason='no /dev/shm')
+def test_workers_keep_no_more_in_shared_memory_than_is_said():
+  size = 2**22 + 7 * 4096  # which nobody else has, in whole pages
+
+  def large(step):
+    return {'x': np.full((1, size), step % 128, np.uint8)}
+
+  streams, most = {'train': stream(2, large)}, 0
+  with reading.reading(streams, 0, 60) as read:
+    for step in range(12):
+      read('train', step)
+      time.sleep(0.1)
+      held = 0
+      for file in os.scandir('/dev/shm'):
+        with contextlib.suppress(FileNotFoundError):  # it has gone since
+          held += file.stat().st_size == size
+      most = max(most, held * size)
+  assert 3 * size < most <= reading.shared_memory(streams.values())
+
+
+def test_a_worker_without_shared_memory_says_so():
+  def full(step):
+    os.kill(os.getpid(), signal.SIGBUS)
+
+  with (
+    pytest.raises(reading.WorkersFailed, match='give /dev/shm more'),
+    reading.reading({'train': stream(1, full)}, 0, 4) as read,
+  ):
+    read('train', 0)
+
+
 def test_a_reader_that_does_not_close_is_left_and_its_processes_killed(monkeypatch):
   monkeypatch.setattr(reading, 'CLOSING_TAKES', 0.2)
+  monkeypatch.setattr(reading, 'LOOKING_EVERY', 0.2)
   let_go = threading.Event()
-  ahead = reading._Ahead(payload, range(1000), 1)
-  ahead(0)
-  (worker,) = multiprocessing.active_children()
-  close = ahead._batches.close
-  monkeypatch.setattr(ahead._batches, 'close', lambda: let_go.wait(30))
-  ahead.close()
-  worker.join(10)
-  assert worker.exitcode == -signal.SIGKILL
-  let_go.set()
-  close()
+  with reading.reading({'train': stream(1)}, 0, 1000) as others:
+    others('train', 0)
+    (other,) = multiprocessing.active_children()
+    ahead = reading._Ahead(payload, range(1000), 1, look=lambda: None)
+    ahead(0)
+    (worker,) = set(multiprocessing.active_children()) - {other}
+    close = ahead._batches.close
+    monkeypatch.setattr(ahead._batches, 'close', lambda: let_go.wait(30))
+    ahead.close()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
+    others('train', 1)
+    assert other.is_alive()
+    let_go.set()
+    close()
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -114,11 +168,96 @@ def test_a_stalled_worker_is_given_up(workers, monkeypatch):
       time.sleep(3)
     return payload(step)
 
-  with reading.reading({'train': stream(workers, stalled)}, 0, 4) as read:
+  looks = []
+  one = stream(workers, stalled)
+  with reading.reading({'train': one}, 0, 4, lambda: looks.append(1)) as read:
     read('train', 0)
-    monkeypatch.setattr(reading, 'STALLED_AFTER', 0.2)
-    with pytest.raises(reading.WorkersFailed, match=r'no batch for step 1 in 0\.2 s'):
+    monkeypatch.setattr(reading, 'LOOKING_EVERY', 0.1)
+    monkeypatch.setattr(reading, 'STALLED_AFTER', 0.3)
+    with pytest.raises(reading.WorkersFailed, match=r'no batch for step 1 in 0\.3 s'):
       read('train', 1)
+  assert looks
+
+
+def test_who_waits_can_stop_waiting(monkeypatch):
+  monkeypatch.setattr(reading, 'LOOKING_EVERY', 0.1)
+  let_go = threading.Event()
+
+  def stalled(step):
+    let_go.wait(30)
+    return payload(step)
+
+  def look():
+    let_go.set()
+    raise InterruptedError('asked to')
+
+  with (
+    pytest.raises(InterruptedError, match='asked to'),
+    reading.reading({'train': stream(0, stalled)}, 0, 4, look) as read,
+  ):
+    read('train', 0)
+  assert not reading.is_stuck()
+
+
+HUNG = """
+import sys, threading
+from lt_jax import commands
+from lt_jax.data import reading
+from tests.test_reading import payload, stream
+
+def hung(step):
+  threading.Event().wait()  # as a read of a file system that is gone
+
+def command():
+  with reading.reading({'train': stream(int(sys.argv[1]), hung)}, 0, 4) as read:
+    read('train', 0)
+
+if __name__ == '__main__':
+  reading.STALLED_AFTER = reading.LOOKING_EVERY = 0.5
+  reading.CLOSING_TAKES = 1.0
+  commands.exit_code(command)
+"""
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_a_read_that_never_ends_does_not_keep_the_process(workers, tmp_path):
+  done = run_script(tmp_path, HUNG, workers)
+  assert done.returncode == 75
+  assert done.stderr.count('error:') == 1 and 'stalled' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+WHOLE = """
+from multiprocessing import resource_tracker
+import os, signal
+from lt_jax.data import reading
+from tests.test_reading import stream
+
+if __name__ == '__main__':
+  with reading.reading({'train': stream(2)}, 0, 40) as read:
+    read('train', 0)
+    os.kill(resource_tracker._resource_tracker._pid, signal.SIGUSR1)
+    print(sum(read('train', step)['x'].size for step in range(1, 40)))
+"""
+
+
+def test_a_stream_read_to_its_end_leaves_nothing(tmp_path):
+  """Of shared memory; also where what keeps track of it was signalled like the rest."""
+  done = run_script(tmp_path, WHOLE)
+  assert (done.returncode, done.stdout.strip()) == (0, str(39 * 600))
+  assert not done.stderr
+
+
+def run_script(folder, text, *arguments):
+  script = folder / 'parent.py'
+  script.write_text(text)
+  return subprocess.run(
+    [sys.executable, script, *arguments],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
 
 
 PARENT = """
@@ -148,15 +287,7 @@ if __name__ == '__main__':
 @pytest.mark.parametrize('sign', ['TERM', 'EARLY', 'KILL'])
 def test_signals(sign, tmp_path):
   """Workers outlive a signal to all processes, but not their parent."""
-  script = tmp_path / 'parent.py'
-  script.write_text(PARENT)
-  done = subprocess.run(
-    [sys.executable, script, sign],
-    env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
+  done = run_script(tmp_path, PARENT, sign)
   pids, *rest = done.stdout.splitlines()
   if sign != 'KILL':
     assert done.returncode == 0, done.stderr

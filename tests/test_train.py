@@ -1,6 +1,7 @@
 """The loop, with a method of three lines: what happens when, and that it resumes."""
 
 import collections
+import threading
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from lt_jax import checkpoint, sharding, train
+from lt_jax.data import reading
 from lt_jax.data.streams import Stream
 from lt_jax.method import Method, State, mean_metric, named_key
 
@@ -176,6 +178,24 @@ def test_a_resumed_run_evaluates_again_where_it_stopped(unbroken):
   resumed = Recorder()
   run(resumed, state=states[12])
   assert resumed.calls[0] == ('evaluate', 12)
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_for_a_batch_saves(monkeypatch):
+  monkeypatch.setattr(reading, 'LOOKING_EVERY', 0.1)
+  plain, recorder, let_go = toy_stream(), Recorder(), threading.Event()
+
+  def payload(step):
+    if step == 6:
+      recorder.stop_at = 0  # from now on it is asked to
+      let_go.wait(30)
+    return plain.payload(step)
+
+  monkeypatch.setattr(recorder, '_save', lambda *at: (record(*at), let_go.set()))
+  record = Recorder._save.__get__(recorder)
+  with pytest.raises(train.Preempted):
+    run(recorder, stream=plain._replace(payload=payload, workers=0))
+  step = recorder.step
+  assert recorder.calls[-2:] == [('log', step), ('save', step)] and 0 < step <= 6
 
 
 @pytest.mark.parametrize('chunk', [1, 4])

@@ -9,17 +9,21 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
+import jax
 import numpy as np
 
 from lt_jax.data.streams import Payload, Stream
+from lt_jax.footprint import size
 
 STALLED_AFTER = 600.0
 """Seconds without a batch after which those who make them are given up."""
@@ -27,7 +31,15 @@ STALLED_AFTER = 600.0
 CLOSING_TAKES = 20.0
 """Seconds after which threads and processes that do not end are left, or killed."""
 
-_BUFFER = 2  # batches that wait in each worker, and again in this process
+LOOKING_EVERY = 1.0
+"""Seconds between two looks at whether a batch is still wanted, while none comes."""
+
+BATCHES_A_WORKER = 4
+"""Of each in shared memory at most: one to hand over, one handed over, and two that
+Grain has taken. One more, of all workers together, is being copied."""
+
+_READY = 2  # batches that wait in this process
+_THREAD = 'reading'  # name of what takes batches from Grain
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler sends to every process of a run, and only the parent hears."""
@@ -40,14 +52,40 @@ class WorkersFailed(OSError):
   """Processes that make batches died or stalled: running again may help."""
 
 
+def is_stuck() -> bool:
+  """Returns whether a reader that was closed still waits for a read to end.
+
+  Where threads read, Python would wait for it too before the process ends.
+  """
+  return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
+def shared_memory(streams: Iterable[Stream]) -> int:
+  """Returns the bytes of shared memory on this host that reading them takes at most."""
+  return (
+    sum(
+      (BATCHES_A_WORKER * stream.workers + 1) * size(stream.payload_shapes())
+      for stream in streams
+      if stream.workers
+    )
+    // jax.process_count()
+  )
+
+
 @contextlib.contextmanager
-def reading(streams: Mapping[str, Stream], first: int, last: int) -> Iterator[Read]:
+def reading(
+  streams: Mapping[str, Stream],
+  first: int,
+  last: int,
+  look: Callable[[], None] = lambda: None,
+) -> Iterator[Read]:
   """Reads the payloads of steps first ... last - 1, those from the host ahead.
 
   Args:
     streams: name -> stream.
     first: the first step.
     last: the step after the last one.
+    look: called while a batch does not come; it may raise, to wait no longer.
 
   Yields:
     A function (name, step) -> payload, to be asked for every step at which a stream is
@@ -60,7 +98,7 @@ def reading(streams: Mapping[str, Stream], first: int, last: int) -> Iterator[Re
       if stream.workers is None or not steps:
         readers[name] = stream.payload
       else:
-        ahead = _Ahead(stream.payload, steps, stream.workers)
+        ahead = _Ahead(stream.payload, steps, stream.workers, look)
         readers[name] = stack.enter_context(contextlib.closing(ahead))
     yield lambda name, step: readers[name](step)
 
@@ -76,7 +114,22 @@ class _Payloads:
     return len(self._steps)
 
   def __getitem__(self, position: int) -> Payload:
-    return self._payload(self._steps[position])
+    try:
+      return self._payload(self._steps[position])
+    except Exception as error:
+      if _travels(error):
+        raise
+      text = f'{type(error).__name__}: {error}'
+      raise RuntimeError(text).with_traceback(error.__traceback__) from None
+
+
+def _travels(error: Exception) -> bool:
+  """Returns whether an error comes out of a worker as it is; others are never told."""
+  try:
+    pickle.loads(pickle.dumps(error))
+  except Exception:
+    return False
+  return True
 
 
 class _Ahead:
@@ -87,46 +140,60 @@ class _Ahead:
   """
 
   def __init__(
-    self, payload: Callable[[int], Payload], steps: Sequence[int], workers: int
+    self,
+    payload: Callable[[int], Payload],
+    steps: Sequence[int],
+    workers: int,
+    look: Callable[[], None],
   ):
     self._steps = iter(steps)
+    self._look = look
     self._closing = threading.Event()
-    self._ready: queue.Queue = queue.Queue(_BUFFER)
-    self._copy = workers > 0
+    self._ready: queue.Queue = queue.Queue(_READY)
+    self._processes = workers > 0
+    self._waiting_since: float | None = None
+    # Readers nest: those made before this one are closed after it.
+    self._others = multiprocessing.active_children()
     self._batches = iter(_batches(_Payloads(payload, steps), workers))
-    self._thread = threading.Thread(target=self._pump, daemon=True, name='reading')
+    self._thread = threading.Thread(target=self._pump, daemon=True, name=_THREAD)
     self._thread.start()
 
   def __call__(self, step: int) -> Payload:
     expected = next(self._steps)
     if step != expected:
       raise AssertionError(f'step {step} was asked for, {expected} is next')
-    try:
-      payload, error = self._ready.get(timeout=STALLED_AFTER)
-    except queue.Empty:
-      raise WorkersFailed(
-        f'no batch for step {step} in {STALLED_AFTER:g} s: a data worker stalled'
-      ) from None
+    payload, error = self._next(step)
     if isinstance(error, RuntimeError) and 'terminated unexpectedly' in str(error):
-      raise WorkersFailed(
-        f'a data worker was killed before step {step}, perhaps for want of memory: '
-        f'{str(error).partition(". ")[0]}'
-      ) from None
+      raise WorkersFailed(_of_death(str(error), step)) from None
     if error is not None:
       raise error
     return payload
 
+  def _next(self, step: int) -> tuple[Payload | None, BaseException | None]:
+    """Waits for what is made next; looks now and then whether to wait on."""
+    self._waiting_since = time.monotonic()
+    while True:
+      with contextlib.suppress(queue.Empty):
+        made = self._ready.get(timeout=LOOKING_EVERY)
+        self._waiting_since = None
+        return made
+      self._look()
+      if time.monotonic() - self._waiting_since > STALLED_AFTER:
+        raise WorkersFailed(
+          f'no batch for step {step} in {STALLED_AFTER:g} s: a data worker stalled'
+        )
+
   def _pump(self) -> None:
     """Moves batches from Grain to those that are ready."""
-    # Workers inherit that, until they ignore these signals themselves. So does the
-    # tracker that Python starts beside them, which takes the mask away here: it comes
-    # first, and the mask again.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+      # Workers inherit that, until they ignore these signals themselves. So does the
+      # tracker that Python starts beside them, which takes the mask away here: it comes
+      # first, and the mask again.
+      signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+      resource_tracker.ensure_running()
+      signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
       for payload in self._batches:
-        if self._copy:
+        if self._processes:
           # Of shared memory there is little, and JAX lets go of what it has read only
           # when garbage is collected.
           payload = {name: np.array(values) for name, values in payload.items()}
@@ -155,15 +222,32 @@ class _Ahead:
     middle of a message can hold up. A run that could not go on must end all the same.
     """
     self._closing.set()
-    self._thread.join(CLOSING_TAKES)
+    # Where it was waited for in vain already, there is less left: a scheduler that has
+    # asked for the end kills half a minute later.
+    waited = time.monotonic() - (self._waiting_since or time.monotonic())
+    self._thread.join(max(LOOKING_EVERY, CLOSING_TAKES - waited))
+    if not self._processes:
+      return
     if self._thread.is_alive():
       for child in multiprocessing.active_children():
-        if child.name.startswith('grain-process-prefetch'):  # which ignores SIGTERM
+        grain = child.name.startswith('grain-process-prefetch')  # it ignores SIGTERM
+        if grain and child not in self._others:
           child.kill()
       self._thread.join(CLOSING_TAKES)
     # Grain leaves batches in cycles; at the end of the process Python would call their
     # shared memory leaked.
     gc.collect()
+
+
+def _of_death(told: str, step: int) -> str:
+  """Returns what is said of a worker that was killed, given what Grain says of it."""
+  text = f'a data worker was killed before step {step}'
+  if f'code -{signal.SIGBUS.value}.' in told:
+    return (
+      f'{text}, since shared memory is full: give /dev/shm more (docker run '
+      '--shm-size), or set data.workers to less, or to 0'
+    )
+  return f'{text}, perhaps for want of memory: {told.partition(". ")[0]}'
 
 
 def _batches(source: _Payloads, workers: int) -> Any:
@@ -180,7 +264,7 @@ def _batches(source: _Payloads, workers: int) -> Any:
   if not workers:
     return batches
   options = grain.MultiprocessingOptions(
-    num_workers=min(workers, len(source)), per_worker_buffer_size=_BUFFER
+    num_workers=min(workers, len(source)), per_worker_buffer_size=1
   )
   return batches.mp_prefetch(options, worker_init_fn=_prepare_worker)
 

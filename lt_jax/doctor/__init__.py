@@ -27,6 +27,7 @@ from lt_jax.doctor.machine import (
   cores,
   file_system,
   idle_devices,
+  shared_memory,
   space,
   versions,
   writable,
@@ -51,7 +52,7 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
   'data': (splits, readable, duplicates, classes, tail, shots, balanced_test),
   'images': (normalisation, constant, sizes),
   'one step': (compiles, one_step, loss_at_start, learns, by_heart),
-  'what it takes': (memory, decoding),
+  'what it takes': (memory, shared_memory, decoding),
 }
 """What is checked, in this order: later checks use what earlier ones leave."""
 

@@ -12,13 +12,16 @@ import jax
 from etils import epath
 
 from lt_jax import files, footprint, results, run, train
-from lt_jax.data.reading import usable_cores
+from lt_jax.data import reading
 from lt_jax.doctor.case import Case, Findings, amount, odd, ok, wrong
 from lt_jax.errors import UserError
 
 NETWORKS = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'ceph', '9p', 'gpfs', 'beegfs')
 MEMORY = ('tmpfs', 'ramfs')
 """File systems by their names in /proc/mounts; those of fuse are known by a prefix."""
+
+SHARED_MEMORY = '/dev/shm'
+"""Where Linux keeps it."""
 
 
 # The machine.
@@ -44,11 +47,29 @@ def accelerators(case: Case) -> Findings:
 
 def cores(case: Case) -> Findings:
   """Compares data workers with cores."""
-  workers, found = case.config['data']['workers'], usable_cores()
+  workers, found = case.config['data']['workers'], reading.usable_cores()
   if workers > found:
     yield odd(f'data.workers is {workers}, but this process may use {found} cores')
   else:
     yield ok(f'{found} cores, data.workers {workers}')
+
+
+def shared_memory(case: Case) -> Findings:
+  """Compares shared memory with what data workers keep there."""
+  stages, passes = case.experiment.stages.values(), case.experiment.passes.values()
+  training = max(reading.shared_memory(stage.streams.values()) for stage in stages)
+  evaluation = max(reading.shared_memory([one.stream]) for one in passes)
+  if training + evaluation == 0 or not os.path.isdir(SHARED_MEMORY):
+    return
+  needed, free = training + evaluation, shutil.disk_usage(SHARED_MEMORY).free
+  told = f'data workers keep up to {amount(needed)} in {SHARED_MEMORY}, '
+  told += f'{amount(free)} are free'
+  if needed > free:
+    yield odd(
+      f'{told}: give it more (docker run --shm-size), or set data.workers lower'
+    )
+  else:
+    yield ok(told)
 
 
 def idle_devices(case: Case) -> Findings:

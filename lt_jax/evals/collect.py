@@ -82,12 +82,18 @@ def collector(
     evaluate = compiled[stream.prepare]
     waiting: collections.deque = collections.deque()
     batches = []
-    for payload in _payloads(one_pass, mesh):
+
+    def look() -> None:
       if stop():
-        return None
-      waiting.append(evaluate(state, stream.arrays, payload))
-      if len(waiting) > in_flight:
-        batches.append(jax.device_get(waiting.popleft()))
+        raise _Stopped
+
+    try:
+      for payload in _payloads(one_pass, mesh, look):
+        waiting.append(evaluate(state, stream.arrays, payload))
+        if len(waiting) > in_flight:
+          batches.append(jax.device_get(waiting.popleft()))
+    except _Stopped:
+      return None
     batches += [jax.device_get(batch) for batch in waiting]
     return {
       name: np.concatenate([b[name] for b in batches])[: one_pass.examples]
@@ -115,7 +121,8 @@ def total(
     mesh: the devices.
     state: the method's.
     one_pass: the pass over the split.
-    look: called before every batch; it may raise, to end the pass.
+    look: called before every batch, and while it waits for one; it may raise, to end
+      the pass.
     in_flight: batches the host may be ahead of the device.
   """
   stream = one_pass.stream
@@ -133,8 +140,7 @@ def total(
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
   sums = sharding.put_replicated(mesh, zeros)
   waiting: collections.deque = collections.deque()
-  for payload in _payloads(one_pass, mesh):
-    look()
+  for payload in _payloads(one_pass, mesh, look):
     sums, done = compiled(sums, state, stream.arrays, payload)
     waiting.append(done)
     if len(waiting) > in_flight:
@@ -142,10 +148,15 @@ def total(
   return jax.device_get(sums)
 
 
-def _payloads(one_pass: Pass, mesh: Mesh) -> Iterator[PyTree]:
-  """Yields the payloads of a pass, on the devices."""
-  with reading({'': one_pass.stream}, 0, one_pass.batches) as read:
+class _Stopped(Exception):
+  """A pass is not wanted any more."""
+
+
+def _payloads(one_pass: Pass, mesh: Mesh, look: Callable[[], None]) -> Iterator[PyTree]:
+  """Yields the payloads of a pass, on the devices; looks before each, and waiting."""
+  with reading({'': one_pass.stream}, 0, one_pass.batches, look) as read:
     for step in range(one_pass.batches):
+      look()
       yield sharding.put_batch(mesh, read('', step))
 
 
