@@ -65,8 +65,9 @@ def predict(
   """Predicts images and writes a CSV file, whole or not at all.
 
   Its columns are 'path', 'prediction', 'confidence', the probability of that class,
-  'known_score', 'is_unknown' where the run has chosen a threshold of the known score,
-  and then 'class_1', 'probability_1', 'class_2' and so on, the likeliest first.
+  'known_score', 'is_unknown' where the run has chosen a threshold of the known score
+  for this State, and then 'class_1', 'probability_1', 'class_2' and so on, the
+  likeliest first.
 
   Args:
     workdir: the run's folder.
@@ -89,31 +90,37 @@ def predict(
     raise UserError(f'--out is {out!r}, in a folder that is not there')
   if os.path.isdir(out):
     raise UserError(f'--out is {out!r}, which is a folder')
-  paths = list(itertools.chain.from_iterable(expand(name) for name in images))
+  passed_over: list[str] = []
+  paths = [path for name in images for path in expand(name, passed_over)]
   if not paths:
     raise UserError('no images are given: name files, folders or @LIST')
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
   pictures = Pictures(paths, network, skip)
   screen = Screen()
+  if passed_over:
+    screen.line(
+      f'{len(passed_over)} files in folders are passed over, as none of them ends in '
+      f'{" ".join(SUFFIXES)}'
+    )
   found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
   if len(pictures.bad) == len(paths):
     raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
   read = [i for i in range(len(paths)) if i not in pictures.bad]
-  text = _table(
-    network, [paths[i] for i in read], {n: v[read] for n, v in found.items()}
-  )
+  found = {name: value[read] for name, value in found.items()}
+  text = _table(network, [paths[i] for i in read], found)
   files.write_atomically(out, text.encode(errors='surrogateescape'))
-  _tell(network, pictures, found['known_score'][read], out, screen)
+  _tell(network, pictures, found['known_score'], out, screen)
   return len(read)
 
 
-def expand(name: str) -> Iterator[str]:
+def expand(name: str, passed_over: list[str]) -> Iterator[str]:
   """Yields the images that an argument stands for.
 
   Args:
     name: a file; a folder, for all images below it, sorted; or '@' and a file with a
       path a line, which stands for a file or a folder in turn.
+    passed_over: takes what else is in the folders.
 
   Raises:
     UserError: it is not there, or a folder without images.
@@ -124,22 +131,23 @@ def expand(name: str) -> Iterator[str]:
     except OSError as error:
       raise UserError(f'the list {name[1:]} cannot be read: {error.strerror}') from None
     for line in filter(None, map(str.strip, lines)):
-      yield from _below(line) if os.path.isdir(line) else [line]
+      yield from _below(line, passed_over) if os.path.isdir(line) else [line]
   elif os.path.isdir(name):
-    yield from _below(name)
+    yield from _below(name, passed_over)
   elif os.path.exists(name):
     yield name
   else:
     raise UserError(f'there is no file or folder {name}')
 
 
-def _below(folder: str) -> list[str]:
+def _below(folder: str, passed_over: list[str]) -> list[str]:
   """Returns the sorted paths of the images below a folder."""
-  found = []
+  found: list[str] = []
   for base, folders, names in os.walk(folder):
     folders[:] = [name for name in folders if not name.startswith('.')]
-    images = (n for n in names if n.lower().endswith(SUFFIXES) and n[0] != '.')
-    found += [os.path.join(base, name) for name in images]
+    for name in (name for name in names if not name.startswith('.')):
+      fitting = found if name.lower().endswith(SUFFIXES) else passed_over
+      fitting.append(os.path.join(base, name))
   if not found:
     raise UserError(f'{folder} has no images ({" ".join(SUFFIXES)})')
   return sorted(found)
@@ -296,11 +304,11 @@ def _tell(
     ('images', f'{len(score)} predicted, {len(pictures.bad)} skipped'),
   ]
   if network.threshold is not None:
-    chosen, below = network.result.get('step'), (score < network.threshold).sum()
-    other = '' if chosen == network.step else f', which was chosen for step {chosen}'
-    rows.append(
-      ('unknown', f'{below}, known score below {network.threshold:.4g}{other}')
-    )
+    below = (score < network.threshold).sum()
+    rows.append(('unknown', f'{below}, known score below {network.threshold:.4g}'))
+  elif network.result.get('threshold'):
+    chosen = network.result['step']
+    rows.append(('unknown', f'not told: the threshold was chosen for step {chosen}'))
   told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
   screen.table(told, [*rows, ('file', out)])
 

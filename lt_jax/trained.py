@@ -33,7 +33,8 @@ class Trained(NamedTuple):
 
   Attributes:
     config: the resolved configuration of its run.
-    facts: what data.json tells: class names, image shape, preprocessing, threshold.
+    facts: what data.json tells: class names, image shape, preprocessing, and the
+      threshold, if it was chosen for this State.
     result: what result.json tells; empty if the run has not ended.
     stage: the stage whose network it is.
     mesh: the devices.
@@ -64,7 +65,10 @@ class Trained(NamedTuple):
 
   @property
   def threshold(self) -> float | None:
-    """The known score below which an image is of an unknown class; None: no such."""
+    """The known score below which an image is of an unknown class.
+
+    None: none was chosen for this State.
+    """
     chosen = self.facts.get('threshold')
     return chosen['value'] if chosen else None
 
@@ -113,6 +117,8 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
   experiment = build_without_data(config, facts, batch)
   *_, stage = experiment.stages.values()
   state, step, _, verified = restore(workdir, stage, experiment.mesh, which)
+  if step != result.get('step'):
+    facts['threshold'] = None
   return Trained(config, facts, result, stage, experiment.mesh, state, step, verified)
 
 

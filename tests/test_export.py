@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from lt_jax import checkpoint, export, trained
+from lt_jax import checkpoint, export, files, trained
 from lt_jax.errors import UserError
 from tests import tiny
 from tests.test_predict import fitted, leave
@@ -65,6 +66,22 @@ def test_arrays_make_the_network_again(arrays, network, images, expected):
   assert loaded.config == network.config
   assert told['state_sha256'] == checkpoint.digest(network.state)
   assert [p.name for p in path.parent.iterdir()] == ['one.safetensors']
+
+
+def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
+  workdir, tmp_path
+):
+  workdir = epath.Path(shutil.copytree(workdir, tmp_path / 'run'))
+  threshold = {'value': 0.5, 'chosen_by': 'keeps 95 % of val'}
+  data = files.read_json(workdir / 'data.json')
+  files.write_json(workdir / 'data.json', data | {'threshold': threshold})
+  files.write_json(workdir / 'result.json', {'step': 1, 'threshold': threshold})
+  for which, expected in (('last', threshold), ('best', None)):
+    path = tmp_path / f'{which}.safetensors'
+    assert export.export(workdir, 'safetensors', path, which=which)['threshold'] == (
+      expected
+    )
+    assert export.load(path).threshold == (expected and expected['value'])
 
 
 def test_others_can_read_the_arrays(arrays, network):

@@ -200,6 +200,24 @@ def test_the_state_is_the_one_that_the_result_is_of(photographs):
     assert network.step == step == int(network.state.step) and network.verified
 
 
+def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
+  photographs, tmp_path, capsys
+):
+  """Of another one there is no telling which images are unknown."""
+  workdir = epath.Path(shutil.copytree(photographs[0], tmp_path / 'run'))
+  chosen = {'threshold': {'value': 0.5}}
+  data = files.read_json(workdir / 'data.json')
+  files.write_json(workdir / 'data.json', data | chosen)
+  files.write_json(workdir / 'result.json', {'step': 0, **chosen})
+  for which, threshold in ((None, 0.5), ('best', 0.5), ('last', None)):
+    assert trained.open_run(workdir, which).threshold == threshold
+    out = tmp_path / 'out.csv'
+    predict.predict(workdir, [str(photographs[1])], str(out), which=which)
+    assert ('is_unknown' in table(out)[0]) == (threshold is not None)
+  told = 'not told: the threshold was chosen for step 0'
+  assert capsys.readouterr().out.count(told) == 1
+
+
 def flat(folder, name, size, mode='RGB'):
   colour = {'RGB': (90, 90, 90), 'L': 90, 'RGBA': (90, 90, 90, 7), 'I;16': 90 * 257}
   path = folder / name
@@ -279,16 +297,27 @@ def test_the_command_refuses_a_bad_image_in_one_line(digits, some_bad, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {'some', 'out.csv'}
 
 
+def test_files_of_folders_that_are_passed_over_are_counted(digits, tmp_path, capsys):
+  folder = tmp_path / 'some'
+  folder.mkdir()
+  for name in ('a.png', 'b.gif', 'c.tif'):
+    flat(folder, name, (8, 8))
+  assert predict.predict(digits[0], [str(folder)], str(tmp_path / 'out.csv')) == 1
+  assert '2 files in folders are passed over' in capsys.readouterr().out
+
+
 def test_what_arguments_stand_for(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ('b/2.JPG', 'b/1.png', 'b/c/3.webp', 'b/.h/4.png', 'b/.5.png', 'b/x.txt'):
     pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(name).touch()
   below = ['b/1.png', 'b/2.JPG', 'b/c/3.webp']
-  assert list(predict.expand('b')) == below
-  assert list(predict.expand('b/x.txt')) == ['b/x.txt']  # named, whatever its ending
+  passed_over = []
+  assert list(predict.expand('b', passed_over)) == below
+  assert passed_over == ['b/x.txt']
+  assert list(predict.expand('b/x.txt', [])) == ['b/x.txt']  # whatever its ending
   pathlib.Path('list').write_text('b/2.JPG\n\n  b\nabsent.png\n')
-  assert list(predict.expand('@list')) == ['b/2.JPG', *below, 'absent.png']
+  assert list(predict.expand('@list', [])) == ['b/2.JPG', *below, 'absent.png']
   (tmp_path / 'empty').mkdir()
   for name, told in {
     'empty': 'has no images',
@@ -296,7 +325,7 @@ def test_what_arguments_stand_for(tmp_path, monkeypatch):
     '@absent': 'the list absent cannot be read: No such file',
   }.items():
     with pytest.raises(UserError, match=told):
-      list(predict.expand(name))
+      list(predict.expand(name, []))
 
 
 def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
