@@ -20,10 +20,16 @@ class UserError(ValueError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-  """Returns "; did you mean X?" for a near miss, else the list of known names."""
+  """Returns "; did you mean X?" for a near miss, else the list of known names.
+
+  Names that begin with what was typed come before those that look like it.
+  """
   known = [str(k) for k in known]
-  near = difflib.get_close_matches(name, known, n=1)
-  return f'; did you mean {near[0]!r}?' if near else f'; known: {", ".join(known)}'
+  near = [k for k in known if k.startswith(name)]
+  if not 1 <= len(near) <= 3:
+    near = difflib.get_close_matches(name, known, n=1)
+  told = ' or '.join(map(repr, near))
+  return f'; did you mean {told}?' if near else f'; known: {", ".join(known)}'
 
 
 def lookup(table: Mapping[str, T], kind: str, name: str) -> T:

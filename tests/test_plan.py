@@ -100,7 +100,8 @@ def test_devices(text, expected):
 @pytest.mark.parametrize(
   ('text', 'told'),
   [
-    ('v5:4x8', "did you mean 'v5p'|did you mean 'v5e'"),
+    ('v5:4x8', "did you mean 'v5e' or 'v5p'"),
+    ('a100:8', "did you mean 'a100-40gb' or 'a100-80gb'"),
     ('a100-80:8', "did you mean 'a100-80gb'"),
     ('h10:8', "did you mean 'h100'"),
     ('h100', 'a kind and a size'),

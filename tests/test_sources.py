@@ -141,6 +141,11 @@ def test_unknown_sources(spec):
     sources.load_source(spec)
 
 
+def test_generated_sources_take_no_argument():
+  with pytest.raises(UserError, match=r"'fake' takes no argument, got '5': data.fake"):
+    sources.load_source('fake:5')
+
+
 def encode(pixels, mode, kind):
   file = io.BytesIO()
   Image.fromarray(pixels).convert(mode).save(file, kind)

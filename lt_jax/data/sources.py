@@ -287,6 +287,14 @@ def _digits(argument: str, data_dir: str | None) -> dict[str, Source]:
   return {'train': Arrays(images, data.target.astype(np.int32), names)}
 
 
+def _fake(argument: str, data_dir: str | None) -> dict[str, Source]:
+  """Refuses: 'fake' alone is generated, by the counts of a configuration."""
+  raise UserError(
+    f"source 'fake' takes no argument, got {argument!r}: data.fake says what it "
+    'generates, such as --config.data.fake.classes=10'
+  )
+
+
 def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   """Loads an archive of NumPy arrays; none is read before all headers are right."""
   try:
@@ -470,4 +478,5 @@ SOURCES = {
   'tfds': _tfds,
   'list': list_source,
   'folder': folder_source,
+  'fake': _fake,
 }
