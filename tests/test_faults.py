@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from lt_jax import files
+from lt_jax import commands, files
 from lt_jax.errors import UserError
 from lt_jax.writers import JsonLines, read_rows
 from tests import child
@@ -237,6 +237,15 @@ def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, told)
   assert_same_run(workdir, unbroken)
 
 
+def test_ctrl_c_is_one_line(capsys):
+  def command():
+    raise KeyboardInterrupt
+
+  with pytest.raises(SystemExit, match='130'):
+    commands.exit_code(command)
+  assert capsys.readouterr().err == 'error: interrupted; what was saved is whole\n'
+
+
 def test_a_folder_that_checkpoints_cannot_have(tmp_path):
   with pytest.raises(UserError, match='has a backslash'):
     files.make_workdir(tmp_path / 'a\\b')
@@ -380,6 +389,7 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
     (('--config.loss.name=ladm',), "unknown loss 'ladm'; did you mean 'ldam'"),
     (('--config.data.source=npz:/nowhere/x.npz',), '/nowhere/x.npz'),
     (('--config.data.n_max=900',), 'class 0'),
+    (('--config.data.image_size=6',), "the images of 'digits' lie in memory"),
     (('--config.device=tpu',), "config.device is 'tpu'"),
     (('--confg=x',), 'Did you mean'),
   ],

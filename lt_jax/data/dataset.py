@@ -230,6 +230,11 @@ def _crop(pool: Any, name: str, image_size: int, resize: int) -> Crop | None:
     if None in pool.image_shape:
       raise UserError(f'the images of {name!r} differ in size: set data.image_size')
     return None
+  if not hasattr(pool, 'encoded'):
+    raise UserError(
+      f'the images of {name!r} lie in memory as {pool.image_shape}: set '
+      'data.image_size to 0, which is for files of many sizes'
+    )
   if resize < image_size:
     raise UserError(f'data.resize is {resize}, less than data.image_size {image_size}')
   return Crop(image_size, resize)
