@@ -21,7 +21,8 @@ Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
 
 These start from a network that was trained on ImageNet: give it by --config.init=FILE
 (`python -m lt_jax.convert` makes FILE.safetensors of a PyTorch file) or
---config.init=timm/resnet152.tv_in1k. From random weights they are out of reach.
+--config.init=timm/resnet152.tv_in1k. From random weights they are out of reach, and
+protocol kang, which trains the last block of the trunk alone, refuses to begin.
 
 Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
 

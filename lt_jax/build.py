@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
 from lt_jax.models import make_classifier
-from lt_jax.optim import epoch_start, make_optimizer, make_schedule
+from lt_jax.optim import epoch_start, make_optimizer, make_schedule, per_parameter
 from lt_jax.recipes import STAGE_KEYS, set_keys
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan, state_shapes
@@ -126,8 +126,8 @@ class Stage(NamedTuple):
     streams: what it is trained on.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     leaves: what this stage leaves of each training image: names of outputs.
-    start: what puts published weights into a fresh State, and tells of it; None: they
-      are random.
+    start: what puts published weights into a fresh State, and tells of it, or refuses
+      to do without; None: they are random.
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
@@ -420,7 +420,7 @@ def _build_stage(
     streams=streams,
     reads={'train': train.origin} if train.origin else {},
     leaves=tuple(config['leaves']),
-    start=_start(config['init']) if config['init'] and not earlier else None,
+    start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
       construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
       for name, options in config['surgeries']
@@ -524,9 +524,28 @@ def learned_classes(
   return learned
 
 
-def _start(source: str) -> Callable:
-  """Returns what puts published weights into a State."""
-  return functools.partial(surgery.start_from, source=source)
+def _start(
+  config: Config, method: Method, streams: Mapping[str, Stream]
+) -> Callable | None:
+  """Returns what puts published weights into a State; None: random ones will do."""
+  if config['init']:
+    return functools.partial(surgery.start_from, source=config['init'])
+  rules = config['optimizer'].get('learning_rate_scale', ())
+  if all(rate for _, rate in rules):
+    return None
+  params = state_shapes(method, streams).params
+  rates = per_parameter(rules, params)
+  frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
+  return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
+
+
+def _refuse_random(state: State) -> NoReturn:
+  """Raises a `UserError`: what is not trained must come from somewhere."""
+  raise UserError(
+    'not all of the trunk is trained (optimizer.learning_rate_scale), so it cannot '
+    'begin at random: give --config.init=FILE.safetensors or --config.init=OWNER/MODEL '
+    'such as timm/resnet152.tv_in1k'
+  )
 
 
 def _workers(number: int) -> int:

@@ -233,6 +233,9 @@ _PHOTOGRAPHS = {
   'std': (0.229, 0.224, 0.225),
 }
 _HEAD = 'net/head/.*'
+_LAST_BLOCK = 'net/trunk/stage4_block3/.*'
+_FEWER_BLOCKS = {'resnet10': 1, 'resnet18': 2}
+"""Trunks whose last stage has not three blocks."""
 
 
 def _sgd(weight_decay: float, *rates: tuple[str, float]) -> Overrides:
@@ -290,13 +293,12 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
         **_steps(30, (10, 0.1), (20, 0.01), base=0.01),
       },
     ),
-    # As above, and of the trunk the last block alone; the authors published no config.
+    # As above, and of the trunk the last block alone, so that it must begin with
+    # published weights; the authors published no config.
     'kang': Protocol(
       {
         'batch': 256,
-        'optimizer': _sgd(
-          5e-4, (_HEAD, 1.0), ('net/trunk/stage4_block3/.*', 0.1), ('.*', 0.0)
-        ),
+        'optimizer': _sgd(5e-4, (_HEAD, 1.0), (_LAST_BLOCK, 0.1), ('.*', 0.0)),
         **_cosine(30, base=0.1),
       },
       None,
@@ -489,6 +491,11 @@ def photographs_lt(arg: str | None, *, name: str, recipe: str = 'ce') -> ConfigD
     },
   )
   apply(config, first)
+  optimizer, last = config.optimizer, f'block{_FEWER_BLOCKS.get(option.net, 3)}'
+  optimizer.learning_rate_scale = tuple(
+    (pattern.replace('block3', last), scale)
+    for pattern, scale in optimizer.learning_rate_scale
+  )
   config.defer_epoch = 2 / 3 * config.epochs
   scale = (option.epochs or config.epochs) / config.epochs
   rescale(config, scale)

@@ -438,6 +438,7 @@ def _banner(
       ('images', sizes),
       ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
+      ('weights', config['init'] or 'random'),
       ('config', f'{config_digest(config)} (seed left out)'),
       ('workdir', os.fspath(workdir)),
     ],

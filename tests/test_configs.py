@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,11 +17,11 @@ from configs import (
   inat18,
   places_lt,
 )
-from lt_jax import build, protocols, recipes, train
+from lt_jax import build, protocols, recipes, run, train
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
-from lt_jax.optim import epoch_start, make_schedule
+from lt_jax.optim import epoch_start, make_schedule, per_parameter
 
 WITH_META = (
   'l2rw',
@@ -315,6 +316,28 @@ def test_class_aware_batches_have_statistics_of_the_whole():
 def test_a_second_training_needs_a_protocol_that_has_one():
   with pytest.raises(UserError, match=r"'kang' of places_lt has no second training"):
     places_lt.get_config('oltr,protocol=kang')
+
+
+def test_a_trunk_that_is_not_trained_needs_weights(no_data, tmp_path):
+  config = build.resolve(digits_lt.get_config('ce'))
+  config['optimizer']['learning_rate_scale'] = [['.*norm.*', 0.0], ['.*', 1.0]]
+  run.rehearsed(config, tmp_path)  # as random kernels are trained
+  config['optimizer']['learning_rate_scale'] = [['net/head/.*', 1.0], ['.*', 0.0]]
+  build.build(config)  # for what needs shapes alone
+  with pytest.raises(UserError, match=r'cannot begin at random: give --config.init='):
+    run.rehearsed(config, tmp_path)
+
+
+@pytest.mark.parametrize('net', ['resnet10', 'resnet18', 'resnet50'])
+def test_kang_trains_the_last_block_of_places(no_data, net):
+  config = build.resolve(places_lt.get_config(f'crt,net={net}'))
+  stage = build.build(config).stages['train']
+  params = train.state_shapes(stage.method, stage.streams).params
+  rules = config['optimizer']['learning_rate_scale']
+  rates = per_parameter(rules, params)['net']['trunk']
+  last = max(name for name in rates if name.startswith('stage4'))
+  for name, block in rates.items():
+    assert set(jax.tree.leaves(block)) == {0.1 if name == last else 0.0}
 
 
 def test_keys_of_a_stage_follow_the_top_level_until_they_are_set():

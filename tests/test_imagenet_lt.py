@@ -159,6 +159,8 @@ def test_a_run_begins_with_published_weights(lists, tmp_path):
   begun = config('ce', **lists, **options, **{'schedule.base': 0.0})  # and stays there
   workdir = tmp_path / 'run'
   result = run.run(begun, workdir)
+  told = capsys.readouterr().out.splitlines()
+  assert ['weights', str(weights)] in [line.split() for line in told]
   assert result['init']['source'] == str(weights)
   assert len(result['init']['sha256']) == 64
   facts = next(
