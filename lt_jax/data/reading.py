@@ -9,7 +9,6 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 
 from lt_jax.data.streams import Payload, Stream
+from lt_jax.errors import UserError
 from lt_jax.footprint import size
 
 STALLED_AFTER = 600.0
@@ -116,20 +116,11 @@ class _Payloads:
   def __getitem__(self, position: int) -> Payload:
     try:
       return self._payload(self._steps[position])
-    except Exception as error:
-      if _travels(error):
-        raise
+    except (UserError, OSError):
+      raise
+    except Exception as error:  # an error that cannot be pickled would never be told
       text = f'{type(error).__name__}: {error}'
       raise RuntimeError(text).with_traceback(error.__traceback__) from None
-
-
-def _travels(error: Exception) -> bool:
-  """Returns whether an error comes out of a worker as it is; others are never told."""
-  try:
-    pickle.loads(pickle.dumps(error))
-  except Exception:
-    return False
-  return True
 
 
 class _Ahead:
