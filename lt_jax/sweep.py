@@ -5,16 +5,19 @@
 
 A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was interrupted.
 The same command again runs what is not finished. A cell that fails is told and does not
-stop the rest. At the end DIR/report.html shows them all.
+stop the rest; error.json in its folder says why, until it is begun again. At the end
+DIR/report.html shows them all.
 
 What stands behind the colon of --config are options for all methods
 (--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs the I-th cell
 alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list shows them.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,12 +111,21 @@ def sweep(
     wrong = _attempt(members, make_config)
     for cell, error in wrong.items():
       print(f'failed: seed {cell.seed}: {_line(error)}')
+      _leave(cell, error)
     failed |= wrong
   return failed
 
 
 def _line(error: Exception) -> str:
   return f'{type(error).__name__}: {" ".join(str(error).split())}'
+
+
+def _leave(cell: Cell, error: Exception) -> None:
+  """Writes error.json, as a start that fails leaves no other trace of the cell."""
+  told = {'recipe': cell.method, 'seed': cell.seed, 'error': _line(error)}
+  with contextlib.suppress(OSError):  # which may be what the cell failed of
+    cell.workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(cell.workdir / 'error.json', {**told, 'time': time.time()})
 
 
 def _code(failed: Iterable[Exception]) -> int:
@@ -158,6 +170,7 @@ def _run(
 
   configs = {}
   for cell in cells:
+    (cell.workdir / 'error.json').unlink(missing_ok=True)
     config = make_config(cell.method)
     config.seed = cell.seed
     configs[cell] = build.resolve(config)
@@ -178,9 +191,13 @@ def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   """Returns whether a cell has ended, with this configuration."""
   from lt_jax.build import trained_by
 
-  if not (cell.workdir / 'result.json').exists():
+  try:
+    result = files.read_json(cell.workdir / 'result.json')
+    before = files.read_json(cell.workdir / 'config.json')
+  except UserError:  # not there, or torn; the run writes the result anew
     return False
-  return trained_by(files.read_json(cell.workdir / 'config.json')) == trained_by(config)
+  whole = isinstance(result.get('test'), Mapping)
+  return whole and trained_by(before) == trained_by(config)
 
 
 def loader(
@@ -200,6 +217,11 @@ def loader(
 
   def make(recipe: str) -> ConfigDict:
     config = module.get_config(','.join(filter(None, (options, recipe))))
+    if config.recipe != recipe:
+      raise UserError(
+        f'--methods: {recipe!r} is no recipe; options stand behind the colon of '
+        f'--config, as in --config=FILE.py:{recipe}'
+      )
     try:
       config.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -241,7 +263,8 @@ def main() -> None:
     raise UserError('--vectorise: a tracker takes one run at a time; leave --tracker')
   chosen = every if CELL.value is None else [every[CELL.value]]
   failed = sweep(chosen, make_config, VECTORISE.value)
-  if CELL.value is None and any((c.workdir / 'config.json').exists() for c in every):
+  left = [c.workdir / name for c in every for name in ('config.json', 'error.json')]
+  if CELL.value is None and any(path.exists() for path in left):
     page = report.write(workdir)
     print(f'\n{(workdir / "report.md").read_text()}\n{page}')
   if failed:

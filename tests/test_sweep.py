@@ -1,6 +1,7 @@
 """Sweeps: every cell an ordinary run, none made twice, and failures that stay alone."""
 
 import json
+import shutil
 
 import pytest
 
@@ -91,6 +92,24 @@ def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
   assert code == 0 and output.count('is finished: ') == 2
 
 
+@pytest.mark.parametrize('torn', ['{"te', '{}', '{"test": 1}'])
+def test_a_torn_result_is_written_anew(swept, tmp_path, torn):
+  workdir = shutil.copytree(swept[0] / 'ce' / '0', tmp_path / 'runs' / 'ce' / '0')
+  (workdir / 'result.json').write_text(torn)
+  code, output = run(tmp_path / 'runs', methods='ce', seeds='0')
+  assert code == 0 and 'is finished: ' not in output
+  whole = result(swept[0], 'ce', 0)
+  assert result(tmp_path / 'runs', 'ce', 0)['state_sha256'] == whole['state_sha256']
+
+
+def test_a_torn_config_fails_in_one_line(swept, tmp_path):
+  workdir = shutil.copytree(swept[0] / 'ce' / '0', tmp_path / 'runs' / 'ce' / '0')
+  (workdir / 'config.json').write_text('{"se')
+  code, output = run(tmp_path / 'runs', methods='ce', seeds='0')
+  assert code == 2 and 'Traceback' not in output
+  assert f'{workdir}/config.json is no valid JSON' in output.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
   code, output = run(tmp_path / 'runs', '--config.batch=32', methods='ce', seeds='1')
@@ -98,21 +117,41 @@ def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
   code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
   assert code == 2 and 'not as one program: ' in output
   (told,) = [line for line in output.splitlines() if line.startswith('failed: ')]
-  assert told.startswith('failed: seed 1: UserError: ') and 'batch was 32' in told
+  assert told.startswith('failed: seed 1: OtherConfig: ') and 'batch was 32' in told
+  assert told.endswith('; give another workdir')  # a sweep has no --allow_config_change
   assert result(tmp_path / 'runs', 'ce', 0)['replicas'] == 1
 
 
 def test_a_failure_does_not_stop_the_rest(tmp_path):
-  code, output = run(
-    tmp_path / 'runs',
-    '--config.data.meta_per_class=0',
-    methods='l2rw,ce',
-    seeds='0',
-  )
+  without = '--config.data.meta_per_class=0'
+  code, output = run(tmp_path / 'runs', without, methods='l2rw,ce', seeds='0')
   assert code == 2
   assert output.splitlines()[-1].startswith('error: 1 of 2 cells failed: l2rw/0: ')
   assert 'set data.meta_per_class' in output.splitlines()[-1]
   assert result(tmp_path / 'runs', 'ce', 0)['recipe'] == 'ce'
+  assert not (tmp_path / 'runs/ce/0/error.json').exists()
+  (left,) = (tmp_path / 'runs/l2rw/0').glob('*.json')
+  told = json.loads(left.read_text())
+  assert left.name == 'error.json' and told['time'] > 0
+  assert (told['recipe'], told['seed']) == ('l2rw', 0)
+  assert told['error'].startswith('UserError: ') and 'meta_per_class' in told['error']
+  code, output = run(tmp_path / 'runs', methods='l2rw', seeds='0')
+  assert code == 0 and not left.exists()
+
+
+def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(tmp_path, capsys):
+  (tmp_path / 'ce').write_text('where the folder should be')
+  (cell,) = sweep.cells(['ce'], ['0'], tmp_path)
+  failed = sweep.sweep([cell], lambda recipe: None)
+  assert isinstance(failed[cell], OSError)
+  assert 'failed: seed 0: NotADirectoryError: ' in capsys.readouterr().out
+
+
+def test_failures_alone_have_a_report_too(tmp_path):
+  key = '--config.data.meta_per_class=0'
+  code, output = run(tmp_path / 'runs', key, methods='l2rw', seeds='0')
+  assert code == 2 and f'{tmp_path}/runs/report.html' in output.splitlines()
+  assert 'l2rw' in (tmp_path / 'runs/report.md').read_text()
 
 
 def test_the_methods_run_whatever_recipe_the_config_names(tmp_path):
@@ -163,6 +202,7 @@ def test_asked_to_stop_it_saves_and_ends(tmp_path):
   ('options', 'told'),
   [
     ({'methods': 'ce,nope'}, "unknown method 'nope'"),
+    ({'methods': 'ce,epochs=7'}, "'epochs=7' is no recipe; options stand behind the"),
     ({'methods': 'ce,ce'}, '--methods must name some, each of them once: ce,ce'),
     ({'seeds': '0,x'}, "--seeds: 'x' is no whole number"),
     ({'seeds': '1,1'}, '--seeds must name some, each of them once'),
