@@ -26,7 +26,7 @@ protocol kang, which trains the last block of the trunk alone, refuses to begin.
 
 Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
 
-Argument: as in configs/imagenet_lt.py.
+Argument: as in configs/imagenet_lt.py, with kang's 30 epochs of batches of 256.
 """
 
 from lt_jax import protocols

@@ -152,7 +152,7 @@ def test_mistakes_are_told_before_anything_runs(lists, tmp_path, overrides, mess
   assert not (tmp_path / 'stages').exists()
 
 
-def test_a_run_begins_with_published_weights(lists, tmp_path):
+def test_a_run_begins_with_published_weights(lists, tmp_path, capsys):
   weights = tmp_path / 'tiny.safetensors'
   save_file(tiny_state(), weights)
   options = {'init': str(weights), 'model.trunk_options.width': 4}
