@@ -7,22 +7,30 @@ sittings. On a CPU the methods are shared out to sweeps of one core each, which 
 faster for networks as small as those; on an accelerator there is one sweep, with what
 follows `--` as its options, such as `-- --vectorise`. The tables in print are those of
 report.md in the same folder.
+
+With any other option (`-- --config.epochs=2`, `-- --methods=ce --seeds=0`) a table is
+not the one in print, and its numbers go to DIR/NAME.json.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from typing import NamedTuple
 
-from lt_jax import files, report
+from lt_jax import commands, files, report
+from lt_jax.build import resolve, trained_by
+from lt_jax.errors import WRONG_INPUT
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs as read
 from lt_jax.results import TABLE
+from lt_jax.sweep import cells, loader
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -75,10 +83,13 @@ TABLES = {
 }
 """name -> its sweep, the most telling first."""
 
+SAME_TABLE = {'--vectorise'}
+"""Options with which a table is still the one in print."""
 
-def sweep(name, workdir, options):
+
+def sweep(chosen, workdir):
   """Runs what is not finished of a table; what fails stays out of it."""
-  config, methods, seeds, own_options = TABLES[name]
+  config, methods, seeds, options = chosen
   methods = methods.split(',')
   cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
   own = sorted(cores)[: len(methods)] if cores and backend() == 'cpu' else [None]
@@ -86,7 +97,7 @@ def sweep(name, workdir, options):
   for i, core in enumerate(own):
     command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{config}']
     command += [f'--methods={",".join(methods[i :: len(own)])}', f'--seeds={seeds}']
-    command += [f'--workdir={workdir}', *own_options, *options]
+    command += [f'--workdir={workdir}', *options]
     if core is not None:
       os.sched_setaffinity(0, {core})  # which a process that begins here takes over
     started.append(subprocess.Popen(command, cwd=ROOT))
@@ -102,26 +113,24 @@ def backend():
   return done.stdout.strip()
 
 
-def table(name, workdir, options):
-  """Returns what results/NAME.json holds: a row a method, every seed's numbers."""
-  config, methods, seeds, own_options = TABLES[name]
+def table(config, runs):
+  """Returns the rows of a table: one a method, with every seed's numbers."""
   file, _, argument = config.partition(':')
   argument = ','.join(part for part in argument.split(',') if '=' in part)
-  given, passed = (
-    ' '.join(['', *words]).rstrip() for words in ((*own_options, *options), options)
-  )
-  groups, _ = read.grouped(read.find(workdir))
+  make = loader(os.fspath(ROOT / 'configs' / file), argument, {})
+  groups, _ = read.grouped(runs)
   rows = []
   for group in groups:
     if not group.counted:
       continue
     results = [run.result for run in group.counted]
     recipe = ','.join(filter(None, (results[0]['recipe'], argument)))
-    command = f'python -m lt_jax.main --config=configs/{file}:{recipe}{given}'
+    given = overrides(make(results[0]['recipe']), group.counted[0].config)
+    command = ['python', '-m', 'lt_jax.main', f'--config=configs/{file}:{recipe}']
     rows.append(
       {
         'recipe': results[0]['recipe'],
-        'command': f'{command} --config.seed=SEED --workdir=DIR',
+        'command': f'{shlex.join([*command, *given])} --config.seed=SEED --workdir=DIR',
         'config_digest': group.counted[0].kind[0],
         'data': group.counted[0].kind[1],
         'seeds': [result['seed'] for result in results],
@@ -138,14 +147,17 @@ def table(name, workdir, options):
         },
       }
     )
-  return {
-    'command': f'python -m benchmarks.tables {name} --workdir=DIR'
-    f'{" --" if options else ""}{passed}',
-    'methods': methods.split(','),
-    'seeds': [int(seed) for seed in seeds.split(',')],
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-    'rows': rows,
-  }
+  return rows
+
+
+def overrides(before, config):
+  """Returns the options that make of a recipe's configuration that of a run."""
+  before = trained_by(resolve(before))
+  return [
+    f'--config.{key}={tuple(value) if isinstance(value, list) else value}'
+    for key, value in trained_by(config).items()
+    if key != 'seed' and value != before.get(key)
+  ]
 
 
 def learned_over_prior(run):
@@ -160,18 +172,42 @@ def main():
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   given = sys.argv[1:]
   end = given.index('--') if '--' in given else len(given)
-  options, passed = parser.parse_args(given[:end]), given[end + 1 :]
-  workdir = files.absolute(options.workdir)
-  codes = sweep(options.name, workdir, passed)
+  options = parser.parse_args(given[:end])
+  make = functools.partial(make_table, options.name, options.workdir, given[end + 1 :])
+  raise SystemExit(commands.exit_code(make))
+
+
+def make_table(name, workdir, passed):
+  """Makes a table, and ends with the exit code of its sweep."""
+  config, methods, seeds, options = TABLES[name]
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--methods', default=methods)
+  parser.add_argument('--seeds', default=seeds)
+  told, rest = parser.parse_known_args(passed)
+  chosen = Sweep(config, told.methods, told.seeds, (*options, *rest))
+  workdir = files.absolute(workdir)
+  every = cells(told.methods.split(','), told.seeds.split(','), workdir)
+  code = next(filter(None, sweep(chosen, workdir)), 0)
   report.write(workdir)
-  found = table(options.name, workdir, passed)
-  path = ROOT / 'results' / f'{options.name}.json'
-  path.parent.mkdir(exist_ok=True)
-  rows = ',\n'.join(json.dumps(row) for row in found.pop('rows'))
-  facts = json.dumps(found, indent=1).removesuffix('\n}')
-  path.write_text(f'{facts},\n "rows": [\n{rows}\n]}}\n')
+  folders = {cell.workdir for cell in every}
+  rows = table(config, [run for run in read.find(workdir) if run.folder in folders])
+  if not rows:
+    commands.fail(f'no run in {workdir} has finished', code or WRONG_INPUT)
+  again = ['python', '-m', 'benchmarks.tables', name, '--workdir=DIR']
+  facts = {
+    'command': shlex.join([*again, *(['--', *passed] if passed else [])]),
+    'methods': list(dict.fromkeys(cell.method for cell in every)),
+    'seeds': list(dict.fromkeys(cell.seed for cell in every)),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+  }
+  folder = ROOT / 'results' if SAME_TABLE.issuperset(passed) else workdir
+  folder.mkdir(exist_ok=True)
+  path = folder / f'{name}.json'
+  text = json.dumps(facts, indent=1).removesuffix('\n}')
+  rows = ',\n'.join(map(json.dumps, rows))
+  path.write_text(f'{text},\n "rows": [\n{rows}\n]}}\n')
   print(f'{(workdir / "report.md").read_text()}\n{path}')
-  raise SystemExit(next(filter(None, codes), 0))
+  raise SystemExit(code)
 
 
 if __name__ == '__main__':

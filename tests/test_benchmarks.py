@@ -3,11 +3,14 @@
 import importlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from lt_jax import build, files
+from lt_jax.sweep import cells, loader
 from tests import child
 
 NAMES = (
@@ -50,8 +53,9 @@ def test_it_runs(name, tmp_path):
   assert json.loads(path.read_text())
 
 
-@pytest.mark.slow
-def test_a_table_holds_what_its_runs_found(tmp_path, monkeypatch):
+@pytest.fixture
+def make_table(tmp_path, monkeypatch, capsys):
+  """Makes the table of two methods and two seeds: options -> (its end, its file)."""
   from benchmarks import tables
 
   monkeypatch.setattr(tables, 'ROOT', tmp_path)
@@ -59,14 +63,91 @@ def test_a_table_holds_what_its_runs_found(tmp_path, monkeypatch):
     (tmp_path / folder).symlink_to(child.ROOT / folder)
   table = tables.Sweep('digits_lt.py:epochs=6', 'ce,mwn', '0,1')
   monkeypatch.setitem(tables.TABLES, 'digits_lt', table)
+
+  def make(*options):
+    given = ['tables', 'digits_lt', f'--workdir={tmp_path}/runs', '--', *options]
+    monkeypatch.setattr(sys, 'argv', given)
+    with pytest.raises(SystemExit) as ended:
+      tables.main()
+    told = capsys.readouterr()
+    if told.err:
+      return ended.value.code, told.err
+    return ended.value.code, json.loads(pathlib.Path(told.out.split()[-1]).read_text())
+
+  return make
+
+
+@pytest.fixture
+def swept(monkeypatch):
+  """A sweep that trains nothing, by the command that it would run: its chosen."""
+  from benchmarks import tables
+
+  seen = []
+
+  def sweep(chosen, workdir):
+    seen.append(chosen)
+    keys = dict(w[9:].split('=') for w in chosen.options if w.startswith('--config.'))
+    path, _, options = chosen.config.partition(':')
+    make = loader(f'{child.ROOT}/configs/{path}', options, keys)
+    for cell in cells(chosen.methods.split(','), chosen.seeds.split(','), workdir):
+      config = {**build.resolve(make(cell.method)), 'seed': cell.seed}
+      cell.workdir.mkdir(parents=True, exist_ok=True)
+      files.write_json(cell.workdir / 'config.json', config)
+      result = {'recipe': cell.method, 'seed': cell.seed, 'test': {'accuracy': 0.5}}
+      result |= {'device': '1 x cpu', 'versions': {}, 'wall_seconds': 1}
+      files.write_json(cell.workdir / 'result.json', {**result, 'best_on_test': None})
+    return [0]
+
+  monkeypatch.setattr(tables, 'sweep', sweep)
+  return seen
+
+
+def test_a_table_of_other_options_is_not_the_one_in_print(make_table, swept, tmp_path):
+  code, found = make_table('--config.model.trunk=tiny_cnn', '--seeds=1', '--methods=ce')
+  assert code == 0 and not (tmp_path / 'results').exists()
+  assert swept[0][1:] == ('ce', '1', ('--config.model.trunk=tiny_cnn',))
+  assert (found['methods'], found['seeds']) == (['ce'], [1])
+  assert [row['seeds'] for row in found['rows']] == [[1]]
+  code, found = make_table('--vectorise')
+  assert code == 0 and found['command'].endswith('--workdir=DIR -- --vectorise')
+  assert found == json.loads((tmp_path / 'results/digits_lt.json').read_text())
+  assert [row['seeds'] for row in found['rows']] == [[0, 1], [0, 1]]
+
+
+def test_the_command_of_a_row_makes_its_runs(make_table, swept):
+  options = ('--config.data.source=npz:some where.npz', '--tracker=wandb')
+  _, found = make_table(*options)
+  command = "python -m lt_jax.main --config=configs/digits_lt.py:ce,epochs=6 '{}' {}"
+  assert found['rows'][0]['command'] == command.format(
+    options[0], '--config.seed=SEED --workdir=DIR'
+  )
+  _, found = make_table()  # of what is there by now
+  assert 'source' not in found['rows'][0]['command']
+
+
+def test_a_table_without_a_row_is_told_in_one_line(make_table, swept, monkeypatch):
+  from benchmarks import tables
+
+  code, told = make_table('--seeds=0,x')
+  assert (code, told) == (2, "error: --seeds: 'x' is no whole number\n") and not swept
+
+  def failing(chosen, workdir):
+    failed = {'recipe': 'ce', 'seed': 0, 'error': 'Diverged: not finite', 'time': 1.5}
+    (workdir / 'ce' / '0').mkdir(parents=True)
+    files.write_json(workdir / 'ce' / '0' / 'error.json', failed)
+    return [0, 3]
+
+  monkeypatch.setattr(tables, 'sweep', failing)
+  code, told = make_table()
+  assert code == 3 and told.startswith('error: no run in ') and told.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_a_table_holds_what_its_runs_found(make_table, tmp_path):
   option = '--config.model.trunk=tiny_cnn'
-  given = ['tables', 'digits_lt', f'--workdir={tmp_path}/runs', '--', option]
-  monkeypatch.setattr(sys, 'argv', given)
   cores = os.sched_getaffinity(0)
-  with pytest.raises(SystemExit) as ended:
-    tables.main()
-  assert ended.value.code == 0 and os.sched_getaffinity(0) == cores
-  found = json.loads((tmp_path / 'results/digits_lt.json').read_text())
+  code, found = make_table(option)
+  assert code == 0 and os.sched_getaffinity(0) == cores
   assert [row['recipe'] for row in found['rows']] == ['ce', 'mwn']
   ce, mwn = found['rows']
   assert ce['seeds'] == [0, 1] and ce['learned_over_prior'] == [None, None]
