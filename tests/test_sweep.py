@@ -147,6 +147,15 @@ def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(tmp_path, ca
   assert 'failed: seed 0: NotADirectoryError: ' in capsys.readouterr().out
 
 
+def test_an_interrupt_is_no_failure_of_a_cell(tmp_path):
+  def interrupted(recipe):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):  # whose end is told as that of any command
+    sweep.sweep(sweep.cells(['ce'], ['0', '1'], tmp_path), interrupted)
+  assert not list(tmp_path.iterdir())
+
+
 def test_failures_alone_have_a_report_too(tmp_path):
   key = '--config.data.meta_per_class=0'
   code, output = run(tmp_path / 'runs', key, methods='l2rw', seeds='0')
