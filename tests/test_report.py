@@ -256,8 +256,8 @@ def test_other_configurations_are_not_averaged(tables_only, tmp_path):
   write_run(tmp_path / 'a', config(), 0.5)
   write_run(tmp_path / 'b', config(seed=1, epochs=100.0), 0.7)
   page = page_of(tmp_path)
-  assert row_of(tmp_path, 'ce (epochs=200.0)')['accuracy'] == '50.0'
-  assert row_of(tmp_path, 'ce (epochs=100.0)')['accuracy'] == '70.0'
+  assert row_of(tmp_path, 'ce (epochs=200)')['accuracy'] == '50.0'
+  assert row_of(tmp_path, 'ce (epochs=100)')['accuracy'] == '70.0'
   told = 'runs of 2 configurations or data sets, which are not averaged'
   assert told in page.text
   assert told in (tmp_path / 'report.md').read_text()
@@ -269,16 +269,137 @@ def test_other_data_are_not_averaged(tables_only, tmp_path):
   other = write_run(tmp_path / 'b', config(seed=1), 0.7) / 'data.json'
   other.write_text(other.read_text().replace('f' * 64, 'e' * 64))
   report.write(tmp_path)
-  assert row_of(tmp_path, 'ce (data fffffff)')['accuracy'] == '50.0'
-  assert row_of(tmp_path, 'ce (data eeeeeee)')['accuracy'] == '70.0'
+  assert row_of(tmp_path, 'ce (data=fffffff)')['accuracy'] == '50.0'
+  assert row_of(tmp_path, 'ce (data=eeeeeee)')['accuracy'] == '70.0'
+
+
+def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):
+  """The digests tell runs apart that the rest of the label does not."""
+  shared = {'defer_epoch': 160.0, 'wrappers': {'ema': 1.0}}
+  changes = [
+    {'epochs': 200.0, 'schedule': {'boundaries': [160.0]}},
+    {'epochs': 40.0, 'schedule': {'boundaries': [32.0]}},
+    {'epochs': 40.0, 'schedule': {'boundaries': [32.0]}, 'batch': 64, 'warm': 0.1},
+  ]
+  for place, change in enumerate(changes):
+    write_run(tmp_path / f'{place}', config(**shared, **change))
+  notes = ''.join(page_of(tmp_path).text)
+  labels = ['ce (batch=-, epochs=200)', 'ce (batch=-, epochs=40)']
+  for label in (*labels, 'ce (batch=64, epochs=40)'):
+    assert row_of(tmp_path, label)['runs'] == '1 finished'
+  for told in ('schedule.boundaries=[160.0]', 'batch=64, ', 'warm=0.1', 'epochs=200, '):
+    assert told in notes
+  assert 'defer_epoch=' not in notes and 'ema=' not in notes
+
+
+def test_what_looks_the_same_is_told_apart_by_its_digest(tables_only, tmp_path):
+  found = [
+    runs.Run(write_run(tmp_path / str(epochs), config(epochs=epochs)), 'run')
+    for epochs in (200.0, 200.00001)
+  ]
+  labels = [group.label for group in runs.grouped(found)[0]]
+  assert labels == [f'ce (config={run.kind[0]})' for run in found]
 
 
 def test_a_seed_counts_once(tables_only, tmp_path):
   for name in ('a', 'b', 'copy of b'):
     write_run(tmp_path / name, config(seed=int(name != 'a')), 0.5 + 0.2 * (name != 'a'))
   page = page_of(tmp_path)
-  assert row_of(tmp_path, 'ce')['accuracy'] == tables.percent([0.5, 0.7])
+  row = row_of(tmp_path, 'ce')
+  assert row['accuracy'] == tables.percent([0.5, 0.7])
+  assert row['runs'] == '2 finished, 1 repeated'
   assert "count once, without ['copy of b']" in page.text
+
+
+def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
+  """Leaves what a sweep leaves of a cell that failed."""
+  folder.mkdir(parents=True, exist_ok=True)
+  told = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
+  (folder / 'error.json').write_text(json.dumps(told))
+  return folder
+
+
+def test_what_failed_stands_in_the_table(tables_only, tmp_path):
+  fail(tmp_path / 'ce/0')
+  write_run(tmp_path / 'ce/1', config(seed=1))
+  (fail(write_run(tmp_path / 'ce/2', config(seed=2)), seed=2) / 'result.json').unlink()
+  fail(tmp_path / 'oltr/0', 'oltr', error='ValueError: \ud800')
+  for seed, epochs in enumerate((10.0, 20.0)):
+    write_run(tmp_path / f'ldam/{seed}', config('ldam', seed, epochs=epochs))
+  fail(tmp_path / 'ldam/2', 'ldam', 2)
+  text = page_of(tmp_path).text
+  assert text.count('failed: OSError: no <space> left') == 3
+  assert 'failed: ValueError: \ufffd' in text
+  told = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
+  told |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
+  assert {label: row_of(tmp_path, label)['runs'] for label in told} == told
+
+
+def test_a_failed_run_alone_has_a_page(tmp_path):
+  page = page_of(fail(tmp_path / 'run', seed=3))
+  assert 'ce, seed 3' in page.text and 'failed: OSError' in page.text
+  (tmp_path / 'run/error.json').write_text('{"recipe": 1, "seed": 2}')
+  assert 'error.json is damaged' in page_of(tmp_path / 'run').text
+
+
+def test_what_failed_once_and_then_finished_has_finished(run_folder):
+  assert runs.Run(fail(run_folder), 'run').state == 'finished'
+
+
+WRONG = {
+  'config.json': [{'recipe': 5}, {'seed': []}, {'data': 'cifar'}, {'name': None}],
+  'data.json': [{'counts': 'many'}, {'class_names': 5}, {'fingerprint': 5}],
+  'result.json': [
+    {'test': {'accuracy': 'high'}},
+    {'test': {'accuracy': 0.5, 'few': [0.5]}},
+    {'test': {'accuracy': float('nan')}},
+    {'test': {'accuracy': 10**400}},
+    {'test': []},
+    {'versions': ['1.0']},
+    {'threshold': 'high'},
+    {'threshold': {'value': 'high'}},
+    {'best_on_test': {'accuracy': None}},
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'wrong'), [(name, wrong) for name in WRONG for wrong in WRONG[name]]
+)
+def test_wrong_contents_cost_the_run_that_has_them(tables_only, tmp_path, name, wrong):
+  write_run(tmp_path / '0', config())
+  path = write_run(tmp_path / '1', config(seed=1), 0.7) / name
+  path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+  for folder in (tmp_path, tmp_path / '1'):
+    assert f'{name} is damaged' in page_of(folder).text
+  found, _ = runs.grouped(runs.find(epath.Path(tmp_path)))
+  assert [run.name for group in found for run in group.counted] == ['0']
+
+
+def test_a_threshold_without_a_finite_value_is_none(tables_only, run_folder):
+  path = run_folder / 'result.json'
+  threshold = {'threshold': {'value': None, 'chosen_by': 'fixed'}}
+  path.write_text(json.dumps(json.loads(path.read_text()) | threshold))
+  page = page_of(run_folder)
+  assert 'finished' in page.text and 'Threshold' not in page.text
+
+
+def test_rows_of_metrics_that_are_none_are_left_out(run_folder):
+  path = run_folder / 'metrics.jsonl'
+  good = path.read_text()
+  wrong = [{'step': '10'}, {'step': 10, 'stage': [], 'split': 'train', 'loss': 'x'}]
+  path.write_text(good + ''.join(json.dumps(row) + '\n' for row in wrong))
+  assert len(runs.Run(run_folder, 'run').rows) == len(good.splitlines())
+
+
+def test_a_folder_need_not_have_a_name_of_text(tables_only, tmp_path, capsys):
+  command = importlib.import_module('lt_jax.report.__main__').main
+  folder = tmp_path / os.fsdecode(b'caf\xe9')
+  write_run(folder / 'ce')
+  for path in (folder / 'ce', folder):
+    command(os.fspath(path))
+    assert 'caf\ufffd' in page_of(path).text
+  assert 'caf\ufffd/ce/report.html' in capsys.readouterr().out
 
 
 def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
@@ -374,6 +495,15 @@ def test_many_classes_are_drawn_in_blocks(tmp_path):
     assert ('20 blocks of classes' in drawn.caption) == (name == 'confusion')
   compared = figures.compare_classes
   assert figures.draw('compare', compared, runs.grouped(found)[0], 'page').svg
+
+
+def test_a_curve_of_one_row_is_a_point(run_folder):
+  path = run_folder / 'metrics.jsonl'
+  path.write_text(path.read_text().splitlines()[0] + '\n')
+  figure, _ = figures.training([runs.Run(run_folder, 'run')])
+  lines = [line for axes in figure.axes for line in axes.lines]
+  drawn = [line.get_marker() for line in lines if len(line.get_xdata())]
+  assert drawn == ['o'] * 3
 
 
 def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):

@@ -350,10 +350,10 @@ def training(runs: Sequence[Run]) -> Drawn:
         style['label'] = split
         labelled.add(split)
       if split != 'train':
-        style |= {'marker': 'o', 'markersize': 2.5}
-      loss.plot(*_curve(run, split, 'loss'), **style)
-      accuracy.plot(*_curve(run, split, 'accuracy', 100), **style)
-    rate.plot(*_curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
+        style |= MARKER
+      _line(loss, *_curve(run, split, 'loss'), **style)
+      _line(accuracy, *_curve(run, split, 'accuracy', 100), **style)
+    _line(rate, *_curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
   stages = _stages(runs[0])
   for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
     axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
@@ -368,6 +368,14 @@ def training(runs: Sequence[Run]) -> Drawn:
     'Training. Of training images the loss is the one that is minimised, with weights '
     f'and margins; of the others it is the cross-entropy.{told}{_lines(runs)}'
   )
+
+
+MARKER = {'marker': 'o', 'markersize': 2.5}
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+  """Draws a curve; where it is a single point, that point."""
+  axes.plot(x, y, **(MARKER if len(x) == 1 else {}) | style)
 
 
 def _lines(runs: Sequence[Run]) -> str:
@@ -418,7 +426,8 @@ def weights(runs: Sequence[Run]) -> Drawn:
   figure, (over_time, at_end) = _plot(1, 2, size=(9, 3.4))
   lines = _some(order, MOST_CLASSES)
   for c, alpha in zip(lines, np.linspace(0.25, 1, len(lines)), strict=True):
-    over_time.plot(step, mean[:, c], color=COLOURS['few'], linewidth=1, alpha=alpha)
+    style = {'color': COLOURS['few'], 'linewidth': 1, 'alpha': alpha}
+    _line(over_time, step, mean[:, c], **style)
   over_time.set(xlabel='step', ylabel='mean weight of a class')
   over_time.set_title('strong: rare classes; faint: frequent ones')
   # The last fifth of training: a single log row has few images of a rare class.
@@ -550,7 +559,8 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
 
 
 def _short_label(label: str) -> str:
-  return label if len(label) <= 40 else f'{label[:39]}…'
+  """Returns a label that fits beside an axis; its end sets it apart from others."""
+  return label if len(label) <= 40 else f'{label[:15]}…{label[-24:]}'
 
 
 def compare_classes(groups: Sequence[Group]) -> Drawn:
@@ -588,6 +598,10 @@ COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
 """name -> figure of several groups."""
 
 
+OTHER_CONTENTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What comes of files that hold something else."""
+
+
 class Figured(NamedTuple):
   """A figure for a page.
 
@@ -614,9 +628,9 @@ def draw(
       return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
   except Missing as missing:
     return Figured(name, f'No figure of {title}: {missing}.', '')
-  except (KeyError, IndexError, TypeError, ValueError) as error:  # other contents
+  except OTHER_CONTENTS as error:
     told = f'its files hold something else ({type(error).__name__}: {error})'
-    return Figured(name, f'No figure of {title}: {told}.', '')
+    return Figured(name, f'No figure of {title}: {printable(told)}.', '')
 
 
 NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}

@@ -56,7 +56,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   compared = [] if len(groups) == 1 else _compared(groups)
   page = _template().render(
     title=_title(runs, folder, alone),
-    facts=_facts(runs[0]) if alone else [f'{folder}'],
+    facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
     alone=alone,
     results=results,
     published=published,
@@ -81,12 +81,10 @@ def write(folder: epath.PathLike) -> epath.Path:
 
 
 def _title(runs: list[Run], folder: epath.Path, alone: bool) -> str:
-  names = dict.fromkeys(str(run.config.get('name', '')) for run in runs)
-  name = printable(', '.join(filter(None, names))) or printable(folder.name)
+  names = dict.fromkeys(run.config['name'] for run in runs if run.config)
+  name = printable(', '.join(filter(None, names)) or folder.name)
   if alone:
-    return (
-      f'{name}: {printable(str(runs[0].config.get("recipe")))}, seed {runs[0].seed}'
-    )
+    return f'{name}: {runs[0].recipe}, seed {runs[0].seed}'
   return f'{name}: {len(runs)} runs'
 
 
@@ -96,17 +94,16 @@ def _facts(run: Run) -> list[str]:
   told = [f'{run.folder}: {run.state}']
   if result:
     chosen = result.get('threshold') or {}
-    versions = result.get('versions', {}).items()
+    versions = (result.get('versions') or {}).items()
     told += [
       f'Stage {result.get("stage")}, step {result.get("step")}, '
       f'State by {result.get("select")}; {result.get("wall_seconds")} s on '
       f'{result.get("device")}; {", ".join(f"{k} {v}" for k, v in versions)}',
       f'Configuration {run.kind[0]}, state {str(result.get("state_sha256"))[:16]}',
     ]
-    if chosen:
+    if chosen.get('value') is not None:
       told.append(
-        f'Threshold of the open set: {chosen.get("value"):.4g}, '
-        f'{chosen.get("chosen_by")}'
+        f'Threshold of the open set: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
       )
   return [printable(line) for line in told]
 
@@ -187,7 +184,7 @@ def _samples(run: Run) -> dict[str, Any]:
     }
   except Missing as missing:
     return {'missing': str(missing), 'images': []}
-  except (KeyError, IndexError, TypeError, ValueError) as error:
+  except (OSError, *figures.OTHER_CONTENTS) as error:  # no image can be made of it
     return {'missing': f'samples.npz holds something else ({error})', 'images': []}
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from lt_jax import files
 from lt_jax.build import config_digest, trained_by
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
+from lt_jax.results import TABLE
 from lt_jax.writers import read_rows
 
 ONLY = {
@@ -22,22 +23,84 @@ ONLY = {
   'weights.npz': ', which only methods that learn the weights of examples leave',
 }
 
+NUMBER = int | float
+MAYBE = NUMBER | None  # null is what is not finite, or was not measured
+
+SHAPES: dict[str, Any] = {
+  'config.json': {
+    'name': str,
+    'recipe': str,
+    'seed': int,
+    'data': {'many_shot': NUMBER, 'few_shot': NUMBER},
+  },
+  'data.json': {
+    'class_names': list,
+    'counts': {'train': [int]},
+    'fingerprint': str,
+  },
+  'result.json': {
+    'test': {
+      **dict.fromkeys(TABLE, MAYBE),
+      'accuracy': NUMBER,
+      'class_accuracy': (None, [MAYBE]),
+    },
+    'threshold': (None, {'value': MAYBE}),
+    'best_on_test': (None, {'accuracy': NUMBER}),
+    'versions': (None, {}),
+    'wall_seconds': MAYBE,
+  },
+  'error.json': {'recipe': str, 'seed': int, 'error': str},
+  'metrics.jsonl': {
+    'step': int,
+    **dict.fromkeys(('stage', 'split'), str),
+    **dict.fromkeys(('loss', 'accuracy', 'learning_rate'), MAYBE),
+  },
+}
+"""file -> what the tables and figures rely on in it, see `fits`."""
+
+LARGEST = 1e15
+"""Nothing that a run counts or measures is larger."""
+
+
+def fits(value: Any, shape: Any) -> bool:
+  """Returns whether JSON is of a shape.
+
+  Args:
+    value: as `json.loads` returns it; a key that is missing counts as null.
+    shape: a type, or None; [the shape of each element]; {key: its shape}, which allows
+      other keys; or a tuple of shapes, of which it is one.
+  """
+  match shape:
+    case tuple():
+      return any(fits(value, one) for one in shape)
+    case dict():
+      entries = shape.items()
+      return isinstance(value, dict) and all(fits(value.get(k), s) for k, s in entries)
+    case [element]:
+      return isinstance(value, list) and all(fits(one, element) for one in value)
+    case None:
+      return value is None
+  moderate = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # and no NaN
+  return isinstance(value, shape) and moderate
+
 
 class Missing(Exception):
   """A run lacks what a figure is made of; says which file, in words."""
 
 
 class Run:
-  """One run's folder, read; what is not there is empty.
+  """One run's folder, read; what is not there, or damaged, is empty.
 
   Attributes:
     folder: of the run.
     name: its path below the folder of the report, or the folder's own name.
     config: what config.json holds.
     data: what data.json holds.
-    result: what result.json holds; empty unless the run has finished.
-    state: 'finished', 'diverged at step 40', 'unfinished, at step 120', or what is
-      damaged.
+    error: what error.json holds, which a sweep leaves where a run could not go on.
+    result: what result.json holds; empty unless the run has finished, and all of these
+      files are whole.
+    state: 'finished', 'diverged at step 40', 'failed: OSError: no space left',
+      'unfinished, at step 120', or what is damaged.
   """
 
   def __init__(self, folder: epath.Path, name: str):
@@ -46,19 +109,23 @@ class Run:
     self._damaged: list[str] = []
     self.config = self._read('config.json')
     self.data = self._read('data.json')
+    self.error = self._read('error.json')
     self.result = self._read('result.json')
-    if not isinstance(self.result.get('test'), Mapping):
+    if self._damaged:
       self.result = {}
-    self.state = '; '.join(self._damaged) or self._progress()
+    self.state = printable('; '.join(self._damaged) or self._progress())
 
   def _read(self, name: str) -> dict[str, Any]:
     if not (self.folder / name).exists():
       return {}
     try:
-      return files.read_json(self.folder / name)
+      found = files.read_json(self.folder / name)
     except UserError:
-      self._damaged.append(f'{name} is damaged')
-      return {}
+      found = None
+    if fits(found, SHAPES[name]):
+      return found
+    self._damaged.append(f'{name} is damaged')
+    return {}
 
   def _progress(self) -> str:
     """Says how far the run has come, by its files."""
@@ -69,23 +136,33 @@ class Run:
         return f'diverged at step {event.get("step")}'
       if event.get('event') == 'started':
         break
-    step = max((row.get('step', 0) for row in self.rows), default=0)
+    if self.error:
+      return f'failed: {self.error["error"]}'
+    step = max((row['step'] for row in self.rows), default=0)
     return f'unfinished, at step {step}' if step else 'unfinished, without a log yet'
 
   @property
-  def seed(self) -> Any:
+  def seed(self) -> int | str:
     """The seed of the run."""
-    return self.config.get('seed', '?')
+    return (self.config or self.error).get('seed', '?')
+
+  @property
+  def recipe(self) -> str:
+    """The recipe of the run."""
+    return printable((self.config or self.error).get('recipe', 'unknown'))
 
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl."""
-    return read_rows(self.folder / 'metrics.jsonl')
+    """Rows of metrics.jsonl; a line that is none is left out."""
+    rows = read_rows(self.folder / 'metrics.jsonl')
+    return [row for row in rows if fits(row, SHAPES['metrics.jsonl'])]
 
   @functools.cached_property
   def kind(self) -> tuple[str, str]:
     """What seeds of one thing share: digests of the configuration and of the data."""
-    return config_digest(self.config), str(self.data.get('fingerprint', ''))
+    if not self.config:
+      return self.recipe, ''
+    return config_digest(self.config), self.data.get('fingerprint', '')
 
   def arrays(self, name: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a .npz file.
@@ -170,7 +247,7 @@ def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
   if real in seen or not folder.is_dir():
     return
   seen.add(real)
-  if _is_config(folder / 'config.json'):
+  if any(_tells_of_a_run(folder / name) for name in ('config.json', 'error.json')):
     yield folder
     return
   for path in sorted(folder.iterdir()):
@@ -178,8 +255,8 @@ def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
       yield from _folders(path, seen)
 
 
-def _is_config(path: epath.Path) -> bool:
-  """Returns whether a file is a run's config.json; a torn one may be."""
+def _tells_of_a_run(path: epath.Path) -> bool:
+  """Returns whether a file is a run's, and no other one's; a torn one may be."""
   try:
     value = json.loads(path.read_text())
   except ValueError:
@@ -195,7 +272,7 @@ class Group(NamedTuple):
   Attributes:
     label: the recipe, and what sets it apart from other groups of that recipe.
     anchor: a name for links, of letters, digits and '-'.
-    runs: all of them, by path.
+    runs: all of them, by path, those without a configuration last.
     counted: those that have finished, one a seed; what means are taken over.
   """
 
@@ -211,24 +288,20 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
   Returns:
     (groups, in the order of their first runs; notes on what was kept apart).
   """
-  kinds: dict[tuple[str, str], list[Run]] = {}
-  for run in runs:
-    kinds.setdefault(run.kind, []).append(run)
   recipes: dict[str, list[list[Run]]] = {}
-  for members in kinds.values():
+  for members in _kinds(runs):
     recipes.setdefault(_recipe(members[0], runs), []).append(members)
   groups, notes = [], []
   for recipe, several in recipes.items():
-    told = _differences([members[0] for members in several])
+    short, full = _differences([members[0] for members in several])
     if len(several) > 1:
-      differences = '; '.join(t or 'as the others' for t in told)
       notes.append(
         f'{recipe} has runs of {len(several)} configurations or data sets, which are '
-        f'not averaged: {differences}.'
+        f'not averaged: {"; ".join(full)}.'
       )
-    for members, difference in zip(several, told, strict=True):
+    for members, difference in zip(several, short, strict=True):
       counted = {r.seed: r for r in reversed(members) if r.result}
-      label = f'{recipe} ({difference})' if difference else recipe
+      label = f'{recipe} ({difference})' if len(several) > 1 else recipe
       again = [r.name for r in members if r.result and counted[r.seed] is not r]
       if again:
         notes.append(
@@ -240,30 +313,67 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
   return groups, notes
 
 
+def _kinds(runs: Sequence[Run]) -> list[list[Run]]:
+  """Sorts runs by their kinds; the first of each has a configuration, if any has.
+
+  A run that has none is of the only kind that its recipe has, or else of its own.
+  """
+  known: dict[str, set[tuple[str, str]]] = {}
+  for run in runs:
+    if run.config:
+      known.setdefault(run.recipe, set()).add(run.kind)
+  kinds: dict[tuple[str, str], list[Run]] = {}
+  for run in runs:
+    (kind, *others) = [run.kind] if run.config else known.get(run.recipe, [run.kind])
+    kinds.setdefault(run.kind if others else kind, []).append(run)
+  return [sorted(members, key=lambda run: not run.config) for members in kinds.values()]
+
+
 def _recipe(run: Run, runs: Sequence[Run]) -> str:
   """Returns the recipe, with the data set's name where runs have several."""
-  recipe = printable(str(run.config.get('recipe') or 'unknown'))
-  if len({other.config.get('name') for other in runs if other.config}) > 1:
-    return f'{printable(str(run.config.get("name")))}: {recipe}'
-  return recipe
+  if run.config and len({other.config['name'] for other in runs if other.config}) > 1:
+    return f'{printable(run.config["name"])}: {run.recipe}'
+  return run.recipe
 
 
-MOST_DIFFERENCES = 3
+def _differences(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+  """Says of each of some runs of a recipe what of its configuration is its own.
+
+  Returns:
+    (in few words, which are enough to tell them apart; all of it).
+  """
+  told = [_told(run) for run in runs]
+  keys = {key for one in told for key in one}
+  differing = [
+    key for key in sorted(keys) if len({one.get(key, '-') for one in told if one}) > 1
+  ]
+
+  def words(keys: Sequence[str]) -> list[str]:
+    return [
+      printable(', '.join(f'{key}={one.get(key, "-")}' for key in keys))
+      if one
+      else 'no configuration'
+      for one in told
+    ]
+
+  def length(key: str) -> tuple[bool, int]:
+    return key in DIGESTS, max(map(len, words([key])))
+
+  short: list[str] = []
+  for key in sorted(differing, key=length):
+    if len(set(words([*short, key]))) > len(set(words(short))):
+      short.append(key)
+  return words(short), words(differing)
 
 
-def _differences(runs: Sequence[Run]) -> list[str]:
-  """Says of each of some runs of a recipe what of its configuration is its own."""
-  flat = [trained_by(run.config) for run in runs]
-  keys = sorted({key for config in flat for key in config} - {'seed'})
-  keys = [k for k in keys if any(c.get(k) != flat[0].get(k) for c in flat)]
-  told = []
-  for run, config in zip(runs, flat, strict=True):
-    own = [f'{key}={config.get(key, "-")}' for key in keys[:MOST_DIFFERENCES]]
-    if len(keys) > MOST_DIFFERENCES:
-      own.append(f'and {len(keys) - MOST_DIFFERENCES} more, config {run.kind[0]}')
-    if len({other.kind[1] for other in runs}) > 1:
-      own.append(f'data {run.kind[1][:7] or "unknown"}')
-    told.append(printable(', '.join(own)))
-  if len(set(told)) < len(told):  # told apart by the digest alone
-    told = [f'{t}, config {r.kind[0]}' for t, r in zip(told, runs, strict=True)]
-  return told if len(runs) > 1 else ['']
+DIGESTS = ('config', 'data')
+"""Among the words for a run; for a label they are the last resort."""
+
+
+def _told(run: Run) -> dict[str, str]:
+  """Returns in words what a run was trained by; empty without its configuration."""
+  if not run.config:
+    return {}
+  keys = {key: value for key, value in trained_by(run.config).items() if key != 'seed'}
+  told = {k: f'{v:g}' if isinstance(v, float) else str(v) for k, v in keys.items()}
+  return told | {'config': run.kind[0], 'data': run.kind[1][:7] or 'unknown'}

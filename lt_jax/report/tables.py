@@ -94,8 +94,13 @@ def _columns(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _states(group: Group) -> str:
-  """Says how many runs have finished, and what became of the others."""
-  told = Counter(re.split(', | at ', run.state)[0] for run in group.runs)
+  """Says how many runs the means are over, and what became of the others."""
+  told = Counter(
+    'repeated'
+    if run.result and run not in group.counted
+    else re.split(', | at |: ', run.state)[0]
+    for run in group.runs
+  )
   return ', '.join(f'{count} {state}' for state, count in told.items())
 
 
