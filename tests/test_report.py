@@ -274,7 +274,6 @@ def test_other_data_are_not_averaged(tables_only, tmp_path):
 
 
 def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):
-  """The digests tell runs apart that the rest of the label does not."""
   shared = {'defer_epoch': 160.0, 'wrappers': {'ema': 1.0}}
   changes = [
     {'epochs': 200.0, 'schedule': {'boundaries': [160.0]}},
@@ -283,7 +282,7 @@ def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):
   ]
   for place, change in enumerate(changes):
     write_run(tmp_path / f'{place}', config(**shared, **change))
-  notes = ''.join(page_of(tmp_path).text)
+  notes = page_of(tmp_path).text
   labels = ['ce (batch=-, epochs=200)', 'ce (batch=-, epochs=40)']
   for label in (*labels, 'ce (batch=64, epochs=40)'):
     assert row_of(tmp_path, label)['runs'] == '1 finished'
