@@ -49,7 +49,6 @@ def get_config(arg: str | None = None):
       'epochs': option.epochs,
       'save_every_epochs': option.epochs / 4,
       'evaluate_every_epochs': option.epochs / 4,
-      'defer_epoch': 0.8 * option.epochs,
       'model': {'trunk': 'digits_cnn'},
       'schedule': {
         'name': 'step_decay',

@@ -251,6 +251,7 @@ def build(
     raise UserError('stage_order must name stages, each of them once')
   for stage in configs.values():
     check_ranges(stage)
+  _check_end(configs)
   batches = {
     f'{name} {what}': size
     for name, stage in configs.items()
@@ -322,6 +323,32 @@ def check_ranges(config: Config) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # NaN is in no range
       raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:g}')
+
+
+def _check_end(stages: Mapping[str, Config]) -> None:
+  """Refuses what would come when all stages have ended, and so never.
+
+  Fewer epochs leave it where it was, and `ldam_drw` would be `ldam` without a word.
+  """
+  end = max(stage['epochs'] for stage in stages.values())
+  for stage in stages.values():
+    epochs = {
+      'class_weights.start_epoch': stage['class_weights'].get('start_epoch', 0),
+      'sampler.start_epoch': stage['sampler'].get('start_epoch', 0),
+      'schedule.boundaries': max(stage['schedule'].get('boundaries') or [0]),
+    }
+    for key, epoch in epochs.items():
+      if 0 < end <= epoch:
+        raise UserError(f'{key} is at epoch {epoch:g}{_BEYOND.format(end)}')
+    last = stage['schedule'].get('end', 0)
+    if 0 < end < last * (1 - 1e-9):
+      raise UserError(f'schedule.end is at epoch {last:g}{_BEYOND.format(end)}')
+
+
+_BEYOND = (
+  ', but training ends at {:g}; a whole recipe becomes shorter with epochs=... behind '
+  'the colon of --config'
+)
 
 
 def _check_channels(data: Config, channels: int) -> None:

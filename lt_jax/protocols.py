@@ -154,7 +154,6 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
         'flip': True,
       },
       'model': {'trunk': option.net},
-      'defer_epoch': 160.0,
     },
   )
   apply(config, protocol)
@@ -211,8 +210,6 @@ def rescale(config: ConfigDict, scale: float) -> None:
   """
   schedule = config.schedule
   config.epochs *= scale
-  if 'defer_epoch' in config:
-    config.defer_epoch *= scale
   if 'boundaries' in schedule:
     schedule.boundaries = tuple(scale * epoch for epoch in schedule.boundaries)
   if 'end' in schedule:
@@ -496,7 +493,7 @@ def photographs_lt(arg: str | None, *, name: str, recipe: str = 'ce') -> ConfigD
     (pattern.replace('block3', last), scale)
     for pattern, scale in optimizer.learning_rate_scale
   )
-  config.defer_epoch = 2 / 3 * config.epochs
+  config.defer_epoch = config.get_ref('epochs') * (2 / 3)
   scale = (option.epochs or config.epochs) / config.epochs
   rescale(config, scale)
   apply_recipe(config, recipe)

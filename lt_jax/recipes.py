@@ -50,7 +50,7 @@ def base_config() -> ConfigDict:
 
   A stage is a set of overrides of the top level, from `loss` to `surgeries`.
   """
-  return ConfigDict(
+  config = ConfigDict(
     {
       'name': '',
       'recipe': '',
@@ -131,11 +131,13 @@ def base_config() -> ConfigDict:
       'wrappers': {},
       'surgeries': (),
       'select': 'last',  # or 'val/accuracy': the best State by a metric on val
-      'defer_epoch': 160.0,  # where deferred recipes switch
       'stages': {'train': {}},
       'stage_order': ('train',),
     }
   )
+  # Where deferred recipes switch; Cao et al.: at 160 of 200.
+  config.defer_epoch = config.get_ref('epochs') * 0.8
+  return config
 
 
 def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:

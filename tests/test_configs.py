@@ -143,6 +143,40 @@ def test_the_protocols_are_those_of_the_papers(no_data):
   assert stage.plan.steps == 19385  # ceil(200 * 12406 / 128)
 
 
+@pytest.mark.parametrize(
+  ('path', 'recipe', 'set_', 'told'),
+  [
+    (digits_lt, 'ldam_drw', {'defer_epoch': 200.0}, 'class_weights.start_epoch'),
+    (digits_lt, 'ce_drs', {'defer_epoch': 300.0}, 'sampler.start_epoch .* 300, .* 200'),
+    (digits_lt, 'ldam_drw', {'epochs': 180.0}, 'schedule.boundaries .* 180, .* 180'),
+    (inat18, 'crt,protocol=kang', {'epochs': 5.0}, 'schedule.end is at epoch 90'),
+    (digits_lt, 'ldam_drw', {'epochs': 181.0}, None),
+    (digits_lt, 'ldam_drw,epochs=10', {}, None),
+    (digits_lt, 'ldam_drw', {'epochs': 0.0}, None),
+  ],
+)
+def test_what_would_come_after_the_end_is_refused(path, recipe, set_, told):
+  """Or `ldam_drw` would be `ldam` without a word."""
+  config = path.get_config(recipe)
+  config.update(set_)
+  resolved = build.resolve(config)
+  stages = {n: build.stage_config(resolved, n) for n in resolved['stage_order']}
+  if told is None:
+    build._check_end(stages)
+  else:
+    with pytest.raises(UserError, match=told + '.*epochs='):
+      build._check_end(stages)
+
+
+def test_a_deferral_follows_the_epochs_until_it_is_set():
+  config = recipes.base_config()
+  recipes.apply_recipe(config, 'ldam_drw')
+  config.epochs = 100.0
+  assert config.class_weights.start_epoch == config.defer_epoch == 80
+  config.defer_epoch = 30.0
+  assert (config.epochs, config.class_weights.start_epoch) == (100, 30)
+
+
 @pytest.mark.parametrize(  # one of each head, and each way to begin a stage
   'recipe', ['ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf']
 )
