@@ -95,14 +95,14 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
   """
   path = absolute(path)
   if '\\' in os.fspath(path):  # where TensorStore begins a new folder
-    raise UserError(f'workdir {path} has a backslash, which checkpoints cannot have')
+    raise UserError(f'{path} has a backslash, which checkpoints cannot have')
   probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
     probe.unlink()
   except OSError as error:
-    raise UserError(f'workdir {path} cannot be written: {error.strerror}') from None
+    raise UserError(f'{path} cannot be written: {error.strerror}') from None
   return path
 
 
@@ -141,7 +141,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       file.seek(0)
       owner = file.read().strip() or 'another process'
       file.close()
-      raise UserError(f'workdir {workdir} is in use by {owner}') from None
+      raise UserError(f'{workdir} is in use by {owner}') from None
     if error.errno not in _NO_LOCKS:
       raise
     print(
