@@ -96,6 +96,7 @@ def launch(
     if arguments is not None and len(rest) - 1 != arguments:
       fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
+    sys.stdout.reconfigure(errors='backslashreplace')  # of paths that are no UTF-8
     return rest
 
   app.run(lambda rest: exit_code(lambda: command(*rest[1:])), flags_parser=parse)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -94,8 +95,11 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
     UserError: it cannot be written; with the path and the system's reason.
   """
   path = absolute(path)
-  if '\\' in os.fspath(path):  # where TensorStore begins a new folder
-    raise UserError(f'{path} has a backslash, which checkpoints cannot have')
+  # TensorStore begins a new folder at the first, and takes no text with the others.
+  if re.search(r'[\\\ud800-\udfff]', os.fspath(path)):
+    raise UserError(
+      f'{path} has a backslash, or bytes that are no UTF-8, which no checkpoint can have'
+    )
   probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
   try:
     path.mkdir(parents=True, exist_ok=True)

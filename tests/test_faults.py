@@ -246,9 +246,10 @@ def test_ctrl_c_is_one_line(capsys):
   assert capsys.readouterr().err == 'error: interrupted; what was saved is whole\n'
 
 
-def test_a_folder_that_checkpoints_cannot_have(tmp_path):
-  with pytest.raises(UserError, match='has a backslash'):
-    files.make_workdir(tmp_path / 'a\\b')
+@pytest.mark.parametrize('name', ['a\\b', os.fsdecode(b'a\xff')])
+def test_a_folder_that_checkpoints_cannot_have(tmp_path, name):
+  with pytest.raises(UserError, match='which no checkpoint can have'):
+    files.make_workdir(tmp_path / name)
 
 
 def test_a_mistake_does_not_stand_in_the_way_of_the_corrected_command(tmp_path):

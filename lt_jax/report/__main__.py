@@ -1,12 +1,11 @@
 """Writes the report of a run or of a folder of runs: python -m lt_jax.report DIR."""
 
 from lt_jax import commands, files, report
-from lt_jax.report.runs import printable
 
 
 def main(folder: str) -> None:
   """Writes the report and names it."""
-  print(printable(f'{report.write(files.absolute(folder))}'))
+  print(report.write(files.absolute(folder)))
 
 
 if __name__ == '__main__':
