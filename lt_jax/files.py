@@ -98,7 +98,7 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
   # TensorStore begins a new folder at the first, and takes no text with the others.
   if re.search(r'[\\\ud800-\udfff]', os.fspath(path)):
     raise UserError(
-      f'{path} has a backslash, or bytes that are no UTF-8, which no checkpoint can have'
+      f'{path} has a backslash, or bytes that are no UTF-8, as no checkpoint may'
     )
   probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
   try:

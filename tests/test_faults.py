@@ -248,7 +248,7 @@ def test_ctrl_c_is_one_line(capsys):
 
 @pytest.mark.parametrize('name', ['a\\b', os.fsdecode(b'a\xff')])
 def test_a_folder_that_checkpoints_cannot_have(tmp_path, name):
-  with pytest.raises(UserError, match='which no checkpoint can have'):
+  with pytest.raises(UserError, match='as no checkpoint may'):
     files.make_workdir(tmp_path / name)
 
 
