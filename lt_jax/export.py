@@ -172,6 +172,7 @@ def load(path: epath.PathLike) -> Trained:
     config, step, sha256 = told['config'], told['step'], told['sha256']
   except (KeyError, ValueError) as error:
     raise UserError(f'{path} was not exported here: {error}') from None
+  files.check_fits(told, trained.FACTS | {'config': dict, 'step': int}, path)
   if sha256 != _digest(tensors):
     raise UserError(f'{path} is damaged: its arrays do not have the recorded digest')
   experiment = trained.build_without_data(config, told)

@@ -22,6 +22,12 @@ from lt_jax.errors import UserError
 SEEN_WITHIN = 90.0
 """Seconds within which a file system shows a new file to every host; NFS takes 60."""
 
+NUMBER = int | float
+MAYBE = NUMBER | None  # null is what is not finite, or was not measured
+
+LARGEST = 1e15
+"""Nothing that a run counts or measures is larger."""
+
 
 def is_remote(path: epath.PathLike) -> bool:
   """Returns whether a path names an object store, such as gs://bucket/run."""
@@ -69,6 +75,49 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f'{path} holds no JSON object')
   return value
+
+
+def fits(value: Any, shape: Any) -> bool:
+  """Returns whether JSON is of a shape.
+
+  Args:
+    value: as `json.loads` returns it; a key that is missing counts as null.
+    shape: a type, or None; [the shape of each element]; {key: its shape}, which allows
+      other keys; or a tuple of shapes, of which it is one.
+  """
+  match shape:
+    case tuple():
+      return any(fits(value, one) for one in shape)
+    case dict():
+      entries = shape.items()
+      return isinstance(value, dict) and all(fits(value.get(k), s) for k, s in entries)
+    case [element]:
+      return isinstance(value, list) and all(fits(one, element) for one in value)
+    case None:
+      return value is None
+  moderate = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # and no NaN
+  return isinstance(value, shape) and moderate
+
+
+def check_fits(
+  found: Mapping[str, Any], shapes: Mapping[str, Any], path: epath.PathLike
+) -> None:
+  """Refuses what a file of JSON holds unless all that is relied on is there.
+
+  Args:
+    found: what it holds.
+    shapes: key -> the shape of what must stand there, see `fits`.
+    path: of the file, for the message.
+
+  Raises:
+    UserError: a key is missing, or holds something else.
+  """
+  for key, shape in shapes.items():
+    if not fits(found.get(key), shape):
+      wrong = 'holds something else as' if key in found else 'lacks'
+      raise UserError(
+        f'{path} {wrong} {key!r}: another version wrote it, or it is damaged'
+      )
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -18,14 +18,26 @@ from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
+from lt_jax.files import MAYBE, NUMBER
 from lt_jax.method import Outputs, State
 from lt_jax.train import state_shapes
 
 Facts = Mapping[str, Any]
 """What data.json tells."""
 
-FACTS = ('class_names', 'counts', 'image_shape', 'preprocessing')
-"""What of it a network is built of."""
+THRESHOLD = (None, {'value': MAYBE})
+
+FACTS = {
+  'class_names': [str],
+  'counts': {'train': [int], **dict.fromkeys(('meta', 'val', 'test'), (None, [int]))},
+  'image_shape': [int],
+  'preprocessing': {
+    **dict.fromkeys(('mean', 'std'), [NUMBER]),
+    **dict.fromkeys(('image_size', 'resize'), int),
+  },
+  'threshold': THRESHOLD,
+}
+"""What of it a network is built of and used by, see `files.fits`."""
 
 
 class Trained(NamedTuple):
@@ -108,12 +120,9 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
     UserError: there is no such run or State, or it is damaged.
   """
   config = read_config(workdir)
-  facts = files.read_json(workdir / 'data.json')
-  missing = [key for key in FACTS if key not in facts]
-  if missing:
-    raise UserError(f'{workdir / "data.json"} lacks {missing[0]!r}')
+  facts = _read(workdir / 'data.json', FACTS)
   path = workdir / 'result.json'
-  result = files.read_json(path) if path.exists() else {}
+  result = _read(path, {'step': int, 'threshold': THRESHOLD}) if path.exists() else {}
   experiment = build_without_data(config, facts, batch)
   *_, stage = experiment.stages.values()
   state, step, _, verified = restore(workdir, stage, experiment.mesh, which)
@@ -129,16 +138,23 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   what was done before there were such keys.
 
   Raises:
-    UserError: there is no run, or another version wrote it.
+    UserError: there is no run, another version wrote it, or it is damaged.
   """
   path = workdir / 'config.json'
   if not path.exists():
     raise UserError(f'{workdir} holds no run: there is no config.json')
-  config, base = files.read_json(path), recipes.base_config().to_dict()
-  missing = [key for key in base if key not in config]
-  if missing:
-    raise UserError(f'{path} lacks {missing[0]!r}: another version wrote it')
+  base = build.resolve(recipes.base_config())
+  config = _read(
+    path, {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
+  )
   return {**config, 'data': base['data'] | config['data']}
+
+
+def _read(path: epath.Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads a file of a run, of which all that has a shape must be there."""
+  found = files.read_json(path)
+  files.check_fits(found, shapes, path)
+  return found
 
 
 def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:

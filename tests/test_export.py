@@ -110,6 +110,14 @@ def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
     path.write_bytes(change(bytes(data)))
     with pytest.raises(UserError, match=told):
       export.load(path)
+  header, tensors = export._read(arrays[0])
+  for change, told in (
+    ({'class_names': '5'}, "holds something else as 'class_names'"),
+    ({'step': '"1"'}, "holds something else as 'step'"),
+  ):
+    save_file(tensors, path, header | change)
+    with pytest.raises(UserError, match=told):
+      export.load(path)
   save_file({'x': np.zeros(3)}, path)
   with pytest.raises(UserError, match="was not exported here: 'config'"):
     export.load(path)

@@ -218,6 +218,32 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
   assert capsys.readouterr().out.count(told) == 1
 
 
+@pytest.mark.parametrize(
+  ('name', 'change', 'told'),
+  [
+    ('config.json', {'eval_batch': '8'}, "holds something else as 'eval_batch'"),
+    ('config.json', {'data': 5}, "holds something else as 'data'"),
+    ('config.json', {'stages': None}, "holds something else as 'stages'"),
+    ('data.json', {'class_names': 5}, "holds something else as 'class_names'"),
+    ('data.json', {'counts': {'train': [1], 'val': 5}}, "as 'counts'"),
+    ('data.json', {'preprocessing': {'mean': [0.5]}}, "as 'preprocessing'"),
+    ('data.json', {'threshold': {'value': 'high'}}, "as 'threshold'"),
+    ('result.json', {'threshold': {'value': 0.5}}, "lacks 'step'"),
+    ('result.json', {'step': 0, 'threshold': 5}, "as 'threshold'"),
+  ],
+)
+def test_a_file_that_holds_something_else_is_named(
+  photographs, tmp_path, name, change, told
+):
+  workdir = epath.Path(shutil.copytree(photographs[0], tmp_path / 'run'))
+  path = workdir / name
+  before = files.read_json(path) if path.exists() else {}
+  files.write_json(path, before | change)
+  with pytest.raises(UserError, match=f'^{path} .*{told}') as raised:
+    trained.open_run(workdir)
+  assert '\n' not in str(raised.value)
+
+
 def flat(folder, name, size, mode='RGB'):
   colour = {'RGB': (90, 90, 90), 'L': 90, 'RGBA': (90, 90, 90, 7), 'I;16': 90 * 257}
   path = folder / name

@@ -15,6 +15,7 @@ from lt_jax import files
 from lt_jax.build import config_digest, trained_by
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
+from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.results import TABLE
 from lt_jax.writers import read_rows
 
@@ -22,9 +23,6 @@ ONLY = {
   'open_set.npz': ', which only runs with an open set leave',
   'weights.npz': ', which only methods that learn the weights of examples leave',
 }
-
-NUMBER = int | float
-MAYBE = NUMBER | None  # null is what is not finite, or was not measured
 
 SHAPES: dict[str, Any] = {
   'config.json': {
@@ -57,31 +55,6 @@ SHAPES: dict[str, Any] = {
   },
 }
 """file -> what the tables and figures rely on in it, see `fits`."""
-
-LARGEST = 1e15
-"""Nothing that a run counts or measures is larger."""
-
-
-def fits(value: Any, shape: Any) -> bool:
-  """Returns whether JSON is of a shape.
-
-  Args:
-    value: as `json.loads` returns it; a key that is missing counts as null.
-    shape: a type, or None; [the shape of each element]; {key: its shape}, which allows
-      other keys; or a tuple of shapes, of which it is one.
-  """
-  match shape:
-    case tuple():
-      return any(fits(value, one) for one in shape)
-    case dict():
-      entries = shape.items()
-      return isinstance(value, dict) and all(fits(value.get(k), s) for k, s in entries)
-    case [element]:
-      return isinstance(value, list) and all(fits(one, element) for one in value)
-    case None:
-      return value is None
-  moderate = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # and no NaN
-  return isinstance(value, shape) and moderate
 
 
 class Missing(Exception):
