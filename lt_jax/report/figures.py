@@ -566,29 +566,35 @@ def _short_label(label: str) -> str:
 def compare_classes(groups: Sequence[Group]) -> Drawn:
   """Draws the accuracy of each class, or block of classes, under each method."""
   groups = [group for group in groups if group.counted]
-  counts = groups[0].counted[0].counts
   names = groups[0].counted[0].class_names
   if any(group.counted[0].class_names != names for group in groups):
     raise Missing('the runs have not the same classes')
+  counts = np.stack([group.counted[0].counts for group in groups])
+  same = bool((counts == counts[0]).all())
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])
-  order = np.argsort(-counts, kind='stable')
-  parts = np.array_split(order, min(len(counts), MOST_NAMED))
+  order = np.argsort(-counts.sum(axis=0), kind='stable')
+  parts = np.array_split(order, min(len(order), MOST_NAMED))
   shown = np.stack([_mean(rows[:, part].T) for part in parts], axis=1)
   figure, axes = _plot(size=(9, 1.5 + 0.26 * len(groups)))
   _matrix(axes, shown, numbers=True)
-  if len(parts) == len(counts):
-    names = [f'{_short(names[c])}\n{counts[c]}' for c in order]
+  if len(parts) == len(order):
+    ticks = [_short(names[c]) + f'\n{counts[0, c]}' * same for c in order]
+    axes.set_xlabel('class' + ', and its training images' * same)
   else:
-    names = [f'{counts[part[0]]} to {counts[part[-1]]}' for part in parts]
-  turned = max(map(len, names)) * len(names) > 100
-  axes.set_xticks(np.arange(len(names)), names, rotation=90 if turned else 0)
+    numbers = counts[0, order] if same else np.arange(1, len(order) + 1)
+    ticks = [f'{part[0]} to {part[-1]}' for part in np.array_split(numbers, len(parts))]
+    told = 'training images' if same else 'rank'
+    axes.set_xlabel(f'classes of similar frequency, by their {told}')
+  turned = max(map(len, ticks)) * len(ticks) > 100
+  axes.set_xticks(np.arange(len(ticks)), ticks, rotation=90 if turned else 0)
   axes.set_yticks(np.arange(len(groups)), [_short_label(g.label) for g in groups])
-  axes.set_xlabel(
-    'class, and its training images'
-    if len(parts) == len(counts)
-    else 'classes of similar frequency, by their training images'
-  )
-  return figure, 'Test accuracy of each class in %, the most frequent first.'
+  caption = 'Test accuracy of each class in %, the most frequent first.'
+  if not same:
+    caption += (
+      ' The methods were trained on different numbers of images of a class, which are '
+      'left out; the order is that of their sums.'
+    )
+  return figure, caption
 
 
 COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
