@@ -391,14 +391,12 @@ def test_rows_of_metrics_that_are_none_are_left_out(run_folder):
   assert len(runs.Run(run_folder, 'run').rows) == len(good.splitlines())
 
 
-def test_a_folder_need_not_have_a_name_of_text(tables_only, tmp_path, capsys):
-  command = importlib.import_module('lt_jax.report.__main__').main
+def test_a_folder_need_not_have_a_name_of_text(tables_only, tmp_path):
   folder = tmp_path / os.fsdecode(b'caf\xe9')
   write_run(folder / 'ce')
   for path in (folder / 'ce', folder):
-    command(os.fspath(path))
+    report.write(path)
     assert 'caf\ufffd' in page_of(path).text
-  assert 'caf\ufffd/ce/report.html' in capsys.readouterr().out
 
 
 def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
@@ -456,6 +454,15 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
     assert damage == 'something else' or name in drawn.caption
 
 
+def test_predictions_of_an_earlier_version_are_told_as_such(run_folder):
+  path = run_folder / 'predictions.npz'
+  label = np.load(path)['label']
+  np.savez(path, label=label, logits=np.zeros((len(label), 5), np.float16))
+  for figure in ARRAYS['predictions.npz']:
+    drawn = figures.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
+    assert 'predictions.npz is of an earlier version; ' in drawn.caption
+
+
 def test_every_file_may_be_missing_but_the_configuration(tmp_path):
   folder = tmp_path / 'run'
   folder.mkdir()
@@ -479,6 +486,39 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     report.write(tmp_path)
   with pytest.raises(UserError, match='no config.json'):
     report.write(tmp_path / 'absent')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'error.json'])
+@pytest.mark.parametrize('text', ['', '[' * 10**5], ids=['torn', 'nested'])
+def test_a_torn_file_hides_no_runs_below_it(tables_only, tmp_path, name, text):
+  for seed in (0, 1):
+    write_run(tmp_path / f'ce/{seed}', config(seed=seed))
+  (tmp_path / 'ce' / name).write_text(text)
+  found = runs.find(epath.Path(tmp_path))
+  assert [run.name for run in found] == ['ce/0', 'ce/1']
+
+
+def labels_below(groups):
+  """Returns what stands below the classes that methods are compared by."""
+  figure, caption = figures.compare_classes(groups)
+  (axes,) = figure.axes
+  ticks = [label.get_text() for label in axes.get_xticklabels()]
+  return ticks, axes.get_xlabel(), caption
+
+
+@pytest.mark.parametrize('classes', [5, 40])
+def test_training_images_are_told_where_all_methods_have_the_same(tmp_path, classes):
+  names = [f'class {c}' for c in range(classes)]
+  few, many = (tuple(range(n, n + classes)) for n in (10, 200))
+  for recipe, counts in (('ce', few), ('focal', few), ('ldam', many)):
+    write_run(tmp_path / recipe, config(recipe), counts=counts, names=names)
+  groups, _ = runs.grouped(runs.find(epath.Path(tmp_path)))
+  same, told, caption = labels_below(groups[:2])
+  assert same[0] == ('class 4\n14' if classes == 5 else '49 to 48')
+  assert 'training images' in told and 'different' not in caption
+  other, told, caption = labels_below(groups)
+  assert other[0] == ('class 4' if classes == 5 else '1 to 2')
+  assert 'training images' not in told and 'different numbers of images' in caption
 
 
 def test_many_classes_are_drawn_in_blocks(tmp_path):

@@ -154,8 +154,17 @@ class Run:
 
   @functools.cached_property
   def predicted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(label, prediction, confidence) of the test images, (N,) each."""
+    """(label, prediction, confidence) of the test images, (N,) each.
+
+    Raises:
+      Missing: the file is not there, damaged, or of a version that left no predictions.
+    """
     stored = self.arrays('predictions.npz')
+    if 'label' in stored and 'prediction' not in stored:
+      raise Missing(
+        'predictions.npz is of an earlier version; the command of the run, given '
+        'again, writes it anew'
+      )
     return stored['label'], stored['prediction'], stored['confidence']
 
   def test(self, name: str) -> Any:
@@ -215,25 +224,29 @@ def _below(path: epath.Path, folder: epath.Path) -> str:
 
 
 def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
-  """Yields the folders of runs; a link back up is not followed twice."""
+  """Yields the folders of runs; a link back up is not followed twice.
+
+  A folder whose file is torn is a run, unless there are runs below it.
+  """
   real = os.path.realpath(folder)
   if real in seen or not folder.is_dir():
     return
   seen.add(real)
-  if any(_tells_of_a_run(folder / name) for name in ('config.json', 'error.json')):
+  told = [_tells_of_a_run(folder / name) for name in ('config.json', 'error.json')]
+  if any(told):
     yield folder
     return
-  for path in sorted(folder.iterdir()):
-    if not path.name.startswith('.'):
-      yield from _folders(path, seen)
+  paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+  below = [found for path in paths for found in _folders(path, seen)]
+  yield from below or [folder] * (None in told)
 
 
-def _tells_of_a_run(path: epath.Path) -> bool:
-  """Returns whether a file is a run's, and no other one's; a torn one may be."""
+def _tells_of_a_run(path: epath.Path) -> bool | None:
+  """Returns whether a file is a run's, and no other one's; None: it is torn."""
   try:
     value = json.loads(path.read_text())
-  except ValueError:
-    return True
+  except (ValueError, RecursionError):  # the latter of what is nested without end
+    return None
   except OSError:
     return False
   return isinstance(value, dict) and {'recipe', 'seed'} <= value.keys()
