@@ -159,6 +159,19 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
   return path
 
 
+def check_out(path: epath.PathLike) -> None:
+  """Refuses an --out that cannot be written, or would replace what is no plain file.
+
+  Raises:
+    UserError: its folder is not there; or it is a folder, a link or a device.
+  """
+  path = epath.Path(path)
+  if not path.parent.is_dir():
+    raise UserError(f'--out is {path}, in a folder that is not there')
+  if os.path.islink(path) or (path.exists() and not path.is_file()):
+    raise UserError(f'--out is {path}, which is there and is no regular file')
+
+
 def seen(path: epath.Path) -> bool:
   """Returns whether a file is there; one of several processes waits for it to appear.
 

@@ -81,27 +81,28 @@ def predict(
     The number of images predicted.
 
   Raises:
-    UserError: a path is wrong, an image cannot be read, or the run is damaged.
+    UserError: a path is wrong, an image cannot be read, the run is damaged, or `out`
+      is an image or list, a link or no file.
   """
   skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
   if top < 1:
     raise UserError(f'--top is {top}; it must be at least 1')
-  if not os.path.isdir(os.path.dirname(out) or '.'):
-    raise UserError(f'--out is {out!r}, in a folder that is not there')
-  if os.path.isdir(out):
-    raise UserError(f'--out is {out!r}, which is a folder')
+  files.check_out(out)
   passed_over: list[str] = []
   paths = [path for name in images for path in expand(name, passed_over)]
   if not paths:
     raise UserError('no images are given: name files, folders or @LIST')
+  given = [*paths, *(name.removeprefix('@') for name in images)]
+  if os.path.exists(out) and any(_is_same(out, path) for path in given):
+    raise UserError(f'--out is {out}, which is among the images and lists')
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
   pictures = Pictures(paths, network, skip)
   screen = Screen()
   if passed_over:
     screen.line(
-      f'{len(passed_over)} files in folders are passed over, as none of them ends in '
-      f'{" ".join(SUFFIXES)}'
+      f'{len(passed_over)} files in folders are passed over, as none of them is a '
+      f'regular file that ends in {" ".join(SUFFIXES)}'
     )
   found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
   if len(pictures.bad) == len(paths):
@@ -112,6 +113,10 @@ def predict(
   files.write_atomically(out, text.encode(errors='surrogateescape'))
   _tell(network, pictures, found['known_score'], out, screen)
   return len(read)
+
+
+def _is_same(one: str, other: str) -> bool:
+  return os.path.exists(other) and os.path.samefile(one, other)
 
 
 def expand(name: str, passed_over: list[str]) -> Iterator[str]:
@@ -127,14 +132,15 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
   """
   if name.startswith('@'):
     try:
-      lines = pathlib.Path(name[1:]).read_text(errors='surrogateescape').splitlines()
+      # Spreadsheets and editors put a mark before the first line.
+      text = pathlib.Path(name[1:]).read_text('utf-8-sig', errors='surrogateescape')
     except OSError as error:
       raise UserError(f'the list {name[1:]} cannot be read: {error.strerror}') from None
-    for line in filter(None, map(str.strip, lines)):
+    for line in filter(None, map(str.strip, text.splitlines())):
       yield from _below(line, passed_over) if os.path.isdir(line) else [line]
   elif os.path.isdir(name):
     yield from _below(name, passed_over)
-  elif os.path.exists(name):
+  elif os.path.isfile(name):  # what is read from a pipe might never come
     yield name
   else:
     raise UserError(f'there is no file or folder {name}')
@@ -146,8 +152,9 @@ def _below(folder: str, passed_over: list[str]) -> list[str]:
   for base, folders, names in os.walk(folder):
     folders[:] = [name for name in folders if not name.startswith('.')]
     for name in (name for name in names if not name.startswith('.')):
-      fitting = found if name.lower().endswith(SUFFIXES) else passed_over
-      fitting.append(os.path.join(base, name))
+      path = os.path.join(base, name)
+      fits = name.lower().endswith(SUFFIXES) and os.path.isfile(path)
+      (found if fits else passed_over).append(path)
   if not found:
     raise UserError(f'{folder} has no images ({" ".join(SUFFIXES)})')
   return sorted(found)
@@ -192,6 +199,8 @@ class Pictures:
     from PIL import Image
 
     path, (height, width, channels) = self.paths[position], self._shape
+    if not os.path.isfile(path):
+      raise UserError(f'{path}: there is no such file')
     try:
       encoded = pathlib.Path(path).read_bytes()
     except OSError as error:

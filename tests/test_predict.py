@@ -342,7 +342,7 @@ def test_what_arguments_stand_for(tmp_path, monkeypatch):
   assert list(predict.expand('b', passed_over)) == below
   assert passed_over == ['b/x.txt']
   assert list(predict.expand('b/x.txt', [])) == ['b/x.txt']  # whatever its ending
-  pathlib.Path('list').write_text('b/2.JPG\n\n  b\nabsent.png\n')
+  pathlib.Path('list').write_text('\ufeffb/2.JPG\n\n  b\nabsent.png\n')
   assert list(predict.expand('@list', [])) == ['b/2.JPG', *below, 'absent.png']
   (tmp_path / 'empty').mkdir()
   for name, told in {
@@ -361,7 +361,7 @@ def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
     ({'images': []}, 'no images are given'),
     ({'top': 0}, '--top is 0'),
     ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that is not there'),
-    ({'out': str(tmp_path)}, 'which is a folder'),
+    ({'out': str(tmp_path)}, 'which is there and is no regular file'),
     ({'which': 'best'}, 'has no best checkpoint of stage'),
     ({'on_bad_image': 'skp'}, "did you mean 'skip'"),
   ):
@@ -373,6 +373,37 @@ def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
     with pytest.raises(UserError, match=told):
       predict.predict(**(right | given))
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('out', ['one.png', 'list', 'same.png', 'link.csv', 'lost'])
+def test_what_is_read_or_linked_is_not_replaced(tmp_path, monkeypatch, out):
+  """By whatever name; and before the run is opened."""
+  monkeypatch.chdir(tmp_path)
+  flat(tmp_path, 'one.png', (8, 8))
+  pathlib.Path('list').write_text('absent.png\n')
+  pathlib.Path('table.csv').touch()
+  for link, target in (('link.csv', 'table.csv'), ('lost', 'nowhere')):
+    os.symlink(target, link)
+  os.link('one.png', 'same.png')
+  with pytest.raises(UserError, match=f'--out is {out}, which is') as raised:
+    predict.predict(epath.Path('run'), ['one.png', '@list'], out)
+  assert ('no regular file' in str(raised.value)) == (out in ('link.csv', 'lost'))
+
+
+def test_only_regular_files_are_images(digits, tmp_path):
+  """To open a pipe is to wait for whoever writes it."""
+  folder = tmp_path / 'some'
+  folder.mkdir()
+  pipe, image = str(folder / 'b.png'), flat(folder, 'a.png', (8, 8))
+  os.mkfifo(pipe)
+  passed_over = []
+  assert list(predict.expand(str(folder), passed_over)) == [image]
+  assert passed_over == [pipe]
+  with pytest.raises(UserError, match='no file or folder .*b.png'):
+    list(predict.expand(pipe, []))
+  (tmp_path / 'list').write_text(pipe)
+  with pytest.raises(UserError, match='b.png: there is no such file'):
+    predict.predict(digits[0], [f'@{tmp_path}/list'], str(tmp_path / 'out.csv'))
 
 
 def test_names_that_are_no_text_stay_what_they_are(digits, tmp_path):
