@@ -9,7 +9,8 @@ makes the network of it again.
 
 stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch, from
 uint8 images to outputs; `jax.export.deserialize` reads it, and needs nothing of ours.
-Beside it a .json file has class names, preprocessing and the names of the outputs.
+Beside it digits.stablehlo.json has class names, preprocessing and the names of the
+outputs.
 
 Before a file counts it is read back, and must predict what the run predicts.
 """
@@ -74,8 +75,9 @@ def export(
   out = epath.Path(out)
   if out.suffix != f'.{to}':
     raise UserError(f'--out is {out}; it must end in .{to}')
-  if not out.parent.is_dir():
-    raise UserError(f'--out is {out}, in a folder that is not there')
+  beside = [out.with_name(f'{out.name}.json')] if to == 'stablehlo' else []
+  for path in (out, *beside):
+    files.check_out(path)
   network = trained.open_run(workdir, which)
   draft = out.with_name(f'.{out.name}.{uuid.uuid4().hex}.draft')
   try:
@@ -89,8 +91,8 @@ def export(
     draft.replace(out)
   finally:
     draft.unlink(missing_ok=True)
-  if to == 'stablehlo':
-    files.write_json(out.with_suffix('.json'), told)
+  for path in beside:
+    files.write_json(path, told)
   size = out.stat().length
   print(f'{out}: {size:,} bytes, checked: within {off:.1g} of what the run predicts')
   return told

@@ -152,13 +152,16 @@ def test_a_program_predicts_batches_of_any_size(
     found = jax.device_get(program.call(images[:size]))
     for name, value in expected.items():
       np.testing.assert_allclose(found[name], value[:size], rtol=1e-4, atol=1e-5)
-  told = json.loads((tmp_path / 'one.json').read_text())
+  told = json.loads((tmp_path / 'one.stablehlo.json').read_text())
   assert told['class_names'] == list(network.class_names)
   assert told['input'] == {'shape': ['batch', 8, 8, 1], 'dtype': 'uint8'}
   assert {name: out['shape'][1:] for name, out in told['outputs'].items()} == {
     name: list(value.shape[1:]) for name, value in expected.items()
   }
-  assert {p.name for p in tmp_path.iterdir()} == {'one.stablehlo', 'one.json'}
+  assert {p.name for p in tmp_path.iterdir()} == {
+    'one.stablehlo',
+    'one.stablehlo.json',
+  }
 
 
 @pytest.mark.parametrize('wrong', [1.01, np.nan])
@@ -190,3 +193,10 @@ def test_mistakes_are_told_first(workdir, tmp_path):
   with pytest.raises(UserError, match='holds no run'):
     export.export(epath.Path(tmp_path), 'safetensors', tmp_path / 'x.safetensors')
   assert not list(pathlib.Path(tmp_path).iterdir())
+  for to, there in (
+    ('safetensors', 'x.safetensors'),
+    ('stablehlo', 'y.stablehlo.json'),
+  ):
+    (tmp_path / there).mkdir()
+    with pytest.raises(UserError, match=f'{there}, which .* is no regular file'):
+      export.export(epath.Path('absent'), to, tmp_path / f'{there[0]}.{to}')
