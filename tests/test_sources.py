@@ -123,6 +123,21 @@ def test_npz_headers_are_checked_before_anything_is_read(tmp_path):
     sources.load_source(f'npz:{tmp_path}/b.npz')
 
 
+def test_npz_of_which_a_bit_changed(tmp_path):
+  file = tmp_path / 'a.npz'
+  write_npz(file, x_train=np.zeros((6, 64, 64, 3), np.uint8))
+  whole = file.read_bytes()
+  for good, bad in (
+    (b'v\0{', b'6\0{'),  # a header that ends too early
+    (b'PK\1\2\x2d\3\x2d', b'PK\1\2\x2d\3\x6d'),  # of a later version of ZIP
+  ):
+    assert good in whole
+    file.write_bytes(whole.replace(good, bad, 1))
+    with pytest.raises(UserError, match=f'npz:{file}: ') as error:
+      sources.load_source(f'npz:{file}')
+    assert '\n' not in str(error.value)
+
+
 def test_npz_that_is_none(tmp_path):
   (tmp_path / 'text.npz').write_text('x')
   write_npz(tmp_path / 'cut.npz')
@@ -312,6 +327,27 @@ def test_a_set_that_was_copied_in_part(tmp_path, file, kept, message):
     path.write_bytes(whole[: int(kept * len(whole))])
   with pytest.raises(UserError, match=f'{path.parent}/{message}') as error:
     _ = sources.load_source('tfds:pets', str(tmp_path))['train'].labels
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('good', 'bad'),
+  [
+    (b'v\0{', b'6\0{'),  # a header that ends too early
+    (b'<i8', b',i8'),
+    (b'<i8', b'<m8'),  # durations
+    (b'(3,), }' + b' ' * 15, b'(%d,), }' % 10**15),
+  ],
+)
+def test_labels_with_a_damaged_header(tmp_path, good, bad):
+  file = tmp_path / 'labels.npy'
+  np.save(file, np.array([0, 1, 1]))
+  whole = file.read_bytes()
+  assert good in whole
+  file.write_bytes(whole.replace(good, bad, 1))
+  source = sources.Records('tfds:pets', 1, '123', ('a', 'b'), (None, None, 3), file)
+  with pytest.raises(UserError, match=f'{file} is damaged, delete it: ') as error:
+    _ = source.labels
   assert '\n' not in str(error.value)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -101,7 +102,7 @@ class Records:
   def labels(self) -> np.ndarray:
     """(N,) int32, from `labels_file`; where there is none, it is written first."""
     if self.labels_file.exists():
-      labels = _stored_array(self.labels_file)
+      labels = _stored_labels(self.labels_file)
     else:
       labels = self.read_labels()
       with contextlib.suppress(OSError):  # of a folder that is not ours to write in
@@ -249,13 +250,18 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
   return digest.hexdigest()
 
 
-def _stored_array(file: epath.Path) -> np.ndarray:
-  """Reads an .npy file."""
+def _stored_labels(file: epath.Path) -> np.ndarray:
+  """Reads the labels of a split."""
   stored = io.BytesIO(file.read_bytes())
   try:
-    return np.lib.format.read_array(stored, allow_pickle=False)
-  except ValueError as error:
+    labels = np.lib.format.read_array(stored, allow_pickle=False)
+    return labels.astype(np.int64, casting='same_kind')
+  except _NPY_ERRORS as error:
     raise UserError(f'{file} is damaged, delete it: {error}') from None
+
+
+# What a bit that changed in the header of an array, which is Python, can raise.
+_NPY_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
 def _checked_labels(
@@ -322,7 +328,8 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
 
 
 _NPZ_MEMBERS = ('x_train', 'y_train', 'x_test', 'y_test', 'class_names')
-_NPZ_ERRORS = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+_NPZ_ERRORS = (*_NPY_ERRORS, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+_NPZ_ERRORS += (RuntimeError,)  # of a kind of archive that is not read, or encrypted
 
 
 def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
