@@ -92,7 +92,7 @@ def convert(
   """
   import tensorflow_datasets as tfds
 
-  from lt_jax.data.sources import load_source, store_labels
+  from lt_jax.data.sources import load_source
 
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
@@ -121,14 +121,13 @@ def convert(
   folder = make_workdir(data_dir / name)
   with locked(folder):
     _write(sources, folder / VERSION, source, short_side)
-  store_labels(load_source(f'tfds:{name}', str(data_dir)))
   return {split: len(one) for split, one in sources.items()}
 
 
 def _write(
   sources: Mapping[str, Any], home: epath.Path, source: str, short_side: int
 ) -> None:
-  """Writes the records of all splits into DATA_DIR/NAME/VERSION.
+  """Writes the records and labels of all splits into DATA_DIR/NAME/VERSION.
 
   Raises:
     UserError: it is there already, or an image is damaged.
@@ -136,10 +135,12 @@ def _write(
   """
   import tensorflow_datasets as tfds
 
+  from lt_jax.data.sources import LABELS_FILE, UNFINISHED, write_labels
+
   if home.exists():
     raise UserError(f'{home} is there already; give another --name')
   # Renamed at the end: what was interrupted is never taken for whole.
-  unfinished = home.with_name(f'{VERSION}.unfinished')
+  unfinished = home.with_name(f'{VERSION}{UNFINISHED}')
   if unfinished.exists():
     unfinished.rmtree()
   unfinished.mkdir()
@@ -166,8 +167,11 @@ def _write(
   try:
     writer.initialize_splits(list(sources))
     for split, one in sources.items():
+      labels = []
       for row in _rows(one, split, short_side):
         writer.add_examples({split: [row]})
+        labels.append(row['label'])
+      write_labels(unfinished / LABELS_FILE.format(split), labels)
     writer.close_all()
   except RuntimeError as error:  # as array_record tells of a system call that failed
     raise OSError(str(error)) from None
@@ -180,9 +184,8 @@ def _rows(source: Any, split: str, short_side: int) -> Iterator[dict[str, Any]]:
 
   def row(position: int) -> dict[str, Any]:
     encoded, label = source.example(position)
-    if short_side:
-      encoded = smaller(encoded, source.where(position), short_side)
-    return {'image': encoded, 'label': label}
+    image = smaller(encoded, source.where(position), short_side)
+    return {'image': image, 'label': label}
 
   positions = range(len(source))
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -196,7 +199,7 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
     where: its name, for messages.
-    short_side: in pixels.
+    short_side: in pixels; 0 changes none, but a damaged one is found all the same.
 
   Raises:
     UserError: the image is damaged.
@@ -206,7 +209,7 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
   from lt_jax.data.crops import pixels
 
   image = Image.fromarray(pixels(encoded, where))
-  if min(image.size) <= short_side:
+  if not short_side or min(image.size) <= short_side:
     return encoded
   scale = short_side / min(image.size)
   size = tuple(max(short_side, round(scale * side)) for side in image.size)

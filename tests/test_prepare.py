@@ -1,5 +1,6 @@
 """Preparing records from lists and folders: the same images, or smaller ones."""
 
+import errno
 import io
 import sys
 import types
@@ -10,6 +11,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from lt_jax import prepare
+from lt_jax.data import sources
 from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
 from tests import mini
@@ -107,7 +109,8 @@ def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(prepare, '_rows', interrupted)
     prepare.convert(f'list:{folder}', **options)
-  with pytest.raises(UserError, match='mini_lt'):
+  left = tmp_path / 'mini_lt' / f'{prepare.VERSION}.unfinished'
+  with pytest.raises(UserError, match=f'{left} is not finished; run .*prepare again'):
     load_source('tfds:mini_lt', str(tmp_path))
   prepare.convert(f'list:{folder}', **options)
   with pytest.raises(UserError, match='is there already; give another --name'):
@@ -151,12 +154,49 @@ def test_a_full_disk_can_pass(lists, tmp_path, monkeypatch):
   assert prepare.convert(f'list:{folder}', **options)['train'] == 1015
 
 
+def test_a_disk_that_labels_fill_can_pass(lists, tmp_path, monkeypatch):
+  folder, root = map(str, lists)
+  options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
+  write = sources.write_atomically
+
+  def full(path, data):
+    if path.name == 'lt_jax-labels-val.npy':
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    write(path, data)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sources, 'write_atomically', full)
+    with pytest.raises(OSError, match='No space left on device'):
+      prepare.convert(f'list:{folder}', **options)
+  with monkeypatch.context() as patch:  # they are known, and not read once more
+    patch.setattr(sources.Records, 'read_labels', None)
+    counts = prepare.convert(f'list:{folder}', **options)
+  for split, source in load_source('tfds:mini_lt', str(tmp_path)).items():
+    stored = np.load(source.labels_file)
+    assert stored.dtype == np.int64
+    assert len(stored) == counts[split]
+    np.testing.assert_array_equal(stored, source.read_labels())
+
+
 @pytest.mark.parametrize('name', ['places-lt', 'Places', '', '../x'])
 def test_names_that_tfds_does_not_take(lists, tmp_path, name):
   with pytest.raises(UserError, match='must be like places_lt'):
     prepare.convert(f'list:{lists[0]}', name=name, data_dir=str(tmp_path))
 
 
-def test_a_damaged_image_is_named(rng, tmp_path):
-  with pytest.raises(UserError, match='x.jpg: the file is empty'):
-    prepare.smaller(b'', 'x.jpg', 40)
+@pytest.mark.parametrize('short_side', [0, 40])
+@pytest.mark.parametrize(
+  ('encoded', 'message'), [(b'', 'the file is empty'), (b'x', 'not an image')]
+)
+def test_a_damaged_image_is_named(rng, tmp_path, short_side, encoded, message):
+  images = tmp_path / 'images'
+  for name in ('cat', 'dog'):
+    (images / name).mkdir(parents=True)
+    (images / name / 'whole.jpg').write_bytes(mini.photograph(rng, 0))
+  damaged = images / 'dog' / 'damaged.jpg'
+  damaged.write_bytes(encoded)
+  options = {'name': 'pets', 'data_dir': str(tmp_path), 'short_side': short_side}
+  with pytest.raises(UserError, match=f'{damaged}: {message}'):
+    prepare.convert(f'folder:{images}', **options)
+  damaged.unlink()
+  assert prepare.convert(f'folder:{images}', **options) == {'train': 2}

@@ -26,6 +26,8 @@ from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
 
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
+LABELS_FILE = 'lt_jax-labels-{}.npy'  # of a split, beside its records
+UNFINISHED = '.unfinished'  # ends the folder of records that are being prepared
 
 
 class Source(Protocol):
@@ -88,7 +90,7 @@ class Records:
     records: random access to serialised tf.train.Example messages.
     class_names: names of classes 0 ... C - 1.
     image_shape: (H, W, channels); H and W are None where images differ in size.
-    labels_file: where `store_labels` leaves the labels.
+    labels_file: where `write_labels` leaves the labels.
   """
 
   name: str
@@ -106,7 +108,7 @@ class Records:
     else:
       labels = self.read_labels()
       with contextlib.suppress(OSError):  # of a folder that is not ours to write in
-        self.store(labels)
+        write_labels(self.labels_file, labels)
     return _checked_labels(
       labels,
       len(self),
@@ -121,12 +123,6 @@ class Records:
 
     positions = track(range(len(self)), f'labels of {self.name}', transient=True)
     return np.array([self.example(i)[1] for i in positions], np.int64)
-
-  def store(self, labels: np.ndarray) -> None:
-    """Writes `labels_file`."""
-    file = io.BytesIO()
-    np.save(file, labels)
-    write_atomically(self.labels_file, file.getvalue())
 
   def example(self, position: int) -> tuple[bytes, int]:
     """Returns (JPEG or PNG file, label) as they are stored.
@@ -222,7 +218,14 @@ def store_labels(sources: dict[str, Source]) -> None:
   """
   for source in sources.values():
     if isinstance(source, Records):
-      source.store(source.read_labels())
+      write_labels(source.labels_file, source.read_labels())
+
+
+def write_labels(file: epath.Path, labels: Sequence[int]) -> None:
+  """Writes the labels of a split, -1 for an image without one."""
+  stored = io.BytesIO()
+  np.save(stored, np.asarray(labels, np.int64))
+  write_atomically(file, stored.getvalue())
 
 
 def fingerprint(source: Source, *indices: np.ndarray) -> str:
@@ -251,7 +254,7 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
 
 
 def _stored_labels(file: epath.Path) -> np.ndarray:
-  """Reads the labels of a split."""
+  """Reads what `write_labels` wrote."""
   stored = io.BytesIO(file.read_bytes())
   try:
     labels = np.lib.format.read_array(stored, allow_pickle=False)
@@ -415,7 +418,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
       records=data.data_source,
       class_names=tuple(label.names),
       image_shape=image.shape,
-      labels_file=builder.data_path / f'lt_jax-labels-{split}.npy',
+      labels_file=builder.data_path / LABELS_FILE.format(split),
     )
     for split, data in splits.items()
   }
@@ -447,10 +450,10 @@ def tfds_builder(name: str, **options: Any) -> Any:
 
 
 def _check_metadata(name: str, data_dir: str | None) -> None:
-  """Raises a `UserError` for a file of TFDS's own that is missing or no JSON.
+  """Raises a `UserError` for a set that is not whole.
 
-  Without one of them TFDS knows no such data set, and of the other it says only that it
-  cannot be parsed.
+  Of its own files, missing or no JSON, and of a set whose preparation did not end, TFDS
+  says that there is no such data set, or only that something cannot be parsed.
   """
   import tensorflow_datasets as tfds
 
@@ -461,6 +464,8 @@ def _check_metadata(name: str, data_dir: str | None) -> None:
   for home in sorted(found):
     for file in files:
       read_json(home / file)
+  for left in folder.glob(f'*{UNFINISHED}'):
+    raise UserError(f'{left} is not finished; run python -m lt_jax.prepare again')
 
 
 def _in_memory_if_small(source: Records) -> Source:
