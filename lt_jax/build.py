@@ -98,6 +98,9 @@ RANGES = {
   'data.image_size': (0, 1e4),
   'data.resize': (0, 1e4),
   'data.workers': (-1, 1e4),
+  'defer_epoch': (0, 1e9),
+  'sampler.start_epoch': (0, 1e9),
+  'class_weights.start_epoch': (0, 1e9),
   'schedule.base': (0, 1e30),
   'method.weight': (0, 1e30),
   'penalty.weight': (0, 1e30),
@@ -326,28 +329,35 @@ def check_ranges(config: Config) -> None:
 
 
 def _check_end(stages: Mapping[str, Config]) -> None:
-  """Refuses what would come when all stages have ended, and so never.
+  """Refuses what would come when a stage has ended, and so never.
 
   Fewer epochs leave it where it was, and `ldam_drw` would be `ldam` without a word.
   """
-  end = max(stage['epochs'] for stage in stages.values())
-  for stage in stages.values():
+  ends = {name: stage['epochs'] for name, stage in stages.items()}
+  for name, stage in reversed(stages.items()):
+    for operation, options in stage['surgeries']:
+      if operation == 'carry' and 'step' in options.get('fields', ()):  # one clock
+        origin = options.get('stage')
+        ends[origin] = max(ends.get(origin, 0), ends[name])
+  for name, stage in stages.items():
+    end, schedule = ends[name], stage['schedule']
     epochs = {
       'class_weights.start_epoch': stage['class_weights'].get('start_epoch', 0),
-      'sampler.start_epoch': stage['sampler'].get('start_epoch', 0),
-      'schedule.boundaries': max(stage['schedule'].get('boundaries') or [0]),
+      'sampler.start_epoch': math.ceil(stage['sampler'].get('start_epoch', 0)),
+      'schedule.boundaries': max(schedule.get('boundaries') or [0]),
     }
     for key, epoch in epochs.items():
       if 0 < end <= epoch:
-        raise UserError(f'{key} is at epoch {epoch:g}{_BEYOND.format(end)}')
-    last = stage['schedule'].get('end', 0)
-    if 0 < end < last * (1 - 1e-9):
-      raise UserError(f'schedule.end is at epoch {last:g}{_BEYOND.format(end)}')
+        raise UserError(f'{key} is at epoch {epoch:g}{_BEYOND.format(name, end)}')
+    if 0 < end < schedule.get('end', 0) * (1 - 1e-9):
+      raise UserError(
+        f'schedule.end is at epoch {schedule["end"]:g}{_BEYOND.format(name, end)}'
+      )
 
 
 _BEYOND = (
-  ', but training ends at {:g}; a whole recipe becomes shorter with epochs=... behind '
-  'the colon of --config'
+  ', but stage {!r} ends at {:g}; a whole recipe becomes shorter with epochs=... '
+  'behind the colon of --config'
 )
 
 

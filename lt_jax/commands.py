@@ -9,6 +9,7 @@
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -105,12 +106,8 @@ def launch(
 
 def exit_code(command: Callable[[], None]) -> int:
   """Runs a command; returns its exit code, after saying what went wrong."""
-  from lt_jax.train import Preempted
-
   try:
     command()
-  except Preempted:
-    fail('stopped as asked, and saved: the same command goes on', PREEMPTED)
   except KeyboardInterrupt:
     fail('interrupted; what was saved is whole', INTERRUPTED)
   except Exception as error:
@@ -123,11 +120,14 @@ def exit_code(command: Callable[[], None]) -> int:
 
 def explained(error: Exception) -> tuple[str, int] | None:
   """Returns a line for a person and the exit code of an error; None of a bug."""
-  from lt_jax.checkpoint import SaveError
-  from lt_jax.train import Diverged
-
   if isinstance(error, UserError):
     return str(error), WRONG_INPUT
+
+  from lt_jax.checkpoint import SaveError
+  from lt_jax.train import Diverged, Preempted
+
+  if isinstance(error, Preempted):
+    return 'stopped as asked, and saved: the same command goes on', PREEMPTED
   if isinstance(error, Diverged):
     return f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED
   if isinstance(error, SaveError):
@@ -139,6 +139,8 @@ def explained(error: Exception) -> tuple[str, int] | None:
 
 def fail(error: BaseException | str, code: int) -> NoReturn:
   """Ends the process with one line and an exit code."""
+  if code == INTERRUPTED:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is in a hurry sends two
   text = str(error).replace('\\n', '; ').replace("\\'", "'").strip()
   if 'Traceback (most recent call last)' in text:  # config_flags quotes a whole one
     text = text.splitlines()[-1].partition(': ')[2] or text.splitlines()[-1]
@@ -151,7 +153,7 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
     if sys.modules['jax'].process_index() == 0:
       time.sleep(GRACE)
     os._exit(code)
-  if _reads_still():
+  if code == INTERRUPTED or _reads_still():  # not in wait of what was under way
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

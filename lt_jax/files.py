@@ -42,11 +42,15 @@ def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
     path.write_bytes(data)
     return
   temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
-  with open(temporary, 'wb') as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)  # where the disk is full it would hold the rest
+    raise
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -70,7 +74,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     value = json.loads(epath.Path(path).read_text())
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}') from None
-  except ValueError as error:  # of JSON, or of the encoding
+  except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
     raise UserError(f'{path} is no valid JSON: {error}') from None
   if not isinstance(value, dict):
     raise UserError(f'{path} holds no JSON object')
@@ -183,6 +187,10 @@ def seen(path: epath.Path) -> bool:
   return path.exists()
 
 
+class InUse(UserError):
+  """Another process holds a folder."""
+
+
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
   """Holds a run's folder for this process; a second process is refused at once.
@@ -193,7 +201,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
   network file systems have no locks; there the launcher must not start twice.
 
   Raises:
-    UserError: another process holds the folder.
+    InUse: another process holds the folder.
   """
   if is_remote(workdir) or jax.process_index() > 0:
     yield
@@ -207,7 +215,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
       file.seek(0)
       owner = file.read().strip() or 'another process'
       file.close()
-      raise UserError(f'{workdir} is in use by {owner}') from None
+      raise InUse(f'{workdir} is in use by {owner}') from None
     if error.errno not in _NO_LOCKS:
       raise
     print(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import platform
 import secrets
@@ -201,7 +202,7 @@ def _opened(
     with (
       watched(lambda: stop.last_look),
       _claimed(experiment, workdir),
-      tracking(tracker, config, workdir) as track,
+      tracking(tracker, config, workdir, events) as track,
     ):
       events('started', pid=os.getpid(), host=platform.node())
       if not seeds or config['seed'] == seeds[0]:
@@ -299,7 +300,8 @@ def rehearsed(
 def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
   """Writes config.json and data.json; a start that fails puts back what was there.
 
-  So that a mistake does not stand in the way of the corrected command.
+  So that a mistake does not stand in the way of the corrected command. What is true no
+  more goes: that an earlier start failed, and the result of another configuration.
   """
   facts = {
     'config.json': experiment.config,
@@ -310,6 +312,9 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
   if jax.process_index() == 0:
     for name, path in paths.items():
       files.write_json(path, facts[name])
+    (workdir / 'error.json').unlink(missing_ok=True)
+    if not _same_training(before['config.json'], experiment.config):
+      (workdir / 'result.json').unlink(missing_ok=True)
   wait_for_all('claimed')
   try:
     yield
@@ -321,6 +326,14 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
         elif not (workdir / 'stages').exists():
           path.unlink()
     raise
+
+
+def _same_training(text: str | None, config: Config) -> bool:
+  """Returns whether what config.json holds trains as a configuration does."""
+  try:
+    return trained_by(json.loads(text or '')) == trained_by(config)
+  except (ValueError, AttributeError):  # torn, or no object
+    return False
 
 
 def _check_shared(workdir: epath.Path) -> None:

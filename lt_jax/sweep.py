@@ -17,7 +17,6 @@ import contextlib
 import importlib.util
 import itertools
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,16 +120,28 @@ def _line(error: Exception) -> str:
 
 
 def _leave(cell: Cell, error: Exception) -> None:
-  """Writes error.json, as a start that fails leaves no other trace of the cell."""
+  """Writes error.json, as a start that fails leaves no other trace of the cell.
+
+  Where the folder is that of another run there is nothing to tell of this one.
+  """
+  from lt_jax.run import OtherConfig
+
+  if isinstance(error, files.InUse | OtherConfig):
+    return
   told = {'recipe': cell.method, 'seed': cell.seed, 'error': _line(error)}
   with contextlib.suppress(OSError):  # which may be what the cell failed of
     cell.workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(cell.workdir / 'error.json', {**told, 'time': time.time()})
+    files.write_json(cell.workdir / 'error.json', told)
 
 
 def _code(failed: Iterable[Exception]) -> int:
   """Returns the exit code of a sweep: whether running it again may help."""
-  codes = {(commands.explained(error) or ('', WRONG_INPUT))[1] for error in failed}
+  codes = {
+    TRY_AGAIN  # when the other sweep is done
+    if isinstance(error, files.InUse)
+    else (commands.explained(error) or ('', WRONG_INPUT))[1]
+    for error in failed
+  }
   return TRY_AGAIN if TRY_AGAIN in codes else min(codes)
 
 
@@ -170,7 +181,6 @@ def _run(
 
   configs = {}
   for cell in cells:
-    (cell.workdir / 'error.json').unlink(missing_ok=True)
     config = make_config(cell.method)
     config.seed = cell.seed
     configs[cell] = build.resolve(config)
@@ -265,8 +275,13 @@ def main() -> None:
   failed = sweep(chosen, make_config, VECTORISE.value)
   left = [c.workdir / name for c in every for name in ('config.json', 'error.json')]
   if CELL.value is None and any(path.exists() for path in left):
-    page = report.write(workdir)
-    print(f'\n{(workdir / "report.md").read_text()}\n{page}')
+    try:
+      page = report.write(workdir)
+      print(f'\n{(workdir / "report.md").read_text()}\n{page}')
+    except OSError as error:
+      if not failed:
+        raise
+      print(f'no report: {error}')  # and then what failed before
   if failed:
     told = '; '.join(f'{c.method}/{c.seed}: {_line(e)}' for c, e in failed.items())
     text = f'{len(failed)} of {len(chosen)} cells failed: {told}'

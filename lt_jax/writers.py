@@ -5,6 +5,7 @@ when the run goes on, and so is every row after the step that it goes on from.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -92,14 +93,21 @@ TRACKERS = ('wandb', 'trackio')
 
 @contextlib.contextmanager
 def tracking(
-  name: str, config: Mapping[str, Any], workdir: epath.Path
+  name: str,
+  config: Mapping[str, Any],
+  workdir: epath.Path,
+  tell: Callable[..., None] = lambda event, **values: None,
 ) -> Iterator[Track]:
   """Opens the run in a tracker, where it goes on if it is there.
+
+  A tracker that fails on the way, as without a network, is told once and asked no more:
+  metrics.jsonl has every row.
 
   Args:
     name: of `TRACKERS`; '' for none.
     config: the resolved configuration.
     workdir: the run's folder, by which the run is known there.
+    tell: called with an event and its values, if the tracker fails.
 
   Yields:
     A `Track`.
@@ -130,10 +138,25 @@ def tracking(
     )
   except Exception as error:  # of its own kinds: no account, no network
     raise UserError(f'--tracker={name} does not start: {error}') from None
+  failed = False
+
+  def attempt(act: Callable[..., None], *values: Any, **options: Any) -> None:
+    nonlocal failed
+    try:
+      if not failed:
+        act(*values, **options)
+    except Exception as error:
+      failed = True
+      tell('tracker_failed', tracker=name, error=' '.join(str(error).split()))
+
+  end = {}
   try:
-    yield run.log
+    yield functools.partial(attempt, run.log)
+  except BaseException:
+    end = {'exit_code': 1} if name == 'wandb' else {}
+    raise
   finally:
-    run.finish()
+    attempt(run.finish, **end)
 
 
 class MetricWriter:

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 
-from lt_jax import commands, files
+from lt_jax import files
 from lt_jax.errors import UserError
 from lt_jax.writers import JsonLines, read_rows
 from tests import child
@@ -237,13 +237,33 @@ def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, told)
   assert_same_run(workdir, unbroken)
 
 
-def test_ctrl_c_is_one_line(capsys):
-  def command():
-    raise KeyboardInterrupt
+INTERRUPTED = """
+import os, signal
+from lt_jax import commands
 
-  with pytest.raises(SystemExit, match='130'):
-    commands.exit_code(command)
-  assert capsys.readouterr().err == 'error: interrupted; what was saved is whole\n'
+def command():
+  print('at work')
+  os.kill(os.getpid(), signal.SIGINT)
+
+commands.exit_code(command)
+"""
+
+
+def test_ctrl_c_is_one_line():
+  command = [sys.executable, '-c', INTERRUPTED]
+  done = subprocess.run(command, cwd=child.ROOT, capture_output=True, text=True)
+  told = (130, 'at work\n', 'error: interrupted; what was saved is whole\n')
+  assert (done.returncode, done.stdout, done.stderr) == told
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  def full(number):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='No space left'):
+    files.write_atomically(tmp_path / 'a.json', '{}')
+  assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('name', ['a\\b', os.fsdecode(b'a\xff')])
@@ -338,6 +358,15 @@ def test_a_class_without_images_is_told(tmp_path):
   )
   assert code == 2
   assert 'class 5 without images' in output
+
+
+def test_a_result_goes_when_another_configuration_is_trained(tmp_path, unbroken):
+  workdir = shutil.copytree(unbroken, tmp_path / 'run')
+  (workdir / 'error.json').write_text('{}')  # of a sweep; a start puts an end to it
+  more = ('--config.epochs=30.0', '--allow_config_change')
+  assert run(workdir, *more, fault='kill_at:75')[0] == KILLED
+  assert not (workdir / 'result.json').exists()
+  assert not (workdir / 'error.json').exists()
 
 
 def test_data_that_changed_are_refused(tmp_path, rng):

@@ -152,7 +152,7 @@ def test_a_reader_that_does_not_close_is_left_and_its_processes_killed(monkeypat
     (worker,) = set(multiprocessing.active_children()) - {other}
     close = ahead._batches.close
     monkeypatch.setattr(ahead._batches, 'close', lambda: let_go.wait(30))
-    ahead.close()
+    ahead.close(time.monotonic() + 0.2)
     worker.join(10)
     assert worker.exitcode == -signal.SIGKILL
     others('train', 1)
@@ -280,7 +280,6 @@ if __name__ == '__main__':
       print(sum(read('train', step)['x'].size for step in range(1, 50)), flush=True)
     else:
       os.kill(os.getpid(), signal.SIGKILL)
-  time.sleep(1.5)  # Grain lets go of its memory in a thread
 """
 
 

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from lt_jax import sweep
+from lt_jax import files, sweep
 from lt_jax.errors import UserError
+from lt_jax.run import OtherConfig
 from tests import child
 
 
@@ -132,7 +133,7 @@ def test_a_failure_does_not_stop_the_rest(tmp_path):
   assert not (tmp_path / 'runs/ce/0/error.json').exists()
   (left,) = (tmp_path / 'runs/l2rw/0').glob('*.json')
   told = json.loads(left.read_text())
-  assert left.name == 'error.json' and told['time'] > 0
+  assert left.name == 'error.json'
   assert (told['recipe'], told['seed']) == ('l2rw', 0)
   assert told['error'].startswith('UserError: ') and 'meta_per_class' in told['error']
   code, output = run(tmp_path / 'runs', methods='l2rw', seeds='0')
@@ -140,11 +141,24 @@ def test_a_failure_does_not_stop_the_rest(tmp_path):
 
 
 def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(tmp_path, capsys):
+  def wrong(recipe):
+    raise UserError('a mistake')
+
   (tmp_path / 'ce').write_text('where the folder should be')
   (cell,) = sweep.cells(['ce'], ['0'], tmp_path)
-  failed = sweep.sweep([cell], lambda recipe: None)
-  assert isinstance(failed[cell], OSError)
-  assert 'failed: seed 0: NotADirectoryError: ' in capsys.readouterr().out
+  assert isinstance(sweep.sweep([cell], wrong)[cell], UserError)
+  assert 'failed: seed 0: UserError: a mistake' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('error', [files.InUse, OtherConfig])
+def test_a_folder_of_another_run_is_left_alone(tmp_path, error):
+  def other(recipe):
+    raise error('of somebody else')
+
+  (cell,) = sweep.cells(['ce'], ['0'], tmp_path)
+  failed = sweep.sweep([cell], other)
+  assert not cell.workdir.exists()
+  assert sweep._code(failed.values()) == (75 if error is files.InUse else 2)
 
 
 def test_an_interrupt_is_no_failure_of_a_cell(tmp_path):

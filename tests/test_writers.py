@@ -27,8 +27,9 @@ class Tracker(types.ModuleType):
   def log(self, row):
     self.rows.append(row)
 
-  def finish(self):
+  def finish(self, **options):
     self.finished += 1
+    self.ended = options
 
 
 @pytest.mark.parametrize('name', writers.TRACKERS)
@@ -55,6 +56,20 @@ def test_a_tracker_is_told_every_row(monkeypatch, tmp_path, name):
   assert first['project'] == 'digits_lt' and first['resume'] == 'allow'
   assert first['config']['data.source'] == 'digits'
   assert ('id' in first) == (name == 'wandb')
+  assert tracker.ended == ({'exit_code': 1} if name == 'wandb' else {})
+
+
+def test_a_tracker_that_fails_on_the_way_is_told_once(monkeypatch, tmp_path):
+  tracker, told = Tracker(), []
+  tracker.log = lambda row: 1 / 0
+  monkeypatch.setitem(sys.modules, 'trackio', tracker)
+  with writers.tracking(
+    'trackio', CONFIG, epath.Path(tmp_path), lambda event, **v: told.append((event, v))
+  ) as track:
+    track({'step': 1})
+    track({'step': 2})
+  values = {'tracker': 'trackio', 'error': 'division by zero'}
+  assert told == [('tracker_failed', values)]
 
 
 def test_a_tracker_that_is_not_there_is_told(monkeypatch, tmp_path):

@@ -35,8 +35,8 @@ LOOKING_EVERY = 1.0
 """Seconds between two looks at whether a batch is still wanted, while none comes."""
 
 BATCHES_A_WORKER = 4
-"""Of each in shared memory at most: one to hand over, one handed over, and two that
-Grain has taken. One more, of all workers together, is being copied."""
+"""Of each in shared memory: one to hand over, one handed over, and two that Grain has
+taken. Two more, of all workers together, are being copied and given back."""
 
 _READY = 2  # batches that wait in this process
 _THREAD = 'reading'  # name of what takes batches from Grain
@@ -61,10 +61,10 @@ def is_stuck() -> bool:
 
 
 def shared_memory(streams: Iterable[Stream]) -> int:
-  """Returns the bytes of shared memory on this host that reading them takes at most."""
+  """Returns about how many bytes of shared memory on this host reading them takes."""
   return (
     sum(
-      (BATCHES_A_WORKER * stream.workers + 1) * size(stream.payload_shapes())
+      (BATCHES_A_WORKER * stream.workers + 2) * size(stream.payload_shapes())
       for stream in streams
       if stream.workers
     )
@@ -91,16 +91,23 @@ def reading(
     A function (name, step) -> payload, to be asked for every step at which a stream is
     due, in order. What goes wrong in a worker is raised there, with its traceback.
   """
-  with contextlib.ExitStack() as stack:
-    readers = {}
+  readers: dict[str, Callable[[int], Payload]] = {}
+  ahead: list[_Ahead] = []
+  try:
     for name, stream in streams.items():
       steps = range(-(-first // stream.every) * stream.every, last, stream.every)
-      if stream.workers is None or not steps:
-        readers[name] = stream.payload
-      else:
-        ahead = _Ahead(stream.payload, steps, stream.workers, look)
-        readers[name] = stack.enter_context(contextlib.closing(ahead))
+      readers[name] = stream.payload
+      if stream.workers is not None and steps:
+        readers[name] = _Ahead(stream.payload, steps, stream.workers, look)
+        ahead.append(readers[name])
     yield lambda name, step: readers[name](step)
+  finally:
+    # Where one waited in vain already, there is less left for all: a scheduler that has
+    # asked for the end kills half a minute later.
+    waited = max((one.stop() for one in ahead), default=0)
+    until = time.monotonic() + max(LOOKING_EVERY, CLOSING_TAKES - waited)
+    for one in reversed(ahead):
+      one.close(until)
 
 
 class _Payloads:
@@ -188,6 +195,7 @@ class _Ahead:
           # Of shared memory there is little, and JAX lets go of what it has read only
           # when garbage is collected.
           payload = {name: np.array(values) for name, values in payload.items()}
+          _let_go()
         if not self._put((payload, None)):
           return
     except BaseException as error:  # is raised again by the one who asks
@@ -206,17 +214,22 @@ class _Ahead:
         return True
     return False
 
-  def close(self) -> None:
+  def stop(self) -> float:
+    """Begins to close; returns for how many seconds a batch was waited for in vain."""
+    self._closing.set()
+    return time.monotonic() - (self._waiting_since or time.monotonic())
+
+  def close(self, until: float) -> None:
     """Ends the threads and processes.
 
     Grain waits without end for a thread of its own, which a worker that died in the
     middle of a message can hold up. A run that could not go on must end all the same.
+
+    Args:
+      until: when processes are killed and threads are left, by `time.monotonic`.
     """
-    self._closing.set()
-    # Where it was waited for in vain already, there is less left: a scheduler that has
-    # asked for the end kills half a minute later.
-    waited = time.monotonic() - (self._waiting_since or time.monotonic())
-    self._thread.join(max(LOOKING_EVERY, CLOSING_TAKES - waited))
+    self.stop()
+    self._thread.join(max(0, until - time.monotonic()))
     if not self._processes:
       return
     if self._thread.is_alive():
@@ -225,9 +238,20 @@ class _Ahead:
         if grain and child not in self._others:
           child.kill()
       self._thread.join(CLOSING_TAKES)
-    # Grain leaves batches in cycles; at the end of the process Python would call their
-    # shared memory leaked.
-    gc.collect()
+    gc.collect()  # of the cycles in which Grain leaves batches
+    _let_go()
+
+
+def _let_go() -> None:
+  """Waits until shared memory is given back, which Grain does in a thread.
+
+  What it had not come to at the end of the process Python would call leaked.
+  """
+  from grain.multiprocessing import SharedMemoryArray
+
+  thread = getattr(SharedMemoryArray, '_del_thread_pool', None)
+  if thread is not None:  # one, which does what it is given in order
+    thread.apply(int)
 
 
 def _of_death(told: str, step: int) -> str:
