@@ -20,6 +20,7 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -88,22 +89,36 @@ SAME_TABLE = {'--vectorise'}
 
 
 def sweep(chosen, workdir):
-  """Runs what is not finished of a table; what fails stays out of it."""
-  config, methods, seeds, options = chosen
-  methods = methods.split(',')
+  """Runs what is not finished of a table; what fails stays out of it.
+
+  Returns:
+    The exit codes of its sweeps; of the first look alone, if that finds a mistake.
+  """
+  methods = chosen.methods.split(',')
+  look = [*_command(chosen, methods, workdir), '--list']
+  wrong = subprocess.run(look, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+  if wrong:
+    return [wrong]
   cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
   own = sorted(cores)[: len(methods)] if cores and backend() == 'cpu' else [None]
   started = []
+  # What is asked of this process alone, as by `timeout`, its sweeps must hear of.
+  signal.signal(signal.SIGTERM, lambda number, _: [p.terminate() for p in started])
   for i, core in enumerate(own):
-    command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{config}']
-    command += [f'--methods={",".join(methods[i :: len(own)])}', f'--seeds={seeds}']
-    command += [f'--workdir={workdir}', *options]
     if core is not None:
       os.sched_setaffinity(0, {core})  # which a process that begins here takes over
+    command = _command(chosen, methods[i :: len(own)], workdir)
     started.append(subprocess.Popen(command, cwd=ROOT))
   if cores:
     os.sched_setaffinity(0, cores)
   return [process.wait() for process in started]
+
+
+def _command(chosen, methods, workdir):
+  """Returns the command of a sweep over some methods of a table."""
+  command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{chosen.config}']
+  command += [f'--methods={",".join(methods)}', f'--seeds={chosen.seeds}']
+  return [*command, f'--workdir={workdir}', *chosen.options]
 
 
 def backend():
@@ -188,6 +203,8 @@ def make_table(name, workdir, passed):
   workdir = files.absolute(workdir)
   every = cells(told.methods.split(','), told.seeds.split(','), workdir)
   code = next(filter(None, sweep(chosen, workdir)), 0)
+  if code and not workdir.exists():
+    raise SystemExit(code)  # which has been told
   report.write(workdir)
   folders = {cell.workdir for cell in every}
   rows = table(config, [run for run in read.find(workdir) if run.folder in folders])
