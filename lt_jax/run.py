@@ -307,14 +307,14 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
     'config.json': experiment.config,
     'data.json': _data_facts(experiment, workdir),
   }
-  paths = {name: workdir / name for name in facts}
+  paths = {name: workdir / name for name in (*facts, 'result.json')}
   before = {n: p.read_text() if p.exists() else None for n, p in paths.items()}
   if jax.process_index() == 0:
-    for name, path in paths.items():
-      files.write_json(path, facts[name])
+    for name, fact in facts.items():
+      files.write_json(paths[name], fact)
     (workdir / 'error.json').unlink(missing_ok=True)
     if not _same_training(before['config.json'], experiment.config):
-      (workdir / 'result.json').unlink(missing_ok=True)
+      paths['result.json'].unlink(missing_ok=True)
   wait_for_all('claimed')
   try:
     yield
@@ -324,7 +324,7 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
         if before[name] is not None:
           files.write_atomically(path, before[name])
         elif not (workdir / 'stages').exists():
-          path.unlink()
+          path.unlink(missing_ok=True)
     raise
 
 

@@ -245,6 +245,7 @@ def command():
   print('at work')
   os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 commands.exit_code(command)
 """
 

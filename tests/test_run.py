@@ -28,8 +28,9 @@ def get_config(arg):
     ),
     'fresh': (('copy', {'pattern': 'net/trunk/.*', 'stage': 'pretrain'}),),
   }
+  own_clock = {'schedule': {'name': 'constant', 'base': 0.1}}
   config.stages = {
-    'pretrain': {'epochs': 8.0},
+    'pretrain': {'epochs': 8.0, **(own_clock if arg == 'fresh' else {})},
     'finetune': {'epochs': 20.0, 'surgeries': surgeries[arg]},
   }
   config.stage_order = ('pretrain', 'finetune')
