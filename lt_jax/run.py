@@ -308,7 +308,7 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
     'data.json': _data_facts(experiment, workdir),
   }
   paths = {name: workdir / name for name in (*facts, 'result.json')}
-  before = {n: p.read_text() if p.exists() else None for n, p in paths.items()}
+  before = {n: p.read_bytes() if p.exists() else None for n, p in paths.items()}
   if jax.process_index() == 0:
     for name, fact in facts.items():
       files.write_json(paths[name], fact)
@@ -328,10 +328,10 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
     raise
 
 
-def _same_training(text: str | None, config: Config) -> bool:
+def _same_training(text: bytes | None, config: Config) -> bool:
   """Returns whether what config.json holds trains as a configuration does."""
   try:
-    return trained_by(json.loads(text or '')) == trained_by(config)
+    return trained_by(json.loads(text or b'')) == trained_by(config)
   except (ValueError, AttributeError):  # torn, or no object
     return False
 
