@@ -21,6 +21,7 @@ from benchmarks import timing
 from benchmarks.train_step import find_torch
 from configs import cifar10_lt
 from lt_jax import build, run
+from lt_jax.config import resolve
 
 HERE = pathlib.Path(__file__).parent
 
@@ -34,7 +35,7 @@ def configs(options, seeds):
     config.seed = seed
     config.data.source = options.source
     config.update(evaluate_every_epochs=1.0, save_every_epochs=options.epochs)
-    made.append(build.resolve(config))
+    made.append(resolve(config))
   return made
 
 

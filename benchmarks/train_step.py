@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks import timing
 from configs import cifar10_lt, imagenet_lt
 from lt_jax import build, sharding, train
+from lt_jax.config import resolve
 from lt_jax.data import dataset, sources
 from lt_jax.data.reading import reading
 
@@ -55,7 +56,7 @@ def cifar(options, steps):
   dataset.load_source = synthetic
   config = cifar10_lt.get_config(f'ldam_drw,net={options.net}')
   config.update(batch=options.batch, log_every_steps=steps)
-  experiment = build.build(build.resolve(config), devices=1)
+  experiment = build.build(resolve(config), devices=1)
   return experiment.stages['train'], experiment.mesh
 
 
@@ -66,7 +67,7 @@ def photographs(options, steps):
   config.data.update(source='fake', image_size=options.size, resize=options.size)
   config.data.workers = 1
   config.model.dtype = options.dtype
-  experiment = build.build(build.resolve(config), devices=1)
+  experiment = build.build(resolve(config), devices=1)
   stage = experiment.stages['train']
   stream = stage.streams['train']
   decoded = [stream.payload(step) for step in range(4)]

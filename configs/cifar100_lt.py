@@ -25,9 +25,9 @@ Cost: 16,949 steps of 128 images. On two CPU cores a step takes about a second.
 Argument: as in configs/cifar10_lt.py (n_max is 500, or 490 with meta=10).
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import cifar
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
-  return protocols.cifar_lt(arg, name='cifar100_lt', source='tfds:cifar100', n_max=500)
+  return cifar.cifar_lt(arg, name='cifar100_lt', source='tfds:cifar100', n_max=500)

@@ -18,9 +18,9 @@ Argument: a recipe (see docs/methods.md) and
   net         resnet32, or resnet8, 20, 44, 56
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import cifar
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt,known=50', ..."""
-  return protocols.cifar100_open(arg)
+  return cifar.cifar100_open(arg)

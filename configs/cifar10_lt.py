@@ -37,9 +37,9 @@ Argument: a recipe (see docs/methods.md) and
               5000 less them
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import cifar
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
-  return protocols.cifar_lt(arg, name='cifar10_lt', source='tfds:cifar10', n_max=5000)
+  return cifar.cifar_lt(arg, name='cifar10_lt', source='tfds:cifar10', n_max=5000)

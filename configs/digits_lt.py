@@ -14,16 +14,43 @@ Argument: a recipe (see docs/methods.md), and `epochs` (200; schedules scale wit
 balanced meta set; only those that learn weights, and two controls, use it.
 """
 
-from lt_jax import recipes
+from lt_jax.config import apply, base_config, parse_arg
+from lt_jax.protocols import Protocol, steps, train_by
+
+FEW_SHOT = {
+  stage: {'shot_groups': ('many', 'medium')} for stage in ('base', 'generator', 'novel')
+}
+"""Two classes are many-shot, too few for `fslwf` to learn from."""
+
+
+def training(epochs: float) -> Protocol:
+  """Returns how the digits are trained on, for any recipe."""
+  schedule = steps(
+    epochs,
+    (0.8 * epochs, 0.1),
+    (0.9 * epochs, 0.01),
+    base=0.05,
+    warmup='linear',
+    warmup_epochs=0.025 * epochs,
+  )
+  return Protocol(
+    {
+      **schedule,
+      'batch': 64,
+      'eval_batch': 128,
+      'save_every_epochs': epochs / 4,
+      'evaluate_every_epochs': epochs / 4,
+      'model': {'trunk': 'digits_cnn'},
+    },
+    recipes={'fslwf': {'stages': FEW_SHOT}},
+  )
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'ldam_drw', 'ce,imbalance=10', ..."""
-  recipe, option = recipes.parse_arg(
-    arg, 'ldam_drw', epochs=200.0, imbalance=30.0, n_max=90
-  )
-  config = recipes.apply(
-    recipes.base_config(),
+  recipe, option = parse_arg(arg, 'ldam_drw', epochs=200.0, imbalance=30.0, n_max=90)
+  config = apply(
+    base_config(),
     {
       'name': 'digits_lt',
       'data': {
@@ -44,24 +71,6 @@ def get_config(arg: str | None = None):
         'std': (0.5,),
         'pad': 1,
       },
-      'batch': 64,
-      'eval_batch': 128,
-      'epochs': option.epochs,
-      'save_every_epochs': option.epochs / 4,
-      'evaluate_every_epochs': option.epochs / 4,
-      'model': {'trunk': 'digits_cnn'},
-      'schedule': {
-        'name': 'step_decay',
-        'base': 0.05,
-        'warmup': 'linear',
-        'warmup_epochs': 0.025 * option.epochs,
-        'boundaries': (0.8 * option.epochs, 0.9 * option.epochs),
-        'factors': (0.1, 0.01),
-      },
     },
   )
-  recipes.apply_recipe(config, recipe)
-  if recipe == 'fslwf':  # two classes are many-shot, too few to learn from
-    for stage in config.stages.values():
-      stage.classes = ('many', 'medium')
-  return recipes.open_stages(config)
+  return train_by(config, recipe, training(option.epochs))

@@ -37,9 +37,9 @@ Argument: a recipe (see docs/methods.md) and
   epochs      of the first stage instead; all stages scale
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import photographs
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt,net=resnext50_32x4d', ..."""
-  return protocols.photographs_lt(arg, name='imagenet_lt', recipe='oltr')
+  return photographs.photographs_lt(arg, name='imagenet_lt', recipe='oltr')

@@ -16,9 +16,9 @@ Cost: `cb_focal` makes 50,905 steps of 1,024 images; not run.
 Argument: as in configs/inat18.py.
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import photographs
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'cb_focal', 'crt,net=resnet101', ..."""
-  return protocols.photographs_lt(arg, name='inat17')
+  return photographs.photographs_lt(arg, name='inat17')

@@ -31,9 +31,9 @@ Argument: a recipe (see docs/methods.md) and
   epochs      of the first stage instead; all stages scale
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import photographs
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'cb_focal', 'crt,net=resnet101', ..."""
-  return protocols.photographs_lt(arg, name='inat18')
+  return photographs.photographs_lt(arg, name='inat18')

@@ -29,9 +29,9 @@ Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
 Argument: as in configs/imagenet_lt.py, with kang's 30 epochs of batches of 256.
 """
 
-from lt_jax import protocols
+from lt_jax.protocols import photographs
 
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'oltr', 'crt', ..."""
-  return protocols.photographs_lt(arg, name='places_lt', recipe='oltr')
+  return photographs.photographs_lt(arg, name='places_lt', recipe='oltr')

@@ -29,7 +29,7 @@ from absl import flags
 from etils import epath
 
 from lt_jax import checkpoint, commands, files, sharding, trained
-from lt_jax.build import config_digest
+from lt_jax.config import config_digest
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import Outputs
 from lt_jax.train import state_shapes

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lt_jax import commands
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -27,7 +28,7 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs the configured training."""
-  from lt_jax import build, run
+  from lt_jax import run
 
   if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
@@ -35,7 +36,7 @@ def main() -> None:
     _start_distributed()
   try:
     run.run(
-      build.resolve(CONFIG.value),
+      resolve(CONFIG.value),
       WORKDIR.value,
       allow_config_change=ALLOW_CONFIG_CHANGE.value,
       profile=_profile_steps(PROFILE_STEPS.value),

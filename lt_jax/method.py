@@ -88,16 +88,18 @@ def forward(
   images: jax.Array,
   *,
   train: bool,
+  method: str = '',
   **memory: jax.Array,
 ) -> tuple[Outputs, PyTree]:
-  """Applies a network as a pure function of its parameters.
+  """Applies a network, or a part of it, as a pure function of its parameters.
 
   Args:
     net: a Linen module that returns a dict of named outputs.
     params: its parameters, real or virtual.
     stats: its batch statistics.
-    images: (B, H, W, 3) float32.
+    images: (B, H, W, 3) float32; for the head features (B, D).
     train: True normalises by the batch and returns updated statistics.
+    method: 'head' applies the head to given features; the whole network by default.
     **memory: what the head reads beside the features.
 
   Returns:
@@ -108,6 +110,7 @@ def forward(
     images,
     train=train,
     **memory,
+    method=f'apply_{method}' if method else None,
     mutable=['batch_stats'] if train else [],
   )
   return outputs, updated.get('batch_stats', stats) if train else stats

@@ -26,6 +26,7 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lt_jax import build, commands, files, footprint, sharding, train
+from lt_jax.config import Config, resolve, stage_config
 from lt_jax.errors import UserError, lookup, suggest
 
 CONFIG = commands.config_flag()
@@ -238,7 +239,7 @@ def _bytes(kind: str, bits: str, shape: str) -> int:
   return math.ceil(elements * int(bits or 8) / 8)
 
 
-def build_stages(config: build.Config, mesh: Mesh) -> dict[str, build.Stage]:
+def build_stages(config: Config, mesh: Mesh) -> dict[str, build.Stage]:
   """Returns the stages of a run on generated data, with images that are only shapes.
 
   Raises:
@@ -421,7 +422,7 @@ def read_price(path: str, kind: str) -> float:
 
 
 def plan(
-  config: build.Config,
+  config: Config,
   devices: Devices,
   rates: Rates,
   *,
@@ -443,7 +444,7 @@ def plan(
   rows: Rows = []
   for name, stage in stages.items():
     if stage.plan.steps:
-      dtype = build.stage_config(config, name)['model']['dtype']
+      dtype = stage_config(config, name)['model']['dtype']
       step = compiled(stage, mesh)
       rows += [('stage', name), *predict(stage, step, devices, rates, dtype)]
   if not rows:
@@ -472,7 +473,7 @@ def main() -> None:
     raise UserError(f'--utilisation is {UTILISATION.value}; it is above 0, at most 1')
   if DECODE_RATE.value is not None and not DECODE_RATE.value > 0:
     raise UserError(f'--decode_rate is {DECODE_RATE.value}; it must be positive')
-  config = build.resolve(CONFIG.value)
+  config = resolve(CONFIG.value)
   price = read_price(PRICES.value, devices.kind) if PRICES.value else None
   rates = Rates(UTILISATION.value, DECODE_RATE.value, price)
   print(plan(config, devices, rates))

@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 
 from lt_jax import commands, files, trained
-from lt_jax.build import ON_BAD_IMAGE
+from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
 from lt_jax.data.lists import SUFFIXES
 from lt_jax.data.streams import Pass, Stream

@@ -13,7 +13,8 @@ from etils import epath
 
 import lt_jax
 from lt_jax import checkpoint, files
-from lt_jax.build import Experiment, Stage, config_digest
+from lt_jax.build import Experiment, Stage
+from lt_jax.config import config_digest
 from lt_jax.evals import open_set, record
 from lt_jax.evals.calibration import calibration
 from lt_jax.evals.closed_set import closed_set

@@ -15,14 +15,8 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files, results, train
-from lt_jax.build import (
-  Config,
-  Experiment,
-  Stage,
-  build,
-  config_digest,
-  trained_by,
-)
+from lt_jax.build import Experiment, Stage, build
+from lt_jax.config import Config, config_digest, trained_by, upgraded
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
@@ -331,7 +325,7 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
 def _same_training(text: bytes | None, config: Config) -> bool:
   """Returns whether what config.json holds trains as a configuration does."""
   try:
-    return trained_by(json.loads(text or b'')) == trained_by(config)
+    return trained_by(upgraded(json.loads(text or b''))) == trained_by(config)
   except (ValueError, AttributeError):  # torn, or no object
     return False
 
@@ -377,7 +371,7 @@ def check_config(config: Config, workdir: epath.Path) -> None:
   path = workdir / 'config.json'
   if not path.exists():
     return
-  before, now = trained_by(files.read_json(path)), trained_by(config)
+  before, now = trained_by(upgraded(files.read_json(path))), trained_by(config)
   told = [
     f'{key} was {before.get(key)!r} and is {now.get(key)!r}'
     for key in sorted(before.keys() | now.keys())

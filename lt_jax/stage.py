@@ -12,7 +12,9 @@ import numpy as np
 from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
-from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest, stage_config
+from lt_jax.build import Experiment, Stage
+from lt_jax.build.checks import SELECTABLE
+from lt_jax.config import config_digest, stage_config
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
@@ -232,7 +234,7 @@ class StageRunner:
 
   def _leave(self, state: State) -> None:
     """Writes arrays.npz: outputs of the final State for every training image."""
-    path, names = self._folder / 'arrays.npz', self.stage.leaves
+    path, names = self._folder / 'arrays.npz', self.stage.save_outputs
     origin = checkpoint.digest(state)
     written = bool(names) and path.exists() and _origin(path) == origin
     if not names or agreed(written):

@@ -26,6 +26,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from lt_jax import commands, files
+from lt_jax.config import resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -177,13 +178,13 @@ def _run(
   Returns:
     cell -> how it diverged, while others went on.
   """
-  from lt_jax import build, run
+  from lt_jax import run
 
   configs = {}
   for cell in cells:
     config = make_config(cell.method)
     config.seed = cell.seed
-    configs[cell] = build.resolve(config)
+    configs[cell] = resolve(config)
     if _finished(cell, configs[cell]):
       print(f'is finished: {cell.workdir}')
       del configs[cell]
@@ -199,7 +200,7 @@ def _run(
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   """Returns whether a cell has ended, with this configuration."""
-  from lt_jax.build import trained_by
+  from lt_jax.config import trained_by, upgraded
 
   try:
     result = files.read_json(cell.workdir / 'result.json')
@@ -207,7 +208,7 @@ def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   except UserError:  # not there, or torn; the run writes the result anew
     return False
   whole = isinstance(result.get('test'), Mapping)
-  return whole and trained_by(before) == trained_by(config)
+  return whole and trained_by(upgraded(before)) == trained_by(config)
 
 
 def loader(

@@ -11,8 +11,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lt_jax import build, checkpoint, files, recipes, sharding
+from lt_jax import build, checkpoint, files, sharding
 from lt_jax.build import Config, Experiment, Stage
+from lt_jax.config import base_config, resolve, upgraded
 from lt_jax.data import augment
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
@@ -143,10 +144,10 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   path = workdir / 'config.json'
   if not path.exists():
     raise UserError(f'{workdir} holds no run: there is no config.json')
-  base = build.resolve(recipes.base_config())
-  config = _read(
-    path, {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
-  )
+  base = resolve(base_config())
+  config = upgraded(files.read_json(path))
+  kinds = {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
+  files.check_fits(config, kinds, path)
   return {**config, 'data': base['data'] | config['data']}
 
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lt_jax import build, files
+from lt_jax import files
+from lt_jax.config import resolve
 from lt_jax.sweep import cells, loader
 from tests import child
 
@@ -90,7 +91,7 @@ def swept(monkeypatch):
     path, _, options = chosen.config.partition(':')
     make = loader(f'{child.ROOT}/configs/{path}', options, keys)
     for cell in cells(chosen.methods.split(','), chosen.seeds.split(','), workdir):
-      config = {**build.resolve(make(cell.method)), 'seed': cell.seed}
+      config = {**resolve(make(cell.method)), 'seed': cell.seed}
       cell.workdir.mkdir(parents=True, exist_ok=True)
       files.write_json(cell.workdir / 'config.json', config)
       result = {'recipe': cell.method, 'seed': cell.seed, 'test': {'accuracy': 0.5}}

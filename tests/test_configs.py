@@ -1,6 +1,7 @@
 """Every config with every recipe builds and says what the papers say, without data."""
 
 import inspect
+import json
 import re
 
 import jax
@@ -17,11 +18,14 @@ from configs import (
   inat18,
   places_lt,
 )
-from lt_jax import build, protocols, recipes, run, train
+from lt_jax import build, recipes, run, sharding, train
+from lt_jax.build import checks
+from lt_jax.config import base_config, resolve, stage_config, upgraded
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
 from lt_jax.optim import epoch_start, make_schedule, per_parameter
+from lt_jax.protocols import cifar
 
 WITH_META = (
   'l2rw',
@@ -84,12 +88,12 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   module, option = CONFIGS[name]
   if (name, recipe) in IMPOSSIBLE:
     with pytest.raises(UserError):
-      build.build(build.resolve(module.get_config(recipe + option)))
+      build.build(resolve(module.get_config(recipe + option)))
     return
   config = module.get_config(recipe + option)
   if not config.data.meta_per_class and recipe in WITH_META:
     pytest.skip(f'{name} sets no meta images aside')
-  config = build.resolve(config)
+  config = resolve(config)
   assert (config['name'], config['recipe']) == (name, recipe)
   experiment = build.build(config)
   for stage in experiment.stages.values():
@@ -116,15 +120,15 @@ def test_a_config_says_what_it_claims_costs_and_runs(name):
   ],
 )
 def test_cifar10_counts(no_data, arg, total, first, last):
-  experiment = build.build(build.resolve(cifar10_lt.get_config(arg)))
+  experiment = build.build(resolve(cifar10_lt.get_config(arg)))
   counts = experiment.dataset.counts
   assert (counts.sum(), counts[0], counts[-1]) == (total, first, last)
   assert ('meta' in experiment.dataset.splits) == ('meta' in arg)
 
 
 def test_the_protocols_are_those_of_the_papers(no_data):
-  cao = build.resolve(cifar10_lt.get_config('ldam_drw'))
-  cui = build.resolve(cifar10_lt.get_config('cb_focal'))
+  cao = resolve(cifar10_lt.get_config('ldam_drw'))
+  cui = resolve(cifar10_lt.get_config('cb_focal'))
   assert cao['epochs'] == 200 and cao['defer_epoch'] == 160
   for config in (cao, cui):
     schedule = config['schedule']
@@ -163,17 +167,17 @@ def test_what_would_come_after_the_end_is_refused(path, recipe, set_, told):
   """Or `ldam_drw` would be `ldam` without a word."""
   config = path.get_config(recipe)
   config.update(set_)
-  resolved = build.resolve(config)
-  stages = {n: build.stage_config(resolved, n) for n in resolved['stage_order']}
+  resolved = resolve(config)
+  stages = {n: stage_config(resolved, n) for n in resolved['stage_order']}
   if told is None:
-    build._check_end(stages)
+    checks.check_end(stages)
   else:
     with pytest.raises(UserError, match=told + '.*epochs='):
-      build._check_end(stages)
+      checks.check_end(stages)
 
 
 def test_a_deferral_follows_the_epochs_until_it_is_set():
-  config = recipes.base_config()
+  config = base_config()
   recipes.apply_recipe(config, 'ldam_drw')
   config.epochs = 100.0
   assert config.class_weights.start_epoch == config.defer_epoch == 80
@@ -184,10 +188,10 @@ def test_a_deferral_follows_the_epochs_until_it_is_set():
 @pytest.mark.parametrize(  # one of each head, and each way to begin a stage
   'recipe', ['ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf']
 )
-@pytest.mark.parametrize('protocol', protocols.PROTOCOLS)
+@pytest.mark.parametrize('protocol', cifar.PROTOCOLS)
 def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
   arg = f'{recipe},net=resnet8,protocol={protocol},meta=10'
-  build.build(build.resolve(cifar10_lt.get_config(arg)))
+  build.build(resolve(cifar10_lt.get_config(arg)))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +206,8 @@ def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
   ],
 )
 def test_learning_rates_of_the_papers_to_the_epoch(no_data, recipe, stage, rates):
-  config = build.resolve(cifar10_lt.get_config(f'{recipe},net=resnet8'))
-  merged = build.stage_config(config, stage)
+  config = resolve(cifar10_lt.get_config(f'{recipe},net=resnet8'))
+  merged = stage_config(config, stage)
   length = sum(cifar10_counts(merged['data']['n_max']))
   schedule = make_schedule(**merged['schedule'], length=length, batch=merged['batch'])
   for epoch, rate in rates.items():
@@ -297,13 +301,13 @@ def test_steps_of_photographs_on_generated_ones(which):
   name, recipe = which.split(':')
   config = CONFIGS[name][0].get_config(recipe)
   config.data.source = 'fake'
-  experiment = build.build(build.resolve(config))
+  experiment = build.build(resolve(config))
   steps = {stage: s.plan.steps for stage, s in experiment.stages.items()}
   assert steps == STEPS[which]
 
 
 def test_large_batches_decay_neither_scales_nor_the_last_bias():
-  config = build.resolve(inat18.get_config('cb_focal'))
+  config = resolve(inat18.get_config('cb_focal'))
   rules = config['optimizer']['weight_decay']
   decays = {
     path: next(d for pattern, d in rules if re.fullmatch(pattern, path))
@@ -326,8 +330,8 @@ def test_large_batches_decay_neither_scales_nor_the_last_bias():
 def test_protocols_of_photographs_to_the_epoch(where):
   name, recipe, stage = where
   expected = dict(PHOTOGRAPHS[where])
-  config = build.resolve(CONFIGS[name][0].get_config(recipe))
-  merged = build.stage_config(config, stage)
+  config = resolve(CONFIGS[name][0].get_config(recipe))
+  merged = stage_config(config, stage)
   batch = merged['batch']
   found = (batch, merged['sampler']['name'], merged['epochs'])
   assert found == expected.pop('batch')
@@ -346,18 +350,20 @@ def test_protocols_of_photographs_to_the_epoch(where):
 
 def test_class_aware_batches_have_statistics_of_the_whole():
   for recipe, stage in (('oltr', 'memory'), ('range', 'aware'), ('lws', 'classifier')):
-    config = build.resolve(imagenet_lt.get_config(recipe))
+    config = resolve(imagenet_lt.get_config(recipe))
     assert config['model']['batch_norm'] == 'per_device'
-    assert build.stage_config(config, stage)['model']['batch_norm'] == 'global'
+    assert stage_config(config, stage)['model']['batch_norm'] == 'global'
 
 
 def test_a_second_training_needs_a_protocol_that_has_one():
-  with pytest.raises(UserError, match=r"'kang' of places_lt has no second training"):
+  with pytest.raises(
+    UserError, match=r"places_lt has no stage 'memory' under protocol 'kang'"
+  ):
     places_lt.get_config('oltr,protocol=kang')
 
 
 def test_a_trunk_that_is_not_trained_needs_weights(tmp_path):
-  config = build.resolve(digits_lt.get_config('ce'))
+  config = resolve(digits_lt.get_config('ce'))
   config['optimizer']['learning_rate_scale'] = [['.*norm.*', 0.0], ['.*', 1.0]]
   run.rehearsed(config, tmp_path)  # as random kernels are trained
   config['optimizer']['learning_rate_scale'] = [['net/head/.*', 1.0], ['.*', 0.0]]
@@ -370,7 +376,7 @@ def test_a_trunk_that_is_not_trained_needs_weights(tmp_path):
 def test_kang_trains_the_last_block_of_places(net):
   config = places_lt.get_config(f'crt,net={net}')
   config.data.source = 'fake'
-  config = build.resolve(config)
+  config = resolve(config)
   stage = build.build(config).stages['train']
   params = train.state_shapes(stage.method, stage.streams).params
   rules = config['optimizer']['learning_rate_scale']
@@ -385,8 +391,8 @@ def test_keys_of_a_stage_follow_the_top_level_until_they_are_set():
   config.stages.classifier.model.batch_norm = 'frozen'
   config.batch = 64
   config.stages.train.schedule.base = 0.05
-  resolved = build.resolve(config)
-  first, second = (build.stage_config(resolved, n) for n in ('train', 'classifier'))
+  resolved = resolve(config)
+  first, second = (stage_config(resolved, n) for n in ('train', 'classifier'))
   assert (first['model']['batch_norm'], second['model']['batch_norm']) == (
     'per_device',
     'frozen',
@@ -397,9 +403,9 @@ def test_keys_of_a_stage_follow_the_top_level_until_they_are_set():
 
 
 def test_another_head_has_not_the_options_of_the_first():
-  config = build.resolve(cifar10_lt.get_config('ncm,protocol=cui,net=resnet8'))
-  assert build.stage_config(config, 'train')['model']['head_options']
-  assert build.stage_config(config, 'ncm')['model']['head_options'] == {}
+  config = resolve(cifar10_lt.get_config('ncm,protocol=cui,net=resnet8'))
+  assert stage_config(config, 'train')['model']['head_options']
+  assert stage_config(config, 'ncm')['model']['head_options'] == {}
 
 
 def cifar10_counts(n_max):
@@ -408,7 +414,7 @@ def cifar10_counts(n_max):
 
 def test_meta_class_weights_go_on_from_pre_training(no_data):
   """Jamal et al.: t1 = 160, one schedule, 100 meta images that are not trained on."""
-  config = build.resolve(cifar10_lt.get_config('meta_ce,net=resnet8'))
+  config = resolve(cifar10_lt.get_config('meta_ce,net=resnet8'))
   experiment = build.build(config)
   first, second = (experiment.stages[name] for name in ('pretrain', 'meta'))
   assert experiment.dataset.counts.tolist() == [
@@ -433,13 +439,13 @@ def test_the_meta_stage_goes_on_from_the_last_state():
   """Selection is of the stage that counts; the clock of a best State is behind."""
   config = digits_lt.get_config('meta_ce')
   config.select = 'val/accuracy'
-  resolved = build.resolve(config)
-  selects = [build.stage_config(resolved, n)['select'] for n in ('pretrain', 'meta')]
+  resolved = resolve(config)
+  selects = [stage_config(resolved, n)['select'] for n in ('pretrain', 'meta')]
   assert selects == ['last', 'val/accuracy']
 
 
 def test_meta_weight_net_has_the_optimiser_of_its_class_imbalance_code():
-  method = build.resolve(cifar10_lt.get_config('mwn'))['method']
+  method = resolve(cifar10_lt.get_config('mwn'))['method']
   assert method['weight_learning_rate'] == 1e-5
   assert method['weight_optimizer'] == {
     'name': 'sgd',
@@ -454,18 +460,18 @@ def test_a_number_that_is_not_finite_is_told(value):
   config = digits_lt.get_config('ce')
   config.optimizer.weight_decay = (('.*', value),)
   with pytest.raises(UserError, match='config.optimizer.weight_decay is .*finite'):
-    build.resolve(config)
+    resolve(config)
 
 
 def test_a_protocol_can_be_chosen():
-  config = build.resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
+  config = resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
   assert config['schedule']['warmup'] == 'staircase'
   with pytest.raises(UserError, match="did you mean 'cao'"):
     cifar10_lt.get_config('ce,protocol=caoo')
 
 
 def test_schedules_scale_with_the_epochs():
-  config = build.resolve(cifar10_lt.get_config('ce_drw,epochs=40'))
+  config = resolve(cifar10_lt.get_config('ce_drw,epochs=40'))
   assert config['schedule']['boundaries'] == [32, 36]
   assert config['class_weights']['start_epoch'] == 32
 
@@ -473,7 +479,7 @@ def test_schedules_scale_with_the_epochs():
 def test_head_and_margin_share_one_scale():
   config = digits_lt.get_config('ldam_drw')
   config.loss.scale = 20.0
-  assert build.resolve(config)['model']['head_options']['scale'] == 20.0
+  assert resolve(config)['model']['head_options']['scale'] == 20.0
 
 
 @pytest.mark.parametrize(
@@ -537,7 +543,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
   ],
 )
 def test_mistakes_in_a_config_are_told_before_anything_runs(change, told):
-  config = build.resolve(digits_lt.get_config('ce'))
+  config = resolve(digits_lt.get_config('ce'))
   for key, value in change.items():
     *path, last = key.split('.')
     place = config
@@ -557,8 +563,19 @@ def test_batch_statistics_by_name(monkeypatch, kind, groups):
   monkeypatch.setattr(
     build, 'make_classifier', lambda *args, **options: seen.update(options)
   )
-  config = build.resolve(digits_lt.get_config('ce'))
+  config = resolve(digits_lt.get_config('ce'))
   data = dataset.Dataset({}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
-  mesh = build.sharding.make_mesh(8)
+  mesh = sharding.make_mesh(8)
   build._network({**config['model'], 'batch_norm': kind}, data, 64, 1, mesh)
   assert seen['batch_norm'] == {'groups': groups, 'frozen': False}
+
+
+def test_an_older_config_is_read_under_the_keys_of_today():
+  now = resolve(digits_lt.get_config('fslwf'))
+  older = json.loads(
+    json.dumps(now)
+    .replace('"save_outputs"', '"leaves"')
+    .replace('"shot_groups"', '"classes"')
+  )
+  assert older != now
+  assert upgraded(older) == now

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lt_jax import build, losses, methods, train
+from lt_jax.config import resolve
 from tests import tiny
 from tests.test_methods import STEPS, Runner
 
@@ -48,7 +49,7 @@ def test_the_loss_is_built_by_its_name(examples, monkeypatch):
 
 
 def test_the_data_set_builds(examples, no_data):
-  experiment = build.build(build.resolve(examples['get_config']('ldam_drw')))
+  experiment = build.build(resolve(examples['get_config']('ldam_drw')))
   assert experiment.dataset.counts[0] == 1000 and experiment.dataset.counts[-1] == 10
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from configs import digits_lt
-from lt_jax import build, evaluate, files, run, sharding, writers
+from lt_jax import evaluate, files, run, sharding, writers
+from lt_jax.config import resolve
 from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.sources import Arrays
 from lt_jax.data.streams import Split, evaluation_pass
@@ -496,7 +497,7 @@ def digits_run(tmp_path_factory):
   config.log_every_steps = 4
   config.model.trunk_options = {'width': 4}
   workdir = tmp_path_factory.mktemp('fslwf')
-  run.run(build.resolve(config), workdir)
+  run.run(resolve(config), workdir)
   return workdir
 
 

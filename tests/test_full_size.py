@@ -5,6 +5,7 @@ import pytest
 
 from configs import imagenet_lt, inat18, places_lt
 from lt_jax import build, run
+from lt_jax.config import resolve
 from lt_jax.data import reading
 from tests import mini
 
@@ -23,7 +24,7 @@ def small(config, **overrides):
   """Returns a config with other data, small images and few steps."""
   config.model.trunk_options.width = 64
   config.update_from_flattened_dict({**STEPS, **overrides})
-  return build.resolve(config)
+  return resolve(config)
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +115,7 @@ def whole(request, tmp_path):
   if isinstance(written, tuple):  # lists, and the images that they name
     made.data.source, written = f'list:{written[0]}', written[1]
   made.data.dir = str(written)
-  return build.resolve(made)
+  return resolve(made)
 
 
 @pytest.mark.slow

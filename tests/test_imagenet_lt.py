@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from configs import imagenet_lt
 from lt_jax import build, checkpoint, run, sharding, train
+from lt_jax.config import resolve
 from lt_jax.data import reading
 from lt_jax.errors import UserError
 from lt_jax.stage import StageRunner
@@ -36,7 +37,7 @@ def config(recipe, **overrides):
   made = imagenet_lt.get_config(f'{recipe},epochs=0.05')
   made.model.trunk_options.width = 64
   made.update_from_flattened_dict({**SMALL, **overrides})
-  return build.resolve(made)
+  return resolve(made)
 
 
 @pytest.fixture(scope='module')

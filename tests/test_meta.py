@@ -12,7 +12,8 @@ import pytest
 from flax import linen as nn
 
 from configs import digits_lt
-from lt_jax import build, train
+from lt_jax import build, sharding, train
+from lt_jax.build.streams import meta_split
 from lt_jax.errors import UserError
 from lt_jax.losses import make_loss
 from lt_jax.method import State
@@ -758,7 +759,7 @@ def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
   one_by_one, _, _ = runner.run(runner.init(), 4)
   together = train.make_update(runner.stage.method, streams, mesh, 4)
   totals, bad = runner.zeros
-  rows = build.sharding.put_batch(mesh, train._stack(None, streams, 0, 4), leading=1)
+  rows = sharding.put_batch(mesh, train._stack(None, streams, 0, 4), leading=1)
   scanned, metrics, _ = together(runner.init(), totals, bad, runner.arrays, rows)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -859,7 +860,7 @@ def test_a_class_missing_from_the_meta_set_is_told(npz):
   cut = split._replace(rows=split.rows[here], labels=split.labels[here])
   dataset = experiment.dataset._replace(splits={'meta': cut})
   with pytest.raises(UserError, match='the meta set has no image of class 2'):
-    build._meta_split(dataset, 4)
+    meta_split(dataset, 4)
 
 
 def test_the_meta_batch_is_set_without_the_batch():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lt_jax import build, checkpoint, sharding, train
+from lt_jax.config import config_digest, stage_config
 from lt_jax.errors import UserError
 from lt_jax.method import forward
 from lt_jax.models import make_classifier
@@ -48,9 +49,9 @@ class Runner:
     self.stage = [s for s in self.experiment.stages.values() if s.plan.steps][-1]
     self.mesh = self.experiment.mesh
     self.arrays = {name: s.arrays for name, s in self.stage.streams.items()}
-    merged = build.stage_config(config, self.stage.name)
+    merged = stage_config(config, self.stage.name)
     self.split = self.experiment.dataset.splits[merged['train_split']]
-    key = build.config_digest({k: v for k, v in merged.items() if k not in ELSEWHERE})
+    key = config_digest({k: v for k, v in merged.items() if k not in ELSEWHERE})
     if (key, devices) not in PROGRAMS:
       PROGRAMS[key, devices] = self._program()
     self.init, self.update, self.traces, self.zeros = PROGRAMS[key, devices]

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lt_jax.errors import UserError
+from lt_jax.method import forward
 from lt_jax.models import HEADS, TRUNKS, make_classifier
 from lt_jax.models.convolution import Conv, conv, glorot
 from lt_jax.models.heads import cosine, cosine_squash, linear, log_prior_bias
@@ -440,3 +441,11 @@ def test_every_trunk_takes_an_initialisation():
   for trunk in TRUNKS:
     net = make_classifier(trunk, 'linear', 3, trunk_options={'init': 'glorot'})
     assert net.trunk.conv.keywords['kernel_init'] is glorot
+
+
+def test_the_head_alone_on_given_features(variables, images):
+  args = small(), variables['params'], variables['batch_stats']
+  whole, _ = forward(*args, images, train=False)
+  alone, stats = forward(*args, whole['features'], train=False, method='head')
+  np.testing.assert_array_equal(alone['logits'], whole['logits'])
+  assert stats is variables['batch_stats']

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from configs import digits_lt, imagenet_lt
-from lt_jax import build, plan
+from lt_jax import plan
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def config(arg='ldam_drw', **overrides):
   made = digits_lt.get_config(arg)
   made.model.update(trunk='digits_cnn', trunk_options={'width': 4})
   made.update_from_flattened_dict(overrides)
-  return build.resolve(made)
+  return resolve(made)
 
 
 @pytest.fixture(scope='module')
@@ -171,7 +172,7 @@ def test_one_table(stage, step):
 
 
 def test_what_is_streamed_must_be_decoded(step):
-  resolved = build.resolve(imagenet_lt.get_config('ce'))
+  resolved = resolve(imagenet_lt.get_config('ce'))
   slow = step._replace(flops=0.4 * 494.7e12, collectives=[])  # a second a step
   rates = plan.Rates(decode_rate=100.0, price=3.0)
   found = rows(plan.plan(resolved, EIGHT, rates, compiled=lambda *_: slow))
@@ -185,7 +186,7 @@ def test_what_is_streamed_must_be_decoded(step):
 def test_only_stages_that_train_are_planned(step):
   seen = []
   plan.plan(
-    build.resolve(imagenet_lt.get_config('tau_norm')),
+    resolve(imagenet_lt.get_config('tau_norm')),
     EIGHT,
     plan.Rates(),
     compiled=lambda stage, mesh: seen.append(stage.name) or step,

@@ -27,6 +27,7 @@ from lt_jax import (
   train,
   trained,
 )
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from tests import child, tiny
 
@@ -174,7 +175,7 @@ def test_what_else_a_method_remembers_counts(tmp_path, recipe):
 )
 def test_a_network_is_built_without_the_data(recipe):
   """Of streams, classes and stages of every kind: from data.json, the same State."""
-  config = build.resolve(digits_lt.get_config(recipe))
+  config = resolve(digits_lt.get_config(recipe))
   experiment = build.build(config, devices=1)
   told = run._data_facts(experiment, epath.Path('nowhere'))
   without = trained.build_without_data(config, json.loads(json.dumps(told)))

@@ -17,9 +17,10 @@ import pytest
 from etils import epath
 
 from configs import cifar10_lt, places_lt
-from lt_jax import build, report
+from lt_jax import report
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
-from lt_jax.report import figures, published, runs, tables
+from lt_jax.report import drawing, figures, published, runs, tables
 
 COUNTS = (200, 90, 30, 8, 3)
 NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
@@ -197,7 +198,7 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
   assert 'ce/report.html' in page.links
   text = (tmp_path / 'report.html').read_text()
   assert "default-src 'none'" in text
-  assert set(re.findall(r'https?://[^"\' ]*', text)) <= {*figures.NAMESPACES.values()}
+  assert set(re.findall(r'https?://[^"\' ]*', text)) <= {*drawing.NAMESPACES.values()}
 
 
 def test_names_and_paths_are_text(run_folder):
@@ -214,7 +215,7 @@ def test_names_and_paths_are_text(run_folder):
 def test_what_no_text_can_hold_is_replaced(tmp_path):
   names = ('\x00\x1b[31m', '\udc80', '\n', '漢字', 'x' * 200)
   run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
-  drawn = figures.draw('confusion', figures.confusion, [run], 'page')
+  drawn = drawing.draw('confusion', figures.confusion, [run], 'page')
   text = ''.join(ElementTree.fromstring(drawn.svg).itertext())
   assert '\ufffd\ufffd[31m' in text and '漢字' in text and '\x1b' not in text
 
@@ -447,7 +448,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
   else:
     np.savez(path, other=np.zeros(3))
   for figure in ARRAYS[name]:
-    drawn = figures.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
+    drawn = drawing.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
     assert drawn.svg == ''
     assert drawn.caption.startswith(f'No figure of {figure.replace("_", " ")}: ')
     assert damage in drawn.caption and drawn.caption.count('\n') == 0
@@ -459,7 +460,7 @@ def test_predictions_of_an_earlier_version_are_told_as_such(run_folder):
   label = np.load(path)['label']
   np.savez(path, label=label, logits=np.zeros((len(label), 5), np.float16))
   for figure in ARRAYS['predictions.npz']:
-    drawn = figures.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
+    drawn = drawing.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
     assert 'predictions.npz is of an earlier version; ' in drawn.caption
 
 
@@ -529,11 +530,11 @@ def test_many_classes_are_drawn_in_blocks(tmp_path):
   write_run(tmp_path / 'l2rw', config('l2rw'), **arguments)
   found = runs.find(epath.Path(tmp_path))
   for name in ('confusion', 'class_accuracy'):
-    drawn = figures.draw(name, ALL[name], found[:1], 'page')
+    drawn = drawing.draw(name, ALL[name], found[:1], 'page')
     assert drawn.svg and len(drawn.svg) < 200_000
     assert ('20 blocks of classes' in drawn.caption) == (name == 'confusion')
   compared = figures.compare_classes
-  assert figures.draw('compare', compared, runs.grouped(found)[0], 'page').svg
+  assert drawing.draw('compare', compared, runs.grouped(found)[0], 'page').svg
 
 
 def test_a_curve_of_one_row_is_a_point(run_folder):
@@ -558,7 +559,7 @@ def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
 def resolved(module, recipe, **changes):
   made = module.get_config(recipe)
   made.update_from_flattened_dict(changes)
-  return build.resolve(made)
+  return resolve(made)
 
 
 def test_published_numbers_stand_beside_their_own_setting_only(tables_only, tmp_path):

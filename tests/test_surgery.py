@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lt_jax import build, sharding
+from lt_jax.config import config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
 from lt_jax.method import State
@@ -208,7 +209,7 @@ FIRST = {}
 
 
 def first_state(experiment, stage):
-  key = build.config_digest(experiment.config), stage
+  key = config_digest(experiment.config), stage
   if key not in FIRST:
     batch = {'image': jnp.zeros((8, 8, 8, 1)), 'label': jnp.zeros(8, jnp.int32)}
     init = jax.jit(experiment.stages[stage].method.init)

@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from configs import imagenet_lt
-from lt_jax import build, footprint, plan
+from lt_jax import footprint, plan
+from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
 from lt_jax.methods import METHODS
 
@@ -61,9 +62,9 @@ def compiled(recipe, name='train', **overrides):
       stage.meta_batch = 64
   if 'generator' in made.stages:
     made.stages.generator.stream.update(novel=32, queries_novel=64, queries_base=32)
-  config, mesh = build.resolve(made), plan.make_mesh(POD)
+  config, mesh = resolve(made), plan.make_mesh(POD)
   stage = plan.build_stages(config, mesh)[name]
-  assert build.stage_config(config, name)['method']['name'] == STAGES[recipe, name]
+  assert stage_config(config, name)['method']['name'] == STAGES[recipe, name]
   return plan.compile_step(stage, mesh), stage
 
 

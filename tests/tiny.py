@@ -3,7 +3,7 @@
 import numpy as np
 
 from configs import digits_lt
-from lt_jax import build
+from lt_jax.config import resolve
 
 COUNTS = (5, 1, 1, 1)
 
@@ -55,4 +55,4 @@ def config(path, arg, **overrides):
       stage.sampler.per_class = 2  # so that a batch has every class
   for key, value in overrides.items():
     made[key] = value
-  return build.resolve(made)
+  return resolve(made)

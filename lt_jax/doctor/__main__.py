@@ -12,7 +12,8 @@ import collections
 
 from absl import flags
 
-from lt_jax import build, commands, doctor
+from lt_jax import commands, doctor
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -27,7 +28,7 @@ def main() -> None:
   Raises:
     UserError: something is wrong.
   """
-  case = doctor.Case(build.resolve(CONFIG.value), WORKDIR.value, THOROUGH.value)
+  case = doctor.Case(resolve(CONFIG.value), WORKDIR.value, THOROUGH.value)
   counts, section = collections.Counter(), ''
   for now, finding in doctor.examine(case):
     if now != section:

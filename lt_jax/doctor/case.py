@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import build, files, run
+from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.reading import usable_cores
 from lt_jax.errors import UserError
@@ -94,7 +95,7 @@ class Case:
   """
 
   def __init__(
-    self, config: build.Config, workdir: str | None = None, thorough: bool = False
+    self, config: Config, workdir: str | None = None, thorough: bool = False
   ):
     self.config = config
     self.workdir = files.absolute(workdir) if workdir else None

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lt_jax import build
+from lt_jax.build import streams
 from lt_jax.data import crops, longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.lists import Files
@@ -62,7 +62,7 @@ def splits(case: Case) -> Findings:
 
 def readable(case: Case) -> Findings:
   """Opens all image files, and decodes those that look cut off and a sample."""
-  skips = build.ON_BAD_IMAGE.get(case.config['data']['on_bad_image'], False)
+  skips = streams.ON_BAD_IMAGE.get(case.config['data']['on_bad_image'], False)
   in_memory = []
   for name, split in case.real.splits.items():
     source = split.source

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lt_jax import build, checkpoint, footprint, sharding, train
+from lt_jax.config import stage_config
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.streams import Split
 from lt_jax.doctor.case import (
@@ -85,7 +86,7 @@ def _trial(case: Case, stage: build.Stage) -> Trial:
 
 def _warmed_up(case: Case, stage: build.Stage) -> int:
   """Returns the step at which the learning rate of a stage has risen, if it has one."""
-  schedule = build.stage_config(case.config, stage.name)['schedule']
+  schedule = stage_config(case.config, stage.name)['schedule']
   steps = math.ceil(schedule.get('warmup_epochs', 0) * stage.epoch_steps)
   return min(steps, stage.plan.steps - 1)
 
@@ -174,7 +175,7 @@ def loss_at_start(case: Case) -> Findings:
 
 def _guess(case: Case, name: str) -> float | None:
   """Returns log C of plain cross-entropy; None for other objectives."""
-  config = build.stage_config(case.config, name)
+  config = stage_config(case.config, name)
   plain = {
     'method': 'supervised',
     'loss': 'cross_entropy',
@@ -184,7 +185,7 @@ def _guess(case: Case, name: str) -> float | None:
   others = any(config[key]['name'] != value for key, value in plain.items())
   if others or config['reduction'] != 'mean':
     return None
-  learned = build.learned_classes(config['classes'], case.experiment.groups)
+  learned = build.learned_classes(config['shot_groups'], case.experiment.groups)
   return math.log(max(learned.sum(), 2))
 
 

@@ -58,6 +58,13 @@ class Classifier(nn.Module):
       inputs = features.shape[-1]
       size = inputs if self.projection < 0 else self.projection
       features = nn.relu(dense(size, inputs=inputs, name='projection')(features))
+    return self.apply_head(features, train=train, **memory)
+
+  def apply_head(
+    self, features: jax.Array, *, train: bool, **memory: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Maps features (B, D) to outputs, as the whole network does after its trunk."""
+    del train  # no head normalises by the batch
     return {'features': features, 'logits': self.head(features, **memory)}
 
 

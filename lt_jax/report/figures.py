@@ -1,58 +1,34 @@
 """Figures of a report, each drawn from the files of one run or of seeds of one thing.
 
 A figure is a function of runs that returns what Matplotlib draws and the caption, or
-raises `Missing`. `svg` makes text of it, for a light and a dark page: nothing is
-painted behind a figure, and its text and axes have the colour of the text around it.
+raises `Missing`; see `lt_jax.report.drawing`.
 """
 
-import io
 import itertools
-import re
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from lt_jax.evals.calibration import BINS, calibration
-from lt_jax.report.runs import Group, Missing, Run, printable
-
-Drawn = tuple[Figure, str]
-
-INK = '#010203'
-"""Stands for the colour of the page's text until `svg` replaces it."""
-
-COLOURS = {'many': '#3b82c4', 'medium': '#2f9e6e', 'few': '#dd7a21', 'all': '#8a8a8a'}
-CYCLE = ('#3b82c4', '#dd7a21', '#2f9e6e', '#a06cc4', '#c9a227', '#8a8a8a')
-
-STYLE = {
-  'svg.hashsalt': 'lt_jax',  # the same file from the same numbers
-  'svg.fonttype': 'none',
-  'font.family': 'sans-serif',
-  'font.sans-serif': ['DejaVu Sans'],
-  'font.size': 9,
-  'text.parse_math': False,  # a class may be called $
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.prop_cycle': matplotlib.cycler(color=CYCLE),
-  'axes.titlesize': 9,
-  'grid.color': '#8a8a8a',
-  'grid.alpha': 0.3,
-  'grid.linewidth': 0.5,
-  'lines.linewidth': 1.2,
-  'legend.frameon': False,
-  'figure.facecolor': 'none',
-  'axes.facecolor': 'none',
-} | dict.fromkeys(
-  ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color'), INK
+from lt_jax.report.drawing import (
+  COLOURS,
+  CYCLE,
+  INK,
+  Drawn,
+  finished,
+  legend,
+  log_counts,
+  mean_and_deviation,
+  plot,
+  seeds,
+  shortened,
+  thinned,
 )
+from lt_jax.report.runs import Group, Missing, Run, printable
 
 MOST_CLASSES = 50
 """Classes up to which each has a place of its own in a matrix."""
@@ -62,66 +38,6 @@ MOST_POINTS = 1000
 FEWEST_NEIGHBOURS = 30
 
 
-def _plot(
-  rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), **kind
-):
-  """Returns a figure and its axes, with a grid."""
-  figure = Figure(figsize=size, layout='constrained')
-  axes = figure.subplots(rows, columns, **kind)
-  for one in np.atleast_1d(axes).flat:
-    one.grid()
-    one.set_axisbelow(True)
-  return figure, axes
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-  """Puts a legend above the axes."""
-  figure.legend(
-    *axes.get_legend_handles_labels(),
-    loc='outside upper left',
-    ncols=4,
-    columnspacing=1.2,
-    handletextpad=0.5,
-  )
-
-
-def _log_counts(axes: Axes) -> None:
-  """Makes an axis of training images logarithmic, with plain numbers."""
-  axes.set(xscale='log', xlabel='training images of the class')
-  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-  axes.xaxis.set_major_formatter('{x:g}')
-  axes.xaxis.set_minor_formatter('')
-
-
-def _over(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns mean and standard deviation over runs; no deviation of one."""
-  found = np.array(values, np.float64)
-  return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
-
-
-def _some(positions: np.ndarray, most: int) -> np.ndarray:
-  """Returns at most some positions, evenly taken."""
-  last = len(positions) - 1
-  return positions[np.unique(np.linspace(0, last, most).round().astype(int))]
-
-
-def _seeds(runs: Sequence[Run]) -> str:
-  count = len(runs)
-  return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
-
-
-def _finished(runs: Sequence[Run]) -> list[Run]:
-  """Returns the runs with a result."""
-  found = [run for run in runs if run.result]
-  if not found:
-    raise Missing('result.json is missing')
-  return found
-
-
-def _short(name: str) -> str:
-  return name if len(name) <= 14 else f'{name[:13]}…'
-
-
 def _class_accuracy(runs: Sequence[Run]) -> np.ndarray:
   """Returns (R, C) test accuracies in %, NaN of a class without test images."""
   return 100 * np.array([run.test('class_accuracy') for run in runs], np.float64)
@@ -129,14 +45,14 @@ def _class_accuracy(runs: Sequence[Run]) -> np.ndarray:
 
 def class_accuracy(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of each class against its training images."""
-  runs = _finished(runs)
-  counts, (mean, deviation) = runs[0].counts, _over(_class_accuracy(runs))
-  figure, axes = _plot()
+  runs = finished(runs)
+  counts, (mean, deviation) = runs[0].counts, mean_and_deviation(_class_accuracy(runs))
+  figure, axes = plot()
   order = np.argsort(-counts, kind='stable')
   named = len(counts) <= MOST_NAMED
   place = np.empty(len(counts))
   place[order] = np.arange(len(counts)) if named else counts[order]
-  drawn = np.isin(np.arange(len(counts)), _some(order, MOST_POINTS))
+  drawn = np.isin(np.arange(len(counts)), thinned(order, MOST_POINTS))
   for name, of_group in runs[0].groups.items():
     mask = of_group & drawn
     if mask.any():
@@ -154,7 +70,7 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
       )
   if named:
     names = runs[0].class_names
-    ticks = [f'{_short(names[c])}\n{counts[c]}' for c in order]
+    ticks = [f'{shortened(names[c])}\n{counts[c]}' for c in order]
     turned = max(len(names[c]) for c in order) * len(order) > 90
     axes.set_xticks(np.arange(len(order)), ticks, rotation=45 if turned else 0)
     axes.set_xlabel('class, and its training images')
@@ -168,20 +84,22 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
       color=INK,
       label=f'mean of {width} neighbours',
     )
-    _log_counts(axes)
+    log_counts(axes)
   axes.set(ylabel='test accuracy (%)', ylim=(-3, 103))
-  _legend(figure, axes)
-  return figure, 'Accuracy of each class against class frequency.' + _seeds(runs)
+  legend(figure, axes)
+  return figure, 'Accuracy of each class against class frequency.' + seeds(runs)
 
 
 def shot_groups(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of many-, medium- and few-shot classes, and of all."""
-  runs = _finished(runs)
+  runs = finished(runs)
   masks = runs[0].groups | {'all': np.ones(len(runs[0].counts), bool)}
   test = [run.result['test'] | {'all': run.test('accuracy')} for run in runs]
   there = [name for name in masks if all(t.get(name) is not None for t in test)]
-  mean, deviation = _over([[100 * t[name] for name in there] for t in test])
-  figure, axes = _plot(size=(5.6, 3))
+  mean, deviation = mean_and_deviation(
+    [[100 * t[name] for name in there] for t in test]
+  )
+  figure, axes = plot(size=(5.6, 3))
   place, colours = np.arange(len(there)), [COLOURS[name] for name in there]
   axes.bar(place, mean, 0.6, yerr=deviation, color=colours, ecolor=INK, capsize=3)
   for x, value in zip(place, mean, strict=True):
@@ -195,13 +113,13 @@ def shot_groups(runs: Sequence[Run]) -> Drawn:
   bounds = runs[0].config['data']
   return figure, (
     f'Accuracy by shot group: many-shot classes have more than {bounds["many_shot"]} '
-    f'training images, few-shot ones less than {bounds["few_shot"]}.{_seeds(runs)}'
+    f'training images, few-shot ones less than {bounds["few_shot"]}.{seeds(runs)}'
   )
 
 
 def confusion(runs: Sequence[Run]) -> Drawn:
   """Draws what test images of each class, or block of classes, were taken for."""
-  runs = _finished(runs)
+  runs = finished(runs)
   counts = runs[0].counts
   classes = len(counts)
   blocks = classes if classes <= MOST_CLASSES else MOST_NAMED
@@ -213,10 +131,10 @@ def confusion(runs: Sequence[Run]) -> Drawn:
     label, prediction, _ = run.predicted
     np.add.at(cells, (block[label], block[prediction]), 1)
   share = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
-  figure, axes = _plot(size=(5.6, 4.6))
+  figure, axes = plot(size=(5.6, 4.6))
   _matrix(axes, share, numbers=blocks <= 12)
   if blocks == classes:
-    names = [_short(runs[0].class_names[c]) for c in order]
+    names = [shortened(runs[0].class_names[c]) for c in order]
     size = 9 if blocks <= MOST_NAMED else 5
     what = 'classes'
   else:
@@ -255,13 +173,13 @@ def _matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
 
 def reliability(runs: Sequence[Run]) -> Drawn:
   """Draws accuracy against confidence, and how many images have which."""
-  runs = _finished(runs)
+  runs = finished(runs)
   label, prediction, confidence = (
     np.concatenate(parts)
     for parts in zip(*(run.predicted for run in runs), strict=True)
   )
   bins = calibration(np.clip(confidence, 1e-9, 1), prediction == label)
-  figure, (upper, lower) = _plot(2, size=(5.6, 4.6), sharex=True, height_ratios=(3, 1))
+  figure, (upper, lower) = plot(2, size=(5.6, 4.6), sharex=True, height_ratios=(3, 1))
   centres = (np.arange(BINS) + 0.5) * 100 / BINS
   upper.plot((0, 100), (0, 100), '--', color=INK, linewidth=0.8, label='calibrated')
   upper.bar(
@@ -277,7 +195,7 @@ def reliability(runs: Sequence[Run]) -> Drawn:
   share = 100 * bins['bin_count'] / len(label)
   lower.bar(centres, share, 92 / BINS, color=COLOURS['all'])
   lower.set(xlabel='confidence (%)', ylabel='images (%)')
-  mean, deviation = _over([100 * run.test('ece') for run in runs])
+  mean, deviation = mean_and_deviation([100 * run.test('ece') for run in runs])
   spread = '' if deviation is None else f' ± {deviation:.1f}'
   pooled = f' {len(runs)} seeds together.' if len(runs) > 1 else ''
   return figure, (
@@ -291,8 +209,8 @@ SCORES = {'known_score': 'the method’s score', 'energy': 'energy of the logits
 
 def open_set(runs: Sequence[Run]) -> Drawn:
   """Draws what is accepted, of known and open images, as the threshold falls."""
-  runs = _finished(runs)
-  figure, (rates, f_measures) = _plot(1, 2, size=(9, 3.2))
+  runs = finished(runs)
+  figure, (rates, f_measures) = plot(1, 2, size=(9, 3.2))
   for run in runs:
     curves, first = run.arrays('open_set.npz'), run is runs[0]
     for score, colour in zip(SCORES, CYCLE, strict=False):
@@ -329,7 +247,7 @@ def open_set(runs: Sequence[Run]) -> Drawn:
   )
   for axes in (rates, f_measures):
     axes.legend(loc='best')
-  mean, _ = _over([100 * run.test('auroc') for run in runs])
+  mean, _ = mean_and_deviation([100 * run.test('auroc') for run in runs])
   return figure, f'The open set, at every threshold; AUROC {mean:.1f} %.{_lines(runs)}'
 
 
@@ -340,7 +258,7 @@ def training(runs: Sequence[Run]) -> Drawn:
   """Draws loss, accuracy and learning rate over all stages."""
   if not any(run.rows for run in runs):
     raise Missing('metrics.jsonl is missing, or empty')
-  figure, panels = _plot(3, size=(5.6, 4.6), sharex=True, height_ratios=(2, 2, 1))
+  figure, panels = plot(3, size=(5.6, 4.6), sharex=True, height_ratios=(2, 2, 1))
   loss, accuracy, rate = panels
   labelled: set[str] = set()
   for run in runs:
@@ -358,7 +276,7 @@ def training(runs: Sequence[Run]) -> Drawn:
   for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
     axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
   loss.set_ylabel('loss (nats)')
-  _legend(figure, loss)
+  legend(figure, loss)
   accuracy.set(ylabel='accuracy (%)', ylim=(0, 103))
   rate.set(ylabel='learning rate', xlabel='step')
   told = (
@@ -423,8 +341,8 @@ def weights(runs: Sequence[Run]) -> Drawn:
     stored[name] for name in ('counts', 'step', 'prior', 'mean', 'spread')
   )
   order = np.argsort(-counts, kind='stable')
-  figure, (over_time, at_end) = _plot(1, 2, size=(9, 3.4))
-  lines = _some(order, MOST_CLASSES)
+  figure, (over_time, at_end) = plot(1, 2, size=(9, 3.4))
+  lines = thinned(order, MOST_CLASSES)
   for c, alpha in zip(lines, np.linspace(0.25, 1, len(lines)), strict=True):
     style = {'color': COLOURS['few'], 'linewidth': 1, 'alpha': alpha}
     _line(over_time, step, mean[:, c], **style)
@@ -439,7 +357,7 @@ def weights(runs: Sequence[Run]) -> Drawn:
   at_end.plot(
     counts[order], before, color=INK, linewidth=1, alpha=0.6, label='class-balanced'
   )
-  _log_counts(at_end)
+  log_counts(at_end)
   at_end.set_ylabel('weight')
   at_end.set_title('last fifth of training: mean, deviation')
   at_end.legend()
@@ -461,7 +379,7 @@ def features(runs: Sequence[Run]) -> Drawn:
   stored = run.arrays('features.npz')
   points, label = stored['features'].astype(np.float32), stored['label']
   keep = np.flatnonzero(np.isfinite(points).all(axis=1))
-  keep = _some(keep, MOST_POINTS) if len(keep) else keep
+  keep = thinned(keep, MOST_POINTS) if len(keep) else keep
   points, label = points[keep], label[keep]
   centroids = stored['centroids'].astype(np.float32)
   if len(points) < 3 or not np.ptp(points, axis=0).any():
@@ -470,13 +388,13 @@ def features(runs: Sequence[Run]) -> Drawn:
   if centroids.shape[1:] != points.shape[1:] or len(centroids) > MOST_CLASSES:
     shown = shown[:0]
   plane, name = _plane(np.concatenate([points, centroids[shown]]))
-  figure, axes = _plot(size=(5.6, 4.6))
+  figure, axes = plot(size=(5.6, 4.6))
   counts = run.counts
   if len(counts) <= 10:
     order = np.argsort(-counts, kind='stable')
     colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))
     sets = {
-      f'{_short(run.class_names[c])} ({counts[c]})': (label == c, colour)
+      f'{shortened(run.class_names[c])} ({counts[c]})': (label == c, colour)
       for c, colour in zip(order, colours, strict=True)
     }
   else:
@@ -488,7 +406,7 @@ def features(runs: Sequence[Run]) -> Drawn:
   for c, (x, y) in zip(shown, plane[len(points) :], strict=True):
     axes.plot(x, y, 'P', color=INK, markersize=7, markeredgecolor='#8a8a8a')
     axes.annotate(
-      _short(run.class_names[c]), (x, y), (4, 4), textcoords='offset points'
+      shortened(run.class_names[c]), (x, y), (4, 4), textcoords='offset points'
     )
   axes.set(xlabel=f'{name} 1 (no unit)', ylabel=f'{name} 2 (no unit)')
   axes.set(xticks=[], yticks=[])
@@ -533,7 +451,7 @@ OF_ONE_RUN = {'features': features}
 def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   """Draws many-, medium- and few-shot accuracy of each method, a row each."""
   groups = [group for group in groups if group.counted]
-  figure, axes = _plot(size=(5.6, 0.9 + 0.26 * len(groups)))
+  figure, axes = plot(size=(5.6, 0.9 + 0.26 * len(groups)))
   place = np.arange(len(groups))
   for name in ('many', 'medium', 'few', 'all'):
     key = 'accuracy' if name == 'all' else name
@@ -541,7 +459,11 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
     there = np.array([None not in values for values in found])
     if not there.any():
       continue
-    pairs = [_over(100 * np.array(v)) for v, t in zip(found, there, strict=True) if t]
+    pairs = [
+      mean_and_deviation(100 * np.array(v))
+      for v, t in zip(found, there, strict=True)
+      if t
+    ]
     axes.errorbar(
       [mean for mean, _ in pairs],
       place[there],
@@ -554,7 +476,7 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
     )
   axes.set_yticks(place, [_short_label(group.label) for group in groups])
   axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
-  _legend(figure, axes)
+  legend(figure, axes)
   return figure, 'Accuracy by shot group; mean and standard deviation over seeds.'
 
 
@@ -575,10 +497,10 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   order = np.argsort(-counts.sum(axis=0), kind='stable')
   parts = np.array_split(order, min(len(order), MOST_NAMED))
   shown = np.stack([_mean(rows[:, part].T) for part in parts], axis=1)
-  figure, axes = _plot(size=(9, 1.5 + 0.26 * len(groups)))
+  figure, axes = plot(size=(9, 1.5 + 0.26 * len(groups)))
   _matrix(axes, shown, numbers=True)
   if len(parts) == len(order):
-    ticks = [_short(names[c]) + f'\n{counts[0, c]}' * same for c in order]
+    ticks = [shortened(names[c]) + f'\n{counts[0, c]}' * same for c in order]
     axes.set_xlabel('class' + ', and its training images' * same)
   else:
     numbers = counts[0, order] if same else np.arange(1, len(order) + 1)
@@ -602,91 +524,3 @@ COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
   'compare_classes': compare_classes,
 }
 """name -> figure of several groups."""
-
-
-OTHER_CONTENTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What comes of files that hold something else."""
-
-
-class Figured(NamedTuple):
-  """A figure for a page.
-
-  Attributes:
-    name: of the figure.
-    caption: what it shows.
-    svg: the drawing; '' if there is none, and the caption says why.
-  """
-
-  name: str
-  caption: str
-  svg: str
-
-
-def draw(
-  name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
-) -> Figured:
-  """Draws a figure; without what it is made of, says what that is."""
-  title = name.replace('_', ' ')
-  try:
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-      warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
-      drawn, caption = figure(shown)
-      return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
-  except Missing as missing:
-    return Figured(name, f'No figure of {title}: {missing}.', '')
-  except OTHER_CONTENTS as error:
-    told = f'its files hold something else ({type(error).__name__}: {error})'
-    return Figured(name, f'No figure of {title}: {printable(told)}.', '')
-
-
-NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}
-REFERENCE = re.compile(r'url\(#(.+?)\)')
-
-
-def svg(figure: Figure, prefix: str, label: str) -> str:
-  """Returns a figure as an <svg> element whose ids begin with a prefix.
-
-  Args:
-    figure: what Matplotlib draws.
-    prefix: unique on the page.
-    label: what a screen reader says.
-  """
-  buffer = io.BytesIO()
-  # What savefig does besides is to draw everything a second time.
-  FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
-  root = ElementTree.fromstring(buffer.getvalue())
-  space = f'{{{NAMESPACES[""]}}}'
-  for parent in list(root.iter()):
-    for child in list(parent):
-      if child.tag in (f'{space}metadata', f'{space}style'):
-        parent.remove(child)
-  href = f'{{{NAMESPACES["xlink"]}}}href'
-  used = set()
-  for element in root.iter():
-    for key, value in element.attrib.items():
-      used |= set(REFERENCE.findall(value))
-      used |= {value[1:]} if key == href else set()
-  for element in root.iter():
-    for key, value in list(element.attrib.items()):
-      if key == 'id' and value not in used:
-        del element.attrib[key]
-      elif key == 'id':
-        element.set(key, f'{prefix}-{value}')
-      elif key == href:
-        element.set(key, f'#{prefix}-{value[1:]}')
-      else:
-        value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
-        element.set(key, value.replace(INK, 'currentColor'))
-  width, height = (float(number) for number in root.get('viewBox').split()[2:])
-  root.attrib.update(
-    {
-      'width': f'{width * 4 / 3:.0f}',  # of points, in pixels
-      'height': f'{height * 4 / 3:.0f}',
-      'role': 'img',
-      'aria-label': label,
-      'stroke-linejoin': 'round',
-    }
-  )
-  for key, uri in NAMESPACES.items():
-    ElementTree.register_namespace(key, uri)
-  return ElementTree.tostring(root, encoding='unicode')

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files
-from lt_jax.report import figures, tables
+from lt_jax.report import drawing, figures, tables
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
 MOST_DRAWN = 20
@@ -120,12 +120,12 @@ def _template() -> jinja2.Template:
   return environment.get_template('template.html')
 
 
-def _compared(groups: list[Group]) -> list[figures.Figured]:
+def _compared(groups: list[Group]) -> list[drawing.Figured]:
   """Draws methods beside each other, if any has finished."""
   if not any(group.counted for group in groups):
     return []
   return [
-    figures.draw(name, figure, groups, 'page')
+    drawing.draw(name, figure, groups, 'page')
     for name, figure in figures.COMPARISONS.items()
   ]
 
@@ -143,7 +143,7 @@ def _section(
   wanted = figures.FIGURES if groups <= MOST_DRAWN else {}
   wanted = wanted | (figures.OF_ONE_RUN if alone else {})
   shown = group.counted or group.runs
-  drawn = [figures.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
+  drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
   return {
     'group': group,
     'runs': None if alone else tables.runs_table(group.runs, links),
@@ -184,7 +184,7 @@ def _samples(run: Run) -> dict[str, Any]:
     }
   except Missing as missing:
     return {'missing': str(missing), 'images': []}
-  except (OSError, *figures.OTHER_CONTENTS) as error:  # no image can be made of it
+  except (OSError, *drawing.OTHER_CONTENTS) as error:  # no image can be made of it
     return {'missing': f'samples.npz holds something else ({error})', 'images': []}
 
 

@@ -11,7 +11,8 @@ import pathlib
 import runpy
 from typing import Any
 
-from lt_jax import build, files
+from lt_jax import files
+from lt_jax.config import Config, config_digest, resolve
 
 PATH = pathlib.Path(__file__).with_name('published.json')
 
@@ -29,7 +30,7 @@ ASIDE = frozenset(
 """Keys, of a run or a stage, in which runs of one setting may differ."""
 
 
-def setting(config: build.Config) -> str:
+def setting(config: Config) -> str:
   """Returns a digest of what of a resolved configuration makes its setting.
 
   The images may lie anywhere, but generated ones are others; so are weights to begin
@@ -45,10 +46,10 @@ def setting(config: build.Config) -> str:
     'init': bool(flat.get('init')),
     'generated': flat.get('data.source') == 'fake',
   }
-  return build.config_digest(kept)
+  return config_digest(kept)
 
 
-def beside(config: build.Config) -> list[dict[str, Any]]:
+def beside(config: Config) -> list[dict[str, Any]]:
   """Returns the rows of published.json that are of a configuration's setting."""
   own = setting(config)
   return [row for row in json.loads(PATH.read_text()) if row['setting'] == own]
@@ -61,7 +62,7 @@ def made(configs: str) -> str:
     name, _, argument = row['config'].partition(':')
     config = runpy.run_path(f'{configs}/{name}.py')['get_config'](argument)
     config.init = row.get('init', '')
-    row['setting'] = setting(build.resolve(config))
+    row['setting'] = setting(resolve(config))
   return '[\n ' + ',\n '.join(map(json.dumps, rows)) + '\n]\n'
 
 

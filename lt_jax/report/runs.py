@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files
-from lt_jax.build import config_digest, trained_by
+from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
 from lt_jax.files import MAYBE, NUMBER, fits
@@ -80,7 +80,7 @@ class Run:
     """Reads the small files; arrays are read when they are asked for."""
     self.folder, self.name = folder, printable(name)
     self._damaged: list[str] = []
-    self.config = self._read('config.json')
+    self.config = upgraded(self._read('config.json'))
     self.data = self._read('data.json')
     self.error = self._read('error.json')
     self.result = self._read('result.json')

@@ -1,0 +1,335 @@
+"""From a resolved config to the objects of a run.
+
+The only place that knows both the keys of a config and the functions behind them.
+Below it there are plain arrays and numbers.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lt_jax import method as wrappers
+from lt_jax import posthoc, sharding, surgery
+from lt_jax.build.checks import (
+  check_all_is_used,
+  check_channels,
+  check_device,
+  check_end,
+  check_ranges,
+  selection,
+)
+from lt_jax.build.experiment import Experiment, Stage
+from lt_jax.build.streams import (
+  ON_BAD_IMAGE,
+  STREAMS,
+  Training,
+  batch_sizes,
+  meta_split,
+  transforms,
+  workers,
+)
+from lt_jax.class_weights import make_class_weights
+from lt_jax.config import Config, stage_config
+from lt_jax.data import longtail
+from lt_jax.data.dataset import Dataset, load_dataset
+from lt_jax.data.samplers import instance
+from lt_jax.data.streams import Stream, evaluation_pass, train_stream
+from lt_jax.errors import UserError, check_options, construct, lookup
+from lt_jax.evals.collect import Survey, survey
+from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
+from lt_jax.method import Method, State
+from lt_jax.methods import METHODS, few_shot
+from lt_jax.models import make_classifier
+from lt_jax.optim import make_optimizer, make_schedule, per_parameter
+from lt_jax.train import Plan, state_shapes
+
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+
+
+SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
+
+
+STEPS_PER_CALL = 100
+"""Most steps a compiled call runs on an accelerator.
+
+On the CPU it is one: in a loop body XLA:CPU misses its fast path for convolution
+gradients, and a call costs little there.
+"""
+
+
+def build(
+  config: Config,
+  *,
+  devices: int | None = None,
+  mesh: Mesh | None = None,
+  dataset: Dataset | None = None,
+  replicas: int = 1,
+  look: Callable[[], None] = lambda: None,
+) -> Experiment:
+  """Builds every object of a run; nothing is trained or compiled.
+
+  Args:
+    config: the resolved configuration.
+    devices: uses at most so many; None for all there are.
+    mesh: of devices that need not be here, for which nothing is put in place; None for
+      those that are.
+    dataset: takes the place of the one that the configuration names, which is then not
+      read; None for that one.
+    replicas: how many seeds one program trains; each device then has whole batches of
+      some of them.
+    look: called before every batch of a surgery's passes; it may raise, to end them.
+
+  Raises:
+    UserError: something in the configuration or the data is wrong.
+  """
+  check_device(config['device'])
+  configs = {name: stage_config(config, name) for name in config['stage_order']}
+  if not configs or len(configs) < len(config['stage_order']):
+    raise UserError('stage_order must name stages, each of them once')
+  for stage in configs.values():
+    check_ranges(stage)
+  check_end(configs)
+  batches = {
+    f'{name} {what}': size
+    for name, stage in configs.items()
+    for what, size in batch_sizes(stage).items()
+  }
+  if replicas > 1:
+    batches = {}
+  batches['evaluation'] = config['eval_batch']
+  if mesh is None:
+    available = devices or jax.device_count()
+    if replicas > 1:
+      available = min(available, replicas)
+    mesh = sharding.make_mesh(
+      sharding.usable_devices(batches, available, jax.process_count())
+    )
+    to_device = functools.partial(sharding.put_replicated, mesh)
+  else:
+    sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
+    to_device = _shape
+  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
+  if replicas > 1 and mesh.size > 1 and per_device:
+    raise UserError(
+      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "whole batches: set it to 'global'"
+    )
+  data = dict(config['data'])
+  shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
+  train_transform, plain_transform = transforms(data)
+  decoders = workers(data.pop('workers'))
+  skips = lookup(ON_BAD_IMAGE, 'answer to a bad image', data.pop('on_bad_image'))
+  check_options('data', load_dataset, data, 'to_device')
+  if dataset is None:
+    dataset = load_dataset(**data, to_device=to_device)
+  check_channels(config['data'], dataset.image_shape[-1])
+  passes = {
+    name: evaluation_pass(
+      split,
+      batch=config['eval_batch'],
+      transform=plain_transform,
+      workers=decoders,
+      stand_in=skips and name in ('train', 'meta'),
+    )
+    for name, split in dataset.splits.items()
+  }
+  strict, inclusive = (
+    longtail.shot_groups(dataset.counts, **shots, rule=rule)
+    for rule in ('strict', 'inclusive')
+  )
+  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  surveyor = functools.partial(survey, passes=passes, mesh=mesh, look=look)
+  stages: dict[str, Stage] = {}
+  for name, stage in configs.items():
+    stages[name] = _build_stage(
+      stage, name, stages, dataset, surveyor, groups, mesh, train_transform
+    )
+  evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
+  return Experiment(config, dataset, mesh, evaluated, surveyor, groups, stages)
+
+
+def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(images.shape, images.dtype)
+
+
+def _build_stage(
+  config: Config,
+  name: str,
+  earlier: Mapping[str, Stage],
+  dataset: Dataset,
+  surveyor: Callable[[Callable], Survey],
+  groups: Mapping[str, np.ndarray],
+  mesh: Mesh,
+  transform: Callable,
+) -> Stage:
+  """Builds one stage from its merged configuration."""
+  learned = learned_classes(config['shot_groups'], groups)
+  images = functools.partial(
+    train_stream,
+    seed=config['seed'],
+    transform=transform,
+    workers=workers(config['data']['workers']),
+    stand_in=lookup(
+      ON_BAD_IMAGE, 'answer to a bad image', config['data']['on_bad_image']
+    ),
+  )
+  train = construct(
+    STREAMS,
+    'stream',
+    config['stream']['name'],
+    config,
+    dataset,
+    learned,
+    options={k: v for k, v in config['stream'].items() if k != 'name'},
+    images=images,
+    earlier=earlier,
+  )
+  streams = {'train': train.stream}
+  if config['meta_batch']:
+    meta = meta_split(dataset, config['meta_batch'])
+    drawn = images(meta, instance(meta.labels), batch=config['meta_batch'], name='meta')
+    streams['meta'] = drawn._replace(every=config['meta_every'])
+  method = _method(config, dataset, mesh, train, learned)
+  seen = surveyor(method.predict)
+  return Stage(
+    name=name,
+    method=method,
+    streams=streams,
+    reads={'train': train.origin} if train.origin else {},
+    save_outputs=tuple(config['save_outputs']),
+    start=None if earlier else _start(config, method, streams),
+    surgeries=tuple(
+      construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
+      for name, options in config['surgeries']
+    ),
+    plan=_plan(config, train),
+    epoch_steps=train.length / train.batch,
+    batch=max(batch_sizes(config).values()),
+    select=selection(config['select'], dataset, groups),
+  )
+
+
+def learned_classes(
+  names: Sequence[str], groups: Mapping[str, np.ndarray]
+) -> np.ndarray:
+  """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
+  members = [lookup(groups, 'group of classes', name) for name in names]
+  learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
+  if not learned.any():
+    raise UserError(f'no class is in {" or ".join(names)}')
+  return learned
+
+
+def _start(
+  config: Config, method: Method, streams: Mapping[str, Stream]
+) -> Callable | None:
+  """Returns what puts published weights into a State; None: random ones will do."""
+  if config['init']:
+    return functools.partial(surgery.start_from, source=config['init'])
+  rules = config['optimizer'].get('learning_rate_scale', ())
+  if all(rate for _, rate in rules):
+    return None
+  params = state_shapes(method, streams).params
+  rates = per_parameter(rules, params)
+  frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
+  return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
+
+
+def _refuse_random(state: State) -> NoReturn:
+  """Raises a `UserError`: what is not trained must come from somewhere."""
+  raise UserError(
+    'not all of the trunk is trained (optimizer.learning_rate_scale), so it cannot '
+    'begin at random: give --config.init=FILE.safetensors or --config.init=OWNER/MODEL '
+    'such as timm/resnet152.tv_in1k'
+  )
+
+
+def _method(
+  config: Config, dataset: Dataset, mesh: Mesh, train: Training, learned: np.ndarray
+) -> Method:
+  """Builds network, optimiser, loss and method, and wraps it."""
+  counts = dataset.counts
+  schedule = make_schedule(**config['schedule'], length=train.length, batch=train.batch)
+  optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
+  weights = dict(config['class_weights'])
+  start_step = train.steps(weights.pop('start_epoch', 0))
+  options = dict(config['method'])
+  micro_batches = options.get('accumulate', 1)
+  name = options.pop('name')
+  check_all_is_used(name, config)
+  method = construct(
+    METHODS,
+    'method',
+    name,
+    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
+    optimizer,
+    make_loss(
+      counts=counts, classes=None if learned.all() else learned, **config['loss']
+    ),
+    options=options,
+    counts=counts,
+    class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
+    reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
+    penalty=make_penalty(counts=counts, **config['penalty']),
+    meta_batch=config['meta_batch'],
+    base=learned,
+    image_shape=dataset.image_shape,
+  )
+  for name, wrapper_options in config['wrappers'].items():
+    method = construct(
+      WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
+    )
+  # What is traced once for shapes is then not traced again for the program.
+  return Method(*(jax.jit(function, inline=True) for function in method))
+
+
+def _network(
+  options: Config, dataset: Dataset, batch: int, accumulate: int, mesh: Mesh
+) -> Any:
+  """Builds the classifier, with batch statistics as the configuration names them."""
+  options = dict(options)
+  micro, kind = batch // accumulate, options.pop('batch_norm')
+  if batch % accumulate:
+    raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')
+  groups = {'global': 1, 'frozen': 1, 'per_device': mesh.size}.get(kind)
+  if str(kind).isdigit() and int(kind) and micro % int(kind) == 0:
+    groups = micro // int(kind)
+  if groups is None or micro % groups:
+    raise UserError(
+      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen' or a "
+      f'ghost batch size that divides the batch of {micro}'
+    )
+  return make_classifier(
+    **options,
+    num_classes=len(dataset.class_names),
+    batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
+  )
+
+
+def _plan(config: Config, train: Training) -> Plan:
+  """Turns epochs into steps, and intervals into multiples of a compiled call.
+
+  Checkpoints fall on log rows, so that a run resumed from one writes whole rows.
+  """
+  log_every = config['log_every_steps']
+  # Payloads of images would fill the device if many steps of them were stacked.
+  single = jax.default_backend() == 'cpu' or train.stream.workers is not None
+  most = 1 if single else STEPS_PER_CALL
+  chunk = max(n for n in range(1, min(log_every, most) + 1) if log_every % n == 0)
+
+  def interval(epochs: float, unit: int) -> int:
+    return max(1, math.ceil(train.steps(epochs) / unit)) * unit
+
+  return Plan(
+    first=0,
+    steps=train.steps(config['epochs']),
+    chunk=chunk,
+    log_every=log_every,
+    save_every=interval(config['save_every_epochs'], log_every),
+    evaluate_every=interval(config['evaluate_every_epochs'], chunk),
+  )

@@ -1,0 +1,174 @@
+"""What is refused before anything is built: ranges, ends, choices that cannot be."""
+
+import inspect
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from lt_jax.config import Config
+from lt_jax.data.dataset import Dataset
+from lt_jax.errors import UserError, lookup
+from lt_jax.files import flatten
+from lt_jax.methods import METHODS
+
+SELECTABLE = {
+  'accuracy': 1,
+  'macro_accuracy': 1,
+  'harmonic_mean': 1,
+  'worst_class': 1,
+  'many': 1,
+  'medium': 1,
+  'few': 1,
+  'loss': -1,
+  'ece': -1,
+}
+"""Metrics a State can be chosen by; -1 where less is better."""
+
+
+RANGES = {
+  'seed': (0, 2**31 - 1),
+  'batch': (1, 2**31),
+  'meta_batch': (0, 2**31),
+  'meta_every': (1, 1e9),
+  'eval_batch': (1, 2**31),
+  'epochs': (0, 1e9),
+  'log_every_steps': (1, 1e9),
+  'save_every_epochs': (1e-9, 1e9),
+  'evaluate_every_epochs': (1e-9, 1e9),
+  'keep_checkpoints': (1, 1e9),
+  'method.accumulate': (1, 2**31),
+  'model.projection': (-1, 1e6),
+  'data.seed': (0, 2**31 - 1),
+  'data.known_classes': (0, 1e9),
+  'data.imbalance': (1, 1e12),
+  'data.test_per_class': (0, 1e9),
+  'data.val_per_class': (0, 1e9),
+  'data.meta_per_class': (0, 1e9),
+  'data.open_val_per_class': (0, 1e9),
+  'data.open_test_per_class': (0, 1e9),
+  'data.pad': (0, 1e4),
+  'data.jitter': (0, 1),
+  'data.image_size': (0, 1e4),
+  'data.resize': (0, 1e4),
+  'data.workers': (-1, 1e4),
+  'defer_epoch': (0, 1e9),
+  'sampler.start_epoch': (0, 1e9),
+  'class_weights.start_epoch': (0, 1e9),
+  'schedule.base': (0, 1e30),
+  'method.weight': (0, 1e30),
+  'penalty.weight': (0, 1e30),
+}
+"""Least and largest value of numbers in a configuration."""
+
+
+def check_ranges(config: Config) -> None:
+  """Refuses numbers that mean nothing, such as a batch of no images."""
+  flat = flatten(config)
+  for key, (least, most) in RANGES.items():
+    value = flat.get(key, least)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and least <= value <= most):  # NaN is in no range
+      raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:g}')
+
+
+def check_end(stages: Mapping[str, Config]) -> None:
+  """Refuses what would come when a stage has ended, and so never.
+
+  Fewer epochs leave it where it was, and `ldam_drw` would be `ldam` without a word.
+  """
+  ends = {name: stage['epochs'] for name, stage in stages.items()}
+  for name, stage in reversed(stages.items()):
+    for operation, options in stage['surgeries']:
+      if operation == 'carry' and 'step' in options.get('fields', ()):  # one clock
+        origin = options.get('stage')
+        ends[origin] = max(ends.get(origin, 0), ends[name])
+  for name, stage in stages.items():
+    end, schedule = ends[name], stage['schedule']
+    epochs = {
+      'class_weights.start_epoch': stage['class_weights'].get('start_epoch', 0),
+      'sampler.start_epoch': math.ceil(stage['sampler'].get('start_epoch', 0)),
+      'schedule.boundaries': max(schedule.get('boundaries') or [0]),
+    }
+    for key, epoch in epochs.items():
+      if 0 < end <= epoch:
+        raise UserError(f'{key} is at epoch {epoch:g}{_BEYOND.format(name, end)}')
+    if 0 < end < schedule.get('end', 0) * (1 - 1e-9):
+      raise UserError(
+        f'schedule.end is at epoch {schedule["end"]:g}{_BEYOND.format(name, end)}'
+      )
+
+
+_BEYOND = (
+  ', but stage {!r} ends at {:g}; a whole recipe becomes shorter with epochs=... '
+  'behind the colon of --config'
+)
+
+
+def check_channels(data: Config, channels: int) -> None:
+  """Refuses means and deviations that do not fit the images."""
+  for key in ('mean', 'std'):
+    values = data[key]
+    if not isinstance(values, list | tuple) or len(values) not in (1, channels):
+      raise UserError(
+        f'data.{key} is {values!r}; it must be 1 or {channels} numbers, as the images '
+        f'have {channels} channels'
+      )
+  if not all(value > 0 for value in data['std']):
+    raise UserError(f'data.std is {data["std"]!r}; it must be positive')
+
+
+def check_device(device: str) -> None:
+  """Refuses to train on a CPU what was meant for an accelerator.
+
+  A driver that is missing or busy makes JAX fall back to the CPU with a warning.
+  """
+  backend = jax.default_backend()
+  if device not in ('any', 'cpu', backend):
+    raise UserError(
+      f'config.device is {device!r}, but JAX found {backend!r}; '
+      'set --config.device=any to run on what is there'
+    )
+
+
+def check_all_is_used(name: str, config: Config) -> None:
+  """Refuses what a method would not look at, such as class weights or a meta batch."""
+  asked = inspect.signature(lookup(METHODS, 'method', name)).parameters
+  neutral = {
+    'class_weights': 'uniform',
+    'reduction': 'mean',
+    'penalty': 'none',
+    'meta_batch': 0,
+  }
+  given = {
+    'class_weights': config['class_weights']['name'],
+    'reduction': config['reduction'],
+    'penalty': config['penalty']['name'],
+    'meta_batch': config['meta_batch'],
+  }
+  for key, value in neutral.items():
+    if key not in asked and given[key] != value:
+      raise UserError(
+        f'method {name!r} does not use {key}: set it to {value!r}, or only for the '
+        f'stage that does, as stages.STAGE.{key}'
+      )
+
+
+def selection(
+  select: str, dataset: Dataset, groups: Mapping[str, np.ndarray]
+) -> tuple[str, str] | None:
+  """Returns (split, metric) of the State that counts; None for the last one."""
+  if select == 'last':
+    return None
+  split, _, metric = str(select).partition('/')
+  if split == 'test':
+    raise UserError('select: a State is never chosen on the test set')
+  if split != 'val' or not metric:
+    raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
+  lookup(SELECTABLE, 'metric to select by', metric)
+  if split not in dataset.splits:
+    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+  if metric in groups and not groups[metric].any():
+    raise UserError(f'select is {select!r}, but no class is {metric}-shot')
+  return split, metric

@@ -1,0 +1,322 @@
+"""What a config is: every key with its default, stages, overrides and digests.
+
+A config file states its data set and protocol on top of `base_config`, then applies
+the recipe that its argument names:
+
+  --config=configs/cifar10_lt.py:ldam_drw,imbalance=50
+
+Durations are in epochs of the training sampler; `lt_jax.build` turns them into steps.
+Nothing here needs JAX: a config is plain data.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.files import flatten
+
+Config = Mapping[str, Any]
+Overrides = dict[str, Any]
+
+
+STAGE_KEYS = (
+  'batch',
+  'meta_batch',
+  'meta_every',
+  'train_split',
+  'shot_groups',
+  'stream',
+  'save_outputs',
+  'epochs',
+  'log_every_steps',
+  'save_every_epochs',
+  'evaluate_every_epochs',
+  'method',
+  'model',
+  'loss',
+  'penalty',
+  'class_weights',
+  'reduction',
+  'sampler',
+  'optimizer',
+  'schedule',
+  'wrappers',
+  'surgeries',
+  'select',
+)
+"""Keys that a stage can set; the others are of the whole run."""
+
+
+MAY_CHANGE = frozenset(
+  {
+    'data.workers',
+    'device',
+    'keep_checkpoints',
+    'log_every_steps',
+    'save_every_epochs',
+  }
+)
+"""Keys that a resumed run may change, because they do not affect training."""
+
+
+RENAMED = {'leaves': 'save_outputs', 'classes': 'shot_groups'}
+"""Old name of a key -> its name now, at the top level and in stages."""
+
+
+def base_config() -> ConfigDict:
+  """Returns every key there is, with the default most papers share.
+
+  A stage is a set of overrides of the top level, from `loss` to `surgeries`.
+  """
+  config = ConfigDict(
+    {
+      'name': '',
+      'recipe': '',
+      'seed': 0,  # initialisation, order and augmentation
+      'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
+      'init': '',  # weights the trunk begins with: OWNER/MODEL or FILE.safetensors
+      'data': {
+        'source': 'digits',
+        'dir': '',  # of TFDS; its own default if empty
+        'seed': 0,  # splits and subset, the same in all runs of a table
+        'subset': 'seeded',  # 'stored': the first images of each class
+        'known_classes': 0,  # classes from this one on are open; 0: all are known
+        'profile': 'original',
+        'n_max': 0,
+        'imbalance': 1.0,
+        'test_per_class': 0,  # 0: the source has a test split
+        'val_per_class': 0,
+        'meta_per_class': 0,
+        'meta_in_train': False,  # True: the meta images are trained on too
+        'open_val_per_class': 0,
+        'open_test_per_class': 0,
+        'many_shot': 100,
+        'few_shot': 20,
+        'mean': (0.0,),
+        'std': (1.0,),
+        'pad': 0,  # pixels, for the random crop
+        'pad_mode': 'zero',
+        'flip': False,
+        'jitter': 0.0,  # of brightness, contrast and saturation
+        'test_split': 'test',
+        'meta_split': 'train',  # 'val': meta images are taken from those for validation
+        'fake': {  # what source=fake generates
+          'classes': 10,
+          'train': 1000,
+          'largest': 100,
+          'smallest': 100,
+          'val': 0,
+          'test': 100,
+          'open': 0,
+          'image_size': 8,  # 0: photographs of many sizes
+        },
+        'image_size': 0,  # of random crops, where images have many sizes
+        'resize': 0,  # short side before the central crop in evaluation
+        'on_bad_image': 'raise',  # 'skip': another image of its class stands in
+        'workers': 0,  # processes that decode images; -1: one a core, 0: threads
+      },
+      'batch': 128,
+      'meta_batch': 0,  # images a step of the meta set; 0: no such stream
+      'meta_every': 1,  # steps from one meta batch to the next
+      'train_split': 'train',  # 'meta' trains on the balanced set itself
+      'stream': {'name': 'images'},
+      'shot_groups': (),  # whose classes are learned; none: all classes are
+      'save_outputs': (),  # of all training images, for later stages
+      'eval_batch': 512,
+      'epochs': 200.0,
+      'log_every_steps': 50,
+      'save_every_epochs': 10.0,
+      'evaluate_every_epochs': 10.0,
+      'keep_checkpoints': 3,
+      'method': {'name': 'supervised', 'accumulate': 1},
+      'model': {
+        'trunk': 'resnet32',
+        'trunk_options': {},
+        'attention': False,
+        'projection': 0,  # size of a linear layer and ReLU; -1: as many as before
+        'head': 'linear',
+        'head_options': {},
+        'dtype': 'float32',
+        'batch_norm': 'global',  # 'per_device', 'frozen', or the size of a ghost batch
+      },
+      'loss': {'name': 'cross_entropy'},
+      'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
+      'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
+      'reduction': 'mean',
+      'sampler': {'name': 'instance', 'start_epoch': 0.0},  # instance sampling before
+      'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 2e-4),)},
+      'schedule': {'name': 'constant', 'base': 0.1},
+      'wrappers': {},
+      'surgeries': (),
+      'select': 'last',  # or 'val/accuracy': the best State by a metric on val
+      'stages': {'train': {}},
+      'stage_order': ('train',),
+    }
+  )
+  # Where deferred recipes switch; Cao et al.: at 160 of 200.
+  config.defer_epoch = config.get_ref('epochs') * 0.8
+  return config
+
+
+def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:
+  """Parses the argument of a configuration file: 'ldam_drw,imbalance=50'.
+
+  Args:
+    arg: what follows the colon: a recipe, options, or both; None for all defaults.
+    recipe: the default recipe.
+    **defaults: the options, which give the types.
+
+  Returns:
+    (recipe, options).
+
+  Raises:
+    UserError: an unknown option, or a value of another type.
+  """
+  options = dict(defaults)
+  for part in filter(None, (arg or '').split(',')):
+    name, equals, text = part.partition('=')
+    if not equals:
+      recipe = name
+    elif name not in defaults:
+      raise UserError(f'unknown option {name!r} of the config{suggest(name, defaults)}')
+    else:
+      kind = type(defaults[name])
+      try:
+        options[name] = kind(text)
+      except ValueError:
+        raise UserError(
+          f'option {name}={text!r} of the config is no {kind.__name__}'
+        ) from None
+  return recipe, ConfigDict(options)
+
+
+def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Sets keys of a config, dicts key by key.
+
+  What replaces the value before it whole: a dict with a 'name', whose other keys are
+  that name's options, and a `ConfigDict`.
+  """
+  for key, value in overrides.items():
+    old = config.get(key)
+    if isinstance(value, dict) and 'name' not in value and old:
+      apply(old, value)
+    else:
+      config[key] = ConfigDict(value) if isinstance(value, dict) else value
+  return config
+
+
+class _Following(FieldReference):
+  """The value of a key of the top level, until it is set itself."""
+
+  def __init__(self, followed: FieldReference):
+    super().__init__(followed)
+    self.is_set = False
+
+  def set(self, value: Any, type_safe: bool = True) -> None:
+    """Sets the value, and stops following."""
+    super().set(value, type_safe)
+    self.is_set = True
+
+
+def open_stages(config: ConfigDict) -> ConfigDict:
+  """Lets every key of every stage be set; until then it follows the top level."""
+
+  def follow(stage: ConfigDict, base: ConfigDict, keys: Iterable[str]) -> None:
+    for key in keys:
+      nested = isinstance(base[key], ConfigDict)
+      if key not in stage and nested:
+        if base[key]:  # in an empty one there is no key to set
+          stage[key] = {}
+          follow(stage[key], base[key], base[key])
+      elif key not in stage:
+        stage[key] = _Following(base.get_ref(key))
+      elif nested and 'name' not in stage[key]:
+        follow(stage[key], base[key], base[key])
+
+  for name in set(config.stages) - set(config.stage_order):
+    del config.stages[name]  # of the base, and not this recipe's
+  for stage in config.stages.values():
+    follow(stage, config, STAGE_KEYS)
+  return config
+
+
+def set_keys(stage: ConfigDict) -> Overrides:
+  """Returns what a stage sets, without what only follows the top level."""
+  found = {}
+  for key in stage:
+    value = stage[key]
+    if isinstance(value, ConfigDict):
+      inside = set_keys(value)
+      if inside or not value:
+        found[key] = value.to_dict() if 'name' in inside else inside
+    elif getattr(stage.get_ref(key), 'is_set', True):
+      found[key] = value
+  return found
+
+
+def stage_config(config: Config, name: str) -> dict[str, Any]:
+  """Returns the configuration of a stage: the top level, overridden."""
+
+  def merge(base: Config, over: Config) -> dict[str, Any]:
+    merged = dict(base)
+    for key in over:  # what is called otherwise has not the options of another
+      if f'{key}_options' in base and over[key] != base[key]:
+        merged[f'{key}_options'] = {}
+    for key, value in over.items():
+      both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+      nested = both and 'name' not in value
+      merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+  stage = lookup(config['stages'], 'stage', name)
+  for key in stage:
+    if key not in STAGE_KEYS:
+      near = suggest(key, STAGE_KEYS)
+      raise UserError(f'stage {name!r} sets {key!r}, which a stage cannot{near}')
+  return merge(config, stage)
+
+
+def resolve(config: Any) -> dict[str, Any]:
+  """Returns a `ConfigDict` as plain data, just as config.json gives it back.
+
+  Raises:
+    UserError: a number is not finite.
+  """
+  plain = config.to_dict()
+  plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}
+  plain = json.loads(json.dumps(plain))
+  for key, value in flatten(plain).items():
+    try:
+      json.dumps(value, allow_nan=False)
+    except ValueError:
+      raise UserError(f'config.{key} is {value!r}; it must be finite') from None
+  return plain
+
+
+def upgraded(config: Config) -> dict[str, Any]:
+  """Returns the config of an older run under the keys of today."""
+
+  def renamed(keys: Any) -> Any:
+    if not isinstance(keys, Mapping):  # damaged, which whoever reads it will say
+      return keys
+    return {RENAMED.get(key, key): value for key, value in keys.items()}
+
+  found = renamed(config)
+  if isinstance(found.get('stages'), Mapping):
+    found['stages'] = {name: renamed(s) for name, s in found['stages'].items()}
+  return found
+
+
+def trained_by(config: Config) -> dict[str, Any]:
+  """Returns the config keys that affect training: 'data.source' -> value."""
+  return {k: value for k, value in flatten(config).items() if k not in MAY_CHANGE}
+
+
+def config_digest(config: Config) -> str:
+  """Returns 12 hexadecimal digits over the keys that affect training, bar the seed."""
+  rest = {key: value for key, value in trained_by(config).items() if key != 'seed'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,27 @@
+"""Recipes: what is learned, by name, on top of a data set and a protocol."""
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import apply
+from lt_jax.errors import lookup
+from lt_jax.recipes import decoupled, losses, meta, open_world
+from lt_jax.recipes.parts import Recipe
+
+RECIPES: dict[str, Recipe] = (
+  losses.RECIPES | meta.RECIPES | open_world.RECIPES | decoupled.RECIPES
+)
+
+
+def find(name: str) -> Recipe:
+  """Returns a recipe by its name.
+
+  Raises:
+    UserError: there is none of this name.
+  """
+  return lookup(RECIPES, 'method', name)
+
+
+def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
+  """Applies a recipe by its name and returns the config."""
+  config.recipe = name
+  return apply(config, find(name).overrides(config))

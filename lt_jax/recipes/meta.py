@@ -1,0 +1,106 @@
+"""Recipes that learn example weights from a balanced meta set, and their controls."""
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes.parts import Recipe, effective, margin
+
+META = {
+  'route': 'jvp',
+  'virtual': 'sgd',
+  'meta_layers': 'all',
+  'low_memory': False,
+}
+"""Options of every method that learns weights."""
+
+
+def _l2rw(config: ConfigDict) -> Overrides:
+  return {'method': {'name': 'l2rw', **META}, 'meta_batch': config.batch}
+
+
+def _mwn(config: ConfigDict) -> Overrides:
+  """Meta-Weight-Net, with the optimiser of the authors' class-imbalance code."""
+  method = {
+    'name': 'meta_weight_net',
+    'normalise': True,
+    'detach': False,
+    'hidden': 100,
+    'weight_learning_rate': 1e-5,
+    'weight_optimizer': {
+      'name': 'sgd',
+      'momentum': 0.9,
+      'nesterov': True,
+      'weight_decay': (('.*', 5e-4),),
+    },
+    **META,
+  }
+  return {'method': method, 'meta_batch': config.batch}
+
+
+def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
+  """Training without weights up to `defer_epoch`; then the same run, changed."""
+  goes_on = (
+    ('copy', {'pattern': '.*', 'stage': 'pretrain'}),
+    ('carry', {'fields': ('opt', 'step'), 'stage': 'pretrain'}),
+  )
+  return {
+    'stages': {
+      # Its last State, as the clock goes on from there.
+      'pretrain': {'epochs': config.get_ref('defer_epoch'), 'select': 'last'},
+      'meta': {'class_weights': effective(), 'surgeries': goes_on, **second},
+    },
+    'stage_order': ('pretrain', 'meta'),
+  }
+
+
+def _jamal(config: ConfigDict) -> Overrides:
+  """Meta class-weights (Jamal et al.): pre-training, then learned weights."""
+  method = {
+    'name': 'meta_reweight',
+    'eps_lr': 0.01,
+    'eps_scale': 'absolute',
+    'form': 'additive',
+    **META,
+  }
+  second = {'method': method, 'meta_batch': config.batch}
+  return _two_stages(config, second)
+
+
+def _finetune(config: ConfigDict) -> Overrides:
+  """Cross-entropy, then a short training on the balanced meta set alone."""
+  rate = config.schedule.get_ref('base') * 0.01
+  second = {
+    'train_split': 'meta',
+    'epochs': 100.0,
+    'schedule': {'name': 'constant', 'base': rate},
+    'surgeries': (('copy', {'pattern': '.*', 'stage': 'train'}),),
+  }
+  return {
+    'stages': {'train': {}, 'finetune': second},
+    'stage_order': ('train', 'finetune'),
+  }
+
+
+RECIPES: dict[str, Recipe] = {
+  'l2rw': Recipe(_l2rw, paper='ren', needs=('meta',)),
+  'mwn': Recipe(_mwn, paper='shu', needs=('meta',)),
+  'meta_ce': Recipe(_jamal, paper='jamal', needs=('meta',)),
+  'meta_focal': Recipe(
+    lambda config: {
+      'loss': {'name': 'softmax_focal', 'gamma': 1.0},
+      **_jamal(config),
+    },
+    paper='jamal',
+    needs=('meta',),
+  ),
+  'meta_ldam': Recipe(
+    lambda config: margin('ldam') | _jamal(config), paper='jamal', needs=('meta',)
+  ),
+  'meta_ce_control': Recipe(
+    lambda config: _two_stages(config, {}), paper='jamal', needs=('meta',)
+  ),
+  'cb_finetune': Recipe(_finetune, paper='jamal', needs=('meta',)),
+  'ce_plus_meta': Recipe(
+    lambda config: {'data': {'meta_in_train': True}}, paper='jamal', needs=('meta',)
+  ),
+}

@@ -1,0 +1,207 @@
+"""How figures are drawn: style, axes, and SVG that fits a light and a dark page.
+
+A figure is a function of runs that returns what Matplotlib draws and the caption, or
+raises `Missing`. Nothing is painted behind it, and its text and axes have the colour of
+the text around it.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from lt_jax.report.runs import Missing, Run, printable
+
+Drawn = tuple[Figure, str]
+
+
+INK = '#010203'
+"""Stands for the colour of the page's text until `svg` replaces it."""
+
+
+COLOURS = {'many': '#3b82c4', 'medium': '#2f9e6e', 'few': '#dd7a21', 'all': '#8a8a8a'}
+
+
+CYCLE = ('#3b82c4', '#dd7a21', '#2f9e6e', '#a06cc4', '#c9a227', '#8a8a8a')
+
+
+STYLE = {
+  'svg.hashsalt': 'lt_jax',  # the same file from the same numbers
+  'svg.fonttype': 'none',
+  'font.family': 'sans-serif',
+  'font.sans-serif': ['DejaVu Sans'],
+  'font.size': 9,
+  'text.parse_math': False,  # a class may be called $
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.prop_cycle': matplotlib.cycler(color=CYCLE),
+  'axes.titlesize': 9,
+  'grid.color': '#8a8a8a',
+  'grid.alpha': 0.3,
+  'grid.linewidth': 0.5,
+  'lines.linewidth': 1.2,
+  'legend.frameon': False,
+  'figure.facecolor': 'none',
+  'axes.facecolor': 'none',
+} | dict.fromkeys(
+  ('text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color'), INK
+)
+
+
+def plot(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), **kind):
+  """Returns a figure and its axes, with a grid."""
+  figure = Figure(figsize=size, layout='constrained')
+  axes = figure.subplots(rows, columns, **kind)
+  for one in np.atleast_1d(axes).flat:
+    one.grid()
+    one.set_axisbelow(True)
+  return figure, axes
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+  """Puts a legend above the axes."""
+  figure.legend(
+    *axes.get_legend_handles_labels(),
+    loc='outside upper left',
+    ncols=4,
+    columnspacing=1.2,
+    handletextpad=0.5,
+  )
+
+
+def log_counts(axes: Axes) -> None:
+  """Makes an axis of training images logarithmic, with plain numbers."""
+  axes.set(xscale='log', xlabel='training images of the class')
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter('{x:g}')
+  axes.xaxis.set_minor_formatter('')
+
+
+def mean_and_deviation(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns mean and standard deviation over runs; no deviation of one."""
+  found = np.array(values, np.float64)
+  return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
+
+
+def thinned(positions: np.ndarray, most: int) -> np.ndarray:
+  """Returns at most some positions, evenly taken."""
+  last = len(positions) - 1
+  return positions[np.unique(np.linspace(0, last, most).round().astype(int))]
+
+
+def seeds(runs: Sequence[Run]) -> str:
+  """Returns what a caption says of several seeds."""
+  count = len(runs)
+  return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
+
+
+def shortened(name: str) -> str:
+  """Returns a name that fits beside an axis."""
+  return name if len(name) <= 14 else f'{name[:13]}…'
+
+
+def finished(runs: Sequence[Run]) -> list[Run]:
+  """Returns the runs with a result."""
+  found = [run for run in runs if run.result]
+  if not found:
+    raise Missing('result.json is missing')
+  return found
+
+
+OTHER_CONTENTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What comes of files that hold something else."""
+
+
+class Figured(NamedTuple):
+  """A figure for a page.
+
+  Attributes:
+    name: of the figure.
+    caption: what it shows.
+    svg: the drawing; '' if there is none, and the caption says why.
+  """
+
+  name: str
+  caption: str
+  svg: str
+
+
+def draw(
+  name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
+) -> Figured:
+  """Draws a figure; without what it is made of, says what that is."""
+  title = name.replace('_', ' ')
+  try:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
+      drawn, caption = figure(shown)
+      return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
+  except Missing as missing:
+    return Figured(name, f'No figure of {title}: {missing}.', '')
+  except OTHER_CONTENTS as error:
+    told = f'its files hold something else ({type(error).__name__}: {error})'
+    return Figured(name, f'No figure of {title}: {printable(told)}.', '')
+
+
+NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}
+
+
+REFERENCE = re.compile(r'url\(#(.+?)\)')
+
+
+def svg(figure: Figure, prefix: str, label: str) -> str:
+  """Returns a figure as an <svg> element whose ids begin with a prefix.
+
+  Args:
+    figure: what Matplotlib draws.
+    prefix: unique on the page.
+    label: what a screen reader says.
+  """
+  buffer = io.BytesIO()
+  # What savefig does besides is to draw everything a second time.
+  FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
+  root = ElementTree.fromstring(buffer.getvalue())
+  space = f'{{{NAMESPACES[""]}}}'
+  for parent in list(root.iter()):
+    for child in list(parent):
+      if child.tag in (f'{space}metadata', f'{space}style'):
+        parent.remove(child)
+  href = f'{{{NAMESPACES["xlink"]}}}href'
+  used = set()
+  for element in root.iter():
+    for key, value in element.attrib.items():
+      used |= set(REFERENCE.findall(value))
+      used |= {value[1:]} if key == href else set()
+  for element in root.iter():
+    for key, value in list(element.attrib.items()):
+      if key == 'id' and value not in used:
+        del element.attrib[key]
+      elif key == 'id':
+        element.set(key, f'{prefix}-{value}')
+      elif key == href:
+        element.set(key, f'#{prefix}-{value[1:]}')
+      else:
+        value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
+        element.set(key, value.replace(INK, 'currentColor'))
+  width, height = (float(number) for number in root.get('viewBox').split()[2:])
+  root.attrib.update(
+    {
+      'width': f'{width * 4 / 3:.0f}',  # of points, in pixels
+      'height': f'{height * 4 / 3:.0f}',
+      'role': 'img',
+      'aria-label': label,
+      'stroke-linejoin': 'round',
+    }
+  )
+  for key, uri in NAMESPACES.items():
+    ElementTree.register_namespace(key, uri)
+  return ElementTree.tostring(root, encoding='unicode')
