@@ -60,7 +60,7 @@ def all_seeds(options):
 def write_pool(options, path):
   """Writes what ours trains on and is tested on as .npz, for PyTorch."""
   (config,) = configs(options, 1)
-  splits = build.build(config, devices=1).dataset.splits
+  splits = build.build(config, devices=1).dataset.every
   arrays = {}
   for name in ('train', 'test'):
     split = splits[name]

@@ -51,7 +51,9 @@ def make_method(options, net):
   loss = make_loss('cross_entropy', counts=np.ones(10))
   if options is None:
     return supervised(net, optimizer, loss, reduction=REDUCTIONS['mean'], **shared)
-  return meta.meta_reweight(net, optimizer, loss, meta_batch=BATCH, **shared, **options)
+  return meta.meta_reweight(
+    net, optimizer, loss, streams=('train', 'meta'), **shared, **options
+  )
 
 
 class Side:

@@ -22,14 +22,18 @@ from lt_jax.files import flatten
 Config = Mapping[str, Any]
 Overrides = dict[str, Any]
 
+SOURCE, TARGET, OPEN = 'source', 'target', 'open'
+"""Roles of domains; `data` itself is the domain 'source' where no other is named."""
+
+CLOCK = 'train'
+"""The stream whose epochs are those of a stage."""
+
 
 STAGE_KEYS = (
+  'domain',
   'batch',
-  'meta_batch',
-  'meta_every',
-  'train_split',
+  'streams',
   'shot_groups',
-  'stream',
   'save_outputs',
   'epochs',
   'log_every_steps',
@@ -39,6 +43,8 @@ STAGE_KEYS = (
   'model',
   'loss',
   'penalty',
+  'alignment',
+  'players',
   'class_weights',
   'reduction',
   'sampler',
@@ -66,6 +72,30 @@ MAY_CHANGE = frozenset(
 RENAMED = {'leaves': 'save_outputs', 'classes': 'shot_groups'}
 """Old name of a key -> its name now, at the top level and in stages."""
 
+ADDED = (
+  'domains',
+  'sources',
+  'target',
+  'open_domains',
+  'domain',
+  'alignment',
+  'players',
+)
+"""Keys that older runs lack."""
+
+TAIL = (
+  'known_classes',
+  'profile',
+  'n_max',
+  'imbalance',
+  'val_per_class',
+  'meta_per_class',
+  'meta_in_train',
+  'open_val_per_class',
+  'open_test_per_class',
+)
+"""Keys of `data` that draw the tail and what is cut off; a domain does not inherit."""
+
 
 def base_config() -> ConfigDict:
   """Returns every key there is, with the default most papers share.
@@ -81,6 +111,8 @@ def base_config() -> ConfigDict:
       'init': '',  # weights the trunk begins with: OWNER/MODEL or FILE.safetensors
       'data': {
         'source': 'digits',
+        'size': 0,  # side that images in memory are brought to; 0: their own
+        'channels': 0,  # likewise
         'dir': '',  # of TFDS; its own default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
@@ -119,11 +151,13 @@ def base_config() -> ConfigDict:
         'on_bad_image': 'raise',  # 'skip': another image of its class stands in
         'workers': 0,  # processes that decode images; -1: one a core, 0: threads
       },
+      'domains': {},  # name -> what differs from `data`
+      'sources': (),  # domains that are labelled; none: `data` itself
+      'target': (),  # domains that are adapted to; several are one compound target
+      'open_domains': (),  # domains never seen in training, tested on
+      'domain': 'source',  # whose classes a stage learns
       'batch': 128,
-      'meta_batch': 0,  # images a step of the meta set; 0: no such stream
-      'meta_every': 1,  # steps from one meta batch to the next
-      'train_split': 'train',  # 'meta' trains on the balanced set itself
-      'stream': {'name': 'images'},
+      'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
       'save_outputs': (),  # of all training images, for later stages
       'eval_batch': 512,
@@ -145,6 +179,8 @@ def base_config() -> ConfigDict:
       },
       'loss': {'name': 'cross_entropy'},
       'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
+      'alignment': {'name': 'none', 'align_on': ('features',), 'weight': 0.0},
+      'players': {},  # networks beside the main one: network, optimizer, schedule
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',
       'sampler': {'name': 'instance', 'start_epoch': 0.0},  # instance sampling before
@@ -280,6 +316,19 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
   return merge(config, stage)
 
 
+def domain_data(config: Config, name: str) -> dict[str, Any]:
+  """Returns the `data` of a domain: that of the config, overridden; not its tail."""
+  if name == SOURCE:
+    return dict(config['data'])
+  plain = base_config().data.to_dict()
+  own = lookup(config['domains'], 'domain', name)
+  for key in own:
+    if key not in plain:
+      near = suggest(key, plain)
+      raise UserError(f'domains.{name} sets {key!r}, which is no key of data{near}')
+  return {**config['data'], **{key: plain[key] for key in TAIL}, **own}
+
+
 def resolve(config: Any) -> dict[str, Any]:
   """Returns a `ConfigDict` as plain data, just as config.json gives it back.
 
@@ -298,17 +347,43 @@ def resolve(config: Any) -> dict[str, Any]:
 
 
 def upgraded(config: Config) -> dict[str, Any]:
-  """Returns the config of an older run under the keys of today."""
+  """Returns the config of an older run under the keys of today.
 
-  def renamed(keys: Any) -> Any:
-    if not isinstance(keys, Mapping):  # damaged, which whoever reads it will say
-      return keys
-    return {RENAMED.get(key, key): value for key, value in keys.items()}
-
-  found = renamed(config)
-  if isinstance(found.get('stages'), Mapping):
-    found['stages'] = {name: renamed(s) for name, s in found['stages'].items()}
+  Keys that it lacks have their defaults, which are what was done before there were
+  such keys. What is damaged stays as it is, for whoever reads it to say so.
+  """
+  found = _renamed(config)
+  if not isinstance(found.get('stages'), Mapping):
+    return found
+  found['stages'] = {name: _renamed(stage) for name, stage in found['stages'].items()}
+  base = base_config().to_dict()
+  row = {'train': base['streams']['train']} | found.get('streams', {})
+  added = {key: json.loads(json.dumps(base[key])) for key in ADDED}
+  found = added | found | {'streams': row}
+  if isinstance(found.get('data'), Mapping):
+    found['data'] = base['data'] | found['data']
   return found
+
+
+def _renamed(keys: Any) -> Any:
+  """Returns a config, or a stage of one, with the keys of today."""
+  if not isinstance(keys, Mapping):
+    return keys
+  found = {RENAMED.get(key, key): value for key, value in keys.items()}
+  train, meta = {}, {}
+  if 'train_split' in found:
+    train['split'] = found.pop('train_split')
+  if found.get('stream', {}).get('name', 'images') != 'images':
+    train = found['stream']
+  found.pop('stream', None)
+  if 'meta_every' in found:
+    meta['every'] = found.pop('meta_every')
+  if batch := found.pop('meta_batch', 0):
+    meta = {'split': 'meta', 'batch': batch, 'every': 1} | meta
+  elif meta == {'every': 1}:
+    meta = {}
+  rows = {name: row for name, row in (('train', train), ('meta', meta)) if row}
+  return found | ({'streams': rows} if rows else {})
 
 
 def trained_by(config: Config) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def evaluate(
   config = trained.read_config(workdir)
   experiment = build.build({**config, 'device': 'any'})
   before = files.read_json(workdir / 'data.json')['fingerprint']
-  if before != experiment.dataset.fingerprint:
+  if before != experiment.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   name = stage_name or config['stage_order'][-1]
   if name not in experiment.stages:

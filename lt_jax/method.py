@@ -16,7 +16,7 @@ to go on is in `State`; everything that is constant is closed over.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -114,6 +114,20 @@ def forward(
     mutable=['batch_stats'] if train else [],
   )
   return outputs, updated.get('batch_stats', stats) if train else stats
+
+
+def check_streams(streams: Collection[str], *needed: str) -> None:
+  """Refuses streams other than those that a method reads beside 'train'.
+
+  Raises:
+    UserError: one is missing, or is not read.
+  """
+  for name in needed:
+    if name not in streams:
+      raise UserError(f'the method reads a stream {name!r}: set streams.{name}')
+  for name in streams:
+    if name not in ('train', *needed):
+      raise UserError(f'the method does not read the stream {name!r}')
 
 
 def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:

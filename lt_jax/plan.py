@@ -246,10 +246,17 @@ def build_stages(config: Config, mesh: Mesh) -> dict[str, build.Stage]:
     UserError: something in the configuration is wrong, or the devices do not divide a
       batch.
   """
-  data = dict(config['data'])
-  if data['source'] != 'digits':  # which are at hand
-    data['source'] = 'fake'
-  return build.build({**config, 'device': 'any', 'data': data}, mesh=mesh).stages
+
+  def generated(data: Config) -> Config:
+    kept = data.get('source', 'digits').startswith('digits')  # which are at hand
+    return data if kept else {**data, 'source': 'fake'}
+
+  made = {
+    'device': 'any',
+    'data': generated(config['data']),
+    'domains': {name: generated(data) for name, data in config['domains'].items()},
+  }
+  return build.build({**config, **made}, mesh=mesh).stages
 
 
 class Step(NamedTuple):
@@ -381,8 +388,8 @@ def predict(
 
 def _images(stage: build.Stage) -> int:
   """Returns the images of a step, those of a meta batch too."""
-  leaves = (s.payload_shapes()['label'] for s in stage.streams.values())
-  return sum(leaf.shape[0] for leaf in leaves)
+  payloads = [stream.payload_shapes() for stream in stage.streams.values()]
+  return sum(p.get('index', p.get('label')).shape[0] for p in payloads)
 
 
 def _listed(found: Iterable[Collective]) -> Rows:

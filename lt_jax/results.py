@@ -73,18 +73,18 @@ def evaluate(
   Raises:
     Preempted: `stop()` turned true on the way.
   """
-  classes = len(experiment.dataset.class_names)
-  all_logits = experiment.passes['test'].examples * classes <= MOST_LOGITS
+  classes = len(stage.dataset.class_names)
+  all_logits = stage.passes['test'].examples * classes <= MOST_LOGITS
   keep_all = collector(stage.method.predict, _keep(all_logits), experiment.mesh)
   keep_record = collector(stage.method.predict, record, experiment.mesh)
   records = {
     name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
-    for name, one_pass in experiment.passes.items()
+    for name, one_pass in stage.passes.items()
   }
   if None in records.values():
     raise Preempted
   metrics = {
-    name: split_metrics(records[name], experiment)
+    name: split_metrics(records[name], stage)
     for name in ('val', 'test')
     if name in records
   }
@@ -105,21 +105,21 @@ def evaluate(
     metrics[place] = metrics.get(place, {}) | open_set.open_set(
       *joined,
       thresholds[score]['value'],
-      num_classes=len(experiment.dataset.class_names),
-      groups=experiment.groups,
+      num_classes=len(stage.dataset.class_names),
+      groups=stage.groups,
       fixed=open_set.FIXED_THRESHOLD if score == probability else None,
     )
   return Evaluated(metrics, thresholds['known_score'], curves, records)
 
 
-def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
+def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
   """Returns closed-set accuracies, mean loss and ECE of a split of known images."""
   label, prediction = records['label'], records['prediction']
   found = closed_set(
     label,
     prediction,
-    num_classes=len(experiment.dataset.class_names),
-    groups=experiment.groups,
+    num_classes=len(stage.dataset.class_names),
+    groups=stage.groups,
   )
   del found['confusion']  # predictions.npz has what it is made of
   calibrated = calibration(records['confidence'], prediction == label)
@@ -270,7 +270,7 @@ def _write_arrays(
   )
 
   worst = worst_tail_errors(test, experiment.dataset.counts, experiment.groups['few'])
-  split = experiment.dataset.splits['test']
+  split = experiment.dataset.tests['test']
   write_npz(
     workdir / 'samples.npz',
     image=np.stack([split.image(row) for row in split.rows[worst]])

@@ -228,7 +228,7 @@ def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experimen
 
   So its programs are the same objects, and none of them is compiled again.
   """
-  own = build(config, replicas=replicas, dataset=experiment.dataset)
+  own = build(config, replicas=replicas, datasets=experiment.domains)
 
   def stage(name: str) -> Stage:
     shared = experiment.stages[name]
@@ -353,8 +353,8 @@ def _check_shared(workdir: epath.Path) -> None:
 
 def _check_peers(experiment: Experiment) -> None:
   """Refuses to run beside a process that has another configuration or other data."""
-  config, data = experiment.config, experiment.dataset
-  ours = [config_digest(config), data.fingerprint[:12], config['seed']]
+  config = experiment.config
+  ours = [config_digest(config), experiment.fingerprint[:12], config['seed']]
   if any_process(agreed(ours) != ours):
     raise UserError(
       'the processes of this run have not all the same configuration, data and seed: '
@@ -386,7 +386,7 @@ def check_config(config: Config, workdir: epath.Path) -> None:
 
 def check_data(experiment: Experiment, workdir: epath.Path) -> None:
   """Refuses data other than those the run was begun with."""
-  path, now = workdir / 'data.json', experiment.dataset.fingerprint
+  path, now = workdir / 'data.json', experiment.fingerprint
   before = files.read_json(path)['fingerprint'] if path.exists() else now
   if before != now:
     raise UserError(
@@ -405,15 +405,15 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
     'class_names': list(dataset.class_names),
     'counts': {
       name: [int((split.labels == c).sum()) for c in range(classes)]
-      for name, split in dataset.splits.items()
+      for name, split in dataset.every.items()
       if not name.startswith('open')
     },
     'open_images': {
       name: len(split.labels)
-      for name, split in dataset.splits.items()
+      for name, split in dataset.every.items()
       if name.startswith('open')
     },
-    'fingerprint': dataset.fingerprint,
+    'fingerprint': experiment.fingerprint,
     'image_shape': list(dataset.image_shape),
     'preprocessing': {key: data[key] for key in keys},
   }
@@ -434,7 +434,7 @@ def _banner(
   if len(seeds) > 1:
     idle_note = f' ({idle} idle: too few seeds, or eval_batch)' if idle else ''
     a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
-  sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.splits.items())
+  sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.every.items())
   kind = jax.devices()[0].device_kind
   imbalance = counts.max() / max(counts.min(), 1)
   screen.table(

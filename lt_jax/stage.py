@@ -14,7 +14,7 @@ from etils import epath
 from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.checks import SELECTABLE
-from lt_jax.config import config_digest, stage_config
+from lt_jax.config import config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
@@ -77,7 +77,6 @@ class StageRunner:
       for row in events_before
       if row['event'] == 'bad_image'
     }
-    self._train_split = stage_config(experiment.config, stage.name)['train_split']
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
@@ -244,8 +243,7 @@ class StageRunner:
       del batch
       return {name: outputs[name] for name in names}
 
-    survey = self._experiment.survey(self.stage.method.predict)
-    found = survey.collect(state, 'train', keep)
+    found = self.stage.survey.collect(state, 'train', keep)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
     wait_for_all(f'{path} is written')
@@ -299,8 +297,7 @@ class StageRunner:
     for stream, new in self._new_bad.items():
       if self.stage.streams[stream].workers is None:
         continue
-      name = self._train_split if stream == 'train' else 'meta'
-      split = self._experiment.dataset.splits[name]
+      name, split = self.stage.trained_on[stream]
       found = of_any_process(sorted(new))
       new.difference_update(found)
       for bad in {(name, split.source.where(row)) for row in found} - self._bad:
@@ -329,12 +326,12 @@ class StageRunner:
     """Evaluates closed-set accuracy on validation and test data, and selects."""
     rows = {}
     for split in ('val', 'test'):
-      if split in self._experiment.passes:
-        one_pass = self._experiment.passes[split]
+      if split in self.stage.passes:
+        one_pass = self.stage.passes[split]
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
-        rows[split] = results.split_metrics(records, self._experiment)
+        rows[split] = results.split_metrics(records, self.stage)
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
     told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())

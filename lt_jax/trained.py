@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lt_jax import build, checkpoint, files, sharding
 from lt_jax.build import Config, Experiment, Stage
-from lt_jax.config import base_config, resolve, upgraded
+from lt_jax.config import SOURCE, base_config, resolve, upgraded
 from lt_jax.data import augment
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
@@ -170,7 +170,7 @@ def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experime
       the run's evaluation.
   """
   here = {'device': 'any', 'eval_batch': batch or config['eval_batch']}
-  return build.build({**config, **here}, dataset=_shapes_of(facts))
+  return build.build({**config, **here}, datasets={SOURCE: _shapes_of(facts)})
 
 
 def _shapes_of(facts: Facts) -> Dataset:
@@ -183,7 +183,8 @@ def _shapes_of(facts: Facts) -> Dataset:
     return Split(None, np.arange(len(labels)), labels, {'image': images})
 
   return Dataset(
-    splits={name: split(counts) for name, counts in facts['counts'].items()},
+    splits={n: split(counts) for n, counts in facts['counts'].items() if n != 'test'},
+    tests={'test': split(facts['counts']['test'])},
     counts=np.asarray(facts['counts']['train']),
     class_names=tuple(facts['class_names']),
     image_shape=shape,

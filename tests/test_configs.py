@@ -20,7 +20,7 @@ from configs import (
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
-from lt_jax.config import base_config, resolve, stage_config, upgraded
+from lt_jax.config import ADDED, base_config, resolve, stage_config, upgraded
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
@@ -532,7 +532,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'keep_checkpoints': -1}, 'keep_checkpoints is -1'),
     ({'seed': -1}, 'seed is -1'),
     ({'method.accumulate': 0}, 'method.accumulate is 0'),
-    ({'meta_batch': 8}, "'supervised' does not use meta_batch: set it to 0, or only"),
+    ({'streams.meta': {'split': 'meta'}}, "does not read the stream 'meta'"),
     ({'data.test_per_class': -5}, 'data.test_per_class is -5'),
     ({'data.pad': -1}, 'data.pad is -1'),
     ({'data.mean': [0.5, 0.5]}, 'must be 1 or 1 numbers'),
@@ -564,7 +564,7 @@ def test_batch_statistics_by_name(monkeypatch, kind, groups):
     build, 'make_classifier', lambda *args, **options: seen.update(options)
   )
   config = resolve(digits_lt.get_config('ce'))
-  data = dataset.Dataset({}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
+  data = dataset.Dataset({}, {}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
   mesh = sharding.make_mesh(8)
   build._network({**config['model'], 'batch_norm': kind}, data, 64, 1, mesh)
   assert seen['batch_norm'] == {'groups': groups, 'frozen': False}
@@ -577,5 +577,18 @@ def test_an_older_config_is_read_under_the_keys_of_today():
     .replace('"save_outputs"', '"leaves"')
     .replace('"shot_groups"', '"classes"')
   )
-  assert older != now
+  for key in ADDED:
+    del older[key]
+  older |= {'streams': {}, 'train_split': 'train', 'meta_batch': 0, 'meta_every': 1}
+  del older['streams']
+  generator = older['stages']['generator']
+  generator['stream'] = generator.pop('streams')['train']
+  assert upgraded(older) == now
+
+
+def test_the_meta_batch_of_an_older_config_is_a_stream():
+  now = resolve(digits_lt.get_config('meta_ce'))
+  older = json.loads(json.dumps(now)) | {'stream': {'name': 'images'}}
+  del older['streams'], older['stages']['meta']['streams']
+  older['stages']['meta']['meta_batch'] = 64
   assert upgraded(older) == now

@@ -56,7 +56,7 @@ def test_the_data_set_builds(examples, no_data):
 def test_the_surgery_measures(examples, npz):
   experiment = build.build(tiny.config(npz, 'ce'))
   method = experiment.stages['train'].method
-  surgery = examples['mean_feature'](survey=experiment.survey(method.predict))
+  surgery = examples['mean_feature'](survey=experiment.last.survey)
   fresh = train.initial_state(
     method, experiment.stages['train'].streams, jax.random.key(0), experiment.mesh
   ).replace(memory={'mean_feature': jnp.zeros(8)})

@@ -99,7 +99,7 @@ def test_an_image_in_training_and_test(config):
   members = arrays()
   members['x_test'][0] = members['x_train'][1]
   found = examine(doctor.Case(config(members)), doctor.duplicates)
-  assert 'images in test and in train: 1, such as' in told(found, 'wrong')
+  assert 'images in train and in test: 1, such as' in told(found, 'wrong')
   assert '(train)' in told(found, 'wrong') and '(test)' in told(found, 'wrong')
 
 

@@ -493,7 +493,7 @@ def test_mistakes_of_the_novel_stage_are_told(rng, state):
 def digits_run(tmp_path_factory):
   """The folder of a short run of all three stages on digits."""
   config = digits_lt.get_config('fslwf,epochs=4')
-  config.stages.generator.stream.per_epoch = 4
+  config.stages.generator.streams.train.per_epoch = 4
   config.log_every_steps = 4
   config.model.trunk_options = {'width': 4}
   workdir = tmp_path_factory.mktemp('fslwf')

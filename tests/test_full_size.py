@@ -48,7 +48,7 @@ def test_inat18_from_records(inat, tmp_path):
 def test_inat18_builds_with_the_recipes_of_its_papers(inat, recipe):
   options = {'data.dir': str(inat), 'data.workers': 0}
   if recipe == 'meta_ce':
-    options['stages.meta.meta_batch'] = 8
+    options['stages.meta.streams.meta.batch'] = 8
   config = small(inat18.get_config(f'{recipe},net=resnet10'), **options)
   experiment = build.build(config)
   counts = experiment.dataset.counts
@@ -59,7 +59,7 @@ def test_inat18_builds_with_the_recipes_of_its_papers(inat, recipe):
   )
   if meta:
     assert len(experiment.dataset.splits['meta'].rows) == meta
-  assert len(experiment.dataset.splits['test'].rows) == 60
+  assert len(experiment.dataset.tests['test'].rows) == 60
 
 
 def test_labels_are_scanned_once(inat, tmp_path):

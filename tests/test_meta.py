@@ -13,7 +13,6 @@ from flax import linen as nn
 
 from configs import digits_lt
 from lt_jax import build, sharding, train
-from lt_jax.build.streams import meta_split
 from lt_jax.errors import UserError
 from lt_jax.losses import make_loss
 from lt_jax.method import State
@@ -588,7 +587,7 @@ def test_a_whole_step_by_hand(kind, optimizer, loss, options):
       Net(),
       player,
       make_loss(loss, counts=COUNTS, **loss_options),
-      meta_batch=META,
+      streams=('train', 'meta'),
       **{**given(name), **how, **options},
     )
     batches = {'train': problem.train, 'meta': problem.meta}
@@ -645,6 +644,12 @@ def test_a_whole_step_by_hand(kind, optimizer, loss, options):
 
 # Whole steps, of the networks of the house.
 
+ROWS = {'train': {'split': 'train'}}
+
+
+def meta_row(batch=8, every=1):
+  return ROWS | {'meta': {'split': 'meta', 'batch': batch, 'every': every}}
+
 
 @pytest.fixture(scope='module')
 def npz(tmp_path_factory):
@@ -665,7 +670,7 @@ def step_of(runner, **options):
     make_loss('cross_entropy', counts=np.ones(4)),
     class_weights=lambda step: jnp.asarray([0.2, 1.0, 1.3, 1.5]),
     eps_lr=1.0,
-    meta_batch=8,
+    streams=('train', 'meta'),
     **options,
   )
   state = method.init(jax.random.key(0), batches)
@@ -742,7 +747,7 @@ def test_eps_lr_of_zero_is_the_control(npz):
 
 
 def test_a_meta_batch_every_other_step(npz):
-  runner = Runner(npz, 'mwn', meta_every=2)
+  runner = Runner(npz, 'mwn', streams=meta_row(every=2))
   state, thetas = runner.init(), []
   for _ in range(4):
     thetas.append(jax.device_get(state.params['weight_net']['weight']['bias']))
@@ -754,7 +759,7 @@ def test_a_meta_batch_every_other_step(npz):
 
 
 def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
-  runner = Runner(npz, 'mwn', meta_every=2)
+  runner = Runner(npz, 'mwn', streams=meta_row(every=2))
   streams, mesh = runner.stage.streams, runner.mesh
   one_by_one, _, _ = runner.run(runner.init(), 4)
   together = train.make_update(runner.stage.method, streams, mesh, 4)
@@ -793,11 +798,11 @@ def broken(logits, labels):
 @pytest.mark.parametrize(
   ('change', 'told'),
   [
-    ({'meta_batch': 0}, 'needs a meta set: set meta_batch'),
-    ({'meta_batch': 9}, 'meta_batch is 9, but the meta set has 8 images'),
-    ({'meta_every': 0}, 'meta_every is 0'),
-    ({'data': {'meta_per_class': 0}}, 'there is no meta set: set data.meta_per_class'),
-    ({'train_split': 'test'}, "unknown split to train on 'test'"),
+    ({'streams': ROWS}, "reads a stream 'meta': set streams.meta"),
+    ({'streams': meta_row(batch=9)}, 'streams.meta.batch is 9, but meta has 8 images'),
+    ({'streams': meta_row(every=0)}, 'streams.meta.every is 0'),
+    ({'data': {'meta_per_class': 0}}, 'there is none: set data.meta_per_class'),
+    ({'streams': {'train': {'split': 'test'}}}, "unknown split to train on 'test'"),
     ({'method': {'meta_layers': 'net/nix'}}, 'matches no parameter; they are such as'),
     ({'method': {'meta_layers': '('}}, r"meta_layers '\('"),
     ({'method': {'route': 'jpv'}}, "did you mean 'jvp'"),
@@ -816,7 +821,7 @@ def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
   monkeypatch.setitem(losses.LOSSES, 'broken', broken)
   config = tiny.config(npz, 'l2rw,epochs=60.0')
   for key, value in change.items():
-    both = isinstance(value, dict) and key != 'loss'
+    both = isinstance(value, dict) and key not in ('loss', 'streams')
     config[key] = {**config[key], **value} if both else value
   with pytest.raises(UserError, match=told) as error:
     run.rehearsed(config, NOWHERE)
@@ -858,15 +863,18 @@ def test_a_class_missing_from_the_meta_set_is_told(npz):
   split = experiment.dataset.splits['meta']
   here = split.labels != 2
   cut = split._replace(rows=split.rows[here], labels=split.labels[here])
-  dataset = experiment.dataset._replace(splits={'meta': cut})
-  with pytest.raises(UserError, match='the meta set has no image of class 2'):
-    meta_split(dataset, 4)
+  dataset = experiment.dataset._replace(
+    splits=experiment.dataset.splits | {'meta': cut}
+  )
+  config = tiny.config(npz, 'l2rw,epochs=60.0')
+  with pytest.raises(UserError, match=r'meta set has no image of class 2 \('):
+    build.build(config, datasets={'source': dataset})
 
 
 def test_the_meta_batch_is_set_without_the_batch():
   config = digits_lt.get_config('mwn')
-  config.meta_batch = 30
-  assert (config.batch, config.meta_batch) == (64, 30)
+  config.streams.meta.batch = 30
+  assert (config.batch, config.streams.meta.batch) == (64, 30)
 
 
 def test_meta_images_can_be_trained_on_too(npz):

@@ -32,7 +32,7 @@ def extreme(tmp_path_factory):
   return tiny.write_npz(tmp_path_factory.mktemp('extreme') / 'tiny.npz', counts)
 
 
-ELSEWHERE = ('recipe', 'stages', 'stage_order', 'sampler', 'surgeries', 'train_split')
+ELSEWHERE = ('recipe', 'stages', 'stage_order', 'sampler', 'surgeries')
 """Keys of a configuration that the compiled step does not depend on."""
 
 PROGRAMS = {}
@@ -50,7 +50,7 @@ class Runner:
     self.mesh = self.experiment.mesh
     self.arrays = {name: s.arrays for name, s in self.stage.streams.items()}
     merged = stage_config(config, self.stage.name)
-    self.split = self.experiment.dataset.splits[merged['train_split']]
+    self.split = self.stage.trained_on['train'][1]
     key = config_digest({k: v for k, v in merged.items() if k not in ELSEWHERE})
     if (key, devices) not in PROGRAMS:
       PROGRAMS[key, devices] = self._program()

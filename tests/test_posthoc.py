@@ -63,7 +63,7 @@ def with_head(state, **head):
 
 def images_of(experiment, split):
   """Returns images as the network sees them, and labels; in NumPy alone."""
-  split = experiment.dataset.splits[split]
+  split = experiment.dataset.every[split]
   images = np.stack([split.source[int(row)] for row in split.rows])
   return (images / 255 - 0.5).astype(np.float32) / 0.5, np.asarray(split.labels)
 

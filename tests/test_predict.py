@@ -40,7 +40,7 @@ def digits(tmp_path_factory):
   log = folder / 'log'
   assert child.run(command, log) == 0, log.read_text()
   workdir = epath.Path(shutil.move(folder / 'run', folder / 'moved'))
-  split = build.build(trained.read_config(workdir)).dataset.splits['test']
+  split = build.build(trained.read_config(workdir)).dataset.tests['test']
   (folder / 'images').mkdir()
   for place, row in enumerate(split.rows):
     image = Image.fromarray(split.image(row)[..., 0])
@@ -70,7 +70,7 @@ def leave(config, workdir, change=lambda state: state):
   )
   files.write_json(workdir / 'config.json', config)
   files.write_json(workdir / 'data.json', run._data_facts(experiment, workdir))
-  return experiment.dataset.splits['test']
+  return experiment.dataset.tests['test']
 
 
 @pytest.fixture(scope='module')

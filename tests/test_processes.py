@@ -196,7 +196,7 @@ def test_later_stages_read_what_another_process_wrote(tmp_path):
   """Features in arrays.npz, class means, a selected State and its manifest."""
   config = 'digits_lt.py:fslwf,epochs=2'
   options = (
-    '--config.stages.generator.stream.novel=4',
+    '--config.stages.generator.streams.train.novel=4',
     '--config.stages.generator.epochs=0.02',
     '--config.evaluate_every_epochs=1',
   )

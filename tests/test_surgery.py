@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import build, sharding
+from lt_jax import build, run, sharding
 from lt_jax.config import config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
@@ -348,3 +348,13 @@ def test_a_class_that_has_no_training_image_is_named(tmp_path, recipe):
   path = tiny.write_npz(tmp_path / 'tiny.npz', (5, 0, 2, 1))
   with pytest.raises(UserError, match='class 1'):
     measured(path, recipe, 1)
+
+
+@pytest.mark.parametrize('name', ['nearest_class_mean', 'class_means'])
+@pytest.mark.parametrize('split', ['test', 'open_test'])
+def test_no_surgery_can_see_a_test_image(npz, name, split):
+  config = tiny.config(npz, 'ncm')
+  copy = config['stages']['ncm']['surgeries'][0]
+  config['stages']['ncm']['surgeries'] = [copy, [name, {'split': split}]]
+  with pytest.raises(UserError, match=f'cannot see the split {split!r}; it can see'):
+    run.rehearsed(config, '/nonexistent')

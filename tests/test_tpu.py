@@ -58,10 +58,12 @@ def compiled(recipe, name='train', **overrides):
   made.model.trunk_options.width = 8
   made.update_from_flattened_dict({**SMALL, **overrides})
   for stage in (made, *made.stages.values()):
-    if stage.get('meta_batch'):
-      stage.meta_batch = 64
+    if 'meta' in stage.get('streams', {}):
+      stage.streams.meta.batch = 64
   if 'generator' in made.stages:
-    made.stages.generator.stream.update(novel=32, queries_novel=64, queries_base=32)
+    made.stages.generator.streams.train.update(
+      novel=32, queries_novel=64, queries_base=32
+    )
   config, mesh = resolve(made), plan.make_mesh(POD)
   stage = plan.build_stages(config, mesh)[name]
   assert stage_config(config, name)['method']['name'] == STAGES[recipe, name]

@@ -46,8 +46,8 @@ def config(path, arg, **overrides):
   made.update(batch=8, eval_batch=8, select='last')
   made.schedule = {'name': 'constant', 'base': 0.05}
   for stage in (made, *made.stages.values()):
-    if stage is made and made.meta_batch or stage.meta_batch != made.meta_batch:
-      stage.meta_batch = 8
+    if 'meta' in stage.streams and stage.streams.meta.batch != 8:  # or it follows
+      stage.streams.meta.batch = 8
     for key in ('schedule', 'optimizer'):  # one for all of them, and nothing frozen
       if key in stage and stage is not made:
         del stage[key]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,30 +18,28 @@ from lt_jax import method as wrappers
 from lt_jax import posthoc, sharding, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
-  check_channels,
   check_device,
   check_end,
   check_ranges,
   selection,
 )
+from lt_jax.build.domains import Domains, load_domains
 from lt_jax.build.experiment import Experiment, Stage
 from lt_jax.build.streams import (
   ON_BAD_IMAGE,
-  STREAMS,
-  Training,
+  Row,
   batch_sizes,
-  meta_split,
-  transforms,
+  make_rows,
   workers,
 )
 from lt_jax.class_weights import make_class_weights
-from lt_jax.config import Config, stage_config
+from lt_jax.config import CLOCK, OPEN, TARGET, Config, stage_config
 from lt_jax.data import longtail
-from lt_jax.data.dataset import Dataset, load_dataset
-from lt_jax.data.samplers import instance
-from lt_jax.data.streams import Stream, evaluation_pass, train_stream
-from lt_jax.errors import UserError, check_options, construct, lookup
-from lt_jax.evals.collect import Survey, survey
+from lt_jax.data.dataset import Dataset
+from lt_jax.data.domains import fingerprint
+from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
+from lt_jax.errors import UserError, construct, lookup
+from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
@@ -67,7 +66,7 @@ def build(
   *,
   devices: int | None = None,
   mesh: Mesh | None = None,
-  dataset: Dataset | None = None,
+  datasets: Mapping[str, Dataset] | None = None,
   replicas: int = 1,
   look: Callable[[], None] = lambda: None,
 ) -> Experiment:
@@ -78,8 +77,8 @@ def build(
     devices: uses at most so many; None for all there are.
     mesh: of devices that need not be here, for which nothing is put in place; None for
       those that are.
-    dataset: takes the place of the one that the configuration names, which is then not
-      read; None for that one.
+    datasets: domain -> data that take the place of those that the config names, which
+      are then not read.
     replicas: how many seeds one program trains; each device then has whole batches of
       some of them.
     look: called before every batch of a surgery's passes; it may raise, to end them.
@@ -119,38 +118,18 @@ def build(
       "model.batch_norm is 'per_device', but of seeds that train together a device has "
       "whole batches: set it to 'global'"
     )
-  data = dict(config['data'])
-  shots = {'many': data.pop('many_shot'), 'few': data.pop('few_shot')}
-  train_transform, plain_transform = transforms(data)
-  decoders = workers(data.pop('workers'))
-  skips = lookup(ON_BAD_IMAGE, 'answer to a bad image', data.pop('on_bad_image'))
-  check_options('data', load_dataset, data, 'to_device')
-  if dataset is None:
-    dataset = load_dataset(**data, to_device=to_device)
-  check_channels(config['data'], dataset.image_shape[-1])
-  passes = {
-    name: evaluation_pass(
-      split,
-      batch=config['eval_batch'],
-      transform=plain_transform,
-      workers=decoders,
-      stand_in=skips and name in ('train', 'meta'),
-    )
-    for name, split in dataset.splits.items()
-  }
-  strict, inclusive = (
-    longtail.shot_groups(dataset.counts, **shots, rule=rule)
-    for rule in ('strict', 'inclusive')
-  )
-  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
-  surveyor = functools.partial(survey, passes=passes, mesh=mesh, look=look)
+  domains = load_domains(config, to_device=to_device, given=datasets)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
-    stages[name] = _build_stage(
-      stage, name, stages, dataset, surveyor, groups, mesh, train_transform
-    )
-  evaluated = {n: p for n, p in passes.items() if n not in ('train', 'meta')}
-  return Experiment(config, dataset, mesh, evaluated, surveyor, groups, stages)
+    stages[name] = _build_stage(stage, name, stages, domains, mesh, look)
+  return Experiment(
+    config,
+    domains.single,
+    domains.roles,
+    fingerprint(domains.single),
+    mesh,
+    stages,
+  )
 
 
 def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -161,57 +140,97 @@ def _build_stage(
   config: Config,
   name: str,
   earlier: Mapping[str, Stage],
-  dataset: Dataset,
-  surveyor: Callable[[Callable], Survey],
-  groups: Mapping[str, np.ndarray],
+  domains: Domains,
   mesh: Mesh,
-  transform: Callable,
+  look: Callable[[], None],
 ) -> Stage:
-  """Builds one stage from its merged configuration."""
+  """Builds one stage from its merged config."""
+  dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
   learned = learned_classes(config['shot_groups'], groups)
-  images = functools.partial(
-    train_stream,
-    seed=config['seed'],
-    transform=transform,
-    workers=workers(config['data']['workers']),
-    stand_in=lookup(
-      ON_BAD_IMAGE, 'answer to a bad image', config['data']['on_bad_image']
-    ),
-  )
-  train = construct(
-    STREAMS,
-    'stream',
-    config['stream']['name'],
-    config,
-    dataset,
-    learned,
-    options={k: v for k, v in config['stream'].items() if k != 'name'},
-    images=images,
-    earlier=earlier,
-  )
-  streams = {'train': train.stream}
-  if config['meta_batch']:
-    meta = meta_split(dataset, config['meta_batch'])
-    drawn = images(meta, instance(meta.labels), batch=config['meta_batch'], name='meta')
-    streams['meta'] = drawn._replace(every=config['meta_every'])
-  method = _method(config, dataset, mesh, train, learned)
-  seen = surveyor(method.predict)
+  rows = make_rows(config, domains, learned, earlier)
+  streams = {name: row.stream for name, row in rows.items()}
+  clock = rows[CLOCK]
+  method = _method(config, dataset, mesh, clock, learned)
+  evaluated, seen = _passes(config, domains)
+  stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
+    dataset=dataset,
+    groups=groups,
     streams=streams,
-    reads={'train': train.origin} if train.origin else {},
+    trained_on={name: row.split for name, row in rows.items() if row.split},
+    uses_target_labels=any(row.uses_target_labels for row in rows.values()),
+    passes=evaluated,
+    survey=stage_survey,
+    reads={name: row.origin for name, row in rows.items() if row.origin},
     save_outputs=tuple(config['save_outputs']),
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
-      construct(SURGERIES, 'surgery', name, options=options, survey=seen, base=learned)
+      construct(
+        SURGERIES, 'surgery', name, options=options, survey=stage_survey, base=learned
+      )
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, train),
-    epoch_steps=train.length / train.batch,
+    plan=_plan(config, clock),
+    epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
     select=selection(config['select'], dataset, groups),
   )
+
+
+def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
+  """Returns the shot groups of a stage's classes, strict and inclusive."""
+  data, counts = (
+    domains.data(config['domain']),
+    domains.dataset(config['domain']).counts,
+  )
+  strict, inclusive = (
+    longtail.shot_groups(
+      counts, many=data['many_shot'], few=data['few_shot'], rule=rule
+    )
+    for rule in ('strict', 'inclusive')
+  )
+  return strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+
+
+def _passes(
+  config: Config, domains: Domains
+) -> tuple[dict[str, Pass], dict[str, Pass]]:
+  """Returns the passes of a stage: what it is evaluated on, and what it may see.
+
+  A surgery is given the latter: training and validation images of the stage's own
+  domain, and training images of targets without their labels. No test image is among
+  them.
+  """
+
+  def make(name: str, split: Split | Unlabelled, *, stand_in: bool = False) -> Pass:
+    data = domains.data(name)
+    return evaluation_pass(
+      split,
+      batch=config['eval_batch'],
+      transform=domains.transforms(name)[1],
+      workers=workers(data['workers']),
+      stand_in=stand_in and ON_BAD_IMAGE[data['on_bad_image']],
+    )
+
+  own = config['domain']
+  dataset = domains.dataset(own)
+  seen = {
+    name: make(own, split, stand_in=name in ('train', 'meta'))
+    for name, split in dataset.splits.items()
+  }
+  evaluated = {name: one for name, one in seen.items() if name not in ('train', 'meta')}
+  evaluated |= {name: make(own, split) for name, split in dataset.tests.items()}
+  for role in (TARGET, OPEN):
+    for name in domains.roles[role]:
+      if name != own:
+        tests = domains.dataset(name).tests
+        evaluated |= {f'{name}/{n}': make(name, split) for n, split in tests.items()}
+  if domains.roles[TARGET] and not domains.is_target(own):
+    train = Unlabelled(domains.dataset(TARGET).splits['train'])
+    seen[f'{TARGET}/train'] = make(TARGET, train, stand_in=True)
+  return evaluated, seen
 
 
 def learned_classes(
@@ -250,10 +269,10 @@ def _refuse_random(state: State) -> NoReturn:
 
 
 def _method(
-  config: Config, dataset: Dataset, mesh: Mesh, train: Training, learned: np.ndarray
+  config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
-  counts = dataset.counts
+  counts = train.dataset.counts
   schedule = make_schedule(**config['schedule'], length=train.length, batch=train.batch)
   optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
   weights = dict(config['class_weights'])
@@ -276,7 +295,8 @@ def _method(
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
     penalty=make_penalty(counts=counts, **config['penalty']),
-    meta_batch=config['meta_batch'],
+    progress=_progress(config, train),
+    streams=tuple(config['streams']),
     base=learned,
     image_shape=dataset.image_shape,
   )
@@ -286,6 +306,12 @@ def _method(
     )
   # What is traced once for shapes is then not traced again for the program.
   return Method(*(jax.jit(function, inline=True) for function in method))
+
+
+def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:
+  """Returns how far a stage has come, step -> () float32 in [0, 1]."""
+  steps = max(1, train.steps(config['epochs']))
+  return lambda step: jnp.clip(step.astype(jnp.float32) / steps, 0.0, 1.0)
 
 
 def _network(
@@ -311,7 +337,7 @@ def _network(
   )
 
 
-def _plan(config: Config, train: Training) -> Plan:
+def _plan(config: Config, train: Row) -> Plan:
   """Turns epochs into steps, and intervals into multiples of a compiled call.
 
   Checkpoints fall on log rows, so that a run resumed from one writes whole rows.

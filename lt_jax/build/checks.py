@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from lt_jax.config import Config
+from lt_jax.config import CLOCK, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup
 from lt_jax.files import flatten
@@ -30,8 +30,6 @@ SELECTABLE = {
 RANGES = {
   'seed': (0, 2**31 - 1),
   'batch': (1, 2**31),
-  'meta_batch': (0, 2**31),
-  'meta_every': (1, 1e9),
   'eval_batch': (1, 2**31),
   'epochs': (0, 1e9),
   'log_every_steps': (1, 1e9),
@@ -133,26 +131,24 @@ def check_device(device: str) -> None:
 
 
 def check_all_is_used(name: str, config: Config) -> None:
-  """Refuses what a method would not look at, such as class weights or a meta batch."""
+  """Refuses what a method would not look at, such as class weights or a stream."""
   asked = inspect.signature(lookup(METHODS, 'method', name)).parameters
-  neutral = {
-    'class_weights': 'uniform',
-    'reduction': 'mean',
-    'penalty': 'none',
-    'meta_batch': 0,
-  }
   given = {
-    'class_weights': config['class_weights']['name'],
-    'reduction': config['reduction'],
-    'penalty': config['penalty']['name'],
-    'meta_batch': config['meta_batch'],
+    'class_weights': (config['class_weights']['name'], 'uniform'),
+    'reduction': (config['reduction'], 'mean'),
+    'penalty': (config['penalty']['name'], 'none'),
+    'alignment': (config['alignment']['name'], 'none'),
+    'players': (', '.join(config['players']), ''),
   }
-  for key, value in neutral.items():
-    if key not in asked and given[key] != value:
+  for key, (value, neutral) in given.items():
+    if key not in asked and value != neutral:
       raise UserError(
-        f'method {name!r} does not use {key}: set it to {value!r}, or only for the '
+        f'method {name!r} does not use {key}: set it to {neutral!r}, or only for the '
         f'stage that does, as stages.STAGE.{key}'
       )
+  unread = [stream for stream in config['streams'] if stream != CLOCK]
+  if unread and 'streams' not in asked:
+    raise UserError(f'method {name!r} does not read the stream {unread[0]!r}')
 
 
 def selection(
@@ -162,8 +158,12 @@ def selection(
   if select == 'last':
     return None
   split, _, metric = str(select).partition('/')
-  if split == 'test':
-    raise UserError('select: a State is never chosen on the test set')
+  if split.endswith('test'):
+    raise UserError('select: a State is never chosen on a test set')
+  if split == 'oracle':
+    raise UserError(
+      'select: a State is never chosen by the labels of a target, which oracle/ needs'
+    )
   if split != 'val' or not metric:
     raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
   lookup(SELECTABLE, 'metric to select by', metric)

@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 
 from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset
-from lt_jax.data.streams import Pass, Stream
-from lt_jax.evals.collect import Survey
+from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
@@ -21,7 +20,13 @@ class Stage(NamedTuple):
   Attributes:
     name: of the stage.
     method: what is trained.
+    dataset: the data whose classes it learns.
+    groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
+    trained_on: streams of images -> (name of the split, the split).
+    uses_target_labels: whether a stream gives labels of a target domain.
+    passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     save_outputs: outputs of each training image that it saves for later stages.
     start: what puts published weights into a fresh State, and tells of it, or refuses
@@ -29,13 +34,19 @@ class Stage(NamedTuple):
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
-    batch: global batch size.
+    batch: the largest batch of a step.
     select: (split, metric) by which the State that counts is chosen; None: the last.
   """
 
   name: str
   method: Method
+  dataset: Dataset
+  groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
+  trained_on: dict[str, tuple[str, Split | Unlabelled]]
+  uses_target_labels: bool
+  passes: dict[str, Pass]
+  survey: Any
   reads: dict[str, str]
   save_outputs: tuple[str, ...]
   start: Callable[[State], tuple[State, dict[str, Any]]] | None
@@ -50,19 +61,37 @@ class Experiment(NamedTuple):
   """Everything a run needs.
 
   Attributes:
-    config: the resolved configuration.
-    dataset: its data.
+    config: the resolved config.
+    domains: name -> data; 'source' alone where no other is named.
+    roles: 'source', 'target' and 'open' -> names of their domains.
+    fingerprint: SHA-256 of what is trained and evaluated on.
     mesh: its devices.
-    passes: split -> evaluation pass.
-    survey: a method's `predict` -> its passes over all splits, those of training too.
-    groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     stages: in order.
   """
 
   config: Config
-  dataset: Dataset
+  domains: dict[str, Dataset]
+  roles: dict[str, tuple[str, ...]]
+  fingerprint: str
   mesh: Mesh
-  passes: dict[str, Pass]
-  survey: Callable[[Callable], Survey]
-  groups: dict[str, np.ndarray]
   stages: dict[str, Stage]
+
+  @property
+  def last(self) -> Stage:
+    """The last stage, whose State is the run's result."""
+    return [*self.stages.values()][-1]
+
+  @property
+  def dataset(self) -> Dataset:
+    """The data of the last stage."""
+    return self.last.dataset
+
+  @property
+  def groups(self) -> dict[str, np.ndarray]:
+    """The shot groups of the last stage."""
+    return self.last.groups
+
+  @property
+  def passes(self) -> dict[str, Pass]:
+    """The evaluation passes of the last stage."""
+    return self.last.passes

@@ -1,20 +1,27 @@
-"""From config keys to streams: which images, in which order, transformed how."""
+"""From config keys to streams: which images, in which order, transformed how.
 
+`config.streams` is a table: the name under which a method finds a batch -> a row. A row
+is of images (the default) or, by its 'name', of another kind in `STREAMS`; its other
+keys are options of that function. Nothing but the row 'train' is known by name: its
+epochs are the stage's clock.
+"""
+
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from lt_jax.build.domains import Domains
 from lt_jax.build.experiment import Stage
-from lt_jax.config import Config
-from lt_jax.data import augment
+from lt_jax.config import CLOCK, SOURCE, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
-from lt_jax.data.streams import Split, Stream
+from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
 from lt_jax.errors import UserError, construct, lookup
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
@@ -23,51 +30,182 @@ ON_BAD_IMAGE = {'raise': False, 'skip': True}
 """Whether another image of the class stands in for one that cannot be read."""
 
 
-class Training(NamedTuple):
-  """The stream that a stage is trained on.
+class Row(NamedTuple):
+  """A stream of a stage, built.
 
   Attributes:
     stream: the stream.
     length: L of an epoch: it begins at every step ceil(e L / B).
     batch: B.
+    sizes: what it is -> the first axes of what a step is given, which devices divide.
+    split: the images, and the name of their split; None: there are none.
     origin: the stage that leaves the stream's arrays; empty if none does.
+    dataset: the data set whose training counts and classes are those of the stream.
+    uses_target_labels: whether it gives labels of a target domain.
   """
 
   stream: Stream
   length: int
   batch: int
+  dataset: Dataset
+  split: tuple[str, Split | Unlabelled] | None = None
   origin: str = ''
+  uses_target_labels: bool = False
 
   def steps(self, epochs: float) -> int:
     """Returns the step at which an epoch begins."""
     return epoch_start(epochs, self.length, self.batch)
 
 
+def make_rows(
+  config: Config,
+  domains: Domains,
+  learned: np.ndarray,
+  earlier: Mapping[str, Stage],
+) -> dict[str, Row]:
+  """Builds the streams of a stage.
+
+  Args:
+    config: of the stage.
+    domains: the data.
+    learned: (C,) bool, the classes that are learned.
+    earlier: the stages before.
+
+  Raises:
+    UserError: a row that cannot be, by the name of the stream.
+  """
+  if CLOCK not in config['streams']:
+    raise UserError(f'streams has no {CLOCK!r}, whose epochs the stage is counted in')
+  return {
+    name: construct(
+      STREAMS,
+      'stream',
+      row.get('name', 'images'),
+      config,
+      domains,
+      options={key: value for key, value in row.items() if key != 'name'},
+      stream=name,
+      learned=learned,
+      earlier=earlier,
+    )
+    for name, row in config['streams'].items()
+  }
+
+
 def _images(
-  config: Config, dataset: Dataset, learned: np.ndarray, *, images: Callable
-) -> Training:
-  """Returns the stream of a split's images of the learned classes, by the sampler."""
-  split = lookup(_trainable(dataset), 'split to train on', config['train_split'])
-  kept = learned[split.labels]
-  split = split._replace(rows=split.rows[kept], labels=split.labels[kept])
-  batch = config['batch']
-  sampler = _sampler(config['sampler'], split.labels, batch, config['epochs'])
-  return Training(images(split, sampler, batch=batch), sampler.length, batch)
+  config: Config,
+  domains: Domains,
+  *,
+  stream: str,
+  learned: np.ndarray,
+  domain: str = '',
+  split: str = 'train',
+  batch: int = 0,
+  sampler: Config | None = None,
+  every: int = 1,
+  labels: bool | None = None,
+  domain_labels: bool | None = None,
+) -> Row:
+  """Returns the stream of a split's images, by a sampler.
+
+  Args:
+    config: of the stage.
+    domains: the data.
+    stream: the name of the row.
+    learned: (C,) bool, the classes that are learned; images of others are left out.
+    domain: whose images, a domain or a role; empty: the stage's.
+    split: which of them, 'train' or 'meta' (of a source).
+    batch: images a step; 0: `config.batch`.
+    sampler: its name and options; None: `config.sampler` for the stage's own images,
+      every image once an epoch for others.
+    every: steps from one batch to the next.
+    labels: whether batches have labels; None: those of a source have.
+    domain_labels: whether batches tell which of several domains an image is of; None:
+      those of several sources do, those of a compound target do not.
+
+  Raises:
+    UserError: there is no such split, it is too small, or the sampler needs labels.
+  """
+  domain, batch = domain or config['domain'], batch or config['batch']
+  for key, number, least in (('batch', batch, 1), ('every', every, 1)):
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+      raise UserError(
+        f'streams.{stream}.{key} is {number!r}; it must be {least} or more'
+      )
+  of_target = domains.is_target(domain)
+  labelled = not of_target if labels is None else labels
+  dataset = domains.dataset(domain)
+  images = _split(dataset, stream, split, domain, batch)
+  if labelled:
+    kept = learned[images.labels]
+    images = images._replace(rows=images.rows[kept], labels=images.labels[kept])
+    if images.domain is not None:
+      images = images._replace(domain=images.domain[kept])
+  if not (domain_labels if domain_labels is not None else not of_target):
+    images = images._replace(domain=None)
+  drawn = images if labelled else Unlabelled(images)
+  own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
+  order = _sampler(own, drawn, batch, config['epochs'], stream)
+  data = domains.data(domain)
+  made = train_stream(
+    drawn,
+    order,
+    seed=config['seed'],
+    batch=batch,
+    transform=domains.transforms(domain)[0],
+    workers=workers(data['workers']),
+    stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+    name=stream,
+  )
+  named = split if domain == SOURCE else f'{domain}/{split}'
+  return Row(
+    made._replace(every=every),
+    order.length,
+    batch,
+    dataset,
+    (named, drawn),
+    uses_target_labels=of_target and labelled,
+  )
+
+
+def _split(dataset: Dataset, stream: str, name: str, domain: str, batch: int) -> Split:
+  """Returns a split to train on; a meta set must have an image of every class."""
+  where = '' if domain == SOURCE else f' of {domain}'
+  if name == 'meta' and name not in dataset.splits:
+    raise UserError(
+      f'streams.{stream} reads the meta set{where}, but there is none: set '
+      'data.meta_per_class'
+    )
+  trainable = {n: s for n, s in dataset.splits.items() if n in ('train', 'meta')}
+  split = lookup(trainable, f'split to train on{where}', name)
+  if name == 'meta':
+    missing = np.setdiff1d(np.arange(len(dataset.class_names)), split.labels)
+    if missing.size:
+      raise UserError(
+        f'the meta set has no image of class {missing[0]} '
+        f'({dataset.class_names[missing[0]]})'
+      )
+  if batch > len(split.rows) and stream != CLOCK:
+    raise UserError(
+      f'streams.{stream}.batch is {batch}, but {name}{where} has {len(split.rows)} '
+      'images'
+    )
+  return split
 
 
 def _episodes(
   config: Config,
-  dataset: Dataset,
-  learned: np.ndarray,
+  domains: Domains,
   *,
+  learned: np.ndarray,
   earlier: Mapping[str, Stage],
   stage: str,
   per_epoch: int,
   novel: int,
   queries_novel: int,
   queries_base: int,
-) -> Training:
-  """Returns the stream of few-shot tasks on the features that a stage leaves.
+) -> Row:
+  """Returns the stream of few-shot tasks on the features that a stage saves.
 
   An epoch is `per_epoch` tasks; the others are options of `episodes`.
   """
@@ -76,6 +214,7 @@ def _episodes(
     raise UserError(
       f"stage {stage!r} must save its features: save_outputs = ('features',)"
     )
+  dataset = domains.dataset(config['domain'])
   labels = dataset.splits['train'].labels
   tasks = episodes(
     labels,
@@ -89,20 +228,24 @@ def _episodes(
   width = jax.eval_shape(origin.method.predict, state, image)['features'].shape[-1]
   features = jax.ShapeDtypeStruct((len(labels), width), np.float32)
   stream = episode_stream(tasks, features, seed=config['seed'])
-  return Training(stream, per_epoch, 1, stage)
+  return Row(stream, per_epoch, 1, dataset, origin=stage)
 
 
 STREAMS = {'images': _images, 'episodes': _episodes}
-"""name -> (config, dataset, learned classes, ...) -> what a stage is trained on."""
+"""Kind of a row -> (config, domains, ...) -> the row, built."""
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
   """Returns the first axes of what a step is given, which devices must divide."""
-  sizes = {'batch': config['batch'], 'meta batch': config['meta_batch']}
-  stream = config['stream']
-  if stream['name'] == 'episodes':
-    queries = stream.get('queries_novel', 0) + stream.get('queries_base', 0)
-    sizes = {'novel classes': stream.get('novel', 0), 'queries': queries}
+  sizes = {}
+  for name, row in config['streams'].items():
+    if row.get('name') == 'episodes':
+      sizes[f'novel classes of {name}'] = row.get('novel', 0)
+      sizes[f'queries of {name}'] = sum(
+        row.get(f'queries_{kind}', 0) for kind in ('novel', 'base')
+      )
+    else:
+      sizes[f'batch of {name}'] = row.get('batch') or config['batch']
   return {name: size for name, size in sizes.items() if size}
 
 
@@ -111,61 +254,24 @@ def workers(number: int) -> int:
   return usable_cores() if number == -1 else number
 
 
-def _trainable(dataset: Dataset) -> dict[str, Split]:
-  """Returns the splits that a stage may train on."""
-  return {n: s for n, s in dataset.splits.items() if n in ('train', 'meta')}
-
-
-def meta_split(dataset: Dataset, batch: int) -> Split:
-  """Returns the balanced set of the meta stream, which must have every class."""
-  if 'meta' not in dataset.splits:
-    raise UserError(
-      f'meta_batch is {batch}, but there is no meta set: set data.meta_per_class'
-    )
-  meta = dataset.splits['meta']
-  missing = np.setdiff1d(np.arange(len(dataset.class_names)), meta.labels)
-  if missing.size:
-    raise UserError(f'the meta set has no image of class {missing[0]}')
-  if batch > len(meta.rows):
-    raise UserError(
-      f'meta_batch is {batch}, but the meta set has {len(meta.rows)} images'
-    )
-  return meta
-
-
-def _sampler(options: Config, labels: np.ndarray, batch: int, epochs: float) -> Sampler:
+def _sampler(
+  options: Config, split: Split | Unlabelled, batch: int, epochs: float, stream: str
+) -> Sampler:
   """Builds a sampler; before its start, a whole epoch, instance sampling serves."""
   options = dict(options)
   start = options.pop('start_epoch', 0)
   name = options.pop('name')
+  positions = np.arange(len(split.rows))
+  labels = positions
+  if 'labels' in inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters:
+    if isinstance(split, Unlabelled):
+      raise UserError(
+        f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
+      )
+    labels = split.labels
   sampler = construct(
     SAMPLERS, 'sampler', name, labels, options=options, batch=batch, epochs=epochs
   )
   if not start:
     return sampler
-  return deferred(instance(labels), sampler, switch_epoch=math.ceil(start))
-
-
-def transforms(data: dict[str, Any]) -> tuple[Callable, Callable]:
-  """Takes the keys of augmentation out of `data`; returns (training, evaluation)."""
-  mean, std = data.pop('mean'), data.pop('std')
-  pad, pad_mode, flip = data.pop('pad'), data.pop('pad_mode'), data.pop('flip')
-  jitter = data.pop('jitter')
-  lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
-
-  def plain(key, images):
-    del key
-    return augment.normalise(images, mean, std)
-
-  def augmented(key, images):
-    crop_key, flip_key = jax.random.split(key)
-    jitter_key = jax.random.fold_in(key, 1)
-    if pad:
-      images = augment.pad_crop(crop_key, images, pad=pad, mode=pad_mode)
-    if flip:
-      images = augment.flip(flip_key, images)
-    if jitter:
-      images = augment.colour_jitter(jitter_key, images, strength=jitter)
-    return augment.normalise(images, mean, std)
-
-  return augmented, plain
+  return deferred(instance(positions), sampler, switch_epoch=math.ceil(start))

@@ -8,6 +8,7 @@ import numpy as np
 
 from lt_jax.data import generated, longtail
 from lt_jax.data.crops import Crop
+from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
@@ -16,12 +17,20 @@ RESIDENT_LIMIT = 4 * 2**30
 """Bytes of images up to which a source is kept in device memory."""
 
 
+TESTS = ('test', 'open_test')
+"""Splits that are evaluated on, and nothing else."""
+
+
 class Dataset(NamedTuple):
   """The splits of an experiment.
 
+  Test sets stand apart, so that nothing that is fitted, chosen or calibrated can be
+  given one by mistake.
+
   Attributes:
-    splits: 'train', 'test' and, where asked for, 'val', 'meta', 'open_val' and
-      'open_test'; the open ones have label -1.
+    splits: what a run may learn from: 'train' and, where asked for, 'val', 'meta' and
+      'open_val'; open images have label -1.
+    tests: what it is evaluated on: 'test' and perhaps 'open_test'.
     counts: (C,) int, training images of each known class.
     class_names: names of the C known classes.
     image_shape: (H, W, channels).
@@ -29,10 +38,16 @@ class Dataset(NamedTuple):
   """
 
   splits: dict[str, Split]
+  tests: dict[str, Split]
   counts: np.ndarray
   class_names: tuple[str, ...]
   image_shape: tuple[int, ...]
   fingerprint: str
+
+  @property
+  def every(self) -> dict[str, Split]:
+    """All splits by name, for looking at data rather than learning from them."""
+    return {**self.splits, **self.tests}
 
 
 def load_dataset(
@@ -40,6 +55,8 @@ def load_dataset(
   *,
   to_device: Callable[[np.ndarray], Any],
   dir: str = '',
+  size: int = 0,
+  channels: int = 0,
   seed: int = 0,
   subset: str = 'seeded',
   known_classes: int = 0,
@@ -65,6 +82,8 @@ def load_dataset(
     to_device: puts the images of a small source into device memory.
     dir: the folder of TFDS data sets, TFDS's own default if empty; of images that are
       listed, the folder of the lists if empty.
+    size: side that images in memory are brought to, once; 0: their own.
+    channels: likewise; grey is repeated.
     seed: of splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
     known_classes: classes from this one on form the open set; 0: all are known.
@@ -99,6 +118,8 @@ def load_dataset(
   )
   if 'train' not in sources:
     raise UserError(f'source {source!r} has no split named train: {list(sources)}')
+  if size or channels:
+    sources = {n: brought_to(s, size, channels) for n, s in sources.items()}
   pool = sources['train']
   num_classes = len(pool.class_names)
   known = known_classes or num_classes
@@ -145,17 +166,19 @@ def load_dataset(
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
   prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
   train_labels, channels = pool.labels[drawn['train']], pool.image_shape[-1]
+  cut = {
+    name: Split(
+      source=origin,
+      rows=np.asarray(rows),
+      labels=np.where(origin.labels[rows] < known, origin.labels[rows], -1),
+      arrays=arrays[id(origin)],
+      crop=crop,
+    )
+    for name, (origin, rows) in splits.items()
+  }
   return Dataset(
-    splits={
-      name: Split(
-        source=origin,
-        rows=np.asarray(rows),
-        labels=np.where(origin.labels[rows] < known, origin.labels[rows], -1),
-        arrays=arrays[id(origin)],
-        crop=crop,
-      )
-      for name, (origin, rows) in splits.items()
-    },
+    splits={name: split for name, split in cut.items() if name not in TESTS},
+    tests={name: split for name, split in cut.items() if name in TESTS},
     counts=np.bincount(train_labels, minlength=known),
     class_names=tuple(pool.class_names[:known]),
     image_shape=(*((image_size,) * 2 if crop else pool.image_shape[:2]), channels),

@@ -68,6 +68,7 @@ class Split(NamedTuple):
     labels: (N,) int32, -1 for images of no known class.
     arrays: the source's images in device memory, or {} to stream them from the host.
     crop: what brings encoded images of any size to one; None where they have one size.
+    domain: (N,) int32, which of several domains each is of; None: they are of one.
   """
 
   source: Any
@@ -75,6 +76,11 @@ class Split(NamedTuple):
   labels: np.ndarray
   arrays: PyTree
   crop: Crop | None = None
+  domain: np.ndarray | None = None
+
+  def numbers(self) -> dict[str, np.ndarray]:
+    """Returns what a batch tells of each image: name -> (N,) int32."""
+    return {'label': self.labels.astype(np.int32)} | _domains(self)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -99,6 +105,27 @@ class Split(NamedTuple):
     return self.crop.training(
       self.source.encoded(row), self.source.where(row), generator
     )
+
+
+class Unlabelled:
+  """A split without its labels: images in an order, and nothing else to give."""
+
+  def __init__(self, split: Split):
+    self.source = split.source
+    self.rows, self.domain = split.rows, split.domain
+    self.arrays, self.crop = split.arrays, split.crop
+
+  def numbers(self) -> dict[str, np.ndarray]:
+    """Returns what a batch tells of each image: name -> (N,) int32; no label."""
+    return _domains(self)
+
+  image_shape = Split.image_shape
+  image = Split.image
+  augmented = Split.augmented
+
+
+def _domains(split: Split | Unlabelled) -> dict[str, np.ndarray]:
+  return {} if split.domain is None else {'domain': split.domain}
 
 
 class Pass(NamedTuple):
@@ -141,7 +168,7 @@ Read = Callable[[int, int], tuple[np.ndarray, bool]]
 
 
 def _stream(
-  split: Split,
+  split: Split | Unlabelled,
   positions: Callable[[int], np.ndarray],
   read: Read,
   *,
@@ -162,12 +189,12 @@ def _stream(
   # Which rows are ours is found out here: where Grain makes the payloads, there is no
   # device to ask.
   places = process_rows(np.arange(batch))
-  resident = bool(split.arrays)
+  resident, known = bool(split.arrays), split.numbers()
 
   def payload(step: int) -> dict[str, np.ndarray]:
     chosen = positions(step)[places]
     rows = split.rows[chosen].astype(np.int32)
-    made = {'index': rows, 'label': split.labels[chosen].astype(np.int32)}
+    made = {'index': rows} | {name: of_all[chosen] for name, of_all in known.items()}
     if resident:
       return made
     where = zip(step * batch + places, chosen, strict=True)
@@ -178,22 +205,25 @@ def _stream(
     return Stream(split.arrays, payload, _prepare(transform))
   numbers = jax.ShapeDtypeStruct((batch,), np.int32)
   shapes = {
-    'index': numbers,
-    'label': numbers,
+    **dict.fromkeys(('index', *known), numbers),
     'image': jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8),
     'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
   }
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
 
 
-def _or_stand_in(split: Split, read: Read) -> Read:
-  """Returns a `Read` that gives the next image of a class for one that is damaged."""
+def _or_stand_in(split: Split | Unlabelled, read: Read) -> Read:
+  """Returns a `Read` that gives the next image of a class for one that is damaged.
+
+  Without labels that is the next image of any class.
+  """
+  labels = split.numbers().get('label', np.zeros(len(split.rows), np.int32))
 
   def safe(place: int, position: int) -> tuple[np.ndarray, bool]:
     try:
       return read(place, position)
     except UserError as error:
-      same = np.flatnonzero(split.labels == split.labels[position])
+      same = np.flatnonzero(labels == labels[position])
       after = np.searchsorted(same, position, side='right')
       for stand_in in np.roll(same, -after)[:-1]:
         with contextlib.suppress(UserError):
@@ -215,7 +245,7 @@ def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def train_stream(
-  split: Split,
+  split: Split | Unlabelled,
   sampler: Sampler,
   *,
   seed: int,
@@ -257,7 +287,7 @@ def train_stream(
 
 
 def evaluation_pass(
-  split: Split,
+  split: Split | Unlabelled,
   *,
   batch: int,
   transform: Transform,

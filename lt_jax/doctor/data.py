@@ -49,7 +49,7 @@ FACTOR = 1.5
 def splits(case: Case) -> Findings:
   """Says how many images there are."""
   dataset = case.dataset
-  for name, split in dataset.splits.items():
+  for name, split in dataset.every.items():
     labels, classes = split.labels, len(dataset.class_names)
     beyond = (labels < -1) | (labels >= classes)
     beyond |= (labels == -1) != name.startswith('open')
@@ -64,7 +64,7 @@ def readable(case: Case) -> Findings:
   """Opens all image files, and decodes those that look cut off and a sample."""
   skips = streams.ON_BAD_IMAGE.get(case.config['data']['on_bad_image'], False)
   in_memory = []
-  for name, split in case.real.splits.items():
+  for name, split in case.real.every.items():
     source = split.source
     if not hasattr(source, 'encoded'):
       in_memory.append(name)
@@ -180,7 +180,7 @@ def duplicates(case: Case) -> Findings:
     told = f'no image is there twice: {len(alike):,} of {len(pictures):,} were hashed'
     fewer = len(alike) < len(pictures)
     yield ok(told + (', as the others differ in size' if fewer else ''))
-  yield from _across(case.dataset.splits, same)
+  yield from _across(case.dataset.every, same)
   yield from _within(same)
   yield from _two_labels(case.dataset, same, len(pictures))
 
@@ -189,7 +189,7 @@ def _pictures(case: Case) -> list[Picture]:
   """Returns all images but those of a meta set that is part of training."""
   return [
     Picture(name, label, split.source, row)
-    for name, split in case.real.splits.items()
+    for name, split in case.real.every.items()
     if name != 'meta' or not case.config['data']['meta_in_train']
     for label, row in zip(split.labels.tolist(), split.rows.tolist(), strict=True)
   ]
@@ -267,7 +267,7 @@ def classes(case: Case) -> Findings:
 
 def _per_class(dataset: Dataset, name: str) -> np.ndarray:
   """Returns (C,) the images of each class in a split."""
-  labels = dataset.splits[name].labels
+  labels = dataset.every[name].labels
   return np.bincount(labels[labels >= 0], minlength=len(dataset.class_names))
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lt_jax import sharding
 from lt_jax.data.reading import reading
 from lt_jax.data.streams import Pass
-from lt_jax.errors import lookup
+from lt_jax.errors import UserError
 from lt_jax.method import Batch, Outputs, State
 
 Collected = dict[str, np.ndarray]
@@ -27,7 +27,10 @@ PyTree = Any
 
 
 class Survey(NamedTuple):
-  """Passes over the splits of a run with a stage's own network, in evaluation mode.
+  """Passes with a stage's own network, in evaluation mode, for what is fitted to data.
+
+  There are training and validation images, those of a target domain without labels.
+  There is no test image to be had.
 
   Attributes:
     outputs: (state, split) -> Outputs of one batch as shapes; computes nothing, so that
@@ -176,7 +179,11 @@ def survey(
   """
 
   def the(split: str) -> Pass:
-    return lookup(passes, 'split', split)
+    if split not in passes:
+      raise UserError(
+        f'a surgery cannot see the split {split!r}; it can see {", ".join(passes)}'
+      )
+    return passes[split]
 
   def outputs(state: State, split: str) -> Outputs:
     stream = the(split).stream

@@ -29,7 +29,7 @@ parameters.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +49,7 @@ from lt_jax.method import (
   Outputs,
   PyTree,
   State,
+  check_streams,
   forward,
   init_net,
   mean_metric,
@@ -246,7 +247,7 @@ def _reweighted(
   optimizer: Optimizer,
   loss: Loss,
   *,
-  meta_batch: int,
+  streams: Collection[str],
   route: str = 'jvp',
   virtual: str = 'sgd',
   meta_layers: str = 'all',
@@ -259,7 +260,7 @@ def _reweighted(
     net: the network.
     optimizer: of the players `{'net': params}`.
     loss: (outputs, batch) -> (B,).
-    meta_batch: images of the balanced set a step.
+    streams: names of the streams, of which it reads 'meta', a balanced set.
     route: a key of `ROUTES`.
     virtual: a key of `VIRTUAL`.
     meta_layers: a key of `LAYERS`, or a regular expression for whole paths, such as
@@ -269,11 +270,10 @@ def _reweighted(
     low_memory: derivatives are `separate`, not `shared`.
 
   Raises:
-    UserError: no meta batch, or an option that means nothing; in `init`, a pattern that
+    UserError: no meta set, or an option that means nothing; in `init`, a pattern that
       matches no parameter, or a loss without a forward-mode rule.
   """
-  if meta_batch < 1:
-    raise UserError('learning weights needs a meta set: set meta_batch')
+  check_streams(streams, 'meta')
   gradient_by = lookup(ROUTES, 'route', route)
   virtual_step = lookup(VIRTUAL, 'virtual step', virtual)
   if low_memory and route != 'jvp':

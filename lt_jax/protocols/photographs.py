@@ -178,7 +178,9 @@ def _classifier(epochs: float) -> Overrides:
 
 def _episodes(**tasks: int) -> dict[str, Overrides]:
   """Few-shot tasks: six epochs of 4,000."""
-  return {'generator': {'epochs': 6.0, 'stream': {**tasks, 'per_epoch': 4000}}}
+  return {
+    'generator': {'epochs': 6.0, 'streams': {'train': {**tasks, 'per_epoch': 4000}}}
+  }
 
 
 # As in the code of Li et al. (MetaSAug, CVPR 2021), who repeat Jamal et al.

@@ -14,8 +14,13 @@ META = {
 """Options of every method that learns weights."""
 
 
+def _meta_row(config: ConfigDict) -> Overrides:
+  """A second stream: batches of the balanced meta set."""
+  return {'meta': {'split': 'meta', 'batch': config.batch, 'every': 1}}
+
+
 def _l2rw(config: ConfigDict) -> Overrides:
-  return {'method': {'name': 'l2rw', **META}, 'meta_batch': config.batch}
+  return {'method': {'name': 'l2rw', **META}, 'streams': _meta_row(config)}
 
 
 def _mwn(config: ConfigDict) -> Overrides:
@@ -34,7 +39,7 @@ def _mwn(config: ConfigDict) -> Overrides:
     },
     **META,
   }
-  return {'method': method, 'meta_batch': config.batch}
+  return {'method': method, 'streams': _meta_row(config)}
 
 
 def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
@@ -62,7 +67,7 @@ def _jamal(config: ConfigDict) -> Overrides:
     'form': 'additive',
     **META,
   }
-  second = {'method': method, 'meta_batch': config.batch}
+  second = {'method': method, 'streams': _meta_row(config)}
   return _two_stages(config, second)
 
 
@@ -70,7 +75,7 @@ def _finetune(config: ConfigDict) -> Overrides:
   """Cross-entropy, then a short training on the balanced meta set alone."""
   rate = config.schedule.get_ref('base') * 0.01
   second = {
-    'train_split': 'meta',
+    'streams': {'train': {'split': 'meta'}},
     'epochs': 100.0,
     'schedule': {'name': 'constant', 'base': rate},
     'surgeries': (('copy', {'pattern': '.*', 'stage': 'train'}),),

@@ -72,13 +72,15 @@ def _fslwf(config: ConfigDict) -> Overrides:
   shared = {'shot_groups': ('many',), 'model': {'head': 'cosine_bias'}}
   generator = {
     'method': {'name': 'weight_generator', 'dropout': 0.5, 'gamma': 10.0},
-    'stream': {
-      'name': 'episodes',
-      'stage': 'base',
-      'per_epoch': 100,
-      'novel': 2,
-      'queries_novel': 32,
-      'queries_base': 32,
+    'streams': {
+      'train': {
+        'name': 'episodes',
+        'stage': 'base',
+        'per_epoch': 100,
+        'novel': 2,
+        'queries_novel': 32,
+        'queries_base': 32,
+      }
     },
     'epochs': 5.0,
     'optimizer': {

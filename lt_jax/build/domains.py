@@ -1,0 +1,182 @@
+"""From config keys to domains: their data, their roles, their pixels."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lt_jax.build.checks import check_channels
+from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
+from lt_jax.data import augment
+from lt_jax.data.dataset import Dataset, load_dataset
+from lt_jax.data.domains import check_alike, joined
+from lt_jax.errors import UserError, check_options, lookup
+
+NOT_LOADING = (
+  'mean',
+  'std',
+  'pad',
+  'pad_mode',
+  'flip',
+  'jitter',
+  'many_shot',
+  'few_shot',
+  'workers',
+  'on_bad_image',
+)
+"""Keys of `data` that say what is done with images once they are loaded."""
+
+Transforms = tuple[Callable, Callable]
+
+
+class Domains(NamedTuple):
+  """The domains of a run, by name, and what they are there for.
+
+  Attributes:
+    datasets: name or role -> data set; a role of several domains joins them.
+    configs: name or role -> keys of `data`.
+    roles: 'source', 'target' and 'open' -> names of their domains.
+    made: name or role -> (training, evaluation) transform.
+  """
+
+  datasets: dict[str, Dataset]
+  configs: dict[str, Config]
+  roles: dict[str, tuple[str, ...]]
+  made: dict[str, Transforms]
+
+  def dataset(self, name: str) -> Dataset:
+    """Returns the data of a domain or of a role."""
+    if self.roles.get(name) == ():
+      raise UserError(f'there is no {name} domain: set config.{name}')
+    return lookup(self.datasets, 'domain', name)
+
+  def data(self, name: str) -> Config:
+    """Returns the keys of `data` of a domain or of a role."""
+    return self.configs[name]
+
+  def transforms(self, name: str) -> Transforms:
+    """Returns (training, evaluation) transform of a domain's pixels."""
+    return self.made[name]
+
+  def is_target(self, name: str) -> bool:
+    """Returns whether labels of a domain are those of a target."""
+    return name == TARGET or name in self.roles[TARGET]
+
+  @property
+  def single(self) -> dict[str, Dataset]:
+    """The domains themselves, without the roles that join them."""
+    joins = {role for role, members in self.roles.items() if members != (role,)}
+    return {name: data for name, data in self.datasets.items() if name not in joins}
+
+
+def load_domains(
+  config: Config,
+  *,
+  to_device: Callable[[np.ndarray], Any],
+  given: Mapping[str, Dataset] | None = None,
+) -> Domains:
+  """Loads every domain that has a role.
+
+  Args:
+    config: the resolved config.
+    to_device: puts images of small sources into device memory.
+    given: domain -> data set that takes the place of the one the config names.
+
+  Raises:
+    UserError: a domain that is not there, has no role or two, or domains that meet but
+      differ in classes or image shape.
+  """
+  roles = _roles(config)
+  meeting = list(dict.fromkeys(name for members in roles.values() for name in members))
+  alone = [name for name in _of_stages(config) if name not in (*meeting, *roles)]
+  configs = {name: domain_data(config, name) for name in (*meeting, *alone)}
+  datasets = dict(given or {})
+  for name, data in configs.items():
+    if name not in datasets:
+      loading = {key: v for key, v in data.items() if key not in NOT_LOADING}
+      check_options('data', load_dataset, loading, 'to_device')
+      datasets[name] = load_dataset(**loading, to_device=to_device)
+    check_channels(data, datasets[name].image_shape[-1])
+  check_alike({name: datasets[name] for name in meeting})
+  for role, members in roles.items():
+    if role == OPEN or not members:
+      continue
+    configs[role] = configs[members[0]]
+    _check_pixels(role, members, configs)
+    if members != (role,):
+      parts = {name: datasets[name] for name in members}
+      datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
+  made = {name: transforms(data) for name, data in configs.items()}
+  return Domains(datasets, configs, roles, made)
+
+
+def _roles(config: Config) -> dict[str, tuple[str, ...]]:
+  """Returns role -> its domains, each of which has one role."""
+  roles = {
+    SOURCE: tuple(config['sources']) or (SOURCE,),
+    TARGET: tuple(config['target']),
+    OPEN: tuple(config['open_domains']),
+  }
+  for name in config['domains']:
+    if name in roles:
+      raise UserError(f'domains.{name}: this is the name of a role; call it otherwise')
+  seen: dict[str, str] = {}
+  for role, members in roles.items():
+    for name in members:
+      if name in seen:
+        raise UserError(f'domain {name!r} is both {seen[name]} and {role}')
+      if name != SOURCE:
+        lookup(config['domains'], 'domain', name)
+      seen[name] = role
+  for name in config['domains']:
+    if name not in (*seen, *_of_stages(config)):
+      raise UserError(
+        f'domain {name!r} has no role: name it in sources, target or open_domains'
+      )
+  return roles
+
+
+def _of_stages(config: Config) -> list[str]:
+  """Returns the domains that stages are trained on."""
+  stages = config['stages'].values()
+  return [config['domain'], *(s['domain'] for s in stages if 'domain' in s)]
+
+
+def _check_pixels(
+  role: str, members: Sequence[str], configs: Mapping[str, Config]
+) -> None:
+  """Refuses domains of one stream whose pixels are treated differently."""
+  first = configs[members[0]]
+  for name in members[1:]:
+    for key in NOT_LOADING[:6]:
+      if configs[name][key] != first[key]:
+        raise UserError(
+          f'domains {members[0]!r} and {name!r} are one {role} and must agree in '
+          f'data.{key}: {first[key]!r} and {configs[name][key]!r}'
+        )
+
+
+def transforms(data: Config) -> Transforms:
+  """Returns (training, evaluation): what is done with pixels on the device."""
+  mean, std = data['mean'], data['std']
+  pad, pad_mode, flip = data['pad'], data['pad_mode'], data['flip']
+  jitter = data['jitter']
+  lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
+
+  def plain(key, images):
+    del key
+    return augment.normalise(images, mean, std)
+
+  def augmented(key, images):
+    crop_key, flip_key = jax.random.split(key)
+    jitter_key = jax.random.fold_in(key, 1)
+    if pad:
+      images = augment.pad_crop(crop_key, images, pad=pad, mode=pad_mode)
+    if flip:
+      images = augment.flip(flip_key, images)
+    if jitter:
+      images = augment.colour_jitter(jitter_key, images, strength=jitter)
+    return augment.normalise(images, mean, std)
+
+  return augmented, plain

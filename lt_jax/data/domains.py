@@ -1,0 +1,149 @@
+"""Several domains as one: their images behind one another, their classes the same."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax.data.dataset import Dataset
+from lt_jax.data.streams import Split
+from lt_jax.errors import UserError
+
+
+class Joined:
+  """Sources behind one another, as one source; see `lt_jax.data.sources`.
+
+  Attributes:
+    parts: the sources.
+    labels: (N,) int32.
+    class_names: of the first, which all share.
+    image_shape: likewise.
+  """
+
+  def __init__(self, parts: Sequence[Any]):
+    self.parts = tuple(parts)
+    self.labels = np.concatenate([part.labels for part in parts])
+    self.class_names, self.image_shape = parts[0].class_names, parts[0].image_shape
+    self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+  def __len__(self) -> int:
+    """Returns the number of images of all parts."""
+    return int(self._starts[-1])
+
+  def _at(self, row: int) -> tuple[Any, int]:
+    part = int(np.searchsorted(self._starts, row, side='right')) - 1
+    return self.parts[part], int(row - self._starts[part])
+
+  def __getitem__(self, row: int) -> np.ndarray:
+    """Returns an image, uint8."""
+    part, own = self._at(row)
+    return part[own]
+
+  def encoded(self, row: int) -> bytes:
+    """Returns the bytes of an image file."""
+    part, own = self._at(row)
+    return part.encoded(own)
+
+  def where(self, row: int) -> str:
+    """Returns what an image is called in messages."""
+    part, own = self._at(row)
+    return part.where(own)
+
+
+def compound(splits: Sequence[Split]) -> Split:
+  """Returns splits of several domains as one, which tells the domain of each image.
+
+  Args:
+    splits: of domains whose images have one shape. Where all of them lie in device
+      memory, so do those of the result, a second time.
+  """
+  sources = [split.source for split in splits]
+  starts = np.cumsum([0, *(len(source) for source in sources)])
+  rows = [start + split.rows for start, split in zip(starts, splits, strict=False)]
+  sizes = [len(split.rows) for split in splits]
+  resident = all(split.arrays for split in splits)
+  return Split(
+    source=Joined(sources),
+    rows=np.concatenate(rows),
+    labels=np.concatenate([split.labels for split in splits]),
+    arrays=_concatenated([split.arrays for split in splits]) if resident else {},
+    crop=splits[0].crop,
+    domain=np.repeat(np.arange(len(splits), dtype=np.int32), sizes),
+  )
+
+
+def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the arrays behind one another, or their shapes where they are shapes."""
+
+  def concatenate(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+  shapes = isinstance(jax.tree.leaves(arrays)[0], jax.ShapeDtypeStruct)
+  return jax.eval_shape(concatenate, *arrays) if shapes else concatenate(*arrays)
+
+
+def joined(domains: Mapping[str, Dataset]) -> Dataset:
+  """Returns several labelled domains as one data set, whose batches tell the domain.
+
+  A split is joined where every domain has it.
+
+  Raises:
+    UserError: their classes or image shapes differ.
+  """
+  check_alike(domains)
+  sets = [*domains.values()]
+
+  def join(which: str) -> dict[str, Split]:
+    parts = [getattr(dataset, which) for dataset in sets]
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: compound([part[name] for part in parts]) for name in names}
+
+  return sets[0]._replace(
+    splits=join('splits'),
+    tests=join('tests'),
+    counts=sum(dataset.counts for dataset in sets),
+    fingerprint=fingerprint(domains),
+  )
+
+
+def fingerprint(domains: Mapping[str, Dataset]) -> str:
+  """Returns a SHA-256 over the fingerprints of domains; of one it is its own."""
+  if len(domains) == 1:
+    return next(iter(domains.values())).fingerprint
+  told = ' '.join(f'{name}:{domains[name].fingerprint}' for name in sorted(domains))
+  return hashlib.sha256(told.encode()).hexdigest()
+
+
+def check_alike(domains: Mapping[str, Dataset]) -> None:
+  """Refuses domains that meet in one step but differ in classes or in image shape.
+
+  Raises:
+    UserError: it names the first class, or the shapes, that differ.
+  """
+  (first, one), *others = domains.items()
+  for name, other in others:
+    pairs = zip(one.class_names, other.class_names, strict=False)
+    for number, (ours, theirs) in enumerate(pairs):
+      if ours != theirs:
+        raise UserError(
+          f'domains {first!r} and {name!r} must have the same classes in the same '
+          f'order, but class {number} is {ours!r} in one and {theirs!r} in the other'
+        )
+    sizes = len(one.class_names), len(other.class_names)
+    if sizes[0] != sizes[1]:
+      raise UserError(
+        f'domains {first!r} and {name!r} must have the same classes, but they have '
+        f'{sizes[0]} and {sizes[1]}'
+      )
+    if one.image_shape != other.image_shape:
+      raise UserError(
+        f'the images of domain {first!r} are {_size(one)}, those of {name!r} '
+        f'{_size(other)}: set data.size and data.channels'
+      )
+
+
+def _size(dataset: Dataset) -> str:
+  return 'x'.join(map(str, dataset.image_shape))
