@@ -120,7 +120,6 @@ def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
     num_classes=len(experiment.dataset.class_names),
     groups=experiment.groups,
   )
-  del found['confusion']  # predictions.npz has what it is made of
   calibrated = calibration(records['confidence'], prediction == label)
   loss = float(records['loss'].mean(dtype=np.float64))
   return {**found, 'loss': loss, 'ece': calibrated['ece']}
@@ -310,10 +309,11 @@ def _class_means(
   features: np.ndarray, label: np.ndarray, experiment: Experiment
 ) -> np.ndarray:
   """Returns the mean test feature of each class, for a method without centroids."""
-  sums = np.zeros((len(experiment.dataset.class_names), features.shape[1]))
-  np.add.at(sums, label, features.astype(np.float64))
-  count = np.bincount(label, minlength=len(sums))[:, None]
-  return sums / np.maximum(count, 1)
+  classes = len(experiment.dataset.class_names)
+  means = np.zeros((classes, features.shape[1]), np.float32)
+  np.add.at(means, label, features.astype(np.float32))
+  means /= np.maximum(np.bincount(label, minlength=classes), 1)[:, None]
+  return means
 
 
 def worst_tail_errors(

@@ -410,7 +410,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
-      name: [int((split.labels == c).sum()) for c in range(classes)]
+      name: np.bincount(split.labels, minlength=classes).tolist()
       for name, split in dataset.splits.items()
       if not name.startswith('open')
     },
