@@ -390,6 +390,24 @@ def test_what_is_read_or_linked_is_not_replaced(tmp_path, monkeypatch, out):
   assert ('no regular file' in str(raised.value)) == (out in ('link.csv', 'lost'))
 
 
+def test_no_file_of_a_run_is_replaced(digits, tmp_path):
+  workdir, _ = digits
+  inside = [path for path in pathlib.Path(workdir).rglob('*') if path.is_file()]
+  assert {'config.json', 'result.json', 'best.json', '0.json'} & {
+    p.name for p in inside
+  }
+  (tmp_path / 'link').symlink_to(workdir)
+  named = ('evaluation.json', 'report.html', 'metrics.jsonl.damaged', 'stages/a.csv')
+  for path in (*inside, *map(pathlib.Path(workdir).joinpath, named)):
+    with pytest.raises(UserError, match='--out is .*, the place of a file of the run'):
+      files.check_out(path)
+  with pytest.raises(UserError, match='the place of a file of the run'):
+    files.check_out(tmp_path / 'link' / 'config.json')
+  for name in ('found.csv', 'predictions.csv', 'net.stablehlo.json'):
+    files.check_out(workdir / name)
+  files.check_out(tmp_path / 'result.json')
+
+
 def test_only_regular_files_are_images(digits, tmp_path):
   """To open a pipe is to wait for whoever writes it."""
   folder = tmp_path / 'some'
