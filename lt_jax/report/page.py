@@ -189,10 +189,16 @@ def _samples(run: Run) -> dict[str, Any]:
 
 
 def _uri(pixels: np.ndarray) -> str:
-  """Returns an image (H, W, 1 or 3) uint8 as a data URI, at most a thumbnail."""
+  """Returns an image (H, W, channels) uint8 as a data URI, at most a thumbnail.
+
+  Of RGBA the transparency is dropped; of other channels the first is shown.
+  """
   from PIL import Image
 
-  image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  colour = pixels.shape[-1] in (3, 4)
+  image = Image.fromarray(
+    np.ascontiguousarray(pixels[..., :3] if colour else pixels[..., 0])
+  )
   image.thumbnail((THUMBNAIL, THUMBNAIL))
   kind = 'png' if max(image.size) < THUMBNAIL // 2 else 'jpeg'
   buffer = io.BytesIO()
