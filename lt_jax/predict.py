@@ -317,6 +317,8 @@ def _tell(
   """Says what was done, and what a person should know of it."""
   for reason in pictures.bad.values():
     screen.line(f'skipped: {reason}')
+  for warning in network.result.get('warnings') or ():
+    screen.line(f'warning: {warning}')
   height, width, channels = network.facts['image_shape']
   if pictures.resized:
     kind = ', grey' if channels == 1 else ''
@@ -333,8 +335,10 @@ def _tell(
     below = (score < network.threshold).sum()
     rows.append(('unknown', f'{below}, known score below {network.threshold:.4g}'))
   elif network.result.get('threshold'):
-    chosen = network.result['step']
-    rows.append(('unknown', f'not told: the threshold was chosen for step {chosen}'))
+    chosen = network.result['threshold']['value'] is not None
+    step = network.result['step']
+    why = f'the threshold was chosen for step {step}' if chosen else 'no threshold'
+    rows.append(('unknown', f'not told: {why}'))
   told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
   screen.table(told, [*rows, ('file', out)])
 

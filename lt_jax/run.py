@@ -23,6 +23,7 @@ from lt_jax.build import (
   config_digest,
   trained_by,
 )
+from lt_jax.cautions import cautions, check_memory
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
@@ -428,7 +429,12 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
 def _banner(
   experiment: Experiment, workdir: epath.Path, screen: Screen, seeds: Sequence[int]
 ) -> None:
-  """Says what is about to run, before anything is compiled."""
+  """Says what is about to run, before anything is compiled.
+
+  Raises:
+    UserError: the first steps need more memory than there is.
+  """
+  check_memory(experiment)
   config, dataset, mesh = experiment.config, experiment.dataset, experiment.mesh
   counts = dataset.counts
   stage = next(iter(experiment.stages.values()))
@@ -456,6 +462,8 @@ def _banner(
       ('workdir', os.fspath(workdir)),
     ],
   )
+  for caution in cautions(experiment):
+    screen.line(f'warning: {caution}')
 
 
 def _named(seeds: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,6 @@ from lt_jax.doctor.case import (
   Missing,
   Step,
   Trial,
-  amount,
   odd,
   ok,
   one_line,
@@ -29,6 +27,7 @@ from lt_jax.doctor.case import (
   wrong,
 )
 from lt_jax.errors import UserError
+from lt_jax.footprint import amount
 from lt_jax.method import State
 
 BY_HEART, BUDGET = 60, 60.0
@@ -235,7 +234,7 @@ def memory(case: Case) -> Findings:
   """Compares what a step takes with what there is."""
   device = case.experiment.mesh.devices.flat[0]
   for name, trial in _trials(case).items():
-    needed, there = sum(trial.memory.values()), _device_memory(device)
+    needed, there = sum(trial.memory.values()), footprint.free_memory(device)
     if device.platform == 'cpu':  # all devices share the memory of the host
       needed *= case.experiment.mesh.size
     largest = max(trial.memory, key=trial.memory.get)
@@ -247,18 +246,6 @@ def memory(case: Case) -> Findings:
       told += f'; there are {amount(there)}'
       level = wrong if needed > there else odd if needed > 0.9 * there else ok
       yield level(told)
-
-
-def _device_memory(device: Any) -> float | None:
-  """Returns the bytes of a device, of a CPU those that are free; None: unknown."""
-  statistics = device.memory_stats() or {}
-  if 'bytes_limit' in statistics:
-    return statistics['bytes_limit']
-  table = pathlib.Path('/proc/meminfo')
-  if device.platform != 'cpu' or not table.exists():
-    return None
-  lines = dict(line.split(':') for line in table.read_text().splitlines())
-  return 1024 * float(lines['MemAvailable'].split()[0])
 
 
 def decoding(case: Case) -> Findings:

@@ -51,6 +51,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   runs = find(folder)
   groups, notes = grouped(runs)
   alone = runs[0].folder == folder
+  notes = [*notes, *_warnings(runs)]
   results, published = tables.results_table(groups), tables.published_table(groups)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
@@ -106,6 +107,19 @@ def _facts(run: Run) -> list[str]:
         f'Threshold of the open set: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
       )
   return [printable(line) for line in told]
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+  """Returns what runs warn of, each warning once."""
+  names: dict[str, list[str]] = {}
+  for run in runs:
+    for line in run.result.get('warnings') or ():
+      names.setdefault(line, []).append(run.name)
+  return [
+    printable(f'Warning of {some[0]}{f" and {len(some) - 1} more" * (len(some) > 1)}: ')
+    + printable(line)
+    for line, some in names.items()
+  ]
 
 
 def _template() -> jinja2.Template:
