@@ -83,6 +83,7 @@ def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
   found = list(doctor.examine(doctor.Case(config(), workdir)))
   bad = [(s, f) for s, f in found if f.level != 'ok' and s != 'machine']
   assert not bad
+  assert 'train: an evaluation takes about' in told([f for _, f in found], 'ok')
   assert {section for section, _ in found} == set(doctor.SECTIONS)
   assert [path.name for path in tmp_path.iterdir()] == ['data.npz']
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lt_jax import build, checkpoint, footprint, sharding, train
+from lt_jax import build, checkpoint, footprint, results, sharding, train
 from lt_jax.data.reading import usable_cores
-from lt_jax.data.streams import Split
+from lt_jax.data.streams import Pass, Split
 from lt_jax.doctor.case import (
   Case,
   Findings,
@@ -225,6 +225,32 @@ def by_heart(case: Case) -> Findings:
     yield skip(f'{told}; that is as many as {BUDGET:g} s allow')
   else:
     yield odd(f'{told}, not below the half: see the learning rate, labels, what learns')
+
+
+def evaluates(case: Case) -> Findings:
+  """Evaluates a batch of every split, and computes the metrics of all classes."""
+  passes = case.experiment.passes
+  experiment = case.experiment._replace(
+    passes={name: _first_batch(one) for name, one in passes.items()}
+  )
+  share = np.mean([one.batches for one in passes.values()])
+  for name, trial in _trials(case).items():
+    results.evaluate(experiment, trial.stage, trial.state)  # compiles it
+    began = time.perf_counter()
+    results.evaluate(experiment, trial.stage, trial.state)
+    seconds = (time.perf_counter() - began) * share
+    plan = trial.stage.plan
+    times = -(-plan.steps // plan.evaluate_every)
+    yield ok(
+      f'{name}: an evaluation takes about {_duration(seconds)}, {times:,} of them '
+      f'{_duration(times * seconds)}'
+    )
+
+
+def _first_batch(one: Pass) -> Pass:
+  """Returns the first batch of a pass, decoded without processes: they start slowly."""
+  workers = None if one.stream.workers is None else 0
+  return one._replace(stream=one.stream._replace(workers=workers), batches=1)
 
 
 # What it takes.
