@@ -218,7 +218,7 @@ class Pictures:
       return self._crop.evaluation(encoded, path)
     image = Image.fromarray(crops.pixels(encoded, path)).convert(MODES[channels])
     if channels == 4:
-      image.putalpha(_transparency(encoded))
+      image.putalpha(_transparency(encoded, image.size))
     if image.size != (width, height):
       self.resized.add(position)
       # Pillow widens the filter where it reduces, so that nothing aliases.
@@ -241,12 +241,12 @@ class Pictures:
     return Pass(stream, -(-examples // batch), examples)
 
 
-def _transparency(encoded: bytes) -> Any:
-  """Returns the alpha channel of an image that can be decoded."""
+def _transparency(encoded: bytes, size: tuple[int, int]) -> Any:
+  """Returns the alpha channel of an image that can be decoded, in a size."""
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=crops.FORMATS) as image:
-    return image.convert('RGBA').getchannel('A')
+    return image.convert('RGBA').getchannel('A').resize(size)
 
 
 def _run(
