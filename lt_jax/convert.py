@@ -17,7 +17,7 @@ from absl import flags
 
 from lt_jax import commands
 from lt_jax.errors import UserError
-from lt_jax.files import write_atomically
+from lt_jax.files import check_out, write_atomically
 from lt_jax.pretrained import MOST_BYTES
 
 SOURCE = flags.DEFINE_string('source', None, 'The file of PyTorch.')
@@ -46,8 +46,7 @@ def convert(source: str, out: str) -> int:
   """
   if not out.endswith('.safetensors'):
     raise UserError(f'--out is {out!r}; it must end in .safetensors')
-  if not os.path.isdir(os.path.dirname(out) or '.'):
-    raise UserError(f'--out is {out!r}, in a folder that is not there')
+  check_out(out)
   if not os.path.isfile(source):
     raise UserError(f'there is no file {source}')
   digest = _sha256(source)

@@ -16,6 +16,7 @@ from lt_jax import (
   results,
   trained,
 )
+from lt_jax.cautions import cautions
 from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
@@ -83,6 +84,7 @@ def evaluate(
     'verified': restored.verified,
     **evaluated.metrics,
     'threshold': evaluated.threshold,
+    'warnings': cautions(experiment),
     'state_sha256': checkpoint.digest(restored.state),
   }
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))

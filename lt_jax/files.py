@@ -163,17 +163,43 @@ def make_workdir(path: epath.PathLike) -> epath.Path:
   return path
 
 
+OF_A_RUN = frozenset(
+  (
+    *('config.json', 'data.json', 'result.json', 'error.json', 'evaluation.json'),
+    *('metrics.jsonl', 'events.jsonl', 'lock', 'stages', 'tensorboard'),
+    *('predictions.npz', 'features.npz', 'samples.npz', 'open_set.npz', 'weights.npz'),
+    *('report.html', 'report.md', 'report.tex', 'figures'),
+  )
+)
+"""Files and folders that a run and its report write into the folder of the run."""
+
+
 def check_out(path: epath.PathLike) -> None:
-  """Refuses an --out that cannot be written, or would replace what is no plain file.
+  """Refuses an --out that cannot be written, or would replace what it must not.
 
   Raises:
-    UserError: its folder is not there; or it is a folder, a link or a device.
+    UserError: its folder is not there; it is a folder, a link or a device; or it has
+      the place of a file of a run.
   """
   path = epath.Path(path)
   if not path.parent.is_dir():
     raise UserError(f'--out is {path}, in a folder that is not there')
   if os.path.islink(path) or (path.exists() and not path.is_file()):
     raise UserError(f'--out is {path}, which is there and is no regular file')
+  real = path if is_remote(path) else epath.Path(os.path.realpath(path))
+  for folder in real.parents:
+    name = real.relative_to(folder).parts[0].partition('.damaged')[0]
+    if name in OF_A_RUN and _is_run(folder):
+      raise UserError(
+        f'--out is {path}, the place of a file of the run in {folder}: give another '
+        'name'
+      )
+
+
+def _is_run(folder: epath.Path) -> bool:
+  """Returns whether a folder is that of a run, even if one of its files is lost."""
+  both = (folder / 'config.json').exists() and (folder / 'data.json').exists()
+  return both or (folder / 'stages').is_dir()
 
 
 def seen(path: epath.Path) -> bool:

@@ -1,13 +1,26 @@
 """What arrays, and the program of a step, take of memory: bytes."""
 
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from lt_jax.data.streams import Stream
+from lt_jax.method import Batch, Method, State
+
+LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
+"""Files in which Linux tells a container what it may use, in its two versions."""
 
 
 def size(tree: Any) -> int:
   """Returns the bytes of all leaves."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def amount(size: float) -> str:
+  """Returns bytes as a person reads them."""
+  return f'{size / 1e9:,.2f} GB' if size >= 1e8 else f'{size / 1e6:,.2f} MB'
 
 
 def memory_of(
@@ -38,3 +51,81 @@ def memory_of(
     'program': analysis.generated_code_size_in_bytes,
     'metrics, padding': rest,
   }
+
+
+def least_of_step(
+  state: State, streams: Mapping[str, Stream], devices: int
+) -> dict[str, float]:
+  """Returns what a step needs at least, by shapes alone: part -> bytes on a device.
+
+  That is the State and the images of the batches; activations come on top.
+
+  Args:
+    state: the shapes of the State.
+    streams: of the stage.
+    devices: over which the batches are split.
+  """
+  batches = {
+    f'the images of a {name} batch': size(_prepared(stream)) / devices
+    for name, stream in streams.items()
+  }
+  return _parts(state) | batches
+
+
+def least_of_evaluation(
+  method: Method, state: State, stream: Stream, devices: int
+) -> dict[str, float]:
+  """Returns the same of one batch of an evaluation, its outputs included."""
+  batch = _prepared(stream)
+  outputs = jax.eval_shape(method.predict, state, batch['image'])
+  return _parts(state.replace(opt={})) | {
+    'the images of an evaluation batch': size(batch) / devices,
+    'the outputs of an evaluation batch': size(outputs) / devices,
+  }
+
+
+def _prepared(stream: Stream) -> Batch:
+  """Returns the shapes of a batch as the network reads it."""
+  key = jax.random.key(0)
+  return jax.eval_shape(stream.prepare, stream.arrays, stream.payload_shapes(), key)
+
+
+def _parts(state: State) -> dict[str, float]:
+  """Returns the bytes of each leaf by its path, such as 'params/net/head/kernel'."""
+  leaves = jax.tree_util.tree_leaves_with_path(state.replace(key=None))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): size(leaf)
+    for path, leaf in leaves
+  }
+
+
+def machine_memory(device: jax.Device) -> float | None:
+  """Returns the bytes of a device, of a CPU those of the machine; None: not known."""
+  if device.platform != 'cpu':
+    return (device.memory_stats() or {}).get('bytes_limit')
+  found = [
+    int(text)
+    for text in (_read(path).strip() for path in LIMITS)
+    if text.isdigit()  # it is 'max' where there is no limit
+  ]
+  return min([*found, *_meminfo('MemTotal')], default=None)
+
+
+def free_memory(device: jax.Device) -> float | None:
+  """Returns the bytes of a device, of a CPU those that are free; None: not known."""
+  if device.platform != 'cpu':
+    return machine_memory(device)
+  return next(iter(_meminfo('MemAvailable')), None)
+
+
+def _meminfo(key: str) -> list[float]:
+  """Returns the bytes that Linux states under a key, if it does."""
+  lines = (line.split() for line in _read('/proc/meminfo').splitlines())
+  return [1024 * float(words[1]) for words in lines if words[0] == f'{key}:']
+
+
+def _read(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_text()
+  except OSError:
+    return ''

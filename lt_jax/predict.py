@@ -40,6 +40,9 @@ ON_BAD = flags.DEFINE_enum(
   'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to leave out damaged images.'
 )
 
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+"""Channels of the images that a network was trained on -> mode of Pillow."""
+
 
 def main(*images: str) -> None:
   """Predicts the images named on the command line."""
@@ -81,8 +84,8 @@ def predict(
     The number of images predicted.
 
   Raises:
-    UserError: a path is wrong, an image cannot be read, the run is damaged, or `out`
-      is an image or list, a link or no file.
+    UserError: a path is wrong, an image cannot be read, the run is damaged or of
+      images that no file holds, or `out` must not be replaced.
   """
   skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
   if top < 1:
@@ -97,6 +100,12 @@ def predict(
     raise UserError(f'--out is {out}, which is among the images and lists')
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
+  channels = network.facts['image_shape'][-1]
+  if channels not in MODES:
+    raise UserError(
+      f'{workdir} was trained on images of {channels} channels, but image files are '
+      'read as grey, RGB or RGBA: evaluate it, or export it for another program'
+    )
   pictures = Pictures(paths, network, skip)
   screen = Screen()
   if passed_over:
@@ -207,9 +216,9 @@ class Pictures:
       raise UserError(f'{path}: {error.strerror}') from None
     if self._crop is not None:
       return self._crop.evaluation(encoded, path)
-    image = Image.fromarray(crops.pixels(encoded, path))
-    if channels == 1:
-      image = image.convert('L')
+    image = Image.fromarray(crops.pixels(encoded, path)).convert(MODES[channels])
+    if channels == 4:
+      image.putalpha(_transparency(encoded, image.size))
     if image.size != (width, height):
       self.resized.add(position)
       # Pillow widens the filter where it reduces, so that nothing aliases.
@@ -230,6 +239,14 @@ class Pictures:
     shapes = {'image': jax.ShapeDtypeStruct((batch, *self._shape), np.uint8)}
     stream = Stream({}, payload, lambda _, made, key: made, workers=0, shapes=shapes)
     return Pass(stream, -(-examples // batch), examples)
+
+
+def _transparency(encoded: bytes, size: tuple[int, int]) -> Any:
+  """Returns the alpha channel of an image that can be decoded, in a size."""
+  from PIL import Image
+
+  with Image.open(io.BytesIO(encoded), formats=crops.FORMATS) as image:
+    return image.convert('RGBA').getchannel('A').resize(size)
 
 
 def _run(
@@ -300,6 +317,8 @@ def _tell(
   """Says what was done, and what a person should know of it."""
   for reason in pictures.bad.values():
     screen.line(f'skipped: {reason}')
+  for warning in network.result.get('warnings') or ():
+    screen.line(f'warning: {warning}')
   height, width, channels = network.facts['image_shape']
   if pictures.resized:
     kind = ', grey' if channels == 1 else ''
@@ -316,8 +335,10 @@ def _tell(
     below = (score < network.threshold).sum()
     rows.append(('unknown', f'{below}, known score below {network.threshold:.4g}'))
   elif network.result.get('threshold'):
-    chosen = network.result['step']
-    rows.append(('unknown', f'not told: the threshold was chosen for step {chosen}'))
+    chosen = network.result['threshold']['value'] is not None
+    step = network.result['step']
+    why = f'the threshold was chosen for step {step}' if chosen else 'no threshold'
+    rows.append(('unknown', f'not told: {why}'))
   told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
   screen.table(told, [*rows, ('file', out)])
 

@@ -14,6 +14,7 @@ from etils import epath
 import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
+from lt_jax.cautions import cautions
 from lt_jax.config import config_digest
 from lt_jax.evals import open_set, record
 from lt_jax.evals.calibration import calibration
@@ -49,8 +50,8 @@ class Evaluated(NamedTuple):
   Attributes:
     metrics: 'val' and 'test' -> name -> value. The open set's are in 'test', for the
       method's known score, and in 'test_by_energy' for the energy of the logits.
-    threshold: of the known score, how it was chosen and its value; None without an
-      open test set.
+    threshold: of the known score, how it was chosen and its value, which is None
+      without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
     records: split -> what `lt_jax.evals.record` keeps; the test split's with logits
       and features.
@@ -91,14 +92,11 @@ def evaluate(
   if 'open_test' not in records:
     return Evaluated(metrics, None, {}, records)
   thresholds, curves = {}, {}
-  # Without validation images the threshold is the papers', of a probability.
-  scores = {'known_score': 'test'}
-  scores |= {'energy': 'test_by_energy'} if 'val' in records else {}
-  # That threshold means nothing for a score that a method makes itself.
   test = records['test']
+  # The papers' threshold means nothing for a score that a method makes itself.
   own = not np.array_equal(test['known_score'], test['confidence'])
   probability = None if own else 'known_score'
-  for score, place in scores.items():
+  for score, place in {'known_score': 'test', 'energy': 'test_by_energy'}.items():
     thresholds[score] = _choose_threshold(records, score)
     joined = _joined(score, records['test'], records['open_test'])
     curves[score] = open_set.curve(*joined)
@@ -121,7 +119,6 @@ def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
     num_classes=len(stage.dataset.class_names),
     groups=stage.groups,
   )
-  del found['confusion']  # predictions.npz has what it is made of
   calibrated = calibration(records['confidence'], prediction == label)
   loss = float(records['loss'].mean(dtype=np.float64))
   return {**found, 'loss': loss, 'ece': calibrated['ece']}
@@ -141,7 +138,7 @@ def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str,
   if 'val' in records:
     value = open_set.keep_threshold(records['val'][score])
     return {'value': value, 'chosen_by': 'keeps 95 % of val'}
-  return {'value': open_set.FIXED_THRESHOLD, 'chosen_by': 'fixed, there is no val'}
+  return {'value': None, 'chosen_by': 'nothing: there are no validation images'}
 
 
 def _half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -217,6 +214,7 @@ def write_results(
     'select': '/'.join(stage.select) if stage.select else 'last',
     **evaluated.metrics,
     'threshold': evaluated.threshold,
+    'warnings': cautions(experiment),
     'best_on_test': _best_on_test(rows, stage.name),
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
@@ -311,10 +309,11 @@ def _class_means(
   features: np.ndarray, label: np.ndarray, experiment: Experiment
 ) -> np.ndarray:
   """Returns the mean test feature of each class, for a method without centroids."""
-  sums = np.zeros((len(experiment.dataset.class_names), features.shape[1]))
-  np.add.at(sums, label, features.astype(np.float64))
-  count = np.bincount(label, minlength=len(sums))[:, None]
-  return sums / np.maximum(count, 1)
+  classes = len(experiment.dataset.class_names)
+  means = np.zeros((classes, features.shape[1]), np.float32)
+  np.add.at(means, label, features.astype(np.float32))
+  means /= np.maximum(np.bincount(label, minlength=classes), 1)[:, None]
+  return means
 
 
 def worst_tail_errors(
@@ -415,4 +414,6 @@ def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> 
     if name in test
   }
   screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())
+  for warning in result['warnings']:
+    screen.line(f'warning: {warning}')
   screen.line(f'files: {os.fspath(workdir)}')

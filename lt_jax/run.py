@@ -16,6 +16,7 @@ from etils import epath
 
 from lt_jax import files, results, train
 from lt_jax.build import Experiment, Stage, build
+from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import Config, config_digest, trained_by, upgraded
 from lt_jax.errors import UserError
 from lt_jax.method import State
@@ -404,7 +405,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
-      name: [int((split.labels == c).sum()) for c in range(classes)]
+      name: np.bincount(split.labels, minlength=classes).tolist()
       for name, split in dataset.every.items()
       if not name.startswith('open')
     },
@@ -422,7 +423,12 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
 def _banner(
   experiment: Experiment, workdir: epath.Path, screen: Screen, seeds: Sequence[int]
 ) -> None:
-  """Says what is about to run, before anything is compiled."""
+  """Says what is about to run, before anything is compiled.
+
+  Raises:
+    UserError: the first steps need more memory than there is.
+  """
+  check_memory(experiment)
   config, dataset, mesh = experiment.config, experiment.dataset, experiment.mesh
   counts = dataset.counts
   stage = next(iter(experiment.stages.values()))
@@ -450,6 +456,8 @@ def _banner(
       ('workdir', os.fspath(workdir)),
     ],
   )
+  for caution in cautions(experiment):
+    screen.line(f'warning: {caution}')
 
 
 def _named(seeds: Sequence[int]) -> str:

@@ -40,6 +40,9 @@ FACTS = {
 }
 """What of it a network is built of and used by, see `files.fits`."""
 
+RESULT = {'step': int, 'threshold': THRESHOLD, 'warnings': (None, [str])}
+"""The same of result.json."""
+
 
 class Trained(NamedTuple):
   """A network that has learned, with all that it takes to predict by it.
@@ -123,7 +126,7 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
   config = read_config(workdir)
   facts = _read(workdir / 'data.json', FACTS)
   path = workdir / 'result.json'
-  result = _read(path, {'step': int, 'threshold': THRESHOLD}) if path.exists() else {}
+  result = _read(path, RESULT) if path.exists() else {}
   experiment = build_without_data(config, facts, batch)
   *_, stage = experiment.stages.values()
   state, step, _, verified = restore(workdir, stage, experiment.mesh, which)

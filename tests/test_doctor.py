@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lt_jax import doctor, files
+from lt_jax import doctor, files, footprint
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
@@ -83,6 +83,7 @@ def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
   found = list(doctor.examine(doctor.Case(config(), workdir)))
   bad = [(s, f) for s, f in found if f.level != 'ok' and s != 'machine']
   assert not bad
+  assert 'train: an evaluation takes about' in told([f for _, f in found], 'ok')
   assert {section for section, _ in found} == set(doctor.SECTIONS)
   assert [path.name for path in tmp_path.iterdir()] == ['data.npz']
 
@@ -305,7 +306,7 @@ def test_memory_and_space(config, tmp_path, monkeypatch):
   case.trials['train'] = trial(case, memory={'parameters': 2e6, 'batch': 1e6})
   found = examine(case, doctor.memory, doctor.space)
   assert not faults(found) and 'most of it parameters' in told(found, 'ok')
-  monkeypatch.setattr(doctor.step, '_device_memory', lambda device: 1000.0)
+  monkeypatch.setattr(footprint, 'free_memory', lambda device: 1000.0)
   free = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(doctor.machine.shutil, 'disk_usage', lambda path: free)
   found = told(examine(case, doctor.memory, doctor.space), 'wrong')

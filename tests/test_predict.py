@@ -391,6 +391,57 @@ def test_what_is_read_or_linked_is_not_replaced(tmp_path, monkeypatch, out):
   assert ('no regular file' in str(raised.value)) == (out in ('link.csv', 'lost'))
 
 
+def test_no_file_of_a_run_is_replaced(digits, tmp_path):
+  workdir, _ = digits
+  inside = [path for path in pathlib.Path(workdir).rglob('*') if path.is_file()]
+  assert {'config.json', 'result.json', 'best.json', '0.json'} & {
+    p.name for p in inside
+  }
+  (tmp_path / 'link').symlink_to(workdir)
+  named = ('evaluation.json', 'report.html', 'metrics.jsonl.damaged', 'stages/a.csv')
+  for path in (*inside, *map(pathlib.Path(workdir).joinpath, named)):
+    with pytest.raises(UserError, match='--out is .*, the place of a file of the run'):
+      files.check_out(path)
+  with pytest.raises(UserError, match='the place of a file of the run'):
+    files.check_out(tmp_path / 'link' / 'config.json')
+  for name in ('found.csv', 'predictions.csv', 'net.stablehlo.json'):
+    files.check_out(workdir / name)
+  files.check_out(tmp_path / 'result.json')
+
+
+@pytest.mark.parametrize('channels', [2, 4])
+def test_networks_of_other_channels(tmp_path, capsys, channels):
+  path = tiny.write_npz(tmp_path / 'tiny.npz', (9, 9, 9, 9))
+  with np.load(path) as stored:
+    members = {
+      name: np.concatenate([stored[name] // (i + 1) for i in range(channels)], axis=-1)
+      if name.startswith('x')
+      else stored[name]
+      for name in stored
+    }
+  np.savez(path, **members)
+  split = leave(tiny.config(path, 'ce'), epath.Path(tmp_path / 'run'))
+  image = split.image(split.rows[0])
+  for name, mode in (('all.png', 'RGBA'), ('grey.png', 'L')):
+    pixels = image if mode == 'RGBA' and channels == 4 else image[..., 0]
+    Image.fromarray(pixels).save(tmp_path / name)
+  arguments = epath.Path(tmp_path / 'run'), [str(tmp_path / 'all.png')]
+  out = str(tmp_path / 'found.csv')
+  if channels == 2:
+    for answer in ('raise', 'skip'):
+      with pytest.raises(UserError, match='images of 2 channels'):
+        predict.predict(*arguments, out, on_bad_image=answer)
+    return
+  paths = [*arguments[1], str(tmp_path / 'grey.png')]
+  assert predict.predict(arguments[0], paths, out) == 2
+  with open(out) as file:
+    row, opaque = csv.DictReader(file)
+  with np.load(tmp_path / 'run' / 'predictions.npz') as stored:
+    score = stored['score'][0]
+  assert float(row['known_score']) == pytest.approx(float(score), rel=1e-4)
+  assert opaque['known_score'] != row['known_score']
+
+
 def test_only_regular_files_are_images(digits, tmp_path):
   """To open a pipe is to wait for whoever writes it."""
   folder = tmp_path / 'some'

@@ -1,7 +1,9 @@
 """The report: numbers over seeds, what is refused, what is escaped, what is drawn."""
 
+import base64
 import html.parser
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -15,12 +17,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from configs import cifar10_lt, places_lt
 from lt_jax import report
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, published, runs, tables
+from lt_jax.report import drawing, figures, page, published, runs, tables
 
 COUNTS = (200, 90, 30, 8, 3)
 NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
@@ -272,6 +275,26 @@ def test_other_data_are_not_averaged(tables_only, tmp_path):
   report.write(tmp_path)
   assert row_of(tmp_path, 'ce (data=fffffff)')['accuracy'] == '50.0'
   assert row_of(tmp_path, 'ce (data=eeeeeee)')['accuracy'] == '70.0'
+
+
+def test_what_a_result_warns_of_is_told_once(tables_only, tmp_path):
+  for name in ('a', 'b'):
+    path = write_run(tmp_path / name, config(seed=ord(name))) / 'result.json'
+    result = json.loads(path.read_text()) | {'warnings': ['an untrained network']}
+    path.write_text(json.dumps(result))
+  report.write(tmp_path)
+  for name in ('report.md', 'report.html'):
+    text = (tmp_path / name).read_text()
+    assert text.count('Warning of a and 1 more: an untrained network') == 1
+
+
+@pytest.mark.parametrize(
+  ('channels', 'kind'), [(1, 'L'), (2, 'L'), (3, 'RGB'), (4, 'RGB')]
+)
+def test_images_of_any_channels_can_be_shown(channels, kind):
+  uri = page._uri(np.zeros((90, 90, channels), np.uint8))
+  image = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
+  assert image.mode == kind and image.size == (90, 90)
 
 
 def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):

@@ -143,8 +143,8 @@ class Pass(NamedTuple):
 
 
 def process_rows(
-  rows: np.ndarray, process: int | None = None, processes: int | None = None
-) -> np.ndarray:
+  rows: Sequence[int], process: int | None = None, processes: int | None = None
+) -> Sequence[int]:
   """Returns the rows of a global batch (B, ...) that this process owns."""
   process = jax.process_index() if process is None else process
   processes = jax.process_count() if processes is None else processes
@@ -188,10 +188,11 @@ def _stream(
   """
   # Which rows are ours is found out here: where Grain makes the payloads, there is no
   # device to ask.
-  places = process_rows(np.arange(batch))
+  ours = process_rows(range(batch))
   resident, known = bool(split.arrays), split.numbers()
 
   def payload(step: int) -> dict[str, np.ndarray]:
+    places = np.arange(ours.start, ours.stop)
     chosen = positions(step)[places]
     rows = split.rows[chosen].astype(np.int32)
     made = {'index': rows} | {name: of_all[chosen] for name, of_all in known.items()}
@@ -201,11 +202,11 @@ def _stream(
     images, stand_ins = zip(*(read(*at) for at in where), strict=True)
     return {**made, 'image': _stacked(images, rows), 'bad': np.array(stand_ins)}
 
-  if resident:
-    return Stream(split.arrays, payload, _prepare(transform))
   numbers = jax.ShapeDtypeStruct((batch,), np.int32)
-  shapes = {
-    **dict.fromkeys(('index', *known), numbers),
+  shapes = dict.fromkeys(('index', *known), numbers)
+  if resident:
+    return Stream(split.arrays, payload, _prepare(transform), shapes=shapes)
+  shapes |= {
     'image': jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8),
     'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
   }
@@ -309,7 +310,7 @@ def evaluation_pass(
     return split.image(split.rows[position]), False
 
   examples = len(split.rows)
-  places = process_rows(np.arange(batch))
+  ours = process_rows(range(batch))
   stream = _stream(
     split,
     lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
@@ -320,12 +321,10 @@ def evaluation_pass(
   )
 
   def payload(step: int) -> dict[str, np.ndarray]:
+    places = np.arange(ours.start, ours.stop)
     return {**stream.payload(step), 'mask': step * batch + places < examples}
 
-  shapes = stream.shapes and {
-    **stream.shapes,
-    'mask': jax.ShapeDtypeStruct((batch,), np.bool_),
-  }
+  shapes = {**stream.shapes, 'mask': jax.ShapeDtypeStruct((batch,), np.bool_)}
   return Pass(
     stream._replace(payload=payload, shapes=shapes),
     batches=math.ceil(examples / batch),

@@ -36,6 +36,7 @@ from lt_jax.doctor.step import (
   by_heart,
   compiles,
   decoding,
+  evaluates,
   learns,
   loss_at_start,
   memory,
@@ -51,7 +52,7 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
   'folder': (writable, file_system, begun, space),
   'data': (splits, readable, duplicates, classes, tail, shots, balanced_test),
   'images': (normalisation, constant, sizes),
-  'one step': (compiles, one_step, loss_at_start, learns, by_heart),
+  'one step': (compiles, one_step, evaluates, loss_at_start, learns, by_heart),
   'what it takes': (memory, shared_memory, decoding),
 }
 """What is checked, in this order: later checks use what earlier ones leave."""
@@ -71,5 +72,5 @@ def examine(
           yield section, finding
       except Missing as missing:
         yield section, skip(f'{check.__name__.replace("_", " ")}: {missing}')
-      except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+      except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         yield section, wrong(one_line(error))

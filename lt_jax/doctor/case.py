@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import build, files, run
+from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.reading import usable_cores
@@ -111,15 +112,16 @@ class Case:
     # Without a folder there is no stage that was begun.
     workdir = self.workdir or epath.Path(os.devnull)
     try:
-      self._experiment = run.rehearsed(self.config, workdir)
-      self._dataset = self._experiment.dataset
+      experiment = run.rehearsed(self.config, workdir)
+      check_memory(experiment)
     except UserError as error:
       yield wrong(str(error))
       yield from self._open_data(str(error))
       return
-    stages = self._experiment.stages.values()
-    told = ', '.join(f'{s.name} {s.plan.steps:,}' for s in stages)
+    self._experiment, self._dataset = experiment, experiment.dataset
+    told = ', '.join(f'{s.name} {s.plan.steps:,}' for s in experiment.stages.values())
     yield ok(f'networks, methods and surgeries fit together; steps: {told}')
+    yield from map(odd, cautions(experiment))
 
   def _open_data(self, told: str) -> Findings:
     """Opens the data alone; says what is wrong with them unless that was told."""
@@ -190,11 +192,6 @@ def some(rows: np.ndarray) -> np.ndarray:
   """Returns `SAMPLE` rows, the same ones each time, or all."""
   few = min(SAMPLE, len(rows))
   return np.sort(np.random.default_rng(0).choice(rows, few, replace=False))
-
-
-def amount(size: float) -> str:
-  """Returns bytes as a person reads them."""
-  return f'{size / 1e9:,.2f} GB' if size >= 1e8 else f'{size / 1e6:,.2f} MB'
 
 
 def one_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ from etils import epath
 
 from lt_jax import files, footprint, results, run, train
 from lt_jax.data import reading
-from lt_jax.doctor.case import Case, Findings, amount, odd, ok, wrong
+from lt_jax.doctor.case import Case, Findings, odd, ok, wrong
 from lt_jax.errors import UserError
+from lt_jax.footprint import amount
 
 NETWORKS = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'ceph', '9p', 'gpfs', 'beegfs')
 MEMORY = ('tmpfs', 'ramfs')

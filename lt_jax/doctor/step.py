@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lt_jax import build, checkpoint, footprint, sharding, train
+from lt_jax import build, checkpoint, footprint, results, sharding, train
 from lt_jax.config import stage_config
 from lt_jax.data.reading import usable_cores
-from lt_jax.data.streams import Split
+from lt_jax.data.streams import Pass, Split
 from lt_jax.doctor.case import (
   Case,
   Findings,
   Missing,
   Step,
   Trial,
-  amount,
   odd,
   ok,
   one_line,
@@ -30,6 +28,7 @@ from lt_jax.doctor.case import (
   wrong,
 )
 from lt_jax.errors import UserError
+from lt_jax.footprint import amount
 from lt_jax.method import State
 
 BY_HEART, BUDGET = 60, 60.0
@@ -229,6 +228,32 @@ def by_heart(case: Case) -> Findings:
     yield odd(f'{told}, not below the half: see the learning rate, labels, what learns')
 
 
+def evaluates(case: Case) -> Findings:
+  """Evaluates a batch of every split, and computes the metrics of all classes."""
+  passes = case.experiment.passes
+  experiment = case.experiment._replace(
+    passes={name: _first_batch(one) for name, one in passes.items()}
+  )
+  share = np.mean([one.batches for one in passes.values()])
+  for name, trial in _trials(case).items():
+    results.evaluate(experiment, trial.stage, trial.state)  # compiles it
+    began = time.perf_counter()
+    results.evaluate(experiment, trial.stage, trial.state)
+    seconds = (time.perf_counter() - began) * share
+    plan = trial.stage.plan
+    times = -(-plan.steps // plan.evaluate_every)
+    yield ok(
+      f'{name}: an evaluation takes about {_duration(seconds)}, {times:,} of them '
+      f'{_duration(times * seconds)}'
+    )
+
+
+def _first_batch(one: Pass) -> Pass:
+  """Returns the first batch of a pass, decoded without processes: they start slowly."""
+  workers = None if one.stream.workers is None else 0
+  return one._replace(stream=one.stream._replace(workers=workers), batches=1)
+
+
 # What it takes.
 
 
@@ -236,7 +261,7 @@ def memory(case: Case) -> Findings:
   """Compares what a step takes with what there is."""
   device = case.experiment.mesh.devices.flat[0]
   for name, trial in _trials(case).items():
-    needed, there = sum(trial.memory.values()), _device_memory(device)
+    needed, there = sum(trial.memory.values()), footprint.free_memory(device)
     if device.platform == 'cpu':  # all devices share the memory of the host
       needed *= case.experiment.mesh.size
     largest = max(trial.memory, key=trial.memory.get)
@@ -248,18 +273,6 @@ def memory(case: Case) -> Findings:
       told += f'; there are {amount(there)}'
       level = wrong if needed > there else odd if needed > 0.9 * there else ok
       yield level(told)
-
-
-def _device_memory(device: Any) -> float | None:
-  """Returns the bytes of a device, of a CPU those that are free; None: unknown."""
-  statistics = device.memory_stats() or {}
-  if 'bytes_limit' in statistics:
-    return statistics['bytes_limit']
-  table = pathlib.Path('/proc/meminfo')
-  if device.platform != 'cpu' or not table.exists():
-    return None
-  lines = dict(line.split(':') for line in table.read_text().splitlines())
-  return 1024 * float(lines['MemAvailable'].split()[0])
 
 
 def decoding(case: Case) -> Findings:

@@ -210,7 +210,7 @@ def open_set(
   label: np.ndarray,
   prediction: np.ndarray,
   known_score: np.ndarray,
-  threshold: float,
+  threshold: float | None,
   *,
   num_classes: int,
   groups: dict[str, np.ndarray],
@@ -222,18 +222,30 @@ def open_set(
     label: (N,) int, -1 for open images.
     prediction: (N,) int, before rejection.
     known_score: (N,).
-    threshold: chosen on validation data.
+    threshold: chosen on validation data; None where there are none.
     num_classes: C.
     groups: name -> (C,) bool, for the accuracies of known images after rejection.
-    fixed: another threshold, chosen on nothing; None for none.
+    fixed: another threshold, that of a published protocol; None for none.
 
   Returns:
-    'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; at the threshold
+    'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; with a threshold
     'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
-    and accuracies of the known images as 'known_accuracy' and 'known_<group>'; both
-    F-measures again at the fixed threshold, with '_at_0.1' if that is 0.1.
+    accuracies of the known images as 'known_accuracy' and 'known_<group>', and
+    'threshold'; with a fixed one both F-measures again, '_at_0.1' if that is 0.1.
   """
   known = label >= 0
+  found = ranking(known_score[known], known_score[~known])
+  found['open_auc'] = open_auc(
+    (prediction == label)[known], known_score[known], known_score[~known]
+  )
+  for suffix, at in (('', threshold), (f'_at_{fixed}', fixed)):
+    if at is not None:
+      for definition in ('oltr2019', 'oltr2020'):
+        found[f'f_measure_{definition}{suffix}'] = f_measure(
+          label, prediction, known_score, at, definition=definition
+        )
+  if threshold is None:
+    return found
   kept = known_score >= threshold
   after = closed_set(
     label[known],
@@ -241,19 +253,8 @@ def open_set(
     num_classes=num_classes,
     groups=groups,
   )
-  at = {'': threshold} | ({} if fixed is None else {f'_at_{fixed}': fixed})
   return {
-    **ranking(known_score[known], known_score[~known]),
-    'open_auc': open_auc(
-      (prediction == label)[known], known_score[known], known_score[~known]
-    ),
-    **{
-      f'f_measure_{definition}{suffix}': f_measure(
-        label, prediction, known_score, t, definition=definition
-      )
-      for suffix, t in at.items()
-      for definition in ('oltr2019', 'oltr2020')
-    },
+    **found,
     'open_accuracy': float((~kept[~known]).mean()),
     **{f'known_{name}': after[name] for name in ('accuracy', *groups)},
     'threshold': threshold,

@@ -50,7 +50,8 @@ class Tails(NamedTuple):
 def unfitted(num_classes: int) -> Tails:
   """Returns the tails of classes none of which is fitted, so that no logit changes."""
   ones, zeros = np.ones(num_classes, np.float32), np.zeros(num_classes, np.float32)
-  mean = np.zeros((num_classes, num_classes), np.float32)
+  # By JAX, so that where only its shape is asked for it takes no memory.
+  mean = jnp.zeros((num_classes, num_classes), jnp.float32)
   return Tails(mean, ones, ones, zeros, np.zeros(num_classes, bool))
 
 

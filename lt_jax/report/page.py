@@ -51,6 +51,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   runs = find(folder)
   groups, notes = grouped(runs)
   alone = runs[0].folder == folder
+  notes = [*notes, *_warnings(runs)]
   results, published = tables.results_table(groups), tables.published_table(groups)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
@@ -106,6 +107,19 @@ def _facts(run: Run) -> list[str]:
         f'Threshold of the open set: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
       )
   return [printable(line) for line in told]
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+  """Returns what runs warn of, each warning once."""
+  names: dict[str, list[str]] = {}
+  for run in runs:
+    for line in run.result.get('warnings') or ():
+      names.setdefault(line, []).append(run.name)
+  return [
+    printable(f'Warning of {some[0]}{f" and {len(some) - 1} more" * (len(some) > 1)}: ')
+    + printable(line)
+    for line, some in names.items()
+  ]
 
 
 def _template() -> jinja2.Template:
@@ -189,10 +203,16 @@ def _samples(run: Run) -> dict[str, Any]:
 
 
 def _uri(pixels: np.ndarray) -> str:
-  """Returns an image (H, W, 1 or 3) uint8 as a data URI, at most a thumbnail."""
+  """Returns an image (H, W, channels) uint8 as a data URI, at most a thumbnail.
+
+  Of RGBA the transparency is dropped; of other channels the first is shown.
+  """
   from PIL import Image
 
-  image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+  colour = pixels.shape[-1] in (3, 4)
+  image = Image.fromarray(
+    np.ascontiguousarray(pixels[..., :3] if colour else pixels[..., 0])
+  )
   image.thumbnail((THUMBNAIL, THUMBNAIL))
   kind = 'png' if max(image.size) < THUMBNAIL // 2 else 'jpeg'
   buffer = io.BytesIO()

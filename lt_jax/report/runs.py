@@ -45,6 +45,7 @@ SHAPES: dict[str, Any] = {
     'threshold': (None, {'value': MAYBE}),
     'best_on_test': (None, {'accuracy': NUMBER}),
     'versions': (None, {}),
+    'warnings': (None, [str]),
     'wall_seconds': MAYBE,
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},

@@ -1,0 +1,118 @@
+"""What a person should know of a run before trusting its numbers.
+
+The banner of a run and `lt_jax.doctor` say these lines, and `result.json` keeps them.
+To add one, write a function (Experiment) -> lines and put it into `CAUTIONS`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+
+from lt_jax import footprint
+from lt_jax.build import Experiment, Stage
+from lt_jax.build.streams import batch_sizes
+from lt_jax.config import stage_config
+from lt_jax.errors import UserError
+from lt_jax.train import state_shapes
+
+
+def cautions(experiment: Experiment) -> list[str]:
+  """Returns what makes the numbers of a run mean less than they seem to."""
+  return [line for caution in CAUTIONS for line in caution(experiment)]
+
+
+def _one_class(experiment: Experiment) -> Iterator[str]:
+  """Warns of a data set in which nothing can be mistaken."""
+  if len(experiment.dataset.class_names) == 1:
+    yield 'there is only one class, so every accuracy is 100 % whatever is learned'
+
+
+def _untrained(experiment: Experiment) -> Iterator[str]:
+  """Warns where the last stage has learned nothing, and took nothing over."""
+  trained = bool(experiment.config['init'])
+  for stage in experiment.stages.values():
+    trained = bool(stage.plan.steps) or (trained and bool(stage.surgeries))
+  if not trained:
+    yield (
+      f'the result is of an untrained network: stage {stage.name!r} makes no step '
+      '(see epochs) and takes nothing over from another one'
+    )
+
+
+def _no_threshold(experiment: Experiment) -> Iterator[str]:
+  """Warns of an open set whose threshold cannot be chosen."""
+  if 'open_test' in experiment.passes and 'val' not in experiment.passes:
+    yield (
+      'no threshold of the open set can be chosen without validation images, so no '
+      'metric that depends on one is given: set data.val_per_class'
+    )
+
+
+def _batch_statistics(experiment: Experiment) -> Iterator[str]:
+  """Warns where batch normalisation in training sees one image at a time."""
+  for name, stage in experiment.stages.items():
+    state = state_shapes(stage.method, stage.streams)
+    if not stage.plan.steps or not jax.tree.leaves(state.stats):
+      continue
+    for key, images in _normalised_together(experiment, stage).items():
+      if images == 1:
+        yield (
+          f'stage {name!r} normalises each image by its own statistics ({key}), but '
+          'in evaluation by running averages, which may give quite other accuracies: '
+          "use larger batches, or model.batch_norm='frozen'"
+        )
+
+
+def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]:
+  """Returns of how many images batch statistics are: what sets it -> number."""
+  config = stage_config(experiment.config, stage.name)
+  kind, devices = config['model']['batch_norm'], experiment.mesh.size
+  if kind == 'frozen' or len(stage.trained_on) < len(stage.streams):
+    return {}
+  parts = config['method'].get('accumulate', 1)
+  groups = {'global': 1, 'per_device': devices}.get(kind)
+  groups = groups or config['batch'] // parts // int(kind)
+  return {
+    f'{key} {images}, batch_norm {kind!r}': images // parts // groups
+    for key, images in batch_sizes(config).items()
+  }
+
+
+CAUTIONS = (_one_class, _untrained, _no_threshold, _batch_statistics)
+
+
+def check_memory(experiment: Experiment) -> None:
+  """Refuses a run whose first steps need more memory than the machine has.
+
+  By shapes alone, and only what they need at least: what passes may still be too much,
+  which `lt_jax.doctor` finds out by compiling the steps.
+
+  Raises:
+    UserError: the memory of a device, or of the machine, is too small.
+  """
+  mesh = experiment.mesh
+  device = mesh.local_devices[0]
+  there = footprint.machine_memory(device) or math.inf
+  # The CPU devices of a process share its memory.
+  share = len(mesh.local_devices) if device.platform == 'cpu' else 1
+  for name, stage in experiment.stages.items():
+    for what, parts in _needs(experiment, stage).items():
+      needed, largest = share * sum(parts.values()), max(parts, key=parts.get)
+      if needed > there:
+        raise UserError(
+          f'{what} of stage {name!r} needs at least {footprint.amount(needed)}, most '
+          f'of it for {largest}, and there are {footprint.amount(there)}: set batch, '
+          'eval_batch or the network smaller'
+        )
+
+
+def _needs(experiment: Experiment, stage: Stage) -> dict[str, dict[str, float]]:
+  """Returns what is done first -> part -> bytes on a device, at least."""
+  devices = experiment.mesh.size
+  state = state_shapes(stage.method, stage.streams)
+  step = footprint.least_of_step(state, stage.streams, devices)
+  stream = experiment.passes['test'].stream  # the others have batches of its shape
+  evaluation = footprint.least_of_evaluation(stage.method, state, stream, devices)
+  first = {'a step': step} if stage.plan.steps else {}
+  return first | {'an evaluation': evaluation}
