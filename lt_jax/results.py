@@ -15,11 +15,12 @@ import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
-from lt_jax.config import config_digest
+from lt_jax.config import OPEN, TARGET, config_digest
 from lt_jax.evals import open_set, record
 from lt_jax.evals.calibration import calibration
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.collect import Collected, collector
+from lt_jax.evals.domains import by_domain, mean_metrics
 from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, write_npz
@@ -28,6 +29,7 @@ MOST_LOGITS = 10**8
 """Test images times classes up to which predictions.npz holds every logit."""
 
 PREDICTIONS = (
+  'domain',
   'label',
   'prediction',
   'confidence',
@@ -84,11 +86,8 @@ def evaluate(
   }
   if None in records.values():
     raise Preempted
-  metrics = {
-    name: split_metrics(records[name], stage)
-    for name in ('val', 'test')
-    if name in records
-  }
+  metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
+  metrics |= _test_metrics(records, experiment, stage)
   if 'open_test' not in records:
     return Evaluated(metrics, None, {}, records)
   thresholds, curves = {}, {}
@@ -108,6 +107,36 @@ def evaluate(
       fixed=open_set.FIXED_THRESHOLD if score == probability else None,
     )
   return Evaluated(metrics, thresholds['known_score'], curves, records)
+
+
+def _test_metrics(
+  records: Mapping[str, Collected], experiment: Experiment, stage: Stage
+) -> dict[str, Any]:
+  """Returns 'test', and 'domains' where there are others than the stage's own.
+
+  With target domains 'test' is the mean over them. 'domains' has the metrics of every
+  domain, and their means over the targets ('compound') and over targets and open
+  domains ('compound_open').
+  """
+
+  def measure(found: Collected) -> dict[str, Any]:
+    return split_metrics(found, stage)
+
+  targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
+  if not (targets or opened):
+    return {'test': measure(records['test'])}
+  tested = targets or (stage.domain,)
+  domains = by_domain(records['test'], tested, measure)
+  domains |= {
+    name.removesuffix('/test'): measure(found)
+    for name, found in records.items()
+    if name.endswith('/test')
+  }
+  means = {'compound': mean_metrics([domains[name] for name in tested])}
+  if opened:
+    every = (*tested, *opened)
+    means['compound_open'] = mean_metrics([domains[name] for name in every])
+  return {'test': means['compound'], 'domains': domains, 'domain_means': means}
 
 
 def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
@@ -214,6 +243,7 @@ def write_results(
     'select': '/'.join(stage.select) if stage.select else 'last',
     **evaluated.metrics,
     'threshold': evaluated.threshold,
+    'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),
     'warnings': cautions(experiment),
     'best_on_test': _best_on_test(rows, stage.name),
     'memory': _scalars(state.memory),
@@ -229,13 +259,13 @@ def write_results(
   if jax.process_index() == 0:
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
-    _write_arrays(experiment, workdir, state, evaluated.records['test'])
+    _write_arrays(stage, workdir, state, evaluated.records['test'])
     if evaluated.curves:
       write_npz(
         workdir / 'open_set.npz',
         **{f'{s}/{n}': v for s, c in evaluated.curves.items() for n, v in c.items()},
       )
-    _write_weights(workdir, stage, experiment.dataset.counts)
+    _write_weights(workdir, stage, stage.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
 
@@ -248,7 +278,7 @@ def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _write_arrays(
-  experiment: Experiment, workdir: epath.Path, state: State, test: Collected
+  stage: Stage, workdir: epath.Path, state: State, test: Collected
 ) -> None:
   """Writes predictions.npz, features.npz and samples.npz."""
   predictions = {name: test[name] for name in PREDICTIONS if name in test}
@@ -258,7 +288,7 @@ def _write_arrays(
   few = np.unique(few)
   centroids = state.params.get('centroids')
   if centroids is None:
-    centroids = _class_means(test['features'], test['label'], experiment)
+    centroids = _class_means(test['features'], test['label'], stage)
   write_npz(
     workdir / 'features.npz',
     features=test['features'][few],
@@ -267,13 +297,13 @@ def _write_arrays(
     centroids=_half(np.asarray(centroids)),
   )
 
-  worst = worst_tail_errors(test, experiment.dataset.counts, experiment.groups['few'])
-  split = experiment.dataset.tests['test']
+  worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])
+  split = stage.tested
   write_npz(
     workdir / 'samples.npz',
     image=np.stack([split.image(row) for row in split.rows[worst]])
     if len(worst)
-    else np.zeros((0, *experiment.dataset.image_shape), np.uint8),
+    else np.zeros((0, *stage.dataset.image_shape), np.uint8),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
   )
 
@@ -305,11 +335,9 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
   )
 
 
-def _class_means(
-  features: np.ndarray, label: np.ndarray, experiment: Experiment
-) -> np.ndarray:
+def _class_means(features: np.ndarray, label: np.ndarray, stage: Stage) -> np.ndarray:
   """Returns the mean test feature of each class, for a method without centroids."""
-  classes = len(experiment.dataset.class_names)
+  classes = len(stage.dataset.class_names)
   means = np.zeros((classes, features.shape[1]), np.float32)
   np.add.at(means, label, features.astype(np.float32))
   means /= np.maximum(np.bincount(label, minlength=classes), 1)[:, None]

@@ -325,9 +325,8 @@ class StageRunner:
   def _evaluate(self, step: int, state: State) -> None:
     """Evaluates closed-set accuracy on validation and test data, and selects."""
     rows = {}
-    for split in ('val', 'test'):
-      if split in self.stage.passes:
-        one_pass = self.stage.passes[split]
+    for split, one_pass in self.stage.passes.items():
+      if split.rpartition('/')[2] in ('val', 'test'):
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return

@@ -151,16 +151,18 @@ def _build_stage(
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   method = _method(config, dataset, mesh, clock, learned)
-  evaluated, seen = _passes(config, domains)
+  tested, evaluated, seen = _passes(config, domains)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
+    domain=config['domain'],
     dataset=dataset,
     groups=groups,
     streams=streams,
     trained_on={name: row.split for name, row in rows.items() if row.split},
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
+    tested=tested,
     passes=evaluated,
     survey=stage_survey,
     reads={name: row.origin for name, row in rows.items() if row.origin},
@@ -196,8 +198,8 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 def _passes(
   config: Config, domains: Domains
-) -> tuple[dict[str, Pass], dict[str, Pass]]:
-  """Returns the passes of a stage: what it is evaluated on, and what it may see.
+) -> tuple[Split, dict[str, Pass], dict[str, Pass]]:
+  """Returns the test images of a stage, its evaluation passes, and what it may see.
 
   A surgery is given the latter: training and validation images of the stage's own
   domain, and training images of targets without their labels. No test image is among
@@ -215,22 +217,28 @@ def _passes(
     )
 
   own = config['domain']
-  dataset = domains.dataset(own)
+  dataset, targets = domains.dataset(own), domains.roles[TARGET]
   seen = {
     name: make(own, split, stand_in=name in ('train', 'meta'))
     for name, split in dataset.splits.items()
   }
   evaluated = {name: one for name, one in seen.items() if name not in ('train', 'meta')}
-  evaluated |= {name: make(own, split) for name, split in dataset.tests.items()}
-  for role in (TARGET, OPEN):
-    for name in domains.roles[role]:
-      if name != own:
-        tests = domains.dataset(name).tests
-        evaluated |= {f'{name}/{n}': make(name, split) for n, split in tests.items()}
-  if domains.roles[TARGET] and not domains.is_target(own):
+  adapts = bool(targets) and not domains.is_target(own)
+  headline = TARGET if adapts else own
+  tested = domains.dataset(headline).tests['test']
+  evaluated['test'] = make(headline, tested)
+  others = {own: dataset} if adapts else {}
+  others |= {name: domains.dataset(name) for name in domains.roles[OPEN]}
+  for name, other in others.items():
+    for split, images in other.tests.items():
+      evaluated[f'{name}/{split}'] = make(name, images)
+  if not adapts:
+    open_tests = {n: s for n, s in dataset.tests.items() if n != 'test'}
+    evaluated |= {name: make(own, split) for name, split in open_tests.items()}
+  if adapts:
     train = Unlabelled(domains.dataset(TARGET).splits['train'])
     seen[f'{TARGET}/train'] = make(TARGET, train, stand_in=True)
-  return evaluated, seen
+  return tested, evaluated, seen
 
 
 def learned_classes(

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
+from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
@@ -20,11 +21,14 @@ class Stage(NamedTuple):
   Attributes:
     name: of the stage.
     method: what is trained.
-    dataset: the data whose classes it learns.
+    domain: a domain or role whose classes it learns.
+    dataset: its data.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
     trained_on: streams of images -> (name of the split, the split).
     uses_target_labels: whether a stream gives labels of a target domain.
+    tested: the images of the pass 'test': of the target domains where there are any,
+      else of its own domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
@@ -40,13 +44,15 @@ class Stage(NamedTuple):
 
   name: str
   method: Method
+  domain: str
   dataset: Dataset
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
   trained_on: dict[str, tuple[str, Split | Unlabelled]]
   uses_target_labels: bool
+  tested: Split
   passes: dict[str, Pass]
-  survey: Any
+  survey: Survey
   reads: dict[str, str]
   save_outputs: tuple[str, ...]
   start: Callable[[State], tuple[State, dict[str, Any]]] | None
