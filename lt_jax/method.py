@@ -136,9 +136,7 @@ def first_state(key: jax.Array, params: PyTree, stats: PyTree, opt: PyTree) -> S
   return State(step=step, key=key, params=params, stats=stats, opt=opt, memory={})
 
 
-def update(
-  state: State, grads: PyTree, optimizer: Optimizer
-) -> tuple[State, Metrics]:
+def update(state: State, grads: PyTree, optimizer: Optimizer) -> tuple[State, Metrics]:
   """Moves the players in `grads`; leaves the clock and all other players alone.
 
   Args:

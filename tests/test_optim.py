@@ -332,9 +332,7 @@ def test_dann_is_the_table_of_its_formula():
   learning_rate = make_schedule('dann', 0.01, length=1000, batch=10, end=20)
   values = learning_rate(jnp.asarray([0, 1000, 2000, 9000], jnp.int32))
   last = 0.01 * 11**-0.75
-  np.testing.assert_allclose(
-    values, [0.01, 0.01 * 6**-0.75, last, last], rtol=1e-5
-  )
+  np.testing.assert_allclose(values, [0.01, 0.01 * 6**-0.75, last, last], rtol=1e-5)
   np.testing.assert_allclose(values[1:3], [0.00261, 0.00166], atol=5e-6)
   # Others count steps: it is the same where training has 10,000.
   by_step = make_schedule('dann', 0.01, length=1, batch=1, end=10_000)
