@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from flax import struct
 
 from lt_jax.errors import UserError
+from lt_jax.optim import Optimizer
 
 PyTree = Any
 Network = nn.Module
@@ -61,6 +63,13 @@ class Method(NamedTuple):
   init: Callable[[jax.Array, Mapping[str, Batch]], State]
   step: Callable[[State, Mapping[str, Batch]], tuple[State, Metrics]]
   predict: Callable[[State, jax.Array], Outputs]
+
+
+class Player(NamedTuple):
+  """A network that trains beside the main one, with its own optimiser."""
+
+  net: Network
+  optimizer: Optimizer
 
 
 def named_key(key: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
@@ -133,6 +142,37 @@ def check_streams(streams: Collection[str], *needed: str) -> None:
 def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns a scalar of this step as a metric: (value, 1)."""
   return value, jnp.ones((), jnp.float32)
+
+
+def first_state(key: jax.Array, params: PyTree, stats: PyTree, opt: PyTree) -> State:
+  """Returns the State before the first step; every dict is by player."""
+  step = jnp.zeros((), jnp.int32)
+  return State(step=step, key=key, params=params, stats=stats, opt=opt, memory={})
+
+
+def update(state: State, grads: PyTree, optimizer: Optimizer) -> tuple[State, Metrics]:
+  """Moves the players in `grads`; leaves the clock and all other players alone.
+
+  Args:
+    state: the State of this step.
+    grads: player -> gradients.
+    optimizer: of these players.
+
+  Returns:
+    (state, {'grad_norm', 'learning_rate'}).
+  """
+  params, opt = ({p: tree[p] for p in grads} for tree in (state.params, state.opt))
+  params, opt = optimizer.update(grads, opt, params, state.step)
+  metrics = {
+    'grad_norm': mean_metric(optax.tree.norm(grads)),
+    'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
+  }
+  return state.replace(params=state.params | params, opt=state.opt | opt), metrics
+
+
+def tick(state: State) -> State:
+  """Moves the clock by one, once every player has been updated."""
+  return state.replace(step=state.step + 1)
 
 
 # Wrappers: what changes every method alike is a function Method -> Method.

@@ -264,7 +264,43 @@ def cosine(epoch_steps: Fraction, *, end: float, begin: float = 0) -> Schedule:
   return lambda step: 0.5 * (1 + jnp.cos(jnp.pi * ramp(step)))
 
 
-SCHEDULES = {'constant': constant, 'step_decay': step_decay, 'cosine': cosine}
+def dann(
+  epoch_steps: Fraction, *, end: float, alpha: float = 10.0, beta: float = 0.75
+) -> Schedule:
+  r"""Decays by a power of the progress p, which is 0 at step 0 and 1 at the end.
+
+  .. math::
+    (1 + \alpha p)^{-\beta}
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epoch at which p is 1, commonly that of the end of training.
+    alpha: how early the decay sets in.
+    beta: its power.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: `end` is not positive, or alpha is negative.
+
+  Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2. The code of others
+  counts steps, (1 + 0.001 step)^-0.75, which is this one of 10,000 steps.
+  """
+  if not end > 0 or alpha < 0:
+    raise UserError(
+      f'dann needs end > 0 and alpha >= 0, got end {end} and alpha {alpha}'
+    )
+  progress = _ramp(0.0, float(end * epoch_steps))
+  return lambda step: (1 + alpha * progress(step)) ** -beta
+
+
+SCHEDULES = {
+  'constant': constant,
+  'step_decay': step_decay,
+  'cosine': cosine,
+  'dann': dann,
+}
 
 
 def linear_warmup(epoch_steps: Fraction, epochs: float) -> Schedule:
@@ -363,7 +399,8 @@ def _optimizer(
 
   def init(params: PyTree) -> PyTree:
     per_parameter(weight_decay, params)
-    return trained_only(per_parameter(learning_rate_scale, params)).init(params)
+    scales = per_parameter(learning_rate_scale, params)
+    return {p: trained_only(scales[p]).init(params[p]) for p in params}
 
   def update(
     grads: PyTree, opt_state: PyTree, params: PyTree, step: jax.Array
@@ -381,12 +418,14 @@ def _optimizer(
     rate = learning_rate(step)
     if not decoupled:
       grads = jax.tree.map(decayed, grads, params, decays)
-    updates, opt_state = trained_only(scales).update(
-      grads, opt_state, params, step=step
-    )
+    updates, new_state = {}, {}
+    for p in params:
+      updates[p], new_state[p] = trained_only(scales[p]).update(
+        grads[p], opt_state[p], params[p], step=step
+      )
     if decoupled:
       updates = jax.tree.map(decayed, updates, params, decays)
-    return jax.tree.map(moved, params, updates, scales), opt_state
+    return jax.tree.map(moved, params, updates, scales), new_state
 
   def held(params: PyTree) -> PyTree:
     scales = per_parameter(learning_rate_scale, params)

@@ -328,6 +328,19 @@ def test_cosine_after_a_warm_up():
   np.testing.assert_allclose(values[12], 0, atol=1e-7)
 
 
+def test_dann_is_the_table_of_its_formula():
+  learning_rate = make_schedule('dann', 0.01, length=1000, batch=10, end=20)
+  values = learning_rate(jnp.asarray([0, 1000, 2000, 9000], jnp.int32))
+  last = 0.01 * 11**-0.75
+  np.testing.assert_allclose(values, [0.01, 0.01 * 6**-0.75, last, last], rtol=1e-5)
+  np.testing.assert_allclose(values[1:3], [0.00261, 0.00166], atol=5e-6)
+  # Others count steps: it is the same where training has 10,000.
+  by_step = make_schedule('dann', 0.01, length=1, batch=1, end=10_000)
+  expected = 0.01 * (1 + 0.001 * np.array([0, 1, 77, 5000, 10_000])) ** -0.75
+  steps = jnp.asarray([0, 1, 77, 5000, 10_000], jnp.int32)
+  np.testing.assert_allclose(by_step(steps), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize('x64', [False, True])
 @pytest.mark.parametrize(
   'name, options',
@@ -336,6 +349,7 @@ def test_cosine_after_a_warm_up():
     ('step_decay', {'boundaries': (), 'factors': ()}),
     ('step_decay', {'boundaries': (2,), 'factors': (0.5,)}),
     ('cosine', {'end': 3}),
+    ('dann', {'end': 3}),
   ],
 )
 def test_schedules_are_float32_of_the_shape_of_the_step(name, options, x64):
@@ -364,6 +378,7 @@ def test_no_warm_up_starts_at_the_base():
     ('cosine', {}, "'cosine' needs the option 'end'"),
     ('cosine', {'end': 3, 'bgin': 1}, "no option 'bgin'; did you mean 'begin'"),
     ('cosine', {'end': 3, 'begin': 3}, 'end 3 and begin 3'),
+    ('dann', {'end': 0}, 'end 0 and alpha 10'),
     ('step_decay', {'boundaries': (3, 2), 'factors': (1, 1)}, 'increasing'),
     ('step_decay', {'boundaries': (3,), 'factors': (1, 1)}, '1 boundaries and 2'),
     ('constant', {'warmup': 'linaer'}, "unknown warm-up 'linaer'; did you mean"),

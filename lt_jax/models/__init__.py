@@ -1,6 +1,7 @@
 """Networks: a trunk from images to a map of features, and a head from there to logits.
 
-A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`.
+A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`; a network
+that trains beside the main one, as a discriminator does, has its entry in `NETWORKS`.
 """
 
 import functools
@@ -10,11 +11,15 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from lt_jax.errors import construct
+from lt_jax.errors import UserError, construct
+from lt_jax.models import discriminator
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import HEADS, dense
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
+
+NETWORKS = {'mlp': discriminator.mlp}
+"""Networks of further players: name -> options -> a module."""
 
 
 class Classifier(nn.Module):
@@ -24,11 +29,12 @@ class Classifier(nn.Module):
   and 'projection'.
 
   Attributes:
-    trunk: a module from images (B, H, W, C) to a map (B, H', W', C').
+    trunk: a module from images (B, H, W, C) to a map (B, H', W', C'), or to a dict of
+      named layers, each (B, D), one of which is called 'features'.
     head: a module from features (B, D) to logits (B, number of classes).
     attention: a module from maps to maps; None for none.
-    projection: features D, of a linear layer and ReLU after the mean over the pixels;
-      -1 for D = C', 0 for no such layer.
+    projection: features D, of a linear layer and ReLU after the mean over the pixels,
+      or on the trunk's 'features'; -1 for as many as before, 0 for no such layer.
   """
 
   trunk: nn.Module
@@ -48,17 +54,28 @@ class Classifier(nn.Module):
       **memory: what the head reads beside the features.
 
     Returns:
-      'features' (B, D) and 'logits' (B, number of classes), both at least float32.
+      'features' (B, D), 'logits' (B, number of classes) and the other layers that the
+      trunk names, all at least float32.
+
+    Raises:
+      UserError: attention over named layers, which are no map.
     """
     x = self.trunk(images, train=train)
-    if self.attention is not None:
-      x = self.attention(x)
-    features = at_least_float32(x).mean((1, 2))
+    layers = {}
+    if isinstance(x, dict):
+      if self.attention is not None:
+        raise UserError('model.attention needs a trunk that ends in a map of features')
+      layers = {name: at_least_float32(layer) for name, layer in x.items()}
+      features = layers['features']
+    else:
+      if self.attention is not None:
+        x = self.attention(x)
+      features = at_least_float32(x).mean((1, 2))
     if self.projection:
       inputs = features.shape[-1]
       size = inputs if self.projection < 0 else self.projection
       features = nn.relu(dense(size, inputs=inputs, name='projection')(features))
-    return self.apply_head(features, train=train, **memory)
+    return layers | self.apply_head(features, train=train, **memory)
 
   def apply_head(
     self, features: jax.Array, *, train: bool, **memory: jax.Array

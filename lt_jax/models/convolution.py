@@ -69,9 +69,13 @@ INITIALISERS = {
 
 
 def conv(
-  x: jax.Array, kernel: jax.Array, stride: int = 1, groups: int = 1
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int = 1,
+  groups: int = 1,
+  pad: int | None = None,
 ) -> jax.Array:
-  """Convolves with zero padding of (size - 1) / 2 on every side.
+  """Convolves with zero padding of (size - 1) / 2 on every side, or of `pad`.
 
   The padding is explicit: 'SAME' pads a strided convolution on one side only, which is
   not what the papers' networks do.
@@ -81,11 +85,13 @@ def conv(
     kernel: (size, size, C / groups, D), of odd size.
     stride: in pixels, along both axes.
     groups: the g-th part of the outputs reads only the g-th part of the inputs.
+    pad: pixels of padding on every side; None for (size - 1) / 2.
 
   Returns:
-    (B, ceil(H / stride), ceil(W / stride), D).
+    (B, H', W', D); with the default padding H' is ceil(H / stride).
   """
-  padding = [(size // 2, size // 2) for size in kernel.shape[:2]]
+  sides = [size // 2 if pad is None else pad for size in kernel.shape[:2]]
+  padding = [(side, side) for side in sides]
   y = lax.conv_general_dilated(
     _unfused(x),
     kernel,
@@ -108,13 +114,15 @@ def _unfused(x: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-  """A convolution without bias, as before every batch normalisation.
+  """A convolution, by default without bias, as before every batch normalisation.
 
   Attributes:
     features: channels that come out.
     size: side of the kernel, odd.
     stride: in pixels.
     groups: equal parts of the channels that do not mix.
+    pad: pixels of zero padding on every side; None keeps the size of the image.
+    bias: adds a bias, which begins at zero.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
     dtype: of the computation; None for that of input and kernel. Parameters are
       float32.
@@ -124,6 +132,8 @@ class Conv(nn.Module):
   size: int = 3
   stride: int = 1
   groups: int = 1
+  pad: int | None = None
+  bias: bool = False
   kernel_init: Callable[..., jax.Array] = kaiming
   dtype: Any = None
 
@@ -132,4 +142,10 @@ class Conv(nn.Module):
     """Maps (B, H, W, C) to (B, H', W', features)."""
     shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-    return conv(*promote_dtype(x, kernel, dtype=self.dtype), self.stride, self.groups)
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    y = conv(x, kernel, self.stride, self.groups, self.pad)
+    if self.bias:
+      zeros = nn.initializers.zeros
+      bias = self.param('bias', zeros, (self.features,), jnp.float32)
+      y += jnp.asarray(bias, y.dtype)[None, None, None]
+    return y

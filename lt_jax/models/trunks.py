@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
+from lt_jax.models.digits import DIGITS
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.resnet import RESNETS
 
@@ -168,6 +169,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   'resnet56': partial(cifar_resnet, depth=56),
   'digits_cnn': partial(small_cnn, width=44),
   'tiny_cnn': partial(small_cnn, width=12),
+  **DIGITS,
   **RESNETS,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""

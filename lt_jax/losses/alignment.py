@@ -1,0 +1,465 @@
+r"""Alignments: how far two domains are apart in the layers of a network, as one number.
+
+An alignment is a function (source, target, *, options) -> () of the outputs of one
+batch of each domain; of the target's it reads no labels, there are none. With the
+keyword `layers` it is told which layers to compare, each (S, D) and (T, D). It is added
+to the objective with a weight that may change with the progress of training. To add
+one, write it and its entry in `ALIGNMENTS`.
+
+Everything is finite, with finite gradients, also where vectors coincide. Memory is that
+of a few (S + T, S + T) and (D, D).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lt_jax.class_weights import check_counts
+from lt_jax.errors import UserError, check_options, construct, lookup
+from lt_jax.losses.metric import distances
+
+Outputs = Mapping[str, jax.Array]
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def layer(outputs: Outputs, name: str) -> jax.Array:
+  """Returns a named layer as vectors (B, D), at least float32.
+
+  Raises:
+    UserError: the network has no such layer.
+  """
+  x = lookup(outputs, 'layer of this network', name)
+  return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# Covariances.
+
+CORAL_FORMS = {'paper': (0.25, 0.0), 'adapt': (0.25, 1.0), 'domainbed': (1.0, 1.0)}
+"""Form -> (a, b), the constants of `coral`.
+
+'paper' is equation 1 of the paper; 'adapt' is that of the library ADAPT with its option
+`match_mean`, and without it the paper's; 'domainbed' is that of DomainBed and of
+TLLib, whose weights are thus not the paper's.
+"""
+
+
+def coral(
+  source: Outputs, target: Outputs, *, layers: Sequence[str], form: str = 'paper'
+) -> jax.Array:
+  r"""Deep CORAL: the covariances of the domains, and in some forms their means.
+
+  .. math::
+    \sum_l \frac{a}{d^2} |C_S - C_T|_F^2 + \frac{b}{d} |\mu_S - \mu_T|^2
+
+  over the layers l of size d, with unbiased covariances C (divided by n - 1).
+
+  Args:
+    source: outputs of the source.
+    target: outputs of the target.
+    layers: names of those that are compared.
+    form: a key of `CORAL_FORMS`, which gives a and b.
+
+  Returns:
+    () distance, at least 0.
+
+  Raises:
+    UserError: an unknown form or layer, or a batch of one image.
+
+  Sun and Saenko, "Deep CORAL", ECCV workshops 2016, arXiv 1607.01719.
+  """
+  of_covariances, of_means = lookup(CORAL_FORMS, 'form of coral', form)
+  _check_sizes(source, target)
+
+  def apart(name: str) -> jax.Array:
+    (mean_s, cov_s), (mean_t, cov_t) = (
+      _moments(layer(outputs, name)) for outputs in (source, target)
+    )
+    distance = of_covariances * ((cov_s - cov_t) ** 2).mean()
+    if of_means:
+      distance += of_means * ((mean_s - mean_t) ** 2).mean()
+    return distance
+
+  return sum(apart(name) for name in layers)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns mean (D,) and unbiased covariance (D, D) of x (B, D)."""
+  mean = x.mean(0)
+  centred = x - mean[None]
+  product = jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)
+  return mean, product / (len(x) - 1)
+
+
+# Kernels.
+
+FAMILY = (0.125, 0.25, 0.5, 1.0, 2.0)
+"""Squared bandwidths of a family of kernels, as multiples of the mean distance."""
+
+
+def mmd(
+  source: Outputs,
+  target: Outputs,
+  *,
+  layers: Sequence[str],
+  bandwidths: Sequence[float] = FAMILY,
+  estimate: str = 'unbiased',
+) -> jax.Array:
+  r"""Maximum mean discrepancy of every layer, by a family of Gaussian kernels.
+
+  .. math::
+    \mathrm{MMD}^2 = E\, k(s, s') + E\, k(t, t') - 2 E\, k(s, t), \qquad
+    k(x, y) = \sum_u e^{-|x - y|^2 / (2 \alpha_u \bar d)}
+
+  summed over the layers. d is the mean squared distance of all pairs of the two batches
+  together, a constant to the gradient. The paper learns the weights of the kernels,
+  which are all one here, as in TLLib.
+
+  Args:
+    source: outputs of the source.
+    target: outputs of the target.
+    layers: names of those that are compared.
+    bandwidths: the alphas.
+    estimate: a key of `ESTIMATES`. An unbiased one may be below zero, and is not
+      clipped.
+
+  Returns:
+    () discrepancy.
+
+  Raises:
+    UserError: an unknown estimate or layer, or a batch of one image.
+
+  Gretton et al., JMLR 13, 2012, lemma 6; Long et al., "Learning Transferable Features
+  with Deep Adaptation Networks" (DAN), ICML 2015, arXiv 1502.02791.
+  """
+  estimator = lookup(ESTIMATES, 'estimate', estimate)
+  _check_sizes(source, target)
+
+  def apart(name: str) -> jax.Array:
+    s, t = layer(source, name), layer(target, name)
+    return estimator([(s, t, _family(s, t, bandwidths))])
+
+  return sum(apart(name) for name in layers)
+
+
+def joint_mmd(
+  source: Outputs,
+  target: Outputs,
+  *,
+  layers: Sequence[str],
+  bandwidths: Sequence[float] = FAMILY,
+  sigma: float = 0.92,
+  estimate: str = 'unbiased',
+) -> jax.Array:
+  r"""Maximum mean discrepancy of the layers and the predictions jointly.
+
+  .. math::
+    k\big((x, p), (x', p')\big) = e^{-|p - p'|^2 / (2 \sigma^2)}
+    \prod_l \sum_u e^{-|x_l - x'_l|^2 / (2 \alpha_u \bar d_l)}
+
+  with p the softmax of the logits, which are always compared. The form and the
+  constants are those of TLLib; the paper trains on the linear-time estimate.
+
+  Args:
+    source: outputs of the source.
+    target: outputs of the target.
+    layers: names of those that are compared beside the predictions.
+    bandwidths: the alphas.
+    sigma: bandwidth for the predictions.
+    estimate: a key of `ESTIMATES`.
+
+  Returns:
+    () discrepancy.
+
+  Raises:
+    UserError: an unknown estimate or layer, or a batch of one image.
+
+  Long et al., "Deep Transfer Learning with Joint Adaptation Networks" (JAN), ICML 2017,
+  arXiv 1605.06636.
+  """
+  estimator = lookup(ESTIMATES, 'estimate', estimate)
+  _check_sizes(source, target)
+  pairs = [(layer(source, name), layer(target, name)) for name in layers]
+  compared = [(s, t, _family(s, t, bandwidths)) for s, t in pairs]
+  predictions = [jax.nn.softmax(layer(o, 'logits')) for o in (source, target)]
+  return estimator([*compared, (*predictions, _gaussians((2 * sigma**2,)))])
+
+
+Kernel = Callable[[jax.Array], jax.Array]
+"""From squared distances to values of a kernel, elementwise."""
+
+Compared = Sequence[tuple[jax.Array, jax.Array, Kernel]]
+"""(source (S, D), target (T, D), kernel) of each layer; their kernels multiply."""
+
+
+def unbiased(compared: Compared) -> jax.Array:
+  """Means over all pairs of different images: no term k(x, x)."""
+  return _all_pairs(compared, itself=False)
+
+
+def biased(compared: Compared) -> jax.Array:
+  """Means over all pairs, each image with itself too: never below zero."""
+  return _all_pairs(compared, itself=True)
+
+
+def linear(compared: Compared) -> jax.Array:
+  r"""The linear-time estimate, over disjoint pairs of images.
+
+  .. math::
+    \frac{1}{m} \sum_{i=1}^{m} k(s_{2i-1}, s_{2i}) + k(t_{2i-1}, t_{2i})
+    - k(s_{2i-1}, t_{2i}) - k(s_{2i}, t_{2i-1})
+
+  of the first 2 m images of each domain, as many as both have. Unbiased, and noisier
+  than `unbiased`. Gretton et al., lemma 14.
+  """
+  count = min(min(len(s), len(t)) for s, t, _ in compared) // 2 * 2
+  products = 1
+  for s, t, kernel in compared:
+    s, t = (x[:count].reshape(-1, 2, x.shape[-1]) for x in (s, t))
+    ends = (
+      (s[:, 0], s[:, 1]),
+      (t[:, 0], t[:, 1]),
+      (s[:, 0], t[:, 1]),
+      (s[:, 1], t[:, 0]),
+    )
+    squares = jnp.stack([((a - b) ** 2).sum(-1) for a, b in ends])
+    products = products * kernel(squares)
+  within_s, within_t, across, back = products
+  return (within_s + within_t - across - back).mean()
+
+
+ESTIMATES = {'unbiased': unbiased, 'biased': biased, 'linear': linear}
+
+
+def _all_pairs(compared: Compared, *, itself: bool) -> jax.Array:
+  """Means of products of kernels over pairs within and across the domains."""
+  within_s = within_t = across = 1
+  for s, t, kernel in compared:
+    within_s = within_s * kernel(distances(s, s, squared=True))
+    within_t = within_t * kernel(distances(t, t, squared=True))
+    across = across * kernel(distances(s, t, squared=True))
+
+  def mean(values: jax.Array) -> jax.Array:
+    if itself:
+      return values.mean()
+    size = len(values)
+    others = 1 - jnp.eye(size, dtype=values.dtype)
+    return (values * others).sum() / (size * (size - 1))
+
+  return mean(within_s) + mean(within_t) - 2 * across.mean()
+
+
+def _family(s: jax.Array, t: jax.Array, bandwidths: Sequence[float]) -> Kernel:
+  """Returns the sum of Gaussian kernels with multiples of the mean distance.
+
+  The mean over all pairs of a batch, in linear time: twice the mean squared distance to
+  the centre.
+  """
+  both = [lax.stop_gradient(x) for x in (s, t)]
+  size = len(s) + len(t)
+  centre = sum(x.sum(0) for x in both) / size
+  mean = 2 * sum(((x - centre[None]) ** 2).sum() for x in both) / size
+  # Where all vectors coincide every distance is 0, and any bandwidth will do.
+  mean = jnp.where(mean > 0, mean, 1)
+  return _gaussians([2 * alpha * mean for alpha in bandwidths])
+
+
+def _gaussians(denominators: Sequence[jax.Array | float]) -> Kernel:
+  return lambda squares: sum(jnp.exp(-squares / d) for d in denominators)
+
+
+# What only the target's predictions say.
+
+
+def entropy(source: Outputs, target: Outputs) -> jax.Array:
+  r"""Mean entropy of the target's predictions, in nats.
+
+  .. math::
+    -\frac{1}{T} \sum_i \sum_c p_{ic} \log p_{ic}
+
+  Args:
+    source: not used.
+    target: with 'logits' (T, C).
+
+  Returns:
+    () entropy, between 0 and log C.
+
+  Grandvalet and Bengio, NIPS 2004.
+  """
+  del source
+  return _entropies(layer(target, 'logits')).mean()
+
+
+def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Array:
+  r"""Minimum class confusion: how often the target's predictions hesitate between two.
+
+  .. math::
+    \frac{1}{C} \sum_{j \ne k} \frac{M_{jk}}{\sum_l M_{jl}}, \qquad
+    M_{jk} = \sum_i w_i\, p_{ij}\, p_{ik}, \qquad
+    w_i = \frac{T (1 + e^{-H(p_i)})}{\sum_i 1 + e^{-H(p_i)}}
+
+  with p the softmax of the logits over the temperature. The weights w, which favour
+  predictions that are sure, are constants to the gradient, as in the authors' code.
+
+  Args:
+    source: not used.
+    target: with 'logits' (T, C).
+    temperature: of the softmax.
+
+  Returns:
+    () confusion, between 0 and 1.
+
+  Jin et al., "Minimum Class Confusion for Versatile Domain Adaptation", ECCV 2020,
+  arXiv 1912.03699.
+  """
+  del source
+  logits = layer(target, 'logits') / temperature
+  sure = 1 + jnp.exp(-lax.stop_gradient(_entropies(logits)))
+  weights = len(sure) * sure / sure.sum()
+  p = jax.nn.softmax(logits)
+  product = jnp.matmul(p.T, p * weights[:, None], precision=lax.Precision.HIGHEST)
+  totals = product.sum(1, keepdims=True)
+  # A class that no image is given any probability of is confused with none.
+  shares = product / jnp.where(totals > 0, totals, 1)
+  return (shares.sum() - jnp.trace(shares)) / len(shares)
+
+
+def _entropies(logits: jax.Array) -> jax.Array:
+  """Returns the entropy (B,) of each prediction, in nats."""
+  log_p = jax.nn.log_softmax(logits)
+  return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+def _check_sizes(source: Outputs, target: Outputs) -> None:
+  """Raises a `UserError` where a batch has too few images to be compared."""
+  sizes = [len(outputs['logits']) for outputs in (source, target)]
+  if min(sizes) < 2:
+    raise UserError(
+      f'domains are compared by at least 2 images each, not {sizes[0]} and {sizes[1]}'
+    )
+
+
+ALIGNMENTS = {
+  'none': None,
+  'coral': coral,
+  'mmd': mmd,
+  'joint_mmd': joint_mmd,
+  'entropy': entropy,
+  'mcc': mcc,
+}
+
+
+# Weights by the progress of a stage.
+
+
+def constant(progress: jax.Array, *, weight: float) -> jax.Array:
+  """The weight, all along."""
+  return jnp.full(jnp.shape(progress), weight, jnp.float32)
+
+
+def dann(progress: jax.Array, *, weight: float = 1.0, gamma: float = 10.0) -> jax.Array:
+  r"""Rises from 0 to almost the weight w, steeply at first.
+
+  .. math::
+    w \Big( \frac{2}{1 + e^{-\gamma p}} - 1 \Big)
+
+  The schedule of others that counts steps, such as TLLib's with its 1,000 steps, is
+  this one of a training of 10,000 steps.
+
+  Args:
+    progress: p, in [0, 1].
+    weight: w.
+    gamma: how steeply.
+
+  Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2.
+  """
+  # The same as tanh, which keeps its precision near zero.
+  return weight * jnp.tanh(gamma * progress / 2)
+
+
+def ramp(
+  progress: jax.Array, *, weight: float, begin: float = 0.0, end: float = 1.0
+) -> jax.Array:
+  """Rises linearly from 0 at the progress `begin` to the weight at `end`, and stays."""
+  if not 0 <= begin < end:
+    raise UserError(f'linear needs 0 <= begin < end, got {begin} and {end}')
+  return weight * jnp.clip((progress - begin) / (end - begin), 0, 1)
+
+
+WEIGHTS = {'constant': constant, 'dann': dann, 'linear': ramp}
+"""name -> (progress, *, weight, ...) -> the weight, of the shape of the progress."""
+
+
+def make_weight(weight: float | Mapping[str, Any], progress: Schedule) -> Schedule:
+  """Returns a weight as a function of the step.
+
+  Args:
+    weight: a number; or the name and options of a schedule, such as
+      {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}.
+    progress: step -> () float32 in [0, 1], how much of the stage is done.
+
+  Raises:
+    UserError: an unknown name or option.
+  """
+  if not isinstance(weight, Mapping):
+    weight = {'name': 'constant', 'weight': weight}
+  if 'name' not in weight:
+    raise UserError(
+      "alignment.weight must be a number, or a schedule with a 'name' such as "
+      "{'name': 'dann', 'gamma': 10.0, 'weight': 1.0}"
+    )
+  options = {key: value for key, value in weight.items() if key != 'name'}
+  # Wrong options are told now, not when the step is traced.
+  construct(WEIGHTS, 'weight schedule', weight['name'], np.float32(0), options=options)
+  schedule = WEIGHTS[weight['name']]
+  return lambda step: schedule(progress(step), **options)
+
+
+def make_alignment(
+  name: str,
+  *,
+  align_on: Sequence[str],
+  weight: float | Mapping[str, Any],
+  counts: np.ndarray,
+  progress: Schedule,
+  **options: Any,
+) -> Callable[[Outputs, Outputs, jax.Array], jax.Array] | None:
+  """Returns a weighted alignment of the outputs of two domains.
+
+  Args:
+    name: a key of `ALIGNMENTS`.
+    align_on: names of the layers that are compared, for those that compare layers.
+    weight: a number or a schedule, see `make_weight`.
+    counts: (C,) training images of each class, for those that ask for them.
+    progress: step -> () float32 in [0, 1].
+    **options: of the alignment, such as `estimate`.
+
+  Returns:
+    (source, target, step) -> (); None for 'none'.
+
+  Raises:
+    UserError: an unknown name or option, or no layer where layers are compared.
+  """
+  function = lookup(ALIGNMENTS, 'alignment', name)
+  what = f'alignment {name!r}'
+  given = ('source', 'target', 'layers', 'counts')
+  check_options(what, function or (lambda: None), options, *given)
+  weight_at = make_weight(weight, progress)
+  if function is None:
+    return None
+  asked = inspect.signature(function).parameters
+  if 'layers' in asked:
+    if not align_on:
+      raise UserError(f'{what} needs alignment.align_on: the layers it compares')
+    options['layers'] = tuple(align_on)
+  if 'counts' in asked:
+    options['counts'] = check_counts(counts, what)
+
+  def alignment(source: Outputs, target: Outputs, step: jax.Array) -> jax.Array:
+    return weight_at(step) * function(source, target, **options)
+
+  return alignment

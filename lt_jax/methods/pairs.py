@@ -1,0 +1,116 @@
+"""Batches of two domains: how they meet in a network with batch normalisation."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lt_jax.errors import lookup
+from lt_jax.method import Network, Outputs, PyTree, forward
+
+Pair = tuple[Outputs, Outputs, dict[str, PyTree]]
+
+
+def joint(
+  net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
+) -> Pair:
+  """One pass over both batches, whose statistics are those of the two together.
+
+  The images of the domains take turns, in the proportion of their numbers, so that
+  every device and every ghost batch has some of both.
+  """
+  blocks = math.gcd(len(source), len(target))
+  shares = [x.reshape(blocks, -1, *x.shape[1:]) for x in (source, target)]
+  images = jnp.concatenate(shares, axis=1)
+  outputs, net_stats = forward(
+    net, params, stats['net'], images.reshape(-1, *images.shape[2:]), train=True
+  )
+  size = shares[0].shape[1]
+
+  def apart(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = x.reshape(blocks, -1, *x.shape[1:])
+    return tuple(
+      part.reshape(-1, *x.shape[1:]) for part in (rows[:, :size], rows[:, size:])
+    )
+
+  both = {name: apart(x) for name, x in outputs.items()}
+  source_outputs, target_outputs = (
+    {name: pair[domain] for name, pair in both.items()} for domain in (0, 1)
+  )
+  return source_outputs, target_outputs, {**stats, 'net': net_stats}
+
+
+def separate(
+  net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
+) -> Pair:
+  """A pass for each domain with its own statistics, and one running average of both.
+
+  What one pass over both computes with two groups of batch normalisation.
+  """
+  (source_outputs, from_source), (target_outputs, from_target) = (
+    forward(net, params, stats['net'], images, train=True) for images in (source, target)
+  )
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, from_source, from_target)
+  return source_outputs, target_outputs, {**stats, 'net': mean}
+
+
+def domain_specific(
+  net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
+) -> Pair:
+  """A pass for each domain with its own statistics, and a running average of each.
+
+  The target's, by which a method predicts, is stats['net']; the source's is
+  stats['net_source'].
+  """
+  source_outputs, from_source = forward(
+    net, params, stats['net_source'], source, train=True
+  )
+  target_outputs, from_target = forward(net, params, stats['net'], target, train=True)
+  stats = {**stats, 'net': from_target, 'net_source': from_source}
+  return source_outputs, target_outputs, stats
+
+
+STATISTICS: dict[str, Callable[..., Pair]] = {
+  'joint': joint,
+  'separate': separate,
+  'domain_specific': domain_specific,
+}
+
+
+def forward_pair(
+  net: Network,
+  params: PyTree,
+  stats: dict[str, PyTree],
+  source_images: jax.Array,
+  target_images: jax.Array,
+  *,
+  statistics: str,
+) -> Pair:
+  """Applies a network in training mode to a batch of each of two domains.
+
+  Args:
+    net: returns a dict of named outputs, all with the batch first.
+    params: its parameters.
+    stats: `State.stats`, as `first_stats` begins it.
+    source_images: (S, H, W, C).
+    target_images: (T, H, W, C).
+    statistics: a key of `STATISTICS`. Without batch normalisation all are the same
+      function, and 'joint' is the fastest.
+
+  Returns:
+    (outputs of the source, outputs of the target, updated stats).
+
+  Raises:
+    UserError: an unknown name.
+  """
+  apply = lookup(STATISTICS, 'kind of batch statistics', statistics)
+  return apply(net, params, stats, source_images, target_images)
+
+
+def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
+  """Returns the `State.stats` of two domains, from a network's first statistics."""
+  lookup(STATISTICS, 'kind of batch statistics', statistics)
+  if statistics == 'domain_specific':
+    return {'net': stats, 'net_source': stats}
+  return {'net': stats}

@@ -1,0 +1,109 @@
+"""Networks for digits of 28 or 32 pixels, as papers on domain adaptation use them.
+
+They return named layers: 'conv', the flattened last convolution, the hidden layers,
+and 'features', the last of them. Sizes are those of the papers' images; others work.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+
+from lt_jax.errors import UserError, lookup
+from lt_jax.models.convolution import INITIALISERS, Conv
+
+
+class Convolution(NamedTuple):
+  """A convolution of 5x5 pixels, ReLU, and a maximum over squares of pixels.
+
+  Attributes:
+    features: channels that come out.
+    pool: side of the squares, which are 2 pixels apart; 0 for no maximum.
+  """
+
+  features: int
+  pool: int = 2
+
+
+class DigitsNet(nn.Module):
+  """Convolutions of 5x5 pixels, then hidden linear layers, all with bias and ReLU.
+
+  Attributes:
+    convolutions: from the images on.
+    hidden: sizes of the linear layers; the last one makes the features.
+    padded: convolutions keep the size of an image, and maxima halve it, rounded up.
+    conv: a constructor like `Conv`.
+    dense: a constructor like `nn.Dense`.
+  """
+
+  convolutions: Sequence[Convolution]
+  hidden: Sequence[int]
+  padded: bool = False
+  conv: Callable[..., nn.Module] = Conv
+  dense: Callable[..., nn.Module] = nn.Dense
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Maps (B, H, W, C) images to 'conv', 'fc1', ... and 'features', each (B, D)."""
+    del train  # nothing here depends on it
+    x = images
+    for number, (features, pool) in enumerate(self.convolutions, 1):
+      if not self.padded and min(x.shape[1:3]) < 6:
+        raise UserError(
+          f'images of {images.shape[1]} x {images.shape[2]} pixels are too small for '
+          'this network: give it at least 16 x 16 (config.data.size)'
+        )
+      x = self.conv(
+        features,
+        size=5,
+        pad=2 if self.padded else 0,
+        bias=True,
+        name=f'conv{number}',
+      )(x)
+      x = nn.relu(x)
+      if pool:
+        side = (pool - 1) // 2 if self.padded else 0
+        x = nn.max_pool(x, (pool, pool), (2, 2), ((side, side), (side, side)))
+    layers = {'conv': x.reshape(len(x), -1)}
+    x = layers['conv']
+    for number, size in enumerate(self.hidden, 1):
+      name = 'features' if number == len(self.hidden) else f'fc{number}'
+      x = layers[name] = nn.relu(self.dense(size, name=f'fc{number}')(x))
+    return layers
+
+
+def _net(
+  convolutions: Sequence[Convolution],
+  hidden: Sequence[int],
+  padded: bool = False,
+  *,
+  init: str = 'kaiming',
+  dtype: Any = None,
+) -> DigitsNet:
+  """Returns a `DigitsNet`, its initialisation by its name."""
+  kernel_init = lookup(INITIALISERS, 'initialisation', init)
+  shared = {'kernel_init': kernel_init, 'dtype': dtype}
+  conv, dense = partial(Conv, **shared), partial(nn.Dense, **shared)
+  return DigitsNet(convolutions, hidden, padded, conv, dense)
+
+
+mnist_dann = partial(_net, (Convolution(32), Convolution(48)), (100, 100))
+"""The MNIST network of Ganin et al., arXiv 1505.07818, figure 4a: 'conv' (B, 768)."""
+
+svhn_dann = partial(
+  _net,
+  (Convolution(64, 3), Convolution(64, 3), Convolution(128, 0)),
+  (3072, 2048),
+  True,
+)
+"""Their SVHN network, figure 4b, without its dropout: 'conv' (B, 8192)."""
+
+lenet = partial(_net, (Convolution(20), Convolution(50)), (500,))
+"""LeNet as Caffe has it, for 28 pixels: 'conv' (B, 800), 'features' (B, 500).
+
+The network of Tzeng et al. (ADDA), arXiv 1702.05464. LeCun et al., Proc. IEEE 1998.
+"""
+
+DIGITS = {'mnist_dann': mnist_dann, 'svhn_dann': svhn_dann, 'lenet': lenet}
