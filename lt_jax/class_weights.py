@@ -153,6 +153,23 @@ def make_class_weights(
   return class_weights
 
 
+def weights_of(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
+  """Returns the weight of each label's class, and 0 where the label is -1.
+
+  Args:
+    class_weights: (C,).
+    labels: (...) int. Plain indexing would read the last class at -1.
+
+  Returns:
+    (...).
+  """
+  return (
+    jnp.asarray(class_weights)
+    .at[labels]
+    .get(mode='fill', fill_value=0, wrap_negative_indices=False)
+  )
+
+
 def _sum_to_classes(raw: np.ndarray) -> np.ndarray:
   """Scales weights (C,) so that they sum to C."""
   return raw * (raw.size / raw.sum())

@@ -269,12 +269,84 @@ def test_one_example_is_a_batch():
   )
 
 
-@pytest.mark.parametrize('smoothing', [0.0, 0.2])
-def test_label_outside_the_classes_has_no_pull(smoothing):
-  logits = jnp.zeros((1, CLASSES))
-  loss = make_loss('cross_entropy', COUNTS, label_smoothing=smoothing)
-  value = loss({'logits': logits}, {'label': jnp.array([-1])})
-  np.testing.assert_allclose(value, smoothing * math.log(CLASSES), rtol=1e-6)
+PIXELS = (5, 7, 1)
+"""A shape of `BATCH` labels."""
+
+
+@every_loss
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+def test_pixels_and_the_label_that_counts_for_nothing(
+  name, options, reference, reduction
+):
+  """Against plain floats that know neither pixels nor -1: they sum what is labelled."""
+  logits, labels = batch()
+  labelled = np.arange(BATCH) % 3 > 0
+  weights = effective_number(COUNTS)
+  w = weights[labels] * labelled
+  expected = np.array(
+    [reference(z, y) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
+  )
+  slopes = np.array(
+    [
+      numerical_gradient(reference, z, y)
+      for z, y in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+  )
+  shares = w / (labelled.sum() if reduction == 'mean' else w.sum())
+  void = np.where(labelled, labels, -1).astype(np.int32).reshape(PIXELS)
+  values, objective, grads = masked(name, options, reduction)(
+    logits.reshape(*PIXELS, CLASSES), void, weights
+  )
+  assert values.shape == PIXELS
+  assert not values[void < 0].any()
+  assert not grads[void < 0].any()
+  np.testing.assert_allclose(values.ravel(), expected * labelled, rtol=1e-12)
+  np.testing.assert_allclose(objective, np.dot(shares, expected), rtol=1e-12)
+  np.testing.assert_allclose(
+    grads.reshape(BATCH, CLASSES), shares[:, None] * slopes, atol=1e-8
+  )
+  # No label at all: nothing is divided by nothing.
+  for array in masked(name, options, reduction)(
+    logits.reshape(*PIXELS, CLASSES), np.full_like(void, -1), weights
+  ):
+    assert not array.any()
+
+
+def masked(name, options, reduction):
+  """(logits, labels, class weights) -> losses, objective and its gradient, float64."""
+  loss = make_loss(name, COUNTS, **options)
+
+  def evaluate(logits, labels, weights):
+    def objective(z):
+      values = loss({'logits': z}, {'label': labels})
+      return jnp.vdot(REDUCTIONS[reduction](weights, labels), values), values
+
+    (value, values), grads = jax.value_and_grad(objective, has_aux=True)(logits)
+    return values, value, grads
+
+  def in_float64(*arrays):
+    with jax.enable_x64(True):
+      return [np.asarray(x) for x in jax.jit(evaluate)(*map(jnp.asarray, arrays))]
+
+  return in_float64
+
+
+def test_a_loss_of_ones_own_is_masked_too(monkeypatch):
+  """Also one that indexes, to which -1 is the last class."""
+
+  def own(logits, labels):
+    return -jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+
+  monkeypatch.setitem(LOSSES, 'own', own)
+  logits = jnp.arange(8.0).reshape(2, 2, 2)
+  labels = jnp.array([[0, -1], [1, -1]])
+
+  def total(z):
+    return make_loss('own', COUNTS)({'logits': z}, {'label': labels}).sum()
+
+  value, grads = jax.value_and_grad(total)(logits)
+  assert value == -(0 + 5)
+  np.testing.assert_array_equal(grads, [[[-1, 0], [0, 0]], [[0, -1], [0, 0]]])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +354,7 @@ def test_label_outside_the_classes_has_no_pull(smoothing):
   [
     ('cross_entropy', np.zeros((2, CLASSES)), np.zeros(3, np.int32)),
     ('cross_entropy', np.zeros((2, CLASSES)), np.zeros(2)),
-    ('cross_entropy', np.zeros(CLASSES), np.zeros((), np.int32)),
+    ('cross_entropy', np.zeros((2, 3, CLASSES)), np.zeros((3, 2), np.int32)),
     ('ldam', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
     ('logit_adjustment', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
     ('label_aware_smoothing', np.zeros((2, CLASSES + 1)), np.zeros(2, np.int32)),
@@ -336,9 +408,11 @@ def test_empty_class_is_fine_where_counts_are_not_used():
 
 
 def test_reductions_differ_by_the_mean_weight():
-  weights = effective_number(COUNTS)[batch()[1]]
+  labels = batch()[1]
+  rule = effective_number(COUNTS)
+  weights = rule[labels]
   mean, normalised = (
-    np.asarray(REDUCTIONS[name](jnp.asarray(weights, jnp.float32)))
+    np.asarray(REDUCTIONS[name](jnp.asarray(rule, jnp.float32), labels))
     for name in ('mean', 'weight_normalised')
   )
   np.testing.assert_allclose(mean, weights / BATCH, rtol=1e-6)
@@ -347,14 +421,33 @@ def test_reductions_differ_by_the_mean_weight():
 
 
 def test_reductions_agree_without_weights():
-  ones = jnp.ones(BATCH)
+  ones, labels = jnp.ones(CLASSES), batch()[1]
   np.testing.assert_allclose(
-    losses.mean(ones), losses.weight_normalised(ones), rtol=1e-7
+    losses.mean(ones, labels), losses.weight_normalised(ones, labels), rtol=1e-7
+  )
+
+
+def test_the_mean_of_labels_that_all_count_is_the_usual_one_to_the_bit():
+  weights = jnp.asarray(effective_number(COUNTS), jnp.float32)
+  labels = jnp.asarray(batch()[1])
+  usual = jax.jit(lambda w, y: w[y] / y.size)
+  np.testing.assert_array_equal(
+    jax.jit(losses.mean)(weights, labels), usual(weights, labels)
   )
 
 
 @pytest.mark.parametrize('name', REDUCTIONS)
 def test_reduction_of_zero_weights(name):
-  zeros = jnp.zeros(3)
-  np.testing.assert_array_equal(REDUCTIONS[name](zeros), zeros)
-  assert np.isfinite(jax.jacobian(REDUCTIONS[name])(zeros)).all()
+  zeros, labels = jnp.zeros(CLASSES), jnp.arange(3)
+  np.testing.assert_array_equal(REDUCTIONS[name](zeros, labels), labels * 0.0)
+  assert np.isfinite(jax.jacobian(REDUCTIONS[name])(zeros, labels)).all()
+
+
+def test_training_metrics_leave_out_what_is_not_labelled():
+  from lt_jax.methods.supervised import batch_metrics
+
+  logits = jnp.array([[[2.0, 1, 0], [0, 1, 2]], [[0, 0, 1], [1, 0, 0]]])
+  labels = jnp.array([[0, -1], [2, 1]])
+  metrics = batch_metrics({'logits': logits}, {'label': labels}, jnp.full((2, 2), 3.0))
+  np.testing.assert_array_equal(metrics['accuracy'], (2, 3))
+  np.testing.assert_array_equal(metrics['class_loss'], [[3, 3, 3], [1, 1, 1]])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lt_jax.errors import UserError
+from lt_jax.losses import REDUCTIONS
 from lt_jax.methods.memory import oltr
 from lt_jax.models import make_classifier
 from lt_jax.models.attention import ModulatedAttention
@@ -346,7 +347,7 @@ def method(projection=-1, *, rules=(('.*', 1.0),), form='released'):
     sgd(lambda step: jnp.float32(1), momentum=0.0, learning_rate_scale=rules),
     cross_entropy,
     class_weights=lambda step: jnp.asarray(CLASS_WEIGHTS, jnp.float32),
-    reduction=lambda weights: weights / len(weights),
+    reduction=REDUCTIONS['mean'],
     weight=WEIGHT,
     form=form,
   )

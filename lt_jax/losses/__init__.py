@@ -4,17 +4,22 @@ A loss is a function (logits (B, C), labels (B,), *, options) -> (B,). A penalty
 function (features (B, D), labels (B,), *, options) -> (), or of logits in the place of
 features. Either has a keyword `counts` if it needs the training counts. To add one,
 write it and its entry in the `LOSSES` or `PENALTIES` of its file.
+
+The label -1 counts for nothing: `make_loss` gives it no loss and no gradient whatever
+the loss, and the reductions divide by what is labelled. `make_loss` also makes a loss
+one of pixels, so a function of `LOSSES` sees neither -1 nor an image of labels.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax.class_weights import check_counts
+from lt_jax.class_weights import check_counts, weights_of
 from lt_jax.errors import check_options, lookup
 from lt_jax.losses import classification, margin, metric
 
@@ -25,7 +30,7 @@ PENALTIES = {'none': None} | metric.PENALTIES
 def make_loss(
   name: str, counts: np.ndarray, classes: np.ndarray | None = None, **options: Any
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]:
-  """Returns a per-example loss of a network's outputs and a batch.
+  """Returns a loss of every label: of a network's outputs and a batch.
 
   Args:
     name: a key of `LOSSES`.
@@ -34,7 +39,8 @@ def make_loss(
     **options: of the loss, such as `gamma`.
 
   Returns:
-    (outputs, batch) -> (B,), of outputs['logits'] and batch['label'].
+    (outputs, batch) -> (...), of outputs['logits'] (..., C) and batch['label'] (...),
+    such as (B,) for images and (B, H, W) for pixels; 0 where the label is -1.
 
   Raises:
     UserError: an unknown name or option, or an empty class where the loss uses counts.
@@ -46,8 +52,14 @@ def make_loss(
     options['counts'] = check_counts(counts, what)
 
   def loss(outputs, batch):
-    logits = outputs['logits'] if classes is None else only(outputs['logits'], classes)
-    return per_example(logits, batch['label'], **options)
+    logits, labels = outputs['logits'], batch['label']
+    chex.assert_shape(labels, logits.shape[:-1])
+    logits, each = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if classes is not None:
+      logits = only(logits, classes)
+    # Any class will do where there is none: its loss is not looked at.
+    losses = per_example(logits, jnp.maximum(each, 0), **options)
+    return jnp.where(each >= 0, losses, 0).reshape(labels.shape)
 
   return loss
 
@@ -100,35 +112,41 @@ def make_penalty(
   return penalty
 
 
-def mean(weights: jax.Array) -> jax.Array:
-  """Coefficients w / B: the weighted losses over the size of the batch.
+def mean(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
+  """Coefficients w / n: the weighted losses over the number of labels.
 
-  The batch of a long tail has a mean class weight far below one (about 0.17 on
-  CIFAR-10-LT with imbalance 100 and beta 0.9999), so steps are that much smaller than
-  those of `weight_normalised`.
+  n leaves out the labels -1, so on segmentation masks this is the mean over labelled
+  pixels of the whole batch. The batch of a long tail has a mean class weight far below
+  one (about 0.17 on CIFAR-10-LT with imbalance 100 and beta 0.9999), so steps are that
+  much smaller than those of `weight_normalised`.
 
   Args:
-    weights: (B,) weights of the examples.
+    class_weights: (C,).
+    labels: (...) int, -1 for what counts for nothing.
 
   Returns:
-    (B,) coefficients: the objective is sum_i coefficients_i loss_i.
+    (...) coefficients: the objective is sum_i coefficients_i loss_i.
 
   The reduction of Cui et al., arXiv 1901.05555 (TensorFlow).
   """
-  return weights / weights.size
+  labelled = jnp.maximum((labels >= 0).sum(), 1)
+  # The last factor is exactly one where every label counts: the usual mean, to the bit.
+  return weights_of(class_weights, labels) / labels.size * (labels.size / labelled)
 
 
-def weight_normalised(weights: jax.Array) -> jax.Array:
+def weight_normalised(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
   """Coefficients w / sum(w): a weighted mean. All zero where all weights are zero.
 
   Args:
-    weights: (B,) weights of the examples.
+    class_weights: (C,).
+    labels: (...) int, -1 for what counts for nothing.
 
   Returns:
-    (B,) coefficients: the objective is sum_i coefficients_i loss_i.
+    (...) coefficients: the objective is sum_i coefficients_i loss_i.
 
   The reduction of PyTorch's weighted cross-entropy, hence of LDAM-DRW's code.
   """
+  weights = weights_of(class_weights, labels)
   total = weights.sum()
   return weights / jnp.where(total == 0, 1, total)
 

@@ -96,7 +96,7 @@ def oltr(
 
   .. math::
     J = \sum_i a_i\, \ell_i + \lambda L(v, y, c), \qquad
-    a = \text{reduction}(w_{y_1}, \dots)
+    a = \text{reduction}(w, y)
 
   with v the direct features, not the meta-embedding. The centroids begin at zero: the
   surgery 'class_means' fills them.
@@ -106,7 +106,7 @@ def oltr(
     optimizer: of {'net': params, 'centroids': (C, D)}.
     loss: (outputs, batch) -> (B,).
     class_weights: step -> (C,).
-    reduction: weights (B,) -> coefficients (B,).
+    reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
     weight: lambda.
     form: 'released', the authors' code, or 'paper'; they differ in form and constants.
 
@@ -152,7 +152,7 @@ def oltr(
 
   def step(state: State, batches) -> tuple[State, Metrics]:
     batch = batches['train']
-    coefficients = reduction(class_weights(state.step)[batch['label']])
+    coefficients = reduction(class_weights(state.step), batch['label'])
     grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params, state.stats, batch, coefficients
     )

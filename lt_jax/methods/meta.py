@@ -39,7 +39,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from lt_jax.class_weights import effective_number
+from lt_jax.class_weights import effective_number, weights_of
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import (
   Batch,
@@ -59,6 +59,7 @@ from lt_jax.methods.supervised import (
   Loss,
   apply_gradients,
   batch_metrics,
+  by_class,
   first_state,
 )
 from lt_jax.models.weight_net import WeightNet
@@ -448,20 +449,17 @@ def weight_metrics(
     mean_one: what was learned is the difference to the prior divided by its mean over
       the batch, since weights of mean one are on that scale.
   """
-  zeros = jnp.zeros(num_classes, jnp.float32)
-  count = zeros.at[labels].add(1.0)
   expected = prior / prior.mean() if mean_one else prior
   learned = weights - expected
-
-  def by_class(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return zeros.at[labels].add(values.astype(jnp.float32)), count
-
+  moments = {
+    'weight_prior': expected,
+    'weight_learned': learned,
+    'weight_about': weights - prior,
+    'weight_about_square': (weights - prior) ** 2,
+    'weight_negative': weights < 0,
+  }
   return {
-    'weight_prior': by_class(expected),
-    'weight_learned': by_class(learned),
-    'weight_about': by_class(weights - prior),
-    'weight_about_square': by_class((weights - prior) ** 2),
-    'weight_negative': by_class(weights < 0),
+    **{name: by_class(x, labels, num_classes) for name, x in moments.items()},
     'learned_over_prior': (jnp.abs(learned).sum(), jnp.abs(expected).sum()),
   }
 
@@ -645,7 +643,7 @@ def meta_reweight(
   scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
 
   def prior(state: State, batch: Batch) -> jax.Array:
-    return class_weights(state.step)[batch['label']]
+    return weights_of(class_weights(state.step), batch['label'])
 
   def objective(losses, eps, state, batch):
     return jnp.dot(inner(prior(state, batch), eps), losses)
@@ -680,4 +678,4 @@ EPS_SCALES = {
 def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
   """Returns class-balanced weights, with which learned ones are compared."""
   weights = effective_number(np.maximum(counts, 1))
-  return lambda state, batch: jnp.asarray(weights)[batch['label']]
+  return lambda state, batch: weights_of(weights, batch['label'])

@@ -4,6 +4,7 @@ Cross-entropy, class-balanced losses, LDAM, balanced softmax, logit adjustment; 
 class weights that may depend on the step (DRW); under any sampler (DRS is a sampler).
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -43,15 +44,19 @@ def supervised(
   r"""Gradient descent on a weighted sum of per-example losses and a batch penalty.
 
   .. math::
-    J = \sum_i a_i\, \ell_i + P, \qquad a = \text{reduction}(w_{y_1}, \dots)
+    J = \sum_i a_i\, \ell_i + P, \qquad a = \text{reduction}(w, y)
+
+  over the labels of the batch: one an image (B,), or one a pixel (B, H, W), of which
+  those that are -1 count for nothing.
 
   Args:
-    net: returns a dict with 'logits' (B, C) and 'features' (B, D).
+    net: returns a dict with 'logits' (..., C) and 'features' (B, D).
     optimizer: of the players `{'net': params}`.
-    loss: (outputs, batch) -> (B,), one loss an example, never a mean.
+    loss: (outputs, batch) -> (...), one loss a label, never a mean.
     class_weights: step -> (C,).
-    reduction: weights (B,) -> coefficients (B,), see `lt_jax.losses.REDUCTIONS`. It
-      sees the global batch, also where gradients are accumulated.
+    reduction: (class weights (C,), labels (...)) -> coefficients (...), see
+      `lt_jax.losses.REDUCTIONS`. It sees the global batch, also where gradients are
+      accumulated.
     penalty: (outputs, batch) -> (), what exists only over a whole batch; not weighted
       by class.
     accumulate: number of micro-batches one update is added up from. Batch statistics
@@ -74,7 +79,7 @@ def supervised(
       net, params['net'], stats['net'], batch['image'], train=True
     )
     losses = loss(outputs, batch)
-    value = jnp.dot(coefficients, losses)
+    value = jnp.vdot(coefficients, losses)
     if penalty is not None:
       value += penalty(outputs, batch)
     metrics = {
@@ -87,7 +92,7 @@ def supervised(
 
   def step(state: State, batches) -> tuple[State, Metrics]:
     batch = batches['train']
-    coefficients = reduction(class_weights(state.step)[batch['label']])
+    coefficients = reduction(class_weights(state.step), batch['label'])
     grads, (stats, metrics) = gradient(state.params, state.stats, batch, coefficients)
     state, norms = apply_gradients(state, grads, optimizer)
     return state.replace(stats=stats), metrics | norms
@@ -148,17 +153,34 @@ def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
   """Returns training accuracy, and the mean loss of each class.
 
   Args:
-    outputs: with 'logits' (B, C).
-    batch: with 'label' (B,).
-    losses: (B,), unweighted.
+    outputs: with 'logits' (..., C).
+    batch: with 'label' (...); -1 is in neither of them.
+    losses: (...), unweighted.
   """
   logits, labels = outputs['logits'], batch['label']
   correct = jnp.argmax(logits, axis=-1) == labels
-  zeros = jnp.zeros(logits.shape[-1], jnp.float32)
   return {
-    'accuracy': (correct.sum(dtype=jnp.float32), jnp.float32(len(labels))),
-    'class_loss': (zeros.at[labels].add(losses), zeros.at[labels].add(1.0)),
+    'accuracy': (
+      correct.sum(dtype=jnp.float32),
+      (labels >= 0).sum(dtype=jnp.float32),
+    ),
+    'class_loss': by_class(losses, labels, logits.shape[-1]),
   }
+
+
+def by_class(
+  values: jax.Array, labels: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the mean of each class as a metric: sums (C,) and numbers (C,).
+
+  Args:
+    values: (...).
+    labels: (...) int; what has the label -1 is left out.
+    num_classes: C.
+  """
+  of_class = jnp.zeros(num_classes, jnp.float32).at[labels]
+  add = functools.partial(of_class.add, mode='drop', wrap_negative_indices=False)
+  return add(values.astype(jnp.float32)), add(1.0)
 
 
 def accumulated(gradient: Callable, parts: int) -> Callable:
