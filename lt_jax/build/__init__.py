@@ -41,9 +41,10 @@ from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, construct, lookup
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
-from lt_jax.method import Method, State
+from lt_jax.losses.alignment import make_alignment, make_weight
+from lt_jax.method import Method, Player, State
 from lt_jax.methods import METHODS, few_shot
-from lt_jax.models import make_classifier
+from lt_jax.models import NETWORKS, make_classifier
 from lt_jax.optim import make_optimizer, make_schedule, per_parameter
 from lt_jax.train import Plan, state_shapes
 
@@ -285,6 +286,7 @@ def _method(
   optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
+  progress = _progress(config, train)
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
@@ -303,7 +305,11 @@ def _method(
     class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
     penalty=make_penalty(counts=counts, **config['penalty']),
-    progress=_progress(config, train),
+    alignment=make_alignment(counts=counts, progress=progress, **config['alignment']),
+    align_on=tuple(config['alignment']['align_on']),
+    alignment_weight=make_weight(config['alignment']['weight'], progress),
+    players={n: _player(n, options, train) for n, options in config['players'].items()},
+    progress=progress,
     streams=tuple(config['streams']),
     base=learned,
     image_shape=dataset.image_shape,
@@ -314,6 +320,21 @@ def _method(
     )
   # What is traced once for shapes is then not traced again for the program.
   return Method(*(jax.jit(function, inline=True) for function in method))
+
+
+def _player(name: str, options: Config, train: Row) -> Player:
+  """Builds a network beside the main one, with its own optimiser and schedule."""
+  for key in ('network', 'optimizer', 'schedule'):
+    if 'name' not in options.get(key, {}):
+      raise UserError(f'players.{name}.{key} must be a dict with a name')
+  network = dict(options['network'])
+  schedule = make_schedule(
+    **options['schedule'], length=train.length, batch=train.batch
+  )
+  return Player(
+    construct(NETWORKS, 'network', network.pop('name'), options=network),
+    make_optimizer(learning_rate=schedule, **options['optimizer']),
+  )
 
 
 def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:

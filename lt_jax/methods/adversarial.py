@@ -1,6 +1,6 @@
 """Adversarial adaptation: features by which a discriminator cannot tell the domains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from lt_jax.method import (
   Player,
   PyTree,
   State,
+  check_streams,
   first_state,
   forward,
   init_net,
@@ -66,6 +67,7 @@ def dann(
   alignment_weight: Callable[[jax.Array], jax.Array],
   class_weights: Callable[[jax.Array], jax.Array],
   reduction: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
   penalty: Loss | None = None,
   statistics: str = 'joint',
 ) -> Method:
@@ -91,6 +93,7 @@ def dann(
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
     class_weights: step -> (C,).
     reduction: weights (B,) -> coefficients (B,).
+    streams: names of the streams, of which it reads 'target'.
     penalty: (outputs, batch) -> (), of the source.
     statistics: how the domains meet in batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
@@ -105,6 +108,7 @@ def dann(
     raise UserError('dann needs a network in config.players.discriminator')
   if not align_on:
     raise UserError('dann needs alignment.align_on: the layer its discriminator reads')
+  check_streams(streams, 'target')
   first_stats({}, statistics)  # which refuses unknown ones
   discriminator, judge_optimizer = players['discriminator']
 
@@ -147,11 +151,11 @@ def dann(
     layers = grad_reverse(jnp.concatenate(read_by_domain), scale)
     logits = discriminator.apply({'params': judge['discriminator']}, layers)
     sizes = [len(x) for x in read_by_domain]
-    is_target = jnp.repeat(jnp.array([0.0, 1.0]), jnp.array(sizes), total_repeat_length=sum(sizes))
-    domain_losses = optax.sigmoid_binary_cross_entropy(logits, is_target)
-    domain_loss = sum(
-      part.mean() / 2 for part in jnp.split(domain_losses, [sizes[0]])
+    is_target = jnp.repeat(
+      jnp.array([0.0, 1.0]), jnp.array(sizes), total_repeat_length=sum(sizes)
     )
+    domain_losses = optax.sigmoid_binary_cross_entropy(logits, is_target)
+    domain_loss = sum(part.mean() / 2 for part in jnp.split(domain_losses, [sizes[0]]))
     right = (logits > 0) == (is_target > 0)
     metrics = {
       'loss': mean_metric(value),

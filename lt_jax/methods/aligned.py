@@ -4,7 +4,7 @@ Deep CORAL, DAN, JAN, minimum entropy, minimum class confusion: each is an entry
 `lt_jax.losses.alignment.ALIGNMENTS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from lt_jax.method import (
   Outputs,
   PyTree,
   State,
+  check_streams,
   first_state,
   forward,
   init_net,
@@ -40,6 +41,7 @@ def aligned(
   alignment: Alignment | None,
   class_weights: Callable[[jax.Array], jax.Array],
   reduction: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
   penalty: Loss | None = None,
   statistics: str = 'joint',
 ) -> Method:
@@ -60,6 +62,7 @@ def aligned(
       nothing but batch statistics.
     class_weights: step -> (C,).
     reduction: weights (B,) -> coefficients (B,).
+    streams: names of the streams, of which it reads 'target'.
     penalty: (outputs, batch) -> (), of the source.
     statistics: how the domains meet in batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
@@ -67,6 +70,7 @@ def aligned(
   Raises:
     UserError: unknown statistics.
   """
+  check_streams(streams, 'target')
   first_stats({}, statistics)  # which refuses unknown ones
 
   def init(key: jax.Array, batches) -> State:

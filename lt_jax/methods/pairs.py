@@ -49,7 +49,8 @@ def separate(
   What one pass over both computes with two groups of batch normalisation.
   """
   (source_outputs, from_source), (target_outputs, from_target) = (
-    forward(net, params, stats['net'], images, train=True) for images in (source, target)
+    forward(net, params, stats['net'], images, train=True)
+    for images in (source, target)
   )
   mean = jax.tree.map(lambda a, b: (a + b) / 2, from_source, from_target)
   return source_outputs, target_outputs, {**stats, 'net': mean}

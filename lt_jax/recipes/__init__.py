@@ -4,12 +4,17 @@ from ml_collections import ConfigDict
 
 from lt_jax.config import apply
 from lt_jax.errors import lookup
-from lt_jax.recipes import decoupled, losses, meta, open_world
+from lt_jax.recipes import adaptation, decoupled, losses, meta, open_world
 from lt_jax.recipes.parts import Recipe
 
-RECIPES: dict[str, Recipe] = (
-  losses.RECIPES | meta.RECIPES | open_world.RECIPES | decoupled.RECIPES
-)
+RECIPES: dict[str, Recipe] = {
+  **losses.RECIPES,
+  **meta.RECIPES,
+  **open_world.RECIPES,
+  **decoupled.RECIPES,
+  **adaptation.RECIPES,
+}
+"""Name -> recipe; a family is a file."""
 
 
 def find(name: str) -> Recipe:

@@ -16,7 +16,7 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen.
+      which something is chosen; 'target', a domain to adapt to.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
