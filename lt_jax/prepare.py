@@ -92,7 +92,7 @@ def convert(
   """
   import tensorflow_datasets as tfds
 
-  from lt_jax.data.sources import load_source
+  from lt_jax.data.sources import load_source, passed_over
 
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
@@ -117,6 +117,8 @@ def convert(
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
+  for line in passed_over(sources):
+    print(line)
   data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
   folder = make_workdir(data_dir / name)
   with locked(folder):

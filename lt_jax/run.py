@@ -449,6 +449,7 @@ def _banner(
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
       ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
+      *(('passed over', line) for line in dataset.passed_over),
       ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),

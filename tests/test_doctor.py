@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from lt_jax import doctor, files
+from lt_jax import doctor, files, prepare, run, writers
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
@@ -93,6 +93,35 @@ def test_photographs_without_a_fault(listed):
   assert not faults(found)
   assert 'train: 12 files open, 12 were decoded' in told(found, 'ok')
   assert 'of 24 were hashed, as the others differ in size' in told(found, 'ok')
+
+
+def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
+  made, _ = listed
+  folder = tmp_path / 'set'
+  for split in ('train', 'test', 'val'):
+    for name in ('cat', 'dog'):
+      (folder / split / name).mkdir(parents=True)
+      for i in range(2):
+        file = folder / split / name / f'{i}.jpg'
+        file.write_bytes(mini.photograph(rng, i))
+  (folder / 'train/cat/2.tif').touch()
+  (folder / 'extra').mkdir()
+  made['data'] |= {'source': f'folder:{folder}', 'test_split': 'val'}
+  lines = [
+    'train: 1 file passed over: train/cat/2.tif',
+    'train: beside the splits, passed over: extra/',
+    "test: the split 'test' of the source is not used",
+  ]
+  found = examine(doctor.Case(made), doctor.data.splits)
+  assert told(found, 'odd').splitlines() == lines
+  case = doctor.Case(made)
+  assert not told(list(case.open()), 'wrong')
+  capsys.readouterr()
+  run._banner(case.experiment, tmp_path, writers.Screen(), [])
+  banner = capsys.readouterr().out
+  assert all(line in banner for line in lines)
+  prepare.convert(f'folder:{folder}', name='pets', data_dir=str(tmp_path / 'records'))
+  assert capsys.readouterr().out.splitlines()[:2] == lines[:2]
 
 
 def test_an_image_in_training_and_test(config):

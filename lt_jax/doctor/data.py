@@ -14,7 +14,7 @@ import numpy as np
 from lt_jax import build
 from lt_jax.data import crops, longtail
 from lt_jax.data.dataset import Dataset
-from lt_jax.data.lists import Files
+from lt_jax.data.lists import Files, composed
 from lt_jax.data.streams import Split
 from lt_jax.doctor.case import (
   Case,
@@ -47,7 +47,7 @@ FACTOR = 1.5
 
 
 def splits(case: Case) -> Findings:
-  """Says how many images there are."""
+  """Says how many images there are, and what is passed over."""
   dataset = case.dataset
   for name, split in dataset.splits.items():
     labels, classes = split.labels, len(dataset.class_names)
@@ -58,6 +58,8 @@ def splits(case: Case) -> Findings:
     there = len(np.unique(labels))
     told = '' if name.startswith('open') else f' of {there} of {classes} classes'
     yield ok(f'{name}: {len(labels):,} images{told}')
+  for line in dataset.passed_over:
+    yield odd(line)
 
 
 def readable(case: Case) -> Findings:
@@ -254,7 +256,8 @@ def _two_labels(
 def classes(case: Case) -> Findings:
   """Looks for classes without images, and for names of two classes."""
   dataset = case.dataset
-  doubled = [n for n, k in collections.Counter(dataset.class_names).items() if k > 1]
+  names = collections.Counter(map(composed, dataset.class_names))
+  doubled = [name for name, number in names.items() if number > 1]
   if doubled:
     yield odd(f'names of two classes: {len(doubled)}, such as {doubled[0]!r}')
   for name in ('train', 'test'):
