@@ -208,15 +208,15 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
   """
   from PIL import Image
 
-  from lt_jax.data.crops import pixels
+  from lt_jax.data.crops import measured
 
-  image = Image.fromarray(pixels(encoded, where))
-  if not short_side or min(image.size) <= short_side:
+  sides, pixels = measured(encoded, where)
+  if not short_side or min(sides) <= short_side:
     return encoded
-  scale = short_side / min(image.size)
-  size = tuple(max(short_side, round(scale * side)) for side in image.size)
+  scale = short_side / min(sides)
+  size = tuple(max(short_side, round(scale * side)) for side in sides)
   file = io.BytesIO()
-  resized = image.resize(size, Image.Resampling.BILINEAR)
+  resized = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
   resized.save(file, 'JPEG', quality=QUALITY)
   return file.getvalue()
 

@@ -14,7 +14,7 @@ import numpy as np
 from lt_jax import build
 from lt_jax.data import crops, longtail
 from lt_jax.data.dataset import Dataset
-from lt_jax.data.lists import Files, composed
+from lt_jax.data.lists import Files, check_file, composed
 from lt_jax.data.streams import Split
 from lt_jax.doctor.case import (
   Case,
@@ -116,6 +116,7 @@ def _opened(source: Any, row: int) -> tuple[int, int]:
 def _file(source: Any, row: int) -> BinaryIO:
   """Opens an image as a file, of which perhaps not all is read."""
   if isinstance(source, Files):
+    check_file(source.where(row))
     return open(source.where(row), 'rb')
   return io.BytesIO(source.encoded(row))
 
@@ -126,8 +127,7 @@ def _decoded(source: Any, row: int) -> tuple[int, int]:
   Raises:
     UserError: it cannot.
   """
-  height, width, _ = crops.pixels(source.encoded(row), source.where(row)).shape
-  return width, height
+  return crops.measured(source.encoded(row), source.where(row))[0]
 
 
 class Picture(NamedTuple):
