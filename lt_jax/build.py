@@ -295,7 +295,7 @@ def build(
       batch=config['eval_batch'],
       transform=plain_transform,
       workers=workers,
-      stand_in=skips and name in ('train', 'meta'),
+      stand_in=skips,
     )
     for name, split in dataset.splits.items()
   }

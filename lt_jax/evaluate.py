@@ -17,6 +17,7 @@ from lt_jax import (
   trained,
 )
 from lt_jax.errors import UserError
+from lt_jax.stage import BadImages
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
@@ -72,7 +73,17 @@ def evaluate(
     counts = experiment.dataset.counts
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
     stage = stage._replace(method=adjusted)
-  evaluated = results.evaluate(experiment, stage, restored.state)
+  screen = Screen()
+
+  def tell(event: str, split: str, image: str) -> None:
+    screen.line(f'{event.replace("_", " ")}: split {split}, image {image}')
+
+  evaluated = results.evaluate(
+    experiment,
+    stage,
+    restored.state,
+    bad_images=BadImages(experiment.dataset.splits, tell, ()),
+  )
   result = {
     'recipe': config['recipe'],
     'seed': config['seed'],
@@ -86,7 +97,7 @@ def evaluate(
     'state_sha256': checkpoint.digest(restored.state),
   }
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
-  results.show(result, workdir, Screen())
+  results.show(result, workdir, screen)
   return result
 
 

@@ -66,8 +66,17 @@ def evaluate(
   stage: Stage,
   state: State,
   stop: Callable[[], bool] = lambda: False,
+  bad_images: Callable[[str, np.ndarray], None] = lambda split, rows: None,
 ) -> Evaluated:
   """Evaluates a State on every split there is.
+
+  Args:
+    experiment: the experiment.
+    stage: the stage whose method is evaluated.
+    state: its State.
+    stop: whether to end at once.
+    bad_images: takes (split, positions in the source) of images that cannot be read,
+      for which others stood in; it may raise.
 
   Raises:
     Preempted: `stop()` turned true on the way.
@@ -82,6 +91,8 @@ def evaluate(
   }
   if None in records.values():
     raise Preempted
+  for name, kept in records.items():
+    bad_images(name, bad_rows(experiment, name, kept))
   metrics = {
     name: split_metrics(records[name], experiment)
     for name in ('val', 'test')
@@ -109,6 +120,12 @@ def evaluate(
       fixed=open_set.FIXED_THRESHOLD if score == probability else None,
     )
   return Evaluated(metrics, thresholds['known_score'], curves, records)
+
+
+def bad_rows(experiment: Experiment, split: str, records: Collected) -> np.ndarray:
+  """Returns the positions in the source of a split's images that cannot be read."""
+  rows = experiment.dataset.splits[split].rows
+  return rows[records['bad']] if 'bad' in records else rows[:0]
 
 
 def split_metrics(records: Collected, experiment: Experiment) -> dict[str, Any]:
@@ -183,6 +200,7 @@ def write_results(
   state: State,
   *,
   stop: Callable[[], bool],
+  bad_images: Callable[[str, np.ndarray], None],
   wall_seconds: float,
   replicas: int = 1,
 ) -> dict[str, Any]:
@@ -194,13 +212,14 @@ def write_results(
     stage: the last stage.
     state: its State that counts.
     stop: whether the run must end at once.
+    bad_images: as for `evaluate`.
     wall_seconds: from the start to here, of all starts together.
     replicas: how many runs it trained together in that time.
 
   Returns:
     What result.json holds.
   """
-  evaluated = evaluate(experiment, stage, state, stop)
+  evaluated = evaluate(experiment, stage, state, stop, bad_images)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
   events = read_rows(workdir / 'events.jsonl')
@@ -216,6 +235,11 @@ def write_results(
     'select': '/'.join(stage.select) if stage.select else 'last',
     **evaluated.metrics,
     'threshold': evaluated.threshold,
+    'stand_ins': {
+      name: int(kept['bad'].sum())
+      for name, kept in evaluated.records.items()
+      if 'bad' in kept and kept['bad'].any()
+    },
     'best_on_test': _best_on_test(rows, stage.name),
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,

@@ -25,7 +25,7 @@ from lt_jax.build import (
 )
 from lt_jax.errors import UserError
 from lt_jax.method import State
-from lt_jax.stage import StageRunner
+from lt_jax.stage import BadImages, StageRunner
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -214,13 +214,15 @@ def _finish(
   at: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
 ) -> dict[str, Any]:
   """Evaluates the last State, writes the results and shows them."""
-  before = results.seconds_of_earlier_starts(read_rows(at.workdir / 'events.jsonl'))
+  events = read_rows(at.workdir / 'events.jsonl')
+  before = results.seconds_of_earlier_starts(events)
   result = results.write_results(
     at.experiment,
     at.workdir,
     [*at.experiment.stages.values()][-1],
     state,
     stop=stop.alone,
+    bad_images=BadImages(at.experiment.dataset.splits, at.events, events),
     wall_seconds=before + time.time() - began,
     replicas=replicas,
   )

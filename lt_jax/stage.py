@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import SELECTABLE, Experiment, Stage, config_digest, stage_config
+from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
@@ -25,10 +26,55 @@ from lt_jax.stopping import (
   wait_for_all,
 )
 from lt_jax.surgery import operate
-from lt_jax.writers import Events, MetricWriter, Screen, Track, read_rows, write_npz
+from lt_jax.writers import (
+  Events,
+  MetricWriter,
+  Row,
+  Screen,
+  Track,
+  read_rows,
+  write_npz,
+)
 
-MOST_BAD = 1e-3
-"""Share of the training images that may be damaged where others stand in for them."""
+
+class BadImages:
+  """Tells of images that cannot be read, where others may stand in; each once.
+
+  Too many of a split end the run.
+  """
+
+  def __init__(
+    self, splits: Mapping[str, Split], tell: Callable[..., None], told: Iterable[Row]
+  ):
+    """Takes the splits, what tells an event, and the events so far."""
+    self._splits = splits
+    self._tell = tell
+    self._told = {
+      (row.get('split', 'train'), row['image'])
+      for row in told
+      if row['event'] == 'bad_image'
+    }
+
+  def __call__(self, name: str, rows: Iterable[int]) -> None:
+    """Tells of images of a split; all processes are here together.
+
+    Args:
+      name: of the split.
+      rows: their positions in the source.
+
+    Raises:
+      UserError: there are more than `most_bad`.
+    """
+    split = self._splits[name]
+    for bad in {(name, split.source.where(row)) for row in rows} - self._told:
+      self._told.add(bad)
+      self._tell('bad_image', split=name, image=bad[1])
+    count, most = sum(known == name for known, _ in self._told), most_bad(split)
+    if any_process(count > most):
+      raise UserError(
+        f'{count} images of {name} cannot be read, but others may stand in for {most} '
+        f'of {len(split.rows)} at most: repair or remove those in events.jsonl'
+      )
 
 
 class StageRunner:
@@ -69,12 +115,9 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    events_before = read_rows(workdir / 'events.jsonl')
-    self._bad = {
-      (row.get('split', 'train'), row['image'])
-      for row in events_before
-      if row['event'] == 'bad_image'
-    }
+    self._bad = BadImages(
+      experiment.dataset.splits, events, read_rows(workdir / 'events.jsonl')
+    )
     self._train_split = stage_config(experiment.config, stage.name)['train_split']
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
@@ -290,7 +333,7 @@ class StageRunner:
     self._new_bad[stream].update(positions.tolist())
 
   def _tell_bad_images(self) -> None:
-    """Tells of images that cannot be read, each once; too many of a split end the run.
+    """Tells of training images that cannot be read; too many of a split end the run.
 
     All processes are here together, and tell of what any of them has found.
     """
@@ -298,18 +341,9 @@ class StageRunner:
       if self.stage.streams[stream].workers is None:
         continue
       name = self._train_split if stream == 'train' else 'meta'
-      split = self._experiment.dataset.splits[name]
       found = of_any_process(sorted(new))
       new.difference_update(found)
-      for bad in {(name, split.source.where(row)) for row in found} - self._bad:
-        self._bad.add(bad)
-        self._events('bad_image', split=name, image=bad[1])
-      count = sum(known == name for known, _ in self._bad)
-      if any_process(count > max(1, MOST_BAD * len(split.rows))):
-        raise UserError(
-          f'{count} images cannot be read, more than {MOST_BAD:.1%} of '
-          f'{len(split.rows)}: see events.jsonl'
-        )
+      self._bad(name, found)
 
   def _save(self, step: int, state: State) -> None:
     if self._checkpoints.last_saved != step:
@@ -332,6 +366,7 @@ class StageRunner:
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
+        self._bad(split, results.bad_rows(self._experiment, split, records))
         rows[split] = results.split_metrics(records, self._experiment)
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lt_jax import doctor, files, prepare, run, writers
+from lt_jax import doctor, evaluate, files, prepare, run, writers
+from lt_jax.errors import UserError
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
@@ -184,6 +186,40 @@ def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
   (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many for stand-ins
   found = examine(thorough, doctor.readable)
   assert 'train: images that cannot be read: 2' in told(found, 'wrong')
+
+
+def test_a_bad_test_image_is_told_and_counted(listed, tmp_path):
+  """By the rule of the training images: another of its class stands in."""
+  config, folder = listed
+  path = folder / 'test_3.jpg'
+  path.write_bytes(path.read_bytes()[:300])
+  with pytest.raises(UserError, match='test_3.jpg: a damaged image'):
+    run.run(config, tmp_path / 'strict')
+  config['data']['on_bad_image'], config['epochs'] = 'skip', 4.0
+  result = run.run(config, tmp_path / 'run')
+  assert result['stand_ins'] == {'test': 1}
+  rows = writers.read_rows(tmp_path / 'run' / 'events.jsonl')
+  bad = [(r['split'], r['image']) for r in rows if r['event'] == 'bad_image']
+  assert bad == [('test', str(path))]
+  evaluated = evaluate.evaluate(files.absolute(tmp_path / 'run'))
+  assert evaluated['test']['accuracy'] == result['test']['accuracy']
+  (folder / 'test_4.jpg').write_bytes(b'')
+  told = '2 images of test cannot be read, but others may stand in for 1 of 12'
+  with pytest.raises(UserError, match=told):
+    run.run(config, tmp_path / 'two')
+
+
+def test_images_that_exif_would_turn(listed):
+  config, folder = listed
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  for name in ('train_2', 'train_5', 'test_1'):
+    with Image.open(folder / f'{name}.jpg') as image:
+      image.save(folder / f'{name}.jpg', exif=exif)
+  found = told(examine(doctor.Case(config), doctor.readable), 'odd')
+  line = 'images with an EXIF orientation, which is not applied'
+  assert f'train: {line}: 2, such as {folder}/train_2.jpg' in found
+  assert f'test: {line}: 1, such as {folder}/test_1.jpg' in found
 
 
 def test_a_missing_file_and_what_is_skipped_for_it(listed):

@@ -69,6 +69,15 @@ def test_processes_take_slices_of_one_order(rng):
   assert {len(part) for part in parts} == {4}
 
 
+@pytest.mark.parametrize(
+  ('images', 'most'),
+  [(3, 1), (20, 2), (57, 5), (100, 10), (5000, 10), (12000, 12), (1000000, 1000)],
+)
+def test_how_many_images_may_be_damaged(images, most):
+  split = streams.Split(None, np.arange(images), None, {})
+  assert streams.most_bad(split) == most
+
+
 def test_images_of_several_sizes_are_told_by_position():
   images = [np.zeros((4, 4, 1), np.uint8), np.zeros((4, 5, 1), np.uint8)]
   with pytest.raises(UserError, match=r'image 1 has shape \(4, 5, 1\)'):

@@ -89,8 +89,7 @@ def _open_by_pillow(
       image.load()
       return size, functools.partial(_to_pixels, image)
     with _LARGE:
-      if image.format == 'JPEG':
-        image.draft(None, tuple(side // least for side in size))
+      image.draft(None, tuple(side // least for side in size))  # of JPEG alone
       drafted = image.size != size
       half = Image.fromarray(_to_pixels(image, 1 if drafted else least))
     return size, lambda divisor: _to_pixels(half, divisor // least)

@@ -186,6 +186,15 @@ def _stream(
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
 
 
+def most_bad(split: Split) -> int:
+  """Returns how many images of a split may be damaged where others stand in for them.
+
+  0.1 % of them, or ten if that is more, but not over a tenth; at least one.
+  """
+  images = len(split.rows)
+  return max(1, images // 1000, min(10, images // 10))
+
+
 def _or_stand_in(split: Split, read: Read) -> Read:
   """Returns a `Read` that gives the next image of a class for one that is damaged."""
 
@@ -271,7 +280,7 @@ def evaluation_pass(
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`.
-    stand_in: likewise; for passes over what is trained on.
+    stand_in: likewise.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:

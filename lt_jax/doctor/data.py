@@ -15,7 +15,7 @@ from lt_jax import build
 from lt_jax.data import crops, longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.lists import Files, check_file, composed
-from lt_jax.data.streams import Split
+from lt_jax.data.streams import Split, most_bad
 from lt_jax.doctor.case import (
   Case,
   Finding,
@@ -28,7 +28,6 @@ from lt_jax.doctor.case import (
   wrong,
 )
 from lt_jax.errors import UserError
-from lt_jax.stage import MOST_BAD
 
 HASHED = 50_000
 """Records up to which all are read for duplicates; files are told apart by size."""
@@ -72,14 +71,19 @@ def readable(case: Case) -> Findings:
       in_memory.append(name)
       continue
     found, bad = each(functools.partial(_opened, source), split.rows)
-    case.sizes[name] = np.array(found).reshape(-1, 2)
+    case.sizes[name] = np.array([size for size, _ in found]).reshape(-1, 2)
+    turned = [where for _, where in found if where]
+    if turned:
+      yield odd(
+        f'{name}: images with an EXIF orientation, which is not applied: '
+        f'{len(turned):,}, such as {turned[0]}; turn the files, such as with jhead '
+        '-autorot'
+      )
     chosen = split.rows if case.thorough else some(split.rows)
     _, also = each(functools.partial(_decoded, source), chosen)
     told = list(dict.fromkeys(map(str, (*bad, *also))))
     if told:
-      replaced = skips and name in ('train', 'meta')
-      few = len(told) <= max(1, MOST_BAD * len(split.rows))
-      level = odd if replaced and few else wrong
+      level = odd if skips and len(told) <= most_bad(split) else wrong
       yield level(
         f'{name}: images that cannot be read: {len(told):,}, such as {told[0]}'
       )
@@ -94,23 +98,28 @@ _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}
 
 _TAIL = 1024
 
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
-def _opened(source: Any, row: int) -> tuple[int, int]:
-  """Returns (width, height) by the header of a file; decodes one that looks cut off."""
-  from PIL import Image
 
-  errors = (*crops.DECODE_ERRORS, Image.DecompressionBombError)
+def _opened(source: Any, row: int) -> tuple[tuple[int, int], str]:
+  """Looks at the header of a file; decodes one that looks cut off.
+
+  Returns:
+    (width, height), and the file's name if EXIF says that it is to be turned, else ''.
+  """
+  turned = ''
   try:
-    with (
-      _file(source, row) as file,
-      Image.open(file, formats=crops.FORMATS) as image,
-    ):
+    with _file(source, row) as file, crops.open_image(file) as image:
+      size = image.size
+      if image.info.get('exif') and image.getexif().get(_ORIENTATION, 1) != 1:
+        turned = source.where(row)
       file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-      if _ENDS.get(image.format, b'') in file.read():
-        return image.size
-  except errors:
+      whole = _ENDS.get(image.format, b'') in file.read()
+    if whole and size[0] * size[1] <= crops.MAX_PIXELS:
+      return size, turned
+  except crops.DECODE_ERRORS:
     pass
-  return _decoded(source, row)
+  return _decoded(source, row), turned
 
 
 def _file(source: Any, row: int) -> BinaryIO:

@@ -16,7 +16,8 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
   Args:
     outputs: with 'logits' (B, C) and perhaps 'known_score' (B,).
-    batch: with 'label' (B,), -1 for an image of no known class.
+    batch: with 'label' (B,), -1 for an image of no known class, and perhaps 'bad' (B,),
+      whether another image stands in for one that cannot be read.
 
   Returns:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
@@ -38,4 +39,5 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     'known_score': outputs.get('known_score', confidence),
     'energy': jax.nn.logsumexp(outputs['logits'], axis=-1),
     'loss': jnp.where(label < 0, 0.0, -of_label),
+    **({'bad': batch['bad']} if 'bad' in batch else {}),
   }
