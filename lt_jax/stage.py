@@ -36,6 +36,20 @@ from lt_jax.writers import (
   write_npz,
 )
 
+FEW_STEPS = 50
+"""Fewer are too few for a classifier that a later stage trains from the beginning."""
+
+
+def too_short(stage: Stage, steps: int) -> str | None:
+  """Returns a warning if a later stage trains for very few steps, else None."""
+  if not stage.surgeries or not 0 < steps < FEW_STEPS:
+    return None
+  told = '1 step' if steps == 1 else f'{steps} steps'
+  return (
+    f'stage {stage.name!r} trains for {told} only, which is too few for a classifier '
+    f'that begins afresh: raise config.stages.{stage.name}.epochs'
+  )
+
 
 class BadImages:
   """Tells of images that cannot be read, where others may stand in; each once.
@@ -299,6 +313,9 @@ class StageRunner:
       )
     elif step:
       told = f'fresh start at step {step}, carried over'
+    short = too_short(self.stage, self.stage.plan.steps - self.plan.first)
+    if short:
+      self._screen.line(f'warning: {short}')
     epochs = self.stage.plan.steps / self.stage.epoch_steps
     self._screen.detail(
       f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '

@@ -126,6 +126,17 @@ def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
   assert capsys.readouterr().out.splitlines()[:2] == lines[:2]
 
 
+def test_a_classifier_that_is_retrained_for_few_steps(config, tmp_path, capsys):
+  made = tiny.config(tmp_path / 'data.npz', 'crt')
+  config()  # writes the images
+  made['epochs'], made['stages']['classifier']['epochs'] = 2.0, 2.0
+  found = told(list(doctor.Case(made).open()), 'odd')
+  assert "stage 'classifier' trains for 2 steps only, which is too few" in found
+  assert 'raise config.stages.classifier.epochs' in found
+  run.run(made, tmp_path / 'run')
+  assert f'warning: {found}' in capsys.readouterr().out
+
+
 def test_an_image_in_training_and_test(config):
   members = arrays()
   members['x_test'][0] = members['x_train'][1]

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from configs import imagenet_lt
 from lt_jax import build, checkpoint, run, sharding, train
 from lt_jax.data import reading
+from lt_jax.data import streams as data_streams
 from lt_jax.errors import UserError
 from lt_jax.stage import StageRunner
 from lt_jax.stopping import StopRequest
@@ -118,7 +119,8 @@ def test_crops_are_a_function_of_the_position(lists):
 @pytest.mark.parametrize(
   'kind', [pytest.param('lists', marks=pytest.mark.slow), 'tfds']
 )
-def test_worker_processes_make_the_same_batches(request, kind):
+def test_worker_processes_make_the_same_batches(request, kind, monkeypatch):
+  monkeypatch.setattr(data_streams, 'SMALL_PASS', 7)
   source = request.getfixturevalue(kind)
   experiment = build.build(config('ce', **source, **{'data.workers': 2}))
   streams = experiment.stages['train'].streams | {

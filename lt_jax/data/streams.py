@@ -27,6 +27,11 @@ Payload = Mapping[str, np.ndarray]
 """What the device is given of a batch, batch first: the rows of this process."""
 
 
+SMALL_PASS = 1000
+"""Images of a pass up to which threads decode them: processes would take longer to
+start than to decode them."""
+
+
 class Stream(NamedTuple):
   """Batches as a function of the step.
 
@@ -279,8 +284,8 @@ def evaluation_pass(
     split: the images.
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
-    workers: as for `train_stream`.
-    stand_in: likewise.
+    workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
+    stand_in: as for `train_stream`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -289,6 +294,7 @@ def evaluation_pass(
 
   examples = len(split.rows)
   places = process_rows(np.arange(batch))
+  workers = workers if examples > SMALL_PASS else 0
   stream = _stream(
     split,
     lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),

@@ -15,6 +15,7 @@ from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.reading import usable_cores
 from lt_jax.errors import UserError
 from lt_jax.method import State
+from lt_jax.stage import too_short
 
 SAMPLE = 256
 """Images of a split that are decoded."""
@@ -119,6 +120,9 @@ class Case:
     stages = self._experiment.stages.values()
     told = ', '.join(f'{s.name} {s.plan.steps:,}' for s in stages)
     yield ok(f'networks, methods and surgeries fit together; steps: {told}')
+    for stage in stages:
+      if short := too_short(stage, stage.plan.steps):
+        yield odd(short)
 
   def _open_data(self, told: str) -> Findings:
     """Opens the data alone; says what is wrong with them unless that was told."""
