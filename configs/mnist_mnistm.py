@@ -2,7 +2,7 @@
 
   python -m lt_jax.main --config=configs/mnist_mnistm.py:dann --workdir=runs/mnistm
 
-Data: the TFDS set `mnist` (`python -m lt_jax.prepare mnist` once), and MNIST-M, which is
+Data: the TFDS set `mnist` (`python -m lt_jax.prepare mnist` once) and MNIST-M, which is
 not in TFDS, as a .npz of x_train, y_train, x_test, y_test in the folder where the
 command runs, or anywhere with --config.domains.mnistm.source=npz:PATH. All images are
 brought to 28x28x3.

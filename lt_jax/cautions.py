@@ -40,6 +40,22 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
     )
 
 
+FEW_STEPS = 50
+"""Fewer are too few for a classifier that a later stage trains from the beginning."""
+
+
+def _short_stages(experiment: Experiment) -> Iterator[str]:
+  """Warns of a later stage that trains for very few steps."""
+  for name, stage in experiment.stages.items():
+    steps = stage.plan.steps
+    if stage.surgeries and 0 < steps < FEW_STEPS:
+      told = '1 step' if steps == 1 else f'{steps} steps'
+      yield (
+        f'stage {name!r} trains for {told} only, which is too few for a classifier '
+        f'that begins afresh: raise config.stages.{name}.epochs'
+      )
+
+
 def _no_threshold(experiment: Experiment) -> Iterator[str]:
   """Warns of an open set whose threshold cannot be chosen."""
   if 'open_test' in experiment.passes and 'val' not in experiment.passes:
@@ -79,7 +95,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   }
 
 
-CAUTIONS = (_one_class, _untrained, _no_threshold, _batch_statistics)
+CAUTIONS = (_one_class, _untrained, _short_stages, _no_threshold, _batch_statistics)
 
 
 def check_memory(experiment: Experiment) -> None:

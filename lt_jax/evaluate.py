@@ -18,6 +18,7 @@ from lt_jax import (
 )
 from lt_jax.cautions import cautions
 from lt_jax.errors import UserError
+from lt_jax.stage import BadImages
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
@@ -73,7 +74,17 @@ def evaluate(
     counts = experiment.dataset.counts
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
     stage = stage._replace(method=adjusted)
-  evaluated = results.evaluate(experiment, stage, restored.state)
+  screen = Screen()
+
+  def tell(event: str, split: str, image: str) -> None:
+    screen.line(f'{event.replace("_", " ")}: split {split}, image {image}')
+
+  evaluated = results.evaluate(
+    experiment,
+    stage,
+    restored.state,
+    bad_images=BadImages(stage.images, tell, ()),
+  )
   result = {
     'recipe': config['recipe'],
     'seed': config['seed'],
@@ -88,7 +99,7 @@ def evaluate(
     'state_sha256': checkpoint.digest(restored.state),
   }
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
-  results.show(result, workdir, Screen())
+  results.show(result, workdir, screen)
   return result
 
 

@@ -25,7 +25,7 @@ from etils import epath
 from lt_jax import commands, files, trained
 from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
-from lt_jax.data.lists import SUFFIXES
+from lt_jax.data.lists import SUFFIXES, find_images, passed_over_line, read_file
 from lt_jax.data.streams import Pass, Stream
 from lt_jax.errors import UserError, lookup
 from lt_jax.evals.collect import Collected, collector
@@ -110,8 +110,8 @@ def predict(
   screen = Screen()
   if passed_over:
     screen.line(
-      f'{len(passed_over)} files in folders are passed over, as none of them is a '
-      f'regular file that ends in {" ".join(SUFFIXES)}'
+      f'{passed_over_line(passed_over)}; images are regular files that end in '
+      f'{" ".join(SUFFIXES)}'
     )
   found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
   if len(pictures.bad) == len(paths):
@@ -157,16 +157,11 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
 
 def _below(folder: str, passed_over: list[str]) -> list[str]:
   """Returns the sorted paths of the images below a folder."""
-  found: list[str] = []
-  for base, folders, names in os.walk(folder):
-    folders[:] = [name for name in folders if not name.startswith('.')]
-    for name in (name for name in names if not name.startswith('.')):
-      path = os.path.join(base, name)
-      fits = name.lower().endswith(SUFFIXES) and os.path.isfile(path)
-      (found if fits else passed_over).append(path)
-  if not found:
+  found = find_images(folder)
+  passed_over += [os.path.join(folder, name) for name in found.others]
+  if not found.images:
     raise UserError(f'{folder} has no images ({" ".join(SUFFIXES)})')
-  return sorted(found)
+  return [os.path.join(folder, name) for name in found.images]
 
 
 class Pictures:
@@ -208,12 +203,7 @@ class Pictures:
     from PIL import Image
 
     path, (height, width, channels) = self.paths[position], self._shape
-    if not os.path.isfile(path):
-      raise UserError(f'{path}: there is no such file')
-    try:
-      encoded = pathlib.Path(path).read_bytes()
-    except OSError as error:
-      raise UserError(f'{path}: {error.strerror}') from None
+    encoded = read_file(path)
     if self._crop is not None:
       return self._crop.evaluation(encoded, path)
     image = Image.fromarray(crops.pixels(encoded, path)).convert(MODES[channels])

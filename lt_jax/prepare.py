@@ -92,7 +92,7 @@ def convert(
   """
   import tensorflow_datasets as tfds
 
-  from lt_jax.data.sources import load_source
+  from lt_jax.data.sources import load_source, passed_over
 
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
@@ -117,6 +117,8 @@ def convert(
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
+  for line in passed_over(sources):
+    print(line)
   data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
   folder = make_workdir(data_dir / name)
   with locked(folder):
@@ -206,15 +208,15 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
   """
   from PIL import Image
 
-  from lt_jax.data.crops import pixels
+  from lt_jax.data.crops import measured
 
-  image = Image.fromarray(pixels(encoded, where))
-  if not short_side or min(image.size) <= short_side:
+  sides, pixels = measured(encoded, where)
+  if not short_side or min(sides) <= short_side:
     return encoded
-  scale = short_side / min(image.size)
-  size = tuple(max(short_side, round(scale * side)) for side in image.size)
+  scale = short_side / min(sides)
+  size = tuple(max(short_side, round(scale * side)) for side in sides)
   file = io.BytesIO()
-  resized = image.resize(size, Image.Resampling.BILINEAR)
+  resized = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
   resized.save(file, 'JPEG', quality=QUALITY)
   return file.getvalue()
 

@@ -70,8 +70,17 @@ def evaluate(
   stage: Stage,
   state: State,
   stop: Callable[[], bool] = lambda: False,
+  bad_images: Callable[[str, np.ndarray], None] = lambda split, rows: None,
 ) -> Evaluated:
   """Evaluates a State on every split there is.
+
+  Args:
+    experiment: the experiment.
+    stage: the stage whose method is evaluated.
+    state: its State.
+    stop: whether to end at once.
+    bad_images: takes (split, positions in the source) of images that cannot be read,
+      for which others stood in; it may raise.
 
   Raises:
     Preempted: `stop()` turned true on the way.
@@ -86,6 +95,8 @@ def evaluate(
   }
   if None in records.values():
     raise Preempted
+  for name, kept in records.items():
+    bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
   metrics |= _test_metrics(records, experiment, stage)
   if 'open_test' not in records:
@@ -137,6 +148,12 @@ def _test_metrics(
     every = (*tested, *opened)
     means['compound_open'] = mean_metrics([domains[name] for name in every])
   return {'test': means['compound'], 'domains': domains, 'domain_means': means}
+
+
+def bad_rows(stage: Stage, split: str, records: Collected) -> np.ndarray:
+  """Returns the positions in the source of a split's images that cannot be read."""
+  rows = stage.images[split].rows
+  return rows[records['bad']] if 'bad' in records else rows[:0]
 
 
 def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
@@ -210,6 +227,7 @@ def write_results(
   state: State,
   *,
   stop: Callable[[], bool],
+  bad_images: Callable[[str, np.ndarray], None],
   wall_seconds: float,
   replicas: int = 1,
 ) -> dict[str, Any]:
@@ -221,13 +239,14 @@ def write_results(
     stage: the last stage.
     state: its State that counts.
     stop: whether the run must end at once.
+    bad_images: as for `evaluate`.
     wall_seconds: from the start to here, of all starts together.
     replicas: how many runs it trained together in that time.
 
   Returns:
     What result.json holds.
   """
-  evaluated = evaluate(experiment, stage, state, stop)
+  evaluated = evaluate(experiment, stage, state, stop, bad_images)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
   events = read_rows(workdir / 'events.jsonl')
@@ -245,6 +264,11 @@ def write_results(
     'threshold': evaluated.threshold,
     'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),
     'warnings': cautions(experiment),
+    'stand_ins': {
+      name: int(kept['bad'].sum())
+      for name, kept in evaluated.records.items()
+      if 'bad' in kept and kept['bad'].any()
+    },
     'best_on_test': _best_on_test(rows, stage.name),
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
@@ -298,7 +322,7 @@ def _write_arrays(
   )
 
   worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])
-  split = stage.tested
+  split = stage.images['test']
   write_npz(
     workdir / 'samples.npz',
     image=np.stack([split.image(row) for row in split.rows[worst]])

@@ -20,7 +20,7 @@ from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import Config, config_digest, trained_by, upgraded
 from lt_jax.errors import UserError
 from lt_jax.method import State
-from lt_jax.stage import StageRunner
+from lt_jax.stage import BadImages, StageRunner
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -209,13 +209,15 @@ def _finish(
   at: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
 ) -> dict[str, Any]:
   """Evaluates the last State, writes the results and shows them."""
-  before = results.seconds_of_earlier_starts(read_rows(at.workdir / 'events.jsonl'))
+  events = read_rows(at.workdir / 'events.jsonl')
+  before = results.seconds_of_earlier_starts(events)
   result = results.write_results(
     at.experiment,
     at.workdir,
     [*at.experiment.stages.values()][-1],
     state,
     stop=stop.alone,
+    bad_images=BadImages(at.experiment.dataset.splits, at.events, events),
     wall_seconds=before + time.time() - began,
     replicas=replicas,
   )
@@ -449,6 +451,7 @@ def _banner(
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
       ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
+      *(('passed over', line) for line in dataset.passed_over),
       ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),

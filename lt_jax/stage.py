@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.checks import SELECTABLE
 from lt_jax.config import config_digest
+from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
@@ -27,10 +28,55 @@ from lt_jax.stopping import (
   wait_for_all,
 )
 from lt_jax.surgery import operate
-from lt_jax.writers import Events, MetricWriter, Screen, Track, read_rows, write_npz
+from lt_jax.writers import (
+  Events,
+  MetricWriter,
+  Row,
+  Screen,
+  Track,
+  read_rows,
+  write_npz,
+)
 
-MOST_BAD = 1e-3
-"""Share of the training images that may be damaged where others stand in for them."""
+
+class BadImages:
+  """Tells of images that cannot be read, where others may stand in; each once.
+
+  Too many of a split end the run.
+  """
+
+  def __init__(
+    self, splits: Mapping[str, Split], tell: Callable[..., None], told: Iterable[Row]
+  ):
+    """Takes the splits, what tells an event, and the events so far."""
+    self._splits = splits
+    self._tell = tell
+    self._told = {
+      (row.get('split', 'train'), row['image'])
+      for row in told
+      if row['event'] == 'bad_image'
+    }
+
+  def __call__(self, name: str, rows: Iterable[int]) -> None:
+    """Tells of images of a split; all processes are here together.
+
+    Args:
+      name: of the split.
+      rows: their positions in the source.
+
+    Raises:
+      UserError: there are more than `most_bad`.
+    """
+    split = self._splits[name]
+    for bad in {(name, split.source.where(row)) for row in rows} - self._told:
+      self._told.add(bad)
+      self._tell('bad_image', split=name, image=bad[1])
+    count, most = sum(known == name for known, _ in self._told), most_bad(split)
+    if any_process(count > most):
+      raise UserError(
+        f'{count} images of {name} cannot be read, but others may stand in for {most} '
+        f'of {len(split.rows)} at most: repair or remove those in events.jsonl'
+      )
 
 
 class StageRunner:
@@ -71,12 +117,7 @@ class StageRunner:
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
-    events_before = read_rows(workdir / 'events.jsonl')
-    self._bad = {
-      (row.get('split', 'train'), row['image'])
-      for row in events_before
-      if row['event'] == 'bad_image'
-    }
+    self._bad = BadImages(stage.images, events, read_rows(workdir / 'events.jsonl'))
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
     self._began = time.time()
@@ -290,7 +331,7 @@ class StageRunner:
     self._new_bad[stream].update(positions.tolist())
 
   def _tell_bad_images(self) -> None:
-    """Tells of images that cannot be read, each once; too many of a split end the run.
+    """Tells of training images that cannot be read; too many of a split end the run.
 
     All processes are here together, and tell of what any of them has found.
     """
@@ -298,17 +339,10 @@ class StageRunner:
       if self.stage.streams[stream].workers is None:
         continue
       name, split = self.stage.trained_on[stream]
+      name = self.stage.trained_on[stream]
       found = of_any_process(sorted(new))
       new.difference_update(found)
-      for bad in {(name, split.source.where(row)) for row in found} - self._bad:
-        self._bad.add(bad)
-        self._events('bad_image', split=name, image=bad[1])
-      count = sum(known == name for known, _ in self._bad)
-      if any_process(count > max(1, MOST_BAD * len(split.rows))):
-        raise UserError(
-          f'{count} images cannot be read, more than {MOST_BAD:.1%} of '
-          f'{len(split.rows)}: see events.jsonl'
-        )
+      self._bad(name, found)
 
   def _save(self, step: int, state: State) -> None:
     if self._checkpoints.last_saved != step:

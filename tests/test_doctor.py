@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lt_jax import doctor, files, footprint
+from lt_jax import doctor, evaluate, files, footprint, prepare, run, writers
+from lt_jax.errors import UserError
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
@@ -96,6 +98,46 @@ def test_photographs_without_a_fault(listed):
   assert 'of 24 were hashed, as the others differ in size' in told(found, 'ok')
 
 
+def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
+  made, _ = listed
+  folder = tmp_path / 'set'
+  for split in ('train', 'test', 'val'):
+    for name in ('cat', 'dog'):
+      (folder / split / name).mkdir(parents=True)
+      for i in range(2):
+        file = folder / split / name / f'{i}.jpg'
+        file.write_bytes(mini.photograph(rng, i))
+  (folder / 'train/cat/2.tif').touch()
+  (folder / 'extra').mkdir()
+  made['data'] |= {'source': f'folder:{folder}', 'test_split': 'val'}
+  lines = [
+    'train: 1 file passed over: train/cat/2.tif',
+    'train: beside the splits, passed over: extra/',
+    "test: the split 'test' of the source is not used",
+  ]
+  found = examine(doctor.Case(made), doctor.data.splits)
+  assert told(found, 'odd').splitlines() == lines
+  case = doctor.Case(made)
+  assert not told(list(case.open()), 'wrong')
+  capsys.readouterr()
+  run._banner(case.experiment, tmp_path, writers.Screen(), [])
+  banner = capsys.readouterr().out
+  assert all(line in banner for line in lines)
+  prepare.convert(f'folder:{folder}', name='pets', data_dir=str(tmp_path / 'records'))
+  assert capsys.readouterr().out.splitlines()[:2] == lines[:2]
+
+
+def test_a_classifier_that_is_retrained_for_few_steps(config, tmp_path, capsys):
+  made = tiny.config(tmp_path / 'data.npz', 'crt')
+  config()  # writes the images
+  made['epochs'], made['stages']['classifier']['epochs'] = 2.0, 2.0
+  found = told(list(doctor.Case(made).open()), 'odd')
+  assert "stage 'classifier' trains for 2 steps only, which is too few" in found
+  assert 'raise config.stages.classifier.epochs' in found
+  run.run(made, tmp_path / 'run')
+  assert f'warning: {found}' in capsys.readouterr().out
+
+
 def test_an_image_in_training_and_test(config):
   members = arrays()
   members['x_test'][0] = members['x_train'][1]
@@ -156,6 +198,40 @@ def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
   (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many for stand-ins
   found = examine(thorough, doctor.readable)
   assert 'train: images that cannot be read: 2' in told(found, 'wrong')
+
+
+def test_a_bad_test_image_is_told_and_counted(listed, tmp_path):
+  """By the rule of the training images: another of its class stands in."""
+  config, folder = listed
+  path = folder / 'test_3.jpg'
+  path.write_bytes(path.read_bytes()[:300])
+  with pytest.raises(UserError, match='test_3.jpg: a damaged image'):
+    run.run(config, tmp_path / 'strict')
+  config['data']['on_bad_image'], config['epochs'] = 'skip', 4.0
+  result = run.run(config, tmp_path / 'run')
+  assert result['stand_ins'] == {'test': 1}
+  rows = writers.read_rows(tmp_path / 'run' / 'events.jsonl')
+  bad = [(r['split'], r['image']) for r in rows if r['event'] == 'bad_image']
+  assert bad == [('test', str(path))]
+  evaluated = evaluate.evaluate(files.absolute(tmp_path / 'run'))
+  assert evaluated['test']['accuracy'] == result['test']['accuracy']
+  (folder / 'test_4.jpg').write_bytes(b'')
+  told = '2 images of test cannot be read, but others may stand in for 1 of 12'
+  with pytest.raises(UserError, match=told):
+    run.run(config, tmp_path / 'two')
+
+
+def test_images_that_exif_would_turn(listed):
+  config, folder = listed
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  for name in ('train_2', 'train_5', 'test_1'):
+    with Image.open(folder / f'{name}.jpg') as image:
+      image.save(folder / f'{name}.jpg', exif=exif)
+  found = told(examine(doctor.Case(config), doctor.readable), 'odd')
+  line = 'images with an EXIF orientation, which is not applied'
+  assert f'train: {line}: 2, such as {folder}/train_2.jpg' in found
+  assert f'test: {line}: 1, such as {folder}/test_1.jpg' in found
 
 
 def test_a_missing_file_and_what_is_skipped_for_it(listed):

@@ -343,6 +343,149 @@ def test_faults_of_folders(tmp_path, images, message):
 
 
 @pytest.mark.parametrize(
+  ('folders', 'message'),
+  [
+    (['Train/a', 'Train/b', 'Test/a', 'Test/b'], "Test should be called 'test'"),
+    (['train/a', 'valid/a'], "valid should be called 'val'"),
+    (['train/a', 'validation/a'], "validation should be called 'val'"),
+    (['train/a', 'dev/a'], "dev should be called 'val'"),
+    (['train/a', 'Val/a'], "Val should be called 'val'"),
+    (['train/a', 'test2017/a'], "test2017 should be called 'test'"),
+    (['train/a', 'training_set/a'], "training_set should be called 'train'"),
+    (
+      ['bus', 'train', 'ship'],
+      'train lies beside folders of classes, such as .bus.*set',
+    ),
+    (
+      ['closed', 'open'],
+      'open lies beside folders of classes, .*classes into .*train$',
+    ),
+    (['train/cat', 'test/Cat'], "train has no class 'Cat'; did you mean 'cat'"),
+    (['train/Caf\u00e9', 'train/Cafe\u0301'], 'two folders called .*form of Unicode'),
+    (['train/Caf\u00e9', 'open/Cafe\u0301'], 'is a class of train, so it is not open'),
+  ],
+)
+def test_folders_that_could_mean_something_else(tmp_path, folders, message):
+  with pytest.raises(UserError, match=message) as error:
+    folder_of(tmp_path / 'set', *(f'{folder}/1.png' for folder in folders))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name', ['valid.txt', 'X_LT_Val.txt', 'X-dev.TXT', 'Train.txt']
+)
+def test_a_list_that_is_nearly_called_like_a_split(tmp_path, name):
+  write_list(tmp_path, 'X_LT_train.txt', ['a.png 0'])
+  (tmp_path / name).touch()
+  with pytest.raises(UserError, match=f'{name} is not read: .* should be called'):
+    load(tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split_below_train(tmp_path):
+  loaded = folder_of(tmp_path, 'train/train/1.png', 'train/open/1.png')
+  assert loaded['train'].class_names == ('open', 'train')
+
+
+def test_what_is_passed_over_is_told_by_split(tmp_path):
+  for name in (
+    'x.txt',
+    'train/1.tif',
+    'train/ox/1.gif',
+    'test/ox/1.xml',
+    'extra/1.png',
+  ):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  loaded = folder_of(tmp_path, 'train/ox/1.png', 'test/ox/1.png', 'train/.1.gif')
+  assert sources.passed_over(loaded) == (
+    'train: 2 files passed over: train/1.tif, train/ox/1.gif',
+    'train: beside the splits, passed over: extra/, x.txt',
+    'test: 1 file passed over: test/ox/1.xml',
+  )
+  flat = sources.load_source(f'folder:{tmp_path}/train')['train']
+  assert flat.passed_over == ('2 files passed over: 1.tif, ox/1.gif',)
+  assert lists.passed_over_line(list('abcde')) == (
+    '5 files passed over: a, b, c and 2 more'
+  )
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+  for name in ('elsewhere/2.png', 'elsewhere/deep/3.png', 'set/train/ox/1.png'):
+    write_image(tmp_path / name)
+  (tmp_path / 'set/train/ox/more').symlink_to(tmp_path / 'elsewhere')
+  (tmp_path / 'elsewhere/deep/up').symlink_to('..')
+  (tmp_path / 'set/train/cat').symlink_to(tmp_path / 'cats')
+  write_image(tmp_path / 'cats/4.png')
+  train = folder_of(tmp_path / 'set')['train']
+  assert list(train.paths) == [
+    'train/cat/4.png',
+    'train/ox/1.png',
+    'train/ox/more/2.png',
+    'train/ox/more/deep/3.png',
+  ]
+  assert train.passed_over == ('1 file passed over: train/ox/more/deep/up',)
+
+
+@pytest.mark.parametrize(
+  ('link', 'target', 'message'),
+  [
+    ('train/z', '.', 'are the same folder'),
+    ('train/z', 'ox', 'are the same folder'),
+    ('train/ox/all', '..', 'are the same folder'),
+    ('val', 'test', 'are the same folder'),
+    ('train/emu', 'nowhere', 'train/emu: No such file'),
+    ('train/ox/more', 'nowhere', 'ox/more: No such file'),
+    ('train/ox/2.png', 'nowhere', '2.png: No such file'),
+    ('train/ox/2.png', '2.png', '2.png: Too many levels of symbolic links'),
+    ('train/emu', 'emu', 'train/emu: Too many levels of symbolic links'),
+    ('train/ox/2.png', '/dev/zero', '2.png: not a regular file'),
+  ],
+)
+def test_links_that_mislead(tmp_path, link, target, message):
+  images = [
+    f'{split}/{name}/1.png' for split in ('train', 'test') for name in ('ox', 'a')
+  ]
+  folder_of(tmp_path, *images)
+  (tmp_path / link).symlink_to(target)
+  with pytest.raises(UserError, match=message) as error:
+    folder_of(tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_what_is_no_regular_file_or_far_too_large_is_not_read(tmp_path):
+  train = folder_of(tmp_path, 'ox/1.png', 'ox/2.png')['train']
+  os.mkfifo(tmp_path / 'ox/3.png')
+  with pytest.raises(UserError, match='ox/3.png: not a regular file'):
+    folder_of(tmp_path)
+  (tmp_path / 'ox/1.png').unlink()
+  (tmp_path / 'ox/3.png').rename(tmp_path / 'ox/1.png')
+  os.truncate(tmp_path / 'ox/2.png', 2**40)
+  for i, message in enumerate(
+    ('1.png: not a regular', '2.png: 1,099,511,627,776 bytes')
+  ):
+    with pytest.raises(UserError, match=message):
+      train[i]
+
+
+def test_a_listed_image_that_is_a_link_to_itself_is_missing(tmp_path):
+  write_list(tmp_path, 'train.txt', ['a.png 0', 'b.png 0'])
+  (tmp_path / 'b.png').unlink()
+  (tmp_path / 'b.png').symlink_to('b.png')
+  with pytest.raises(UserError, match='lacks 1 of the listed images: b.png'):
+    load(tmp_path)
+
+
+def test_names_are_compared_whatever_their_form_of_unicode(tmp_path):
+  images = ['train/Caf\u00e9/1.png', 'test/Cafe\u0301/2.png']
+  loaded = folder_of(tmp_path, *images)
+  assert loaded['test'].labels.tolist() == [0]
+  assert loaded['train'].class_names == loaded['test'].class_names == ('Caf\u00e9',)
+  lines = ['train/Cafe\u0301/1.png 0']
+  write_list(tmp_path, 'train.txt', lines, images=False)
+  assert load(tmp_path)['train'][0].shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize(
   ('name', 'images', 'classes', 'per_class'),
   [
     ('ImageNet_LT_val', 20000, 1000, 20),

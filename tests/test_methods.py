@@ -50,7 +50,7 @@ class Runner:
     self.mesh = self.experiment.mesh
     self.arrays = {name: s.arrays for name, s in self.stage.streams.items()}
     merged = stage_config(config, self.stage.name)
-    self.split = self.stage.trained_on['train'][1]
+    self.split = self.stage.images[self.stage.trained_on['train']]
     key = config_digest({k: v for k, v in merged.items() if k not in ELSEWHERE})
     if (key, devices) not in PROGRAMS:
       PROGRAMS[key, devices] = self._program()

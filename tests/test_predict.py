@@ -330,7 +330,7 @@ def test_files_of_folders_that_are_passed_over_are_counted(digits, tmp_path, cap
   for name in ('a.png', 'b.gif', 'c.tif'):
     flat(folder, name, (8, 8))
   assert predict.predict(digits[0], [str(folder)], str(tmp_path / 'out.csv')) == 1
-  assert '2 files in folders are passed over' in capsys.readouterr().out
+  assert '2 files passed over: ' in capsys.readouterr().out
 
 
 def test_what_arguments_stand_for(tmp_path, monkeypatch):
@@ -454,7 +454,7 @@ def test_only_regular_files_are_images(digits, tmp_path):
   with pytest.raises(UserError, match='no file or folder .*b.png'):
     list(predict.expand(pipe, []))
   (tmp_path / 'list').write_text(pipe)
-  with pytest.raises(UserError, match='b.png: there is no such file'):
+  with pytest.raises(UserError, match='b.png: not a regular file'):
     predict.predict(digits[0], [f'@{tmp_path}/list'], str(tmp_path / 'out.csv'))
 
 

@@ -59,6 +59,7 @@ def test_npz_round_trip(tmp_path):
   )
   loaded = sources.load_source(f'npz:{tmp_path}/a.npz')
   assert set(loaded) == {'train', 'test'}
+  assert sources.passed_over(loaded) == ('train: members passed over: index',)
   for split, source in loaded.items():
     assert len(source) == len(members[f'y_{split}'])
     assert source.image_shape == (4, 5, 3)
@@ -97,6 +98,13 @@ def test_npz_of_grey_images_and_without_names(tmp_path):
     ({'class_names': np.array(['a', 'b'])}, 'y_train: label 2 at index 2'),
     ({'class_names': np.array([1, 2, 3])}, 'class_names must be strings'),
     ({'y_train': np.array([None] * 6)}, 'y_train'),
+    (
+      {
+        key: np.zeros((n, 3, 8, 9), np.uint8)
+        for key, n in (('x_train', 6), ('x_test', 3))
+      },
+      r'x_train has the shape \(6, 3, 8, 9\), channels first.*transpose\(0, 2, 3, 1\)',
+    ),
   ],
 )
 def test_npz_faults_name_file_and_member(tmp_path, changes, message):

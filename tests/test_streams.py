@@ -69,6 +69,23 @@ def test_processes_take_slices_of_one_order(rng):
   assert {len(part) for part in parts} == {4}
 
 
+def test_small_passes_start_no_processes(rng, monkeypatch):
+  split = make_split(rng, arrays=False)
+  for most, workers in ((20, 0), (19, 2)):
+    monkeypatch.setattr(streams, 'SMALL_PASS', most)
+    one = streams.evaluation_pass(split, batch=4, transform=plain, workers=2)
+    assert one.stream.workers == workers
+
+
+@pytest.mark.parametrize(
+  ('images', 'most'),
+  [(3, 1), (20, 2), (57, 5), (100, 10), (5000, 10), (12000, 12), (1000000, 1000)],
+)
+def test_how_many_images_may_be_damaged(images, most):
+  split = streams.Split(None, np.arange(images), None, {})
+  assert streams.most_bad(split) == most
+
+
 def test_images_of_several_sizes_are_told_by_position():
   images = [np.zeros((4, 4, 1), np.uint8), np.zeros((4, 5, 1), np.uint8)]
   with pytest.raises(UserError, match=r'image 1 has shape \(4, 5, 1\)'):

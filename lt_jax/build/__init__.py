@@ -152,7 +152,7 @@ def _build_stage(
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   method = _method(config, dataset, mesh, clock, learned)
-  tested, evaluated, seen = _passes(config, domains)
+  images, evaluated, seen = _passes(config, domains)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
@@ -161,9 +161,9 @@ def _build_stage(
     dataset=dataset,
     groups=groups,
     streams=streams,
-    trained_on={name: row.split for name, row in rows.items() if row.split},
+    trained_on={name: row.split[0] for name, row in rows.items() if row.split},
+    images=images | dict(row.split for row in rows.values() if row.split),
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
-    tested=tested,
     passes=evaluated,
     survey=stage_survey,
     reads={name: row.origin for name, row in rows.items() if row.origin},
@@ -199,47 +199,42 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 def _passes(
   config: Config, domains: Domains
-) -> tuple[Split, dict[str, Pass], dict[str, Pass]]:
-  """Returns the test images of a stage, its evaluation passes, and what it may see.
+) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass]]:
+  """Returns what a stage is evaluated on, as images and as passes, and what it may see.
 
   A surgery is given the latter: training and validation images of the stage's own
   domain, and training images of targets without their labels. No test image is among
   them.
   """
+  own, targets = config['domain'], domains.roles[TARGET]
+  dataset = domains.dataset(own)
+  adapts = bool(targets) and not domains.is_target(own)
+  learnt = {name: (own, split) for name, split in dataset.splits.items()}
+  tested = {n: s for n, s in learnt.items() if n not in ('train', 'meta')}
+  if adapts:
+    tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
+    tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
+    unlabelled = Unlabelled(domains.dataset(TARGET).splits['train'])
+    learnt[f'{TARGET}/train'] = TARGET, unlabelled
+  else:
+    tested |= {n: (own, split) for n, split in dataset.tests.items()}
+  for name in domains.roles[OPEN]:
+    tests = domains.dataset(name).tests
+    tested |= {f'{name}/{n}': (name, split) for n, split in tests.items()}
 
-  def make(name: str, split: Split | Unlabelled, *, stand_in: bool = False) -> Pass:
-    data = domains.data(name)
+  def make(domain: str, split: Split | Unlabelled) -> Pass:
+    data = domains.data(domain)
     return evaluation_pass(
       split,
       batch=config['eval_batch'],
-      transform=domains.transforms(name)[1],
+      transform=domains.transforms(domain)[1],
       workers=workers(data['workers']),
-      stand_in=stand_in and ON_BAD_IMAGE[data['on_bad_image']],
+      stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
     )
 
-  own = config['domain']
-  dataset, targets = domains.dataset(own), domains.roles[TARGET]
-  seen = {
-    name: make(own, split, stand_in=name in ('train', 'meta'))
-    for name, split in dataset.splits.items()
-  }
-  evaluated = {name: one for name, one in seen.items() if name not in ('train', 'meta')}
-  adapts = bool(targets) and not domains.is_target(own)
-  headline = TARGET if adapts else own
-  tested = domains.dataset(headline).tests['test']
-  evaluated['test'] = make(headline, tested)
-  others = {own: dataset} if adapts else {}
-  others |= {name: domains.dataset(name) for name in domains.roles[OPEN]}
-  for name, other in others.items():
-    for split, images in other.tests.items():
-      evaluated[f'{name}/{split}'] = make(name, images)
-  if not adapts:
-    open_tests = {n: s for n, s in dataset.tests.items() if n != 'test'}
-    evaluated |= {name: make(own, split) for name, split in open_tests.items()}
-  if adapts:
-    train = Unlabelled(domains.dataset(TARGET).splits['train'])
-    seen[f'{TARGET}/train'] = make(TARGET, train, stand_in=True)
-  return tested, evaluated, seen
+  seen = {name: make(*one) for name, one in learnt.items()}
+  evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
+  return {name: split for name, (_, split) in tested.items()}, evaluated, seen
 
 
 def learned_classes(

@@ -25,10 +25,10 @@ class Stage(NamedTuple):
     dataset: its data.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
-    trained_on: streams of images -> (name of the split, the split).
+    trained_on: streams of images -> name of the split.
+    images: the images of every pass and stream, by the name of the split. Those of
+      'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
-    tested: the images of the pass 'test': of the target domains where there are any,
-      else of its own domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
@@ -48,9 +48,9 @@ class Stage(NamedTuple):
   dataset: Dataset
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
-  trained_on: dict[str, tuple[str, Split | Unlabelled]]
+  trained_on: dict[str, str]
+  images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
-  tested: Split
   passes: dict[str, Pass]
   survey: Survey
   reads: dict[str, str]

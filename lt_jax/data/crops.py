@@ -1,14 +1,16 @@
 """Images on the host: decoded whatever their kind, and cropped to one size."""
 
+import contextlib
 import functools
 import importlib
 import io
 import math
 import struct
+import threading
 import types
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -17,8 +19,14 @@ from lt_jax.errors import UserError
 if TYPE_CHECKING:
   from PIL.Image import Image
 
-MAX_PIXELS = 2**28 // 3
-"""Above this an image is taken for a mistake or an attack: 256 MiB as RGB."""
+MAX_PIXELS = 2**28
+"""Above this an image is taken for a mistake or an attack."""
+
+FULL_PIXELS = 2**28 // 3
+"""Above this an image is decoded at half its scale: 256 MiB as RGB."""
+
+_STRIP = 512  # rows that are converted at a time, a multiple of all divisors
+_LARGE = threading.Lock()  # of large images one is decoded at a time
 
 # Without this limit Pillow would hand a PostScript file to an interpreter.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
@@ -30,15 +38,40 @@ _JPEG_MODELS = ('YCbCr', 'Gray', 'RGB')  # which both decoders turn into the sam
 _PIXELS_LOST = ('premature end', 'bad huffman', 'bad arithmetic', 'found marker')
 
 
-def decode(encoded: bytes, where: str) -> 'Image':
-  """Returns an encoded image as RGB, in the orientation it is stored in.
+def open_image(file: BinaryIO) -> 'Image':
+  """Opens an image file; nothing but its header is decoded.
+
+  As `Image.open`, but without Pillow's limit, a global that photographs of phones are
+  above: the size is the caller's to check.
+
+  Args:
+    file: a JPEG, PNG, WebP, BMP or GIF file.
+
+  Raises:
+    UnidentifiedImageError: it is none of these.
+  """
+  from PIL import Image, UnidentifiedImageError
+
+  Image.init()
+  prefix = file.read(16)
+  for name in FORMATS:
+    factory, accept = Image.OPEN[name]
+    if accept is not None and accept(prefix) is True:
+      file.seek(0)
+      try:
+        return factory(file, '')
+      except (SyntaxError, IndexError, TypeError, struct.error) as error:
+        raise UnidentifiedImageError(str(error)) from None
+  raise UnidentifiedImageError
+
+
+def _open_by_pillow(
+  encoded: bytes, where: str
+) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+  """Returns what `_open` does, of any image; it is decoded by then.
 
   Transparency is dropped, of 16 bits the upper eight are kept, and of an animation the
   first frame.
-
-  Args:
-    encoded: a JPEG, PNG, WebP, BMP or GIF file.
-    where: its name, for messages.
 
   Raises:
     UserError: it is empty, damaged, not an image or larger than `MAX_PIXELS`.
@@ -48,26 +81,37 @@ def decode(encoded: bytes, where: str) -> 'Image':
   if not encoded:
     raise UserError(f'{where}: the file is empty')
   try:
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-      _check_size(image.width, image.height, where)
-      return _to_rgb(image)
+    image = open_image(io.BytesIO(encoded))
+    size = image.size
+    _check_size(*size, where)
+    least = least_divisor(*size)
+    if least == 1:
+      image.load()
+      return size, functools.partial(_to_pixels, image)
+    with _LARGE:
+      image.draft(None, tuple(side // least for side in size))  # of JPEG alone
+      drafted = image.size != size
+      half = Image.fromarray(_to_pixels(image, 1 if drafted else least))
+    return size, lambda divisor: _to_pixels(half, divisor // least)
   except UserError:
     raise
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise UserError(_TOO_LARGE.format(where)) from None
   except UnidentifiedImageError:
     raise UserError(f'{where}: not an image ({", ".join(FORMATS)})') from None
   except DECODE_ERRORS as error:
     raise _damaged(where, error) from None
 
 
-_TOO_LARGE = f'{{}}: an image of more than {MAX_PIXELS:,} pixels'
+def least_divisor(width: int, height: int) -> int:
+  """Returns 2 of an image that is decoded at half its scale at most, else 1."""
+  return 2 if width * height > FULL_PIXELS else 1
 
 
 def _check_size(width: int, height: int, where: str) -> None:
   """Raises a `UserError` for more pixels than `MAX_PIXELS`."""
   if width * height > MAX_PIXELS:
-    raise UserError(_TOO_LARGE.format(where))
+    raise UserError(
+      f'{where}: an image of more than {MAX_PIXELS:,} pixels: make it smaller'
+    )
 
 
 def _damaged(where: str, error: Exception) -> UserError:
@@ -76,32 +120,52 @@ def _damaged(where: str, error: Exception) -> UserError:
   return UserError(f'{where}: a damaged image: {reason}')
 
 
+def _to_pixels(image: 'Image', divisor: int) -> np.ndarray:
+  """Returns an image as RGB, the means of blocks of divisor x divisor pixels.
+
+  It is converted strip by strip, as every copy of a large image takes a lot of memory.
+  """
+  image.load()
+  image.info.pop('transparency', None)  # which draws a warning when it is dropped
+  width, height = image.size
+  made = np.empty((-(-height // divisor), -(-width // divisor), 3), np.uint8)
+  for top in range(0, height, _STRIP):
+    strip = _to_rgb(image.crop((0, top, width, min(top + _STRIP, height))))
+    rows = np.asarray(strip.reduce(divisor) if divisor > 1 else strip)
+    made[top // divisor :][: len(rows)] = rows
+  return made
+
+
 def _to_rgb(image: 'Image') -> 'Image':
   """Converts any colour model to RGB."""
   from PIL import Image
 
   if image.mode.startswith('I;16'):  # which Pillow would cut off at 255
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
-  image.load()
-  image.info.pop('transparency', None)  # which draws a warning when it is dropped
   return image.convert('RGB')
 
 
 def pixels(encoded: bytes, where: str) -> np.ndarray:
   """Returns an encoded image as (H, W, 3) uint8, in the orientation it is stored in.
 
-  It has the pixels of `decode`, but a JPEG of which a part is lost is an error even
-  where Pillow would fill that part with grey.
+  One of more than `FULL_PIXELS` comes at half its scale. Transparency is dropped, of 16
+  bits the upper eight are kept, and of an animation the first frame. A JPEG of which a
+  part is lost is an error even where Pillow would fill that part with grey.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
     where: its name, for messages.
 
   Raises:
-    UserError: as `decode` does.
+    UserError: it is empty, damaged, not an image or larger than `MAX_PIXELS`.
   """
-  _, read = _open(encoded, where)
-  return read(1)
+  return measured(encoded, where)[1]
+
+
+def measured(encoded: bytes, where: str) -> tuple[tuple[int, int], np.ndarray]:
+  """Returns (width, height) of an encoded image, and what `pixels` does."""
+  size, read = _open(encoded, where)
+  return size, read(least_divisor(*size))
 
 
 def _open(
@@ -109,13 +173,13 @@ def _open(
 ) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
   """Returns (width, height) and what decodes the image, each side divided by 1 to 8.
 
-  Of a plain JPEG only the header has been read by then. Whatever else it is, and
-  everything where `simplejpeg` is not installed, is decoded by Pillow at once.
+  The divisor must be `least_divisor` at least. Of a plain JPEG only the header has been
+  read by then. Whatever else it is, and everything where `simplejpeg` is not installed,
+  is decoded by Pillow at once.
   """
   size = _jpeg_size(encoded)
   if size is None:
-    image = decode(encoded, where)
-    return image.size, functools.partial(_reduced, image)
+    return _open_by_pillow(encoded, where)
   _check_size(*size, where)
   return size, functools.partial(_read_jpeg, encoded, where, size)
 
@@ -148,20 +212,17 @@ def _read_jpeg(
   import simplejpeg
 
   width, height = (-(-side // divisor) for side in size)
+  large = least_divisor(*size) > 1
   try:
-    return simplejpeg.decode_jpeg(
-      encoded, 'RGB', min_width=width, min_height=height, strict=True
-    )
+    with _LARGE if large else contextlib.nullcontext():
+      return simplejpeg.decode_jpeg(
+        encoded, 'RGB', min_width=width, min_height=height, strict=True
+      )
   except ValueError as error:
     if any(lost in str(error).lower() for lost in _PIXELS_LOST):
       raise _damaged(where, error) from None
     # Strict is strict about harmless things too, a few bytes too many among them.
-    return _reduced(decode(encoded, where), divisor)
-
-
-def _reduced(image: 'Image', divisor: int) -> np.ndarray:
-  """Returns the means of blocks of divisor x divisor pixels."""
-  return np.asarray(image.reduce(divisor) if divisor > 1 else image)
+    return _open_by_pillow(encoded, where)[1](divisor)
 
 
 def random_resized_crop(
@@ -180,7 +241,8 @@ def random_resized_crop(
   do not fit, it is the largest central one whose r is within `ratio`.
 
   A window with sides of 2, 4 or 8 times `size` is taken from the image at 1/2, 1/4 or
-  1/8, which the decoder makes from the low frequencies alone.
+  1/8, which the decoder makes from the low frequencies alone. An image of more than
+  `FULL_PIXELS` is taken at 1/2 at most.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
@@ -206,7 +268,7 @@ def random_resized_crop(
   (width, height), read = _open(encoded, where)
   box = _random_box(width, height, generator, scale, ratio)
   left, top, right, bottom = box
-  divisor = 1
+  divisor = least_divisor(width, height)
   while divisor < 8 and 2 * divisor * size <= min(right - left, bottom - top):
     divisor *= 2
   x, y = left // divisor, top // divisor
@@ -220,7 +282,8 @@ def center_crop(encoded: bytes, where: str, *, size: int, resize: int) -> np.nda
   """Returns the central square of an encoded image whose short side is first resized.
 
   The long side becomes floor(resize * long / short), and the window begins at
-  round((side - size) / 2), halves to even. The image is decoded in full.
+  round((side - size) / 2), halves to even. The image is decoded in full, or at half its
+  scale if it has more than `FULL_PIXELS`.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
@@ -238,13 +301,14 @@ def center_crop(encoded: bytes, where: str, *, size: int, resize: int) -> np.nda
   """
   if size > resize:
     raise UserError(f'a crop of {size} pixels out of a short side of {resize}')
-  image = pixels(encoded, where)
-  height, width, _ = image.shape
+  sides, image = measured(encoded, where)
+  least = least_divisor(*sides)
   box = []
-  for side in (width, height):
-    resized = resize * side // min(width, height)
+  for side in sides:
+    resized = resize * side // min(sides)
     start = round((resized - size) / 2)
-    box.append((start * side / resized, min((start + size) * side / resized, side)))
+    end = min((start + size) * side / resized, side)
+    box.append((start * side / resized / least, end / least))
   (left, right), (top, bottom) = box
   # Only the square is computed: a strip of 1 x 30,000 would become one of 256 x 7.7
   # million.

@@ -9,7 +9,7 @@ import numpy as np
 from lt_jax.data import generated, longtail
 from lt_jax.data.crops import Crop
 from lt_jax.data.resizing import brought_to
-from lt_jax.data.sources import fingerprint, load_source
+from lt_jax.data.sources import fingerprint, load_source, passed_over
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
 
@@ -35,6 +35,7 @@ class Dataset(NamedTuple):
     class_names: names of the C known classes.
     image_shape: (H, W, channels).
     fingerprint: SHA-256 of what is trained and evaluated on.
+    passed_over: lines that tell of what the source has but the run does not use.
   """
 
   splits: dict[str, Split]
@@ -43,6 +44,7 @@ class Dataset(NamedTuple):
   class_names: tuple[str, ...]
   image_shape: tuple[int, ...]
   fingerprint: str
+  passed_over: tuple[str, ...] = ()
 
   @property
   def every(self) -> dict[str, Split]:
@@ -165,6 +167,10 @@ def load_dataset(
   crop = _crop(pool, source, image_size, resize)
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
   prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
+  used = {id(origin) for origin, _ in splits.values()}
+  unused = [n for n, one in sources.items() if id(one) not in used]
+  told = tuple(f'{n}: the split {n!r} of the source is not used' for n in unused)
+  told = passed_over({n: s for n, s in sources.items() if n not in unused}) + told
   train_labels, channels = pool.labels[drawn['train']], pool.image_shape[-1]
   cut = {
     name: Split(
@@ -183,6 +189,7 @@ def load_dataset(
     class_names=tuple(pool.class_names[:known]),
     image_shape=(*((image_size,) * 2 if crop else pool.image_shape[:2]), channels),
     fingerprint=hashlib.sha256(' '.join(prints).encode()).hexdigest(),
+    passed_over=told,
   )
 
 

@@ -5,21 +5,79 @@ before an image is read.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
 import posixpath
 import re
+import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lt_jax.data import crops
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, suggest
 
 SPLITS = ('train', 'val', 'test', 'open')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+
+MOST_BYTES = 2**29
+"""A larger file is taken for a mistake: one of 200 megapixels has a third of that."""
+
+NAMED = 3
+"""How many of the files that are passed over are named."""
+
+# What running again does not help against. Other errors pass, such as those of a
+# network file system.
+_LASTING = (
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EISDIR,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+)
+
+
+def check_file(path: str) -> None:
+  """Refuses what is not a regular file, or a far too large one.
+
+  A pipe may never give anything, and a device may never end.
+
+  Raises:
+    UserError: it is not there, not regular, or larger than `MOST_BYTES`.
+    OSError: it cannot be reached at the moment.
+  """
+  try:
+    found = os.stat(path)
+  except OSError as error:
+    raise _lasting(error, path) from None
+  if not stat.S_ISREG(found.st_mode):
+    raise UserError(f'{path}: not a regular file')
+  if found.st_size > MOST_BYTES:
+    raise UserError(
+      f'{path}: {found.st_size:,} bytes, more than the {MOST_BYTES:,} of an image file'
+    )
+
+
+def read_file(path: str) -> bytes:
+  """Returns the bytes of an image file; raises what `check_file` does."""
+  check_file(path)
+  try:
+    return pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise _lasting(error, path) from None
+
+
+def _lasting(error: OSError, path: str) -> Exception:
+  """Returns a `UserError` if running again does not help, else the error itself."""
+  if error.errno in _LASTING:
+    return UserError(f'{path}: {error.strerror}')
+  return error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +90,7 @@ class Files:
     files: where they lie.
     labels: (N,) int32, -1 for images of no known class.
     class_names: names of classes 0 ... C - 1.
+    passed_over: lines that tell of files and folders that are not used.
     image_shape: height and width are those of each file.
   """
 
@@ -40,6 +99,7 @@ class Files:
   files: Sequence[str]
   labels: np.ndarray
   class_names: tuple[str, ...]
+  passed_over: tuple[str, ...] = ()
   image_shape: tuple[None, None, int] = (None, None, 3)
 
   def __len__(self) -> int:
@@ -49,12 +109,8 @@ class Files:
     return crops.pixels(self.encoded(position), self.where(position))
 
   def encoded(self, position: int) -> bytes:
-    """Returns an image as it is stored."""
-    try:
-      return pathlib.Path(self.where(position)).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-      # Others pass, such as those of a network file system: running again may help.
-      raise UserError(f'{self.where(position)}: {error.strerror}') from None
+    """Returns an image as it is stored; raises what `check_file` does."""
+    return read_file(self.where(position))
 
   def example(self, position: int) -> tuple[bytes, int]:
     """Returns (file, label) as they are stored."""
@@ -134,6 +190,14 @@ def _find_lists(folder: str) -> dict[str, str]:
   except OSError as error:
     raise UserError(f'list:{folder}: {error.strerror}') from None
   found = {}
+  for name in names:
+    stem = name[:-4] if name.casefold().endswith('.txt') else ''
+    split = near_split(re.split('[-_. ]', stem)[-1])
+    if split and not f'_{name}'.endswith(f'_{split}.txt'):
+      raise UserError(
+        f'list:{folder}: {name} is not read: the {split} list should be called '
+        f'{split}.txt or *_{split}.txt; rename it, or move it away'
+      )
   for split in SPLITS:
     fitting = [name for name in names if f'_{name}'.endswith(f'_{split}.txt')]
     if len(fitting) > 1:
@@ -145,6 +209,22 @@ def _find_lists(folder: str) -> dict[str, str]:
   if 'train' not in found:
     raise UserError(f'list:{folder} has neither train.txt nor a file *_train.txt')
   return found
+
+
+def near_split(name: str) -> str | None:
+  """Returns the split that a name like 'Training', 'valid' or 'test2017' means."""
+  words = re.findall('[a-z]+', name.casefold())
+  meant = ''.join(word for word in words if word not in _FILLERS)
+  return next((split for split, names in _MEANT.items() if meant in names), None)
+
+
+_FILLERS = ('set', 'split', 'data', 'images', 'image', 'imgs', 'img')
+_MEANT = {
+  'train': ('train', 'training', 'trainset', 'trn'),
+  'val': ('val', 'valid', 'validation', 'validate', 'valset', 'dev', 'devel'),
+  'test': ('test', 'testing', 'testset', 'tests', 'tst'),
+  'open': ('open', 'openset'),
+}
 
 
 def read_list(file: str, *, is_open: bool = False) -> ImageList:
@@ -263,7 +343,7 @@ def _file_names(root: str, folder: str) -> set[str]:
   path = os.path.join(root, folder)
   try:
     with os.scandir(path) as entries:
-      return {entry.name for entry in entries if entry.is_file()}
+      return {entry.name for entry in entries if _is_file(entry)}
   except (FileNotFoundError, NotADirectoryError):
     return set()
   except OSError as error:
@@ -271,7 +351,7 @@ def _file_names(root: str, folder: str) -> set[str]:
 
 
 def _spellings(one: ImageList, examples: Mapping[int, str]) -> Iterator[Sequence[str]]:
-  """Yields the paths of a list as they are, in every dialect, and in its own folder."""
+  """Yields the paths of a list as they are, and as they may be stored elsewhere."""
   yield one.paths
   for spell in DIALECTS.values():
     yield [
@@ -280,6 +360,8 @@ def _spellings(one: ImageList, examples: Mapping[int, str]) -> Iterator[Sequence
     ]
   folder = pathlib.PurePath(one.file).stem
   yield [f'{folder}/{path}' for path in one.paths]
+  for form in ('NFC', 'NFD'):  # some file systems and archives compose letters
+    yield [unicodedata.normalize(form, path) for path in one.paths]
 
 
 def _places365_standard(path: str, example: str) -> str:
@@ -333,87 +415,236 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   Args:
     folder: has train/CLASS/.../*.jpg and perhaps val and test like it, and open with
       images anywhere; or else CLASS/.../*.jpg, which are the split 'train'. Classes are
-      the sorted folder names of train. Files with other endings than `SUFFIXES`, and
-      hidden ones, are passed over.
+      the sorted folder names of train. Links are followed. Files with other endings
+      than `SUFFIXES` are passed over, and so are folders beside the splits; the source
+      tells of them, except of hidden ones.
     data_dir: not used.
 
   Returns:
     split -> source.
 
   Raises:
-    UserError: naming a class without images, or one that train does not have.
+    UserError: naming a class without images, or one that train does not have; a folder
+      that is nearly called like a split; an image that is not a regular file; or a
+      folder that two classes or splits share by links.
   """
-  present = _subfolders(folder)
-  splits = {split: split for split in SPLITS if split in present} or {'train': ''}
-  if 'train' not in splits:
-    raise UserError(f'folder:{folder} has {", ".join(splits)} but no train')
-  class_names = _subfolders(os.path.join(folder, splits['train']))
+  splits, beside = _layout(folder)
+  home = _join(folder, splits['train'])
+  class_names, _ = _content(home)
   if not class_names:
     raise UserError(
-      f'folder:{folder} must have CLASS/*.jpg or train/CLASS/*.jpg, but '
-      f'{os.path.join(folder, splits["train"])} has no folders'
+      f'folder:{folder} must have CLASS/*.jpg or train/CLASS/*.jpg, but {home} has no '
+      'folders'
     )
-  known = {name: label for label, name in enumerate(class_names)}
-  sources = {}
+  known = _labels(home, class_names)
+  sources, owners = {}, {}
   for split, below in splits.items():
-    paths, labels = [], []
+    paths, labels, others = [], [], []
+    if split != 'open':
+      loose = _content(_join(folder, below))[1]
+      others += _regular(folder, [posixpath.join(below, name) for name in loose])
     for path, label in _class_folders(folder, split, below, known):
-      images = _images(folder, path)
-      paths += images
-      labels += [label] * len(images)
+      found = find_images(os.path.join(folder, path))
+      _check_unshared(found, owners)
+      paths += [f'{path}/{name}' for name in found.images]
+      labels += [label] * len(found.images)
+      others += _regular(folder, [f'{path}/{name}' for name in found.others])
+      if not found.images:
+        raise UserError(
+          f'{os.path.join(folder, path)} has no images ({" ".join(SUFFIXES)})'
+        )
     if not paths:
-      raise UserError(f'{os.path.join(folder, below)} has no folders of classes')
+      raise UserError(f'{_join(folder, below)} has no folders of classes')
+    told = (passed_over_line(others),) if others else ()
+    if split == 'train' and beside:
+      told += (f'beside the splits, passed over: {_some(beside)}',)
     y = np.array(labels, np.int32)
-    sources[split] = Files(folder, paths, paths, y, class_names)
+    sources[split] = Files(folder, paths, paths, y, class_names, told)
   return sources
+
+
+def _join(folder: str, below: str) -> str:
+  return os.path.join(folder, below) if below else folder
+
+
+def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
+  """Returns split -> its folder in a tree, and what beside them is not used.
+
+  Raises:
+    UserError: a folder may be a split or a class, or there is no train.
+  """
+  names, files = _content(folder)
+  for name in names:
+    split = near_split(name)
+    if split and name not in SPLITS:
+      raise UserError(
+        f'{os.path.join(folder, name)} should be called {split!r} to be that split; if '
+        f'it is a class, move all classes into {os.path.join(folder, "train")}'
+      )
+  present = [split for split in SPLITS if split in names]
+  others = [name for name in names if name not in SPLITS]
+  if not present:
+    return {'train': ''}, []
+  if 'train' in present and (_content(os.path.join(folder, 'train'))[0] or not others):
+    return {split: split for split in present}, [f'{name}/' for name in others] + files
+  if others:
+    raise UserError(
+      f'{os.path.join(folder, present[0])} lies beside folders of classes, such as '
+      f'{others[0]!r}: move the classes into {os.path.join(folder, "train")}'
+    )
+  raise UserError(f'folder:{folder} has {", ".join(present)} but no train')
+
+
+def _labels(folder: str, class_names: Sequence[str]) -> dict[str, int]:
+  """Returns the name of each class, composed, -> its label."""
+  known: dict[str, int] = {}
+  for label, name in enumerate(class_names):
+    if composed(name) in known:
+      raise UserError(
+        f'{folder} has two folders called {name!r}, which differ only in their form of '
+        'Unicode: make them one'
+      )
+    known[composed(name)] = label
+  return known
+
+
+def composed(name: str) -> str:
+  """Returns a name in the form in which names are compared, Unicode's NFC."""
+  return unicodedata.normalize('NFC', name)
 
 
 def _class_folders(
   root: str, split: str, below: str, known: Mapping[str, int]
 ) -> Iterator[tuple[str, int]]:
   """Yields the folders of a split, relative to `root`, with their labels."""
+  names, _ = _content(_join(root, below))
   if split == 'open':
-    _check_open_apart(root, below, known)
+    for name in names:
+      if composed(name) in known:
+        path = os.path.join(root, below, name)
+        raise UserError(f'{path}: {name!r} is a class of train, so it is not open')
     yield below, -1
     return
-  for name in _subfolders(os.path.join(root, below)):
+  for name in names:
     path = posixpath.join(below, name)
-    if name not in known:
-      raise UserError(f'{os.path.join(root, path)}: train has no class {name!r}')
-    yield path, known[name]
+    if composed(name) not in known:
+      near = suggest(name, known).partition('; known')[0]
+      raise UserError(f'{os.path.join(root, path)}: train has no class {name!r}{near}')
+    yield path, known[composed(name)]
 
 
-def _check_open_apart(root: str, below: str, known: Mapping[str, int]) -> None:
-  """Raises a `UserError` if images of a known class lie among the open ones."""
-  for name in _subfolders(os.path.join(root, below)):
-    if name in known:
-      path = os.path.join(root, below, name)
-      raise UserError(f'{path}: {name!r} is a class of train, so it is not open')
+def _content(folder: str) -> tuple[tuple[str, ...], list[str]]:
+  """Returns the sorted names of folders and of files in a folder, hidden ones left out.
 
-
-def _subfolders(folder: str) -> tuple[str, ...]:
-  """Returns the sorted names of the folders in a folder, hidden ones left out."""
+  Links count as what they lead to.
+  """
   try:
     with os.scandir(folder) as entries:
-      names = [entry.name for entry in entries if entry.is_dir()]
+      found = [(e.name, _is_folder(e)) for e in entries if not e.name.startswith('.')]
   except OSError as error:
     raise UserError(f'folder:{folder}: {error.strerror}') from None
-  return tuple(sorted(name for name in names if not name.startswith('.')))
+  folders = tuple(sorted(name for name, is_folder in found if is_folder))
+  return folders, sorted(name for name, is_folder in found if not is_folder)
 
 
-def _images(root: str, folder: str) -> list[str]:
-  """Returns the sorted paths, relative to `root`, of the images beneath a folder."""
-  paths = []
-  for base, folders, files in os.walk(os.path.join(root, folder)):
-    folders[:] = [name for name in folders if not name.startswith('.')]
-    below = os.path.relpath(base, root).replace(os.sep, '/')
-    paths += [
-      f'{below}/{name}'
-      for name in files
-      if name.lower().endswith(SUFFIXES) and not name.startswith('.')
-    ]
-  if not paths:
-    raise UserError(
-      f'{os.path.join(root, folder)} has no images ({" ".join(SUFFIXES)})'
-    )
-  return sorted(paths)
+def _is_folder(entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_dir()
+  except OSError:  # of a link to itself
+    return False
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+  try:
+    return entry.is_file()
+  except OSError:
+    return False
+
+
+class Found(NamedTuple):
+  """What lies below a folder, hidden files left out: sorted paths relative to it.
+
+  Attributes:
+    images: regular files that end as images do.
+    others: all other files, and links to folders that are there already.
+    folders: real path -> path of each folder.
+  """
+
+  images: list[str]
+  others: list[str]
+  folders: dict[str, str]
+
+
+def find_images(folder: str) -> Found:
+  """Finds images below a folder; follows links, but into no folder twice.
+
+  Raises:
+    UserError: a folder cannot be read.
+    OSError: it cannot be read at the moment.
+  """
+  found = Found([], [], {})
+  waiting = [(folder, '')]
+  while waiting:
+    path, below = waiting.pop()
+    real = os.path.realpath(path)
+    if real in found.folders:
+      found.others.append(below)
+      continue
+    found.folders[real] = path
+    try:
+      with os.scandir(path) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith('.')]
+    except OSError as error:
+      raise _lasting(error, path) from None
+    for entry in shown:
+      name = posixpath.join(below, entry.name)
+      if _is_folder(entry):
+        waiting.append((entry.path, name))
+      elif is_image_name(entry.name) and _is_file(entry):
+        found.images.append(name)
+      else:
+        found.others.append(name)
+  found.images.sort()
+  found.others.sort()
+  return found
+
+
+def is_image_name(name: str) -> bool:
+  """Returns whether a file's name ends like that of an image."""
+  return name.lower().endswith(SUFFIXES)
+
+
+def passed_over_line(paths: Sequence[str]) -> str:
+  """Returns the line that tells of files that are passed over."""
+  files = 'file' if len(paths) == 1 else 'files'
+  return f'{len(paths):,} {files} passed over: {_some(paths)}'
+
+
+def _some(paths: Sequence[str]) -> str:
+  more = len(paths) - NAMED
+  return ', '.join(paths[:NAMED]) + (f' and {more:,} more' if more > 0 else '')
+
+
+def _regular(root: str, others: Sequence[str]) -> Sequence[str]:
+  """Returns what is passed over; refuses broken links, and images that are no files."""
+  for name in others:
+    path = os.path.join(root, name)
+    if (is_image_name(name) or os.path.islink(path)) and not os.path.isdir(path):
+      check_file(path)
+  return others
+
+
+def _check_unshared(found: Found, owners: dict[str, str]) -> None:
+  """Refuses folders that links make part of two classes or splits.
+
+  Args:
+    found: what is in the folder of a class.
+    owners: real path -> path of the folders of earlier classes; takes those of this.
+  """
+  for real, folder in found.folders.items():
+    if real in owners:
+      raise UserError(
+        f'{folder} and {owners[real]} are the same folder, but an image belongs to one '
+        'class of one split: remove the link'
+      )
+  owners |= found.folders

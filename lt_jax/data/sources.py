@@ -14,7 +14,7 @@ import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +34,8 @@ class Source(Protocol):
   """What every source offers.
 
   One that lies in memory has `images` beside it; one whose images differ in size has
-  `encoded(position)`, the bytes of a file, and `where(position)`, its name.
+  `encoded(position)`, the bytes of a file, and `where(position)`, its name; one that
+  leaves out part of what is there tells of it in `passed_over`, a tuple of lines.
 
   Attributes:
     labels: (N,) int32, -1 for images of no known class.
@@ -63,6 +64,7 @@ class Arrays:
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
+  passed_over: tuple[str, ...] = ()
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -99,6 +101,7 @@ class Records:
   class_names: tuple[str, ...]
   image_shape: tuple[int | None, int | None, int]
   labels_file: epath.Path
+  passed_over: tuple[str, ...] = ()
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
@@ -210,6 +213,15 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   return lookup(SOURCES, 'source', kind)(argument, data_dir)
 
 
+def passed_over(sources: Mapping[str, Source]) -> tuple[str, ...]:
+  """Returns what of a data set is there but not used, a line each, by split."""
+  return tuple(
+    f'{split}: {line}'
+    for split, one in sources.items()
+    for line in getattr(one, 'passed_over', ())
+  )
+
+
 def store_labels(sources: dict[str, Source]) -> None:
   """Writes the labels of sources on disk beside them, so that a run need not read all.
 
@@ -308,8 +320,8 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   """Loads an archive of NumPy arrays; none is read before all headers are right."""
   try:
     with zipfile.ZipFile(path) as archive:
-      present = set(archive.namelist())
-      keys = [key for key in _NPZ_MEMBERS if f'{key}.npy' in present]
+      present = {name.removesuffix('.npy') for name in archive.namelist()}
+      keys = [key for key in _NPZ_MEMBERS if key in present]
       _check_members({key: _npz_header(archive, key) for key in keys})
     with np.load(path, allow_pickle=False) as archive:
       arrays = {key: archive[key] for key in keys}
@@ -322,11 +334,14 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   # than the number of images is a mistake and not a class.
   count = min(int(labels['train'].max()) + 1, len(labels['train']))
   names = tuple(str(name) for name in arrays.get('class_names', range(count)))
+  others = sorted(present.difference(_NPZ_MEMBERS))
+  told = (f'members passed over: {", ".join(others)}',) if others else ()
   sources = {}
   for split, y in labels.items():
     images = arrays[f'x_{split}']
     y = _checked_labels(y, len(images), len(names), f'npz:{path}: y_{split}')
-    sources[split] = Arrays(images.reshape(*images.shape[:3], -1), y, names)
+    images = images.reshape(*images.shape[:3], -1)
+    sources[split] = Arrays(images, y, names, told if split == 'train' else ())
   return sources
 
 
@@ -366,6 +381,11 @@ def _check_members(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None
       raise ValueError(
         f'x_{split} must be uint8 images (N, H, W) or (N, H, W, channels), got '
         f'{x_dtype} {x_shape}'
+      )
+    if len(x_shape) == 4 and x_shape[1] in _PIL_MODES and x_shape[3] > 4:
+      raise ValueError(
+        f'x_{split} has the shape {x_shape}, channels first: store '
+        f'x_{split}.transpose(0, 2, 3, 1), which is (N, H, W, channels)'
       )
     if y_dtype.kind not in 'iu' or y_shape != x_shape[:1]:
       raise ValueError(

@@ -27,6 +27,11 @@ Payload = Mapping[str, np.ndarray]
 """What the device is given of a batch, batch first: the rows of this process."""
 
 
+SMALL_PASS = 1000
+"""Images of a pass up to which threads decode them: processes would take longer to
+start than to decode them."""
+
+
 class Stream(NamedTuple):
   """Batches as a function of the step.
 
@@ -213,6 +218,15 @@ def _stream(
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
 
 
+def most_bad(split: Split | Unlabelled) -> int:
+  """Returns how many images of a split may be damaged where others stand in for them.
+
+  0.1 % of them, or ten if that is more, but not over a tenth; at least one.
+  """
+  images = len(split.rows)
+  return max(1, images // 1000, min(10, images // 10))
+
+
 def _or_stand_in(split: Split | Unlabelled, read: Read) -> Read:
   """Returns a `Read` that gives the next image of a class for one that is damaged.
 
@@ -301,8 +315,8 @@ def evaluation_pass(
     split: the images.
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
-    workers: as for `train_stream`.
-    stand_in: likewise; for passes over what is trained on.
+    workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
+    stand_in: as for `train_stream`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -311,6 +325,7 @@ def evaluation_pass(
 
   examples = len(split.rows)
   ours = process_rows(range(batch))
+  workers = workers if examples > SMALL_PASS else 0
   stream = _stream(
     split,
     lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),

@@ -14,8 +14,8 @@ import numpy as np
 from lt_jax.build import streams
 from lt_jax.data import crops, longtail
 from lt_jax.data.dataset import Dataset
-from lt_jax.data.lists import Files
-from lt_jax.data.streams import Split
+from lt_jax.data.lists import Files, check_file, composed
+from lt_jax.data.streams import Split, most_bad
 from lt_jax.doctor.case import (
   Case,
   Finding,
@@ -28,7 +28,6 @@ from lt_jax.doctor.case import (
   wrong,
 )
 from lt_jax.errors import UserError
-from lt_jax.stage import MOST_BAD
 
 HASHED = 50_000
 """Records up to which all are read for duplicates; files are told apart by size."""
@@ -47,7 +46,7 @@ FACTOR = 1.5
 
 
 def splits(case: Case) -> Findings:
-  """Says how many images there are."""
+  """Says how many images there are, and what is passed over."""
   dataset = case.dataset
   for name, split in dataset.every.items():
     labels, classes = split.labels, len(dataset.class_names)
@@ -58,6 +57,8 @@ def splits(case: Case) -> Findings:
     there = len(np.unique(labels))
     told = '' if name.startswith('open') else f' of {there} of {classes} classes'
     yield ok(f'{name}: {len(labels):,} images{told}')
+  for line in dataset.passed_over:
+    yield odd(line)
 
 
 def readable(case: Case) -> Findings:
@@ -70,14 +71,19 @@ def readable(case: Case) -> Findings:
       in_memory.append(name)
       continue
     found, bad = each(functools.partial(_opened, source), split.rows)
-    case.sizes[name] = np.array(found).reshape(-1, 2)
+    case.sizes[name] = np.array([size for size, _ in found]).reshape(-1, 2)
+    turned = [where for _, where in found if where]
+    if turned:
+      yield odd(
+        f'{name}: images with an EXIF orientation, which is not applied: '
+        f'{len(turned):,}, such as {turned[0]}; turn the files, such as with jhead '
+        '-autorot'
+      )
     chosen = split.rows if case.thorough else some(split.rows)
     _, also = each(functools.partial(_decoded, source), chosen)
     told = list(dict.fromkeys(map(str, (*bad, *also))))
     if told:
-      replaced = skips and name in ('train', 'meta')
-      few = len(told) <= max(1, MOST_BAD * len(split.rows))
-      level = odd if replaced and few else wrong
+      level = odd if skips and len(told) <= most_bad(split) else wrong
       yield level(
         f'{name}: images that cannot be read: {len(told):,}, such as {told[0]}'
       )
@@ -92,28 +98,34 @@ _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}
 
 _TAIL = 1024
 
+_ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
-def _opened(source: Any, row: int) -> tuple[int, int]:
-  """Returns (width, height) by the header of a file; decodes one that looks cut off."""
-  from PIL import Image
 
-  errors = (*crops.DECODE_ERRORS, Image.DecompressionBombError)
+def _opened(source: Any, row: int) -> tuple[tuple[int, int], str]:
+  """Looks at the header of a file; decodes one that looks cut off.
+
+  Returns:
+    (width, height), and the file's name if EXIF says that it is to be turned, else ''.
+  """
+  turned = ''
   try:
-    with (
-      _file(source, row) as file,
-      Image.open(file, formats=crops.FORMATS) as image,
-    ):
+    with _file(source, row) as file, crops.open_image(file) as image:
+      size = image.size
+      if image.info.get('exif') and image.getexif().get(_ORIENTATION, 1) != 1:
+        turned = source.where(row)
       file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-      if _ENDS.get(image.format, b'') in file.read():
-        return image.size
-  except errors:
+      whole = _ENDS.get(image.format, b'') in file.read()
+    if whole and size[0] * size[1] <= crops.MAX_PIXELS:
+      return size, turned
+  except crops.DECODE_ERRORS:
     pass
-  return _decoded(source, row)
+  return _decoded(source, row), turned
 
 
 def _file(source: Any, row: int) -> BinaryIO:
   """Opens an image as a file, of which perhaps not all is read."""
   if isinstance(source, Files):
+    check_file(source.where(row))
     return open(source.where(row), 'rb')
   return io.BytesIO(source.encoded(row))
 
@@ -124,8 +136,7 @@ def _decoded(source: Any, row: int) -> tuple[int, int]:
   Raises:
     UserError: it cannot.
   """
-  height, width, _ = crops.pixels(source.encoded(row), source.where(row)).shape
-  return width, height
+  return crops.measured(source.encoded(row), source.where(row))[0]
 
 
 class Picture(NamedTuple):
@@ -254,7 +265,8 @@ def _two_labels(
 def classes(case: Case) -> Findings:
   """Looks for classes without images, and for names of two classes."""
   dataset = case.dataset
-  doubled = [n for n, k in collections.Counter(dataset.class_names).items() if k > 1]
+  names = collections.Counter(map(composed, dataset.class_names))
+  doubled = [name for name, number in names.items() if number > 1]
   if doubled:
     yield odd(f'names of two classes: {len(doubled)}, such as {doubled[0]!r}')
   for name in ('train', 'test'):

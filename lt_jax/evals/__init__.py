@@ -16,8 +16,8 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
   Args:
     outputs: with 'logits' (B, C) and perhaps 'known_score' (B,).
-    batch: with 'label' (B,), -1 for an image of no known class; of several domains
-      with 'domain' (B,), which is kept.
+    batch: with 'label' (B,), -1 for an image of no known class; perhaps 'domain' (B,)
+      and 'bad' (B,), whether another image stands in for one that cannot be read.
 
   Returns:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
@@ -32,9 +32,8 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   label = batch['label']
   confidence = jnp.exp(log_p.max(axis=-1))
   of_label = jnp.take_along_axis(log_p, jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
-  numbers = {key: batch[key] for key in ('domain',) if key in batch}
   return {
-    **numbers,
+    **{key: batch[key] for key in ('domain', 'bad') if key in batch},
     'label': label,
     'prediction': log_p.argmax(axis=-1).astype(jnp.int32),
     'confidence': confidence,
