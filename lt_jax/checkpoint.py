@@ -14,7 +14,9 @@ while a verified one is there.
 """
 
 import concurrent.futures
+import functools
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +33,17 @@ from lt_jax.stopping import agreed, any_process, wait_for_all
 
 PyTree = Any
 Log = Callable[..., None]
+
+
+MANIFEST = {
+  'step': int,
+  'files': {str: {'bytes': int, 'sha256': str}},
+  'first': (int, None),
+  'value': (files.NUMBER, None),
+  'rows': ({str: int}, None),
+  **dict.fromkeys(('begun_from', 'config', 'data'), ({}, None)),
+}
+"""What is relied on in a manifest, see `files.fits`; later keys may be missing."""
 
 
 class SaveError(RuntimeError):
@@ -179,7 +192,7 @@ class Checkpoints:
     told = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
     raise UserError(
       f'no usable checkpoint in {self._directory} '
-      f'({told or "only manifests are left"}); to start afresh, give another workdir'
+      f'({told or "only manifests are left"}); {self.begin_again()}'
     )
 
   def restore_best(self, target: PyTree) -> Restored | None:
@@ -194,17 +207,48 @@ class Checkpoints:
     directory = self._directory / 'best' / str(manifest.get('step'))
     reason = _damage(directory, manifest) if jax.process_index() == 0 else None
     if any_process(reason is not None):
-      raise UserError(f'the selected checkpoint {directory} is damaged: {reason}')
+      raise UserError(
+        f'the selected checkpoint {directory} is damaged: {reason}; '
+        f'{self.begin_again()}'
+      )
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
 
+  def amend(self, step: int, **facts: Any) -> None:
+    """Has the manifests of a step and of the selected state tell other facts.
+
+    For a run that goes on from them with another config, on request, or is older than
+    these facts.
+    """
+    for name in (str(step), 'best'):
+      manifest = self._manifest(name)
+      if manifest and any(manifest.get(key) != fact for key, fact in facts.items()):
+        path = self._directory / 'manifests' / f'{name}.json'
+        files.write_json(path, manifest | facts)
+
   def best(self) -> dict[str, Any] | None:
-    """Returns the manifest of the selected state, or None."""
-    return self._manifest('best')
+    """Returns the manifest of the selected state, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    manifest = self._manifest('best')
+    if manifest == {}:
+      path = self._directory / 'manifests' / 'best.json'
+      raise UserError(f'{path} is damaged; {self.begin_again()}')
+    return manifest
+
+  def begin_again(self) -> str:
+    """Says how to train a stage again whose checkpoints are lost."""
+    return (
+      f'delete {self._directory.parent}, and the training command trains this stage '
+      'again from its beginning'
+    )
 
   def _start(self, name, step, state, facts, prune) -> None:
     """Copies a state to the host and leaves the rest to the background thread."""
     self.wait()
+    _hush_closed_loops()
     directory = self._directory / name / (str(step) if name == 'best' else '')
     try:
       (self._directory / 'manifests').mkdir(parents=True, exist_ok=True)
@@ -237,9 +281,10 @@ class Checkpoints:
     if not path.exists():
       return None
     try:
-      return files.read_json(path)
+      manifest = files.read_json(path)
     except UserError:
       return {}
+    return manifest if files.fits(manifest, MANIFEST) else {}
 
   def _attempt(
     self, step: int, manifest: Mapping[str, Any] | None, target: PyTree
@@ -378,7 +423,7 @@ def _digests(directory: epath.Path) -> dict[str, dict[str, Any]]:
 def _damage(directory: epath.Path, manifest: Mapping[str, Any]) -> str | None:
   """Returns what is wrong with a checkpoint's files, or None."""
   if 'files' not in manifest:
-    return 'its manifest is not readable'
+    return 'its manifest is damaged'
   found = _digests(directory)
   for name, recorded in manifest['files'].items():
     if name not in found:
@@ -388,6 +433,22 @@ def _damage(directory: epath.Path, manifest: Mapping[str, Any]) -> str | None:
     if found[name]['sha256'] != recorded['sha256']:
       return f'{name} does not have its SHA-256: it changed after it was saved'
   return None
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+  """Keeps a failed save from printing tracebacks; its error is told by itself.
+
+  Orbax closes the event loop of a save that fails, while TensorStore still reports to
+  it what has become of each array; Python prints a traceback for every report.
+  """
+  before = sys.unraisablehook
+
+  def hook(raised):
+    if str(raised.exc_value) != 'Event loop is closed':
+      before(raised)
+
+  sys.unraisablehook = hook
 
 
 def _one_line(error: BaseException) -> str:

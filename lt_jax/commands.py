@@ -5,7 +5,7 @@
 3    diverged: a loss or parameter is not finite; nothing of it was saved
 75   a passing failure, such as a full disk: running again may help
 130  interrupted from the keyboard: what was saved is whole
-143  asked to stop (SIGTERM, SIGUSR1) and saved: run again to go on
+143  asked to stop (SIGTERM, SIGUSR1, SIGHUP) and saved: run again to go on
 """
 
 import os
@@ -129,7 +129,9 @@ def explained(error: Exception) -> tuple[str, int] | None:
   if isinstance(error, Preempted):
     return 'stopped as asked, and saved: the same command goes on', PREEMPTED
   if isinstance(error, Diverged):
-    return f'diverged: {error}; the last finite checkpoint is untouched', DIVERGED
+    told = 'nothing of it was saved, and the same command would diverge again: change '
+    told += 'the config, in another workdir or with --allow_config_change'
+    return f'diverged: {error}; {told}', DIVERGED
   if isinstance(error, SaveError):
     return f'a checkpoint could not be written: {error}', TRY_AGAIN
   if isinstance(error, OSError):
@@ -145,7 +147,10 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
   if 'Traceback (most recent call last)' in text:  # config_flags quotes a whole one
     text = text.splitlines()[-1].partition(': ')[2] or text.splitlines()[-1]
   text = ' '.join(text.strip('"').split())
-  print(f'error: {text}', file=sys.stderr, flush=True)
+  try:
+    print(f'error: {text}', file=sys.stderr, flush=True)
+  except OSError:  # the terminal is closed
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   if _one_of_several():
     # Not through JAX's farewell, which waits minutes for peers that wait for us. The
     # others end with process 0, which connects them, unless it leaves them some time.

@@ -353,16 +353,16 @@ def upgraded(config: Config) -> dict[str, Any]:
   such keys. What is damaged stays as it is, for whoever reads it to say so.
   """
   found = _renamed(config)
-  if not isinstance(found.get('stages'), Mapping):
-    return found
-  found['stages'] = {name: _renamed(stage) for name, stage in found['stages'].items()}
+  for key in ('stages', 'streams', 'data'):
+    if not isinstance(found.get(key, {}), Mapping):
+      return found
+  stages = found.get('stages', {})
+  found['stages'] = {name: _renamed(stage) for name, stage in stages.items()}
   base = base_config().to_dict()
   row = {'train': base['streams']['train']} | found.get('streams', {})
   added = {key: json.loads(json.dumps(base[key])) for key in ADDED}
   found = added | found | {'streams': row}
-  if isinstance(found.get('data'), Mapping):
-    found['data'] = base['data'] | found['data']
-  return found
+  return found | {'data': base['data'] | found.get('data', {})}
 
 
 def _renamed(keys: Any) -> Any:
@@ -373,9 +373,9 @@ def _renamed(keys: Any) -> Any:
   train, meta = {}, {}
   if 'train_split' in found:
     train['split'] = found.pop('train_split')
-  if found.get('stream', {}).get('name', 'images') != 'images':
-    train = found['stream']
-  found.pop('stream', None)
+  stream = found.pop('stream', None)
+  if isinstance(stream, Mapping) and stream.get('name') != 'images':
+    train = dict(stream)
   if 'meta_every' in found:
     meta['every'] = found.pop('meta_every')
   if batch := found.pop('meta_batch', 0):

@@ -58,11 +58,13 @@ def evaluate(
     What evaluation.json holds.
 
   Raises:
-    UserError: there is no such run or State, or it is damaged.
+    UserError: there is no such run or State, it is damaged, or evaluation.json cannot
+      be written; then the numbers have been shown.
   """
   config = trained.read_config(workdir)
-  experiment = build.build({**config, 'device': 'any'})
-  before = files.read_json(workdir / 'data.json')['fingerprint']
+  before = trained.read_facts(workdir)['fingerprint']
+  with trained.building():
+    experiment = build.build({**config, 'device': 'any'})
   if before != experiment.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   name = stage_name or config['stage_order'][-1]
@@ -98,8 +100,8 @@ def evaluate(
     'warnings': cautions(experiment),
     'state_sha256': checkpoint.digest(restored.state),
   }
-  files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   results.show(result, workdir, screen)
+  files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   return result
 
 

@@ -29,7 +29,7 @@ from absl import flags
 from etils import epath
 
 from lt_jax import checkpoint, commands, files, sharding, trained
-from lt_jax.config import config_digest
+from lt_jax.config import config_digest, upgraded
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import Outputs
 from lt_jax.train import state_shapes
@@ -171,8 +171,9 @@ def load(path: epath.PathLike) -> Trained:
   try:
     strings = ('recipe', 'stage', 'config_digest', 'state_sha256', 'sha256')
     told = {k: v if k in strings else json.loads(v) for k, v in header.items()}
-    config, step, sha256 = told['config'], told['step'], told['sha256']
-  except (KeyError, ValueError) as error:
+    config = told['config'] = upgraded(told['config'])
+    step, sha256 = told['step'], told['sha256']
+  except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} was not exported here: {error}') from None
   files.check_fits(told, trained.FACTS | {'config': dict, 'step': int}, path)
   if sha256 != _digest(tensors):

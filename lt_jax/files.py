@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from lt_jax.errors import UserError
@@ -35,8 +37,34 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
-  """Writes a file so that a reader, or a crash, sees the old or the new one whole."""
-  path = epath.Path(path)
+  """Writes a file so that a reader, or a crash, sees the old or the new one whole.
+
+  Raises:
+    UserError: it may not be written, as on a read-only file system.
+    OSError: writing failed, which may pass, as on a full disk.
+  """
+  with _may_be_written(path):
+    _write_atomically(epath.Path(path), data)
+
+
+def make_folder(path: epath.Path) -> None:
+  """Creates a folder that may be there; raises as `write_atomically`."""
+  with _may_be_written(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _may_be_written(path: epath.PathLike) -> Iterator[None]:
+  """Turns an error that will not pass into a `UserError`."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _FORBIDDEN:
+      raise
+    raise UserError(f'{path} cannot be written: {error.strerror}') from None
+
+
+def _write_atomically(path: epath.Path, data: str | bytes) -> None:
   data = data.encode() if isinstance(data, str) else data
   if is_remote(path):  # an object store writes whole objects
     path.write_bytes(data)
@@ -51,6 +79,33 @@ def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)  # where the disk is full it would hold the rest
     raise
+
+
+def set_aside(path: epath.Path) -> epath.Path:
+  """Copies a damaged file to a name beside it; returns that name."""
+  aside = path.with_name(f'{path.name}.damaged')
+  number = 1
+  while aside.exists():
+    number += 1
+    aside = path.with_name(f'{path.name}.damaged.{number}')
+  write_atomically(aside, path.read_bytes())
+  return aside
+
+
+def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads all arrays of a .npz file.
+
+  Raises:
+    UserError: it is damaged, or no such file.
+    OSError: it is not there, or reading failed.
+  """
+  data = epath.Path(path).read_bytes()
+  try:
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+      return dict(stored)
+  except Exception as error:  # there is no list of what a damaged archive raises
+    told = ' '.join(str(error).split()) or type(error).__name__
+    raise UserError(f'{path} is damaged: {told}') from None
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -87,11 +142,15 @@ def fits(value: Any, shape: Any) -> bool:
   Args:
     value: as `json.loads` returns it; a key that is missing counts as null.
     shape: a type, or None; [the shape of each element]; {key: its shape}, which allows
-      other keys; or a tuple of shapes, of which it is one.
+      other keys; {str: the shape of each value}; or a tuple of shapes, of which it is
+      one.
   """
   match shape:
     case tuple():
       return any(fits(value, one) for one in shape)
+    case dict() if str in shape:
+      is_dict = isinstance(value, dict)
+      return is_dict and all(fits(one, shape[str]) for one in value.values())
     case dict():
       entries = shape.items()
       return isinstance(value, dict) and all(fits(value.get(k), s) for k, s in entries)
@@ -257,6 +316,10 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     file.close()
 
 
+_FORBIDDEN = (
+  *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+  *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 _IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 

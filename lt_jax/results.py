@@ -23,7 +23,7 @@ from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.domains import by_domain, mean_metrics
 from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
-from lt_jax.writers import Screen, read_rows, write_npz
+from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 
 MOST_LOGITS = 10**8
 """Test images times classes up to which predictions.npz holds every logit."""
@@ -248,7 +248,7 @@ def write_results(
   """
   evaluated = evaluate(experiment, stage, state, stop, bad_images)
   rows = read_rows(workdir / 'metrics.jsonl')
-  rates = [r['images_per_second'] for r in rows if 'images_per_second' in r]
+  rates = [r['images_per_second'] for r in rows if r.get('images_per_second')]
   events = read_rows(workdir / 'events.jsonl')
   starts = [row for row in events if row['event'] == 'started']
   config = experiment.config
@@ -278,6 +278,7 @@ def write_results(
     'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
     'versions': versions(),
     'config_digest': config_digest(config),
+    'fingerprint': experiment.dataset.fingerprint,
     'state_sha256': checkpoint.digest(state),
   }
   if jax.process_index() == 0:
@@ -298,7 +299,7 @@ def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   """Returns which published weights the run began with; None if they were random."""
   rows = [row for row in events if row['event'] == 'began_with_weights']
   told = ('source', 'revision', 'sha256')
-  return {name: rows[-1][name] for name in told} if rows else None
+  return {name: rows[-1].get(name) for name in told} if rows else None
 
 
 def _write_arrays(
@@ -339,18 +340,19 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
   that is negative, and the mean's ratio to the weight without learning, on its scale.
   """
   metrics = workdir / 'stages' / stage.name / 'metrics'
-  if not (metrics / 'weight_prior.npz').exists():
+  names = ('prior', 'learned', 'about', 'about_square', 'negative')
+  paths = {name: metrics / f'weight_{name}.npz' for name in names}
+  if not all(path.exists() for path in paths.values()):
     return
-  found = {}
-  for name in ('prior', 'learned', 'about', 'about_square', 'negative'):
-    with np.load(metrics / f'weight_{name}.npz', allow_pickle=False) as stored:
-      found[name], step = stored['value'], stored['step']
+  rows = {name: read_vectors(path) for name, path in paths.items()}
+  step = [s for s in rows['prior'] if all(s in row for row in rows.values())]
+  found = {name: np.stack([row[s] for s in step]) for name, row in rows.items()}
   variance = found['about_square'] - found['about'] ** 2
   mean = found['prior'] + found['learned']
   write_npz(
     workdir / 'weights.npz',
     counts=counts,
-    step=step,
+    step=np.asarray(step),
     prior=found['prior'],
     mean=mean,
     spread=np.sqrt(np.maximum(variance, 0)),
@@ -390,10 +392,11 @@ def worst_tail_errors(
 def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
   """Returns the best test accuracy of a stage: a number, never a State in use."""
   rows = [r for r in rows if r['stage'] == stage and r['split'] == 'test']
+  rows = [r for r in rows if r.get('accuracy') is not None]
   if not rows:
     return None
   best = max(rows, key=lambda row: row['accuracy'])
-  return {name: best[name] for name in ('step', 'epoch', 'accuracy')}
+  return {name: best.get(name) for name in ('step', 'epoch', 'accuracy')}
 
 
 def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:

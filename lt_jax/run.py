@@ -7,17 +7,17 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from lt_jax import files, results, train
+from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
-from lt_jax.config import Config, config_digest, trained_by, upgraded
+from lt_jax.config import Config, config_digest
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
@@ -143,6 +143,7 @@ class _Run(NamedTuple):
   screen: Screen
   events: Events
   track: Track
+  origin: dict[str, Any]
 
   def runner(
     self, stage: str, stop: StopRequest, profile: tuple[int, int] | None = None
@@ -157,6 +158,7 @@ class _Run(NamedTuple):
       stop,
       profile,
       self.track,
+      self.origin,
     )
 
 
@@ -192,17 +194,31 @@ def _opened(
     _check_peers(experiment)
     _check_shared(workdir)
     check_data(experiment, workdir)
+    data = _data_facts(experiment, workdir)
     events = Events(workdir, screen)
     stop()  # from here on there are signs of life
     with (
       watched(lambda: stop.last_look),
-      _claimed(experiment, workdir),
+      _names_the_folder(workdir),
+      _claimed(experiment.config, data, workdir),
       tracking(tracker, config, workdir, events) as track,
     ):
       events('started', pid=os.getpid(), host=platform.node())
       if not seeds or config['seed'] == seeds[0]:
         _banner(experiment, workdir, screen, seeds)
-      yield _Run(experiment, workdir, screen, events, track)
+      origin = provenance.facts(config, data)
+      yield _Run(experiment, workdir, screen, events, track, origin)
+
+
+@contextlib.contextmanager
+def _names_the_folder(workdir: epath.Path) -> Iterator[None]:
+  """Adds the folder to an error that names no file, such as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None:
+      error.filename = os.fspath(workdir)
+    raise
 
 
 def _finish(
@@ -294,23 +310,22 @@ def rehearsed(
 
 
 @contextlib.contextmanager
-def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
+def _claimed(
+  config: Config, data: Mapping[str, Any], workdir: epath.Path
+) -> Iterator[None]:
   """Writes config.json and data.json; a start that fails puts back what was there.
 
   So that a mistake does not stand in the way of the corrected command. What is true no
   more goes: that an earlier start failed, and the result of another configuration.
   """
-  facts = {
-    'config.json': experiment.config,
-    'data.json': _data_facts(experiment, workdir),
-  }
+  facts = {'config.json': config, 'data.json': data}
   paths = {name: workdir / name for name in (*facts, 'result.json')}
   before = {n: p.read_bytes() if p.exists() else None for n, p in paths.items()}
   if jax.process_index() == 0:
     for name, fact in facts.items():
       files.write_json(paths[name], fact)
     (workdir / 'error.json').unlink(missing_ok=True)
-    if not _same_training(before['config.json'], experiment.config):
+    if not _same_training(before['config.json'], config):
       paths['result.json'].unlink(missing_ok=True)
   wait_for_all('claimed')
   try:
@@ -328,8 +343,8 @@ def _claimed(experiment: Experiment, workdir: epath.Path) -> Iterator[None]:
 def _same_training(text: bytes | None, config: Config) -> bool:
   """Returns whether what config.json holds trains as a configuration does."""
   try:
-    return trained_by(upgraded(json.loads(text or b''))) == trained_by(config)
-  except (ValueError, AttributeError):  # torn, or no object
+    return not provenance.changes(json.loads(text or b''), config)
+  except (ValueError, TypeError, AttributeError, RecursionError):  # torn, no object
     return False
 
 
@@ -370,31 +385,42 @@ class OtherConfig(UserError):
 
 
 def check_config(config: Config, workdir: epath.Path) -> None:
-  """Refuses a configuration other than the one the folder was begun with."""
-  path = workdir / 'config.json'
-  if not path.exists():
-    return
-  before, now = trained_by(upgraded(files.read_json(path))), trained_by(config)
-  told = [
-    f'{key} was {before.get(key)!r} and is {now.get(key)!r}'
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-  ]
-  if told:
+  """Refuses a config other than the one the folder was begun with.
+
+  That is the one of its checkpoints; before the first of them config.json has it.
+  """
+  record, path = provenance.recorded(workdir), workdir / 'config.json'
+  stored = provenance.read_config(workdir) if path.exists() else {}
+  before = record['config'] if record else stored
+  if before and (told := provenance.changes(before, config)):
     raise OtherConfig(
       f'{workdir} was begun with another configuration: {", ".join(told)}; give '
       'another workdir'
+    )
+  if stored and (told := provenance.changes(stored, config)):
+    raise UserError(
+      f'{path} was changed after training: {", ".join(told)}; this command has the '
+      f'config of the checkpoints: delete {path} to go on'
     )
 
 
 def check_data(experiment: Experiment, workdir: epath.Path) -> None:
   """Refuses data other than those the run was begun with."""
-  path, now = workdir / 'data.json', experiment.fingerprint
-  before = files.read_json(path)['fingerprint'] if path.exists() else now
-  if before != now:
+  path, now = workdir / 'data.json', {'fingerprint': experiment.fingerprint}
+  if path.exists():
+    stored = provenance.read_json(path)
+    files.check_fits(stored, {'fingerprint': str}, path)
+    if stored['fingerprint'] != now['fingerprint']:
+      raise UserError(
+        f'the data have changed since {workdir} was begun: fingerprint '
+        f'{stored["fingerprint"][:12]} then, {now["fingerprint"][:12]} now; give '
+        'another workdir'
+      )
+  record = provenance.recorded(workdir)
+  then = record['data'].get('fingerprint') if record else None
+  if then not in (None, provenance.facts({}, now)['data']['fingerprint']):
     raise UserError(
-      f'the data have changed since {workdir} was begun: fingerprint {before[:12]} '
-      f'then, {now[:12]} now; give another workdir'
+      f'the checkpoints of {workdir} were trained on other data; give another workdir'
     )
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -52,7 +51,7 @@ class BadImages:
     self._splits = splits
     self._tell = tell
     self._told = {
-      (row.get('split', 'train'), row['image'])
+      (str(row.get('split', 'train')), str(row.get('image')))
       for row in told
       if row['event'] == 'bad_image'
     }
@@ -100,7 +99,21 @@ class StageRunner:
     stop: StopRequest,
     profile: tuple[int, int] | None,
     track: Track,
+    origin: Mapping[str, Any],
   ):
+    """Opens nothing yet.
+
+    Args:
+      experiment: what the run is made of.
+      stage: the stage.
+      workdir: the run's folder.
+      screen: where it shows.
+      events: takes what happens.
+      stop: whether the run must end.
+      profile: (first, last) step of a profiler trace.
+      track: takes every row of metrics.
+      origin: what manifests tell of config and data, see `provenance.facts`.
+    """
     self._experiment = experiment
     self.stage = stage
     self._workdir = workdir
@@ -109,11 +122,12 @@ class StageRunner:
     self._stop = stop
     self._profile = profile
     self._track = track
+    self._origin = origin
     self._folder = workdir / 'stages' / stage.name
     self._checkpoints = checkpoint.Checkpoints(
       self._folder / 'checkpoints',
       keep=experiment.config['keep_checkpoints'],
-      facts=_facts(experiment),
+      facts=_facts(experiment) | origin,
       log=events,
     )
     self._collect = collector(stage.method.predict, record, experiment.mesh)
@@ -134,6 +148,7 @@ class StageRunner:
           mesh=self._experiment.mesh,
           plan=self.plan,
           hooks=self.hooks(),
+          unlogged=self._unlogged(),
         )
       except train.Diverged as diverged:
         self._report_divergence(diverged)
@@ -168,12 +183,16 @@ class StageRunner:
       profile_dir=os.fspath(self._folder / 'profile'),
     )
     self._announce(step, restored)
+    if restored is not None and jax.process_index() == 0:
+      self._checkpoints.amend(step, **self._origin)
     self._metrics = MetricWriter(
       self._workdir,
       stage.name,
       resume_step=step,
       vectors=self._folder / 'metrics',
+      expected=(restored.manifest if restored else {}).get('rows'),
       track=self._track,
+      tell=self._events.damaged,
     )
     if stage.plan.steps == first and restored is None:  # a stage of no steps
       self._save(step, state)
@@ -187,6 +206,7 @@ class StageRunner:
       progress=self._screen.progress,
       log=self._log,
       save=self._save,
+      hold=self._hold,
       evaluate=self._evaluate,
       stop=self._stop,
       bad_images=self._bad_images,
@@ -261,13 +281,15 @@ class StageRunner:
       path = self._workdir / 'stages' / origin / 'arrays.npz'
       if not files.seen(path):
         raise UserError(f'stage {stage.name!r} reads what {origin!r} leaves in {path}')
-      with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
-        found = {key: stored[key] for key in streams[name].arrays}
+      found = _arrays(path)
       for key, expected in streams[name].arrays.items():
-        if found[key].shape != expected.shape:
+        shape = found[key].shape if key in found else None
+        if shape != expected.shape:
           raise UserError(
-            f'{path}: {key} is {found[key].shape}, but it should be {expected.shape}'
+            f'{path}: {key} is {shape or "missing"}, but it should be {expected.shape}'
+            '; delete the file, and the same command makes it anew'
           )
+      found = {key: found[key] for key in streams[name].arrays}
       arrays = sharding.put_replicated(self._experiment.mesh, found)
       streams[name] = streams[name]._replace(arrays=arrays)
     return stage._replace(streams=streams)
@@ -354,7 +376,38 @@ class StageRunner:
         epoch=epoch,
         first=self.plan.first,
         begun_from=self._begun_from,
+        rows=self._metrics.counts(step),
       )
+
+  def _hold(self, unlogged: train.Unlogged) -> None:
+    """Leaves what the next log row has added up for the start that goes on."""
+    self._tell_bad_images()
+    if jax.process_index() == 0:
+      totals = {
+        f'{name}/{part}': value
+        for name, pair in unlogged.totals.items()
+        for part, value in zip(('total', 'count'), pair, strict=True)
+      }
+      numbers = {k: v for k, v in unlogged._asdict().items() if k != 'totals'}
+      write_npz(self._folder / 'unlogged.npz', **totals, **numbers)
+
+  def _unlogged(self) -> train.Unlogged | None:
+    """Returns what `_hold` has left, if it is whole.
+
+    Several processes leave nothing: they stop at a log row.
+    """
+    path = self._folder / 'unlogged.npz'
+    if jax.process_count() > 1 or not path.exists():
+      return None
+    try:
+      stored = files.read_npz(path)
+      names = {name.rpartition('/')[0] for name in stored if '/' in name}
+      totals = {n: (stored[f'{n}/total'], stored[f'{n}/count']) for n in names}
+      step, logged = (int(stored[name]) for name in ('step', 'logged'))
+      return train.Unlogged(step, logged, float(stored['seconds']), totals)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+      self._events.damaged(f'{path}: {error}; the next log row is of fewer steps')
+      return None
 
   def _evaluate(self, step: int, state: State) -> None:
     """Evaluates closed-set accuracy on validation and test data, and selects."""
@@ -378,7 +431,13 @@ class StageRunner:
     value = SELECTABLE[metric] * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
-    better = best is None or value > best['value'] or step < best['step']
+    than = -np.inf if best is None else best.get('value')
+    if than is None:
+      raise UserError(
+        f'{self._folder / "checkpoints/manifests/best.json"} lacks the value that the '
+        f'State was selected by; {self._checkpoints.begin_again()}'
+      )
+    better = value > than or step < best['step']
     if agreed(better):
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
@@ -405,13 +464,17 @@ class StageRunner:
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
 
 
+def _arrays(path: epath.Path) -> dict[str, np.ndarray]:
+  """Reads what an earlier stage has left; {} of a damaged file."""
+  try:
+    return files.read_npz(path)
+  except UserError:
+    return {}
+
+
 def _origin(path: epath.Path) -> str:
   """Returns the digest of the State that left some arrays; '' of a damaged file."""
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
-      return str(stored['state_sha256'])
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-    return ''
+  return str(_arrays(path).get('state_sha256', ''))
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:

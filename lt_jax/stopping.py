@@ -22,14 +22,16 @@ from jax.experimental import multihost_utils
 
 from lt_jax.errors import TRY_AGAIN
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 STUCK_AFTER = 1800.0
 """Seconds without a step after which one of several processes ends itself."""
 
 
 class StopRequest:
-  """Whether a scheduler has asked this process to stop: SIGTERM or SIGUSR1.
+  """Whether this process is asked to stop: by SIGTERM, SIGUSR1 or a closed terminal.
+
+  The terminal sends SIGHUP, which `nohup` has us ignore.
 
   Attributes:
     last_look: when that was last looked at, which is at every step and every batch of
@@ -41,7 +43,9 @@ class StopRequest:
     self.last_look = time.monotonic()
 
   def __enter__(self) -> 'StopRequest':
-    self._before = {s: signal.signal(s, self._ask) for s in STOP_SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [s for s in STOP_SIGNALS if not (nohup and s == signal.SIGHUP)]
+    self._before = {s: signal.signal(s, self._ask) for s in heard}
     return self
 
   def __exit__(self, *exception: Any) -> None:

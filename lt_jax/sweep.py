@@ -200,15 +200,15 @@ def _run(
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   """Returns whether a cell has ended, with this configuration."""
-  from lt_jax.config import trained_by, upgraded
+  from lt_jax import provenance
 
   try:
     result = files.read_json(cell.workdir / 'result.json')
-    before = files.read_json(cell.workdir / 'config.json')
+    before = provenance.read_config(cell.workdir)
   except UserError:  # not there, or torn; the run writes the result anew
     return False
   whole = isinstance(result.get('test'), Mapping)
-  return whole and trained_by(upgraded(before)) == trained_by(config)
+  return whole and not provenance.changes(before, config)
 
 
 def loader(
@@ -279,7 +279,7 @@ def main() -> None:
     try:
       page = report.write(workdir)
       print(f'\n{(workdir / "report.md").read_text()}\n{page}')
-    except OSError as error:
+    except (OSError, UserError) as error:
       if not failed:
         raise
       print(f'no report: {error}')  # and then what failed before

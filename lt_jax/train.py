@@ -59,6 +59,24 @@ class Plan(NamedTuple):
     return step > self.first and (step % every == 0 or step == self.steps)
 
 
+class Unlogged(NamedTuple):
+  """What the next log row has added up when a run is asked to stop.
+
+  With it, a run that goes on writes the row that an unbroken run writes.
+
+  Attributes:
+    step: of the State that is saved.
+    logged: the step of the last row.
+    seconds: that the steps since have taken.
+    totals: metric -> (total, count).
+  """
+
+  step: int
+  logged: int
+  seconds: float
+  totals: Metrics
+
+
 class Hooks(NamedTuple):
   """What the caller does at a step.
 
@@ -70,6 +88,7 @@ class Hooks(NamedTuple):
     evaluate: (step, state); returns early, without a result, when `stop` turns true.
     stop: () whether the run must end at once.
     bad_images: (stream, their positions in the source) for which others stood in.
+    hold: (what is not logged yet) after the last save of a run that is asked to stop.
   """
 
   first_call: Callable[[float], None]
@@ -79,6 +98,7 @@ class Hooks(NamedTuple):
   evaluate: Callable[[int, State], None]
   stop: Callable[[], bool]
   bad_images: Callable[[str, np.ndarray], None]
+  hold: Callable[[Unlogged], None] = lambda unlogged: None
 
 
 class Preempted(Exception):
@@ -207,6 +227,7 @@ def train(
   mesh: Mesh,
   plan: Plan,
   hooks: Hooks,
+  unlogged: Unlogged | None = None,
 ) -> State:
   """Runs a method from the state's step to the plan's last step.
 
@@ -217,6 +238,7 @@ def train(
     mesh: the devices.
     plan: when things happen.
     hooks: what happens.
+    unlogged: what `hooks.hold` was given at the state's step, if anything.
 
   Returns:
     The state after the last step, or at `plan.until`.
@@ -228,16 +250,20 @@ def train(
   arrays = {name: stream.arrays for name, stream in streams.items()}
   compiled: dict[tuple, Callable] = {}  # by length, and which streams there are
   in_flight: collections.deque = collections.deque()
-  step = logged = int(jax.device_get(state.step))
+  step = logged = begun = int(jax.device_get(state.step))
   zeros, bad = empty_totals(method, streams, state, mesh)
   totals, clock, profiler = zeros, time.perf_counter(), _Profiler(plan)
+  seconds = 0.0  # of the steps since the last row, before this start
+  if unlogged is not None and unlogged.step == step and _alike(unlogged.totals, zeros):
+    totals = sharding.put_replicated(mesh, unlogged.totals)
+    logged, seconds = unlogged.logged, unlogged.seconds
 
   def log() -> None:
-    nonlocal totals, logged, clock
+    nonlocal totals, logged, seconds
     check_finite(bad, streams)
     values = {k: means(*v) for k, v in jax.device_get(totals).items()}
-    hooks.log(step, values, step - logged, time.perf_counter() - clock)
-    totals, logged = zeros, step
+    hooks.log(step, values, step - logged, seconds + time.perf_counter() - clock)
+    totals, logged, seconds = zeros, step, 0.0
 
   def check() -> None:
     check_finite(bad, streams)
@@ -249,9 +275,10 @@ def train(
     hooks.save(step, state)
 
   def preempt() -> None:
-    if step > logged:
-      log()
     save()
+    if step > logged:
+      told = seconds + time.perf_counter() - clock
+      hooks.hold(Unlogged(step, logged, told, jax.device_get(totals)))
     raise Preempted
 
   def look() -> None:
@@ -275,7 +302,7 @@ def train(
       if step == plan.steps:
         profiler.stop()
         return state
-      if step == logged:
+      if step in (logged, begun):
         clock = time.perf_counter()
       end = plan.steps if plan.until is None else plan.until
       length = min(plan.chunk - step % plan.chunk, end - step)
@@ -309,6 +336,14 @@ def train(
         log()
       if plan.due(step, plan.save_every):
         save()
+
+
+def _alike(one: Any, other: Any) -> bool:
+  """Returns whether two trees of arrays have the same structure, shapes and types."""
+  shapes = [
+    jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (one, other)
+  ]
+  return shapes[0] == shapes[1]
 
 
 def _asked_to_stop(hooks: Hooks, plan: Plan, step: int) -> bool:

@@ -3,7 +3,8 @@
 What a network predicts by is all in the run's folder: no training data are needed.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lt_jax import build, checkpoint, files, sharding
-from lt_jax.build import Config, Experiment, Stage
-from lt_jax.config import SOURCE, base_config, resolve, upgraded
+from lt_jax import build, checkpoint, files, provenance, sharding
+from lt_jax.build import Experiment, Stage
+from lt_jax.config import SOURCE, Config, base_config, resolve
 from lt_jax.data import augment
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
@@ -124,9 +125,12 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
     UserError: there is no such run or State, or it is damaged.
   """
   config = read_config(workdir)
-  facts = _read(workdir / 'data.json', FACTS)
+  facts = read_facts(workdir)
   path = workdir / 'result.json'
-  result = _read(path, RESULT) if path.exists() else {}
+  result = {}
+  if path.exists():
+    result = provenance.read_json(path)
+    files.check_fits(result, RESULT, path)
   experiment = build_without_data(config, facts, batch)
   *_, stage = experiment.stages.values()
   state, step, _, verified = restore(workdir, stage, experiment.mesh, which)
@@ -146,19 +150,28 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   """
   path = workdir / 'config.json'
   if not path.exists():
-    raise UserError(f'{workdir} holds no run: there is no config.json')
+    lost = (workdir / 'stages').exists()
+    told = '; the training command, given again, writes it anew' if lost else ''
+    raise UserError(f'{workdir} holds no run: there is no config.json{told}')
   base = resolve(base_config())
-  config = upgraded(files.read_json(path))
-  kinds = {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
-  files.check_fits(config, kinds, path)
+  config = provenance.read_config(workdir)
+  shapes = {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
+  files.check_fits(config, shapes, path)
+  provenance.check_config(workdir, config)
   return {**config, 'data': base['data'] | config['data']}
 
 
-def _read(path: epath.Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads a file of a run, of which all that has a shape must be there."""
-  found = files.read_json(path)
-  files.check_fits(found, shapes, path)
-  return found
+def read_facts(workdir: epath.Path) -> dict[str, Any]:
+  """Reads data.json of a run.
+
+  Raises:
+    UserError: it is missing, damaged, or was changed after training.
+  """
+  path = workdir / 'data.json'
+  facts = provenance.read_json(path)
+  files.check_fits(facts, FACTS, path)
+  provenance.check_data(workdir, facts)
+  return facts
 
 
 def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:
@@ -173,7 +186,23 @@ def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experime
       the run's evaluation.
   """
   here = {'device': 'any', 'eval_batch': batch or config['eval_batch']}
-  return build.build({**config, **here}, datasets={SOURCE: _shapes_of(facts)})
+  with building():
+    return build.build({**config, **here}, datasets={SOURCE: _shapes_of(facts)})
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+  """Takes what goes wrong in building a stored config for damage to it.
+
+  Configs of earlier versions cannot be compared with their checkpoints.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    told = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise UserError(f'the stored config.json cannot be built: {told}') from error
 
 
 def _shapes_of(facts: Facts) -> Dataset:
@@ -223,4 +252,9 @@ def restore(
     ladder.close()
   if restored is None:
     raise UserError(f'{workdir} has no {which} checkpoint of stage {stage.name!r}')
+  if provenance.recorded(workdir) is None:
+    print(
+      f'note: {workdir} is of an earlier version, whose checkpoints do not tell if '
+      'config.json and data.json are as they were'
+    )
   return restored

@@ -373,6 +373,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'slow_manifest': _slow_manifest,
   'kill_at': lambda step: _at_step(step, die),
   'term_at': lambda step: _at_step(step, terminate),
+  'hup_at': lambda step: _at_step(step, lambda: terminate(signal.SIGHUP)),
   'usr1_at': lambda step: _at_step(step, lambda: terminate(signal.SIGUSR1)),
   'kill_between': _kill_between,
   'kill_between_stages': _kill_between_stages,

@@ -258,6 +258,7 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
       stop,
       None,
       lambda row: None,
+      {},
     )
 
   for _ in range(2):  # the second time as one that goes on

@@ -109,7 +109,7 @@ def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
   rows[0]['learning_rate'] = rows[4]['learning_rate'] = 0.1
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   (folder / 'metrics.jsonl').write_text(text)
-  (folder / 'events.jsonl').write_text('{"event": "started"}\n')
+  (folder / 'events.jsonl').write_text('{"event": "started", "time": 1}\n')
   (folder / 'config.json').write_text(json.dumps(made))
   facts = {'class_names': names, 'counts': {'train': counts}, 'fingerprint': 'f' * 64}
   (folder / 'data.json').write_text(json.dumps(facts))
@@ -428,7 +428,7 @@ def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
   for seed in (1, 2, 3):
     (write_run(tmp_path / f'{seed}', config(seed=seed)) / 'result.json').unlink()
   with (tmp_path / '1/events.jsonl').open('a') as file:
-    file.write('{"event": "diverged", "step": 15}\n')
+    file.write('{"event": "diverged", "step": 15, "time": 2}\n')
   (tmp_path / '3/result.json').write_text('{"test": ')
   (tmp_path / '2/metrics.jsonl').unlink()
   page = page_of(tmp_path)
@@ -456,7 +456,8 @@ def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
 def test_a_diverged_run_that_goes_on_has_not_failed(tables_only, run_folder):
   (run_folder / 'result.json').unlink()
   with (run_folder / 'events.jsonl').open('a') as file:
-    file.write('{"event": "diverged", "step": 15}\n{"event": "started"}\n')
+    file.write('{"event": "diverged", "step": 15, "time": 2}\\n')
+    file.write('{"event": "started", "time": 3}\\n')
   assert 'unfinished, at step 20' in page_of(run_folder).text
 
 

@@ -73,6 +73,7 @@ class Recorder:
       evaluate=lambda step, state: self.calls.append(('evaluate', step)),
       stop=lambda: self.stop_at is not None and self.step >= self.stop_at,
       bad_images=lambda name, positions: self.calls.append(('bad', name)),
+      hold=lambda unlogged: self.calls.append(('hold', unlogged.step)),
     )
 
   def _log(self, step, values, steps, seconds):
@@ -195,7 +196,7 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_for_a_batch_saves(monkeypatc
   with pytest.raises(train.Preempted):
     run(recorder, stream=plain._replace(payload=payload, workers=0))
   step = recorder.step
-  assert recorder.calls[-2:] == [('log', step), ('save', step)] and 0 < step <= 6
+  assert recorder.calls[-2:] == [('save', step), ('hold', step)] and 0 < step <= 6
 
 
 @pytest.mark.parametrize('chunk', [1, 4])

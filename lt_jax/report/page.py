@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import files
+from lt_jax.errors import UserError
 from lt_jax.report import drawing, figures, tables
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
@@ -44,14 +45,16 @@ def write(folder: epath.PathLike) -> epath.Path:
     The path of report.html.
 
   Raises:
-    UserError: there is no run.
-    OSError: the folder cannot be written.
+    UserError: there is no run; or the folder cannot be written, after showing the
+      tables.
+    OSError: writing failed, as on a full disk.
   """
   folder = files.absolute(folder)
   runs = find(folder)
   groups, notes = grouped(runs)
   alone = runs[0].folder == folder
-  notes = [*notes, *_warnings(runs)]
+  losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
+  notes = [*notes, *_warnings(runs), *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
@@ -66,18 +69,26 @@ def write(folder: epath.PathLike) -> epath.Path:
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
   )
-  (folder / 'figures').mkdir(exist_ok=True)
-  for figure in sections[0]['figures'] if alone else compared:
-    if figure.svg:
-      text = figure.svg.replace('>', f'>{STANDALONE}', 1)
-      files.write_atomically(folder / 'figures' / f'{figure.name}.svg', text)
   shown = [table for table in (results, published) if table.rows]
   remarks = [tables.UNITS, *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
-  files.write_atomically(folder / 'report.md', '\n\n'.join(plain))
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
-  files.write_atomically(folder / 'report.tex', '\n'.join(latex))
-  files.write_atomically(folder / 'report.html', page)
+  texts = {
+    'report.md': '\n\n'.join(plain),
+    'report.tex': '\n'.join(latex),
+    'report.html': page,
+  }
+  for figure in sections[0]['figures'] if alone else compared:
+    if figure.svg:
+      text = figure.svg.replace('>', f'>{STANDALONE}', 1)
+      texts[f'figures/{figure.name}.svg'] = text
+  try:
+    files.make_folder(folder / 'figures')
+    for name, text in texts.items():
+      files.write_atomically(folder / name, text)
+  except UserError:
+    print(texts['report.md'])
+    raise
   return folder / 'report.html'
 
 

@@ -1,23 +1,30 @@
 """Runs as they lie on disk: what each has to tell, and which are seeds of one thing."""
 
+import contextlib
 import functools
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from lt_jax import files
+from lt_jax import files, provenance
 from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
 from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.results import TABLE
-from lt_jax.writers import read_rows
+from lt_jax.writers import (
+  count_rows,
+  missing_rows,
+  missing_vectors,
+  places,
+  read_lines,
+  read_rows,
+  read_vectors,
+)
 
 ONLY = {
   'open_set.npz': ', which only runs with an open set leave',
@@ -49,11 +56,6 @@ SHAPES: dict[str, Any] = {
     'wall_seconds': MAYBE,
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},
-  'metrics.jsonl': {
-    'step': int,
-    **dict.fromkeys(('stage', 'split'), str),
-    **dict.fromkeys(('loss', 'accuracy', 'learning_rate'), MAYBE),
-  },
 }
 """file -> what the tables and figures rely on in it, see `fits`."""
 
@@ -72,7 +74,7 @@ class Run:
     data: what data.json holds.
     error: what error.json holds, which a sweep leaves where a run could not go on.
     result: what result.json holds; empty unless the run has finished, and all of these
-      files are whole.
+      files are whole and belong together.
     state: 'finished', 'diverged at step 40', 'failed: OSError: no space left',
       'unfinished, at step 120', or what is damaged.
   """
@@ -81,10 +83,13 @@ class Run:
     """Reads the small files; arrays are read when they are asked for."""
     self.folder, self.name = folder, printable(name)
     self._damaged: list[str] = []
-    self.config = upgraded(self._read('config.json'))
+    self.config = self._read('config.json')
     self.data = self._read('data.json')
     self.error = self._read('error.json')
     self.result = self._read('result.json')
+    if self.config:
+      self._check_provenance()
+      self.config = upgraded(self.config)
     if self._damaged:
       self.result = {}
     self.state = printable('; '.join(self._damaged) or self._progress())
@@ -100,6 +105,20 @@ class Run:
       return found
     self._damaged.append(f'{name} is damaged')
     return {}
+
+  def _check_provenance(self) -> None:
+    """Notes a config.json or data.json that checkpoints or result contradict."""
+    try:
+      if provenance.check_config(self.folder, self.config) is None:
+        told = self.result.get('config_digest')
+        both = (self.config, upgraded(self.config))
+        if told is not None and told not in map(config_digest, both):
+          raise UserError
+    except UserError:
+      self._damaged.append('config.json was changed after training')
+    fingerprint = self.data.get('fingerprint')
+    if fingerprint and self.result.get('fingerprint', fingerprint) != fingerprint:
+      self._damaged.append('data.json was changed after training')
 
   def _progress(self) -> str:
     """Says how far the run has come, by its files."""
@@ -127,9 +146,26 @@ class Run:
 
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a line that is none is left out."""
-    rows = read_rows(self.folder / 'metrics.jsonl')
-    return [row for row in rows if fits(row, SHAPES['metrics.jsonl'])]
+    """Rows of metrics.jsonl; a damaged line is left out."""
+    return read_rows(self.folder / 'metrics.jsonl')
+
+  @property
+  def losses(self) -> list[str]:
+    """Says which rows of the log are missing or damaged, a line each."""
+    damaged = read_lines(self.folder / 'metrics.jsonl').damaged
+    told = [f'metrics.jsonl: {damaged} damaged lines'] * bool(damaged)
+    for path in sorted((self.folder / 'stages').glob('*')):
+      manifest = _newest_manifest(path)
+      expected, step = manifest.get('rows') or {}, manifest.get('step', 0)
+      if self.result and step > (manifest.get('first') or 0):  # evaluated at its end
+        step += 1
+        expected = {s: n if _is_before_end(s) else n + 1 for s, n in expected.items()}
+      found = count_rows(places(self.rows, path.name), step)
+      lost = missing_rows(expected, found, path.name, manifest.get('step', 0))
+      told += [f'metrics.jsonl: {lost}'] * bool(lost)
+      vectors = {p.name: _count_vectors(p) for p in (path / 'metrics').glob('*.npz')}
+      told += missing_vectors(expected, vectors, path / 'metrics')
+    return [printable(line) for line in told]
 
   @functools.cached_property
   def kind(self) -> tuple[str, str]:
@@ -148,9 +184,8 @@ class Run:
     if not path.exists():
       raise Missing(f'{name} is missing{ONLY.get(name, "")}')
     try:
-      with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
-        return dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+      return files.read_npz(path)
+    except (OSError, UserError):
       raise Missing(f'{name} is damaged') from None
 
   @functools.cached_property
@@ -199,6 +234,29 @@ class Run:
     """'many', 'medium' and 'few' -> (C,) bool."""
     data = self.config['data']
     return shot_groups(self.counts, data['many_shot'], data['few_shot'])
+
+
+def _is_before_end(series: str) -> bool:
+  """Returns whether a manifest at the end of a stage counts all rows of a series."""
+  return series == 'train' or series.endswith('.npz')
+
+
+def _newest_manifest(stage: epath.Path) -> dict[str, Any]:
+  """Returns the manifest of the newest checkpoint of a stage; {} if there is none."""
+  shape = {'step': int, 'first': (int, None), 'rows': ({str: int}, None)}
+  found: list[dict[str, Any]] = []
+  for path in (stage / 'checkpoints' / 'manifests').glob('[0-9]*.json'):
+    with contextlib.suppress(UserError):
+      found.append(files.read_json(path))
+  whole = [manifest for manifest in found if fits(manifest, shape)]
+  return max(whole, key=lambda manifest: manifest['step'], default={})
+
+
+def _count_vectors(path: epath.Path) -> int:
+  try:
+    return len(read_vectors(path))
+  except UserError:
+    return 0
 
 
 def printable(text: str) -> str:

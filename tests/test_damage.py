@@ -1,0 +1,474 @@
+"""Damage to any file of a run: it is made anew, told or refused, never a traceback."""
+
+import functools
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from lt_jax import (
+  build,
+  commands,
+  evaluate,
+  export,
+  files,
+  predict,
+  provenance,
+  report,
+  run,
+  stopping,
+  train,
+  trained,
+  writers,
+)
+from lt_jax.errors import UserError
+from lt_jax.report import figures, runs
+from lt_jax.writers import read_rows
+from tests import tiny
+
+
+class Built:
+  """A finished run of two stages, which select their States, and its config."""
+
+  def __init__(self, folder):
+    Image.new('L', (8, 8), 90).save(folder / 'image.png')
+    npz = tiny.write_npz(folder / 'tiny.npz', (12, 12, 12, 12))
+    often = {'log_every_steps': 2, 'save_every_epochs': 2.0, 'select': 'val/loss'}
+    self.config = tiny.config(npz, 'crt,epochs=4.0', **often)
+    self.config['data']['val_per_class'] = 2
+    self.folder, self.image = folder / 'run', str(folder / 'image.png')
+    self.result = run.run(self.config, self.folder)
+
+  def copy(self, path):
+    return pathlib.Path(shutil.copytree(self.folder, path))
+
+  def main(self, workdir):
+    """Gives the command of the run again; its State must be the same."""
+    assert run.run(self.config, workdir)['state_sha256'] == self.result['state_sha256']
+
+  def evaluate(self, workdir):
+    for which in ('last', 'best'):
+      evaluate.evaluate(epath.Path(workdir), which=which)
+
+  def report(self, workdir):
+    report.write(workdir)
+
+  def predict(self, workdir):
+    out = workdir.parent / 'out.csv'
+    predict.predict(epath.Path(workdir), [self.image], str(out))
+
+  def export(self, workdir):
+    out = workdir.parent / 'out.safetensors'
+    export.export(epath.Path(workdir), 'safetensors', out)
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+  """The run; what is built of one config is built once, and compiled once."""
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in ((run, 'build'), (build, 'build'), (run, 'rehearsed')):
+      patch.setattr(module, name, _once(getattr(module, name)))
+    patch.setattr(trained, 'build_without_data', _once(trained.build_without_data))
+    patch.setattr(figures, 'FIGURES', {})
+    patch.setattr(figures, 'OF_ONE_RUN', {})
+    yield Built(tmp_path_factory.mktemp('damage'))
+
+
+def _once(make):
+  """Returns a function that makes what it has made of an equal config no more."""
+  made = {}
+
+  @functools.wraps(make)
+  def wrapped(config, *rest, **options):
+    told = [v for v in (*rest, *options.values()) if isinstance(v, dict | int)]
+    key = json.dumps([config, told], sort_keys=True, default=str)
+    if key not in made:
+      made[key] = make(config, *rest, **options)
+    return made[key]
+
+  return wrapped
+
+
+def damages(path, every_key):
+  """Yields (what is done, bytes) for a file; of JSON the keys are changed, too.
+
+  Args:
+    path: of the file.
+    every_key: whether each key is changed, or one only.
+  """
+  data = path.read_bytes()
+  middle = len(data) // 2
+  yield 'truncate', data[:middle]
+  yield 'empty', b''
+  if data:
+    yield 'flip', data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+  if path.suffix in ('.json', '.jsonl'):
+    *before, last = (
+      data.decode().strip().split('\n') if path.suffix == '.jsonl' else [data]
+    )
+    content, head = json.loads(last), '\n'.join([*before, ''])
+    keys = sorted(content)[:: 1 if every_key else len(content) - 1]
+    for key in keys:
+      for what, made in (('rename', _renamed), ('retype', _retyped)):
+        yield f'{what} {key}', (head + json.dumps(made(content, key)) + '\n').encode()
+  if path.suffix == '.npz':
+    content = dict(np.load(path))
+    for key in sorted(content)[: None if every_key else 1]:
+      text = {key: content[key].astype(str)}
+      for what, made in (
+        ('rename', _renamed(content, key)),
+        ('retype', content | text),
+      ):
+        buffer = io.BytesIO()
+        np.savez(buffer, **made)
+        yield f'{what} {key}', buffer.getvalue()
+
+
+def _renamed(content, key):
+  return {(f'x{k[1:]}' if k == key else k): value for k, value in content.items()}
+
+
+def _retyped(content, key):
+  return content | {key: 5 if isinstance(content[key], str | list | dict) else 'five'}
+
+
+KINDS = (
+  r'(config|data|result)\.json',
+  r'(events|metrics)\.jsonl',
+  r'(predictions|features|samples)\.npz',
+  r'stages/\w+/metrics/\w+\.npz',
+  r'stages/\w+/checkpoints/manifests/(\d+|best)\.json',
+  r'stages/\w+/checkpoints/(best/)?\d+/.*',
+  r'tensorboard/\w+/events\.out\.tfevents\..*',
+  'lock',
+)
+"""Files of a run; of each kind one is damaged in the suite, and all by `slow`."""
+
+
+def test_all_files_of_a_run_are_known(built):
+  found = [str(p.relative_to(built.folder)) for p in _all_files(built.folder)]
+  assert all(any(re.fullmatch(kind, name) for kind in KINDS) for name in found)
+
+
+def _all_files(folder):
+  return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+def check(act, workdir):
+  """Runs a command on a damaged folder: it ends well, or with one line and code 2."""
+  try:
+    act(workdir)
+  except Exception as error:
+    assert commands.explained(error) is not None, repr(error)
+    told, code = commands.explained(error)
+    assert code == 2 and '\n' not in told, told
+    assert str(workdir) in told or '.json' in told, told
+
+
+IN_SUITE = {
+  'config.json': ('main', 'report'),
+  'data.json': ('predict',),
+  'result.json': ('report', 'predict'),
+  'events.jsonl': ('main',),
+  'metrics.jsonl': ('main',),
+  'samples.npz': ('report',),
+  'stages/train/metrics/class_loss.npz': ('main',),
+  'stages/classifier/checkpoints/manifests/3.json': ('main',),
+  'stages/classifier/checkpoints/manifests/best.json': ('main',),
+  'stages/classifier/checkpoints/3/_METADATA': ('main',),
+}
+
+
+@pytest.mark.parametrize('name', IN_SUITE)
+def test_damage_is_told(built, tmp_path, name):
+  for number, (what, data) in enumerate(damages(built.folder / name, False)):
+    print(name, what)
+    for command in IN_SUITE[name]:
+      workdir = built.copy(tmp_path / f'{command}{number}')
+      (workdir / name).write_bytes(data)
+      check(getattr(built, command), workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['main', 'evaluate', 'report', 'predict', 'export'])
+def test_any_damage_to_any_file_is_told_by_every_command(built, tmp_path, command):
+  workdir = tmp_path / 'run'
+  for path in _all_files(built.folder):
+    for what, data in damages(path, True):
+      print(path, what)
+      built.copy(workdir)
+      (workdir / path.relative_to(built.folder)).write_bytes(data)
+      check(getattr(built, command), workdir)
+      shutil.rmtree(workdir)
+
+
+# Rows that are lost.
+
+
+def _flip_a_quote(data):
+  at = data.index(b'"step"', len(data) // 2)
+  return data[:at] + b'#' + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+  ('damage', 'aside'),
+  [
+    (_flip_a_quote, True),
+    (lambda data: data[: len(data) // 2], True),
+    (lambda _: b'', False),
+  ],
+)
+def test_rows_of_metrics_do_not_vanish_unsaid(built, tmp_path, capsys, damage, aside):
+  workdir = built.copy(tmp_path / 'run')
+  path = workdir / 'metrics.jsonl'
+  damaged = damage(path.read_bytes())
+  path.write_bytes(damaged)
+  told = re.compile(
+    r"metrics\.jsonl: .*rows of stage 'train' up to step 20 are missing"
+  )
+  for _ in range(2):  # nor later
+    built.main(workdir)
+    assert told.search(capsys.readouterr().out)
+    built.report(workdir)
+    page = (workdir / 'report.html').read_text().replace('&#39;', "'")
+    assert told.search(page)
+  left = [p.read_bytes() for p in workdir.glob('metrics.jsonl.damaged*')]
+  assert left == [damaged] * aside
+
+
+@pytest.mark.parametrize('left', [b'', None])
+def test_vectors_do_not_vanish_unsaid(built, tmp_path, capsys, left):
+  workdir = built.copy(tmp_path / 'run')
+  path = workdir / 'stages/train/metrics/class_loss.npz'
+  path.write_bytes(left) if left is not None else path.unlink()
+  built.main(workdir)
+  built.report(workdir)
+  told = f'{path}: 10 of 10 rows are missing'
+  assert told in capsys.readouterr().out
+  assert told in (workdir / 'report.html').read_text()
+  assert path.with_name('class_loss.npz.damaged').exists() == (left is not None)
+
+
+def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys):
+  workdir = built.copy(tmp_path / 'run')
+  path = workdir / 'events.jsonl'
+  damaged = path.read_bytes().replace(b'"event"', b'"evemt"', 1)
+  path.write_bytes(damaged)
+  built.main(workdir)
+  assert 'events.jsonl: 1 damaged lines' in capsys.readouterr().out
+  assert path.with_name('events.jsonl.damaged').read_bytes() == damaged
+
+
+def test_rows_stay_in_the_order_of_an_unbroken_run(built, tmp_path):
+  """Each start evaluates the end of a stage again, before later stages have rows."""
+  workdir = built.copy(tmp_path / 'run')
+  before = (workdir / 'metrics.jsonl').read_text()
+  built.main(workdir)
+  assert (workdir / 'metrics.jsonl').read_text() == before
+  lines = before.splitlines(keepends=True)
+  of_train = [line for line in lines if '"stage": "train"' in line]
+  shutil.rmtree(workdir / 'stages' / 'classifier')
+  (workdir / 'metrics.jsonl').write_text(''.join(of_train[:-1]))  # killed in between
+  built.main(workdir)
+  places = [
+    (r['stage'], r['split'], r['step']) for r in read_rows(workdir / 'metrics.jsonl')
+  ]
+  assert places == [
+    tuple(json.loads(line)[k] for k in ('stage', 'split', 'step')) for line in lines
+  ]
+
+
+# What a run was trained with.
+
+
+def edit(path, **changes):
+  """Changes keys of a JSON file; 'data.mean' is written data__mean."""
+  content = json.loads(path.read_text())
+  for name, value in changes.items():
+    *above, key = name.split('__')
+    place = content
+    for step in above:
+      place = place[step]
+    place[key] = value
+  path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'predict', 'export', 'report'])
+def test_an_edited_config_is_refused(built, tmp_path, command):
+  workdir = built.copy(tmp_path / 'run')
+  edit(workdir / 'config.json', data__mean=[0.1])
+  if command == 'report':
+    assert (
+      runs.Run(epath.Path(workdir), 'run').state
+      == 'config.json was changed after training'
+    )
+    return
+  with pytest.raises(
+    UserError, match=r'data.mean was \[0.5\] and is \[0.1\]; undo that'
+  ):
+    getattr(built, command)(workdir)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('preprocessing__mean', [0.1]),
+    ('class_names', list('abcd')),
+    ('counts__train', [9, 9, 9, 9]),
+  ],
+)
+def test_edited_data_are_refused(built, tmp_path, key, value):
+  workdir = built.copy(tmp_path / 'run')
+  edit(workdir / 'data.json', **{key: value})
+  for command in (built.evaluate, built.predict, built.export):
+    with pytest.raises(
+      UserError, match=f'data.json was changed .*: {key.split("__")[0]}; '
+    ):
+      command(workdir)
+
+
+def test_a_run_with_an_edited_config_goes_on_with_its_own(built, tmp_path):
+  workdir = built.copy(tmp_path / 'run')
+  edit(workdir / 'config.json', data__mean=[0.1])
+  with pytest.raises(
+    UserError, match=r'has the config of the checkpoints: delete .*config'
+  ):
+    built.main(workdir)
+  (workdir / 'config.json').unlink()
+  built.main(workdir)
+  assert json.loads((workdir / 'config.json').read_text())['data']['mean'] == [0.5]
+
+
+def test_what_is_lost_is_no_leave_to_change_it(built, tmp_path):
+  """The checkpoints still tell config and data."""
+  workdir = built.copy(tmp_path / 'run')
+  (workdir / 'config.json').unlink()
+  (workdir / 'data.json').unlink()
+  other = built.config | {'seed': 1}
+  with pytest.raises(run.OtherConfig, match='seed was 0 and is 1; give another'):
+    run.run(other, workdir)
+  experiment = build.build(built.config)
+  dataset = experiment.dataset._replace(fingerprint='f' * 64)
+  with pytest.raises(UserError, match='were trained on other data'):
+    run.check_data(experiment._replace(dataset=dataset), epath.Path(workdir))
+  built.main(workdir)
+
+
+def test_a_config_may_change_on_request(built, tmp_path):
+  workdir = built.copy(tmp_path / 'run')
+  other = built.config | {'name': 'other'}
+  run.run(other, workdir, allow_config_change=True)
+  assert provenance.recorded(epath.Path(workdir))['config']['name'] == 'other'
+  run.run(other, workdir)
+  built.evaluate(workdir)
+
+
+def test_a_run_of_an_earlier_version_is_read(built, tmp_path, capsys):
+  workdir = built.copy(tmp_path / 'run')
+  for path in workdir.glob('stages/*/checkpoints/manifests/*.json'):
+    old = json.loads(path.read_text())
+    for key in ('config', 'data', 'rows'):
+      old.pop(key, None)
+    path.write_text(json.dumps(old))
+  evaluate.evaluate(epath.Path(workdir))
+  told = capsys.readouterr().out
+  assert told.count(f'{workdir} is of an earlier version') == 1
+  built.main(workdir)  # from now on it is recorded
+  built.evaluate(workdir)
+  assert 'earlier version' not in capsys.readouterr().out
+
+
+# What to do.
+
+
+@pytest.mark.parametrize('place', ['checkpoints/3', 'checkpoints/best'])
+def test_a_damaged_stage_is_deleted_and_trained_again(built, tmp_path, place):
+  workdir = built.copy(tmp_path / 'run')
+  folder = workdir / 'stages' / 'classifier'
+  for path in _all_files(folder / place):
+    path.write_bytes(b'')
+  with pytest.raises(UserError, match=f'; delete {folder}, and the training command'):
+    built.main(workdir)
+  shutil.rmtree(folder)
+  built.main(workdir)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'data.json'])
+def test_a_torn_file_is_deleted_and_written_anew(built, tmp_path, name):
+  workdir = built.copy(tmp_path / 'run')
+  whole = (workdir / name).read_bytes()
+  (workdir / name).write_bytes(whole[:99])
+  with pytest.raises(UserError, match=f'{name} is no valid JSON: .*; delete it, and'):
+    built.main(workdir)
+  (workdir / name).unlink()
+  built.main(workdir)
+  assert (workdir / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+  ('command', 'name'), [('evaluate', 'evaluation.json'), ('report', 'report.html')]
+)
+def test_numbers_are_shown_where_they_cannot_be_written(
+  built, tmp_path, capsys, command, name
+):
+  workdir = built.copy(tmp_path / 'run')
+  (workdir / name).mkdir()
+  with pytest.raises(UserError, match=f'{name} cannot be written: Is a directory'):
+    getattr(built, command)(workdir)
+  assert 'accuracy' in capsys.readouterr().out
+
+
+# Signals.
+
+
+def test_a_closed_terminal_asks_to_stop_unless_nohup():
+  before = signal.getsignal(signal.SIGHUP)
+  try:
+    with stopping.StopRequest() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert stop()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stopping.StopRequest() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stop()
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_not_logged_yet_is_held(built, tmp_path, monkeypatch):
+  """Of a run that is asked to stop between two rows of the log."""
+  workdir = tmp_path / 'run'
+  looks = iter([*[False] * 9, *[True] * 2])
+  with monkeypatch.context() as patch:
+    patch.setattr(run.StopRequest, '__call__', lambda self: next(looks, False))
+    with pytest.raises(train.Preempted):
+      run.run(built.config, workdir)
+  (held,) = workdir.glob('stages/train/unlogged.npz')
+  assert int(files.read_npz(held)['step']) % 2 == 1
+  built.main(workdir)
+  assert _untimed(workdir) == _untimed(built.folder)
+
+
+def _untimed(workdir):
+  return [
+    {k: v for k, v in row.items() if k != 'images_per_second'}
+    for row in read_rows(workdir / 'metrics.jsonl')
+  ]
+
+
+def test_a_closed_terminal_is_not_written_to(monkeypatch):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open(writer, 'w', buffering=1) as stdout:
+    monkeypatch.setattr('sys.stdout', stdout)
+    screen = writers.Screen()
+    screen.line('nobody reads this')
+    screen.line('nor this')
