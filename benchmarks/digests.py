@@ -30,7 +30,10 @@ spec = importlib.util.spec_from_file_location('config', sys.argv[1])
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 found = {}
-for recipe in json.loads(sys.argv[3]) or [*RECIPES]:
+recipes = json.loads(sys.argv[3]) or [
+  name for name, made in RECIPES.items() if 'target' not in getattr(made, 'needs', ())
+]
+for recipe in recipes:
   config = resolve(made.get_config(f'{recipe},epochs={sys.argv[2]}'))
   with tempfile.TemporaryDirectory() as folder:
     found[recipe] = run.run(config, folder)['state_sha256']

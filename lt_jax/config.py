@@ -179,7 +179,11 @@ def base_config() -> ConfigDict:
       },
       'loss': {'name': 'cross_entropy'},
       'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
-      'alignment': {'name': 'none', 'align_on': ('features',), 'weight': 0.0},
+      'alignment': {
+        'name': 'none',
+        'align_on': ('features',),
+        'weight': {'name': 'constant', 'weight': 0.0},  # a schedule of progress
+      },
       'players': {},  # networks beside the main one: network, optimizer, schedule
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',

@@ -233,7 +233,7 @@ def _finish(
     [*at.experiment.stages.values()][-1],
     state,
     stop=stop.alone,
-    bad_images=BadImages(at.experiment.dataset.splits, at.events, events),
+    bad_images=BadImages(at.experiment.last.images, at.events, events),
     wall_seconds=before + time.time() - began,
     replicas=replicas,
   )

@@ -27,8 +27,11 @@ def test_an_ordinary_run_warns_of_nothing(tmp_path, recipe):
   [
     ({'epochs': 0.0}, "untrained network: stage 'train' makes no step"),
     ({'data': {'known_classes': 3}}, 'set data.val_per_class'),
-    ({'batch': 1}, "by its own statistics (batch 1, batch_norm 'global')"),
-    ({'method': {'name': 'supervised', 'accumulate': 8}}, '(batch 8, batch_norm'),
+    ({'batch': 1}, "by its own statistics (batch of train 1, batch_norm 'global')"),
+    (
+      {'method': {'name': 'supervised', 'accumulate': 8}},
+      '(batch of train 8, batch_norm',
+    ),
     ({'norm': '1'}, "batch_norm '1')"),
     ({'counts': (6,), 'data': {'many_shot': 9, 'few_shot': 2}}, 'only one class'),
   ],

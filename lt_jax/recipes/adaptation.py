@@ -42,7 +42,7 @@ def _dann(config: ConfigDict) -> Overrides:
 
 
 RECIPES: dict[str, Recipe] = {
-  'source_only': Recipe(lambda config: {}),
+  'source_only': Recipe(lambda config: {}, needs=('target',)),
   'target_only': Recipe(
     lambda config: {'streams': {'train': {'domain': 'target', 'labels': True}}},
     needs=('target',),
