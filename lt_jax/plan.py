@@ -41,7 +41,7 @@ DECODE_RATE = flags.DEFINE_float(
   None,
   'Images/s a host core decodes; see benchmarks.input_pipeline.',
 )
-PRICES = flags.DEFINE_string(
+PRICES = commands.path_flag(
   'prices', None, 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
 )
 

@@ -131,6 +131,7 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
     UserError: it is not there, or a folder without images.
   """
   if name.startswith('@'):
+    name = '@' + os.path.expanduser(name[1:])
     try:
       # Spreadsheets and editors put a mark before the first line.
       text = pathlib.Path(name[1:]).read_text('utf-8-sig', errors='surrogateescape')

@@ -26,8 +26,8 @@ from lt_jax import commands
 from lt_jax.errors import UserError
 from lt_jax.files import locked, make_workdir
 
-DATA_DIR = flags.DEFINE_string('data_dir', None, "The folder; TFDS's own by default.")
-IMAGES = flags.DEFINE_string('images', None, 'The folder that lists are relative to.')
+DATA_DIR = commands.path_flag('data_dir', None, "The folder; TFDS's own by default.")
+IMAGES = commands.path_flag('images', None, 'The folder that lists are relative to.')
 NAME = flags.DEFINE_string('name', None, 'What copies are called from now on.')
 SHORT_SIDE = flags.DEFINE_integer(
   'short_side', 0, 'Short side of the copies, where images are larger; 0 copies files.'
