@@ -54,15 +54,19 @@ class _PathParser(flags.ArgumentParser):
     return 'path'
 
 
-def path_flag(name: str, default: str | None, told: str) -> Flag:
-  """Defines a flag that takes a path."""
-  return flags.DEFINE(_PathParser(), name, default, told)
+def path_flag(name: str, told: str) -> Flag:
+  """Returns a flag that takes a path."""
+
+  def define(name: str) -> Flag:
+    return flags.DEFINE(_PathParser(), name, None, told)
+
+  return _shared(name, define)
 
 
 def workdir_flag() -> Flag:
   """Returns the flag --workdir."""
   told = 'The folder of the run, or runs, such as runs/digits.'
-  return _shared('workdir', path_flag, None, told)
+  return path_flag('workdir', told)
 
 
 def config_flag() -> Flag:
@@ -74,7 +78,7 @@ def config_flag() -> Flag:
 
 def out_flag() -> Flag:
   """Returns the flag --out."""
-  return _shared('out', path_flag, None, 'The file to write.')
+  return path_flag('out', 'The file to write.')
 
 
 def tracker_flag() -> Flag:

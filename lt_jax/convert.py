@@ -18,7 +18,7 @@ from lt_jax.errors import UserError
 from lt_jax.files import write_atomically
 from lt_jax.pretrained import MOST_BYTES
 
-SOURCE = commands.path_flag('source', None, 'The file of PyTorch.')
+SOURCE = commands.path_flag('source', 'The file of PyTorch.')
 OUT = commands.out_flag()
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')

@@ -4,7 +4,8 @@ import difflib
 import inspect
 import numbers
 import re
-from collections.abc import Callable, Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar('T')
@@ -43,6 +44,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
   return f'; known: {", ".join(known)}' if known else ''
 
 
+def named_class(label: int, names: Sequence[str]) -> str:
+  """Returns "class 3 ('cat')", or "class 3" where the name says no more."""
+  name = names[label] if label < len(names) else str(label)
+  return f'class {label}' + (f' ({name!r})' if name != str(label) else '')
+
+
 def lookup(table: Mapping[str, T], kind: str, name: str) -> T:
   """Returns `table[name]`, or raises a `UserError` with the near miss.
 
@@ -68,6 +75,13 @@ KINDS = {
 
 def _check_kind(what: str, value: Any, annotation: Any) -> None:
   """Raises a `UserError` if a value is not of the annotated type."""
+  if typing.get_origin(annotation) is Sequence:
+    (inner,) = typing.get_args(annotation)
+    if not isinstance(value, list | tuple):
+      raise UserError(f'{what} is {value!r}; it must be a list')
+    for one in value:
+      _check_kind(f'{what}: one of it', one, inner)
+    return
   kind, told = KINDS.get(annotation, (object, ''))
   is_number = kind in (numbers.Integral, numbers.Real)
   if not isinstance(value, kind) or (is_number and isinstance(value, bool)):

@@ -42,7 +42,7 @@ DECODE_RATE = flags.DEFINE_float(
   'Images/s a host core decodes; see benchmarks.input_pipeline.',
 )
 PRICES = commands.path_flag(
-  'prices', None, 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
+  'prices', 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
 )
 
 

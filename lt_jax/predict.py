@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lt_jax import commands, files, trained
+from lt_jax import commands, files, sharding, trained
 from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
 from lt_jax.data.lists import SUFFIXES
@@ -97,6 +97,7 @@ def predict(
     raise UserError(f'--out is {out}, which is among the images and lists')
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
+  batch = sharding.round_up(batch, network.mesh.size)
   pictures = Pictures(paths, network, skip)
   screen = Screen()
   if passed_over:
@@ -192,7 +193,8 @@ class Pictures:
       return self._read(position)
     except UserError as error:
       if not self._skip:
-        raise
+        hint = '; --on_bad_image=skip leaves it out' if len(self.paths) > 1 else ''
+        raise UserError(f'{error}{hint}') from None
       self.bad[position] = str(error)
       return np.zeros(self._shape, np.uint8)
 

@@ -21,6 +21,7 @@ from lt_jax.build.checks import (
   check_device,
   check_end,
   check_ranges,
+  check_surgeries,
   selection,
 )
 from lt_jax.build.experiment import Experiment, Stage
@@ -44,8 +45,8 @@ from lt_jax.evals.collect import Survey, survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
-from lt_jax.models import make_classifier
-from lt_jax.optim import make_optimizer, make_schedule, per_parameter
+from lt_jax.models import DTYPES, make_classifier
+from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
@@ -93,6 +94,7 @@ def build(
     raise UserError('stage_order must name stages, each of them once')
   for stage in configs.values():
     check_ranges(stage)
+    check_surgeries(stage['surgeries'])
   check_end(configs)
   batches = {
     f'{name} {what}': size
@@ -101,7 +103,6 @@ def build(
   }
   if replicas > 1:
     batches = {}
-  batches['evaluation'] = config['eval_batch']
   if mesh is None:
     available = devices or jax.device_count()
     if replicas > 1:
@@ -131,7 +132,7 @@ def build(
   passes = {
     name: evaluation_pass(
       split,
-      batch=config['eval_batch'],
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
       transform=plain_transform,
       workers=decoders,
       stand_in=skips and name in ('train', 'meta'),
@@ -231,7 +232,8 @@ def _start(
   """Returns what puts published weights into a State; None: random ones will do."""
   if config['init']:
     return functools.partial(surgery.start_from, source=config['init'])
-  rules = config['optimizer'].get('learning_rate_scale', ())
+  key = 'learning_rate_scale'
+  rules = as_rules(key, config['optimizer'].get(key, ()))
   if all(rate for _, rate in rules):
     return None
   params = state_shapes(method, streams).params
@@ -254,8 +256,11 @@ def _method(
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
   counts = dataset.counts
-  schedule = make_schedule(**config['schedule'], length=train.length, batch=train.batch)
-  optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
+  size = {'length': train.length, 'batch': train.batch}
+  schedule = _made('schedule', make_schedule, config['schedule'], **size)
+  optimizer = _made(
+    'optimizer', make_optimizer, config['optimizer'], learning_rate=schedule
+  )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
   options = dict(config['method'])
@@ -268,14 +273,24 @@ def _method(
     name,
     _network(config['model'], dataset, config['batch'], micro_batches, mesh),
     optimizer,
-    make_loss(
-      counts=counts, classes=None if learned.all() else learned, **config['loss']
+    _made(
+      'loss',
+      make_loss,
+      config['loss'],
+      counts=counts,
+      classes=None if learned.all() else learned,
     ),
     options=options,
     counts=counts,
-    class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
+    class_weights=_made(
+      'class_weights',
+      make_class_weights,
+      weights,
+      counts=counts,
+      start_step=start_step,
+    ),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
-    penalty=make_penalty(counts=counts, **config['penalty']),
+    penalty=_made('penalty', make_penalty, config['penalty'], counts=counts),
     meta_batch=config['meta_batch'],
     base=learned,
     image_shape=dataset.image_shape,
@@ -288,11 +303,29 @@ def _method(
   return Method(*(jax.jit(function, inline=True) for function in method))
 
 
+def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:
+  """Makes what a config key names; whatever is wrong with it, the message has the key.
+
+  Args:
+    key: such as 'loss'.
+    make: takes the options and the context as keywords.
+    options: the value of the key, a name among them.
+    **context: what is not the user's to set.
+  """
+  try:
+    return make(**options, **context)
+  except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'{key} is {options}: {error}') from error
+
+
 def _network(
   options: Config, dataset: Dataset, batch: int, accumulate: int, mesh: Mesh
 ) -> Any:
   """Builds the classifier, with batch statistics as the configuration names them."""
   options = dict(options)
+  lookup(DTYPES, 'model.dtype', options['dtype'])
   micro, kind = batch // accumulate, options.pop('batch_norm')
   if batch % accumulate:
     raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')

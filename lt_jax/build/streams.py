@@ -15,7 +15,7 @@ from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream
-from lt_jax.errors import UserError, construct, lookup
+from lt_jax.errors import UserError, construct, lookup, named_class
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
 
@@ -125,7 +125,8 @@ def meta_split(dataset: Dataset, batch: int) -> Split:
   meta = dataset.splits['meta']
   missing = np.setdiff1d(np.arange(len(dataset.class_names)), meta.labels)
   if missing.size:
-    raise UserError(f'the meta set has no image of class {missing[0]}')
+    told = named_class(missing[0], dataset.class_names)
+    raise UserError(f'the meta set has no image of {told}')
   if batch > len(meta.rows):
     raise UserError(
       f'meta_batch is {batch}, but the meta set has {len(meta.rows)} images'

@@ -211,6 +211,10 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   argument, data_dir = (
     path and os.path.expanduser(path) for path in (argument, data_dir)
   )
+  if os.path.exists(os.path.expanduser(spec)) and spec not in SOURCES:
+    raise UserError(
+      f'source {spec!r} is a path: write folder:{spec}, list:{spec} or npz:{spec}'
+    )
   return lookup(SOURCES, 'source', kind)(argument, data_dir)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lt_jax import sharding
 from lt_jax.data.reading import reading
 from lt_jax.data.streams import Pass
-from lt_jax.errors import lookup
+from lt_jax.errors import UserError, lookup
 from lt_jax.method import Batch, Outputs, State
 
 Collected = dict[str, np.ndarray]
@@ -176,6 +176,11 @@ def survey(
   """
 
   def the(split: str) -> Pass:
+    if split == 'val' and split not in passes:
+      raise UserError(
+        'there are no validation images, which a surgery needs: set data.val_per_class '
+        "to cut some, or another split, such as 'meta', for the surgery"
+      )
     return lookup(passes, 'split', split)
 
   def outputs(state: State, split: str) -> Outputs:

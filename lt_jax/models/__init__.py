@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import construct
@@ -15,6 +16,9 @@ from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import HEADS, dense
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
+
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
+"""Types that a network computes in."""
 
 
 class Classifier(nn.Module):
