@@ -4,6 +4,9 @@ Reads config.json, not Python, and the newest checkpoint that passes every check
 nothing and leaves the run's own files alone. Writes evaluation.json.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags
 from etils import epath
 
@@ -16,11 +19,15 @@ from lt_jax import (
   results,
   trained,
 )
+from lt_jax.data import places
 from lt_jax.errors import UserError
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()
+DATA_DIR = commands.path_flag(
+  'data_dir', 'Where the data lie, if they have moved, see docs/tools.md.'
+)
 ADJUST = flags.DEFINE_float(
   'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
 )
@@ -34,6 +41,7 @@ def main() -> None:
     which=WHICH.value or 'last',
     stage_name=STAGE.value,
     logit_adjustment=ADJUST.value,
+    data_dir=DATA_DIR.value,
   )
 
 
@@ -43,6 +51,7 @@ def evaluate(
   which: str = 'last',
   stage_name: str | None = None,
   logit_adjustment: float | None = None,
+  data_dir: str | None = None,
 ) -> dict:
   """Evaluates a State of a run and writes evaluation.json.
 
@@ -51,6 +60,8 @@ def evaluate(
     which: 'last' or 'best'.
     stage_name: the stage; None for the last one.
     logit_adjustment: tau of `posthoc.adjust_logits`; None leaves the logits alone.
+    data_dir: where the data lie now, see `places.moved`; None: where the run found
+      them, or else where its config says.
 
   Returns:
     What evaluation.json holds.
@@ -59,9 +70,10 @@ def evaluate(
     UserError: there is no such run or State, or it is damaged.
   """
   config = trained.read_config(workdir)
-  experiment = build.build({**config, 'device': 'any'})
-  before = files.read_json(workdir / 'data.json')['fingerprint']
-  if before != experiment.dataset.fingerprint:
+  facts = files.read_json(workdir / 'data.json')
+  data = config['data'] | place(config['data'], facts.get('found', {}), data_dir)
+  experiment = build.build({**config, 'data': data, 'device': 'any'})
+  if facts['fingerprint'] != experiment.dataset.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   name = stage_name or config['stage_order'][-1]
   if name not in experiment.stages:
@@ -88,6 +100,20 @@ def evaluate(
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   results.show(result, workdir, Screen())
   return result
+
+
+def place(data: Mapping[str, Any], found: Any, data_dir: str | None) -> places.Place:
+  """Returns where to look for the data of a run.
+
+  Args:
+    data: of its config.
+    found: where it found them, of data.json; older runs do not tell.
+    data_dir: where they are now; None: where they were.
+  """
+  if data_dir:
+    return places.moved(data, data_dir)
+  told = files.fits(found, {'source': str, 'dir': str}) and places.is_there(found)
+  return found if told else places.place(data)
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from etils import epath
 from lt_jax import files, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.config import Config, config_digest, trained_by, upgraded
+from lt_jax.data import places
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import StageRunner
@@ -414,6 +415,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       if name.startswith('open')
     },
     'fingerprint': dataset.fingerprint,
+    'found': places.place(data),
     'image_shape': list(dataset.image_shape),
     'preprocessing': {key: data[key] for key in keys},
   }
@@ -429,10 +431,10 @@ def _banner(
   state = state_shapes(stage.method, stage.streams)
   params = sum(x.size for x in jax.tree.leaves(state.params))
   idle = jax.device_count() - mesh.size
-  idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''
+  idle_note = f' ({idle} idle: they do not divide batch or meta_batch)' if idle else ''
   a_device = f'{config["batch"] // mesh.size} a device'
   if len(seeds) > 1:
-    idle_note = f' ({idle} idle: too few seeds, or eval_batch)' if idle else ''
+    idle_note = f' ({idle} idle: too few seeds)' if idle else ''
     a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
   sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.splits.items())
   kind = jax.devices()[0].device_kind
