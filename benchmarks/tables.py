@@ -26,14 +26,14 @@ import sys
 from typing import NamedTuple
 
 from lt_jax import commands, files, report
-from lt_jax.build import resolve, trained_by
+from lt_jax.config import resolve, trained_by
 from lt_jax.errors import WRONG_INPUT
 from lt_jax.recipes import RECIPES
-
-ONE_DOMAIN = [name for name, made in RECIPES.items() if 'target' not in made.needs]
 from lt_jax.report import runs as read
 from lt_jax.results import TABLE
 from lt_jax.sweep import cells, loader
+
+ONE_DOMAIN = [name for name, made in RECIPES.items() if 'target' not in made.needs]
 
 ROOT = pathlib.Path(__file__).parents[1]
 

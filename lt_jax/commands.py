@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from lt_jax import config_file
 from lt_jax.errors import (
   DIVERGED,
   INTERRUPTED,
@@ -25,7 +25,10 @@ from lt_jax.errors import (
   TRY_AGAIN,
   WRONG_INPUT,
   UserError,
+  one_line,
 )
+
+flags.disclaim_key_flags()  # so that --help of a command shows those defined here
 
 Flag = flags.Flag | flags.FlagHolder
 
@@ -35,25 +38,47 @@ GRACE = 3.0
 
 def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
   """Returns a flag that several commands have; one of all that a process imports."""
-  return flags.FLAGS[name] if name in flags.FLAGS else define(name, *options)
+  if name not in flags.FLAGS:
+    return define(name, *options)
+  flags.declare_key_flag(name)
+  return flags.FLAGS[name]
+
+
+class _PathParser(flags.ArgumentParser):
+  """Expands ~, which a shell leaves alone behind a =."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+  def flag_type(self) -> str:
+    return 'path'
+
+
+def path_flag(name: str, told: str) -> Flag:
+  """Returns a flag that takes a path."""
+
+  def define(name: str) -> Flag:
+    return flags.DEFINE(_PathParser(), name, None, told)
+
+  return _shared(name, define)
 
 
 def workdir_flag() -> Flag:
   """Returns the flag --workdir."""
-  return _shared(
-    'workdir', flags.DEFINE_string, None, 'The folder of the run, or runs.'
-  )
+  told = 'The folder of the run, or runs, such as runs/digits.'
+  return path_flag('workdir', told)
 
 
 def config_flag() -> Flag:
   """Returns the flag --config."""
-  told = 'FILE.py:ARGUMENT; overrides as --config.KEY=VALUE.'
-  return _shared('config', config_flags.DEFINE_config_file, None, told)
+  told = 'FILE.py:ARGUMENT, or the NAME of a config that comes with lt_jax, such as '
+  told += 'digits_lt:ldam_drw,epochs=40; --config.KEY=VALUE sets a key.'
+  return _shared('config', config_file.define, None, told)
 
 
 def out_flag() -> Flag:
   """Returns the flag --out."""
-  return _shared('out', flags.DEFINE_string, None, 'The file to write.')
+  return path_flag('out', 'The file to write.')
 
 
 def tracker_flag() -> Flag:
@@ -67,6 +92,12 @@ def which_flag() -> Flag:
   told = 'The last State, or the one selected on val. By default the one that the '
   told += 'result is of; evaluate takes the last.'
   return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], told)
+
+
+def cause(error: flags.Error) -> Exception:
+  """Returns the message that an error of a flag wraps, where it is clear without."""
+  inner = error.__context__
+  return inner if isinstance(inner, UserError) else error
 
 
 def launch(
@@ -83,17 +114,15 @@ def launch(
   def parse(given: Sequence[str]) -> list[str]:
     try:
       rest = flags.FLAGS(list(given))
-      for name in required:
-        value = flags.FLAGS[name].value
-        if value is None:
-          raise UserError(f'--{name} is missing')
-        hasattr(value, 'to_dict')  # a config file that failed to load says so here
-    except (AttributeError, KeyError) as error:  # of a config, with the near miss
-      told = str(error).replace('\\n', '; ')
-      told = told.replace('"', '').replace("'", '').replace('\\', '')
-      fail(f'unknown config key {told}', WRONG_INPUT)
-    except (flags.Error, ValueError, OSError) as error:
-      fail(error, WRONG_INPUT)
+    except SystemExit:  # of --help, which absl calls a failure
+      sys.exit(0)
+    except flags.Error as error:
+      fail(cause(error), WRONG_INPUT)
+    except (AttributeError, LookupError, TypeError, ValueError, OSError) as error:
+      fail(f'--config: {error}', WRONG_INPUT)
+    for name in required:
+      if flags.FLAGS[name].value is None:
+        fail(f'--{name} is missing', WRONG_INPUT)
     if arguments is not None and len(rest) - 1 != arguments:
       fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
@@ -143,12 +172,8 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
   """Ends the process with one line and an exit code."""
   if code == INTERRUPTED:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is in a hurry sends two
-  text = str(error).replace('\\n', '; ').replace("\\'", "'").strip()
-  if 'Traceback (most recent call last)' in text:  # config_flags quotes a whole one
-    text = text.splitlines()[-1].partition(': ')[2] or text.splitlines()[-1]
-  text = ' '.join(text.strip('"').split())
   try:
-    print(f'error: {text}', file=sys.stderr, flush=True)
+    print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
   except OSError:  # the terminal is closed
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   if _one_of_several():

@@ -11,6 +11,7 @@ Nothing here needs JAX: a config is plain data.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -231,6 +232,10 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
         raise UserError(
           f'option {name}={text!r} of the config is no {kind.__name__}'
         ) from None
+      if kind is float and not 0 < options[name] < math.inf:
+        raise UserError(
+          f'option {name}={text} of the config must be positive and finite'
+        )
   return recipe, ConfigDict(options)
 
 
@@ -342,12 +347,19 @@ def resolve(config: Any) -> dict[str, Any]:
   plain = config.to_dict()
   plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}
   plain = json.loads(json.dumps(plain))
-  for key, value in flatten(plain).items():
-    try:
-      json.dumps(value, allow_nan=False)
-    except ValueError:
-      raise UserError(f'config.{key} is {value!r}; it must be finite') from None
+  wrong = {k: v for k, v in flatten(plain).items() if not _is_finite(v)}
+  if wrong:  # of several that follow from one, all are named
+    told = ', '.join(f'config.{key} is {value!r}' for key, value in wrong.items())
+    raise UserError(f'{told}; it must be finite')
   return plain
+
+
+def _is_finite(value: Any) -> bool:
+  try:
+    json.dumps(value, allow_nan=False)
+  except ValueError:
+    return False
+  return True
 
 
 def upgraded(config: Config) -> dict[str, Any]:

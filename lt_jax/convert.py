@@ -13,14 +13,12 @@ import os
 import re
 from typing import Any
 
-from absl import flags
-
 from lt_jax import commands
 from lt_jax.errors import UserError
 from lt_jax.files import check_out, write_atomically
 from lt_jax.pretrained import MOST_BYTES
 
-SOURCE = flags.DEFINE_string('source', None, 'The file of PyTorch.')
+SOURCE = commands.path_flag('source', 'The file of PyTorch.')
 OUT = commands.out_flag()
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')

@@ -2,7 +2,10 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import numbers
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar('T')
@@ -19,17 +22,32 @@ class UserError(ValueError):
   """
 
 
+def one_line(text: object) -> str:
+  """Returns a text without its line breaks; all else in it stays, such as a path."""
+  return re.sub(r'\s*[\r\n]\s*', ' ', str(text).strip('\r\n'))
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
   """Returns "; did you mean X?" for a near miss, else the list of known names.
 
-  Names that begin with what was typed come before those that look like it.
+  Names that begin with what was typed come before those that look like it, whatever
+  the case.
   """
   known = [str(k) for k in known]
-  near = [k for k in known if k.startswith(name)]
+  typed, folded = name.casefold(), {k.casefold(): k for k in known}
+  near = [k for k in known if k.casefold().startswith(typed)]
   if not 1 <= len(near) <= 3:
-    near = difflib.get_close_matches(name, known, n=1)
+    near = [folded[k] for k in difflib.get_close_matches(typed, folded, n=1)]
   told = ' or '.join(map(repr, near))
-  return f'; did you mean {told}?' if near else f'; known: {", ".join(known)}'
+  if near:
+    return f'; did you mean {told}?'
+  return f'; known: {", ".join(known)}' if known else ''
+
+
+def named_class(label: int, names: Sequence[str]) -> str:
+  """Returns "class 3 ('cat')", or "class 3" where the name says no more."""
+  name = names[label] if label < len(names) else str(label)
+  return f'class {label}' + (f' ({name!r})' if name != str(label) else '')
 
 
 def lookup(table: Mapping[str, T], kind: str, name: str) -> T:
@@ -46,6 +64,30 @@ def lookup(table: Mapping[str, T], kind: str, name: str) -> T:
     raise UserError(f'unknown {kind} {name!r}{suggest(name, table)}') from None
 
 
+KINDS = {
+  bool: (bool, 'True or False'),
+  int: (numbers.Integral, 'a whole number'),
+  float: (numbers.Real, 'a number'),
+  str: (str, 'a text'),
+}
+"""Annotation of an option -> what its value must be an instance of, in words too."""
+
+
+def _check_kind(what: str, value: Any, annotation: Any) -> None:
+  """Raises a `UserError` if a value is not of the annotated type."""
+  if typing.get_origin(annotation) is Sequence:
+    (inner,) = typing.get_args(annotation)
+    if not isinstance(value, list | tuple):
+      raise UserError(f'{what} is {value!r}; it must be a list')
+    for one in value:
+      _check_kind(f'{what}: one of it', one, inner)
+    return
+  kind, told = KINDS.get(annotation, (object, ''))
+  is_number = kind in (numbers.Integral, numbers.Real)
+  if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
+    raise UserError(f'{what} is {value!r}; it must be {told}')
+
+
 def check_options(
   what: str, function: Callable, options: Mapping[str, Any], *given: str
 ) -> None:
@@ -58,7 +100,8 @@ def check_options(
     *given: names of the parameters that are not the user's to set.
 
   Raises:
-    UserError: an unknown option, with the near miss, or a missing one.
+    UserError: an unknown option, with the near miss, a missing one, or a value of
+      another type.
   """
   parameters = inspect.signature(function).parameters
   known = [name for name in parameters if name not in given]
@@ -66,6 +109,7 @@ def check_options(
     if name not in known:
       near = suggest(name, known) if known else '; it takes none'
       raise UserError(f'{what} has no option {name!r}{near}')
+    _check_kind(f'{what}: {name}', options[name], parameters[name].annotation)
   for name in known:
     if parameters[name].default is inspect.Parameter.empty and name not in options:
       raise UserError(f'{what} needs the option {name!r}')

@@ -4,6 +4,9 @@ Reads config.json, not Python, and the newest checkpoint that passes every check
 nothing and leaves the run's own files alone. Writes evaluation.json.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from absl import flags
 from etils import epath
 
@@ -17,12 +20,16 @@ from lt_jax import (
   trained,
 )
 from lt_jax.cautions import cautions
+from lt_jax.data import places
 from lt_jax.errors import UserError
 from lt_jax.stage import BadImages
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()
+DATA_DIR = commands.path_flag(
+  'data_dir', 'Where the data lie, if they have moved, see docs/tools.md.'
+)
 ADJUST = flags.DEFINE_float(
   'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
 )
@@ -36,6 +43,7 @@ def main() -> None:
     which=WHICH.value or 'last',
     stage_name=STAGE.value,
     logit_adjustment=ADJUST.value,
+    data_dir=DATA_DIR.value,
   )
 
 
@@ -45,6 +53,7 @@ def evaluate(
   which: str = 'last',
   stage_name: str | None = None,
   logit_adjustment: float | None = None,
+  data_dir: str | None = None,
 ) -> dict:
   """Evaluates a State of a run and writes evaluation.json.
 
@@ -53,6 +62,8 @@ def evaluate(
     which: 'last' or 'best'.
     stage_name: the stage; None for the last one.
     logit_adjustment: tau of `posthoc.adjust_logits`; None leaves the logits alone.
+    data_dir: where the data lie now, see `places.moved`; None: where the run found
+      them, or else where its config says.
 
   Returns:
     What evaluation.json holds.
@@ -62,10 +73,11 @@ def evaluate(
       be written; then the numbers have been shown.
   """
   config = trained.read_config(workdir)
-  before = trained.read_facts(workdir)['fingerprint']
+  facts = trained.read_facts(workdir)
+  data = config['data'] | place(config['data'], facts.get('found', {}), data_dir)
   with trained.building():
-    experiment = build.build({**config, 'device': 'any'})
-  if before != experiment.fingerprint:
+    experiment = build.build({**config, 'data': data, 'device': 'any'})
+  if facts['fingerprint'] != experiment.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   name = stage_name or config['stage_order'][-1]
   if name not in experiment.stages:
@@ -103,6 +115,20 @@ def evaluate(
   results.show(result, workdir, screen)
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   return result
+
+
+def place(data: Mapping[str, Any], found: Any, data_dir: str | None) -> places.Place:
+  """Returns where to look for the data of a run.
+
+  Args:
+    data: of its config.
+    found: where it found them, of data.json; older runs do not tell.
+    data_dir: where they are now; None: where they were.
+  """
+  if data_dir:
+    return places.moved(data, data_dir)
+  told = files.fits(found, {'source': str, 'dir': str}) and places.is_there(found)
+  return found if told else places.place(data)
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, lookup
 
 SEEN_WITHIN = 90.0
 """Seconds within which a file system shows a new file to every host; NFS takes 60."""
@@ -29,6 +29,15 @@ MAYBE = NUMBER | None  # null is what is not finite, or was not measured
 
 LARGEST = 1e15
 """Nothing that a run counts or measures is larger."""
+
+
+STORES = {
+  'gs': ('gcsfs', 'tensorflow'),
+  's3': ('s3fs',),
+  'az': ('adlfs',),
+  'hf': ('huggingface_hub',),
+}
+"""Scheme of an object store -> the packages that can read it."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -187,13 +196,16 @@ def absolute(path: epath.PathLike) -> epath.Path:
   """Returns the folder of a run as an absolute path, which Orbax asks for.
 
   Raises:
-    UserError: the path is empty, or of a bucket that nothing installed can read.
+    UserError: the path is empty, or in a store that nothing installed can read.
   """
   text = os.fspath(path)
   if not text:
     raise UserError('--workdir is empty')
-  if text.startswith('gs://') and not any(map(find_spec, ('gcsfs', 'tensorflow'))):
-    raise UserError(f"{text} needs what reads buckets: pip install 'lt_jax[gcs]'")
+  if is_remote(text):
+    scheme = text.partition('://')[0]
+    packages = lookup(STORES, 'object store', scheme)
+    if not any(map(find_spec, packages)):
+      raise UserError(f'{text} needs a package: pip install {packages[0]}')
   return epath.Path(text if is_remote(text) else os.path.abspath(text))
 
 

@@ -1,5 +1,6 @@
-"""Trains: python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=DIR.
+"""Trains: python -m lt_jax.main --config=digits_lt:ldam_drw --workdir=runs/digits.
 
+The config is one that comes with lt_jax, or a file: --config=configs/digits_lt.py:ce.
 The same command again goes on where the run left off. What the exit codes mean stands
 in `lt_jax.commands`.
 """

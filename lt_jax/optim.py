@@ -5,7 +5,7 @@ by -learning_rate(step); nothing inside it counts.
 
 What depends on the parameter (weight decay, learning-rate multipliers, freezing) is a
 list of rules `(pattern, value)` over '/'-joined paths, of which the first full match
-wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`.
+wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`. A number alone is the rule for all.
 
 A schedule is base * warm-up(step) * decay(step), and speaks in epochs: epoch e begins
 at step ceil(e L / B), for L examples an epoch in batches of B.
@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +81,30 @@ def per_parameter(rules: Rules, params: PyTree) -> PyTree:
         f'earlier rules take; the parameters: {_some(paths)}'
       )
   return treedef.unflatten(rules[i][1] for i in winners)
+
+
+def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
+  """Returns rules in full: a number among them, or alone, is for every parameter.
+
+  Args:
+    key: what they are for, for the message.
+    value: a number, or a list of numbers and (pattern, number).
+
+  Raises:
+    UserError: it is something else.
+  """
+  rules = value if isinstance(value, list | tuple) else [value]
+  rules = [('.*', rule) if isinstance(rule, Real) else rule for rule in rules]
+  for rule in rules:
+    match rule:
+      case [str(), Real()]:
+        pass
+      case _:
+        raise UserError(
+          f'{key} is {value!r}; it must be a number or pairs of a pattern and a '
+          "number, such as (('net/head/bias', 0.0), ('.*', 2e-4))"
+        )
+  return tuple((pattern, number) for pattern, number in rules)
 
 
 def sgd(
@@ -393,6 +418,8 @@ def _optimizer(
 ) -> Optimizer:
   """Puts decay before or after a direction, and the learning rate last."""
   direction = optax.with_extra_args_support(direction)
+  weight_decay = as_rules('weight_decay', weight_decay)
+  learning_rate_scale = as_rules('learning_rate_scale', learning_rate_scale)
 
   def trained_only(scales: PyTree) -> optax.GradientTransformationExtraArgs:
     return optax.masked(direction, jax.tree.map(bool, scales))

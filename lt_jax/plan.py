@@ -41,8 +41,8 @@ DECODE_RATE = flags.DEFINE_float(
   None,
   'Images/s a host core decodes; see benchmarks.input_pipeline.',
 )
-PRICES = flags.DEFINE_string(
-  'prices', None, 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
+PRICES = commands.path_flag(
+  'prices', 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
 )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lt_jax import commands, files, trained
+from lt_jax import commands, files, sharding, trained
 from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
 from lt_jax.data.lists import SUFFIXES, find_images, passed_over_line, read_file
@@ -106,6 +106,7 @@ def predict(
       f'{workdir} was trained on images of {channels} channels, but image files are '
       'read as grey, RGB or RGBA: evaluate it, or export it for another program'
     )
+  batch = sharding.round_up(batch, network.mesh.size)
   pictures = Pictures(paths, network, skip)
   screen = Screen()
   if passed_over:
@@ -140,6 +141,7 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
     UserError: it is not there, or a folder without images.
   """
   if name.startswith('@'):
+    name = '@' + os.path.expanduser(name[1:])
     try:
       # Spreadsheets and editors put a mark before the first line.
       text = pathlib.Path(name[1:]).read_text('utf-8-sig', errors='surrogateescape')
@@ -195,7 +197,8 @@ class Pictures:
       return self._read(position)
     except UserError as error:
       if not self._skip:
-        raise
+        hint = '; --on_bad_image=skip leaves it out' if len(self.paths) > 1 else ''
+        raise UserError(f'{error}{hint}') from None
       self.bad[position] = str(error)
       return np.zeros(self._shape, np.uint8)
 

@@ -15,6 +15,7 @@ as many.
 
 import concurrent.futures
 import io
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,8 +27,8 @@ from lt_jax import commands
 from lt_jax.errors import UserError
 from lt_jax.files import locked, make_workdir
 
-DATA_DIR = flags.DEFINE_string('data_dir', None, "The folder; TFDS's own by default.")
-IMAGES = flags.DEFINE_string('images', None, 'The folder that lists are relative to.')
+DATA_DIR = commands.path_flag('data_dir', "The folder; TFDS's own by default.")
+IMAGES = commands.path_flag('images', 'The folder that lists are relative to.')
 NAME = flags.DEFINE_string('name', None, 'What copies are called from now on.')
 SHORT_SIDE = flags.DEFINE_integer(
   'short_side', 0, 'Short side of the copies, where images are larger; 0 copies files.'
@@ -223,6 +224,11 @@ def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
 
 def main(source: str) -> None:
   """Prepares the data set named on the command line."""
+  if ':' not in source and ('/' in source or os.path.exists(source)):
+    raise UserError(
+      f'{source} is a path: write folder:{source} for a folder a class, or '
+      f'list:{source} for lists of images'
+    )
   jax.config.update('jax_platforms', 'cpu')  # devices may be busy with a run
   if ':' not in source:
     if NAME.value or IMAGES.value or SHORT_SIDE.value:

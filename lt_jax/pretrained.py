@@ -240,7 +240,7 @@ def load(source: str) -> Weights:
 
 def _read(path: epath.PathLike) -> bytes:
   """Returns a whole file whose size and length of header are credible."""
-  path = epath.Path(path)
+  path = epath.Path(path).expanduser()
   try:
     regular = path.is_file() if is_remote(path) else os.path.isfile(path)
     if not regular:  # a folder, or a pipe, whose end never comes

@@ -18,6 +18,7 @@ from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import Config, config_digest
+from lt_jax.data import places
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
@@ -443,6 +444,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       if name.startswith('open')
     },
     'fingerprint': experiment.fingerprint,
+    'found': places.place(data),
     'image_shape': list(dataset.image_shape),
     'preprocessing': {key: data[key] for key in keys},
   }
@@ -466,7 +468,7 @@ def _banner(
   idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''
   a_device = f'{config["batch"] // mesh.size} a device'
   if len(seeds) > 1:
-    idle_note = f' ({idle} idle: too few seeds, or eval_batch)' if idle else ''
+    idle_note = f' ({idle} idle: too few seeds)' if idle else ''
     a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
   sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.every.items())
   kind = jax.devices()[0].device_kind

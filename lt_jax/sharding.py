@@ -47,6 +47,11 @@ def usable_devices(batches: Mapping[str, int], available: int, processes: int) -
   )
 
 
+def round_up(batch: int, devices: int) -> int:
+  """Returns the size of a batch with the rows that pad it to a multiple of devices."""
+  return -(-batch // devices) * devices
+
+
 def make_mesh(devices: int) -> Mesh:
   """Returns a mesh of the first `devices` devices along the axis 'data'.
 

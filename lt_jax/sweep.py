@@ -14,7 +14,6 @@ alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list show
 """
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import traceback
@@ -25,9 +24,9 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lt_jax import commands, files
+from lt_jax import commands, config_file, files
 from lt_jax.config import resolve
-from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError
+from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
@@ -117,7 +116,7 @@ def sweep(
 
 
 def _line(error: Exception) -> str:
-  return f'{type(error).__name__}: {" ".join(str(error).split())}'
+  return f'{type(error).__name__}: {one_line(error)}'
 
 
 def _leave(cell: Cell, error: Exception) -> None:
@@ -217,26 +216,25 @@ def loader(
   """Returns what makes the config of a recipe: recipe -> ConfigDict.
 
   Args:
-    path: of the configuration file.
+    path: of the config file, or the name of one that comes with the package.
     options: of all recipes, such as 'net=resnet8,epochs=40'; a recipe among them, for
       the sake of keys that only some have, is not the one that runs.
     overrides: key -> value, for all recipes.
   """
-  spec = importlib.util.spec_from_file_location('lt_jax_sweep_config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  get_config = config_file.loader(path)
 
   def make(recipe: str) -> ConfigDict:
-    config = module.get_config(','.join(filter(None, (options, recipe))))
+    config = get_config(','.join(filter(None, (options, recipe))))
     if config.recipe != recipe:
       raise UserError(
         f'--methods: {recipe!r} is no recipe; options stand behind the colon of '
         f'--config, as in --config=FILE.py:{recipe}'
       )
     try:
+      config_file.prepare(config, overrides)
       config.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-      raise UserError(f'{recipe}: {" ".join(str(error).split())}') from None
+      raise UserError(f'{recipe}: {one_line(error)}') from None
     return config
 
   return make

@@ -73,6 +73,14 @@ def rng() -> np.random.Generator:
   return np.random.default_rng(0)
 
 
+@pytest.fixture(scope='module')
+def one_device():
+  """Runs of a module use one device, as programs for eight take long to compile."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: 1)
+    yield
+
+
 @pytest.fixture
 def no_data(monkeypatch):
   """TFDS sets with as many classes as they should have and images of no memory."""

@@ -24,7 +24,13 @@ from lt_jax.config import ADDED, base_config, resolve, stage_config, upgraded
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
-from lt_jax.optim import epoch_start, make_schedule, per_parameter
+from lt_jax.optim import (
+  as_rules,
+  epoch_start,
+  make_optimizer,
+  make_schedule,
+  per_parameter,
+)
 from lt_jax.protocols import cifar
 
 WITH_META = (
@@ -464,6 +470,30 @@ def test_a_number_that_is_not_finite_is_told(value):
     resolve(config)
 
 
+def test_of_numbers_that_follow_each_other_all_are_told():
+  config = digits_lt.get_config('ldam_drw')
+  config.epochs = float('nan')
+  with pytest.raises(UserError, match='config.epochs is nan.* must be finite'):
+    resolve(config)
+
+
+def test_evaluation_is_padded_and_leaves_no_device_idle():
+  config = resolve(digits_lt.get_config('ce'))
+  for size, padded in ((1, 8), (100, 104)):
+    built = build.build({**config, 'eval_batch': size})
+    assert built.mesh.size == 8
+    one = built.passes['test']
+    assert one.examples == 400 and len(one.stream.payload(0)['mask']) == padded
+
+
+def test_a_number_is_a_weight_decay_for_every_parameter():
+  assert as_rules('decay', 5e-4) == (('.*', 5e-4),)
+  assert as_rules('decay', (5e-4,)) == (('.*', 5e-4),)  # of the command line
+  rules = [['net/head/bias', 0], 5e-4]
+  assert as_rules('decay', rules) == (('net/head/bias', 0), ('.*', 5e-4))
+  make_optimizer('sgd', lambda step: 0.1, weight_decay=5e-4)
+
+
 def test_a_protocol_can_be_chosen():
   config = resolve(cifar10_lt.get_config('cb_ce,protocol=cao'))
   assert config['schedule']['warmup'] == 'staircase'
@@ -489,6 +519,9 @@ def test_head_and_margin_share_one_scale():
     ('ldam_drv', "unknown method 'ldam_drv'; did you mean 'ldam_drw'"),
     ('ce,imbalence=3', "unknown option 'imbalence' of the config; did you mean"),
     ('ce,imbalance=big', "option imbalance='big' of the config is no float"),
+    ('ce,epochs=0', 'option epochs=0 of the config must be positive and finite'),
+    ('ce,epochs=nan', 'option epochs=nan of the config must be positive and finite'),
+    ('ce,imbalance=inf', 'option imbalance=inf of the config must be positive'),
   ],
 )
 def test_mistakes_in_the_argument_are_told(arg, told):
@@ -541,6 +574,34 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'select': 'val/class_accuracy'}, "unknown metric to select by 'class_accuracy'"),
     ({'wrappers': {'ema': {'decay': 1.5}}}, 'decay must be in'),
     ({'device': 'gpu'}, "config.device is 'gpu'"),
+    ({'model.dtype': 'bf16'}, "unknown model.dtype 'bf16'; did you mean 'bfloat16'"),
+    ({'surgeries': [['copy']]}, r"surgeries has \['copy'\]; each must be a name and"),
+    ({'surgeries': ['copy']}, "surgeries has 'copy'; each must be a name and"),
+    ({'surgeries': [['copy', 'train']]}, 'each must be a name and its options'),
+    (
+      {'optimizer.weight_decay': ['x']},
+      r"weight_decay is \['x'\]; it must be a nu",
+    ),
+    (
+      {'optimizer.weight_decay': [['.*']]},
+      'weight_decay is .*; it must be a number',
+    ),
+    (
+      {'optimizer.learning_rate_scale': 'x'},
+      "learning_rate_scale is 'x'; it must",
+    ),
+    ({'optimizer.momentum': 'x'}, "'sgd': momentum is 'x'; it must be a number"),
+    ({'optimizer.momentum': True}, "'sgd': momentum is True; it must be a number"),
+    ({'optimizer.nesterov': 'no'}, "nesterov is 'no'; it must be True or False"),
+    (
+      {'schedule.boundaries': 'x'},
+      "'step_decay': boundaries is 'x'; it must be a l",
+    ),
+    ({'schedule.factors': ['x', 2]}, "factors: one of it is 'x'; it must be a number"),
+    ({'schedule': {'name': 'constant'}}, "schedule is {'name': 'constant'}: .*'base'"),
+    ({'loss': {}}, "loss is {}: .*'name'"),
+    ({'data.mean': ['x']}, 'must be 1 or 1 numbers'),
+    ({'data.n_max': 900}, 'digits: class 0: .* images asked'),
   ],
 )
 def test_mistakes_in_a_config_are_told_before_anything_runs(change, told):

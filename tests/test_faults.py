@@ -417,8 +417,8 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
 @pytest.mark.parametrize(
   ('arguments', 'told'),
   [
-    (('--config.epoch=3',), 'Did you mean epochs'),
-    (('--config.data.sourse=digits',), 'Did you mean source'),
+    (('--config.epoch=3',), "unknown config key epoch; did you mean 'epochs'"),
+    (('--config.data.sourse=digits',), "data.sourse; did you mean 'source'"),
     (('--config.loss.name=ladm',), "unknown loss 'ladm'; did you mean 'ldam'"),
     (('--config.data.source=npz:/nowhere/x.npz',), '/nowhere/x.npz'),
     (('--config.data.n_max=900',), 'class 0'),

@@ -9,9 +9,12 @@ from lt_jax.config import resolve
 from lt_jax.data import reading
 from tests import mini
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
 STEPS = {
   'batch': 8,
-  'eval_batch': 63,  # odd: one device
+  'eval_batch': 63,
   'log_every_steps': 1,
   'data.image_size': 32,
   'data.resize': 36,

@@ -1,6 +1,7 @@
 """OLTR's two stages on a miniature ImageNet-LT, as lists and as TFDS has it."""
 
 import json
+import pathlib
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import imagenet_lt
-from lt_jax import build, checkpoint, run, sharding, train
+from lt_jax import build, checkpoint, evaluate, run, sharding, train
 from lt_jax.config import resolve
 from lt_jax.data import reading
 from lt_jax.data import streams as data_streams
@@ -20,6 +21,9 @@ from lt_jax.writers import Events, Screen, read_rows
 from tests import mini
 from tests.test_pretrained import tiny_state
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
 SMALL = {
   'data.image_size': 32,
   'data.resize': 36,
@@ -28,7 +32,7 @@ SMALL = {
   'data.few_shot': 2,
   'model.trunk_options.width': 8,
   'batch': 8,
-  'eval_batch': 127,  # odd: one device, as eight take long to compile for
+  'eval_batch': 127,
   'log_every_steps': 2,
 }
 """What makes a step fast; data path and steps come beside it."""
@@ -79,6 +83,19 @@ def test_two_stages_from_lists(finished):
   assert stages == {'plain', 'memory'}
   with np.load(finished / 'open_set.npz') as curves:
     assert (np.diff(curves['known_score/threshold']) < 0).all()
+
+
+def test_images_that_moved_are_evaluated_again(finished, lists):
+  root = pathlib.Path(lists['data.dir'])
+  moved = root.rename(root.with_name('moved'))
+  try:
+    with pytest.raises(UserError, match='the folder of images .* does not exist'):
+      evaluate.evaluate(epath.Path(finished))
+    again = evaluate.evaluate(epath.Path(finished), data_dir=str(moved))
+  finally:
+    moved.rename(root)
+  last = read_rows(finished / 'metrics.jsonl')[-1]
+  assert again['test']['accuracy'] == pytest.approx(last['accuracy'])
 
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])

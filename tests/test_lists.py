@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lt_jax.data import lists, sources
+from lt_jax.data.dataset import load_dataset
 from lt_jax.errors import UserError
 
 
@@ -536,3 +537,16 @@ def published(name):
   if not file.exists():
     pytest.skip(f'LT_JAX_LISTS names no folder with {name}.txt')
   return lists.read_list(str(file), is_open=name.endswith('open'))
+
+
+def test_a_tree_without_test_images_may_be_tested_on_those_of_val(tmp_path):
+  for path in ('train/a/1.png', 'train/b/1.png', 'val/a/2.png', 'val/b/2.png'):
+    write_image(tmp_path / path)
+  options = {'to_device': lambda images: images, 'image_size': 8, 'resize': 8}
+  source = f'folder:{tmp_path}'
+  with pytest.raises(UserError, match="no test split.* or data.test_split to 'val'"):
+    load_dataset(source, **options)
+  assert load_dataset(source, **options, test_split='val').splits.keys() == {
+    'train',
+    'test',
+  }

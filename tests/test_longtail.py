@@ -189,6 +189,14 @@ def test_original_takes_every_image_that_is_left():
     ({'open_test_per_class': 160}, 'class 8: 180 images asked .*160 open_test.* 174'),
     ({'test_per_class': 200, 'train_counts': None}, 'class 0: .* 178 there'),
     ({'num_classes': 11}, 'class 10 has no images'),
+    (
+      {'num_classes': 11, 'class_names': [*'abcdefghij', 'owl'], 'source': 'npz:x'},
+      r"npz:x: class 10 \('owl'\) has no images$",
+    ),
+    (
+      {'open_test_per_class': 160, 'class_names': [*'abcdefghij'], 'source': 'npz:x'},
+      r"npz:x: class 8 \('i'\): 180 images asked",
+    ),
     ({'num_classes': 9}, 'label 9 in a pool of 9 classes'),
     ({'known_classes': 11}, 'known_classes must be 1 to 10, got 11'),
     ({'known_classes': 7}, '8 class counts for 7 known classes'),
@@ -199,6 +207,11 @@ def test_what_cannot_be_drawn_is_told_in_one_line(changes, message):
   with pytest.raises(UserError, match=message) as error:
     longtail.draw_splits(digits_labels(), **{**DIGITS, **changes})
   assert '\n' not in str(error.value)
+
+
+def test_labels_that_start_at_one_are_told():
+  with pytest.raises(UserError, match='class 0 has no images; labels must start at 0'):
+    longtail.draw_splits(digits_labels() + 1, num_classes=11)
 
 
 def pool_labels(name):

@@ -305,6 +305,8 @@ def test_bad_images_are_left_out_on_request(digits, some_bad, tmp_path, capsys):
   bad = [str(some_bad / name) for name in ('b.png', 'f.png')]
   with pytest.raises(UserError, match='no image can be read; the first: .*b.png'):
     predict.predict(digits[0], bad, out, on_bad_image='skip')
+  with pytest.raises(UserError, match='b.png: .*--on_bad_image=skip leaves it out'):
+    predict.predict(digits[0], bad, out)
 
 
 def test_the_command_refuses_a_bad_image_in_one_line(digits, some_bad, tmp_path):

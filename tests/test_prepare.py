@@ -85,6 +85,13 @@ def test_what_is_no_source_of_records(tmp_path):
       prepare.convert(source, name='smaller', data_dir=str(tmp_path))
 
 
+def test_a_path_is_no_source(tmp_path):
+  with pytest.raises(UserError, match=f'write folder:{tmp_path} for a folder a class'):
+    prepare.main(str(tmp_path))
+  with pytest.raises(UserError, match=f'write folder:{tmp_path}, list:{tmp_path} or'):
+    load_source(str(tmp_path))
+
+
 def test_options_that_make_no_sense(lists, tmp_path):
   folder, root = map(str, lists)
   options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}

@@ -305,7 +305,8 @@ def test_those_behind_come_up_to_the_others(npz, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_seeds_that_the_devices_do_not_divide(npz, tmp_path):
+def test_seeds_that_the_devices_do_not_divide(npz, tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 4)
   given = configs(npz, seeds=(0, 1, 2, 3, 4), eval_batch=8)
   folders = [tmp_path / str(config['seed']) for config in given]
   run.run_seeds(given, folders)

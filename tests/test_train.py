@@ -228,7 +228,7 @@ def test_means_of_nothing_are_nan_without_a_warning():
 
 def test_devices_that_divide_every_batch():
   usable = sharding.usable_devices
-  assert usable({'train': 64, 'evaluation': 100}, 8, 1) == 4
+  assert usable({'train': 64, 'meta': 100}, 8, 1) == 4
   assert usable({'train': 7}, 8, 1) == 7
   assert usable({'train': 64}, 8, 2) == 8
   with pytest.raises(sharding.UserError, match="60 of stream 'train'.*56 or 64"):

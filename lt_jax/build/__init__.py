@@ -21,6 +21,7 @@ from lt_jax.build.checks import (
   check_device,
   check_end,
   check_ranges,
+  check_surgeries,
   selection,
 )
 from lt_jax.build.domains import Domains, load_domains
@@ -44,8 +45,8 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, Player, State
 from lt_jax.methods import METHODS, few_shot
-from lt_jax.models import NETWORKS, make_classifier
-from lt_jax.optim import make_optimizer, make_schedule, per_parameter
+from lt_jax.models import DTYPES, NETWORKS, make_classifier
+from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
@@ -93,6 +94,7 @@ def build(
     raise UserError('stage_order must name stages, each of them once')
   for stage in configs.values():
     check_ranges(stage)
+    check_surgeries(stage['surgeries'])
   check_end(configs)
   batches = {
     f'{name} {what}': size
@@ -101,7 +103,6 @@ def build(
   }
   if replicas > 1:
     batches = {}
-  batches['evaluation'] = config['eval_batch']
   if mesh is None:
     available = devices or jax.device_count()
     if replicas > 1:
@@ -152,7 +153,7 @@ def _build_stage(
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   method = _method(config, dataset, mesh, clock, learned)
-  images, evaluated, seen = _passes(config, domains)
+  images, evaluated, seen = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
@@ -198,7 +199,7 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 
 def _passes(
-  config: Config, domains: Domains
+  config: Config, domains: Domains, mesh: Mesh
 ) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
 
@@ -226,7 +227,7 @@ def _passes(
     data = domains.data(domain)
     return evaluation_pass(
       split,
-      batch=config['eval_batch'],
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
       transform=domains.transforms(domain)[1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
@@ -254,7 +255,8 @@ def _start(
   """Returns what puts published weights into a State; None: random ones will do."""
   if config['init']:
     return functools.partial(surgery.start_from, source=config['init'])
-  rules = config['optimizer'].get('learning_rate_scale', ())
+  key = 'learning_rate_scale'
+  rules = as_rules(key, config['optimizer'].get(key, ()))
   if all(rate for _, rate in rules):
     return None
   params = state_shapes(method, streams).params
@@ -277,8 +279,11 @@ def _method(
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
   counts = train.dataset.counts
-  schedule = make_schedule(**config['schedule'], length=train.length, batch=train.batch)
-  optimizer = make_optimizer(learning_rate=schedule, **config['optimizer'])
+  size = {'length': train.length, 'batch': train.batch}
+  schedule = _made('schedule', make_schedule, config['schedule'], **size)
+  optimizer = _made(
+    'optimizer', make_optimizer, config['optimizer'], learning_rate=schedule
+  )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
   progress = _progress(config, train)
@@ -292,15 +297,31 @@ def _method(
     name,
     _network(config['model'], dataset, config['batch'], micro_batches, mesh),
     optimizer,
-    make_loss(
-      counts=counts, classes=None if learned.all() else learned, **config['loss']
+    _made(
+      'loss',
+      make_loss,
+      config['loss'],
+      counts=counts,
+      classes=None if learned.all() else learned,
     ),
     options=options,
     counts=counts,
-    class_weights=make_class_weights(counts=counts, start_step=start_step, **weights),
+    class_weights=_made(
+      'class_weights',
+      make_class_weights,
+      weights,
+      counts=counts,
+      start_step=start_step,
+    ),
     reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
-    penalty=make_penalty(counts=counts, **config['penalty']),
-    alignment=make_alignment(counts=counts, progress=progress, **config['alignment']),
+    penalty=_made('penalty', make_penalty, config['penalty'], counts=counts),
+    alignment=_made(
+      'alignment',
+      make_alignment,
+      config['alignment'],
+      counts=counts,
+      progress=progress,
+    ),
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players={n: _player(n, options, train) for n, options in config['players'].items()},
@@ -322,13 +343,12 @@ def _player(name: str, options: Config, train: Row) -> Player:
   for key in ('network', 'optimizer', 'schedule'):
     if 'name' not in options.get(key, {}):
       raise UserError(f'players.{name}.{key} must be a dict with a name')
-  network = dict(options['network'])
-  schedule = make_schedule(
-    **options['schedule'], length=train.length, batch=train.batch
-  )
+  network, key = dict(options['network']), f'players.{name}'
+  size = {'length': train.length, 'batch': train.batch}
+  rate = _made(f'{key}.schedule', make_schedule, options['schedule'], **size)
   return Player(
     construct(NETWORKS, 'network', network.pop('name'), options=network),
-    make_optimizer(learning_rate=schedule, **options['optimizer']),
+    _made(f'{key}.optimizer', make_optimizer, options['optimizer'], learning_rate=rate),
   )
 
 
@@ -338,11 +358,29 @@ def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:
   return lambda step: jnp.clip(step.astype(jnp.float32) / steps, 0.0, 1.0)
 
 
+def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:
+  """Makes what a config key names; whatever is wrong with it, the message has the key.
+
+  Args:
+    key: such as 'loss'.
+    make: takes the options and the context as keywords.
+    options: the value of the key, a name among them.
+    **context: what is not the user's to set.
+  """
+  try:
+    return make(**options, **context)
+  except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'{key} is {options}: {error}') from error
+
+
 def _network(
   options: Config, dataset: Dataset, batch: int, accumulate: int, mesh: Mesh
 ) -> Any:
   """Builds the classifier, with batch statistics as the configuration names them."""
   options = dict(options)
+  lookup(DTYPES, 'model.dtype', options['dtype'])
   micro, kind = batch // accumulate, options.pop('batch_norm')
   if batch % accumulate:
     raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')

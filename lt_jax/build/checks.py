@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,6 +72,19 @@ def check_ranges(config: Config) -> None:
       raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:g}')
 
 
+def check_surgeries(surgeries: Any) -> None:
+  """Refuses surgeries that are no pairs of a name and options."""
+  for surgery in surgeries:
+    match surgery:
+      case [str(), {}]:
+        pass
+      case _:
+        raise UserError(
+          f'surgeries has {surgery!r}; each must be a name and its options, such as '
+          "('copy', {'pattern': '.*', 'stage': 'train'})"
+        )
+
+
 def check_end(stages: Mapping[str, Config]) -> None:
   """Refuses what would come when a stage has ended, and so never.
 
@@ -87,15 +101,21 @@ def check_end(stages: Mapping[str, Config]) -> None:
     epochs = {
       'class_weights.start_epoch': stage['class_weights'].get('start_epoch', 0),
       'sampler.start_epoch': math.ceil(stage['sampler'].get('start_epoch', 0)),
-      'schedule.boundaries': max(schedule.get('boundaries') or [0]),
+      'schedule.boundaries': _latest(schedule.get('boundaries')),
     }
     for key, epoch in epochs.items():
       if 0 < end <= epoch:
         raise UserError(f'{key} is at epoch {epoch:g}{_BEYOND.format(name, end)}')
-    if 0 < end < schedule.get('end', 0) * (1 - 1e-9):
+    if 0 < end < _latest([schedule.get('end')]) * (1 - 1e-9):
       raise UserError(
         f'schedule.end is at epoch {schedule["end"]:g}{_BEYOND.format(name, end)}'
       )
+
+
+def _latest(epochs: Any) -> float:
+  """Returns the last of some epochs; 0 of what is none, which is refused elsewhere."""
+  found = epochs if isinstance(epochs, list | tuple) else []
+  return max((e for e in found if isinstance(e, int | float)), default=0)
 
 
 _BEYOND = (
@@ -108,7 +128,10 @@ def check_channels(data: Config, channels: int) -> None:
   """Refuses means and deviations that do not fit the images."""
   for key in ('mean', 'std'):
     values = data[key]
-    if not isinstance(values, list | tuple) or len(values) not in (1, channels):
+    numbers = isinstance(values, list | tuple) and all(
+      isinstance(value, int | float) for value in values
+    )
+    if not numbers or len(values) not in (1, channels):
       raise UserError(
         f'data.{key} is {values!r}; it must be 1 or {channels} numbers, as the images '
         f'have {channels} channels'

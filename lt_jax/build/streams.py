@@ -22,7 +22,7 @@ from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
-from lt_jax.errors import UserError, construct, lookup
+from lt_jax.errors import UserError, construct, lookup, named_class
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
 
@@ -181,10 +181,8 @@ def _split(dataset: Dataset, stream: str, name: str, domain: str, batch: int) ->
   if name == 'meta':
     missing = np.setdiff1d(np.arange(len(dataset.class_names)), split.labels)
     if missing.size:
-      raise UserError(
-        f'the meta set has no image of class {missing[0]} '
-        f'({dataset.class_names[missing[0]]})'
-      )
+      told = named_class(missing[0], dataset.class_names)
+      raise UserError(f'the meta set has no image of {told}')
   if batch > len(split.rows) and stream != CLOCK:
     raise UserError(
       f'streams.{stream}.batch is {batch}, but {name}{where} has {len(split.rows)} '

@@ -152,6 +152,8 @@ def load_dataset(
     open_test_per_class=open_test_per_class,
     subset=subset,
     seed=seed,
+    class_names=pool.class_names,
+    source=source,
   )
   if meta_in_train:
     if 'meta' not in drawn:
@@ -213,9 +215,11 @@ def _own_splits(
     splits['val'] = (sources['val'], np.flatnonzero(sources['val'].labels < known))
   if not cut:
     if test_split not in sources:
+      has_val = 'val' in sources
+      instead = ", or data.test_split to 'val' to test on that" if has_val else ''
       raise UserError(
         f'source {name!r} has no {test_split} split, only {", ".join(sources)}: set '
-        'data.test_per_class to cut one'
+        f'data.test_per_class to cut one{instead}'
       )
     test = sources[test_split]
     is_known = test.labels < known
@@ -250,6 +254,8 @@ def _meta_from_val(
     meta_per_class=meta_per_class,
     subset=subset,
     seed=seed,
+    class_names=val.class_names,
+    source=f'{name}, split val',
   )
   return {'meta': (val, rows[drawn['meta']]), 'val': (val, rows[drawn['train']])}
 

@@ -292,7 +292,7 @@ def _class_names(folder: str, train: ImageList) -> tuple[str, ...]:
   if len(names) != largest + 1:
     raise UserError(
       f'{file} names {len(names)} classes, but the largest label of {train.file} is '
-      f'{largest}'
+      f'{largest}; labels start at 0'
     )
   return names
 

@@ -6,10 +6,11 @@ images first, the same number of every class, then the long tail from what is le
 
 import operator
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from lt_jax.errors import UserError, lookup
+from lt_jax.errors import UserError, lookup, named_class
 
 
 def _balanced(num_classes: int, n_max: int, imbalance: float) -> list[int]:
@@ -154,6 +155,8 @@ def draw_splits(
   open_test_per_class: int = 0,
   subset: str = 'seeded',
   seed: int = 0,
+  class_names: Sequence[str] = (),
+  source: str = 'the source',
 ) -> dict[str, np.ndarray]:
   """Draws every split of an experiment from one pool of labels, without overlap.
 
@@ -173,6 +176,8 @@ def draw_splits(
     open_test_per_class: open test images of each open class.
     subset: 'seeded' draws at random, 'stored' takes images as they come in the pool.
     seed: the data seed, of 'seeded'.
+    class_names: of the C classes, for messages.
+    source: where the pool comes from, for messages.
 
   Returns:
     'train', 'val', 'test', 'meta', 'open_val', 'open_test' -> (M,) int64 positions
@@ -186,7 +191,7 @@ def draw_splits(
   known = num_classes if known_classes is None else known_classes
   if not 0 < known <= num_classes:
     raise UserError(f'known_classes must be 1 to {num_classes}, got {known}')
-  there = _supply(labels, num_classes)
+  there = _supply(labels, num_classes, class_names, source)
 
   is_known = np.arange(num_classes) < known
   asked = {  # split -> (C,) images, in the sequence in which they are taken
@@ -201,7 +206,7 @@ def draw_splits(
   if len(train_counts) != known:
     raise UserError(f'{len(train_counts)} class counts for {known} known classes')
   asked['train'] = np.pad(train_counts, (0, num_classes - known))
-  _check_supply(asked, there, subset)
+  _check_supply(asked, there, subset, class_names, source)
 
   rank = _rank_in_class(labels, order)
   splits, begin = {}, np.zeros(num_classes, np.int64)
@@ -213,17 +218,30 @@ def draw_splits(
   return splits
 
 
-def _supply(labels: np.ndarray, num_classes: int) -> np.ndarray:
+def _supply(
+  labels: np.ndarray, num_classes: int, class_names: Sequence[str], source: str
+) -> np.ndarray:
   """Returns (C,) the images of each class; none may be empty."""
   there = np.bincount(labels, minlength=num_classes)
   if len(there) > num_classes:
-    raise UserError(f'label {len(there) - 1} in a pool of {num_classes} classes')
+    raise UserError(
+      f'{source}: label {len(there) - 1} in a pool of {num_classes} classes'
+    )
   if not there.all():
-    raise UserError(f'class {np.argmin(there)} has no images')
+    from_one = not there[0] and there[1:].all()
+    hint = '; labels must start at 0, these start at 1' if from_one else ''
+    empty = named_class(np.argmin(there), class_names)
+    raise UserError(f'{source}: {empty} has no images{hint}')
   return there
 
 
-def _check_supply(asked: dict[str, np.ndarray], there: np.ndarray, subset: str) -> None:
+def _check_supply(
+  asked: dict[str, np.ndarray],
+  there: np.ndarray,
+  subset: str,
+  class_names: Sequence[str],
+  source: str,
+) -> None:
   """Raises a `UserError` for the first class that is asked for more than it has."""
   total = sum(asked.values())
   if (total <= there).all():
@@ -232,5 +250,6 @@ def _check_supply(asked: dict[str, np.ndarray], there: np.ndarray, subset: str) 
   parts = ' + '.join(f'{counts[c]} {s}' for s, counts in asked.items() if counts[c])
   hint = '; the stored pool cannot serve this profile' if subset == 'stored' else ''
   raise UserError(
-    f'class {c}: {total[c]} images asked ({parts}), {there[c]} there{hint}'
+    f'{source}: {named_class(c, class_names)}: {total[c]} images asked ({parts}), '
+    f'{there[c]} there{hint}'
   )

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import math
+import os
 import re
 import tokenize
 import zipfile
@@ -210,6 +211,13 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
     UserError: for an unknown specification, or files that are missing or wrong.
   """
   kind, _, argument = spec.partition(':')
+  argument, data_dir = (
+    path and os.path.expanduser(path) for path in (argument, data_dir)
+  )
+  if os.path.exists(os.path.expanduser(spec)) and spec not in SOURCES:
+    raise UserError(
+      f'source {spec!r} is a path: write folder:{spec}, list:{spec} or npz:{spec}'
+    )
   return lookup(SOURCES, 'source', kind)(argument, data_dir)
 
 

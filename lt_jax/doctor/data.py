@@ -27,7 +27,7 @@ from lt_jax.doctor.case import (
   some,
   wrong,
 )
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, named_class
 
 HASHED = 50_000
 """Records up to which all are read for duplicates; files are told apart by size."""
@@ -303,7 +303,8 @@ def tail(case: Case) -> Findings:
   else:
     off = np.flatnonzero(stated != counts)[0]
     yield odd(
-      f'data.profile {data["profile"]!r} states {stated[off]} images of class {off}, '
+      f'data.profile {data["profile"]!r} states {stated[off]} images of '
+      f'{named_class(off, case.dataset.class_names)}, '
       f'there are {counts[off]}'
     )
 

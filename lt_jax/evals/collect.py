@@ -179,11 +179,16 @@ def survey(
   """
 
   def the(split: str) -> Pass:
-    if split not in passes:
+    if split in passes:
+      return passes[split]
+    if split == 'val':
       raise UserError(
-        f'a surgery cannot see the split {split!r}; it can see {", ".join(passes)}'
+        'there are no validation images, which a surgery needs: set data.val_per_class '
+        "to cut some, or another split, such as 'meta', for the surgery"
       )
-    return passes[split]
+    raise UserError(
+      f'a surgery cannot see the split {split!r}; it can see {", ".join(passes)}'
+    )
 
   def outputs(state: State, split: str) -> Outputs:
     stream = the(split).stream

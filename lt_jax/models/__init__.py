@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
@@ -20,6 +21,8 @@ from lt_jax.models.trunks import TRUNKS
 
 NETWORKS = {'mlp': discriminator.mlp}
 """Networks of further players: name -> options -> a module."""
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
+"""Types that a network computes in."""
 
 
 class Classifier(nn.Module):

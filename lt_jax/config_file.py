@@ -1,0 +1,146 @@
+"""The flag --config: a Python file, its argument, and keys that are set one by one.
+
+  --config=digits_lt:ldam_drw,epochs=40 --config.optimizer.name=adam
+
+The configs that come with the package are found by their names from any folder.
+ml_collections parses the values of keys; mistakes in the file are told by file and
+line.
+"""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lt_jax.errors import UserError, suggest
+
+flags.disclaim_key_flags()  # --help shows those of a command
+
+SHIPPED = pathlib.Path(__file__).parent / 'configs'
+"""The folder of the configs that come with the package."""
+
+
+def define(name: str, default: str | None, told: str) -> flags.FlagHolder:
+  """Defines the flag."""
+  holder = config_flags.DEFINE_config_file(name, default, told)
+  flags.FLAGS[name].parser = _Parser()
+  return holder
+
+
+class _Parser(flags.ArgumentParser):
+  """Makes a locked config, which takes the keys that the command line sets."""
+
+  def parse(self, argument: str) -> ConfigDict:
+    config = make(argument)
+    prepare(
+      config, _given(flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False))
+    )
+    config.lock()
+    return config
+
+  def flag_type(self) -> str:
+    return 'config'
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+  """Returns the keys that --config.KEY=VALUE, or --config.KEY VALUE, sets."""
+  given = {}
+  for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+    if match := re.match(r'--?(?:no)?config\.([^=]+)(=.*)?', argument, re.DOTALL):
+      given[match[1]] = match[2][1:] if match[2] else following
+  return given
+
+
+def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
+  """Makes a config ready for keys that are about to be set, see `options.prepare`."""
+  if given:
+    from lt_jax import options  # which imports JAX
+
+    options.prepare(config, given)
+
+
+def make(path_and_argument: str) -> ConfigDict:
+  """Returns the config of FILE.py:ARGUMENT or NAME:ARGUMENT.
+
+  Raises:
+    UserError: there is no such file, or it raises an error.
+  """
+  name, colon, argument = path_and_argument.partition(':')
+  return loader(name)(*[argument] * bool(colon))
+
+
+def loader(name: str) -> Callable[..., ConfigDict]:
+  """Loads a config file and returns its `get_config`.
+
+  Args:
+    name: of the file, or of a config that comes with the package.
+
+  Raises:
+    UserError: there is no such file, or it raises an error; so does the function that
+      is returned.
+  """
+  path = os.fspath(find(name))
+  file = importlib.machinery.SourceFileLoader('lt_jax_config', path)
+  module = importlib.util.module_from_spec(
+    importlib.util.spec_from_loader(file.name, file)
+  )
+  with _errors_name_the_line(path):
+    sys.modules[file.name] = module  # which dataclasses look for
+    file.exec_module(module)
+  if not callable(getattr(module, 'get_config', None)):
+    raise UserError(f'{path} defines no function get_config')
+
+  def get_config(*argument: str) -> ConfigDict:
+    with _errors_name_the_line(path):
+      config = module.get_config(*argument)
+    if not isinstance(config, ConfigDict):
+      found = type(config).__name__
+      raise UserError(f'{path}: get_config returns no ConfigDict, but a {found}')
+    return config
+
+  return get_config
+
+
+def find(name: str) -> pathlib.Path:
+  """Returns the path of a config file.
+
+  Args:
+    name: a path, or the name of a config that comes with the package.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  path = pathlib.Path(name).expanduser()
+  if path.is_file():
+    return path
+  shipped = {file.stem: file for file in sorted(SHIPPED.glob('*.py'))}
+  if name in shipped:
+    return shipped[name]
+  raise UserError(f'there is no config file {name}{suggest(path.stem, shipped)}')
+
+
+@contextlib.contextmanager
+def _errors_name_the_line(path: str) -> Iterator[None]:
+  """Turns an error in a config file into a `UserError` with file and line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    if isinstance(error, SyntaxError):
+      place = f'{error.filename}:{error.lineno}'
+    else:
+      frames = traceback.extract_tb(error.__traceback__)
+      lines = [frame.lineno for frame in frames if frame.filename == path]
+      place = f'{path}:{lines[-1]}' if lines else path
+    raise UserError(f'{place}: {type(error).__name__}: {error}') from error

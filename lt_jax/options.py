@@ -1,0 +1,148 @@
+"""Options of the functions that a config names, as keys on the command line.
+
+A config lists the options that it sets, but a function may have more. Before
+`--config.optimizer.name=adam --config.optimizer.b1=0.8` sets them, in any order,
+`prepare` drops the options of SGD and adds `b1`, which is in Adam's signature.
+"""
+
+import collections.abc
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from lt_jax.class_weights import CLASS_WEIGHTS
+from lt_jax.data.samplers import SAMPLERS
+from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.losses import LOSSES, PENALTIES
+from lt_jax.methods import METHODS
+from lt_jax.models import HEADS, TRUNKS
+from lt_jax.optim import OPTIMIZERS, SCHEDULES
+
+Table = Mapping[str, Callable | None]
+
+FAMILIES: dict[str, tuple[str, Table]] = {
+  'loss': ('loss.name', LOSSES),
+  'penalty': ('penalty.name', PENALTIES),
+  'class_weights': ('class_weights.name', CLASS_WEIGHTS),
+  'sampler': ('sampler.name', SAMPLERS),
+  'optimizer': ('optimizer.name', OPTIMIZERS),
+  'schedule': ('schedule.name', SCHEDULES),
+  'method': ('method.name', METHODS),
+  'method.weight_optimizer': ('method.weight_optimizer.name', OPTIMIZERS),
+  'model.trunk_options': ('model.trunk', TRUNKS),
+  'model.head_options': ('model.head', HEADS),
+}
+"""Key of the options -> (key of the function's name, the functions)."""
+
+TYPES = {bool: bool, int: int, float: float, str: str, Any: object}
+
+
+def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
+  """Makes a config ready for keys that are about to be set.
+
+  Args:
+    config: changed in place: options that another function does not have are dropped,
+      those that it has and are given are there, without a value.
+    given: key -> value, such as {'optimizer.name': 'adam'}; a key of a stage begins
+      with 'stages.STAGE.'.
+
+  Raises:
+    UserError: an unknown key, function or option, with the near miss.
+  """
+  names = {name: options for options, (name, _) in FAMILIES.items()}
+  # What a stage follows comes before the stage.
+  for key in sorted(given, key=lambda key: key.count('.')):
+    stage, own = _split(key)
+    if own in names:
+      _rename(config, stage, names[own], given[key])
+  for key in given:
+    _make_room(config, key)
+
+
+def _split(key: str) -> tuple[str, str]:
+  """Returns 'stages.STAGE.', or '' at the top level, and the rest of a key."""
+  first, _, rest = key.partition('.')
+  stage, _, own = rest.partition('.')
+  return (f'stages.{stage}.', own) if first == 'stages' and own else ('', key)
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+  """Returns the value of a key; None if there is none."""
+  for part in key.split('.'):
+    config = config.get(part) if isinstance(config, ConfigDict) else None
+  return config
+
+
+def _rename(config: ConfigDict, stage: str, options: str, name: str) -> None:
+  """Names another function, at the top level for stages that follow it, too."""
+  key, table = FAMILIES[options]
+  lookup(table, key.removesuffix('.name'), name)
+  places = [stage] if stage else ['', *(f'stages.{one}.' for one in config.stages)]
+  before = {place: _get(config, place + key) for place in places}
+  holder, _, last = (stage + key).rpartition('.')
+  _get(config, holder)[last] = name
+  parameters = [_parameters(function) for function in table.values()]
+  # What all functions of a family have means the same in all of them.
+  dropped = set().union(*parameters) - set.intersection(*map(set, parameters))
+  for place in places:
+    if before[place] != _get(config, place + key):
+      holder = _get(config, place + options) or {}
+      for option in dropped.intersection(holder):
+        del holder[option]
+
+
+def _parameters(function: Callable | None) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(function).parameters if function else {}
+
+
+def _make_room(config: ConfigDict, key: str) -> None:
+  """Adds a key that is an option of a named function and is not there yet.
+
+  Raises:
+    UserError: it is unknown.
+  """
+  holder, path = config, ''
+  *parents, last = key.split('.')
+  for part in parents:
+    path = f'{path}.{part}'.removeprefix('.')
+    if part not in holder and _split(path)[1] in FAMILIES:
+      holder[part] = {}
+    holder = _child(holder, part, path)
+  if last in holder or '[' in key:
+    return
+  stage, own = _split(path)
+  if own not in FAMILIES:
+    raise UserError(f'unknown config key {key}{suggest(last, holder)}')
+  name, table = FAMILIES[own]
+  called = _get(config, stage + name) or _get(config, name)
+  parameters = _parameters(table.get(called))
+  kinds = {option: _type(p.annotation) for option, p in parameters.items()}
+  if not kinds.get(last):
+    known = sorted({*holder, *filter(kinds.get, kinds)})
+    raise UserError(
+      f'unknown config key {key}: {name} is {called!r}{suggest(last, known)}'
+    )
+  holder[last] = placeholder(kinds[last])
+
+
+def _child(holder: ConfigDict, part: str, path: str) -> ConfigDict:
+  """Returns the part of a config that has further keys."""
+  if part not in holder:
+    raise UserError(f'unknown config key {path}{suggest(part, holder)}')
+  if not isinstance(holder[part], ConfigDict):
+    raise UserError(f'config key {path} is {holder[part]!r}; it has no further keys')
+  return holder[part]
+
+
+def _type(annotation: Any) -> type | None:
+  """Returns the type of an option; None of what a config cannot hold."""
+  if typing.get_origin(annotation) in _SEQUENCES:
+    return tuple
+  return TYPES.get(annotation)
+
+
+_SEQUENCES = (collections.abc.Sequence, collections.abc.Iterable)

@@ -1,0 +1,224 @@
+"""Flags, config files, and the one line with which a command ends."""
+
+import sys
+
+import pytest
+from absl import flags
+
+from lt_jax import commands, config_file, errors, files, main
+from lt_jax.config import resolve
+from lt_jax.data.sources import load_source
+from lt_jax.errors import UserError
+from tests import child
+
+FLAGS = flags.FLAGS
+
+
+@pytest.fixture
+def parse(monkeypatch):
+  """Returns a function from a command line to its config as plain data."""
+  commands.config_flag()
+
+  def forget():
+    for name in [name for name in FLAGS if name.startswith('config.')]:
+      delattr(FLAGS, name)
+
+  def parsed(*arguments):
+    forget()
+    monkeypatch.setattr(sys, 'argv', ['command', *arguments])
+    try:
+      FLAGS(sys.argv)
+    except flags.Error as error:
+      raise commands.cause(error) from None
+    return resolve(FLAGS.config)
+
+  yield parsed
+  forget()
+  FLAGS.unparse_flags()
+
+
+def test_help_shows_config_and_workdir_with_an_example(tmp_path):
+  output = tmp_path / 'help.log'
+  assert child.run(['--help'], output) == 0
+  told = output.read_text()
+  assert '--config: ' in told and '--workdir: ' in told
+  assert 'such as digits_lt:ldam_drw' in told
+  assert '--config=digits_lt:ldam_drw --workdir=' in main.__doc__
+
+
+def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  shipped = {path.stem for path in (child.ROOT / 'configs').glob('*.py')}
+  assert {path.stem for path in config_file.SHIPPED.glob('*.py')} == shipped
+  assert config_file.make('digits_lt:ce,epochs=7').epochs == 7
+  own = tmp_path / 'digits_lt.py'
+  own.write_text('from ml_collections import ConfigDict\nget_config = ConfigDict\n')
+  assert config_file.make('digits_lt.py') == config_file.make(str(own))
+  with pytest.raises(UserError, match='no config file configs/digits_l.py; did you me'):
+    config_file.make('configs/digits_l.py')
+  with pytest.raises(UserError, match='no config file x.py; known: cifar100_lt, '):
+    config_file.make('x.py:ce')
+
+
+@pytest.mark.parametrize(
+  ('text', 'told'),
+  [
+    ('def get_config():\n  return 1 / 0\n', ':2: ZeroDivisionError: division by'),
+    ('import lt_jaxx\n', ":1: ModuleNotFoundError: No module named 'lt_jaxx'"),
+    ('\n\nx = (\n', ':3: SyntaxError: '),
+    ('import json\ndef get_config():\n  json.loads("")\n', ':3: JSONDecodeError: Exp'),
+    ('def get_config():\n  return {}\n', ': get_config returns no ConfigDict, but a d'),
+    ('x = 1\n', ' defines no function get_config'),
+  ],
+)
+def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, told):
+  path = tmp_path / 'own.py'
+  path.write_text(text)
+  with pytest.raises(UserError) as error:
+    config_file.make(str(path))
+  assert str(error.value).startswith(f'{path}{told}')
+
+
+@pytest.mark.parametrize(
+  ('keys', 'path', 'value'),
+  [
+    ({'optimizer.name': 'adam'}, 'optimizer', {'name': 'adam', 'weight_decay': ...}),
+    (
+      {'optimizer.name': 'adam', 'optimizer.b1': '0.8'},
+      'optimizer',
+      {'name': 'adam', 'b1': 0.8, 'weight_decay': ...},
+    ),
+    (
+      {'schedule.name': 'cosine', 'schedule.end': '4'},
+      'schedule',
+      {'name': 'cosine', 'base': ..., 'end': 4.0, 'warmup': ..., 'warmup_epochs': ...},
+    ),
+    (
+      {'loss.name': 'cross_entropy', 'loss.label_smoothing': '0.1'},
+      'loss',
+      {'name': 'cross_entropy', 'label_smoothing': 0.1},
+    ),
+    (
+      {'optimizer.nesterov': 'true'},
+      'optimizer',
+      {'name': 'sgd', 'momentum': ..., 'nesterov': True, 'weight_decay': ...},
+    ),
+    (
+      {'class_weights.name': 'effective_number', 'class_weights.beta': '0.9'},
+      'class_weights',
+      {'name': 'effective_number', 'beta': 0.9, 'start_epoch': ...},
+    ),
+    ({'model.head': 'linear'}, 'model.head_options', {}),
+    ({'model.trunk': 'tiny_cnn'}, 'model.trunk_options', {}),
+    ({'model.trunk_options.width': '8'}, 'model.trunk_options', {'width': 8}),
+    (
+      {'stages.train.schedule.name': 'constant', 'schedule.name': 'cosine'},
+      'stages.train.schedule',
+      {'name': 'constant', 'base': ..., 'warmup': ..., 'warmup_epochs': ...},
+    ),
+    (
+      {'optimizer.name': 'adam', 'stages.train.optimizer.b2': '0.9'},
+      'stages.train',
+      {'optimizer': {'b2': 0.9}},
+    ),
+    ({'optimizer.name': 'sgd'}, 'optimizer.momentum', 0.9),
+  ],
+)
+@pytest.mark.parametrize('order', [1, -1])
+def test_any_option_of_any_named_function(parse, keys, path, value, order):
+  """Another name drops the options of the one before; the order does not matter."""
+  arguments = [f'--config.{key}={text}' for key, text in keys.items()][::order]
+  found = parse('--config=digits_lt:ldam_drw', *arguments)
+  for part in path.split('.'):
+    found = found[part]
+  if isinstance(value, dict):
+    assert found.keys() == value.keys()
+    assert all(found[k] == v for k, v in value.items() if v is not ...)
+  else:
+    assert found == value
+
+
+def test_a_stage_that_follows_drops_options_with_the_top_level(parse):
+  found = parse('--config=digits_lt:fslwf', '--config.optimizer.name=adam')
+  assert 'nesterov' not in found['stages']['generator']['optimizer']
+  found = parse('--config=digits_lt:fslwf', '--config.optimizer.momentum=0.8')
+  assert found['stages']['generator']['optimizer']['nesterov'] is True
+
+
+@pytest.mark.parametrize(
+  ('key', 'told'),
+  [
+    ('epoch=3', "unknown config key epoch; did you mean 'epochs'"),
+    ('datta.source=digits', "unknown config key datta; did you mean 'data'"),
+    ('data.sourse=digits', "unknown config key data.sourse; did you mean 'source'"),
+    ('optimizer.momentun=1', "optimizer.name is 'sgd'; did you mean 'momentum'"),
+    ('schedule.bas=1', "schedule.name is 'step_decay'; did you mean 'base'"),
+    ('loss.gama=1', "key loss.gama: loss.name is 'cross_entropy'; known: label_smoo"),
+    ('optimizer.name=adm', "unknown optimizer 'adm'; did you mean 'adam'"),
+    ('optimizer.name.x=1', "optimizer.name is 'sgd'; it has no further keys"),
+    ('stages.trian.epochs=1', "unknown config key stages.trian; did you mean 'train'"),
+    ('stages.train.epohs=1', 'key stages.train.epohs; did you mean'),
+    ('batch=2.5', 'flag --config.batch=2.5: invalid literal for int'),
+    ('optimizer.nesterov=maybe', 'flag --config.optimizer.nesterov=maybe'),
+  ],
+)
+def test_a_key_that_is_wrong_is_told_with_the_near_miss(parse, key, told):
+  with pytest.raises((UserError, flags.Error)) as error:
+    parse('--config=digits_lt:ce', f'--config.{key}')
+  assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'message',
+  [
+    r'C:\new\photo.jpg: the file is empty',
+    "'quoted' at both 'ends'",
+    '"a path"',
+    'two  blanks and a\ttab, and blanks at the end  ',
+  ],
+)
+def test_a_message_is_told_as_it_is(message, capsys):
+  with pytest.raises(SystemExit):
+    commands.fail(UserError(message), errors.WRONG_INPUT)
+  assert capsys.readouterr().err == f'error: {message}\n'
+
+
+def test_a_message_of_many_lines_is_one(capsys):
+  with pytest.raises(SystemExit):
+    commands.fail('first\n  second\r\nthird\n', errors.WRONG_INPUT)
+  assert capsys.readouterr().err == 'error: first second third\n'
+
+
+@pytest.mark.parametrize(
+  ('path', 'told'),
+  [
+    ('s3://bucket/run', 's3://bucket/run needs a package: pip install s3fs'),
+    ('az://bucket/run', 'az://bucket/run needs a package: pip install adlfs'),
+    ('S3://bucket/run', "unknown object store 'S3'; did you mean 's3'"),
+    ('https://host/run', "unknown object store 'https'"),
+  ],
+)
+def test_a_store_that_cannot_be_read_is_told(path, told, monkeypatch):
+  monkeypatch.setattr(files, 'find_spec', lambda name: None)
+  with pytest.raises(UserError) as error:
+    files.make_workdir(path)
+  assert told in str(error.value)
+
+
+def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch, parse):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  commands.workdir_flag(), commands.out_flag()
+  own = tmp_path / 'own.py'
+  own.write_text('from lt_jax.config import base_config as get_config\n')
+  parse('--config=~/own.py', '--workdir=~/runs', '--out', '~/x.csv')
+  assert FLAGS.workdir == f'{tmp_path}/runs' and FLAGS.out == f'{tmp_path}/x.csv'
+  with pytest.raises(UserError, match=f'{tmp_path}/images'):
+    load_source('folder:~/images')
+  with pytest.raises(UserError, match=f'{tmp_path}/x.npz'):
+    load_source('npz:~/x.npz')
+
+
+def test_a_near_miss_has_any_case():
+  assert errors.suggest('LDAM_DRW', ['ce', 'ldam_drw']) == "; did you mean 'ldam_drw'?"
+  assert errors.suggest('ldam', ['LDAM']) == "; did you mean 'LDAM'?"
+  assert errors.suggest('zzz', []) == ''
