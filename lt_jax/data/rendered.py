@@ -62,15 +62,15 @@ def rendered_digits(rendering: str, data_dir: str | None = None) -> dict[str, An
 
 
 def split_rows(labels: np.ndarray, rendering: str) -> dict[str, np.ndarray]:
-  """Returns which digits are in which split of a domain, in random order.
+  """Returns which digits are in which split of a domain, drawn class by class.
 
   Args:
     labels: (1797,) int, of all digits.
     rendering: 'source' or any other, which all have the same digits.
 
   Returns:
-    split -> (N,) positions. Every class has its share of every split, to within two
-    images.
+    split -> (N,) positions; classes take turns. Each has its share of every split, to
+    within two images.
   """
   shuffled = np.random.default_rng(SEED).permutation(len(labels))
   by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
@@ -129,10 +129,10 @@ def inverted(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def rotated(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-  """Returns the digit, turned by 30 to 60 degrees to either side."""
+  """Returns the digit, turned by 15 to 45 degrees to either side."""
   from PIL import Image
 
-  angle = generator.uniform(30, 60) * generator.choice((-1, 1))
+  angle = generator.uniform(15, 45) * generator.choice((-1, 1))
   return np.array(Image.fromarray(digit).rotate(angle, Image.Resampling.BILINEAR))
 
 
