@@ -23,6 +23,7 @@ from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
+from lt_jax.data.rendered import rendered_digits
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
 
@@ -195,9 +196,9 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   """Opens a data set.
 
   Args:
-    spec: 'digits'; 'npz:PATH', an archive of x_train, y_train, x_test and y_test,
-      images (N, H, W) or (N, H, W, channels) uint8 and labels (N,) int, and perhaps
-      class_names (C,) str; 'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists
+    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'npz:PATH', an archive
+      of x_train, y_train, x_test and y_test, images (N, H, W) or (N, H, W, channels)
+      uint8 and labels (N,) int, and perhaps class_names (C,) str; 'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists
       of image files, see `lists.list_source`; or 'folder:DIR', image files in a folder
       a class, see `lists.folder_source`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
@@ -514,6 +515,7 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 
 SOURCES = {
   'digits': _digits,
+  'digits_domains': rendered_digits,
   'npz': _npz,
   'tfds': _tfds,
   'list': list_source,
