@@ -1,0 +1,88 @@
+"""Recipes of adaptation: from a labelled source to a target without labels.
+
+They name roles, never data sets. `source_only` and `target_only` are the two ends
+between which an adapted network is expected.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes.parts import Recipe
+
+
+def _target(config: ConfigDict) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+  }
+  return {'streams': {'target': stream}}
+
+
+def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
+  """The one method of alignments, with one of them."""
+  return {
+    **_target(config),
+    'method': {'name': 'aligned', 'statistics': statistics},
+    'alignment': {'align_on': ('features',), 'weight': 1.0, **alignment},
+  }
+
+
+RISING = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
+"""From 0 to 1 as DANN's lambda rises, by the progress of the stage."""
+
+
+def _dann(config: ConfigDict) -> Overrides:
+  """Adversarial training against a domain classifier on the last convolution.
+
+  It has the kind of optimiser and the learning rates of the network, as in the paper,
+  where one optimiser moves both.
+  """
+  optimizer = {
+    key: value
+    for key, value in config.optimizer.items()
+    if key not in ('weight_decay', 'learning_rate_scale')  # rules for other paths
+  }
+  discriminator = {
+    'network': {'name': 'mlp', 'hidden': (100,)},
+    'optimizer': optimizer,
+    'schedule': {key: config.schedule.get_ref(key) for key in config.schedule},
+  }
+  return {
+    **_target(config),
+    'method': {'name': 'dann', 'statistics': 'joint'},
+    'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
+    'players': {'discriminator': discriminator},
+  }
+
+
+RECIPES: dict[str, Recipe] = {
+  'source_only': Recipe(lambda config: {}, needs=('target',)),
+  'target_only': Recipe(
+    lambda config: {'streams': {'train': {'domain': 'target', 'labels': True}}},
+    needs=('target',),
+  ),
+  'dann': Recipe(_dann, needs=('target',)),
+  'deep_coral': Recipe(
+    lambda config: _aligned(config, name='coral', align_on=('logits',)),
+    needs=('target',),
+  ),
+  'dan': Recipe(
+    lambda config: _aligned(
+      config, name='mmd', align_on=('fc1', 'features', 'logits'), weight=RISING
+    ),
+    needs=('target',),
+  ),
+  'jan': Recipe(
+    lambda config: _aligned(config, name='joint_mmd', weight=RISING),
+    needs=('target',),
+  ),
+  'entropy': Recipe(
+    lambda config: _aligned(config, name='entropy', weight=0.1), needs=('target',)
+  ),
+  'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+}
