@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax import nn
 
 from lt_jax.errors import UserError
 from lt_jax.losses.alignment import layer
@@ -23,10 +23,11 @@ from lt_jax.method import (
   init_net,
   mean_metric,
   named_key,
+  named_players,
   tick,
   update,
 )
-from lt_jax.methods.pairs import first_stats, forward_pair
+from lt_jax.methods.pairs import apart, first_stats, forward_pair, together
 from lt_jax.methods.supervised import Loss, batch_metrics
 from lt_jax.optim import Optimizer
 
@@ -55,6 +56,9 @@ def _reverse(scale: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 grad_reverse.defvjp(_keep_scale, _reverse)
+
+
+PLAYERS = ('net', 'discriminator')
 
 
 def dann(
@@ -104,13 +108,11 @@ def dann(
   Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17(59), 2016,
   arXiv 1505.07818; whose sums over the domains are means here, as in other code.
   """
-  if 'discriminator' not in players:
-    raise UserError('dann needs a network in config.players.discriminator')
+  (judge,) = named_players(players, *PLAYERS[1:])
   if not align_on:
     raise UserError('dann needs alignment.align_on: the layer its discriminator reads')
   check_streams(streams, 'target')
   first_stats({}, statistics)  # which refuses unknown ones
-  discriminator, judge_optimizer = players['discriminator']
 
   def read(outputs: Outputs) -> jax.Array:
     return jnp.concatenate([layer(outputs, name) for name in align_on], axis=-1)
@@ -121,12 +123,11 @@ def dann(
     shape = jax.eval_shape(
       lambda: read(forward(net, params, stats, images, train=False)[0])
     )
-    made = discriminator.init(
-      named_key(key, 'init_discriminator', 0), jnp.zeros(shape.shape, shape.dtype)
-    )
-    main, judge = {'net': params}, {'discriminator': made['params']}
-    opt = optimizer.init(main) | judge_optimizer.init(judge)
-    return first_state(key, main | judge, first_stats(stats, statistics), opt)
+    judge_key = named_key(key, 'init_discriminator', 0)
+    made = judge.net.init(judge_key, jnp.zeros(shape.shape, shape.dtype))
+    own, others = {'net': params}, {'discriminator': made['params']}
+    opt = optimizer.init(own) | judge.optimizer.init(others)
+    return first_state(key, own | others, first_stats(stats, statistics), opt)
 
   def objective(
     params: PyTree,
@@ -136,31 +137,24 @@ def dann(
     coefficients: jax.Array,
     scale: jax.Array,
   ):
-    main, judge = (
-      player.held({name: params[name]})
-      for name, player in (('net', optimizer), ('discriminator', judge_optimizer))
-    )
+    own, others = ({name: params[name]} for name in PLAYERS)
+    params = optimizer.held(own) | judge.optimizer.held(others)
     source, target, stats = forward_pair(
-      net, main['net'], stats, batch['image'], target_images, statistics=statistics
+      net, params['net'], stats, batch['image'], target_images, statistics=statistics
     )
     losses = loss(source, batch)
     value = jnp.dot(coefficients, losses)
     if penalty is not None:
       value += penalty(source, batch)
-    read_by_domain = [read(source), read(target)]
-    layers = grad_reverse(jnp.concatenate(read_by_domain), scale)
-    logits = discriminator.apply({'params': judge['discriminator']}, layers)
-    sizes = [len(x) for x in read_by_domain]
-    is_target = jnp.repeat(
-      jnp.array([0.0, 1.0]), jnp.array(sizes), total_repeat_length=sum(sizes)
-    )
-    domain_losses = optax.sigmoid_binary_cross_entropy(logits, is_target)
-    domain_loss = sum(part.mean() / 2 for part in jnp.split(domain_losses, [sizes[0]]))
-    right = (logits > 0) == (is_target > 0)
+    layers = grad_reverse(together(read(source), read(target)), scale)
+    logits = judge.net.apply({'params': params['discriminator']}, layers)
+    of_source, of_target = apart(logits, len(batch['image']))
+    domain_loss = nn.softplus(of_source).mean() / 2 + nn.softplus(-of_target).mean() / 2
+    right = (of_source <= 0).sum() + (of_target > 0).sum()
     metrics = {
       'loss': mean_metric(value),
       'domain_loss': mean_metric(domain_loss),
-      'domain_accuracy': (right.sum(dtype=jnp.float32), jnp.float32(len(right))),
+      'domain_accuracy': (right.astype(jnp.float32), jnp.float32(len(logits))),
       **batch_metrics(source, batch, losses),
     }
     return value + domain_loss, (stats, metrics)
@@ -177,9 +171,9 @@ def dann(
       coefficients,
       scale,
     )
-    judge = {'discriminator': grads.pop('discriminator')}
-    state, norms = update(state, grads, optimizer)
-    state, _ = update(state, judge, judge_optimizer)
+    own, others = ({name: grads[name]} for name in PLAYERS)
+    state, norms = update(state, own, optimizer)
+    state, _ = update(state, others, judge.optimizer)
     metrics |= norms | {'lambda': mean_metric(scale)}
     return tick(state.replace(stats=stats)), metrics
 

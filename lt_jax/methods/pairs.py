@@ -12,29 +12,42 @@ from lt_jax.method import Network, Outputs, PyTree, forward
 Pair = tuple[Outputs, Outputs, dict[str, PyTree]]
 
 
-def joint(
-  net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
-) -> Pair:
-  """One pass over both batches, whose statistics are those of the two together.
+def together(source: jax.Array, target: jax.Array) -> jax.Array:
+  """Puts two batches into one, in which the domains take turns.
 
-  The images of the domains take turns, in the proportion of their numbers, so that
-  every device and every ghost batch has some of both.
+  They do so in the proportion of their sizes, so that every device and every ghost
+  batch has some of both, and no image moves from one device to another.
+
+  Args:
+    source: (S, ...).
+    target: (T, ...).
+
+  Returns:
+    (S + T, ...): in each of gcd(S, T) blocks some of the source, then of the target.
   """
   blocks = math.gcd(len(source), len(target))
   shares = [x.reshape(blocks, -1, *x.shape[1:]) for x in (source, target)]
-  images = jnp.concatenate(shares, axis=1)
-  outputs, net_stats = forward(
-    net, params, stats['net'], images.reshape(-1, *images.shape[2:]), train=True
+  return jnp.concatenate(shares, axis=1).reshape(-1, *source.shape[1:])
+
+
+def apart(x: jax.Array, source_size: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the (S, ...) and (T, ...) of which `together` made x, for S images."""
+  blocks = math.gcd(source_size, len(x))
+  rows = x.reshape(blocks, -1, *x.shape[1:])
+  share = source_size // blocks
+  return tuple(
+    part.reshape(-1, *x.shape[1:]) for part in (rows[:, :share], rows[:, share:])
   )
-  size = shares[0].shape[1]
 
-  def apart(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows = x.reshape(blocks, -1, *x.shape[1:])
-    return tuple(
-      part.reshape(-1, *x.shape[1:]) for part in (rows[:, :size], rows[:, size:])
-    )
 
-  both = {name: apart(x) for name, x in outputs.items()}
+def joint(
+  net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
+) -> Pair:
+  """One pass over both batches, whose statistics are those of the two together."""
+  outputs, net_stats = forward(
+    net, params, stats['net'], together(source, target), train=True
+  )
+  both = {name: apart(x, len(source)) for name, x in outputs.items()}
   source_outputs, target_outputs = (
     {name: pair[domain] for name, pair in both.items()} for domain in (0, 1)
   )

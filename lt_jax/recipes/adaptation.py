@@ -1,4 +1,10 @@
-"""Recipes of domain adaptation: they name roles, never data sets."""
+"""Recipes of adaptation: from a labelled source to a target without labels.
+
+They name roles, never data sets. `source_only` and `target_only` are the two ends
+between which an adapted network is expected.
+"""
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -7,36 +13,51 @@ from lt_jax.recipes.parts import Recipe
 
 
 def _target(config: ConfigDict) -> Overrides:
-  """A second stream: images of the target, without their labels."""
-  row = {'domain': 'target', 'split': 'train', 'batch': config.batch, 'labels': False}
-  return {'streams': {'target': row}}
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+  }
+  return {'streams': {'target': stream}}
 
 
-def _aligned(config: ConfigDict, **alignment: object) -> Overrides:
-  """A loss on the source and an alignment with the target, which grows in."""
+def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
+  """The one method of alignments, with one of them."""
   return {
     **_target(config),
-    'method': {'name': 'aligned', 'statistics': 'separate'},
-    'alignment': {'align_on': ('features',), **alignment},
+    'method': {'name': 'aligned', 'statistics': statistics},
+    'alignment': {'align_on': ('features',), 'weight': ONE, **alignment},
   }
 
 
-def _grows(weight: float) -> Overrides:
-  """DANN's schedule of a weight: from 0 to itself as training goes on."""
-  return {'name': 'dann', 'gamma': 10.0, 'weight': weight}
+ONE = {'name': 'constant', 'weight': 1.0}
+
+RISING = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
+"""From 0 to 1 as DANN's lambda rises, by the progress of the stage."""
 
 
 def _dann(config: ConfigDict) -> Overrides:
-  """DANN: the discriminator is trained as the network is, on its named layer."""
+  """Adversarial training against a domain classifier on the last convolution.
+
+  It has the kind of optimiser and the learning rates of the network, as in the paper,
+  where one optimiser moves both.
+  """
+  optimizer = {
+    key: value
+    for key, value in config.optimizer.items()
+    if key not in ('weight_decay', 'learning_rate_scale')  # rules for other paths
+  }
   discriminator = {
     'network': {'name': 'mlp', 'hidden': (100,)},
-    'optimizer': config.optimizer.to_dict(),
-    'schedule': config.schedule.to_dict(),
+    'optimizer': optimizer,
+    'schedule': {key: config.schedule.get_ref(key) for key in config.schedule},
   }
   return {
     **_target(config),
-    'method': {'name': 'dann', 'statistics': 'separate'},
-    'alignment': {'align_on': config.alignment.align_on, 'weight': _grows(1.0)},
+    'method': {'name': 'dann', 'statistics': 'joint'},
+    'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
     'players': {'discriminator': discriminator},
   }
 
@@ -49,17 +70,22 @@ RECIPES: dict[str, Recipe] = {
   ),
   'dann': Recipe(_dann, needs=('target',)),
   'deep_coral': Recipe(
-    lambda config: _aligned(config, name='coral', weight=_grows(1.0)),
+    lambda config: _aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
   ),
   'dan': Recipe(
-    lambda config: _aligned(config, name='mmd', weight=_grows(1.0)), needs=('target',)
-  ),
-  'entropy': Recipe(
-    lambda config: _aligned(config, name='entropy', weight=_grows(0.1)),
+    lambda config: _aligned(
+      config, name='mmd', align_on=('fc1', 'features', 'logits'), weight=RISING
+    ),
     needs=('target',),
   ),
-  'mcc': Recipe(
-    lambda config: _aligned(config, name='mcc', weight=_grows(1.0)), needs=('target',)
+  'jan': Recipe(
+    lambda config: _aligned(config, name='joint_mmd', weight=RISING),
+    needs=('target',),
   ),
+  'entropy': Recipe(
+    lambda config: _aligned(config, name='entropy', weight={**ONE, 'weight': 0.1}),
+    needs=('target',),
+  ),
+  'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
 }

@@ -1,0 +1,457 @@
+"""Methods of two domains: how batches meet, who moves whom, and on how many devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from sklearn.datasets import make_moons
+
+from lt_jax import sharding
+from lt_jax.errors import UserError, construct
+from lt_jax.losses import make_loss, mean
+from lt_jax.losses.alignment import make_alignment, make_weight
+from lt_jax.method import Player, forward
+from lt_jax.methods import METHODS
+from lt_jax.methods.adversarial import grad_reverse
+from lt_jax.methods.pairs import STATISTICS, apart, forward_pair, together
+from lt_jax.models import Classifier, make_classifier
+from lt_jax.models.digits import Convolution, DigitsNet
+from lt_jax.models.discriminator import mlp
+from lt_jax.models.heads import linear
+from lt_jax.optim import adam, make_schedule, sgd
+from lt_jax.replicas import vectorise
+
+CLASSES = 3
+STEPS = 20
+
+
+def plain_net():
+  """Named layers, and no batch normalisation."""
+  return Classifier(DigitsNet((Convolution(3),), (6, 5)), linear(CLASSES))
+
+
+def normalised_net(**batch_norm):
+  return make_classifier(
+    'tiny_cnn', 'linear', CLASSES, trunk_options={'width': 3}, batch_norm=batch_norm
+  )
+
+
+def batches_of(source=8, target=8, seed=0):
+  rng = np.random.default_rng(seed)
+  label = jnp.asarray(np.arange(source) % CLASSES, jnp.int32)
+  images = [rng.normal(size=(n, 8, 8, 2)).astype(np.float32) for n in (source, target)]
+  images[1] += 0.5
+  return {
+    'train': {'image': jnp.asarray(images[0]), 'label': label},
+    'target': {'image': jnp.asarray(images[1])},
+  }
+
+
+def rate(base):
+  return make_schedule('constant', base, length=1, batch=1)
+
+
+def progress(step):
+  return jnp.asarray(step, jnp.float32) / STEPS
+
+
+def made(name, net, *, weight=1.0, align_on=('features',), judge=None, **options):
+  """A method, from the context that a run gives it."""
+  alignment = options.pop('alignment', None)
+  align = make_alignment(
+    alignment or 'none',
+    align_on=align_on,
+    weight=weight,
+    counts=np.ones(CLASSES),
+    progress=progress,
+  )
+  judge = judge or Player(mlp(hidden=(4,)), adam(rate(0.01)))
+  players = {'discriminator': judge} if name == 'dann' else {}
+  return construct(
+    METHODS,
+    'method',
+    name,
+    net,
+    sgd(rate(0.1)),
+    make_loss('cross_entropy', np.ones(CLASSES, int)),
+    options=options,
+    class_weights=lambda step: jnp.ones(CLASSES),
+    streams=('train', 'target'),
+    reduction=mean,
+    penalty=None,
+    alignment=align,
+    align_on=align_on,
+    alignment_weight=make_weight(weight, progress),
+    players=players,
+  )
+
+
+def close(a, b, **tolerances):
+  tolerances = {'rtol': 1e-4, 'atol': 1e-5} | tolerances
+  jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerances), a, b)
+
+
+# The reversal of gradients.
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_reversal_passes_values_on_and_turns_gradients(dtype, rng):
+  x = jnp.asarray(1e4 * rng.normal(size=(4, 3)), dtype)
+  traces = []
+
+  @jax.jit
+  def pull(x, scale, g):
+    traces.append(1)
+    y, back = jax.vjp(grad_reverse, x, scale)
+    return y, *back(g)
+
+  for scale in (0.0, 0.5, 2.0):
+    y, to_x, to_scale = pull(x, jnp.float32(scale), jnp.ones_like(x))
+    np.testing.assert_array_equal(y, x)  # bit by bit
+    np.testing.assert_array_equal(to_x, jnp.full_like(x, -scale))
+    assert to_x.dtype == x.dtype and to_scale == 0
+  assert len(traces) == 1  # the scale is no constant of the program
+  scales = jnp.asarray([1.0, 3.0])
+  pulled = jax.vmap(lambda s: jax.grad(lambda x: grad_reverse(x, s).sum())(x))(scales)
+  np.testing.assert_array_equal(pulled[:, 0, 0], [-1, -3])
+
+
+# Two batches in one network.
+
+
+@pytest.mark.parametrize('sizes', [(8, 8), (16, 8), (6, 4), (7, 5), (4, 12)])
+def test_batches_put_together_come_apart(sizes):
+  source, target = (
+    np.arange(n * 2).reshape(n, 2) + 100 * d for d, n in enumerate(sizes)
+  )
+  both = together(source, target)
+  for part, whole in zip(apart(both, len(source)), (source, target), strict=True):
+    np.testing.assert_array_equal(part, whole)
+  of_target = np.asarray(both[:, 0] >= 100)
+  blocks = of_target.reshape(np.gcd(*sizes), -1).sum(1)
+  assert (blocks == blocks[0]).all()  # every device has as many of them
+
+
+@pytest.fixture(scope='module')
+def normalised():
+  net = normalised_net()
+  images = batches_of()['train']['image']
+  return jax.jit(functools.partial(net.init, train=False))(jax.random.key(0), images)
+
+
+def both_ways(net, variables, batches, statistics):
+  """(outputs of both, updated statistics, a gradient) by `forward_pair`."""
+  stats = variables['batch_stats']
+  if statistics == 'domain_specific':
+    first = {'net': stats, 'net_source': stats}
+  else:
+    first = {'net': stats}
+
+  def run(params):
+    s, t = batches['train']['image'], batches['target']['image']
+    source, target, stats = forward_pair(
+      net, params, first, s, t, statistics=statistics
+    )
+    value = (source['logits'] ** 2).sum() + (target['features'] ** 3).sum()
+    return value, (source, target, stats)
+
+  grads, found = jax.jit(jax.grad(run, has_aux=True))(variables['params'])
+  return *found, grads
+
+
+def test_separate_passes_are_one_pass_with_two_groups(normalised):
+  """Of the batches one after the other: outputs, gradients and running averages."""
+  batches = batches_of()
+  source, target, stats, grads = both_ways(
+    normalised_net(), normalised, batches, 'separate'
+  )
+  images = jnp.concatenate([batches[name]['image'] for name in ('train', 'target')])
+
+  def run(params):
+    outputs, stats = forward(
+      normalised_net(groups=2), params, normalised['batch_stats'], images, train=True
+    )
+    value = (outputs['logits'][:8] ** 2).sum() + (outputs['features'][8:] ** 3).sum()
+    return value, (outputs, stats)
+
+  expected, (outputs, groups_stats) = jax.jit(jax.grad(run, has_aux=True))(
+    normalised['params']
+  )
+  for name in ('logits', 'features'):
+    close(jnp.concatenate([source[name], target[name]]), outputs[name])
+  close(stats, {'net': groups_stats})
+  close(grads, expected, atol=1e-4)
+
+
+def test_joint_statistics_are_those_of_both_batches(normalised):
+  batches = batches_of(8, 4)
+  source, target, stats, _ = both_ways(normalised_net(), normalised, batches, 'joint')
+  images = jnp.concatenate([batches[name]['image'] for name in ('train', 'target')])
+  outputs, expected = forward(
+    normalised_net(),
+    normalised['params'],
+    normalised['batch_stats'],
+    images,
+    train=True,
+  )
+  for name in ('logits', 'features'):
+    close(jnp.concatenate([source[name], target[name]]), outputs[name])
+  close(stats, {'net': expected})
+
+
+def test_domain_specific_statistics_are_two_and_the_targets_predict(normalised):
+  batches = batches_of()
+  net = normalised_net()
+  source, target, stats, _ = both_ways(net, normalised, batches, 'domain_specific')
+  names = (('train', source, 'net_source'), ('target', target, 'net'))
+  for name, found, player in names:
+    outputs, expected = jax.jit(functools.partial(forward, net, train=True))(
+      normalised['params'], normalised['batch_stats'], batches[name]['image']
+    )
+    close(found['logits'], outputs['logits'])
+    close(stats[player], expected)
+  method = made('aligned', net, statistics='domain_specific')
+  state = jax.jit(method.init)(jax.random.key(0), batches)
+  assert set(state.stats) == {'net', 'net_source'}
+  state, _ = jax.jit(method.step)(state, batches)
+  moved = jax.tree.leaves(
+    jax.tree.map(lambda a, b: float(abs(a - b).max()), *state.stats.values())
+  )
+  assert max(moved) > 1e-3
+  images = batches['target']['image']
+  expected, _ = jax.jit(functools.partial(forward, net, train=False))(
+    state.params['net'], state.stats['net'], images
+  )
+  close(jax.jit(method.predict)(state, images)['logits'], expected['logits'])
+
+
+# What the steps do.
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('aligned', {'statistics': 'separate'}),
+    ('aligned', {'alignment': 'coral', 'weight': 0.0}),
+    ('dann', {'weight': 0.0}),
+  ],
+)
+def test_without_a_weight_it_is_supervised_learning(name, options):
+  """In a network without batch normalisation, the target changes nothing."""
+  batches, states = batches_of(), []
+  for method in (made('supervised', plain_net()), made(name, plain_net(), **options)):
+    state, step = jax.jit(method.init)(jax.random.key(0), batches), jax.jit(method.step)
+    for _ in range(3):
+      state, _ = step(state, batches)
+    states.append(state)
+  close(states[0].params['net'], states[1].params['net'])
+  assert int(states[1].step) == 3
+
+
+def test_aligned_descends_the_sum_of_both():
+  net, batches = plain_net(), batches_of(8, 4)
+  method = made('aligned', net, alignment='coral', weight=2.0, align_on=('conv',))
+  state = jax.jit(method.init)(jax.random.key(0), batches)
+
+  def objective(params):
+    def outputs(name):
+      return forward(net, params, {}, batches[name]['image'], train=True)[0]
+
+    source, target = outputs('train'), outputs('target')
+    p = jax.nn.log_softmax(source['logits'])
+    loss = -jnp.take_along_axis(p, batches['train']['label'][:, None], 1).mean()
+    difference = jnp.cov(source['conv'].T) - jnp.cov(target['conv'].T)
+    apart = 2 * (difference**2).sum() / (4 * len(difference) ** 2)
+    return loss + apart, apart
+
+  (value, apart), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+    state.params['net']
+  )
+  after, metrics = jax.jit(method.step)(state, batches)
+  close(metrics['loss'][0], value)
+  close(metrics['alignment'][0], apart)
+  close(
+    after.params['net'],
+    jax.tree.map(lambda p, g: p - 0.1 * g, state.params['net'], grads),
+  )
+  assert {'accuracy', 'class_loss', 'grad_norm', 'learning_rate'} <= metrics.keys()
+
+
+def test_dann_is_a_descent_of_one_player_and_an_ascent_of_the_other():
+  """The discriminator trains with weight 1, and its own optimiser, whatever lambda."""
+  net, batches = plain_net(), batches_of(8, 4)
+  judge = Player(mlp(hidden=(4,)), sgd(rate(0.3), momentum=0.0))
+  weight = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
+  method = made('dann', net, judge=judge, weight=weight, align_on=('conv', 'fc1'))
+  state = jax.jit(method.init)(jax.random.key(0), batches)
+  state = state.replace(step=jnp.int32(5))  # a quarter of the stage
+  scale = 2 / (1 + np.exp(-2.5)) - 1
+
+  def losses(params):
+    def outputs(name):
+      return forward(net, params['net'], {}, batches[name]['image'], train=True)[0]
+
+    def domain(outputs, label):
+      layers = jnp.concatenate([outputs['conv'], outputs['fc1']], 1)
+      z = judge.net.apply({'params': params['discriminator']}, layers)
+      p = jax.nn.sigmoid(z)
+      return -jnp.log(p if label else 1 - p).mean(), ((z > 0) == label).sum()
+
+    source, target = outputs('train'), outputs('target')
+    p = jax.nn.log_softmax(source['logits'])
+    labels = batches['train']['label'][:, None]
+    of_labels = -jnp.take_along_axis(p, labels, 1).mean()
+    (of_source, right), (of_target, also) = domain(source, 0), domain(target, 1)
+    return of_labels, (of_source + of_target) / 2, right + also
+
+  of_labels, of_domains, right = jax.jit(losses)(state.params)
+  first, second = (
+    jax.jit(jax.grad(lambda p, i=i: losses(p)[i]))(state.params) for i in (0, 1)
+  )
+  after, metrics = jax.jit(method.step)(state, batches)
+  close(
+    after.params['net'],
+    jax.tree.map(
+      lambda p, a, b: p - 0.1 * (a - scale * b),
+      state.params['net'],
+      first['net'],
+      second['net'],
+    ),
+  )
+  close(
+    after.params['discriminator'],
+    jax.tree.map(
+      lambda p, g: p - 0.3 * g, state.params['discriminator'], second['discriminator']
+    ),
+  )
+  assert int(after.step) == 6
+  close(metrics['loss'][0], of_labels)
+  close(metrics['domain_loss'][0], of_domains)
+  close(metrics['lambda'][0], scale)
+  assert metrics['domain_accuracy'] == (right, 12)
+
+
+@pytest.mark.parametrize(
+  ('name', 'given', 'message'),
+  [
+    ('aligned', {'statistics': 'seperate'}, "statistics 'seperate'; did you mean"),
+    ('dann', {'statistics': 'seperate'}, "statistics 'seperate'; did you mean"),
+    ('dann', {'align_on': ()}, 'dann needs alignment.align_on'),
+    ('aligned', {'lambda': 1.0}, "method 'aligned' has no option 'lambda'"),
+  ],
+)
+def test_mistakes_are_told_when_it_is_built(name, given, message):
+  with pytest.raises(UserError, match=message):
+    made(name, plain_net(), **given)
+
+
+def test_a_layer_that_is_not_there_is_told():
+  method = made('dann', normalised_net(), align_on=('conv',))
+  with pytest.raises(UserError, match="network 'conv'; known: features, logits"):
+    jax.eval_shape(method.init, jax.random.key(0), batches_of())
+
+
+def test_dann_needs_its_player():
+  dann = functools.partial(
+    METHODS['dann'], align_on=('conv',), players={}, streams=('target',)
+  )
+  with pytest.raises(UserError, match='discriminator'):
+    dann(*[None] * 3, alignment_weight=None, class_weights=None, reduction=None)
+
+
+# Devices and replicas.
+
+TWO_PLAYERS = {'weight': {'name': 'dann'}, 'align_on': ('features',)}
+
+
+@functools.cache
+def two_steps(devices, statistics, groups=1):
+  """(parameters after two steps on some devices, the text of the program)."""
+  net = normalised_net(groups=groups)
+  method = made('dann', net, statistics=statistics, **TWO_PLAYERS)
+  mesh = sharding.make_mesh(devices)
+  batches = batches_of(16, 8)
+  state = jax.jit(method.init)(jax.random.key(0), batches)
+  state = sharding.put_replicated(mesh, state)
+  state = state.replace(step=sharding.put_replicated(mesh, jnp.int32(10)))
+  batches = sharding.put_batch(mesh, jax.tree.map(np.asarray, batches), leading=0)
+  step = jax.jit(method.step).lower(state, batches).compile()
+  for _ in range(2):
+    state, _ = step(state, batches)
+  return jax.device_get(state.params), step.as_text()
+
+
+@pytest.mark.parametrize('statistics', STATISTICS)
+def test_eight_devices_are_one(statistics):
+  one, many = (two_steps(devices, statistics)[0] for devices in (1, 8))
+  close(many, one, rtol=2e-3, atol=2e-5)
+
+
+def test_no_image_moves_from_one_device_to_another():
+  """Each normalises what it has of both domains; only sums are exchanged."""
+  _, text = two_steps(8, 'joint', groups=8)
+  assert 'all-reduce' in text
+  assert not re.findall(r'all-gather|all-to-all|collective-permute', text)
+
+
+def test_replicas_are_single_runs():
+  method = made('dann', plain_net(), **TWO_PLAYERS)
+  batches, keys = batches_of(), jax.random.split(jax.random.key(1), 2)
+  both = vectorise(method, 2, sharding.make_mesh(1))
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x]), batches)
+  init, step = jax.jit(method.init), jax.jit(method.step)
+  state, _ = jax.jit(both.step)(jax.jit(both.init)(keys, stacked), stacked)
+  for replica in range(2):
+    single, _ = step(init(keys[replica], batches), batches)
+    own = jax.tree.map(lambda x, i=replica: x[i], state.params)
+    close(own, single.params)
+
+
+# It learns.
+
+
+class Plane(nn.Module):
+  """Of points in a plane, given as images of 1 x 1 pixels."""
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    x = nn.relu(nn.Dense(15)(images[:, 0, 0]))
+    x = nn.relu(nn.Dense(15, name='features')(x))
+    return {'features': x, 'logits': nn.Dense(CLASSES)(x)}
+
+
+@pytest.mark.slow
+def test_dann_crosses_from_moons_to_turned_moons():
+  """The toy of the paper: two half moons, and the same turned by 35 degrees."""
+  points, label = make_moons(300, noise=0.1, random_state=0)
+  points -= points.mean(0)
+  angle = np.deg2rad(35)
+  turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+  source, target = (
+    jnp.asarray(x[:, None, None], jnp.float32) for x in (points, points @ turn.T)
+  )
+  batches = {
+    'train': {'image': source, 'label': jnp.asarray(label, jnp.int32)},
+    'target': {'image': target},
+  }
+
+  def accuracy(name, **options):
+    method = made(name, Plane(), **options)
+
+    def run(key):
+      state = jax.lax.fori_loop(
+        0,
+        1000,
+        lambda _, state: method.step(state, batches)[0],
+        method.init(key, batches),
+      )
+      return (method.predict(state, target)['logits'].argmax(-1) == label).mean()
+
+    return jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(3), 6)).mean()
+
+  judge = Player(mlp(hidden=(20,)), adam(rate(0.01)))
+  assert accuracy('dann', judge=judge) > accuracy('supervised') + 0.1

@@ -1,0 +1,114 @@
+"""Recipes of adaptation: what they name exists, and their methods make a step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_jax.config import apply, base_config, resolve
+from lt_jax.errors import construct
+from lt_jax.losses import REDUCTIONS, make_loss
+from lt_jax.losses.alignment import make_alignment, make_weight
+from lt_jax.method import Player
+from lt_jax.methods import METHODS
+from lt_jax.models import NETWORKS, make_classifier
+from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.recipes import adaptation
+
+BATCH = 4
+COUNTS = np.ones(3, int)
+STEPS = 10
+
+
+def made(name):
+  """The resolved config of a recipe, over a small one."""
+  config = base_config()
+  config.update(batch=BATCH, epochs=float(STEPS))
+  config.schedule = {'name': 'dann', 'base': 0.01, 'end': config.get_ref('epochs')}
+  config.optimizer.weight_decay = (('net/head/bias', 0.0), ('.*', 2e-4))
+  apply(config, adaptation.RECIPES[name].overrides(config))
+  return config
+
+
+def part(table, kind, described, *args):
+  options = {key: value for key, value in described.items() if key != 'name'}
+  return construct(table, kind, described['name'], *args, options=options)
+
+
+def optimizer_of(described, schedule):
+  rate = make_schedule(**schedule, length=BATCH, batch=BATCH)
+  return make_optimizer(learning_rate=rate, **described)
+
+
+def method_of(config):
+  """Builds the method of a config from the tables it names."""
+  alignment = config.get('alignment', {'name': 'none', 'align_on': (), 'weight': 0.0})
+  players = {
+    name: Player(
+      part(NETWORKS, 'network', player['network']),
+      optimizer_of(player['optimizer'], player['schedule']),
+    )
+    for name, player in config.get('players', {}).items()
+  }
+
+  def progress(step):
+    return step / jnp.float32(STEPS)
+
+  return construct(
+    METHODS,
+    'method',
+    config['method']['name'],
+    make_classifier('mnist_dann', 'linear', 3),
+    optimizer_of(config['optimizer'], config['schedule']),
+    make_loss('cross_entropy', COUNTS),
+    options={key: v for key, v in config['method'].items() if key != 'name'},
+    class_weights=lambda step: jnp.ones(3),
+    reduction=REDUCTIONS[config['reduction']],
+    penalty=None,
+    streams=tuple(config['streams']),
+    alignment=make_alignment(**alignment, counts=COUNTS, progress=progress),
+    align_on=alignment['align_on'],
+    alignment_weight=make_weight(alignment['weight'], progress),
+    players=players,
+  )
+
+
+def test_every_recipe_asks_for_a_target():
+  assert all(recipe.needs == ('target',) for recipe in adaptation.RECIPES.values())
+
+
+@pytest.mark.parametrize('name', adaptation.RECIPES)
+def test_its_method_makes_a_step(name, rng):
+  config = resolve(made(name))
+  streams = config.get('streams', {})
+  image = rng.normal(size=(2, BATCH, 16, 16, 3)).astype(np.float32)
+  batches = {'train': {'image': image[0], 'label': np.arange(BATCH) % 3}}
+  if 'target' in streams:
+    assert streams['target'] == {
+      'domain': 'target',
+      'split': 'train',
+      'labels': False,
+      'batch': BATCH,
+    }
+    batches['target'] = {'image': image[1]}
+  elif name == 'target_only':
+    assert streams == {'train': {'domain': 'target', 'labels': True}}
+  method = method_of(config)
+  state = jax.eval_shape(method.init, jax.random.key(0), batches)
+  after, metrics = jax.eval_shape(method.step, state, batches)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  expected = {'loss', 'accuracy', 'class_loss', 'grad_norm', 'learning_rate'}
+  if name == 'dann':
+    expected |= {'domain_loss', 'domain_accuracy', 'lambda'}
+    assert set(after.params) == set(after.opt) == {'net', 'discriminator'}
+  elif 'target' in streams:
+    expected |= {'alignment'}
+  assert set(metrics) == expected
+
+
+def test_the_discriminator_has_the_optimiser_and_the_schedule_of_the_network():
+  config = made('dann')
+  config.schedule.base = 0.5  # set after the recipe, as on a command line
+  player = resolve(config)['players']['discriminator']
+  assert player['schedule'] == {'name': 'dann', 'base': 0.5, 'end': STEPS}
+  assert player['optimizer'] == {'name': 'sgd', 'momentum': 0.9}
