@@ -92,7 +92,8 @@ def test_its_method_makes_a_step(name, rng):
     }
     batches['target'] = {'image': image[1]}
   elif name == 'target_only':
-    assert streams == {'train': {'domain': 'target', 'labels': True}}
+    row = {'domain': 'target', 'labels': True, 'split': 'train'}
+    assert streams == {'train': row}
   method = method_of(config)
   state = jax.eval_shape(method.init, jax.random.key(0), batches)
   after, metrics = jax.eval_shape(method.step, state, batches)

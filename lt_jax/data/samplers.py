@@ -92,11 +92,11 @@ def _with_replacement(name: str, labels: np.ndarray, weights: np.ndarray) -> Sam
   return Sampler(len(labels), indices)
 
 
-def instance(labels: np.ndarray) -> Sampler:
+def instance(images: np.ndarray) -> Sampler:
   """Every image once an epoch, in random order: p_j = n_j / N.
 
   Args:
-    labels: (N,) int, the training labels.
+    images: (N,), one entry an image, of which only the number counts.
 
   Returns:
     A sampler with L = N.
@@ -104,7 +104,7 @@ def instance(labels: np.ndarray) -> Sampler:
   Raises:
     UserError: if there are no images.
   """
-  length = len(labels)
+  length = len(images)
   if not length:
     raise UserError("sampler 'instance': the training set is empty")
 

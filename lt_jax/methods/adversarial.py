@@ -96,7 +96,7 @@ def dann(
     align_on: names of the layers that it reads, one after the other.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
     class_weights: step -> (C,).
-    reduction: weights (B,) -> coefficients (B,).
+    reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
     streams: names of the streams, of which it reads 'target'.
     penalty: (outputs, batch) -> (), of the source.
     statistics: how the domains meet in batch normalisation, a key of
@@ -161,7 +161,7 @@ def dann(
 
   def step(state: State, batches) -> tuple[State, Metrics]:
     batch = batches['train']
-    coefficients = reduction(class_weights(state.step)[batch['label']])
+    coefficients = reduction(class_weights(state.step), batch['label'])
     scale = alignment_weight(state.step)
     grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params,

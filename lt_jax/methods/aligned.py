@@ -49,7 +49,7 @@ def aligned(
 
   .. math::
     J = \sum_i a_i\, \ell_i + P + \lambda(p)\, D(S, T), \qquad
-    a = \text{reduction}(w_{y_1}, \dots)
+    a = \text{reduction}(w, y)
 
   The batches are 'train', of the source, and 'target', which needs no labels.
 
@@ -61,7 +61,7 @@ def aligned(
       `lt_jax.losses.alignment.make_alignment`. None for none: then the target moves
       nothing but batch statistics.
     class_weights: step -> (C,).
-    reduction: weights (B,) -> coefficients (B,).
+    reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
     streams: names of the streams, of which it reads 'target'.
     penalty: (outputs, batch) -> (), of the source.
     statistics: how the domains meet in batch normalisation, a key of
@@ -104,7 +104,7 @@ def aligned(
 
   def step(state: State, batches) -> tuple[State, Metrics]:
     batch = batches['train']
-    coefficients = reduction(class_weights(state.step)[batch['label']])
+    coefficients = reduction(class_weights(state.step), batch['label'])
     grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params,
       state.stats,
