@@ -194,9 +194,10 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   Args:
     spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'npz:PATH', an archive
       of x_train, y_train, x_test and y_test, images (N, H, W) or (N, H, W, channels)
-      uint8 and labels (N,) int, and perhaps class_names (C,) str; 'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists
-      of image files, see `lists.list_source`; or 'folder:DIR', image files in a folder
-      a class, see `lists.folder_source`.
+      uint8 and labels (N,) int, and perhaps class_names (C,) str; 'tfds:NAME', a
+      prepared TFDS data set; 'list:FOLDER', lists of image files, see
+      `lists.list_source`; or 'folder:DIR', image files in a folder a class, see
+      `lists.folder_source`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
