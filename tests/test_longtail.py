@@ -246,3 +246,10 @@ def test_pools_serve_the_first_images_of_each_class(name, classes, n_max):
     longtail.draw_splits(
       labels, num_classes=classes, train_counts=step, subset='stored'
     )
+
+
+def test_label_counts_leave_out_what_counts_for_nothing():
+  pixels = np.array([[[0, -1], [2, 2]], [[-1, -1], [0, 0]]], np.int32)
+  np.testing.assert_array_equal(longtail.label_counts(pixels), [3, 0, 2])
+  np.testing.assert_array_equal(longtail.label_counts(pixels, 4), [3, 0, 2, 0])
+  np.testing.assert_array_equal(longtail.label_counts(np.full(3, -1), 2), [0, 0])

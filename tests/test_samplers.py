@@ -57,6 +57,16 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(name):
     assert (first != sampler.indices(seed, epoch)).any()
 
 
+@pytest.mark.parametrize('name', [name for name in OPTIONS if name != 'instance'])
+def test_what_draws_by_class_draws_what_has_a_label(name):
+  labels = np.where(np.arange(len(LABELS)) % 3 > 0, LABELS, -1)
+  labels[LABELS == 4] = 4  # the one image of its class
+  drawn = labels[make(name, labels, **OPTIONS[name]).indices(0, 0)]
+  assert drawn.min() >= 0
+  with pytest.raises(UserError, match=f"{name}.* no image has a label: use 'instance'"):
+    make(name, np.full(200, -1), **OPTIONS[name])
+
+
 def test_samplers_do_not_share_random_numbers():
   labels = np.repeat(np.arange(5), 100)  # where these two draw by equal weights
   a = samplers.square_root(labels).indices(0, 0)

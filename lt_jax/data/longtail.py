@@ -83,6 +83,20 @@ def class_counts(
   return counts
 
 
+def label_counts(labels: np.ndarray, num_classes: int = 0) -> np.ndarray:
+  """Returns how often each class is among labels; -1 counts for nothing.
+
+  Args:
+    labels: (...) int, of images or of pixels.
+    num_classes: C; 0: as many as there are labels for.
+
+  Returns:
+    (C,) int.
+  """
+  labels = np.asarray(labels)
+  return np.bincount(labels[labels >= 0], minlength=num_classes)
+
+
 SHOT_RULES = {
   'strict': (operator.gt, operator.lt),
   'inclusive': (operator.ge, operator.le),

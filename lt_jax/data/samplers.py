@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lt_jax.data.longtail import label_counts
 from lt_jax.errors import UserError
 
 
@@ -34,7 +35,7 @@ class _Classes(NamedTuple):
   """The training set class by class."""
 
   counts: np.ndarray  # (C,) images of each class
-  images: np.ndarray  # (N,) positions of class 0, then of class 1, ...
+  images: np.ndarray  # (N,) positions of class 0, then of class 1, ...; none of -1
 
 
 def _generator(name: str, seed: int, epoch: int) -> np.random.Generator:
@@ -43,15 +44,20 @@ def _generator(name: str, seed: int, epoch: int) -> np.random.Generator:
 
 
 def _classes(name: str, labels: np.ndarray) -> _Classes:
-  """Groups the training set by class; every class must have an image."""
+  """Groups the labelled training images by class; every class must have one."""
   labels = np.asarray(labels)
   if not labels.size:
     raise UserError(f'sampler {name!r}: the training set is empty')
-  counts = np.bincount(labels)
+  counts = label_counts(labels)
+  if not counts.size:
+    raise UserError(
+      f"sampler {name!r} draws by class, but no image has a label: use 'instance'"
+    )
   if not counts.all():
     empty = np.argmin(counts)
     raise UserError(f'sampler {name!r}: class {empty} has no training images')
-  return _Classes(counts, np.argsort(labels, kind='stable'))
+  unlabelled = len(labels) - counts.sum()  # they are -1, so they come first
+  return _Classes(counts, np.argsort(labels, kind='stable')[unlabelled:])
 
 
 def _serve(
@@ -82,7 +88,7 @@ def _serve(
 def _with_replacement(name: str, labels: np.ndarray, weights: np.ndarray) -> Sampler:
   """Draws every image independently, by class weights (C,) of any scale."""
   labels = np.asarray(labels)
-  cumulative = np.cumsum(weights[labels])
+  cumulative = np.cumsum(np.where(labels >= 0, weights[labels], 0))
 
   def indices(seed: int, epoch: int) -> np.ndarray:
     uniform = _generator(name, seed, epoch).random(len(labels)) * cumulative[-1]
@@ -184,7 +190,7 @@ def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
   if epochs < 0:
     raise UserError(f"sampler 'progressive': epochs cannot be negative, got {epochs}")
   begun = max(1, math.ceil(epochs))
-  natural = classes.counts / len(labels)
+  natural = classes.counts / classes.counts.sum()
 
   def indices(seed: int, epoch: int) -> np.ndarray:
     generator = _generator('progressive', seed, epoch)

@@ -279,8 +279,7 @@ def classes(case: Case) -> Findings:
 
 def _per_class(dataset: Dataset, name: str) -> np.ndarray:
   """Returns (C,) the images of each class in a split."""
-  labels = dataset.every[name].labels
-  return np.bincount(labels[labels >= 0], minlength=len(dataset.class_names))
+  return longtail.label_counts(dataset.every[name].labels, len(dataset.class_names))
 
 
 def tail(case: Case) -> Findings:
