@@ -43,6 +43,7 @@ bench: $(READY)
 	$(RUN) -m benchmarks.train_step --json=benchmarks/results/train_step.json
 	$(RUN) -m benchmarks.meta_step --json=benchmarks/results/meta_step.json
 	$(RUN) -m benchmarks.memory_head --json=benchmarks/results/memory_head.json
+	$(RUN) -m benchmarks.adaptation_step --json=benchmarks/results/adaptation_step.json
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { \

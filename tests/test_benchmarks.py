@@ -15,6 +15,7 @@ from lt_jax.sweep import cells, loader
 from tests import child
 
 NAMES = (
+  'adaptation_step',
   'epoch',
   'input_pipeline',
   'memory_head',
@@ -38,6 +39,7 @@ SMALL = {
   'train_step, host stream': '--net=resnet10 --size=48 --batch=8 --steps=2 --rounds=1',
   'meta_step': '--net=resnet8 --steps=4 --rounds=1',
   'memory_head': '--sizes 20 --rounds=1',
+  'adaptation_step': '--batch=4 --steps=2 --rounds=1',
 }
 
 

@@ -1,15 +1,18 @@
 """Networks for digits, named layers of a classifier, and domain classifiers."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
 from lt_jax.method import forward
 from lt_jax.models import NETWORKS, make_classifier
+from lt_jax.models.convolution import max_pool
 
 
 def shapes_of(net, image_shape):
@@ -92,6 +95,29 @@ def test_layers_are_float32_whatever_the_trunk_computes_in():
     make_classifier('lenet', 'linear', 3, dtype='bfloat16'), (28, 28, 1)
   )
   assert {x.dtype for x in outputs.values()} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('side', [8, 7])
+def test_the_maximum_over_squares_is_that_of_flax(side, rng):
+  """In value and both derivatives, also where maxima tie."""
+  x = jnp.asarray(rng.integers(0, 3, (2, side, side, 3)), jnp.float32)
+  g = jnp.asarray(rng.normal(size=(2, side // 2, side // 2, 3)), jnp.float32)
+  t = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+  def flax(x):
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def derivatives(pool, x):
+    y, pull = jax.vjp(pool, x)
+    return y, *pull(g), jnp.vdot(g, jax.jvp(pool, (x,), (t,))[1])
+
+  ours, theirs = derivatives(max_pool, x), derivatives(flax, x)
+  np.testing.assert_array_equal(ours[0], theirs[0])
+  np.testing.assert_array_equal(ours[1], theirs[1])
+  np.testing.assert_allclose(ours[2], np.vdot(theirs[1], t), rtol=1e-5)
+  batched = jax.vmap(max_pool)(x[None])
+  np.testing.assert_array_equal(batched[0], theirs[0])
 
 
 def test_small_images_and_attention_are_user_errors():

@@ -113,6 +113,44 @@ def _unfused(x: jax.Array) -> jax.Array:
   return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
+@jax.custom_jvp
+def max_pool(x: jax.Array) -> jax.Array:
+  """Maximum over squares of 2x2 pixels; what is over at an odd edge is left out.
+
+  The derivative goes to the first of equal maxima, as in `nn.max_pool`, whose own
+  derivative XLA:CPU computes pixel by pixel: it took longer than the convolutions.
+
+  Args:
+    x: (B, H, W, C).
+
+  Returns:
+    (B, H / 2, W / 2, C), rounded down.
+  """
+  return _squares(x).max((2, 4))
+
+
+@max_pool.defjvp
+def _max_pool_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  squares, along = _squares(*primals), _squares(*tangents)
+  y = squares.max((2, 4))
+  winner = jnp.full(y.shape, 3, jnp.int8)
+  for place in (2, 1, 0):
+    there = squares[:, :, place // 2, :, place % 2] == y
+    winner = jnp.where(there, jnp.int8(place), winner)
+  places = lax.expand_dims(jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2), (0, 1, 5))
+  won = winner[:, :, None, :, None] == places
+  return y, jnp.where(won, along, 0).sum((2, 4))
+
+
+def _squares(x: jax.Array) -> jax.Array:
+  """Returns (B, H, W, C) as (B, H / 2, 2, W / 2, 2, C)."""
+  height, width = (side // 2 for side in x.shape[1:3])
+  whole = x[:, : 2 * height, : 2 * width]
+  return whole.reshape(len(x), height, 2, width, 2, x.shape[-1])
+
+
 class Conv(nn.Module):
   """A convolution, by default without bias, as before every batch normalisation.
 
