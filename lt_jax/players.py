@@ -34,11 +34,11 @@ def make_players(
   """
   players = {}
   for name, options in described.items():
-    check_options(f'player {name!r}', make_player, options, 'length', 'batch')
     try:
+      check_options('a player', make_player, options, 'length', 'batch')
       players[name] = make_player(**options, length=length, batch=batch)
-    except UserError as error:
-      raise UserError(f'player {name!r}: {error}') from None
+    except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
+      raise UserError(f'players.{name}: {error}') from error
   return players
 
 
@@ -55,20 +55,21 @@ def make_player(
   Args:
     network: a 'name' in `lt_jax.models.NETWORKS`, and its options.
     optimizer: a 'name' in `lt_jax.optim.OPTIMIZERS`, and its options.
-    schedule: options of `lt_jax.optim.make_schedule`; constant by default.
+    schedule: a 'name' in `lt_jax.optim.SCHEDULES`, its 'base' and its options.
     length: examples an epoch.
     batch: examples a step.
 
   Raises:
     UserError: an unknown name or option, or one that is missing.
   """
-  for key, part in (('network', network), ('optimizer', optimizer)):
-    if 'name' not in part:
-      raise UserError(f'{key} has no name')
+  parts = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
+  for key, part in parts.items():
+    if not isinstance(part, Mapping) or 'name' not in part:
+      raise UserError(f'{key} must be a dict with a name')
   base = schedule.get('base')
   if not isinstance(base, int | float) or not 0 <= base < math.inf:
     raise UserError(f'schedule.base is {base}; it must be finite, and 0 or more')
   options = {key: value for key, value in network.items() if key != 'name'}
   net = construct(NETWORKS, 'network', network['name'], options=options)
-  rate = make_schedule(**{'name': 'constant', **schedule}, length=length, batch=batch)
+  rate = make_schedule(**schedule, length=length, batch=batch)
   return Player(net, make_optimizer(learning_rate=rate, **optimizer))

@@ -104,21 +104,24 @@ def test_a_player_is_made_of_its_three_parts():
   ('changes', 'told'),
   [
     ({'network': {'name': 'weightnet'}}, "unknown network .*mean 'weight_net'"),
-    ({'network': {'hidden': 7}}, 'network has no name'),
+    ({'network': {'hidden': 7}}, 'network must be a dict with a name'),
     ({'network': {'name': 'weight_net', 'hiden': 7}}, "no option 'hiden'"),
     ({'network': None}, "needs the option 'network'"),
-    ({'optimizer': {}}, 'optimizer has no name'),
+    ({'optimizer': {}}, 'optimizer must be a dict with a name'),
     ({'optimizer': {'name': 'sdg'}}, "did you mean 'sgd'"),
     ({'schedule': {'name': 'constant'}}, 'schedule.base is None'),
-    ({'schedule': {'base': -1.0}}, 'schedule.base is -1.0; it must be finite'),
-    ({'schedule': {'base': np.nan}}, 'schedule.base is nan'),
-    ({'schedule': {'base': np.inf}}, 'schedule.base is inf'),
+    ({'schedule': {'name': 'cosine', 'base': 0.1, 'end': 'a'}}, 'not supported'),
+    ({'schedule': 0.1}, 'schedule must be a dict with a name'),
+    *[
+      ({'schedule': {'name': 'constant', 'base': base}}, f'schedule.base is {base}; it')
+      for base in (-1.0, np.nan, np.inf)
+    ],
     ({'schedule': {'name': 'linear', 'base': 0.1}}, 'unknown schedule'),
     ({'epochs': 3}, "no option 'epochs'"),
   ],
 )
 def test_a_description_that_makes_no_player_is_told(changes, told):
-  with pytest.raises(UserError, match=f"player 'critic'.*{told}") as error:
+  with pytest.raises(UserError, match=f'players.critic: .*{told}') as error:
     make_players(described(**changes), length=20, batch=10)
   assert '\n' not in str(error.value)
 
