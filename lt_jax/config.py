@@ -399,7 +399,20 @@ def _renamed(keys: Any) -> Any:
   elif meta == {'every': 1}:
     meta = {}
   rows = {name: row for name, row in (('train', train), ('meta', meta)) if row}
-  return found | ({'streams': rows} if rows else {})
+  found |= {'streams': rows} if rows else {}
+  method = found.get('method')
+  if isinstance(method, Mapping) and 'weight_optimizer' in method:
+    method = dict(method)
+    weight_net = {
+      'network': {'name': 'weight_net', 'hidden': method.pop('hidden', 100)},
+      'optimizer': method.pop('weight_optimizer'),
+      'schedule': {
+        'name': 'constant',
+        'base': method.pop('weight_learning_rate', 1e-5),
+      },
+    }
+    found |= {'method': method, 'players': {'weight_net': weight_net}}
+  return found
 
 
 def trained_by(config: Config) -> dict[str, Any]:

@@ -32,7 +32,6 @@ FAMILIES: dict[str, tuple[str, Table]] = {
   'optimizer': ('optimizer.name', OPTIMIZERS),
   'schedule': ('schedule.name', SCHEDULES),
   'method': ('method.name', METHODS),
-  'method.weight_optimizer': ('method.weight_optimizer.name', OPTIMIZERS),
   'model.trunk_options': ('model.trunk', TRUNKS),
   'model.head_options': ('model.head', HEADS),
 }

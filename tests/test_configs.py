@@ -452,9 +452,9 @@ def test_the_meta_stage_goes_on_from_the_last_state():
 
 
 def test_meta_weight_net_has_the_optimiser_of_its_class_imbalance_code():
-  method = resolve(cifar10_lt.get_config('mwn'))['method']
-  assert method['weight_learning_rate'] == 1e-5
-  assert method['weight_optimizer'] == {
+  players = resolve(cifar10_lt.get_config('mwn'))['players']
+  assert players['weight_net']['schedule'] == {'name': 'constant', 'base': 1e-5}
+  assert players['weight_net']['optimizer'] == {
     'name': 'sgd',
     'momentum': 0.9,
     'nesterov': True,
@@ -653,4 +653,16 @@ def test_the_meta_batch_of_an_older_config_is_a_stream():
   older = json.loads(json.dumps(now)) | {'stream': {'name': 'images'}}
   del older['streams'], older['stages']['meta']['streams']
   older['stages']['meta']['meta_batch'] = 64
+  assert upgraded(older) == now
+
+
+def test_the_weight_network_of_an_older_config_is_a_player():
+  now = resolve(digits_lt.get_config('mwn'))
+  older = json.loads(json.dumps(now))
+  weight_net = older.pop('players')['weight_net']
+  older['method'] |= {
+    'hidden': weight_net['network']['hidden'],
+    'weight_optimizer': weight_net['optimizer'],
+    'weight_learning_rate': weight_net['schedule']['base'],
+  }
   assert upgraded(older) == now

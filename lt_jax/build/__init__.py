@@ -43,10 +43,11 @@ from lt_jax.errors import UserError, construct, lookup
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
-from lt_jax.method import Method, Player, State
+from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
-from lt_jax.models import DTYPES, NETWORKS, make_classifier
+from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
+from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
@@ -324,7 +325,7 @@ def _method(
     ),
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
-    players={n: _player(n, options, train) for n, options in config['players'].items()},
+    players=make_players(config['players'], **size),
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,
@@ -336,20 +337,6 @@ def _method(
     )
   # What is traced once for shapes is then not traced again for the program.
   return Method(*(jax.jit(function, inline=True) for function in method))
-
-
-def _player(name: str, options: Config, train: Row) -> Player:
-  """Builds a network beside the main one, with its own optimiser and schedule."""
-  for key in ('network', 'optimizer', 'schedule'):
-    if 'name' not in options.get(key, {}):
-      raise UserError(f'players.{name}.{key} must be a dict with a name')
-  network, key = dict(options['network']), f'players.{name}'
-  size = {'length': train.length, 'batch': train.batch}
-  rate = _made(f'{key}.schedule', make_schedule, options['schedule'], **size)
-  return Player(
-    construct(NETWORKS, 'network', network.pop('name'), options=network),
-    _made(f'{key}.optimizer', make_optimizer, options['optimizer'], learning_rate=rate),
-  )
 
 
 def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:

@@ -18,6 +18,10 @@ from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import HEADS, dense
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
+from lt_jax.models.weight_net import WeightNet
+
+NETWORKS = {'weight_net': WeightNet}
+"""Networks of further players: name -> options -> a module."""
 
 NETWORKS = {'mlp': discriminator.mlp}
 """Networks of further players: name -> options -> a module."""
