@@ -871,7 +871,7 @@ def test_a_class_missing_from_the_meta_set_is_told(npz):
     splits=experiment.dataset.splits | {'meta': cut}
   )
   config = tiny.config(npz, 'l2rw,epochs=60.0')
-  with pytest.raises(UserError, match=r'meta set has no image of class 2 \('):
+  with pytest.raises(UserError, match='the meta set has no image of class 2'):
     build.build(config, datasets={'source': dataset})
 
 

@@ -110,7 +110,7 @@ def test_a_player_is_made_of_its_three_parts():
     ({'optimizer': {}}, 'optimizer must be a dict with a name'),
     ({'optimizer': {'name': 'sdg'}}, "did you mean 'sgd'"),
     ({'schedule': {'name': 'constant'}}, 'schedule.base is None'),
-    ({'schedule': {'name': 'cosine', 'base': 0.1, 'end': 'a'}}, 'not supported'),
+    ({'schedule': {'name': 'cosine', 'base': 0.1, 'end': 'a'}}, 'must be a number'),
     ({'schedule': 0.1}, 'schedule must be a dict with a name'),
     *[
       ({'schedule': {'name': 'constant', 'base': base}}, f'schedule.base is {base}; it')

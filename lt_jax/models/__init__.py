@@ -20,11 +20,9 @@ from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
 from lt_jax.models.weight_net import WeightNet
 
-NETWORKS = {'weight_net': WeightNet}
+NETWORKS = {'mlp': discriminator.mlp, 'weight_net': WeightNet}
 """Networks of further players: name -> options -> a module."""
 
-NETWORKS = {'mlp': discriminator.mlp}
-"""Networks of further players: name -> options -> a module."""
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 """Types that a network computes in."""
 
