@@ -9,7 +9,7 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from lt_jax import commands
+from lt_jax import allocator, commands
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -27,6 +27,8 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs the configured training."""
+  allocator.keep_pages(CONFIG.value)  # before anything imports JAX
+
   from lt_jax import build, run
 
   if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
