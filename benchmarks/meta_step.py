@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.train_step import Torch, find_torch
-from lt_jax import sharding
+from configs import cifar10_lt
+from lt_jax import allocator, sharding
 from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.methods import meta
 from lt_jax.methods.supervised import supervised
@@ -102,6 +103,8 @@ def main():
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
+  # As the command of this step does, before JAX starts.
+  allocator.keep_pages(cifar10_lt.get_config(f'meta_ce,net={options.net}'))
   steps = options.steps or (EVERY if jax.default_backend() == 'cpu' else 100)
   if steps % EVERY:
     parser.error(f'--steps must be a multiple of {EVERY}, as of meta_every')
@@ -122,8 +125,8 @@ def main():
   sides[f'jvp, meta_every={EVERY}'] = lambda n: ours['jvp'].run(n, every=EVERY)
   python = find_torch(options.torch_python)
   if python:
-    depth = int(options.net.removeprefix('resnet'))
-    torch = Torch(python, depth, BATCH)
+    params = sum(x.size for x in jax.tree.leaves(ours['plain'].state.params))
+    torch = Torch(python, options.net, params, BATCH)
     sides[f'PyTorch {torch.version}, plain'] = lambda n: torch.run(n, 'plain')
     sides['PyTorch, double backward'] = lambda n: torch.run(n, 'double')
     sides['PyTorch, torch.func.jvp'] = lambda n: torch.run(n, 'jvp')

@@ -52,22 +52,38 @@ def resnet(depth, classes=10):
   return nn.Sequential(*layers, *pooled)
 
 
-class Bottleneck(nn.Module):
-  """1x1, 3x3 and 1x1 convolutions; a 1x1 convolution where the shape changes."""
+def basic(inputs, width, stride):
+  """Returns two 3x3 convolutions."""
+  return [
+    nn.Conv2d(inputs, width, 3, stride, 1, bias=False),
+    nn.BatchNorm2d(width),
+    nn.ReLU(),
+    nn.Conv2d(width, width, 3, 1, 1, bias=False),
+    nn.BatchNorm2d(width),
+  ]
 
-  def __init__(self, inputs, width, stride):
+
+def bottleneck(inputs, width, stride):
+  """Returns 1x1, 3x3 and 1x1 convolutions."""
+  return [
+    nn.Conv2d(inputs, width, 1, bias=False),
+    nn.BatchNorm2d(width),
+    nn.ReLU(),
+    nn.Conv2d(width, width, 3, stride, 1, bias=False),
+    nn.BatchNorm2d(width),
+    nn.ReLU(),
+    nn.Conv2d(width, 4 * width, 1, bias=False),
+    nn.BatchNorm2d(4 * width),
+  ]
+
+
+class Residual(nn.Module):
+  """A branch and its shortcut: a 1x1 convolution where the shape changes."""
+
+  def __init__(self, branch, inputs, width, stride):
     super().__init__()
-    outputs = 4 * width
-    self.body = nn.Sequential(
-      nn.Conv2d(inputs, width, 1, bias=False),
-      nn.BatchNorm2d(width),
-      nn.ReLU(),
-      nn.Conv2d(width, width, 3, stride, 1, bias=False),
-      nn.BatchNorm2d(width),
-      nn.ReLU(),
-      nn.Conv2d(width, outputs, 1, bias=False),
-      nn.BatchNorm2d(outputs),
-    )
+    self.body = nn.Sequential(*branch(inputs, width, stride))
+    self.outputs = outputs = self.body[-1].num_features
     self.shortcut = nn.Identity()
     if inputs != outputs or stride != 1:
       self.shortcut = nn.Sequential(
@@ -78,24 +94,36 @@ class Bottleneck(nn.Module):
     return functional.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet50(classes=1000):
-  """Returns the ResNet of 50 layers for photographs."""
+PHOTOGRAPHS = {
+  'resnet10': (basic, (1, 1, 1, 1)),
+  'resnet18': (basic, (2, 2, 2, 2)),
+  'resnet34': (basic, (3, 4, 6, 3)),
+  'resnet50': (bottleneck, (3, 4, 6, 3)),
+}
+"""name -> (branch, blocks a stage) of the networks for photographs."""
+
+
+def photographs(name, classes=1000):
+  """Returns one of `PHOTOGRAPHS`."""
+  branch, stages = PHOTOGRAPHS[name]
   layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
   layers.append(nn.MaxPool2d(3, 2, 1))
   inputs = 64
-  for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+  for stage, blocks in enumerate(stages):
+    width = 64 * 2**stage
     for i in range(blocks):
-      layers.append(Bottleneck(inputs, width, 2 if i == 0 and width > 64 else 1))
-      inputs = 4 * width
+      layers.append(Residual(branch, inputs, width, 2 if i == 0 and stage else 1))
+      inputs = layers[-1].outputs
   pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
   return nn.Sequential(*layers, *pooled)
 
 
 class Photographs:
-  """ResNet-50 in channels-last; in bfloat16 by autocast, compiled on a GPU."""
+  """A network in channels-last; in bfloat16 by autocast, compiled on a GPU."""
 
-  def __init__(self, batch, size, dtype, device):
-    self.net = resnet50().to(device, memory_format=torch.channels_last).train()
+  def __init__(self, name, batch, size, dtype, device):
+    net = photographs(name)
+    self.net = net.to(device, memory_format=torch.channels_last).train()
     self.sgd = torch.optim.SGD(
       self.net.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4
     )
@@ -188,18 +216,21 @@ def _virtual(params, grads):
 
 def main():
   parser = argparse.ArgumentParser()
-  parser.add_argument('--depth', type=int, required=True)
+  parser.add_argument('--net', required=True, help='such as resnet32 or resnet50')
   parser.add_argument('--batch', type=int, required=True)
   parser.add_argument('--size', type=int, default=32)
   parser.add_argument('--dtype', default='float32')
   options = parser.parse_args()
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   torch.manual_seed(0)
-  if options.depth == 50:
-    training = Photographs(options.batch, options.size, options.dtype, device)
+  if options.net in PHOTOGRAPHS:
+    training = Photographs(
+      options.net, options.batch, options.size, options.dtype, device
+    )
     kinds = {'plain': training.plain}
   else:
-    training = Training(options.depth, options.batch, device)
+    depth = int(options.net.removeprefix('resnet'))
+    training = Training(depth, options.batch, device)
     kinds = {'plain': training.plain, 'double': training.double, 'jvp': training.jvp}
   training.plain().item()
   params = sum(p.numel() for p in training.net.parameters())

@@ -30,8 +30,7 @@ import numpy as np
 
 from benchmarks import timing
 from configs import cifar10_lt, imagenet_lt
-from lt_jax import build, sharding, train
-from lt_jax.config import resolve
+from lt_jax import allocator, build, sharding, train
 from lt_jax.data import dataset, sources
 from lt_jax.data.reading import reading
 
@@ -51,36 +50,36 @@ def synthetic(spec, data_dir=None):
   return {'train': split(50000), 'test': split(1000)}
 
 
-def cifar(options, steps):
-  """Returns (stage, mesh) of a step on small images that lie on the device."""
+def make_config(options):
+  """Returns the config of CIFAR-10-LT, or of photographs if --size is not 32."""
+  if options.size == 32:
+    config = cifar10_lt.get_config(f'ce,net={options.net}')
+  else:
+    config = imagenet_lt.get_config(f'ce,net={options.net}')
+    config.data.update(source='fake', image_size=options.size, resize=options.size)
+    config.data.workers = 1
+    config.model.dtype = options.dtype
+  config.batch = options.batch
+  return config
+
+
+def make_stage(config):
+  """Returns (stage, mesh); photographs come from the host, decoded before."""
   dataset.load_source = synthetic
-  config = cifar10_lt.get_config(f'ldam_drw,net={options.net}')
-  config.update(batch=options.batch, log_every_steps=steps)
-  experiment = build.build(resolve(config), devices=1)
-  return experiment.stages['train'], experiment.mesh
-
-
-def photographs(options, steps):
-  """Returns the same on images that come from the host, decoded before."""
-  config = imagenet_lt.get_config(f'ce,net={options.net}')
-  config.update(batch=options.batch, log_every_steps=steps)
-  config.data.update(source='fake', image_size=options.size, resize=options.size)
-  config.data.workers = 1
-  config.model.dtype = options.dtype
-  experiment = build.build(resolve(config), devices=1)
+  experiment = build.build(build.resolve(config), devices=1)
   stage = experiment.stages['train']
   stream = stage.streams['train']
-  decoded = [stream.payload(step) for step in range(4)]
-  stream = stream._replace(payload=lambda step: decoded[step % len(decoded)])
+  if stream.workers is not None:
+    decoded = [stream.payload(step) for step in range(4)]
+    stream = stream._replace(payload=lambda step: decoded[step % len(decoded)])
   return stage._replace(streams={'train': stream}), experiment.mesh
 
 
 class Jax:
   """Our side: the compiled call alone, and the loop that calls it."""
 
-  def __init__(self, options, steps):
-    make = cifar if options.size == 32 else photographs
-    self.stage, self.mesh = make(options, steps)
+  def __init__(self, config):
+    self.stage, self.mesh = make_stage(config)
     self.chunk = self.stage.plan.chunk
     streams = self.stage.streams
     self.arrays = {name: s.arrays for name, s in streams.items()}
@@ -153,18 +152,25 @@ class Jax:
 
 
 class Torch:
-  """The other side, in a process of its own."""
+  """The other side, in a process of its own: a network with as many parameters."""
 
-  def __init__(self, python, depth, batch, size=32, dtype='float32'):
-    command = [python, HERE / 'torch_step.py', f'--depth={depth}', f'--batch={batch}']
+  def __init__(self, python, net, params, batch, size=32, dtype='float32'):
+    command = [python, HERE / 'torch_step.py', f'--net={net}', f'--batch={batch}']
     command += [f'--size={size}', f'--dtype={dtype}']
     self.process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     ready = self.process.stdout.readline().split()
     if not ready:
-      raise SystemExit(f'{python} cannot run torch_step.py: has it PyTorch?')
-    self.version, self.device, self.params = ready[2], ready[3], int(ready[4])
+      raise SystemExit(f'{python} cannot run torch_step.py on {net}')
+    self.version, self.device = ready[2:4]
+    if int(ready[4]) != params:
+      with self.process:
+        self.process.kill()
+      raise SystemExit(
+        f'{net} has {params:,} parameters here and {int(ready[4]):,} in PyTorch: '
+        'torch_step.py has no counterpart of it'
+      )
 
   def run(self, steps, kind='plain'):
     """Seconds of so many steps of a kind."""
@@ -196,15 +202,18 @@ def main():
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
 
+  config = make_config(options)
+  allocator.keep_pages(config)  # as the command does, before JAX starts
   on_cpu = jax.default_backend() == 'cpu'
-  steps = options.steps or (4 if on_cpu else 200)
-  ours = Jax(options, steps)
+  config.log_every_steps = steps = options.steps or (4 if on_cpu else 200)
+  ours = Jax(config)
   steps = max(1, steps // ours.chunk) * ours.chunk
   sides = {'bare step': ours.bare, 'loop': ours.loop}
   python = find_torch(options.torch_python)
   if python:
-    depth = int(options.net.removeprefix('resnet'))
-    torch = Torch(python, depth, options.batch, options.size, options.dtype)
+    torch = Torch(
+      python, options.net, ours.params, options.batch, options.size, options.dtype
+    )
     sides[f'PyTorch {torch.version}'] = torch.run
   seconds = timing.in_turn(sides, options.rounds, steps)
   kind = jax.devices()[0].device_kind

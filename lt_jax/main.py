@@ -10,8 +10,7 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from lt_jax import commands
-from lt_jax.config import resolve
+from lt_jax import allocator, commands
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -29,7 +28,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs the configured training."""
+  allocator.keep_pages(CONFIG.value)  # before anything imports JAX
+
   from lt_jax import run
+  from lt_jax.config import resolve
 
   if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')

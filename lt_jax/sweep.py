@@ -24,7 +24,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lt_jax import commands, config_file, files
+from lt_jax import allocator, commands, config_file, files
 from lt_jax.config import resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
 
@@ -264,6 +264,7 @@ def main() -> None:
     return
   if CELL.value is not None and not 0 <= CELL.value < len(every):
     raise UserError(f'--cell is {CELL.value}; there are 0 to {len(every) - 1}')
+  allocator.keep_pages(make_config(METHODS.value[0]))  # methods share data and batch
   workdir = files.make_workdir(WORKDIR.value)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # seeds share their programs
     jax.config.update('jax_compilation_cache_dir', os.fspath(workdir / '.compiled'))

@@ -68,6 +68,32 @@ def test_arrays_are_compared_under_the_paths_they_had():
   assert not compared(ours, {'1': {'step': step}}) and not compared(ours, {})
 
 
+def test_a_side_of_another_size_is_refused(tmp_path):
+  from benchmarks.train_step import Torch
+
+  python = tmp_path / 'python'
+  python.write_text('#!/bin/sh\necho ready torch 2.0 cpu 77000\nread line\n')
+  python.chmod(0o755)
+  same = Torch(python, 'resnet8', 77000, 8)
+  same.process.communicate()
+  assert same.version == '2.0'
+  with pytest.raises(SystemExit, match=r'resnet10 has 5,418,792 .* 77,000'):
+    Torch(python, 'resnet10', 5418792, 8)
+
+
+@pytest.mark.parametrize(
+  ('net', 'expected'),
+  [('resnet8', 75290), ('resnet10', 5418792), ('resnet50', 25557032)],
+)
+def test_the_networks_of_both_sides_have_one_size(net, expected):
+  pytest.importorskip('torch')
+  from benchmarks import torch_step
+
+  photographs = net in torch_step.PHOTOGRAPHS
+  made = torch_step.photographs(net) if photographs else torch_step.resnet(8)
+  assert sum(p.numel() for p in made.parameters()) == expected
+
+
 @pytest.fixture
 def make_table(tmp_path, monkeypatch, capsys):
   """Makes the table of two methods and two seeds: options -> (its end, its file)."""

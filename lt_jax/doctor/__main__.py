@@ -12,8 +12,7 @@ import collections
 
 from absl import flags
 
-from lt_jax import commands, doctor
-from lt_jax.config import resolve
+from lt_jax import allocator, build, commands, doctor
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -28,7 +27,9 @@ def main() -> None:
   Raises:
     UserError: something is wrong.
   """
-  case = doctor.Case(resolve(CONFIG.value), WORKDIR.value, THOROUGH.value)
+  config = build.resolve(CONFIG.value)
+  allocator.keep_pages(config)  # as the run will
+  case = doctor.Case(config, WORKDIR.value, THOROUGH.value)
   counts, section = collections.Counter(), ''
   for now, finding in doctor.examine(case):
     if now != section:
