@@ -62,7 +62,7 @@ TABLES = {
     'digits_lt.py:mwn',
     'mwn',
     '0,1,2,3,4',
-    ('--config.method.weight_learning_rate=0.1',),
+    ('--config.players.weight_net.schedule.base=0.1',),
   ),
   'digits_lt_meta_ce': Sweep(
     'digits_lt.py:meta_ce',

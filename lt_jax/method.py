@@ -13,6 +13,10 @@ dict: 'logits' (B, C), 'features' (B, D) and, where a method knows one, 'known_s
 
 The training loop knows these three names and nothing else. Everything a method needs
 to go on is in `State`; everything that is constant is closed over.
+
+A player is what an optimiser moves: the network, 'net', and whatever learns beside it,
+such as a discriminator. Parameters, statistics and optimiser states are dicts by
+player. A step calls `update` once for each optimiser, then `tick` once.
 """
 
 import zlib
@@ -21,10 +25,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from flax import struct
 
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, suggest
+from lt_jax.optim import Optimizer
 
 PyTree = Any
 Network = nn.Module
@@ -53,6 +59,18 @@ class State:
   stats: dict[str, PyTree]
   opt: dict[str, PyTree]
   memory: dict[str, PyTree]
+
+
+class Player(NamedTuple):
+  """What learns beside the network, see `lt_jax.players`.
+
+  Attributes:
+    net: a Linen module.
+    optimizer: of {name: params}; its rules speak of 'name/path'.
+  """
+
+  net: Network
+  optimizer: Optimizer
 
 
 class Method(NamedTuple):
@@ -114,6 +132,75 @@ def forward(
     mutable=['batch_stats'] if train else [],
   )
   return outputs, updated.get('batch_stats', stats) if train else stats
+
+
+def first_state(
+  key: jax.Array,
+  params: Mapping[str, PyTree],
+  stats: Mapping[str, PyTree],
+  opt: Mapping[str, PyTree],
+) -> State:
+  """Returns the State before the first step.
+
+  Args:
+    key: the root key.
+    params: player -> parameters.
+    stats: player -> batch statistics, of the players that have any.
+    opt: player -> optimiser state, as `Optimizer.init` makes it.
+  """
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    key=key,
+    params=dict(params),
+    stats=dict(stats),
+    opt=dict(opt),
+    memory={},
+  )
+
+
+def update(
+  state: State, grads: Mapping[str, PyTree], optimizer: Optimizer
+) -> tuple[State, Metrics]:
+  """Moves some players; the others and the clock stay as they are.
+
+  Args:
+    state: before the update.
+    grads: player -> gradients, of the players to move.
+    optimizer: of these players, and perhaps of others.
+
+  Returns:
+    (state, {'grad_norm', 'learning_rate'}), what every log shows of an update.
+  """
+  params, opt = optimizer.update(grads, state.opt, state.params, state.step)
+  metrics = {
+    'grad_norm': mean_metric(optax.tree.norm(grads)),
+    'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
+  }
+  return state.replace(params=state.params | params, opt=state.opt | opt), metrics
+
+
+def tick(state: State) -> State:
+  """Moves the clock by one: the end of every step, after its updates."""
+  return state.replace(step=state.step + 1)
+
+
+def named_players(players: Mapping[str, Player], *names: str) -> tuple[Player, ...]:
+  """Returns the players of a method, in the order of their names.
+
+  Args:
+    players: those that the config describes.
+    *names: those that the method has.
+
+  Raises:
+    UserError: one is missing, or the method has no use for one.
+  """
+  for name in players:
+    if name not in names:
+      raise UserError(f'the method has no player {name!r}{suggest(name, names)}')
+  for name in names:
+    if name not in players:
+      raise UserError(f'the method needs a player {name!r}: set players.{name}')
+  return tuple(players[name] for name in names)
 
 
 def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:

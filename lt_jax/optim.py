@@ -3,8 +3,11 @@ r"""Optimisers and learning rates: functions of the step, and rules over paramet
 `State.step` is the only clock. An optimiser is handed the step and scales its updates
 by -learning_rate(step); nothing inside it counts.
 
+An optimiser moves players, dicts of trees by player, and keeps a state for each, so
+that some of them can be updated and the others stay exactly as they are.
+
 What depends on the parameter (weight decay, learning-rate multipliers, freezing) is a
-list of rules `(pattern, value)` over '/'-joined paths, of which the first full match
+list of rules `(pattern, value)` over paths 'player/...', of which the first full match
 wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`.
 
 A schedule is base * warm-up(step) * decay(step), and speaks in epochs: epoch e begins
@@ -13,7 +16,7 @@ at step ceil(e L / B), for L examples an epoch in batches of B.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -29,37 +32,46 @@ Rules = Iterable[tuple[str, float]]
 Schedule = Callable[[jax.Array], jax.Array]
 
 
+Players = Mapping[str, PyTree]
+"""A tree for each player: its parameters, gradients or optimiser state."""
+
+
 class Optimizer(NamedTuple):
-  """An optimiser as pure functions; the clock comes from outside.
+  """An optimiser of players as pure functions; the clock comes from outside.
 
   Attributes:
-    init: params -> opt_state.
-    update: (grads, opt_state, params, step) -> (new params, new opt_state).
+    init: {player: params} -> {player: opt_state}, of all players that it moves.
+    update: ({player: grads}, {player: opt_state}, {player: params}, step) ->
+      ({player: new params}, {player: new opt_state}), of the players in grads, which
+      may be some of those that `init` saw.
     learning_rate: step -> () float32, before the multipliers of single parameters.
-    held: params -> params of the same values, through the frozen ones of which no
-      gradient flows: what is behind them is then not differentiated at all.
+    held: {player: params} -> the same values, with no gradient through the frozen
+      ones: what is behind them is then not differentiated at all.
   """
 
-  init: Callable[[PyTree], PyTree]
-  update: Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]]
+  init: Callable[[Players], dict[str, PyTree]]
+  update: Callable[
+    [Players, Players, Players, jax.Array], tuple[dict[str, PyTree], dict[str, PyTree]]
+  ]
   learning_rate: Schedule
-  held: Callable[[PyTree], PyTree]
+  held: Callable[[Players], dict[str, PyTree]]
 
 
-def per_parameter(rules: Rules, params: PyTree) -> PyTree:
+def per_parameter(rules: Rules, params: PyTree, *, some: bool = False) -> PyTree:
   """Gives every parameter the value of the first rule that matches its path.
 
   Args:
     rules: (pattern, value) pairs; a pattern is a regular expression for a whole path
       such as 'net/head/bias'.
-    params: the parameters, or anything of their structure.
+    params: the parameters by player, or anything of their structure.
+    some: these are some of the players only, so that a rule may apply to none of them.
 
   Returns:
     A tree of floats of the structure of `params`.
 
   Raises:
-    UserError: a parameter that no rule covers, a rule that never applies, or a pattern
-      that is no regular expression.
+    UserError: a parameter that no rule covers, a rule that never applies (unless
+      `some`), or a pattern that is no regular expression.
   """
   leaves, treedef = jax.tree.flatten_with_path(params)
   paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
@@ -74,7 +86,7 @@ def per_parameter(rules: Rules, params: PyTree) -> PyTree:
       f"no rule covers {_some(bare)}: end the list with ('.*', value) for the rest"
     )
   for i, (pattern, _) in enumerate(rules):
-    if i not in winners:
+    if i not in winners and not some:
       raise UserError(
         f'rule {pattern.pattern!r} applies to no parameter, or only to those that '
         f'earlier rules take; the parameters: {_some(paths)}'
@@ -109,8 +121,8 @@ def sgd(
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no buffer.
 
   Returns:
-    The optimiser; `init` and `update` raise `UserError` where rules and parameters do
-    not fit each other.
+    The optimiser; `init` raises `UserError` where rules and parameters do not fit each
+    other.
 
   Nesterov's form: Sutskever et al., ICML 2013, as in torch.optim.SGD. Decoupled decay:
   Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
@@ -153,8 +165,8 @@ def adam(
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no moments.
 
   Returns:
-    The optimiser; `init` and `update` raise `UserError` where rules and parameters do
-    not fit each other.
+    The optimiser; `init` raises `UserError` where rules and parameters do not fit each
+    other.
 
   Kingma and Ba, ICLR 2015, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter,
   ICLR 2019, arXiv 1711.05101.
@@ -361,15 +373,19 @@ def _optimizer(
   def trained_only(scales: PyTree) -> optax.GradientTransformationExtraArgs:
     return optax.masked(direction, jax.tree.map(bool, scales))
 
-  def init(params: PyTree) -> PyTree:
+  def init(params: Players) -> dict[str, PyTree]:
     per_parameter(weight_decay, params)
-    return trained_only(per_parameter(learning_rate_scale, params)).init(params)
+    scales = per_parameter(learning_rate_scale, params)
+    return {
+      player: trained_only(scales[player]).init(own) for player, own in params.items()
+    }
 
   def update(
-    grads: PyTree, opt_state: PyTree, params: PyTree, step: jax.Array
-  ) -> tuple[PyTree, PyTree]:
-    decays = per_parameter(weight_decay, params)
-    scales = per_parameter(learning_rate_scale, params)
+    grads: Players, opt: Players, params: Players, step: jax.Array
+  ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    params = {player: params[player] for player in grads}
+    decays = per_parameter(weight_decay, params, some=True)
+    scales = per_parameter(learning_rate_scale, params, some=True)
 
     def decayed(update, param, decay):
       return update + decay * param if decay else update
@@ -380,16 +396,18 @@ def _optimizer(
 
     rate = learning_rate(step)
     if not decoupled:
-      grads = jax.tree.map(decayed, grads, params, decays)
-    updates, opt_state = trained_only(scales).update(
-      grads, opt_state, params, step=step
-    )
+      grads = jax.tree.map(decayed, dict(grads), params, decays)
+    updates, opt_after = {}, {}
+    for player in params:
+      updates[player], opt_after[player] = trained_only(scales[player]).update(
+        grads[player], opt[player], params[player], step=step
+      )
     if decoupled:
       updates = jax.tree.map(decayed, updates, params, decays)
-    return jax.tree.map(moved, params, updates, scales), opt_state
+    return jax.tree.map(moved, params, updates, scales), opt_after
 
-  def held(params: PyTree) -> PyTree:
-    scales = per_parameter(learning_rate_scale, params)
+  def held(params: Players) -> dict[str, PyTree]:
+    scales = per_parameter(learning_rate_scale, params, some=True)
     return jax.tree.map(lambda p, s: p if s else lax.stop_gradient(p), params, scales)
 
   return Optimizer(init, update, learning_rate, held)

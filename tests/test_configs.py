@@ -445,9 +445,9 @@ def test_the_meta_stage_goes_on_from_the_last_state():
 
 
 def test_meta_weight_net_has_the_optimiser_of_its_class_imbalance_code():
-  method = resolve(cifar10_lt.get_config('mwn'))['method']
-  assert method['weight_learning_rate'] == 1e-5
-  assert method['weight_optimizer'] == {
+  players = resolve(cifar10_lt.get_config('mwn'))['players']
+  assert players['weight_net']['schedule'] == {'name': 'constant', 'base': 1e-5}
+  assert players['weight_net']['optimizer'] == {
     'name': 'sgd',
     'momentum': 0.9,
     'nesterov': True,

@@ -27,12 +27,15 @@ from lt_jax.method import (
   Outputs,
   PyTree,
   State,
+  first_state,
   forward,
   init_net,
   mean_metric,
   named_key,
+  tick,
+  update,
 )
-from lt_jax.methods.supervised import Loss, apply_gradients, batch_metrics, first_state
+from lt_jax.methods.supervised import Loss, batch_metrics
 from lt_jax.models.few_shot import WeightGenerator
 from lt_jax.models.heads import CosineBias
 from lt_jax.optim import Optimizer
@@ -98,7 +101,7 @@ def weight_generator(
       )
     made = generator.init(named_key(key, 'generator', 0), features, kernel, base)
     params = {'net': net_params, 'generator': made['params']}
-    return first_state(key, params, net_stats, optimizer)
+    return first_state(key, params, {'net': net_stats}, optimizer.init(params))
 
   def thinned(features: jax.Array, key: jax.Array) -> jax.Array:
     # Not divided by what is kept, as only directions of features count.
@@ -129,8 +132,8 @@ def weight_generator(
     grads, metrics = jax.grad(objective, has_aux=True)(
       state.params, batches['train'], key
     )
-    state, norms = apply_gradients(state, grads, optimizer)
-    return state, metrics | norms
+    state, norms = update(state, grads, optimizer)
+    return tick(state), metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]

@@ -2,8 +2,8 @@ r"""Open long-tailed recognition: a memory of class centroids, learned with the 
 
 The head (`lt_jax.models.heads.MetaEmbedding`) reads the centroids; features are drawn
 to the centroid of their class and, as a batch, kept from the others. The centroids are
-parameters: `params['centroids']` (C, D), with the optimiser, schedule and decay of the
-rest, but a gradient of their own.
+a player, `params['centroids']` (C, D), with the optimiser, schedule and decay of the
+network, but a gradient of their own.
 
 Source: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
 arXiv 1904.05160, and the authors' code.
@@ -25,12 +25,15 @@ from lt_jax.method import (
   Outputs,
   PyTree,
   State,
+  first_state,
   forward,
   init_net,
   mean_metric,
   named_key,
+  tick,
+  update,
 )
-from lt_jax.methods.supervised import Loss, apply_gradients, batch_metrics, first_state
+from lt_jax.methods.supervised import Loss, batch_metrics
 from lt_jax.optim import Optimizer
 
 Discrimination = Callable[..., jax.Array]
@@ -123,7 +126,7 @@ def oltr(
     )
     size = (shapes['logits'].shape[-1], shapes['features'].shape[-1])
     params = {'net': net_params, 'centroids': jnp.zeros(size, jnp.float32)}
-    return first_state(key, params, net_stats, optimizer)
+    return first_state(key, params, {'net': net_stats}, optimizer.init(params))
 
   def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
     params = optimizer.held(params)
@@ -156,8 +159,8 @@ def oltr(
     grads, (stats, metrics) = jax.grad(objective, has_aux=True)(
       state.params, state.stats, batch, coefficients
     )
-    state, norms = apply_gradients(state, grads, optimizer)
-    return state.replace(stats=stats), metrics | norms
+    state, norms = update(state, grads, optimizer)
+    return tick(state.replace(stats=stats)), metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(

@@ -47,21 +47,20 @@ from lt_jax.method import (
   Metrics,
   Network,
   Outputs,
+  Player,
   PyTree,
   State,
+  first_state,
   forward,
   init_net,
   mean_metric,
   named_key,
+  named_players,
+  tick,
+  update,
 )
-from lt_jax.methods.supervised import (
-  Loss,
-  apply_gradients,
-  batch_metrics,
-  first_state,
-)
-from lt_jax.models.weight_net import WeightNet
-from lt_jax.optim import Optimizer, make_optimizer
+from lt_jax.methods.supervised import Loss, batch_metrics
+from lt_jax.optim import Optimizer
 
 # The meta gradient, of any losses, objective, virtual step and meta loss.
 
@@ -201,7 +200,7 @@ def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
 
 def _update(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
   """The step that the run's optimiser would make, with its momentum or moments."""
-  return optimizer.update(grads, state.opt['net'], params, state.step)[0]
+  return optimizer.update(grads, state.opt, params, state.step)[0]
 
 
 VIRTUAL = {'sgd': _descend, 'optimizer': _update}
@@ -209,9 +208,6 @@ VIRTUAL = {'sgd': _descend, 'optimizer': _update}
 
 LAYERS = {'all': '.*', 'head': 'net/head/.*'}
 """Names for patterns of parameters that the virtual step moves."""
-
-Players = dict[str, tuple[PyTree, PyTree]]
-"""What learns weights, if anything does: name -> (parameters, optimiser state)."""
 
 
 class Weighing(NamedTuple):
@@ -221,21 +217,23 @@ class Weighing(NamedTuple):
     variables: (State, Batch) -> weights: where the meta gradient is taken.
     objective: (losses (B,), weights, State, Batch) -> (): what the virtual step
       descends.
-    weigh: (gradient, losses (B,), State, Batch) -> (weights (B,), players). Training
-      descends sum_i weights_i losses_i / B. The gradient is None in a step without a
-      meta batch.
+    weigh: (gradient, losses (B,), State, Batch) -> weights (B,). Training descends
+      sum_i weights_i losses_i / B. The gradient is None in a step without a meta batch.
     prior: (State, Batch) -> (B,): weights without learning, the same for all examples
       of a class.
-    init: key -> players.
+    init: key -> ({player: params}, {player: opt_state}) of the players that learn to
+      weigh.
+    learn: (gradient, State) -> State: moves those players, before they weigh.
     still: the objective is zero at `variables`, whatever the losses.
     mean_one: the weights of a batch have mean one; so has what they are compared with.
   """
 
   variables: Callable[[State, Batch], PyTree]
   objective: Callable[[jax.Array, PyTree, State, Batch], jax.Array]
-  weigh: Callable[..., tuple[jax.Array, Players]]
+  weigh: Callable[..., jax.Array]
   prior: Callable[[State, Batch], jax.Array]
-  init: Callable[[jax.Array], Players] = lambda key: {}
+  init: Callable[[jax.Array], tuple[dict, dict]] = lambda key: ({}, {})
+  learn: Callable[[PyTree, State], State] = lambda gradient, state: state
   still: bool = False
   mean_one: bool = False
 
@@ -297,9 +295,10 @@ def _reweighted(
     net_params, stats = init_net(
       net, named_key(key, 'init', 0), batches['train']['image']
     )
-    players = weighing.init(named_key(key, 'init_weighing', 0))
     params = {'net': net_params}
-    state = _with_players(first_state(key, params, stats, optimizer), players)
+    learning, opt = weighing.init(named_key(key, 'init_weighing', 0))
+    opt |= optimizer.init(params)
+    state = first_state(key, params | learning, {'net': stats}, opt)
     _chosen(params, meta_layers)
     if route == 'jvp':
       _check_forward_mode(loss, partial(outputs_of, state), params, batches['train'])
@@ -332,10 +331,12 @@ def _reweighted(
     losses = differentiated(partial(losses_of, state, batch), params)
     due = 'meta' in batches
     meta_loss, gradient = meta_gradient(state, batches, losses) if due else (0.0, None)
-    weights, players = weighing.weigh(gradient, losses.values, state, batch)
+    if due:
+      state = weighing.learn(gradient, state)
+    weights = weighing.weigh(gradient, losses.values, state, batch)
     grads = losses.pull(weights / len(weights))
     prior = weighing.prior(state, batch)
-    state, norms = apply_gradients(state, grads, optimizer)
+    state, norms = update(state, grads, optimizer)
     outputs, stats = losses.aux
     metrics = {
       'loss': mean_metric(jnp.dot(weights, losses.values) / len(weights)),
@@ -350,19 +351,12 @@ def _reweighted(
         mean_one=weighing.mean_one,
       ),
     }
-    return _with_players(state.replace(stats={'net': stats}), players), metrics
+    return tick(state.replace(stats=state.stats | {'net': stats})), metrics
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
 
   return Method(init, step, predict)
-
-
-def _with_players(state: State, players: Mapping[str, tuple]) -> State:
-  """Returns the State with the (params, opt) of the players that weigh."""
-  params = {name: params for name, (params, _) in players.items()}
-  opt = {name: opt for name, (_, opt) in players.items()}
-  return state.replace(params=state.params | params, opt=state.opt | opt)
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
@@ -516,11 +510,11 @@ def l2rw(
   def weigh(gradient, losses, state, batch):
     del state, batch
     if gradient is None:
-      return jnp.ones_like(losses), {}
+      return jnp.ones_like(losses)
     wanted = jnp.maximum(-gradient, 0)
     total = wanted.sum()
     share = wanted / jnp.where(total == 0, 1, total)
-    return len(share) * share, {}
+    return len(share) * share
 
   return Weighing(
     variables=lambda state, batch: jnp.zeros(len(batch['label'])),
@@ -536,11 +530,9 @@ def l2rw(
 def meta_weight_net(
   *,
   counts: np.ndarray,
-  weight_optimizer: Mapping[str, Any],
+  players: Mapping[str, Player],
   normalise: bool = True,
   detach: bool = False,
-  hidden: int = 100,
-  weight_learning_rate: float = 1e-5,
 ) -> Weighing:
   r"""Meta-Weight-Net: a small network makes a weight of a loss, and is learned.
 
@@ -555,34 +547,31 @@ def meta_weight_net(
     counts: (C,) training images, for the class-balanced weights of the logs. Those of
       normalised weights have batch mean one too; against V itself, in (0, 1), only the
       differences between classes tell something.
-    weight_optimizer: of Theta, a 'name' and its options. Its clock is that of the run,
-      also where steps have no meta batch.
+    players: 'weight_net', V. The clock of its optimiser is that of the run, also where
+      steps have no meta batch.
     normalise: weights are divided by their sum (class imbalance) or by B (noise).
     detach: the virtual step takes weights for constants (noise) or differentiates them
       too (class imbalance).
-    hidden: units of V.
-    weight_learning_rate: of Theta, constant.
+
+  Raises:
+    UserError: the players are others.
 
   Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
   the authors, for class imbalance (the defaults; its optimiser is Nesterov momentum 0.9
   with decay 5e-4) and for noise.
   """
-  if hidden < 1:
-    raise UserError(f'meta_weight_net: hidden must be positive, got {hidden}')
-  _check_rate('weight_learning_rate', weight_learning_rate)
-  weight_net = WeightNet(hidden)
-  weight_player = make_optimizer(
-    learning_rate=lambda step: jnp.float32(weight_learning_rate),
-    **weight_optimizer,
-  )
+  (weight_net,) = named_players(players, 'weight_net')
 
-  def init(key: jax.Array) -> Players:
-    params = weight_net.init(key, jnp.zeros(1))['params']
-    return {'weight_net': (params, weight_player.init(params))}
+  def init(key: jax.Array) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    params = {'weight_net': weight_net.net.init(key, jnp.zeros(1))['params']}
+    return params, weight_net.optimizer.init(params)
+
+  def learn(gradient: PyTree, state: State) -> State:
+    return update(state, {'weight_net': gradient}, weight_net.optimizer)[0]
 
   def weights_of(losses: jax.Array, params: PyTree) -> jax.Array:
     """Returns V of the losses, of mean one if normalised."""
-    v = weight_net.apply({'params': params}, losses)
+    v = weight_net.net.apply({'params': params}, losses)
     total = v.sum()
     return len(v) * v / jnp.where(total == 0, 1, total) if normalise else v
 
@@ -592,11 +581,8 @@ def meta_weight_net(
     return jnp.dot(weights_of(seen, params), losses) / len(losses)
 
   def weigh(gradient, losses, state, batch):
-    del batch
-    params, opt = state.params['weight_net'], state.opt['weight_net']
-    if gradient is not None:
-      params, opt = weight_player.update(gradient, opt, params, state.step)
-    return weights_of(losses, params), {'weight_net': (params, opt)}
+    del gradient, batch
+    return weights_of(losses, state.params['weight_net'])
 
   return Weighing(
     variables=lambda state, batch: state.params['weight_net'],
@@ -604,6 +590,7 @@ def meta_weight_net(
     weigh=weigh,
     prior=_balanced(counts),
     init=init,
+    learn=learn,
     mean_one=normalise,
   )
 
@@ -652,7 +639,7 @@ def meta_reweight(
 
   def weigh(gradient, losses, state, batch):
     eps = jnp.zeros_like(losses) if gradient is None else -eps_lr * scale(gradient)
-    return outer(prior(state, batch), eps), {}
+    return outer(prior(state, batch), eps)
 
   return Weighing(
     variables=lambda state, batch: jnp.zeros(len(batch['label'])),

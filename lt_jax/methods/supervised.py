@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from lt_jax.errors import UserError
@@ -20,10 +19,12 @@ from lt_jax.method import (
   Outputs,
   PyTree,
   State,
+  first_state,
   forward,
   init_net,
-  mean_metric,
   named_key,
+  tick,
+  update,
 )
 from lt_jax.optim import Optimizer
 
@@ -66,7 +67,8 @@ def supervised(
   def init(key: jax.Array, batches) -> State:
     images = batches['train']['image']
     net_params, stats = init_net(net, named_key(key, 'init', 0), images)
-    return first_state(key, {'net': net_params}, stats, optimizer)
+    params = {'net': net_params}
+    return first_state(key, params, {'net': stats}, optimizer.init(params))
 
   def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
     params = optimizer.held(params)
@@ -89,59 +91,13 @@ def supervised(
     batch = batches['train']
     coefficients = reduction(class_weights(state.step)[batch['label']])
     grads, (stats, metrics) = gradient(state.params, state.stats, batch, coefficients)
-    state, norms = apply_gradients(state, grads, optimizer)
-    return state.replace(stats=stats), metrics | norms
+    state, norms = update(state, grads, optimizer)
+    return tick(state.replace(stats=stats)), metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
 
   return Method(init, step, predict)
-
-
-def first_state(
-  key: jax.Array, params: PyTree, stats: PyTree, optimizer: Optimizer
-) -> State:
-  """Returns the State before the first step.
-
-  Args:
-    key: the root key.
-    params: player -> parameters, all of them under the one optimiser.
-    stats: batch statistics of the network.
-    optimizer: of those players.
-  """
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    key=key,
-    params=params,
-    stats={'net': stats},
-    opt={'net': optimizer.init(params)},
-    memory={},
-  )
-
-
-def apply_gradients(
-  state: State, grads: PyTree, optimizer: Optimizer
-) -> tuple[State, Metrics]:
-  """Returns the State one update later, and what every log shows of an update.
-
-  Args:
-    state: with the optimiser's own state in `opt['net']`.
-    grads: player -> gradients, of the players that the optimiser moves. Others stay
-      as they are.
-    optimizer: of those players.
-
-  Returns:
-    (state, {'grad_norm', 'learning_rate'}).
-  """
-  moved = {player: state.params[player] for player in grads}
-  moved, opt = optimizer.update(grads, state.opt['net'], moved, state.step)
-  metrics = {
-    'grad_norm': mean_metric(optax.tree.norm(grads)),
-    'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
-  }
-  return state.replace(
-    step=state.step + 1, params=state.params | moved, opt=state.opt | {'net': opt}
-  ), metrics
 
 
 def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:

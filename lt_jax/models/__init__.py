@@ -1,6 +1,7 @@
 """Networks: a trunk from images to a map of features, and a head from there to logits.
 
-A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`.
+A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`; a network
+that trains beside the main one, as a discriminator does, has its entry in `NETWORKS`.
 """
 
 import functools
@@ -15,6 +16,10 @@ from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import HEADS, dense
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
+from lt_jax.models.weight_net import WeightNet
+
+NETWORKS = {'weight_net': WeightNet}
+"""Networks of further players: name -> options -> a module."""
 
 
 class Classifier(nn.Module):

@@ -1,4 +1,4 @@
-"""The network that turns the loss of an example into its weight."""
+"""The network that turns the loss of an example into its weight: a player."""
 
 import math
 from functools import partial
@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from lt_jax.errors import UserError
 
 
 class WeightNet(nn.Module):
@@ -22,7 +24,13 @@ class WeightNet(nn.Module):
 
   @nn.compact
   def __call__(self, losses: jax.Array) -> jax.Array:
-    """Maps losses (B,) to weights (B,)."""
+    """Maps losses (B,) to weights (B,).
+
+    Raises:
+      UserError: there are no hidden units.
+    """
+    if self.hidden < 1:
+      raise UserError(f'weight_net: hidden must be positive, got {self.hidden}')
     x = nn.relu(_dense(self.hidden, 1, 'hidden')(losses[:, None]))
     return nn.sigmoid(_dense(1, self.hidden, 'weight')(x))[:, 0]
 

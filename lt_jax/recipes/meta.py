@@ -20,21 +20,22 @@ def _l2rw(config: ConfigDict) -> Overrides:
 
 def _mwn(config: ConfigDict) -> Overrides:
   """Meta-Weight-Net, with the optimiser of the authors' class-imbalance code."""
-  method = {
-    'name': 'meta_weight_net',
-    'normalise': True,
-    'detach': False,
-    'hidden': 100,
-    'weight_learning_rate': 1e-5,
-    'weight_optimizer': {
+  method = {'name': 'meta_weight_net', 'normalise': True, 'detach': False, **META}
+  weight_net = {
+    'network': {'name': 'weight_net', 'hidden': 100},
+    'optimizer': {
       'name': 'sgd',
       'momentum': 0.9,
       'nesterov': True,
       'weight_decay': (('.*', 5e-4),),
     },
-    **META,
+    'schedule': {'name': 'constant', 'base': 1e-5},
   }
-  return {'method': method, 'meta_batch': config.batch}
+  return {
+    'method': method,
+    'players': {'weight_net': weight_net},
+    'meta_batch': config.batch,
+  }
 
 
 def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
