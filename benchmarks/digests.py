@@ -6,6 +6,11 @@ A change that should not change what is trained leaves every digest as it was. R
 are trained for a few epochs with one seed, in turn, each in a fresh folder. With
 --beside the other checkout does the same in a process of its own, and each row shows
 both digests and whether they are equal; the exit code is 1 if any differs.
+
+A digest covers the paths of arrays, so it changes where `lt_jax/renamed.py` gives them
+other ones. Such a row counts the arrays of all checkpoints that the run left in its
+stages, and those that were renamed; all must have the shape, type and bytes that the
+other checkout has under the old path, and it must have no others.
 """
 
 import argparse
@@ -16,10 +21,14 @@ import subprocess
 import sys
 import tempfile
 
+from lt_jax.renamed import old_path
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 TRAIN = """
-import importlib.util, json, sys, tempfile
+import hashlib, importlib.util, json, pathlib, sys, tempfile
+import numpy as np
+import orbax.checkpoint as ocp
 from lt_jax import run
 from lt_jax.recipes import RECIPES
 try:
@@ -29,11 +38,25 @@ except ImportError:  # a checkout from before lt_jax/config.py
 spec = importlib.util.spec_from_file_location('config', sys.argv[1])
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
+
+def arrays(folder):
+  found = {}
+  with ocp.StandardCheckpointer() as reader:
+    for path in sorted(folder.glob('stages/*/checkpoints/**/_CHECKPOINT_METADATA')):
+      name = str(path.parent.relative_to(folder / 'stages'))
+      found[name] = {}
+      for leaf, value in reader.restore(path.parent).items():
+        value = np.asarray(value)
+        sha256 = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        found[name][leaf] = [list(value.shape), str(value.dtype), sha256]
+  return found
+
 found = {}
 for recipe in json.loads(sys.argv[3]) or [*RECIPES]:
   config = resolve(made.get_config(f'{recipe},epochs={sys.argv[2]}'))
   with tempfile.TemporaryDirectory() as folder:
-    found[recipe] = run.run(config, folder)['state_sha256']
+    digest = run.run(config, folder)['state_sha256']
+    found[recipe] = [digest, arrays(pathlib.Path(folder))]
 with open(sys.argv[4], 'w') as file:
   json.dump(found, file)
 """
@@ -41,7 +64,10 @@ with open(sys.argv[4], 'w') as file:
 
 
 def digests(checkout, config, epochs, recipes):
-  """Returns recipe -> state_sha256, as a checkout trains them."""
+  """Returns recipe -> (state_sha256, arrays), as a checkout trains them.
+
+  The arrays are checkpoint -> path -> (shape, type, SHA-256).
+  """
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder, 'digests.json')
     command = [sys.executable, '-c', TRAIN, config, str(epochs), json.dumps(recipes)]
@@ -53,6 +79,28 @@ def digests(checkout, config, epochs, recipes):
       check=True,
     )
     return json.loads(out.read_text())
+
+
+def compared(ours, theirs):
+  """Returns how the arrays of a recipe are equal, '' if they are not.
+
+  Args:
+    ours: checkpoint -> path -> (shape, type, SHA-256).
+    theirs: the same in the other checkout, which may have the old paths.
+  """
+  number = renamed = 0
+  if ours.keys() != theirs.keys():
+    return ''
+  for name, here in ours.items():
+    there = theirs[name]
+    paths = {path: path if path in there else old_path(path) for path in here}
+    if set(paths.values()) != there.keys():
+      return ''
+    if any(there[paths[path]] != found for path, found in here.items()):
+      return ''
+    number += len(here)
+    renamed += sum(path != before for path, before in paths.items())
+  return f'{number} arrays equal, {renamed} renamed'
 
 
 def main():
@@ -67,11 +115,16 @@ def main():
   ours = digests(ROOT, *given)
   theirs = digests(options.beside.resolve(), *given) if options.beside else {}
   width = max(map(len, ours))
-  for recipe, digest in ours.items():
-    other = theirs.get(recipe, '')
-    verdict = ('equal' if other == digest else 'DIFFERENT') if options.beside else ''
+  differs = False
+  for recipe, (digest, arrays) in ours.items():
+    other, verdict = '', ''
+    if options.beside:
+      other, others = theirs.get(recipe, ('', {}))
+      equal = 'equal' if other == digest else compared(arrays, others)
+      differs |= not equal
+      verdict = equal or 'DIFFERENT'
     print(f'{recipe:{width}}  {other[:16]:16}  {digest[:16]}  {verdict}'.rstrip())
-  sys.exit(bool(theirs) and theirs != ours)
+  sys.exit(differs)
 
 
 if __name__ == '__main__':

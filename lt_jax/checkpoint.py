@@ -11,12 +11,15 @@ one afterwards, nor does it look for an older one. So, beside it:
 
 A checkpoint without its manifest was interrupted between the two and is not trusted
 while a verified one is there.
+
+Arrays are stored under their paths in the state. Where the path of one has changed,
+checkpoints of before are read by the table in `lt_jax.renamed`.
 """
 
 import concurrent.futures
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +30,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
+from lt_jax.renamed import old_path
 from lt_jax.stopping import agreed, any_process, wait_for_all
 
 PyTree = Any
@@ -302,9 +306,11 @@ class Checkpoints:
       OSError: reading failed, which may pass.
     """
     files.seen(directory)
-    wanted = _to_leaves(target)
     stored = self._checkpointer.metadata(directory).item_metadata.tree
     shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+    here = _to_leaves(target)
+    names = {path: _stored_name(path, shapes) for path in here}
+    wanted = {names[path]: leaf for path, leaf in here.items()}
     differing = sorted(
       name
       for name in shapes.keys() | wanted.keys()
@@ -324,7 +330,18 @@ class Checkpoints:
       if 'Error reading' not in str(error):
         raise
       raise OSError(f'{directory} could not be read: {_one_line(error)}') from error
-    return _from_leaves(leaves, target)
+    # Paths that have changed may share an array, but no two leaves share a buffer.
+    found = {
+      path: leaves[name] if path == name else jnp.copy(leaves[name])
+      for path, name in names.items()
+    }
+    return _from_leaves(found, target)
+
+
+def _stored_name(path: str, stored: Container[str]) -> str:
+  """Returns the name of an array in a checkpoint, perhaps that of an older version."""
+  before = old_path(path)
+  return before if path not in stored and before in stored else path
 
 
 def _to_leaves(tree: PyTree) -> dict[str, Any]:
@@ -405,13 +422,20 @@ def all_finite(state: PyTree) -> bool:
   return bool(jax.device_get(_finite(leaves))) if leaves else True
 
 
-def digest(state: PyTree) -> str:
+def digest(state: PyTree, *, old_paths: bool = False) -> str:
   """Returns the SHA-256 of every leaf of a state, with paths, shapes and types.
 
   Two runs that agree in it are the same run, bit for bit.
+
+  Args:
+    state: the state.
+    old_paths: gives the digest that the state had before its paths were renamed.
   """
+  leaves = _to_leaves(state)
+  if old_paths:
+    leaves = {old_path(path): leaf for path, leaf in leaves.items()}
   total = hashlib.sha256()
-  for path, leaf in sorted(_to_leaves(state).items()):
+  for path, leaf in sorted(leaves.items()):
     value = np.asarray(jax.device_get(leaf))
     total.update(f'{path} {value.shape} {value.dtype}\n'.encode())
     total.update(np.ascontiguousarray(value).tobytes())

@@ -116,7 +116,7 @@ class StageRunner:
       first = int(jax.device_get(state.step))
     else:
       state, first = restored.state, restored.manifest.get('first', 0)
-      self._check_origin(restored.manifest.get('begun_from', self._begun_from))
+      self._check_origin(restored.manifest.get('begun_from', self._begun_from), earlier)
     step = int(jax.device_get(state.step))
     if stage.plan.steps < step:
       raise UserError(
@@ -201,10 +201,13 @@ class StageRunner:
         )
     return state
 
-  def _check_origin(self, begun_from: Mapping[str, str]) -> None:
+  def _check_origin(
+    self, begun_from: Mapping[str, str], earlier: Mapping[str, State]
+  ) -> None:
     """Refuses to go on with a stage whose earlier stages have changed since."""
     for name, digest in self._begun_from.items():
-      if begun_from.get(name) != digest:
+      told = begun_from.get(name)
+      if told != digest and told != _old_digest(earlier[name]):
         raise UserError(
           f'stage {self.stage.name!r} began from another State of stage {name!r}, '
           f'which was trained on since: delete {self._folder} to begin it again'
@@ -235,9 +238,11 @@ class StageRunner:
   def _leave(self, state: State) -> None:
     """Writes arrays.npz: outputs of the final State for every training image."""
     path, names = self._folder / 'arrays.npz', self.stage.save_outputs
+    if not names:
+      return
     origin = checkpoint.digest(state)
-    written = bool(names) and path.exists() and _origin(path) == origin
-    if not names or agreed(written):
+    known_by = (origin, checkpoint.digest(state, old_paths=True))
+    if agreed(path.exists() and _origin(path) in known_by):
       return
 
     def keep(outputs, batch):
@@ -373,6 +378,11 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def _old_digest(state: State) -> str:
+  """Returns the short digest of a State, as it was before its paths were renamed."""
+  return checkpoint.digest(state, old_paths=True)[:16]
 
 
 def _origin(path: epath.Path) -> str:

@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from benchmarks.digests import compared
 from lt_jax import files
 from lt_jax.config import resolve
 from lt_jax.sweep import cells, loader
 from tests import child
 
 NAMES = (
+  'digests',
   'epoch',
   'input_pipeline',
   'memory_head',
@@ -52,6 +54,16 @@ def test_it_runs(name, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert json.loads(path.read_text())
+
+
+def test_arrays_are_compared_under_the_paths_they_had():
+  bias, step = [[3], 'float32', 'ab'], [[], 'int32', 'cd']
+  ours = {'1': {'opt.net.inner_state.trace.bias': bias, 'step': step}}
+  theirs = {'opt.net.inner_state.trace.net.bias': bias, 'step': step}
+  assert compared(ours, {'1': theirs}) == '2 arrays equal, 1 renamed'
+  for other in ({'step': bias}, {'more': bias}, {'params.net.bias': bias}):
+    assert not compared(ours, {'1': theirs | other})
+  assert not compared(ours, {'1': {'step': step}}) and not compared(ours, {})
 
 
 @pytest.fixture

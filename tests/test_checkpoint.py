@@ -9,7 +9,9 @@ import pytest
 
 from lt_jax import checkpoint, sharding
 from lt_jax.errors import UserError
-from lt_jax.method import State
+from lt_jax.method import State, first_state, tick, update
+from lt_jax.optim import OPTIMIZERS, make_optimizer
+from lt_jax.renamed import old_path
 
 
 def make_state(step=3, devices=1, scale=1.0):
@@ -239,3 +241,76 @@ def test_non_finite_is_seen_anywhere():
   assert checkpoint.all_finite(state)
   broken = state.replace(memory={'ema': jnp.array([0.0, jnp.nan])})
   assert not checkpoint.all_finite(broken)
+
+
+# Checkpoints from before every player had an optimiser state of its own.
+
+
+def with_one_optimiser_state(state):
+  """Returns a State as it was when `opt.net` held the state of all players."""
+  inner = state.opt['net'].inner_state
+  by_player = {
+    field: {
+      player: getattr(own.inner_state, field) for player, own in state.opt.items()
+    }
+    for field in inner._fields
+    if field != 'count'
+  }
+  whole = state.opt['net']._replace(inner_state=inner._replace(**by_player))
+  return state.replace(opt={'net': whole})
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_an_older_checkpoint_is_read_and_goes_on_bit_for_bit(tmp_path, name):
+  optimizer = make_optimizer(name, lambda step: jnp.float32(0.1))
+  params = {'net': {'head': {'bias': jnp.ones(3)}}, 'centroids': jnp.ones((2, 3))}
+  first = first_state(jax.random.key(0), params, {'net': {}}, optimizer.init(params))
+
+  def step(state):
+    grads = jax.tree.map(lambda p: p + state.step, state.params)
+    return tick(update(state, grads, optimizer)[0])
+
+  step = jax.jit(step, donate_argnums=0)
+  half = step(sharding.put_replicated(sharding.make_mesh(1), first))
+  like = checkpoint.abstract(half, sharding.replicated(sharding.make_mesh(1)))
+  older = with_one_optimiser_state(half)
+  with Ladder(tmp_path) as ladder:
+    ladder.checkpoints.save(1, older)
+    ladder.checkpoints.wait()
+  with Ladder(tmp_path) as ladder:
+    restored = ladder.checkpoints.restore(like)
+  assert restored.verified
+  assert checkpoint.digest(restored.state) == checkpoint.digest(half)
+  old_digest = checkpoint.digest(restored.state, old_paths=True)
+  assert old_digest == checkpoint.digest(older) != checkpoint.digest(half)
+  assert checkpoint.digest(step(restored.state)) == checkpoint.digest(step(half))
+
+
+@pytest.mark.parametrize(
+  ('now', 'before'),
+  [
+    ('opt.net.inner_state.trace.head.bias', 'opt.net.inner_state.trace.net.head.bias'),
+    ('opt.centroids.inner_state.mu', 'opt.net.inner_state.mu.centroids'),
+    ('opt.centroids.inner_state.count', 'opt.net.inner_state.count'),
+    *[
+      (same, same)
+      for same in (
+        'opt.net.inner_state.count',
+        'opt.weight_net.inner_state.nu.hidden.bias',
+        'opt.weight_net.inner_state.count',
+        'params.net.head.bias',
+        'memory.ema.sum.params.head.bias',
+      )
+    ],
+  ],
+)
+def test_paths_that_have_changed(now, before):
+  assert old_path(now) == before
+
+
+def test_what_is_in_no_older_checkpoint_either_is_told_by_its_path(folder):
+  other, told = target(), 'opt.net.inner_state.trace.kernel is absent there'
+  trace = {'kernel': other.params['net']['kernel']}
+  other.opt['net'] = {'inner_state': {'trace': trace}}
+  with Ladder(folder) as ladder, pytest.raises(UserError, match=told):
+    ladder.checkpoints.restore(other)

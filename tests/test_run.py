@@ -7,13 +7,15 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from lt_jax import report, results, train
+from lt_jax import build, checkpoint, report, results, train, trained
 from lt_jax import run as run_module
 from lt_jax.errors import UserError
 from lt_jax.report import figures
 from lt_jax.writers import read_rows
 from tests import child, tiny
+from tests.test_checkpoint import with_one_optimiser_state
 
 TWO_STAGES = '''
 from configs import digits_lt
@@ -316,3 +318,22 @@ def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
   shutil.rmtree(workdir / 'stages' / 'classifier')
   run_module.run(longer, workdir, allow_config_change=True)
   assert (workdir / 'result.json').read_bytes() != before
+
+
+def test_a_run_of_before_paths_were_renamed_goes_on(two_trainings, tmp_path):
+  """Its stages still began from the States that they say they began from."""
+  _, workdir, _ = two_trainings
+  older = epath.Path(shutil.copytree(workdir, tmp_path / 'run'))
+  config = trained.read_config(older)
+  experiment, begun_from = build.build(config), {}
+  for name, stage in experiment.stages.items():
+    found = trained.restore(older, stage, experiment.mesh, 'last')
+    state = with_one_optimiser_state(found.state)
+    folder = older / 'stages' / name / 'checkpoints'
+    folder.rmtree()
+    ladder = checkpoint.Checkpoints(folder)
+    ladder.save(found.step, state, first=0, begun_from=begun_from)
+    ladder.close()
+    begun_from = {**begun_from, name: checkpoint.digest(state)[:16]}
+  before = result(workdir)['state_sha256']
+  assert run_module.run(config, older)['state_sha256'] == before
