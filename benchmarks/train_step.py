@@ -66,7 +66,7 @@ def make_config(options):
 def make_stage(config):
   """Returns (stage, mesh); photographs come from the host, decoded before."""
   dataset.load_source = synthetic
-  experiment = build.build(build.resolve(config), devices=1)
+  experiment = build.build(resolve(config), devices=1)
   stage = experiment.stages['train']
   stream = stage.streams['train']
   if stream.workers is not None:

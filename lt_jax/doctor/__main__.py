@@ -12,7 +12,8 @@ import collections
 
 from absl import flags
 
-from lt_jax import allocator, build, commands, doctor
+from lt_jax import allocator, commands, doctor
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -27,7 +28,7 @@ def main() -> None:
   Raises:
     UserError: something is wrong.
   """
-  config = build.resolve(CONFIG.value)
+  config = resolve(CONFIG.value)
   allocator.keep_pages(config)  # as the run will
   case = doctor.Case(config, WORKDIR.value, THOROUGH.value)
   counts, section = collections.Counter(), ''
