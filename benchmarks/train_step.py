@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks import timing
 from configs import cifar10_lt, imagenet_lt
 from lt_jax import allocator, build, sharding, train
+from lt_jax.config import resolve
 from lt_jax.data import dataset, sources
 from lt_jax.data.reading import reading
 

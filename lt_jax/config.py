@@ -127,8 +127,8 @@ def base_config() -> ConfigDict:
         'meta_in_train': False,  # True: the meta images are trained on too
         'open_val_per_class': 0,
         'open_test_per_class': 0,
-        'many_shot': 100,
-        'few_shot': 20,
+        'many_shot': 100,  # 0: twice the median number of training images
+        'few_shot': 20,  # 0: half the median
         'mean': (0.0,),
         'std': (1.0,),
         'pad': 0,  # pixels, for the random crop

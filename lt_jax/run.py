@@ -18,7 +18,7 @@ from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import Config, config_digest
-from lt_jax.data import places
+from lt_jax.data import longtail, places
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
@@ -445,6 +445,9 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
     },
     'fingerprint': experiment.fingerprint,
     'found': places.place(data),
+    'shot_bounds': longtail.shot_bounds(
+      dataset.counts, data['many_shot'], data['few_shot']
+    ),
     'image_shape': list(dataset.image_shape),
     'preprocessing': {key: data[key] for key in keys},
   }

@@ -365,7 +365,7 @@ class StageRunner:
     for stream, new in self._new_bad.items():
       if self.stage.streams[stream].workers is None:
         continue
-      name, split = self.stage.trained_on[stream]
+      name = self.stage.trained_on[stream]
       name = self.stage.trained_on[stream]
       found = of_any_process(sorted(new))
       new.difference_update(found)

@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from configs import cifar10_lt, digits_lt, imagenet_lt
-from lt_jax import allocator, build
+from lt_jax import allocator
+from lt_jax.config import resolve
 from tests import child
 
-LARGE = build.resolve(cifar10_lt.get_config())
-SMALL = build.resolve(digits_lt.get_config())
+LARGE = resolve(cifar10_lt.get_config())
+SMALL = resolve(digits_lt.get_config())
 
 
 @pytest.fixture

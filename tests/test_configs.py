@@ -16,6 +16,7 @@ from configs import (
   imagenet_lt,
   inat17,
   inat18,
+  my_images,
   places_lt,
 )
 from lt_jax import build, recipes, run, sharding, train
@@ -53,6 +54,7 @@ CONFIGS = {
   'places_lt': (places_lt, ',net=resnet50'),
   'inat17': (inat17, ',net=resnet10'),
   'inat18': (inat18, ',net=resnet10'),
+  'my_images': (my_images, ''),
 }
 
 

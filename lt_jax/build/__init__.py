@@ -260,8 +260,8 @@ def _start(
   rules = as_rules(key, config['optimizer'].get(key, ()))
   if all(rate for _, rate in rules):
     return None
-  params = state_shapes(method, streams).params
-  rates = per_parameter(rules, params)
+  params = {'net': state_shapes(method, streams).params['net']}
+  rates = per_parameter(rules, params, some=True)
   frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
   return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
 

@@ -103,6 +103,18 @@ SHOT_RULES = {
 }
 
 
+def shot_bounds(counts: np.ndarray, many: float, few: float) -> dict[str, float]:
+  """Returns the bounds of many- and few-shot classes, as 'many' and 'few'.
+
+  Args:
+    counts: (C,) int training images.
+    many: a bound; 0: twice the median of the counts.
+    few: likewise; 0: half the median.
+  """
+  median = float(np.median(counts))
+  return {'many': many or 2 * median, 'few': few or median / 2}
+
+
 def shot_groups(
   counts: np.ndarray, many: int = 100, few: int = 20, rule: str = 'strict'
 ) -> dict[str, np.ndarray]:
@@ -112,8 +124,8 @@ def shot_groups(
 
   Args:
     counts: (C,) int training images.
-    many: bound of the many-shot classes.
-    few: bound of the few-shot classes, below `many`.
+    many: bound of the many-shot classes; 0: from the data, see `shot_bounds`.
+    few: bound of the few-shot classes, below `many`; 0: likewise.
     rule: a key of `SHOT_RULES`.
 
   Returns:
@@ -126,6 +138,7 @@ def shot_groups(
   most who follow it are strict, the authors' later code is inclusive.
   """
   above, below = lookup(SHOT_RULES, 'shot rule', rule)
+  many, few = shot_bounds(counts, many, few).values()
   if few >= many:
     raise UserError(f'shot bounds: few {few} must be less than many {many}')
   counts = np.asarray(counts)

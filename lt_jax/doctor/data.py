@@ -334,9 +334,11 @@ def _shape(ordered: np.ndarray) -> str:
 def shots(case: Case) -> Findings:
   """Counts many-, medium- and few-shot classes."""
   many, few = (case.config['data'][f'{name}_shot'] for name in ('many', 'few'))
-  groups = longtail.shot_groups(case.dataset.counts, many, few)
+  counts = case.dataset.counts
+  groups = longtail.shot_groups(counts, many, few)
+  many, few = longtail.shot_bounds(counts, many, few).values()
   told = ', '.join(f'{mask.sum()} {name}' for name, mask in groups.items())
-  yield ok(f'classes with over {many}, between, and under {few} images: {told}')
+  yield ok(f'classes with over {many:g}, between, and under {few:g} images: {told}')
   for name, mask in groups.items():
     if not mask.any():
       yield odd(f'no class is {name}-shot: metrics of that group will be empty')

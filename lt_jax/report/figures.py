@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 
+from lt_jax.data.longtail import shot_bounds
 from lt_jax.evals.calibration import BINS, calibration
 from lt_jax.report.drawing import (
   COLOURS,
@@ -110,10 +111,11 @@ def shot_groups(runs: Sequence[Run]) -> Drawn:
   axes.set_xticks(place, told)
   axes.set(ylabel='test accuracy (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
-  bounds = runs[0].config['data']
+  data = runs[0].config['data']
+  bounds = shot_bounds(runs[0].counts, data['many_shot'], data['few_shot'])
   return figure, (
-    f'Accuracy by shot group: many-shot classes have more than {bounds["many_shot"]} '
-    f'training images, few-shot ones less than {bounds["few_shot"]}.{seeds(runs)}'
+    f'Accuracy by shot group: many-shot classes have more than {bounds["many"]:g} '
+    f'training images, few-shot ones less than {bounds["few"]:g}.{seeds(runs)}'
   )
 
 

@@ -1,0 +1,207 @@
+"""Domains and streams: who may see what, and what comes of it."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits_domains
+from lt_jax import build, checkpoint, run, sharding, train
+from lt_jax.config import resolve
+from lt_jax.data.streams import Unlabelled
+from lt_jax.errors import UserError
+from lt_jax.recipes import RECIPES
+
+ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
+NETS = {'dan': 'mnist_dann'}
+"""Recipes that compare layers which LeNet does not have."""
+
+LABELLED = ('target_only',)
+
+
+def config(recipe, options='epochs=1.0', **changes):
+  made = digits_domains.get_config(f'{recipe},{options}')
+  if recipe in NETS:
+    made.model.trunk = NETS[recipe]
+    made.domains = {
+      name: {**domain, 'size': 28} for name, domain in made.domains.to_dict().items()
+    }
+    made.data.size = 28
+  made.update_from_flattened_dict(changes)
+  return resolve(made)
+
+
+def permuted(experiment, seed=0):
+  """Returns the data sets with the target's training labels in another order."""
+  rng, datasets = np.random.default_rng(seed), dict(experiment.domains)
+  for name in experiment.roles['target']:
+    train_split = datasets[name].splits['train']
+    labels = rng.permutation(train_split.labels)
+    splits = datasets[name].splits | {'train': train_split._replace(labels=labels)}
+    datasets[name] = datasets[name]._replace(splits=splits)
+  return datasets
+
+
+def replaced(experiment):
+  """Returns the data sets with other test images."""
+  datasets = {}
+  for name, dataset in experiment.domains.items():
+    tests = {
+      split: images._replace(rows=images.rows[::-1], labels=images.labels[::-1] * 0)
+      for split, images in dataset.tests.items()
+    }
+    datasets[name] = dataset._replace(tests=tests)
+  return datasets
+
+
+def given(stage):
+  """Returns all that a stage's steps and surgeries are given, as NumPy."""
+  found = {}
+  for name, stream in stage.streams.items():
+    found |= {f'{name}/{k}': np.asarray(v) for k, v in stream.arrays.items()}
+    for step in range(3):
+      payload = stream.payload(step)
+      found |= {f'{name}/{step}/{k}': np.asarray(v) for k, v in payload.items()}
+  return found
+
+
+@pytest.mark.parametrize('recipe', ADAPT)
+def test_labels_of_the_target_and_test_images_reach_no_step(recipe):
+  """In all but the recipes that say so, nothing that is handed over changes."""
+  made = config(recipe)
+  experiment = build.build(made, devices=1)
+  before = given(experiment.last)
+  other = build.build(made, devices=1, datasets=permuted(experiment))
+  after = given(other.last)
+  same = all(np.array_equal(before[key], after[key]) for key in before)
+  assert before.keys() == after.keys()
+  assert same != (recipe in LABELLED) == experiment.last.uses_target_labels
+  tests = given(build.build(made, devices=1, datasets=replaced(experiment)).last)
+  assert all(np.array_equal(before[key], tests[key]) for key in before)
+
+
+def two_steps(experiment):
+  """Returns the digest of the State after two steps."""
+  stage = experiment.last
+  arrays = {name: stream.arrays for name, stream in stage.streams.items()}
+  key, step = jax.random.key(0), jax.jit(stage.method.step)
+  state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  for number in range(2):
+    payloads = train.payloads_at(stage.streams, number)
+    batches = train.batches_at(stage.streams, arrays, payloads, key, number)
+    state, _ = step(state, batches)
+  return checkpoint.digest(state)
+
+
+@pytest.mark.parametrize('recipe', ['dann', 'deep_coral'])
+def test_two_steps_are_the_same_with_other_labels_of_the_target(recipe):
+  made = config(recipe)
+  experiment = build.build(made, devices=1)
+  other = experiment._replace(
+    stages=build.build(made, devices=1, datasets=permuted(experiment)).stages
+  )
+  assert two_steps(experiment) == two_steps(other)
+
+
+def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
+  stage = build.build(config('dann'), devices=1).last
+  seen = []
+  state = train.state_shapes(stage.method, stage.streams)
+  with pytest.raises(UserError, match='it can see val, train, target/train'):
+    stage.survey.outputs(state, 'test')
+  with pytest.raises(UserError, match='it can see'):
+    stage.survey.outputs(state, 'source/test')
+
+  def keep(outputs, batch):
+    seen.extend(batch)
+    return {'logits': outputs['logits']}
+
+  fresh = train.initial_state(
+    stage.method,
+    stage.streams,
+    jax.random.key(0),
+    sharding.make_mesh(1),
+  )
+  logits = stage.survey.collect(fresh, 'target/train', keep)['logits']
+  assert len(logits) == 600 and 'label' not in seen
+
+
+def test_the_headline_is_the_mean_over_the_targets(tmp_path):
+  made = config('source_only', 'epochs=1.0,target=blended+inverted')
+  result = run.run(made, tmp_path)
+  domains = result['domains']
+  assert set(domains) == {'source', 'blended', 'inverted', 'sketched'}
+  targets = [domains[name]['accuracy'] for name in ('blended', 'inverted')]
+  assert result['test']['accuracy'] == pytest.approx(np.mean(targets))
+  means = result['domain_means']
+  every = [*targets, domains['sketched']['accuracy']]
+  assert means['compound_open']['accuracy'] == pytest.approx(np.mean(every))
+  assert not result['uses_target_labels']
+
+
+def test_a_compound_target_is_one_stream_without_domains():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  stage = build.build(made, devices=1).last
+  images = stage.images['target/train']
+  assert isinstance(images, Unlabelled) and len(images.rows) == 1200
+  assert set(stage.streams['target'].payload(0)) == {'index'}
+  made['streams']['target']['domain_labels'] = True
+  told = build.build(made, devices=1).last.streams['target'].payload(0)
+  assert set(told['domain'].tolist()) == {0, 1}
+
+
+def test_several_sources_tell_the_domain_of_an_image():
+  made = config('source_only', 'epochs=1.0,target=blended+inverted')
+  made |= {'sources': ['blended', 'inverted'], 'target': ['sketched']}
+  made |= {'open_domains': []}
+  stage = build.build(made, devices=1).last
+  payload = stage.streams['train'].payload(0)
+  assert set(payload['domain'].tolist()) == {0, 1}
+  assert stage.dataset.counts.sum() == 1200
+
+
+@pytest.mark.parametrize(
+  ('change', 'told'),
+  [
+    ({'target': ['source']}, "domain 'source' is both source and target"),
+    ({'target': []}, "domain 'blended' has no role"),
+    ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
+    ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
+    ({'select': 'oracle/accuracy'}, 'never chosen by the labels of a target'),
+    ({'select': 'blended/test'}, 'select is'),
+    (
+      {'streams': {'sampler': {'name': 'class_balanced'}}},
+      "sampler 'class_balanced' needs labels, which the stream 'target' does not",
+    ),
+    ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
+    ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
+    ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
+    ({'domains': {'sourc': 'x'}}, "sets 'sourc', which is no key of data"),
+    ({'domains': {'source': 'digits', 'size': 16, 'channels': 3}}, None),
+  ],
+)
+def test_mistakes_are_one_line(change, told):
+  made = config('dann')
+  for key, value in change.items():
+    match key:
+      case 'streams':
+        made['streams']['target'] |= value
+      case 'domains':
+        made['domains']['blended'] |= value
+      case _:
+        made[key] = value
+  if told is None:
+    made['data'] |= {'test_per_class': 10}
+    assert build.build(made).domains['blended'].image_shape == (16, 16, 3)
+    return
+  with pytest.raises(UserError, match=told) as error:
+    build.build(made)
+  assert '\n' not in str(error.value)
+
+
+def test_classes_that_do_not_agree_are_named():
+  experiment = build.build(config('dann'), devices=1)
+  names = list('0123456789')
+  names[3] = 'three'
+  wrong = experiment.domains['blended']._replace(class_names=tuple(names))
+  with pytest.raises(UserError, match="class 3 is '3' in one and 'three' in the other"):
+    build.build(config('dann'), datasets=experiment.domains | {'blended': wrong})
