@@ -127,11 +127,8 @@ def _images(
     UserError: there is no such split, it is too small, or the sampler needs labels.
   """
   domain, batch = domain or config['domain'], batch or config['batch']
-  for key, number, least in (('batch', batch, 1), ('every', every, 1)):
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-      raise UserError(
-        f'streams.{stream}.{key} is {number!r}; it must be {least} or more'
-      )
+  if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    raise UserError(f'streams.{stream}.every is {every!r}; it must be 1 or more')
   of_target = domains.is_target(domain)
   labelled = not of_target if labels is None else labels
   dataset = domains.dataset(domain)
@@ -234,7 +231,11 @@ STREAMS = {'images': _images, 'episodes': _episodes}
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-  """Returns the first axes of what a step is given, which devices must divide."""
+  """Returns the first axes of what a step is given, which devices must divide.
+
+  Raises:
+    UserError: a batch is no positive whole number.
+  """
   sizes = {}
   for name, row in config['streams'].items():
     if row.get('name') == 'episodes':
@@ -243,7 +244,10 @@ def batch_sizes(config: Config) -> dict[str, int]:
         row.get(f'queries_{kind}', 0) for kind in ('novel', 'base')
       )
     else:
-      sizes[f'batch of {name}'] = row.get('batch') or config['batch']
+      batch = row.get('batch') or config['batch']
+      if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise UserError(f'streams.{name}.batch is {batch!r}; it must be 1 or more')
+      sizes[f'batch of {name}'] = batch
   return {name: size for name, size in sizes.items() if size}
 
 
