@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits_domains
 from lt_jax import build, losses, methods, train
 from lt_jax.config import resolve
+from lt_jax.losses import alignment
 from tests import tiny
 from tests.test_methods import STEPS, Runner
 
@@ -80,3 +82,50 @@ def test_the_method_meets_the_contract(examples, npz, monkeypatch):
   images = split.source.images[split.rows].astype(np.float32) / 127.5 - 1
   logits = runner.stage.method.predict(last, images)['logits']
   np.testing.assert_array_equal(logits.argmax(-1), split.labels)
+
+
+def two_domains(monkeypatch, examples, **changes):
+  """Returns the last stage of `dann` on the embedded pair, changed."""
+  monkeypatch.setitem(alignment.ALIGNMENTS, 'mean_distance', examples['mean_distance'])
+  monkeypatch.setitem(methods.METHODS, 'watched', examples['watched'])
+  config = resolve(digits_domains.get_config('dann,epochs=1.0'))
+  return build.build(config | changes, devices=1).last
+
+
+def a_step(stage):
+  arrays = {name: stream.arrays for name, stream in stage.streams.items()}
+  key, payloads = jax.random.key(0), train.payloads_at(stage.streams, 0)
+  batches = train.batches_at(stage.streams, arrays, payloads, key, 0)
+  state = jax.jit(stage.method.init)(key, batches)
+  after, metrics = jax.jit(stage.method.step)(state, batches)
+  return state, after, {name: float(np.sum(v / n)) for name, (v, n) in metrics.items()}
+
+
+def test_the_alignment_is_one_of_aligned(examples, monkeypatch):
+  stage = two_domains(
+    monkeypatch,
+    examples,
+    method={'name': 'aligned', 'statistics': 'separate'},
+    alignment={'name': 'mean_distance', 'align_on': ['features'], 'weight': 1.0},
+    players={},
+  )
+  _, _, metrics = a_step(stage)
+  assert metrics['alignment'] > 0
+
+
+def test_the_method_of_two_players_moves_both(examples, monkeypatch):
+  critic = {
+    'network': {'name': 'mlp'},
+    'optimizer': {'name': 'sgd', 'momentum': 0.9},
+    'schedule': {'name': 'constant', 'base': 0.1},
+  }
+  stage = two_domains(
+    monkeypatch, examples, method={'name': 'watched'}, players={'critic': critic}
+  )
+  before, after, metrics = a_step(stage)
+  assert metrics['critic_loss'] > 0 and int(after.step) == 1
+  for player in ('net', 'critic'):
+    moved = jax.tree.map(
+      lambda a, b: bool((a != b).any()), before.params[player], after.params[player]
+    )
+    assert any(jax.tree.leaves(moved))
