@@ -18,7 +18,6 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from lt_jax.errors import UserError, lookup, suggest
-from lt_jax.files import flatten
 
 Config = Mapping[str, Any]
 Overrides = dict[str, Any]
@@ -323,6 +322,18 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
       near = suggest(key, STAGE_KEYS)
       raise UserError(f'stage {name!r} sets {key!r}, which a stage cannot{near}')
   return merge(config, stage)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns nested dicts as one, keys joined by dots: {'data.source': 'digits'}."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    name = f'{prefix}{key}'
+    if isinstance(value, Mapping) and value:
+      flat |= flatten(value, f'{name}.')
+    else:
+      flat[name] = value
+  return flat
 
 
 def domain_data(config: Config, name: str) -> dict[str, Any]:

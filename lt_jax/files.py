@@ -334,15 +334,3 @@ _FORBIDDEN = (
 )
 _IN_USE = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns nested dicts as one, keys joined by dots: {'data.source': 'digits'}."""
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    name = f'{prefix}{key}'
-    if isinstance(value, Mapping) and value:
-      flat |= flatten(value, f'{name}.')
-    else:
-      flat[name] = value
-  return flat

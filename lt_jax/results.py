@@ -15,7 +15,7 @@ import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
-from lt_jax.config import OPEN, TARGET, config_digest
+from lt_jax.config import OPEN, TARGET, config_digest, flatten
 from lt_jax.evals import open_set, record
 from lt_jax.evals.calibration import calibration
 from lt_jax.evals.closed_set import closed_set
@@ -402,9 +402,7 @@ def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | No
 def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:
   """Returns the single numbers in a State's memory, such as a tau that was chosen."""
   return {
-    path: float(value)
-    for path, value in files.flatten(memory).items()
-    if np.ndim(value) == 0
+    path: float(value) for path, value in flatten(memory).items() if np.ndim(value) == 0
   }
 
 

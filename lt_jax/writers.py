@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lt_jax import files
+from lt_jax.config import flatten
 from lt_jax.errors import UserError
 from lt_jax.files import MAYBE, NUMBER
 
@@ -210,7 +211,7 @@ def tracking(
     run = module.init(
       project=config['name'],
       name=f'{config["recipe"]}-{config["seed"]}-{known_by[:6]}',
-      config=files.flatten(config),
+      config=flatten(config),
       resume='allow',
       **({'id': known_by} if name == 'wandb' else {}),
     )

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lt_jax.config import CLOCK, Config
+from lt_jax.config import CLOCK, Config, flatten
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup
-from lt_jax.files import flatten
 from lt_jax.methods import METHODS
 
 SELECTABLE = {

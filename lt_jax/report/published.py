@@ -12,7 +12,7 @@ import runpy
 from typing import Any
 
 from lt_jax import files
-from lt_jax.config import Config, config_digest, resolve
+from lt_jax.config import Config, config_digest, flatten, resolve
 
 PATH = pathlib.Path(__file__).with_name('published.json')
 
@@ -36,7 +36,7 @@ def setting(config: Config) -> str:
   The images may lie anywhere, but generated ones are others; so are weights to begin
   with, whose place does not count either.
   """
-  flat = files.flatten(config)
+  flat = flatten(config)
   kept = {
     key: value
     for key, value in flat.items()
