@@ -17,8 +17,9 @@ from etils import epath
 from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
-from lt_jax.config import Config, config_digest
+from lt_jax.config import SOURCE, TARGET, Config, config_digest, domain_data
 from lt_jax.data import longtail, places
+from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
@@ -429,7 +430,8 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   """Returns what data.json tells; what else is in it already stays."""
   path, dataset = workdir / 'data.json', experiment.dataset
   classes = len(dataset.class_names)
-  data = experiment.config['data']
+  config, data = experiment.config, experiment.config['data']
+  predicted = next(iter(experiment.roles[TARGET] or experiment.roles[SOURCE]))
   keys = ('mean', 'std', 'pad', 'pad_mode', 'flip', 'jitter', 'image_size', 'resize')
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
@@ -449,7 +451,8 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       dataset.counts, data['many_shot'], data['few_shot']
     ),
     'image_shape': list(dataset.image_shape),
-    'preprocessing': {key: data[key] for key in keys},
+    # Of the first target, which the network is for, or else of the source.
+    'preprocessing': {key: domain_data(config, predicted)[key] for key in keys},
   }
 
 
@@ -473,7 +476,7 @@ def _banner(
   if len(seeds) > 1:
     idle_note = f' ({idle} idle: too few seeds)' if idle else ''
     a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
-  sizes = ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.every.items())
+  sizes = _sizes(dataset)
   kind = jax.devices()[0].device_kind
   imbalance = counts.max() / max(counts.min(), 1)
   screen.table(
@@ -482,6 +485,12 @@ def _banner(
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
       ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
+      *(
+        (f'{role} {name}', _sizes(experiment.domains[name]))
+        for role, members in experiment.roles.items()
+        for name in members
+        if name != SOURCE
+      ),
       *(('passed over', line) for line in dataset.passed_over),
       ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
@@ -492,6 +501,10 @@ def _banner(
   )
   for caution in cautions(experiment):
     screen.line(f'warning: {caution}')
+
+
+def _sizes(dataset: Dataset) -> str:
+  return ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.every.items())
 
 
 def _named(seeds: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lt_jax import build, checkpoint, files, provenance, sharding
 from lt_jax.build import Experiment, Stage
-from lt_jax.config import SOURCE, Config, base_config, resolve
+from lt_jax.config import SOURCE, TARGET, Config, base_config, resolve
 from lt_jax.data import augment
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
@@ -186,8 +186,12 @@ def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experime
       the run's evaluation.
   """
   here = {'device': 'any', 'eval_batch': batch or config['eval_batch']}
+  # Of several domains the images have one shape, and their number does not matter.
+  names = (SOURCE, TARGET, *config['domains'])
   with building():
-    return build.build({**config, **here}, datasets={SOURCE: _shapes_of(facts)})
+    return build.build(
+      {**config, **here}, datasets=dict.fromkeys(names, _shapes_of(facts))
+    )
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import digits_domains
-from lt_jax import build, checkpoint, run, sharding, train
+from lt_jax import build, checkpoint, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
@@ -205,3 +205,15 @@ def test_classes_that_do_not_agree_are_named():
   wrong = experiment.domains['blended']._replace(class_names=tuple(names))
   with pytest.raises(UserError, match="class 3 is '3' in one and 'three' in the other"):
     build.build(config('dann'), datasets=experiment.domains | {'blended': wrong})
+
+
+def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  for name in ('blended', 'inverted'):
+    made['domains'][name]['mean'] = [0.4]
+  run.run(made, tmp_path)
+  network = trained.open_run(tmp_path)
+  assert network.facts['preprocessing']['mean'] == [0.4]
+  images = build.build(made).domains['inverted'].tests['test'].source.images
+  outputs = network.stage.method.predict(network.state, np.float32(images[:4]) / 255)
+  assert outputs['logits'].shape == (4, 10)

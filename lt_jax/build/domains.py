@@ -81,7 +81,7 @@ def load_domains(
   Args:
     config: the resolved config.
     to_device: puts images of small sources into device memory.
-    given: domain -> data set that takes the place of the one the config names.
+    given: domain or role -> data set that takes the place of what the config names.
 
   Raises:
     UserError: a domain that is not there, has no role or two, or domains that meet but
@@ -104,7 +104,7 @@ def load_domains(
       continue
     configs[role] = configs[members[0]]
     _check_pixels(role, members, configs)
-    if members != (role,):
+    if members != (role,) and role not in (given or {}):
       parts = {name: datasets[name] for name in members}
       datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
   made = {name: transforms(data) for name, data in configs.items()}
