@@ -1,6 +1,7 @@
 """Your own photographs: a folder of images a class, or lists of image files.
 
-  python -m lt_jax.main --config=my_images:ldam_drw,data=photos --workdir=runs/photos
+  python -m lt_jax.main --config=configs/my_images.py:ldam_drw,data=photos \
+    --workdir=runs/photos
 
 Data: `photos/CLASS/*.jpg`, or `photos/train/CLASS/*.jpg` with perhaps `val` and `test`
 like it, or a folder with train.txt of `path label` lines (list=LISTS,data=IMAGES).
@@ -11,7 +12,7 @@ median number of training images, few-shot below half of it; data.json keeps the
 docs/my_images.md takes you through it in ten minutes. Without data= the images are
 generated, to see that everything runs.
 
-Cost: with the defaults an epoch of 2,000 images takes about two minutes on two CPU
+Cost: a step of 32 images, a third of a second with ResNet-10 at 112 pixels on two CPU
 cores. There is no published number.
 
 Argument: a recipe (see docs/methods.md) and

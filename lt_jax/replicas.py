@@ -177,4 +177,8 @@ def together_streams(streams: Sequence[Stream], mesh: Mesh) -> Stream:
     return jax.tree.map(lambda *x: np.stack(x), *(s.payload(step) for s in streams))
 
   prepare = jax.vmap(first.prepare, in_axes=(None if shared else 0, 0, 0))
-  return first._replace(arrays=arrays, payload=payload, prepare=prepare)
+  shapes = first.shapes and {
+    name: jax.ShapeDtypeStruct((len(streams), *one.shape), one.dtype)
+    for name, one in first.shapes.items()
+  }
+  return first._replace(arrays=arrays, payload=payload, prepare=prepare, shapes=shapes)

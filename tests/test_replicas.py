@@ -64,7 +64,7 @@ def test_a_replica_is_its_run_alone(npz, recipe, devices):
   streams, states, alone = [], [], []
   for seed in SEEDS:
     _, own = last_stage(
-      npz, recipe, seed, devices=1, dataset=experiment.dataset
+      npz, recipe, seed, devices=1, datasets=experiment.domains
     )  # whose order is its own
     shared = {
       name: stage.streams[name]._replace(payload=stream.payload)

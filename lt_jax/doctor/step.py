@@ -230,15 +230,15 @@ def by_heart(case: Case) -> Findings:
 
 def evaluates(case: Case) -> Findings:
   """Evaluates a batch of every split, and computes the metrics of all classes."""
-  passes = case.experiment.passes
-  experiment = case.experiment._replace(
-    passes={name: _first_batch(one) for name, one in passes.items()}
-  )
-  share = np.mean([one.batches for one in passes.values()])
   for name, trial in _trials(case).items():
-    results.evaluate(experiment, trial.stage, trial.state)  # compiles it
+    passes = trial.stage.passes
+    share = np.mean([one.batches for one in passes.values()])
+    stage = trial.stage._replace(
+      passes={split: _first_batch(one) for split, one in passes.items()}
+    )
+    results.evaluate(case.experiment, stage, trial.state)  # compiles it
     began = time.perf_counter()
-    results.evaluate(experiment, trial.stage, trial.state)
+    results.evaluate(case.experiment, stage, trial.state)
     seconds = (time.perf_counter() - began) * share
     plan = trial.stage.plan
     times = -(-plan.steps // plan.evaluate_every)
