@@ -90,6 +90,9 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
 def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
   """Returns this process's rows as global arrays, split over the devices.
 
+  In one process a batch that the devices do not divide is on each of them whole: that
+  of a single one of several replicas, whose devices have whole batches anyway.
+
   Args:
     mesh: the mesh.
     tree: NumPy arrays of this process, batch on axis `leading`.
@@ -97,7 +100,8 @@ def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
   """
   sharding = NamedSharding(mesh, PartitionSpec(*[None] * leading, AXIS))
   if jax.process_count() == 1:
-    return jax.device_put(tree, sharding)
+    divides = all(x.shape[leading] % mesh.size == 0 for x in jax.tree.leaves(tree))
+    return jax.device_put(tree, sharding if divides else replicated(mesh))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), tree
   )
