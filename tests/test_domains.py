@@ -1,5 +1,7 @@
 """Domains and streams: who may see what, and what comes of it."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
+from lt_jax.report import tables
 
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
@@ -217,3 +220,31 @@ def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
   images = build.build(made).domains['inverted'].tests['test'].source.images
   outputs = network.stage.method.predict(network.state, np.float32(images[:4]) / 255)
   assert outputs['logits'].shape == (4, 10)
+
+
+def group(recipe, accuracy):
+  """A group of one run, as the report reads it."""
+  result = {
+    'test': {'accuracy': accuracy},
+    'domains': {'source': {'accuracy': 0.95}, 'blended': {'accuracy': accuracy}},
+  }
+  one = types.SimpleNamespace(recipe=recipe, result=result)
+  return types.SimpleNamespace(counted=[one], label=recipe, anchor=recipe)
+
+
+def test_the_report_says_how_much_of_the_gap_is_covered():
+  groups = [
+    group('source_only', 0.4),
+    group('dann', 0.5),
+    group('mcc', 0.3),
+    group('target_only', 0.9),
+  ]
+  table = tables.domains_table(groups)
+  assert table.headings == ['method', 'source', 'blended', 'gap covered']
+  assert [row[-1] for row in table.rows] == [
+    '0.0 %',
+    '20.0 %',
+    '-20.0 % (negative transfer)',
+    '100.0 %',
+  ]
+  assert tables.domains_table(groups[:2]).headings == ['method', 'source', 'blended']

@@ -53,6 +53,7 @@ SHAPES: dict[str, Any] = {
     'best_on_test': (None, {'accuracy': NUMBER}),
     'versions': (None, {}),
     'warnings': (None, [str]),
+    'domains': (None, {str: {'accuracy': NUMBER}}),
     'wall_seconds': MAYBE,
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},
