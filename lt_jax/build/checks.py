@@ -46,6 +46,8 @@ RANGES = {
   'data.meta_per_class': (0, 1e9),
   'data.open_val_per_class': (0, 1e9),
   'data.open_test_per_class': (0, 1e9),
+  'data.size': (0, 1e4),
+  'data.channels': (0, 3),
   'data.pad': (0, 1e4),
   'data.jitter': (0, 1),
   'data.image_size': (0, 1e4),
