@@ -89,6 +89,7 @@ def evaluate(
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
     stage = stage._replace(method=adjusted)
   screen = Screen()
+  screen.line(f'evaluating stage {name!r} at step {restored.step}, the {which} State')
 
   def tell(event: str, split: str, image: str) -> None:
     screen.line(f'{event.replace("_", " ")}: split {split}, image {image}')

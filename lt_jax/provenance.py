@@ -44,6 +44,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
   Raises:
     UserError: it is missing or damaged; says what to do.
   """
+  if not path.exists():
+    raise UserError(f'{path} is missing: the training command writes it anew')
   try:
     return files.read_json(path)
   except UserError as error:

@@ -221,7 +221,17 @@ def near_split(name: str) -> str | None:
 _FILLERS = ('set', 'split', 'data', 'images', 'image', 'imgs', 'img')
 _MEANT = {
   'train': ('train', 'training', 'trainset', 'trn'),
-  'val': ('val', 'valid', 'validation', 'validate', 'valset', 'dev', 'devel'),
+  'val': (
+    'val',
+    'valid',
+    'validation',
+    'validate',
+    'valset',
+    'dev',
+    'devel',
+    'eval',
+    'evaluation',
+  ),
   'test': ('test', 'testing', 'testset', 'tests', 'tst'),
   'open': ('open', 'openset'),
 }
