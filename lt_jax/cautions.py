@@ -36,7 +36,7 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
   if not trained:
     yield (
       f'the result is of an untrained network: stage {stage.name!r} makes no step '
-      '(see epochs) and takes nothing over from another one'
+      '(see epochs) and inherits nothing from another stage'
     )
 
 
@@ -52,7 +52,7 @@ def _short_stages(experiment: Experiment) -> Iterator[str]:
       told = '1 step' if steps == 1 else f'{steps} steps'
       yield (
         f'stage {name!r} trains for {told} only, which is too few for a classifier '
-        f'that begins afresh: raise config.stages.{name}.epochs'
+        f'trained from scratch: raise config.stages.{name}.epochs'
       )
 
 

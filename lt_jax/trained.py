@@ -258,7 +258,7 @@ def restore(
     raise UserError(f'{workdir} has no {which} checkpoint of stage {stage.name!r}')
   if provenance.recorded(workdir) is None:
     print(
-      f'note: {workdir} is of an earlier version, whose checkpoints do not tell if '
-      'config.json and data.json are as they were'
+      f'note: {workdir} is of an earlier version, whose checkpoints do not record '
+      'whether config.json and data.json have changed'
     )
   return restored

@@ -120,8 +120,8 @@ def _latest(epochs: Any) -> float:
 
 
 _BEYOND = (
-  ', but stage {!r} ends at {:g}; a whole recipe becomes shorter with epochs=... '
-  'behind the colon of --config'
+  ', but stage {!r} ends at {:g}; to shorten the whole recipe, put epochs=... after '
+  'the colon of --config'
 )
 
 
