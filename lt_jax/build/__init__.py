@@ -187,7 +187,7 @@ def _build_stage(
 def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
   """Returns the shot groups of a stage's classes, strict and inclusive."""
   data, counts = (
-    domains.data(config['domain']),
+    domains.data[config['domain']],
     domains.dataset(config['domain']).counts,
   )
   strict, inclusive = (
@@ -225,11 +225,11 @@ def _passes(
     tested |= {f'{name}/{n}': (name, split) for n, split in tests.items()}
 
   def make(domain: str, split: Split | Unlabelled) -> Pass:
-    data = domains.data(domain)
+    data = domains.data[domain]
     return evaluation_pass(
       split,
       batch=sharding.round_up(config['eval_batch'], mesh.size),
-      transform=domains.transforms(domain)[1],
+      transform=domains.transforms[domain][1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
     )

@@ -35,29 +35,21 @@ class Domains(NamedTuple):
 
   Attributes:
     datasets: name or role -> data set; a role of several domains joins them.
-    configs: name or role -> keys of `data`.
+    data: name or role -> keys of `data`.
     roles: 'source', 'target' and 'open' -> names of their domains.
-    made: name or role -> (training, evaluation) transform.
+    transforms: name or role -> (training, evaluation) transform of pixels.
   """
 
   datasets: dict[str, Dataset]
-  configs: dict[str, Config]
+  data: dict[str, Config]
   roles: dict[str, tuple[str, ...]]
-  made: dict[str, Transforms]
+  transforms: dict[str, Transforms]
 
   def dataset(self, name: str) -> Dataset:
     """Returns the data of a domain or of a role."""
     if self.roles.get(name) == ():
       raise UserError(f'there is no {name} domain: set config.{name}')
     return lookup(self.datasets, 'domain', name)
-
-  def data(self, name: str) -> Config:
-    """Returns the keys of `data` of a domain or of a role."""
-    return self.configs[name]
-
-  def transforms(self, name: str) -> Transforms:
-    """Returns (training, evaluation) transform of a domain's pixels."""
-    return self.made[name]
 
   def is_target(self, name: str) -> bool:
     """Returns whether labels of a domain are those of a target."""
@@ -107,7 +99,7 @@ def load_domains(
     if members != (role,) and role not in (given or {}):
       parts = {name: datasets[name] for name in members}
       datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
-  made = {name: transforms(data) for name, data in configs.items()}
+  made = {name: make_transforms(data) for name, data in configs.items()}
   return Domains(datasets, configs, roles, made)
 
 
@@ -157,7 +149,7 @@ def _check_pixels(
         )
 
 
-def transforms(data: Config) -> Transforms:
+def make_transforms(data: Config) -> Transforms:
   """Returns (training, evaluation): what is done with pixels on the device."""
   mean, std = data['mean'], data['std']
   pad, pad_mode, flip = data['pad'], data['pad_mode'], data['flip']

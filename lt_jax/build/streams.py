@@ -143,13 +143,13 @@ def _images(
   drawn = images if labelled else Unlabelled(images)
   own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
   order = _sampler(own, drawn, batch, config['epochs'], stream)
-  data = domains.data(domain)
+  data = domains.data[domain]
   made = train_stream(
     drawn,
     order,
     seed=config['seed'],
     batch=batch,
-    transform=domains.transforms(domain)[0],
+    transform=domains.transforms[domain][0],
     workers=workers(data['workers']),
     stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
     name=stream,
