@@ -134,6 +134,15 @@ def forward(
   return outputs, updated.get('batch_stats', stats) if train else stats
 
 
+def predictor(net: Network) -> Callable[[State, jax.Array], Outputs]:
+  """Returns the `predict` of a method that deploys the network as it is trained."""
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
+
+  return predict
+
+
 def first_state(
   key: jax.Array,
   params: Mapping[str, PyTree],

@@ -18,6 +18,7 @@ from lt_jax.method import Player, forward
 from lt_jax.methods import METHODS
 from lt_jax.methods.adversarial import grad_reverse
 from lt_jax.methods.pairs import STATISTICS, apart, forward_pair, together
+from lt_jax.methods.supervised import make_objective
 from lt_jax.models import Classifier, make_classifier
 from lt_jax.models.digits import Convolution, DigitsNet
 from lt_jax.models.discriminator import mlp
@@ -71,18 +72,22 @@ def made(name, net, *, weight=1.0, align_on=('features',), judge=None, **options
   )
   judge = judge or Player(mlp(hidden=(4,)), adam(rate(0.01)))
   players = {'discriminator': judge} if name == 'dann' else {}
+  parts = {
+    'loss': make_loss('cross_entropy', np.ones(CLASSES, int)),
+    'class_weights': lambda step: jnp.ones(CLASSES),
+    'reduction': mean,
+    'penalty': None,
+  }
   return construct(
     METHODS,
     'method',
     name,
     net,
     sgd(rate(0.1)),
-    make_loss('cross_entropy', np.ones(CLASSES, int)),
     options=options,
-    class_weights=lambda step: jnp.ones(CLASSES),
+    **parts,
+    objective=make_objective(**parts),
     streams=('train', 'target'),
-    reduction=mean,
-    penalty=None,
     alignment=align,
     align_on=align_on,
     alignment_weight=make_weight(weight, progress),
@@ -272,7 +277,7 @@ def test_aligned_descends_the_sum_of_both():
     state.params['net']
   )
   after, metrics = jax.jit(method.step)(state, batches)
-  close(metrics['loss'][0], value)
+  close(metrics['loss'][0], value - apart)
   close(metrics['alignment'][0], apart)
   close(
     after.params['net'],
@@ -360,7 +365,7 @@ def test_dann_needs_its_player():
     METHODS['dann'], align_on=('conv',), players={}, streams=('target',)
   )
   with pytest.raises(UserError, match='discriminator'):
-    dann(*[None] * 3, alignment_weight=None, class_weights=None, reduction=None)
+    dann(None, None, objective=None, alignment_weight=None)
 
 
 # Devices and replicas.

@@ -11,6 +11,7 @@ from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Player
 from lt_jax.methods import METHODS
+from lt_jax.methods.supervised import make_objective
 from lt_jax.models import NETWORKS, make_classifier
 from lt_jax.optim import make_optimizer, make_schedule
 from lt_jax.recipes import adaptation
@@ -54,17 +55,21 @@ def method_of(config):
   def progress(step):
     return step / jnp.float32(STEPS)
 
+  parts = {
+    'loss': make_loss('cross_entropy', COUNTS),
+    'class_weights': lambda step: jnp.ones(len(COUNTS)),
+    'reduction': REDUCTIONS[config['reduction']],
+    'penalty': None,
+  }
   return construct(
     METHODS,
     'method',
     config['method']['name'],
     make_classifier('mnist_dann', 'linear', len(COUNTS)),
     optimizer_of(config['optimizer'], config['schedule']),
-    make_loss('cross_entropy', COUNTS),
     options={key: v for key, v in config['method'].items() if key != 'name'},
-    class_weights=lambda step: jnp.ones(len(COUNTS)),
-    reduction=REDUCTIONS[config['reduction']],
-    penalty=None,
+    **parts,
+    objective=make_objective(**parts),
     streams=tuple(config['streams']),
     alignment=make_alignment(**alignment, counts=COUNTS, progress=progress),
     align_on=alignment['align_on'],

@@ -45,6 +45,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
@@ -292,30 +293,34 @@ def _method(
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
   check_all_is_used(name, config)
-  method = construct(
-    METHODS,
-    'method',
-    name,
-    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
-    optimizer,
-    _made(
+  parts = {
+    'loss': _made(
       'loss',
       make_loss,
       config['loss'],
       counts=counts,
       classes=None if learned.all() else learned,
     ),
-    options=options,
-    counts=counts,
-    class_weights=_made(
+    'class_weights': _made(
       'class_weights',
       make_class_weights,
       weights,
       counts=counts,
       start_step=start_step,
     ),
-    reduction=lookup(REDUCTIONS, 'reduction', config['reduction']),
-    penalty=_made('penalty', make_penalty, config['penalty'], counts=counts),
+    'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
+    'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
+  }
+  method = construct(
+    METHODS,
+    'method',
+    name,
+    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
+    optimizer,
+    options=options,
+    counts=counts,
+    **parts,
+    objective=make_objective(**parts),
     alignment=_made(
       'alignment',
       make_alignment,

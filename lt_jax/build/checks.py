@@ -12,6 +12,7 @@ from lt_jax.config import CLOCK, Config, flatten
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup
 from lt_jax.methods import METHODS
+from lt_jax.methods.supervised import make_objective
 
 SELECTABLE = {
   'accuracy': 1,
@@ -156,7 +157,9 @@ def check_device(device: str) -> None:
 
 def check_all_is_used(name: str, config: Config) -> None:
   """Refuses what a method would not look at, such as class weights or a stream."""
-  asked = inspect.signature(lookup(METHODS, 'method', name)).parameters
+  asked = set(inspect.signature(lookup(METHODS, 'method', name)).parameters)
+  if 'objective' in asked:
+    asked |= set(inspect.signature(make_objective).parameters)
   given = {
     'class_weights': (config['class_weights']['name'], 'uniform'),
     'reduction': (config['reduction'], 'mean'),

@@ -24,14 +24,13 @@ from lt_jax.method import (
   Method,
   Metrics,
   Network,
-  Outputs,
   PyTree,
   State,
   first_state,
-  forward,
   init_net,
   mean_metric,
   named_key,
+  predictor,
   tick,
   update,
 )
@@ -135,10 +134,7 @@ def weight_generator(
     state, norms = update(state, grads, optimizer)
     return tick(state), metrics | norms
 
-  def predict(state: State, images: jax.Array) -> Outputs:
-    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
-
-  return Method(init, step, predict)
+  return Method(init, step, predictor(net))
 
 
 def novel_classifiers(

@@ -57,6 +57,7 @@ from lt_jax.method import (
   mean_metric,
   named_key,
   named_players,
+  predictor,
   tick,
   update,
 )
@@ -353,10 +354,7 @@ def _reweighted(
     }
     return tick(state.replace(stats=state.stats | {'net': stats})), metrics
 
-  def predict(state: State, images: jax.Array) -> Outputs:
-    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
-
-  return Method(init, step, predict)
+  return Method(init, step, predictor(net))
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:

@@ -1,13 +1,33 @@
-"""Batches of two domains: how they meet in a network with batch normalisation."""
+"""Two domains in one network: how they meet in it, and a method that trains on both."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lt_jax.errors import lookup
-from lt_jax.method import Network, Outputs, PyTree, forward
+from lt_jax.method import (
+  Batch,
+  Method,
+  Metrics,
+  Network,
+  Outputs,
+  Player,
+  PyTree,
+  State,
+  first_state,
+  forward,
+  init_net,
+  mean_metric,
+  named_key,
+  predictor,
+  tick,
+  update,
+)
+from lt_jax.methods.supervised import Objective
+from lt_jax.optim import Optimizer
 
 Pair = tuple[Outputs, Outputs, dict[str, PyTree]]
 
@@ -128,3 +148,84 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
   if statistics == 'domain_specific':
     return {'net': stats, 'net_source': stats}
   return {'net': stats}
+
+
+class Term(NamedTuple):
+  """What a method of two domains adds to the objective of the source.
+
+  Attributes:
+    value: (params, source outputs, target outputs, step) -> (value (), metrics), with
+      the parameters of all players.
+    reads: outputs -> {player: what its network is applied to}, of the players beside
+      'net'.
+  """
+
+  value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
+  reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
+
+
+def adapt(
+  net: Network,
+  optimizer: Optimizer,
+  objective: Objective,
+  term: Term,
+  *,
+  statistics: str,
+  players: Mapping[str, Player] | None = None,
+) -> Method:
+  """Descends the objective of the source plus a term of both domains, in one pass.
+
+  The batches are 'train', of the source, and 'target', which needs no labels. The
+  metric 'loss' is the objective of the source.
+
+  Args:
+    net: returns a dict with 'logits', 'features' and further named layers.
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source, see
+      `lt_jax.methods.supervised.make_objective`.
+    term: what the method adds.
+    statistics: how the domains meet in batch normalisation, a key of `STATISTICS`.
+    players: the others that the same gradient moves, each by its own optimiser.
+
+  Raises:
+    UserError: unknown statistics.
+  """
+  players = players or {}
+  lookup(STATISTICS, 'kind of batch statistics', statistics)
+
+  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    images = batches['train']['image'][:1]
+    params, stats = init_net(net, named_key(key, 'init', 0), images)
+    outputs = jax.eval_shape(
+      lambda: forward(net, params, stats, images, train=False)[0]
+    )
+    params, opt = {'net': params}, optimizer.init({'net': params})
+    for name, shape in jax.eval_shape(term.reads, outputs).items():
+      own_key = named_key(key, f'init_{name}', 0)
+      made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
+      own = {name: made['params']}
+      params, opt = params | own, opt | players[name].optimizer.init(own)
+    return first_state(key, params, first_stats(stats, statistics), opt)
+
+  def loss(params: PyTree, stats: PyTree, batches, step: jax.Array):
+    held = optimizer.held({'net': params['net']})
+    for name, player in players.items():
+      held |= player.optimizer.held({name: params[name]})
+    batch, target_images = batches['train'], batches['target']['image']
+    source, target, stats = forward_pair(
+      net, held['net'], stats, batch['image'], target_images, statistics=statistics
+    )
+    value, metrics = objective(source, batch, step)
+    added, others = term.value(held, source, target, step)
+    return value + added, (stats, {'loss': mean_metric(value), **metrics, **others})
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(
+      state.params, state.stats, batches, state.step
+    )
+    state, norms = update(state, {'net': grads['net']}, optimizer)
+    for name, player in players.items():
+      state, _ = update(state, {name: grads[name]}, player.optimizer)
+    return tick(state.replace(stats=stats)), metrics | norms
+
+  return Method(init, step, predictor(net))

@@ -24,12 +24,14 @@ from lt_jax.method import (
   forward,
   init_net,
   named_key,
+  predictor,
   tick,
   update,
 )
 from lt_jax.optim import Optimizer
 
 Loss = Callable[[Outputs, Batch], jax.Array]
+Objective = Callable[[Outputs, Batch, jax.Array], tuple[jax.Array, Metrics]]
 
 
 def supervised(
@@ -80,14 +82,8 @@ def supervised(
     outputs, net_stats = forward(
       net, params['net'], stats['net'], batch['image'], train=True
     )
-    losses = loss(outputs, batch)
-    value = jnp.vdot(coefficients, losses)
-    if penalty is not None:
-      value += penalty(outputs, batch)
-    metrics = {
-      'loss': (value, jnp.float32(1 / accumulate)),
-      **batch_metrics(outputs, batch, losses),
-    }
+    value, metrics = weighted_loss(outputs, batch, coefficients, loss, penalty)
+    metrics = {'loss': (value, jnp.float32(1 / accumulate)), **metrics}
     return value, ({'net': net_stats}, metrics)
 
   gradient = accumulated(jax.grad(objective, has_aux=True), accumulate)
@@ -99,10 +95,52 @@ def supervised(
     state, norms = update(state, grads, optimizer)
     return tick(state.replace(stats=stats)), metrics | norms
 
-  def predict(state: State, images: jax.Array) -> Outputs:
-    return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
+  return Method(init, step, predictor(net))
 
-  return Method(init, step, predict)
+
+def weighted_loss(
+  outputs: Outputs,
+  batch: Batch,
+  coefficients: jax.Array,
+  loss: Loss,
+  penalty: Loss | None,
+) -> tuple[jax.Array, Metrics]:
+  """Returns sum_i a_i loss_i + P, and the metrics of `batch_metrics`.
+
+  Args:
+    outputs: of the network.
+    batch: with 'label' (...).
+    coefficients: a, (...).
+    loss: (outputs, batch) -> (...).
+    penalty: (outputs, batch) -> (), or None.
+  """
+  losses = loss(outputs, batch)
+  value = jnp.vdot(coefficients, losses)
+  if penalty is not None:
+    value += penalty(outputs, batch)
+  return value, batch_metrics(outputs, batch, losses)
+
+
+def make_objective(
+  loss: Loss,
+  *,
+  class_weights: Callable[[jax.Array], jax.Array],
+  reduction: Callable[[jax.Array], jax.Array],
+  penalty: Loss | None,
+) -> Objective:
+  """Returns what `supervised` minimises, as one part of a larger objective.
+
+  The arguments are those of `supervised`.
+
+  Returns:
+    (outputs, batch, step) -> (value (), metrics).
+  """
+
+  def objective(outputs: Outputs, batch: Batch, step: jax.Array):
+    coefficients = reduction(class_weights(step), batch['label'])
+    return weighted_loss(outputs, batch, coefficients, loss, penalty)
+
+  return objective
 
 
 def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
