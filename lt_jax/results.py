@@ -278,7 +278,7 @@ def write_results(
     'device': f'{experiment.mesh.size} x {jax.devices()[0].device_kind}',
     'versions': versions(),
     'config_digest': config_digest(config),
-    'fingerprint': experiment.dataset.fingerprint,
+    'fingerprint': experiment.fingerprint,
     'state_sha256': checkpoint.digest(state),
   }
   if jax.process_index() == 0:
