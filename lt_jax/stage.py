@@ -15,7 +15,7 @@ from lt_jax.build import Experiment, Stage
 from lt_jax.build.checks import SELECTABLE
 from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, class_names
 from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
@@ -167,7 +167,8 @@ class StageRunner:
     self._target = checkpoint.abstract(shapes, sharding.replicated(mesh))
     restored = self._checkpoints.restore(self._target)
     if restored is None:
-      state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
+      with class_names(stage.dataset.class_names):
+        state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
       first = int(jax.device_get(state.step))
     else:
       state, first = restored.state, restored.manifest.get('first', 0)

@@ -22,7 +22,7 @@ from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
-from lt_jax.errors import UserError, construct, lookup, named_class
+from lt_jax.errors import UserError, class_names, construct, lookup, named_class
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
 
@@ -142,7 +142,8 @@ def _images(
     images = images._replace(domain=None)
   drawn = images if labelled else Unlabelled(images)
   own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
-  order = _sampler(own, drawn, batch, config['epochs'], stream)
+  with class_names(dataset.class_names):
+    order = _sampler(own, drawn, batch, config['epochs'], stream)
   data = domains.data[domain]
   made = train_stream(
     drawn,

@@ -11,7 +11,7 @@ from lt_jax.data.crops import Crop
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
 from lt_jax.data.streams import Split
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, class_names
 
 RESIDENT_LIMIT = 4 * 2**30
 """Bytes of images up to which a source is kept in device memory."""
@@ -136,7 +136,8 @@ def load_dataset(
     raise UserError(
       'data.meta_in_train: the meta images are those of another split, val'
     )
-  counts = longtail.class_counts(profile, known, n_max, imbalance)
+  with class_names(pool.class_names):
+    counts = longtail.class_counts(profile, known, n_max, imbalance)
   if counts is None and meta_in_train:  # the rest may be nothing: they are put back
     taken = test_per_class + val_per_class + meta_per_class
     counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)
