@@ -257,13 +257,19 @@ def test_vectors_do_not_vanish_unsaid(built, tmp_path, capsys, left):
   assert path.with_name('class_loss.npz.damaged').exists() == (left is not None)
 
 
-def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys):
+@pytest.mark.parametrize(
+  ('was', 'now'), [(b'"event"', b'"evemt"'), (b'"step"', b'"stpe"')]
+)
+def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys, was, now):
   workdir = built.copy(tmp_path / 'run')
   path = workdir / 'events.jsonl'
-  damaged = path.read_bytes().replace(b'"event"', b'"evemt"', 1)
+  damaged = path.read_bytes().replace(was, now, 1)
   path.write_bytes(damaged)
+  told = 'events.jsonl: 1 damaged line'
+  built.report(workdir)
+  assert told in (workdir / 'report.html').read_text()
   built.main(workdir)
-  assert 'events.jsonl: 1 damaged lines' in capsys.readouterr().out
+  assert f'{told};' in capsys.readouterr().out
   assert path.with_name('events.jsonl.damaged').read_bytes() == damaged
 
 
@@ -284,6 +290,16 @@ def test_rows_stay_in_the_order_of_an_unbroken_run(built, tmp_path):
   assert places == [
     tuple(json.loads(line)[k] for k in ('stage', 'split', 'step')) for line in lines
   ]
+
+
+@pytest.mark.parametrize(
+  ('name', 'figure'), [('result.json', 'confusion'), ('data.json', 'features')]
+)
+def test_a_figure_says_that_its_file_is_damaged(built, tmp_path, name, figure):
+  workdir = built.copy(tmp_path / 'run')
+  (workdir / name).write_text('')
+  with pytest.raises(runs.Missing, match=f'{name} is damaged'):
+    getattr(figures, figure)([runs.Run(epath.Path(workdir), 'run')])
 
 
 # What a run was trained with.
