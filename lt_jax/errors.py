@@ -61,7 +61,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
   the case.
   """
   known = [str(k) for k in known]
-  typed, folded = name.casefold(), {k.casefold(): k for k in known}
+  typed, folded = str(name).casefold(), {k.casefold(): k for k in known}
   near = [k for k in known if k.casefold().startswith(typed)]
   if not 1 <= len(near) <= 3:
     near = [folded[k] for k in difflib.get_close_matches(typed, folded, n=1)]
