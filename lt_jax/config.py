@@ -202,6 +202,9 @@ def base_config() -> ConfigDict:
   return config
 
 
+_NOUNS = {float: 'a number', int: 'a whole number', str: 'a text'}
+
+
 def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:
   """Parses the argument of a configuration file: 'ldam_drw,imbalance=50'.
 
@@ -229,7 +232,7 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
         options[name] = kind(text)
       except ValueError:
         raise UserError(
-          f'option {name}={text!r} of the config is no {kind.__name__}'
+          f'option {name}={text!r} of the config is not {_NOUNS[kind]}'
         ) from None
       if kind is float and not 0 < options[name] < math.inf:
         raise UserError(

@@ -380,8 +380,8 @@ def _check_peers(experiment: Experiment) -> None:
   ours = [config_digest(config), experiment.fingerprint[:12], config['seed']]
   if any_process(agreed(ours) != ours):
     raise UserError(
-      'the processes of this run have not all the same configuration, data and seed: '
-      f'here they are {ours[0]}, {ours[1]} and {ours[2]}'
+      'the processes of this run differ in configuration, data or seed: here these are '
+      f'{ours[0]}, {ours[1]} and {ours[2]}'
     )
 
 
@@ -405,8 +405,8 @@ def check_config(config: Config, workdir: epath.Path) -> None:
     )
   if stored and (told := provenance.changes(stored, config)):
     raise UserError(
-      f'{path} was changed after training: {", ".join(told)}; this command has the '
-      f'config of the checkpoints: delete {path} to go on'
+      f'{path} was changed after training: {", ".join(told)}; the checkpoints were '
+      f'trained with the config of this command, so delete {path} to go on'
     )
 
 

@@ -250,7 +250,7 @@ class StageRunner:
     if stage.start:
       state, told = stage.start(state)
       if any_process(agreed(told['sha256']) != told['sha256']):
-        raise UserError(f'the processes have not all the same file of {told["source"]}')
+        raise UserError(f'the processes have different files of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
       if told['mean'] and (list(told['mean']), list(told['std'])) != (

@@ -452,8 +452,8 @@ def missing_rows(
   }
   if not lost:
     return ''
-  told = ', '.join(f'{count} of {expected[s]} of {s}' for s, count in lost.items())
-  return f'rows of stage {stage!r} up to step {step} are missing ({told})'
+  told = ', '.join(f'{s} {count} of {expected[s]}' for s, count in lost.items())
+  return f'rows of stage {stage!r} up to step {step} are missing: {told}'
 
 
 def missing_vectors(
@@ -467,7 +467,7 @@ def missing_vectors(
     folder: of the files.
   """
   return [
-    f'{folder / name}: {count - found.get(name, 0)} of {count} rows are missing'
+    f'{folder / name}: rows are missing: {count - found.get(name, 0)} of {count}'
     for name, count in expected.items()
     if name.endswith('.npz') and count > found.get(name, 0)
   ]
