@@ -178,7 +178,7 @@ def write_results(
     'stage': stage.name,
     'step': int(jax.device_get(state.step)),
     'init': _init(events),
-    'select': '/'.join(stage.select) if stage.select else 'last',
+    'select': '/'.join(stage.select[:2]) if stage.select else 'last',
     **evaluated.metrics,
     'threshold': evaluated.threshold,
     'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),

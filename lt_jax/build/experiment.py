@@ -16,6 +16,20 @@ from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
 
 
+class Selection(NamedTuple):
+  """By what the State that counts is chosen.
+
+  Attributes:
+    split: 'val', or 'target' for a criterion that needs no label of a target.
+    metric: its name.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  split: str
+  metric: str
+  better: int
+
+
 class Stage(NamedTuple):
   """One stage: an ordinary run, which begins from the States of earlier ones.
 
@@ -41,7 +55,9 @@ class Stage(NamedTuple):
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
     batch: the largest batch of a step.
-    select: (split, metric) by which the State that counts is chosen; None: the last.
+    select: by what the State that counts is chosen; None: it is the last.
+    scores: (state, stop) -> split -> criteria of a State that need no label of a
+      target, None if `stop()` turned true; None where no target is adapted to.
   """
 
   name: str
@@ -63,7 +79,8 @@ class Stage(NamedTuple):
   plan: Plan
   epoch_steps: float
   batch: int
-  select: tuple[str, str] | None
+  select: Selection | None
+  scores: Callable[[State, Callable[[], bool]], dict[str, Any] | None] | None
 
 
 class Experiment(NamedTuple):
