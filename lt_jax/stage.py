@@ -422,7 +422,10 @@ class StageRunner:
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
-        rows[split] = results.split_metrics(records, self.stage)
+        if split == 'test':
+          rows |= results.test_rows(records, self._experiment, self.stage)
+        else:
+          rows[split] = results.split_metrics(records, self.stage)
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
     told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())

@@ -168,6 +168,7 @@ def _build_stage(
     images=images | dict(row.split for row in rows.values() if row.split),
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
     passes=evaluated,
+    compared=_compared(config, domains, mesh),
     survey=stage_survey,
     reads={name: row.origin for name, row in rows.items() if row.origin},
     save_outputs=tuple(config['save_outputs']),
@@ -238,6 +239,32 @@ def _passes(
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
   return {name: split for name, (_, split) in tested.items()}, evaluated, seen
+
+
+MOST_COMPARED = 1000
+"""Training images of a domain that tell how far it is from another."""
+
+
+def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
+  """Returns domain -> a pass over some of its training images, without labels.
+
+  Of the stage's own domain, which comes first, and of each target; of none where it is
+  not the former that is to serve the latter.
+  """
+  own, targets = config['domain'], domains.roles[TARGET]
+  if not targets or domains.is_target(own):
+    return {}
+  found = {}
+  for name in (own, *targets):
+    split = domains.dataset(name).splits['train']
+    few = np.random.default_rng(0).permutation(len(split.rows))[:MOST_COMPARED]
+    found[name] = evaluation_pass(
+      Unlabelled(split.at(np.sort(few))),
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
+      transform=domains.transforms[name][1],
+      stand_in=True,  # a damaged image among those that nothing else reads ends no run
+    )
+  return found
 
 
 def learned_classes(
