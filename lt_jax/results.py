@@ -24,9 +24,9 @@ from lt_jax.evals.domains import (
   mean_metrics,
   of_domains,
   proxy_a_distance,
+  records_by_domain,
   some,
   split_by_domain,
-  tested,
 )
 from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
@@ -172,7 +172,8 @@ def _test_metrics(
   if not names:
     return {'test': split_metrics(records['test'], stage)}
   domains = {
-    name: split_metrics(found, stage) for name, found in tested(records, names).items()
+    name: split_metrics(found, stage)
+    for name, found in records_by_domain(records, names).items()
   }
   means = {'compound': mean_metrics([domains[name] for name in names])}
   if opened:
@@ -378,7 +379,7 @@ def _write_arrays(
     names: the domains of the split 'test'; none of a run with one domain.
   """
   test = records['test']
-  domains = tested(records, names) if names else {}
+  domains = records_by_domain(records, names) if names else {}
   predictions = {name: test[name] for name in PREDICTIONS if name in test}
   if domains:
     predictions['domains'] = np.array([*domains])

@@ -255,13 +255,14 @@ def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
   if not targets or domains.is_target(own):
     return {}
   found = {}
-  for name in (own, *targets):
+  # Targets have one transform, so that their passes can share a program.
+  for name, role in {own: own, **dict.fromkeys(targets, TARGET)}.items():
     split = domains.dataset(name).splits['train']
     few = np.random.default_rng(0).permutation(len(split.rows))[:MOST_COMPARED]
     found[name] = evaluation_pass(
       Unlabelled(split.at(np.sort(few))),
       batch=sharding.round_up(config['eval_batch'], mesh.size),
-      transform=domains.transforms[name][1],
+      transform=domains.transforms[role][1],
       stand_in=True,  # a damaged image among those that nothing else reads ends no run
     )
   return found

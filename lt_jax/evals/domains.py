@@ -27,7 +27,7 @@ def split_by_domain(records: Collected, names: Sequence[str]) -> dict[str, Colle
   }
 
 
-def tested(
+def records_by_domain(
   records: Mapping[str, Collected], names: Sequence[str]
 ) -> dict[str, Collected]:
   """Returns domain -> the records of its test images.

@@ -44,6 +44,11 @@ EARLIER = (
 )
 
 
+def _title(domain: Domain) -> str:
+  """Returns the title of a domain, as it fits into a figure."""
+  return domain._replace(name=shortened(domain.name)).title
+
+
 def colours_of(shown: Sequence[Domain]) -> dict[Domain, str | tuple]:
   """Returns a colour a domain."""
   if len(shown) <= len(CYCLE):
@@ -84,7 +89,7 @@ def domain_classes(runs: Sequence[Run]) -> Drawn:
   matrix(axes, np.array(cells), numbers=True)
   turned = max(map(len, names)) * len(names) > 100
   axes.set_xticks(np.arange(len(names)), names, rotation=90 if turned else 0)
-  axes.set_yticks(np.arange(len(shown)), [domain.title for domain in shown])
+  axes.set_yticks(np.arange(len(shown)), [_title(domain) for domain in shown])
   axes.set_xlabel(told)
   mean = f' Mean of {len(runs)} seeds.' if len(runs) > 1 else ''
   return figure, (
@@ -114,14 +119,15 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
       color=colour,
       ecolor=INK,
       error_kw={'elinewidth': 0.8},
-      label=domain.title,
+      label=_title(domain),
     )
-  told = [f'{name}-shot\n{masks[name].sum()} classes' for name in there]
-  told.append(f'all\n{len(runs[0].counts)} classes')
+  sizes = {f'{name}-shot': int(masks[name].sum()) for name in there}
+  sizes['all'] = len(runs[0].counts)
+  told = [f'{n}\n{size} class{"es" * (size > 1)}' for n, size in sizes.items()]
   axes.set_xticks(np.arange(len(told)), told)
   axes.set(ylabel='test accuracy (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
-  legend(figure, axes)
+  legend(figure, axes, 3)
   return figure, f'Accuracy by shot group in each domain.{seeds(runs)}'
 
 
@@ -161,10 +167,15 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
       counted = np.stack([np.bincount(x, minlength=classes) for x in both])
       share[domain] = share.get(domain, 0) + counted / counted.sum(1, keepdims=True)
   drawn = list(share)[:MOST_PANELS]
-  columns = min(3, len(drawn))
+  columns = 2 if len(drawn) == 4 else min(3, len(drawn))
   rows = math.ceil(len(drawn) / columns)
   figure, panels = plot(
-    rows, columns, size=(3 * columns, 0.4 + 2.1 * rows), sharex=True, squeeze=False
+    rows,
+    columns,
+    size=(3 * columns, 0.4 + 2.1 * rows),
+    sharex=True,
+    sharey=True,
+    squeeze=False,
   )
   names, told = _block_names(run, parts)
   place = np.arange(len(parts))
@@ -179,12 +190,13 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
       color=INK,
       label='true',
     )
-    axes.set_title(f'{domain.title}: entropy {_entropy(taken):.2f}')
+    axes.set_title(f'{_title(domain)}: entropy {_entropy(taken):.2f}')
     turned = max(map(len, names)) * len(names) > 25
     axes.set_xticks(place, names, rotation=90 if turned else 0)
     axes.grid(visible=False, axis='x')
-  for axes in panels.flat[len(drawn) :]:
-    axes.set_visible(False)
+  for number, axes in enumerate(panels.flat[len(drawn) :], len(drawn)):
+    axes.remove()
+    panels.flat[number - columns].tick_params(labelbottom=True)
   for axes in panels[:, 0]:
     axes.set_ylabel('test images (%)')
   figure.supxlabel(told, fontsize='medium')
@@ -233,7 +245,7 @@ def domain_training(runs: Sequence[Run]) -> Drawn:
   told = mark_stages(panels[:, 0], runs[0])
   accuracy.set(ylabel='accuracy (%)', ylim=(-3, 103))
   panels[-1, 0].set_xlabel('step')
-  legend(figure, accuracy)
+  legend(figure, accuracy, 3)
   judge = ''
   for axes in below:
     axes.axhline(50, color=INK, linewidth=0.7, linestyle=':')
@@ -250,12 +262,12 @@ def _curves(run: Run, shown: Sequence[Domain]) -> dict[str, tuple[str, str | tup
   for domain, colour in colours_of(shown).items():
     split = f'{domain.name}/test'
     if split in logged:
-      found[split] = (domain.title, colour)
+      found[split] = (_title(domain), colour)
     elif domain in targets and 'test' not in found:
-      title = domain.title if len(targets) == 1 else 'all targets'
+      title = _title(domain) if len(targets) == 1 else 'all targets'
       found['test'] = (title, colour)
     elif domain.role == 'source':
-      found['test'] = (domain.title, colour)
+      found['test'] = (_title(domain), colour)
   return found
 
 
@@ -280,7 +292,7 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
   figure, (left, right) = plot(1, 2, size=(11, 4.2))
   names = stored['domains'].tolist()
   by_domain = {
-    domain.title: (number == names.index(domain.name), colour)
+    _title(domain): (number == names.index(domain.name), colour)
     for domain, colour in colours_of(domains(run)).items()
     if domain.name in names
   }
@@ -318,11 +330,11 @@ def compare_domains(groups: Sequence[Group]) -> Drawn:
       color=colour,
       markersize=5,
       elinewidth=1,
-      label=domain.title,
+      label=_title(domain),
     )
   axes.set_yticks(place, [short_label(group.label) for group in groups])
   axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
-  legend(figure, axes)
+  legend(figure, axes, 3)
   return figure, (
     'Test accuracy in each domain; mean and standard deviation over seeds.'
   )

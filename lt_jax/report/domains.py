@@ -10,7 +10,8 @@ from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
 REMARK = (
-  'Test accuracy in %. A-distance: how well a linear classifier tells features of the '
+  'Test accuracy in % in each domain; other test metrics are those of the target, or '
+  'means over targets. A-distance: how well a linear classifier tells features of '
   'training images of source and target apart, from 0 (no better than chance) to 2 '
   '(without an error).'
 )
@@ -175,7 +176,7 @@ def _beside(
     told = f'{100 * (ours - below):+.1f}'
   if ours < below:
     return f'{told} (negative transfer)'
-  worse = _worse(group, source)
+  worse = _worse(group, source) if group is not target else []
   return f'{told} (negative transfer on {", ".join(worse)})' if worse else told
 
 

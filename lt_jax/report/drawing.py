@@ -68,12 +68,12 @@ def plot(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), 
   return figure, axes
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-  """Puts a legend above the axes."""
+def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
+  """Puts a legend above the axes, in so many columns at most."""
   figure.legend(
     *axes.get_legend_handles_labels(),
     loc='outside upper left',
-    ncols=4,
+    ncols=columns,
     columnspacing=1.2,
     handletextpad=0.5,
   )
