@@ -9,11 +9,14 @@ from lt_jax.evals.domains import gap_coverage
 from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
-REMARK = (
+UNITS = (
   'Test accuracy in % in each domain; other test metrics are those of the target, or '
-  'means over targets. A-distance: how well a linear classifier tells features of '
-  'training images of source and target apart, from 0 (no better than chance) to 2 '
-  '(without an error).'
+  'means over targets.'
+)
+
+DISTANCE = (
+  'A-distance: how well a linear classifier tells features of training images of '
+  'source and target apart, from 0 (no better than chance) to 2 (without an error).'
 )
 
 
@@ -68,6 +71,14 @@ def domains_table(groups: Sequence[Group]) -> Table:
     [[g.label, *cells] for g, *cells in zip(found, *columns.values(), strict=True)],
     [f'#{group.anchor}' for group in found],
   )
+
+
+def remarks(table: Table) -> list[str]:
+  """Returns what is to be said of the table of domains; nothing of an empty one."""
+  if not table.rows:
+    return []
+  apart = any(heading.startswith('A-distance') for heading in table.headings)
+  return [UNITS, *[DISTANCE] * apart]
 
 
 def _accuracies(group: Group, domain: Domain) -> str:

@@ -67,14 +67,14 @@ def write(folder: epath.PathLike) -> epath.Path:
     results=results,
     published=published,
     domains=by_domain,
-    domains_remark=domains.REMARK,
+    domain_remarks=domains.remarks(by_domain),
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
   )
   shown = [table for table in (results, by_domain, published) if table.rows]
-  remarks = [tables.UNITS, *[domains.REMARK] * bool(by_domain.rows), *notes]
+  remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
   texts = {
