@@ -46,6 +46,8 @@ class Stage(NamedTuple):
       'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    compared: its own domain and each target -> a pass over some training images without
+      labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     save_outputs: outputs of each training image that it saves for later stages.
@@ -71,6 +73,7 @@ class Stage(NamedTuple):
   images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
   passes: dict[str, Pass]
+  compared: dict[str, Pass]
   survey: Survey
   reads: dict[str, str]
   save_outputs: tuple[str, ...]

@@ -87,6 +87,13 @@ class Split(NamedTuple):
     """Returns what a batch tells of each image: name -> (N,) int32."""
     return {'label': self.labels.astype(np.int32)} | _domains(self)
 
+  def at(self, positions: np.ndarray) -> 'Split':
+    """Returns some of its images: those at (M,) positions, in that order."""
+    domain = None if self.domain is None else self.domain[positions]
+    return self._replace(
+      rows=self.rows[positions], labels=self.labels[positions], domain=domain
+    )
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, channels) of what evaluation and training see."""
@@ -308,7 +315,6 @@ def evaluation_pass(
   transform: Transform,
   workers: int = 0,
   stand_in: bool = False,
-  most: int | None = None,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -318,20 +324,18 @@ def evaluation_pass(
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
-    most: of a larger split so many images are read, evenly spaced.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
     del place
     return split.image(split.rows[position]), False
 
-  examples = min(len(split.rows), most or len(split.rows))
-  positions = np.arange(examples) * len(split.rows) // max(examples, 1)
+  examples = len(split.rows)
   ours = process_rows(range(batch))
   workers = workers if examples > SMALL_PASS else 0
   stream = _stream(
     split,
-    lambda step: positions[np.minimum(step * batch + np.arange(batch), examples - 1)],
+    lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
     _or_stand_in(split, read) if stand_in else read,
     batch=batch,
     transform=transform,
