@@ -18,7 +18,7 @@ from lt_jax.evals import TITLES
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.domains import by_domain, mean_metrics
-from lt_jax.method import State
+from lt_jax.method import Outputs, State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 
@@ -90,7 +90,8 @@ def evaluate(
   for name, kept in records.items():
     bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
-  metrics |= _test_metrics(records, experiment, stage)
+  played = _played(experiment, stage, state)
+  metrics |= _test_metrics(records, played, experiment, stage)
   across = task.across(records, num_classes=classes, groups=stage.groups)
   for place, found in across.metrics.items():
     metrics[place] = metrics.get(place, {}) | found
@@ -103,8 +104,29 @@ def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
   return stage.task.measure(records, num_classes=classes, groups=stage.groups)
 
 
+def _played(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, dict[str, Any]]:
+  """Returns domain -> what a stage's task measures by the network itself."""
+  if stage.task.play is None:
+    return {}
+  prepare = stage.passes['test'].stream.prepare
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    batch = prepare({}, {'image': images}, jax.random.key(0))
+    return stage.method.predict(state, batch['image'])
+
+  names = dict.fromkeys(name for role in experiment.roles.values() for name in role)
+  tests = {name: experiment.domains[name].tests['test'] for name in names}
+  sources = {name: split.source for name, split in tests.items()}
+  return stage.task.play(predict, state, sources)
+
+
 def _test_metrics(
-  records: Mapping[str, Collected], experiment: Experiment, stage: Stage
+  records: Mapping[str, Collected],
+  played: Mapping[str, dict[str, Any]],
+  experiment: Experiment,
+  stage: Stage,
 ) -> dict[str, Any]:
   """Returns 'test', and 'domains' where there are others than the stage's own.
 
@@ -118,7 +140,7 @@ def _test_metrics(
 
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
   if not (targets or opened):
-    return {'test': measure(records['test'])}
+    return {'test': measure(records['test']) | played.get(stage.domain, {})}
   tested = targets or (stage.domain,)
   domains = by_domain(records['test'], tested, measure)
   domains |= {
@@ -126,6 +148,7 @@ def _test_metrics(
     for name, found in records.items()
     if name.endswith('/test')
   }
+  domains = {name: found | played.get(name, {}) for name, found in domains.items()}
   means = {'compound': mean_metrics([domains[name] for name in tested])}
   if opened:
     every = (*tested, *opened)

@@ -8,6 +8,8 @@ import pytest
 
 from lt_jax.data import mazes
 from lt_jax.data.mazes import MOVES
+from lt_jax.data.sources import Arrays
+from lt_jax.errors import UserError
 from lt_jax.evals import rollouts
 
 UP, DOWN, LEFT, RIGHT = range(4)
@@ -114,6 +116,10 @@ def test_random_moves_arrive_as_often_as_their_markov_chain(seed, patience):
 def test_success_rates_of_a_network():
   """One that always goes right: it solves the mazes where that is enough."""
   worlds = {name: mazes.make_world(name, 'test', 40)[0] for name in ('plain', 'night')}
+  sources = {
+    name: Arrays(world.scene.background, None, (), world=world)
+    for name, world in worlds.items()
+  }
   traced = types.SimpleNamespace(times=0)
 
   def predict(state, images):
@@ -121,7 +127,7 @@ def test_success_rates_of_a_network():
     assert images.shape == (40, 32, 32, 3) and images.dtype == jnp.uint8
     return {'logits': jnp.zeros((40, 4)).at[:, state].set(1.0)}
 
-  found = rollouts.success_rates(predict, jnp.int32(RIGHT), worlds)
+  found = rollouts.success_rates(predict, jnp.int32(RIGHT), sources)
   assert traced.times == 1  # all moves in all domains are one program
   assert found['plain'] == found['night']  # which have the same mazes
   rates = found['plain']
@@ -139,7 +145,7 @@ def test_success_rates_of_a_network():
     rollouts.random_successes(made).mean()
   )
   assert 0 < rates['random_success_rate'] < 0.5
-  again = rollouts.success_rates(predict, jnp.int32(RIGHT), worlds)
+  again = rollouts.success_rates(predict, jnp.int32(RIGHT), sources)
   assert again == found
 
 
@@ -150,3 +156,14 @@ def test_the_planner_needs_the_shortest_path_and_no_more():
     return mazes.optimal_actions(made.distance, position).argmax(1)
 
   assert rollouts.successes(act, made, patience=1).all()
+
+
+def test_what_is_no_maze_is_not_played():
+  images = np.zeros((2, 32, 32, 3), np.uint8)
+  world = mazes.make_world('plain', 'test', 2)[0]
+  for source, told in (
+    (Arrays(images, None, ()), "the images of 'digits' are not those of mazes"),
+    (Arrays(images[:, :16], None, (), world=world), "'digits' was resized"),
+  ):
+    with pytest.raises(UserError, match=told):
+      rollouts.success_rates(None, None, {'digits': source})

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data.mazes import MOVES, Mazes, World, optimal_actions
+from lt_jax.errors import UserError
+from lt_jax.evals.classification import CLASSIFICATION
+from lt_jax.evals.tasks import Metric
 from lt_jax.method import Outputs, State
 
 PATIENCE = 4
 """How many times the shortest path an agent may take."""
 
-MAZES = 500
-"""Mazes of a domain that `success_rates` plays, the first of its test set."""
+GAMES = 500
+"""Mazes of a domain that are played, the first of its test set."""
 
 Act = Callable[[np.ndarray], np.ndarray]
 """Positions of the agents (N, 2) -> their actions (N,) int."""
@@ -26,20 +29,28 @@ Act = Callable[[np.ndarray], np.ndarray]
 def success_rates(
   predict: Callable[[State, jax.Array], Outputs],
   state: State,
-  worlds: Mapping[str, World],
+  sources: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
-  """Lets the greedy policy of a network play unseen mazes.
+  """Lets the greedy policy of a network play unseen mazes, those of a domain at once.
 
   Args:
     predict: (state, images (N, 32, 32, 3) uint8) -> outputs with 'logits' (N, 4).
     state: of the network.
-    worlds: domain -> its test mazes, of which the first 500 are played, all at once.
+    sources: domain -> its test images, with a `world` of `lt_jax.data.mazes`.
 
   Returns:
     domain -> 'success_rate' of the network; 'first_move', how often its first move is
-    one of those that an optimal planner could make; 'random_success_rate', that of
-    random moves, in expectation; 'planner_success_rate'. All are in [0, 1].
+    one that an optimal planner could make; 'random_success_rate', that of random
+    moves, in expectation; 'planner_success_rate'. All are in [0, 1].
+
+  Raises:
+    UserError: a domain that is no domain of mazes, or whose images were resized.
   """
+  for name, source in sources.items():
+    if getattr(source, 'world', None) is None:
+      raise UserError(f"task 'mazes': the images of {name!r} are not those of mazes")
+    if source.images.shape != source.world.scene.background.shape:
+      raise UserError(f"task 'mazes': {name!r} was resized: set data.size to 0")
 
   @jax.jit
   def greedy(state, scene, position):
@@ -47,7 +58,7 @@ def success_rates(
     return jnp.argmax(outputs['logits'], axis=-1)
 
   def measure(world: World) -> dict[str, float]:
-    mazes, scene, optimal = jax.tree.map(lambda x: x[:MAZES], world)
+    mazes, scene, optimal = jax.tree.map(lambda x: x[:GAMES], world)
 
     def act(position: np.ndarray) -> np.ndarray:
       return np.asarray(greedy(state, scene, position))
@@ -63,7 +74,7 @@ def success_rates(
       'planner_success_rate': float(successes(plan, mazes).mean()),
     }
 
-  return {name: measure(world) for name, world in worlds.items()}
+  return {name: measure(source.world) for name, source in sources.items()}
 
 
 def successes(act: Act, mazes: Mazes, patience: int = PATIENCE) -> np.ndarray:
@@ -156,3 +167,16 @@ def _beyond(cells: np.ndarray, step: np.ndarray, fill: Any) -> np.ndarray:
   padded = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=fill)
   row, column = 1 - step
   return padded[:, row : row + height, column : column + width]
+
+
+MAZES = CLASSIFICATION._replace(
+  play=success_rates,
+  metrics={
+    **CLASSIFICATION.metrics,
+    'success_rate': Metric('success rate', better=0),
+    'first_move': Metric('optimal first move', better=0),
+    'random_success_rate': Metric('success rate of random moves', better=0),
+    'planner_success_rate': Metric(better=0),
+  },
+)
+"""Labels are moves; beside their accuracy it is counted how often the agent arrives."""
