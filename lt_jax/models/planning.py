@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from lt_jax.errors import lookup
 from lt_jax.models.convolution import INITIALISERS, Conv, max_pool
@@ -59,9 +60,11 @@ class ValueIteration(nn.Module):
     scale = self.param('scale', nn.initializers.ones, (3,))
     reward, cost, agent = jnp.moveaxis(maps * scale[None, None, None], -1, 0)
     cost = nn.softplus(cost)
-    value = reward
-    for _ in range(self.iterations):
-      value = jnp.maximum(reward, neighbours(value).max(0) - cost)
+
+    def spread(value: jax.Array, _: None) -> tuple[jax.Array, None]:
+      return jnp.maximum(reward, neighbours(value).max(0) - cost), None
+
+    value, _ = lax.scan(spread, reward, length=self.iterations)
     here = nn.softmax(agent.reshape(len(agent), -1)).reshape(agent.shape)
     moves = jnp.einsum('bhw,mbhw->bm', here, neighbours(value))
     features = moves - moves.mean(-1, keepdims=True)
