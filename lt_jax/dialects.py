@@ -20,6 +20,14 @@ card for it says 0.5 and 0.5, half a grey level off.
 """
 
 
+PIXELS = {'efficientnet_lite0': LITE}
+
+
+def pixels(trunk: str) -> dict[str, tuple[float, ...]]:
+  """Returns data.mean and data.std that published weights of a trunk expect."""
+  return PIXELS.get(trunk, TORCHVISION)
+
+
 class Dialect(NamedTuple):
   """How a library names the weights of one kind of network.
 

@@ -308,7 +308,7 @@ def test_a_network_of_timm_that_pads_otherwise_is_not_downloaded():
 # Parts.
 
 
-@pytest.mark.parametrize(('size', 'stride', 'side'), [(3, 2, 7), (5, 1, 6), (5, 2, 8)])
+@pytest.mark.parametrize(('size', 'stride', 'side'), [(3, 2, 7), (3, 1, 4), (5, 2, 6)])
 def test_a_depthwise_convolution_by_either_form(rng, size, stride, side):
   """Padded as in TensorFlow; values, both derivatives, and second ones."""
   x = rng.normal(size=(2, side, side + 1, 3))
@@ -385,11 +385,11 @@ def test_response_normalisation(rng):
 
 def test_a_miniature_of_lite_learns(rng):
   """Gradients reach every parameter."""
-  stages = (Stage(1, 3, 1, 1, 4), Stage(2, 5, 2, 2, 8))
-  trunk = EfficientNetLite(stages, first=4, last=8, conv=CONV)
+  trunk = EfficientNetLite((Stage(1, 3, 2, 2, 8),), first=4, last=8, conv=CONV)
   net = Classifier(trunk, linear(3))
-  images = jnp.asarray(rng.normal(size=(4, 16, 16, 3)), jnp.float32)
-  variables = net.init(jax.random.key(0), images, train=False)
+  images = jnp.asarray(rng.normal(size=(4, 9, 9, 3)), jnp.float32)
+  init = jax.jit(functools.partial(net.init, train=False))
+  variables = init(jax.random.key(0), images)
 
   @jax.jit
   def gradient(params):
