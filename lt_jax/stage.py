@@ -250,12 +250,12 @@ class StageRunner:
         raise UserError(f'the processes have not all the same file of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
-      if told['mean'] and (list(told['mean']), list(told['std'])) != (
-        list(data['mean']),
-        list(data['std']),
-      ):
+      wanted = {key: tuple(round(x, 4) for x in told[key]) for key in ('mean', 'std')}
+      ours = {key: tuple(round(x, 4) for x in data[key]) for key in wanted}
+      if told['mean'] and wanted != ours:
         self._screen.line(
-          'those weights expect pixels of another data.mean or data.std'
+          'those weights expect other pixels: set '
+          f'--config.data.mean="{wanted["mean"]}" --config.data.std="{wanted["std"]}"'
         )
     return state
 

@@ -17,6 +17,7 @@ from tests import child
 
 NAMES = (
   'adaptation_step',
+  'depthwise',
   'digests',
   'epoch',
   'input_pipeline',
@@ -42,6 +43,7 @@ SMALL = {
   'meta_step': '--net=resnet8 --steps=4 --rounds=1',
   'memory_head': '--sizes 20 --rounds=1',
   'adaptation_step': '--batch=4 --steps=2 --rounds=1',
+  'depthwise': '--batch=2 --size=32 --rounds=1',
 }
 
 
