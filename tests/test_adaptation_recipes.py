@@ -104,9 +104,12 @@ def test_its_method_makes_a_step(name, rng):
   after, metrics = jax.eval_shape(method.step, state, batches)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   expected = {'loss', 'accuracy', 'class_loss', 'grad_norm', 'learning_rate'}
+  assert set(after.params) == set(after.opt) == {'net', *config.get('players', {})}
   if name == 'dann':
     expected |= {'domain_loss', 'domain_accuracy', 'lambda'}
-    assert set(after.params) == set(after.opt) == {'net', 'discriminator'}
+  elif config['method']['name'] == 'self_supervised':
+    for task in config['players']:
+      expected |= {f'{task}_loss', f'{task}_accuracy'}
   elif 'target' in streams:
     expected |= {'alignment'}
   assert set(metrics) == expected

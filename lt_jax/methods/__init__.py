@@ -3,6 +3,7 @@
 from lt_jax.methods import few_shot, memory, meta
 from lt_jax.methods.adversarial import dann
 from lt_jax.methods.aligned import aligned
+from lt_jax.methods.self_supervised import self_supervised
 from lt_jax.methods.supervised import supervised
 
 METHODS = {
@@ -14,4 +15,5 @@ METHODS = {
   'weight_generator': few_shot.weight_generator,
   'aligned': aligned,
   'dann': dann,
+  'self_supervised': self_supervised,
 }

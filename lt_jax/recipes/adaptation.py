@@ -38,27 +38,48 @@ RISING = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
 """From 0 to 1 as DANN's lambda rises, by the progress of the stage."""
 
 
-def _dann(config: ConfigDict) -> Overrides:
-  """Adversarial training against a domain classifier on the last convolution.
-
-  It has the kind of optimiser and the learning rates of the network, as in the paper,
-  where one optimiser moves both.
-  """
+def _beside(config: ConfigDict, **network: Any) -> Overrides:
+  """A player with the kind of optimiser and the learning rates of the network."""
   optimizer = {
     key: value
     for key, value in config.optimizer.items()
     if key not in ('weight_decay', 'learning_rate_scale')  # rules for other paths
   }
-  discriminator = {
-    'network': {'name': 'mlp', 'hidden': (100,)},
+  return {
+    'network': network,
     'optimizer': optimizer,
     'schedule': {key: config.schedule.get_ref(key) for key in config.schedule},
   }
+
+
+def _dann(config: ConfigDict) -> Overrides:
+  """Adversarial training against a domain classifier on the last convolution.
+
+  It has the optimiser of the network, as in the paper, where one moves both.
+  """
+  discriminator = _beside(config, name='mlp', hidden=(100,))
   return {
     **_target(config),
     'method': {'name': 'dann', 'statistics': 'joint'},
     'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
     'players': {'discriminator': discriminator},
+  }
+
+
+def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
+  """Linear heads on a layer, which tell what was done to an image."""
+  return {
+    **_target(config),
+    'method': {
+      'name': 'self_supervised',
+      'order': 'alternating',
+      'statistics': 'joint',
+    },
+    'alignment': {'name': 'none', 'align_on': (layer,), 'weight': ONE},
+    'players': {
+      task: _beside(config, name='linear', num_classes=number)
+      for task, number in labels.items()
+    },
   }
 
 
@@ -88,4 +109,11 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'self_supervised': Recipe(
+    lambda config: _self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
+  ),
+  'self_supervised_photos': Recipe(
+    lambda config: _self_supervised(config, 'features', rotation=4, location=4, flip=2),
+    needs=('target',),
+  ),
 }
