@@ -44,14 +44,14 @@ from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods import METHODS, few_shot, translation
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS
 
 
 SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
@@ -154,7 +154,7 @@ def _build_stage(
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, clock, learned)
+  method = _method(config, dataset, mesh, rows, learned)
   images, evaluated, seen = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
@@ -277,9 +277,14 @@ def _refuse_random(state: State) -> NoReturn:
 
 
 def _method(
-  config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
+  config: Config,
+  dataset: Dataset,
+  mesh: Mesh,
+  rows: Mapping[str, Row],
+  learned: np.ndarray,
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
+  train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
   schedule = _made('schedule', make_schedule, config['schedule'], **size)
@@ -292,7 +297,7 @@ def _method(
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
-  check_all_is_used(name, config)
+  check_all_is_used(name, config, WRAPPERS)
   parts = {
     'loss': _made(
       'loss',
@@ -338,7 +343,14 @@ def _method(
   )
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
-      WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
+      WRAPPERS,
+      'wrapper',
+      name,
+      method,
+      options=wrapper_options,
+      counts=counts,
+      streams=tuple(rows),
+      pixels={name: row.pixels for name, row in rows.items()},
     )
   # What is traced once for shapes is then not traced again for the program.
   return Method(*(jax.jit(function, inline=True) for function in method))

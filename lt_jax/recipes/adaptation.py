@@ -109,6 +109,10 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'fda': Recipe(
+    lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
+    needs=('target',),
+  ),
   'self_supervised': Recipe(
     lambda config: _self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
   ),
