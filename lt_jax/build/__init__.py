@@ -44,7 +44,7 @@ from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot, translation
+from lt_jax.methods import METHODS, few_shot, self_training, translation
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
@@ -54,7 +54,9 @@ from lt_jax.train import Plan, state_shapes
 WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS
 
 
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
+SURGERIES = (
+  surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES | self_training.SURGERIES
+)
 
 
 STEPS_PER_CALL = 100

@@ -4,6 +4,7 @@ from lt_jax.methods import few_shot, memory, meta
 from lt_jax.methods.adversarial import dann
 from lt_jax.methods.aligned import aligned
 from lt_jax.methods.self_supervised import self_supervised
+from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
 
 METHODS = {
@@ -15,5 +16,6 @@ METHODS = {
   'weight_generator': few_shot.weight_generator,
   'aligned': aligned,
   'dann': dann,
+  'pseudo_label': pseudo_label,
   'self_supervised': self_supervised,
 }

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe
+from lt_jax.recipes.parts import Recipe, copy
 
 
 def _target(config: ConfigDict) -> Overrides:
@@ -83,6 +83,20 @@ def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides
   }
 
 
+def _pseudo_label(config: ConfigDict) -> Overrides:
+  """The source alone, then with the predictions in the target that it is sure of."""
+  self_training = {
+    **_target(config),
+    'method': {'name': 'pseudo_label', 'statistics': 'joint'},
+    'alignment': {'weight': ONE},
+    'surgeries': (copy('net/.*', 'source'), ('class_thresholds', {'portion': 0.2})),
+  }
+  return {
+    'stages': {'source': {}, 'self_training': self_training},
+    'stage_order': ('source', 'self_training'),
+  }
+
+
 RECIPES: dict[str, Recipe] = {
   'source_only': Recipe(lambda config: {}, needs=('target',)),
   'target_only': Recipe(
@@ -109,6 +123,7 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
   'fda': Recipe(
     lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
     needs=('target',),
