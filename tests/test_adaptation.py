@@ -68,7 +68,7 @@ def made(
   align_on=('features',),
   judge=None,
   players=None,
-  momentum=0.9,
+  optimizer=None,
   **options,
 ):
   """A method, from the context that a run gives it."""
@@ -94,7 +94,7 @@ def made(
     'method',
     name,
     net,
-    sgd(rate(0.1), momentum=momentum),
+    optimizer or sgd(rate(0.1)),
     options=options,
     **parts,
     objective=make_objective(**parts),

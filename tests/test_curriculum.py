@@ -44,7 +44,7 @@ def ranks(sampler, order, epoch, seed=0):
 
 @pytest.mark.parametrize(('epoch', 'ratio'), RATIOS.items())
 def test_it_opens_as_the_released_code_does(epoch, ratio):
-  assert round(offered(epoch, 170, begin=0.5, power=0.3), 3) == ratio
+  assert round(offered(epoch, 170, first=0.5, power=0.3), 3) == ratio
 
 
 @pytest.mark.parametrize('window', ['shift', 'expand'])
@@ -66,7 +66,7 @@ def test_an_epoch_offers_its_window_alone(window, order):
 
 
 def test_windows_do_not_meet_if_they_are_narrow(order):
-  sampler = curriculum(order, epochs=10, begin=0.2, power=1.0, full=1.0)
+  sampler = curriculum(order, epochs=10, first=0.2, power=1.0, full=1.0)
   first, later = ({*sampler.indices(0, epoch)} for epoch in (0, 5))
   assert len(first) == len(later) == 200 and not first & later
 
@@ -99,9 +99,9 @@ def test_an_epoch_is_shuffled(order):
     ),
     ({'order': np.array([], int)}, 'order of 0 images'),
     ({'window': 'shfit'}, "window of a curriculum 'shfit'; did you mean 'shift'"),
-    ({'begin': 0.0}, 'begin 0.0 must be in'),
+    ({'first': 0.0}, 'first 0.0 must be in'),
     ({'full': 1.5}, 'full 1.5 in'),
-    ({'begin': 0.1}, 'begin 0.1 of 3 images is less than one image'),
+    ({'first': 0.1}, 'first 0.1 of 3 images is less than one image'),
   ],
 )
 def test_mistakes_are_told(options, message):

@@ -130,7 +130,7 @@ def test_a_step_is_the_formula(order):
     weight=0.5,
     align_on=('conv',),
     players={name: head(labels) for name, labels in tasks.items()},
-    momentum=0.0,
+    optimizer=sgd(rate(0.1), momentum=0.0),
     order=order,
   )
   state = jax.jit(method.init)(jax.random.key(0), batches)

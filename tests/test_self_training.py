@@ -18,7 +18,15 @@ from lt_jax.methods.self_training import (
   confident,
   portion_thresholds,
 )
-from tests.test_adaptation import batches_of, close, made, normalised_net, plain_net
+from lt_jax.optim import sgd
+from tests.test_adaptation import (
+  batches_of,
+  close,
+  made,
+  normalised_net,
+  plain_net,
+  rate,
+)
 
 
 def softmax(logits):
@@ -60,7 +68,7 @@ def with_thresholds(state, *values):
 
 def test_a_step_adds_the_loss_of_what_is_labelled():
   net, batches = plain_net(), batches_of(8, 6)
-  method = made('pseudo_label', net, weight=0.5, momentum=0.0)
+  method = made('pseudo_label', net, weight=0.5, optimizer=sgd(rate(0.1), momentum=0.0))
   state = jax.jit(method.init)(jax.random.key(0), batches)
   assert state.memory['thresholds'].tolist() == [2, 2, 2]
   outputs, _ = forward(

@@ -299,7 +299,7 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   return Sampler(first.length, indices)
 
 
-def offered(epoch: float, whole: float, *, begin: float, power: float) -> float:
+def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
   """Returns which share of a curriculum has been opened by an epoch.
 
   r0 + (1 - r0) (e / E)^power, which is 1 at the epoch E and more after it.
@@ -307,20 +307,20 @@ def offered(epoch: float, whole: float, *, begin: float, power: float) -> float:
   Args:
     epoch: e.
     whole: E; 0 for a curriculum that is open from the start.
-    begin: r0.
+    first: r0.
     power: below 1 most of it is opened early.
   """
-  return begin + (1 - begin) * (epoch / whole) ** power if whole else 1.0
+  return first + (1 - first) * (epoch / whole) ** power if whole else 1.0
 
 
-def shift(share: float, begin: float) -> tuple[float, float]:
+def shift(share: float, first: float) -> tuple[float, float]:
   """A window of constant size, which leaves the near images as far ones come in."""
-  return share - begin, share
+  return share - first, share
 
 
-def expand(share: float, begin: float) -> tuple[float, float]:
+def expand(share: float, first: float) -> tuple[float, float]:
   """A window of all that has been opened."""
-  del begin
+  del first
   return 0.0, share
 
 
@@ -333,7 +333,7 @@ def curriculum(
   *,
   epochs: float,
   window: str = 'shift',
-  begin: float = 0.5,
+  first: float = 0.5,
   power: float = 0.3,
   full: float = 0.85,
 ) -> Sampler:
@@ -348,7 +348,7 @@ def curriculum(
       epoch to epoch.
     epochs: of the run.
     window: a key of `WINDOWS`.
-    begin: share of the images that the first window has.
+    first: share of the images that the first window has.
     power: how early the window opens, see `offered`.
     full: share of the epochs after which every image is offered.
 
@@ -370,20 +370,21 @@ def curriculum(
       'once'
     )
   place = lookup(WINDOWS, 'window of a curriculum', window)
-  if not (0 < begin <= 1 and 0 <= full <= 1 and power > 0):
+  if not (0 < first <= 1 and 0 <= full <= 1 and power > 0):
     raise UserError(
-      f"sampler 'curriculum': begin {begin} must be in (0, 1], full {full} in [0, 1] "
+      f"sampler 'curriculum': first {first} must be in (0, 1], full {full} in [0, 1] "
       f'and power {power} positive'
     )
-  if int(begin * length) < 1:
+  if int(first * length) < 1:
     raise UserError(
-      f"sampler 'curriculum': begin {begin} of {length} images is less than one image"
+      f"sampler 'curriculum': first {first} of {length} images is less than one image"
     )
 
   def indices(seed: int, epoch: int) -> np.ndarray:
-    share = offered(epoch, full * epochs, begin=begin, power=power)
-    first, last = place(share, begin) if share < 1 else (0.0, 1.0)
-    images = order[int(first * length) : int(last * length)]
+    share = offered(epoch, full * epochs, first=first, power=power)
+    window_at = place(share, first) if share < 1 else (0.0, 1.0)
+    start, end = (int(part * length) for part in window_at)
+    images = order[start : max(end, start + 1)]  # whatever the rounding
     laps = np.tile(images, (-(-length // len(images)), 1))
     dealt = _generator('curriculum', seed, epoch).permuted(laps, axis=1)
     return dealt.ravel()[:length]

@@ -154,17 +154,17 @@ class Term(NamedTuple):
   """What a method of two domains adds to the objective of the source.
 
   Attributes:
-    value: (params, source outputs, target outputs, step, **memory) -> (value (),
-      metrics), with the parameters of all players.
+    value: (params, source outputs, target outputs, step) -> (value (), metrics), with
+      the parameters of all players.
     reads: outputs -> {player: what its network is applied to}, of the players beside
       'net'.
-    remembers: outputs -> {name: first value}, what `State.memory` holds for the term: a
-      surgery puts it there, and no step changes it.
+    draws: (key, outputs) -> what is kept in `State.memory` under these names, and given
+      to `value` among the parameters: drawn once, or put there by a surgery.
   """
 
-  value: Callable[..., tuple[jax.Array, Metrics]]
+  value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
   reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
-  remembers: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
+  draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {}
 
 
 def begin(
@@ -174,7 +174,7 @@ def begin(
   *,
   statistics: str,
   players: Mapping[str, Player],
-  remembers: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {},
+  draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {},
 ) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
   """Returns the `init` of a method of two domains.
 
@@ -184,7 +184,7 @@ def begin(
     reads: see `Term`.
     statistics: a key of `STATISTICS`.
     players: the others.
-    remembers: see `Term`.
+    draws: see `Term`.
   """
 
   def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
@@ -200,7 +200,7 @@ def begin(
       own = {name: made['params']}
       params, opt = params | own, opt | players[name].optimizer.init(own)
     state = first_state(key, params, first_stats(stats, statistics), opt)
-    return state.replace(memory=remembers(outputs))
+    return state.replace(memory=draws(named_key(key, 'draws', 0), outputs))
 
   return init
 
@@ -273,9 +273,7 @@ def adapt(
       statistics=statistics,
     )
     value, metrics = objective(source, batch, state.step)
-    # A wrapper, such as an average of the parameters, remembers more than the term.
-    memory = {name: state.memory[name] for name in term.remembers(source)}
-    added, others = term.value(params, source, target, state.step, **memory)
+    added, others = term.value(state.memory | params, source, target, state.step)
     return value + added, (stats, {'loss': mean_metric(value), **metrics, **others})
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
@@ -289,6 +287,6 @@ def adapt(
     term.reads,
     statistics=statistics,
     players=players,
-    remembers=term.remembers,
+    draws=term.draws,
   )
   return Method(init, step, predictor(net))

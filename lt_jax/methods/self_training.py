@@ -68,16 +68,9 @@ def pseudo_label(
   """
   check_streams(streams, 'target')
 
-  def value(
-    params: PyTree,
-    source: Outputs,
-    target: Outputs,
-    step: jax.Array,
-    *,
-    thresholds: jax.Array,
-  ):
-    del params, source
-    labels = confident(target['logits'], thresholds)
+  def value(params: PyTree, source: Outputs, target: Outputs, step: jax.Array):
+    del source
+    labels = confident(target['logits'], params['thresholds'])
     mean = loss(target, {'label': labels}).mean()
     labelled = (labels >= 0).sum(dtype=jnp.float32)
     metrics = {
@@ -86,10 +79,11 @@ def pseudo_label(
     }
     return alignment_weight(step) * mean, metrics
 
-  def remembers(outputs: Outputs) -> dict[str, jax.Array]:
+  def draws(key: jax.Array, outputs: Outputs) -> dict[str, jax.Array]:
+    del key
     return {'thresholds': jnp.full(outputs['logits'].shape[-1], OUT_OF_REACH)}
 
-  term = Term(value, remembers=remembers)
+  term = Term(value, draws=draws)
   return adapt(net, optimizer, objective, term, statistics=statistics)
 
 
