@@ -99,6 +99,8 @@ def made(
     **parts,
     objective=make_objective(**parts),
     streams=('train', 'target'),
+    image_shape=(8, 8, 2),
+    pixels={'train': ((0.0,), (1.0,)), 'target': ((0.6,), (0.25,))},
     alignment=align,
     align_on=align_on,
     alignment_weight=make_weight(weight, progress),

@@ -75,6 +75,8 @@ def method_of(config):
     align_on=alignment['align_on'],
     alignment_weight=make_weight(alignment['weight'], progress),
     players=players,
+    image_shape=(16, 16, 3),
+    pixels=dict.fromkeys(('train', 'target'), ((0.5,), (0.5,))),
   )
 
 
@@ -111,6 +113,10 @@ def test_its_method_makes_a_step(name, rng):
   elif config['method']['name'] == 'self_supervised':
     for task in config['players']:
       expected |= {f'{task}_loss', f'{task}_accuracy'}
+  elif name == 'i2i':
+    expected |= {'lambda', 'identity', 'cycle', 'translated'}
+    for judge in ('discriminator', 'source_images', 'target_images'):
+      expected |= {f'{judge}_loss', f'{judge}_accuracy'}
   elif name == 'pseudo_label':
     expected |= {'pseudo_loss', 'labelled'}
     assert after.memory['thresholds'].shape == (len(COUNTS),)

@@ -341,6 +341,7 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,

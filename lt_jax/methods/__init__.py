@@ -6,6 +6,7 @@ from lt_jax.methods.aligned import aligned
 from lt_jax.methods.self_supervised import self_supervised
 from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
+from lt_jax.methods.translation import i2i
 
 METHODS = {
   'supervised': supervised,
@@ -17,5 +18,6 @@ METHODS = {
   'aligned': aligned,
   'dann': dann,
   'pseudo_label': pseudo_label,
+  'i2i': i2i,
   'self_supervised': self_supervised,
 }

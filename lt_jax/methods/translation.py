@@ -1,14 +1,33 @@
 """Translation of images: the source is trained on in the style of the target."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, nn
 
 from lt_jax.errors import UserError
-from lt_jax.method import Batch, Method, Metrics, State
+from lt_jax.losses.alignment import joined
+from lt_jax.method import (
+  Batch,
+  Method,
+  Metrics,
+  Network,
+  Outputs,
+  Player,
+  PyTree,
+  State,
+  check_streams,
+  forward,
+  mean_metric,
+  named_players,
+  tick,
+)
+from lt_jax.methods.adversarial import domain_loss, grad_reverse
+from lt_jax.methods.pairs import apart, begin, forward_pair, held, together, update_all
+from lt_jax.methods.supervised import Objective
+from lt_jax.optim import Optimizer
 
 Pixels = tuple[Sequence[float], Sequence[float]]
 """(mean, std) by which images were normalised."""
@@ -123,3 +142,177 @@ def _channels(values: Sequence[float]) -> jax.Array:
 
 
 WRAPPERS = {'fda': fda}
+
+DECODERS = ('source_decoder', 'target_decoder')
+JUDGES = ('source_images', 'target_images')
+
+
+def i2i(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  players: Mapping[str, Player],
+  align_on: Sequence[str],
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  image_shape: Sequence[int],
+  pixels: Mapping[str, Pixels],
+  identity: float = 1.0,
+  images: float = 1.0,
+  cycle: float = 1.0,
+  translated: float = 1.0,
+) -> Method:
+  r"""Classification by features from which images of either domain can be drawn.
+
+  .. math::
+    L_c + L_z
+    &+ w_{id} \big( |g_S f x - x| + |g_T f y - y| \big)
+    + w_{tr}\, L_{tr} \\
+    &+ w_{cyc} \big( |g_S f g_T f x - x| + |g_T f g_S f y - y| \big)
+    + w_{trc}\, L_c(h f g_T f x)
+
+  with the encoder f and the classifier h of the network, decoders g of the source and
+  the target, source images x, target images y, and means over pixels. L_z is that of
+  `lt_jax.methods.adversarial.dann`, on the features that are decoded: reversed, and
+  scaled by lambda(p). For L_tr either domain has a discriminator of its images and
+  those translated into it, from which f and g descend the cross-entropy of being taken
+  for true ones, scaled by lambda(p) too. All discriminators train with weight 1.
+
+  A term whose weight is 0 is not computed, and has no players. Without all four it is
+  `dann`; without L_z it has no 'discriminator'; images, cycle and translated are the
+  terms of CyCADA, trained at once. The paper has an encoder for either domain, and so
+  has `adda`; here there is one, whose last layers most of its experiments share too.
+
+  The batches are 'train', of the source, and 'target', which needs no labels.
+
+  Args:
+    net: returns a dict with 'logits', 'features' and further named layers. Batch
+      statistics of translated images are not remembered.
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source and of its
+      translations.
+    players: of those that the terms need: 'discriminator', from (B, D) to logits (B,);
+      'source_decoder' and 'target_decoder', from (B, D) to images; 'source_images' and
+      'target_images', from images to logits (B,) of being true ones.
+    align_on: names of the layers that are decoded, one after the other.
+    alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
+    streams: names of the streams, of which it reads 'target'.
+    image_shape: (H, W, C).
+    pixels: stream -> (mean, std) by which its images are normalised.
+    identity: w_id.
+    images: w_tr.
+    cycle: w_cyc.
+    translated: w_trc.
+
+  Returns:
+    The method. Where it has decoders its outputs have 'as_source' and 'as_target',
+    (B, H, W, C): every image as one of either domain, on the scale where white is 1.
+
+  Raises:
+    UserError: a player is missing or has no use, or there is no layer to decode.
+
+  Murez et al., "Image to Image Translation for Domain Adaptation", CVPR 2018, arXiv
+  1712.00479.
+  """
+  weights = {'identity': identity, 'cycle': cycle, 'translated': translated}
+  decodes = images or any(weights.values())
+  needed = [*(DECODERS if decodes else ()), *(JUDGES if images else ())]
+  if 'discriminator' in players or not decodes:
+    needed.append('discriminator')
+  named_players(players, *needed)
+  if not align_on:
+    raise UserError('i2i needs alignment.align_on: the layer that is decoded')
+  check_streams(streams, 'target')
+  shape = tuple(image_shape)
+  players = {
+    name: p._replace(net=p.net.clone(shape=shape)) if name in DECODERS else p
+    for name, p in players.items()
+  }
+
+  def encode(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> Outputs:
+    return forward(net, params['net'], stats['net'], x, train=train)[0]
+
+  def play(name: str, params: PyTree, x: jax.Array) -> jax.Array:
+    return players[name].net.apply({'params': params[name]}, x)
+
+  def judged(name: str, params: PyTree, false: jax.Array, true: jax.Array):
+    logits = play(name, params, together(false, true))
+    loss, metrics = domain_loss(*apart(logits, len(false)))
+    return loss, {key.replace('domain', name): value for key, value in metrics.items()}
+
+  def deceive(name: str, params: PyTree, drawn: jax.Array) -> jax.Array:
+    fixed = lax.stop_gradient(params[name])
+    return nn.softplus(-play(name, {name: fixed}, drawn)).mean()
+
+  def loss(params: PyTree, state: State, batches: Mapping[str, Batch]):
+    params = held(params, optimizer, players)
+    batch, x, y = batches['train'], *(batches[n]['image'] for n in ('train', 'target'))
+    source, target, stats = forward_pair(
+      net, params['net'], state.stats, x, y, statistics='joint'
+    )
+    total, metrics = objective(source, batch, state.step)
+    metrics = {'loss': mean_metric(total)} | metrics
+    scale = alignment_weight(state.step)
+    metrics['lambda'] = mean_metric(scale)
+    z_x, z_y = (joined(outputs, align_on) for outputs in (source, target))
+    if 'discriminator' in players:
+      both = (grad_reverse(z, scale) for z in (z_x, z_y))
+      value, found = judged('discriminator', params, *both)
+      total, metrics = total + value, metrics | found
+    if not decodes:
+      return total, (stats, metrics)
+    terms = {}
+    if identity:
+      terms['identity'] = _distance(play('source_decoder', params, z_x), x)
+      terms['identity'] += _distance(play('target_decoder', params, z_y), y)
+    x_there = play('target_decoder', params, z_x)
+    y_there = play('source_decoder', params, z_y)
+    if images:
+      pairs = {'target_images': (x_there, y), 'source_images': (y_there, x)}
+      for name, (false, true) in pairs.items():
+        value, found = judged(name, params, lax.stop_gradient(false), true)
+        total, metrics = total + value, metrics | found
+        total += images * scale * deceive(name, params, false)
+    if cycle or translated:
+      again = encode(params, stats, x_there, True)
+      if translated:
+        terms['translated'], _ = objective(again, batch, state.step)
+    if cycle:
+      other = joined(encode(params, stats, y_there, True), align_on)
+      back = play('source_decoder', params, joined(again, align_on))
+      terms['cycle'] = _distance(back, x)
+      terms['cycle'] += _distance(play('target_decoder', params, other), y)
+    for name, value in terms.items():
+      total += weights[name] * value
+      metrics[name] = mean_metric(value)
+    return total, (stats, metrics)
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(state.params, state, batches)
+    state, norms = update_all(state, grads, optimizer, players)
+    return tick(state.replace(stats=stats)), metrics | norms
+
+  def reads(outputs: Outputs) -> dict[str, jax.Array]:
+    z = joined(outputs, align_on)
+    image = jnp.zeros((1, *shape))
+    return {name: image if name in JUDGES else z for name in players}
+
+  def predict(state: State, x: jax.Array) -> Outputs:
+    outputs = encode(state.params, state.stats, x, False)
+    if not decodes:
+      return outputs
+    z = joined(outputs, align_on)
+    drawn = [play(name, state.params, z) for name in DECODERS]
+    return outputs | {
+      'as_source': _raw(drawn[0], *pixels['train']),
+      'as_target': _raw(drawn[1], *pixels['target']),
+    }
+
+  init = begin(net, optimizer, reads, statistics='joint', players=players)
+  return Method(init, step, predict)
+
+
+def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns the mean absolute difference of images."""
+  return jnp.abs(a - b).mean()
