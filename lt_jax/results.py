@@ -104,7 +104,8 @@ def evaluate(
   for name, kept in records.items():
     bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
-  metrics |= _test_metrics(records, experiment, stage)
+  played = _played(experiment, stage, state)
+  metrics |= _test_metrics(records, played, experiment, stage)
   across = task.across(records, num_classes=classes, groups=stage.groups)
   for place, found in across.metrics.items():
     metrics[place] = metrics.get(place, {}) | found
@@ -145,8 +146,29 @@ def test_rows(
   return {'test': mean_metrics([*found.values()]), **found}
 
 
+def _played(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, dict[str, Any]]:
+  """Returns domain -> what a stage's task measures by the network itself."""
+  if stage.task.play is None:
+    return {}
+  prepare = stage.passes['test'].stream.prepare
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    batch = prepare({}, {'image': images}, jax.random.key(0))
+    return stage.method.predict(state, batch['image'])
+
+  names = dict.fromkeys(name for role in experiment.roles.values() for name in role)
+  tests = {name: experiment.domains[name].tests['test'] for name in names}
+  sources = {name: split.source for name, split in tests.items()}
+  return stage.task.play(predict, state, sources)
+
+
 def _test_metrics(
-  records: Mapping[str, Collected], experiment: Experiment, stage: Stage
+  records: Mapping[str, Collected],
+  played: Mapping[str, dict[str, Any]],
+  experiment: Experiment,
+  stage: Stage,
 ) -> dict[str, Any]:
   """Returns 'test', and 'domains' where there are others than the stage's own.
 
@@ -156,9 +178,10 @@ def _test_metrics(
   """
   names, opened = test_domains(experiment, stage), experiment.roles[OPEN]
   if not names:
-    return {'test': split_metrics(records['test'], stage)}
+    own = split_metrics(records['test'], stage)
+    return {'test': own | played.get(stage.domain, {})}
   domains = {
-    name: split_metrics(found, stage)
+    name: split_metrics(found, stage) | played.get(name, {})
     for name, found in records_by_domain(records, names).items()
   }
   means = {'compound': mean_metrics([domains[name] for name in names])}

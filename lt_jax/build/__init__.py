@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, surgery
+from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
@@ -52,11 +52,15 @@ from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
 
 
 SURGERIES = (
-  surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES | self_training.SURGERIES
+  surgery.SURGERIES
+  | posthoc.SURGERIES
+  | few_shot.SURGERIES
+  | self_training.SURGERIES
+  | shift.SURGERIES
 )
 
 
