@@ -1,8 +1,10 @@
 """The methods, by name. A method is one file here and its line in this dict."""
 
 from lt_jax.methods import few_shot, memory, meta
-from lt_jax.methods.adversarial import dann
+from lt_jax.methods.adda import adda
+from lt_jax.methods.adversarial import cdan, dann
 from lt_jax.methods.aligned import aligned
+from lt_jax.methods.mcd import mcd
 from lt_jax.methods.supervised import supervised
 
 METHODS = {
@@ -14,4 +16,7 @@ METHODS = {
   'weight_generator': few_shot.weight_generator,
   'aligned': aligned,
   'dann': dann,
+  'cdan': cdan,
+  'mcd': mcd,
+  'adda': adda,
 }

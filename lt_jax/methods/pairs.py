@@ -158,10 +158,13 @@ class Term(NamedTuple):
       the parameters of all players.
     reads: outputs -> {player: what its network is applied to}, of the players beside
       'net'.
+    draws: (key, outputs) -> what is drawn once, kept in `State.memory` under these
+      names, and given to `value` among the parameters.
   """
 
   value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
   reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
+  draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {}
 
 
 def adapt(
@@ -205,24 +208,28 @@ def adapt(
       made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
       own = {name: made['params']}
       params, opt = params | own, opt | players[name].optimizer.init(own)
-    return first_state(key, params, first_stats(stats, statistics), opt)
+    state = first_state(key, params, first_stats(stats, statistics), opt)
+    return state.replace(memory=term.draws(named_key(key, 'draws', 0), outputs))
 
-  def loss(params: PyTree, stats: PyTree, batches, step: jax.Array):
+  def loss(params: PyTree, state: State, batches: Mapping[str, Batch]):
     held = optimizer.held({'net': params['net']})
     for name, player in players.items():
       held |= player.optimizer.held({name: params[name]})
     batch, target_images = batches['train'], batches['target']['image']
     source, target, stats = forward_pair(
-      net, held['net'], stats, batch['image'], target_images, statistics=statistics
+      net,
+      held['net'],
+      state.stats,
+      batch['image'],
+      target_images,
+      statistics=statistics,
     )
-    value, metrics = objective(source, batch, step)
-    added, others = term.value(held, source, target, step)
+    value, metrics = objective(source, batch, state.step)
+    added, others = term.value(state.memory | held, source, target, state.step)
     return value + added, (stats, {'loss': mean_metric(value), **metrics, **others})
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
-    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(
-      state.params, state.stats, batches, state.step
-    )
+    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(state.params, state, batches)
     state, norms = update(state, {'net': grads['net']}, optimizer)
     for name, player in players.items():
       state, _ = update(state, {name: grads[name]}, player.optimizer)
