@@ -366,7 +366,8 @@ def test_parts_of_adversarial_losses_are_their_formulas(rng):
   """In float64, over loops."""
   f, z, other = (rng.normal(size=(5, n)) for n in (4, CLASSES, CLASSES))
   p, q = softmax(z), softmax(other)
-  matrices = tuple(rng.normal(size=(n, 6)) for n in (4, CLASSES))
+  r_f, r_p = (rng.normal(size=(n, 6)) for n in (4, CLASSES))
+  drawn = {'features': r_f, 'predictions': r_p}
   sure = [1 + np.exp(sum(x * np.log(x) for x in row)) for row in p]
   weights = np.array(sure) / np.mean(sure)
   of_source, of_target = rng.normal(size=5), rng.normal(size=2)
@@ -378,8 +379,8 @@ def test_parts_of_adversarial_losses_are_their_formulas(rng):
     for ours, expected in (
       (multilinear(f, p), [np.outer(a, b).ravel() for a, b in zip(f, p, strict=True)]),
       (
-        multilinear(f, p, matrices),
-        (f @ matrices[0]) * (p @ matrices[1]) / np.sqrt(6),
+        multilinear(f, p, drawn),
+        (f @ r_f) * (p @ r_p) / np.sqrt(6),
       ),
       (entropy_weights(jnp.asarray(z)), weights),
       (
@@ -395,8 +396,9 @@ def test_parts_of_adversarial_losses_are_their_formulas(rng):
 def test_a_random_projection_keeps_inner_products_on_average(rng):
   """Of the products: <f, f'> <p, p'>, which is what it is for."""
   f, p = rng.normal(size=(2, 5)), softmax(rng.normal(size=(2, CLASSES)))
-  matrices = tuple(rng.normal(size=(n, 40_000)) for n in (5, CLASSES))
-  full, projected = multilinear(f, p), multilinear(f, p, matrices)
+  r_f, r_p = (rng.normal(size=(n, 40_000)) for n in (5, CLASSES))
+  drawn = {'features': r_f, 'predictions': r_p}
+  full, projected = multilinear(f, p), multilinear(f, p, drawn)
   close(projected @ projected.T, full @ full.T, rtol=0.1, atol=0.1)
 
 
@@ -418,8 +420,8 @@ def test_cdan_reverses_what_a_conditioned_discriminator_learns(form):
       features = forward(net, params['net'], {}, images, train=True)[0]['features']
       p = jax.nn.softmax(forward(net, fixed, {}, images, train=True)[0]['logits'])
       if form:
-        r_f, r_p = state.memory['projections']
-        read = (features @ r_f) * (p @ r_p) / np.sqrt(7)
+        drawn = state.memory['projections']
+        read = (features @ drawn['features']) * (p @ drawn['predictions']) / np.sqrt(7)
         w = 1 + jnp.exp((p * jnp.log(p)).sum(1))
       else:
         read = jnp.einsum('bd,bc->bdc', features, p).reshape(len(p), -1)

@@ -106,7 +106,7 @@ def test_two_steps_are_the_same_with_other_labels_of_the_target(recipe):
   assert ours == theirs
 
 
-@pytest.mark.parametrize('devices', [2, 8])
+@pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_agree_on_the_built_experiment(devices):
   """Of two domains and two players, each device with its share of both."""
   made = config('dann')

@@ -175,20 +175,18 @@ def cdan(
     sizes = [shape.shape[-1] for shape in shapes]
     if math.prod(sizes) <= largest:
       return {}
-    keys = jax.random.split(key)
-    matrices = [
-      jax.random.normal(k, (size, projected))
-      for k, size in zip(keys, sizes, strict=True)
-    ]
-    return {'projections': tuple(matrices)}
+    drawn = {
+      name: jax.random.normal(k, (size, projected))
+      for name, k, size in zip(FACTORS, jax.random.split(key), sizes, strict=True)
+    }
+    return {'projections': drawn}
 
   def conditioned(kept: PyTree, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
     """What the discriminator reads (B, ...), and the weights (B,) of the images."""
     logits = lax.stop_gradient(layer(outputs, 'logits'))
     weights = entropy_weights(logits) if entropy else jnp.ones(len(logits))
-    return multilinear(
-      read(outputs), nn.softmax(logits), kept.get('projections')
-    ), weights
+    factors = (read(outputs), nn.softmax(logits))
+    return multilinear(*factors, kept.get('projections')), weights
 
   def reads(outputs: Outputs) -> dict[str, jax.Array]:
     return {'discriminator': conditioned(draws(jax.random.key(0), outputs), outputs)[0]}
@@ -240,15 +238,19 @@ def _judged(
   return apart(logits, len(source))
 
 
+FACTORS = ('features', 'predictions')
+
+
 def multilinear(
-  f: jax.Array, p: jax.Array, projections: tuple[jax.Array, jax.Array] | None = None
+  f: jax.Array, p: jax.Array, projections: Mapping[str, jax.Array] | None = None
 ) -> jax.Array:
   """Returns the product of features and predictions, in full or by random matrices.
 
   Args:
     f: (B, D).
     p: (B, C).
-    projections: ((D, d), (C, d)); None for the product in full.
+    projections: 'features' (D, d) and 'predictions' (C, d); None for the product in
+      full.
 
   Returns:
     (B, D C), or (B, d).
@@ -256,8 +258,8 @@ def multilinear(
   if projections is None:
     return (f[:, :, None] * p[:, None, :]).reshape(len(f), -1)
   f, p = (
-    jnp.matmul(x, matrix, precision=lax.Precision.HIGHEST)
-    for x, matrix in zip((f, p), projections, strict=True)
+    jnp.matmul(x, projections[name], precision=lax.Precision.HIGHEST)
+    for x, name in zip((f, p), FACTORS, strict=True)
   )
   return f * p / math.sqrt(f.shape[-1])
 
