@@ -10,9 +10,24 @@ from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
+from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
+
+
+class Selection(NamedTuple):
+  """By what the State that counts is chosen.
+
+  Attributes:
+    split: 'val', or 'target' for a criterion that needs no label of a target.
+    metric: its name.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  split: str
+  metric: str
+  better: int
 
 
 class Stage(NamedTuple):
@@ -23,6 +38,7 @@ class Stage(NamedTuple):
     method: what is trained.
     domain: a domain or role whose classes it learns.
     dataset: its data.
+    task: what is measured.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
     trained_on: streams of images -> name of the split.
@@ -30,6 +46,8 @@ class Stage(NamedTuple):
       'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    compared: its own domain and each target -> a pass over some training images without
+      labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     save_outputs: outputs of each training image that it saves for later stages.
@@ -39,19 +57,23 @@ class Stage(NamedTuple):
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
     batch: the largest batch of a step.
-    select: (split, metric) by which the State that counts is chosen; None: the last.
+    select: by what the State that counts is chosen; None: it is the last.
+    scores: (state, stop) -> split -> criteria of a State that need no label of a
+      target, None if `stop()` turned true; None where no target is adapted to.
   """
 
   name: str
   method: Method
   domain: str
   dataset: Dataset
+  task: Task
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
   trained_on: dict[str, str]
   images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
   passes: dict[str, Pass]
+  compared: dict[str, Pass]
   survey: Survey
   reads: dict[str, str]
   save_outputs: tuple[str, ...]
@@ -60,7 +82,8 @@ class Stage(NamedTuple):
   plan: Plan
   epoch_steps: float
   batch: int
-  select: tuple[str, str] | None
+  select: Selection | None
+  scores: Callable[[State, Callable[[], bool]], dict[str, Any] | None] | None
 
 
 class Experiment(NamedTuple):
