@@ -130,10 +130,13 @@ def base_config() -> ConfigDict:
         'few_shot': 20,  # 0: half the median
         'mean': (0.0,),
         'std': (1.0,),
+        'standardise': False,  # True: mean and std of this domain's training images
+        'unit': 'none',  # of float arrays: 'l1' or 'l2' divides each by its norm
         'pad': 0,  # pixels, for the random crop
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'train_split': 'train',
         'test_split': 'test',
         'meta_split': 'train',  # 'val': meta images are taken from those for validation
         'fake': {  # what source=fake generates

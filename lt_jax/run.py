@@ -17,7 +17,7 @@ from etils import epath
 from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
-from lt_jax.config import SOURCE, TARGET, Config, config_digest, domain_data
+from lt_jax.config import SOURCE, Config, config_digest
 from lt_jax.data import longtail, places
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
@@ -430,9 +430,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   """Returns what data.json tells; what else is in it already stays."""
   path, dataset = workdir / 'data.json', experiment.dataset
   classes = len(dataset.class_names)
-  config, data = experiment.config, experiment.config['data']
-  predicted = next(iter(experiment.roles[TARGET] or experiment.roles[SOURCE]))
-  keys = ('mean', 'std', 'pad', 'pad_mode', 'flip', 'jitter', 'image_size', 'resize')
+  data = experiment.config['data']
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
@@ -451,8 +449,8 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       dataset.counts, data['many_shot'], data['few_shot']
     ),
     'image_shape': list(dataset.image_shape),
-    # Of the first target, which the network is for, or else of the source.
-    'preprocessing': {key: domain_data(config, predicted)[key] for key in keys},
+    'image_dtype': dataset.dtype,
+    'preprocessing': experiment.preprocessing,
   }
 
 

@@ -130,6 +130,7 @@ def build(
     config,
     domains.single,
     domains.roles,
+    domains.preprocessing,
     fingerprint(domains.single),
     mesh,
     stages,
@@ -264,7 +265,7 @@ def _start(
   params = {'net': state_shapes(method, streams).params['net']}
   rates = per_parameter(rules, params, some=True)
   frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
-  return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
+  return _refuse_random if any(jax.tree.leaves(frozen['net'].get('trunk'))) else None
 
 
 def _refuse_random(state: State) -> NoReturn:

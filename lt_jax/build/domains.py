@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lt_jax.build.checks import check_channels
+from lt_jax.build.checks import check_arrays, check_channels
 from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
@@ -16,6 +16,8 @@ from lt_jax.errors import UserError, check_options, lookup
 NOT_LOADING = (
   'mean',
   'std',
+  'standardise',
+  'unit',
   'pad',
   'pad_mode',
   'flip',
@@ -26,6 +28,19 @@ NOT_LOADING = (
   'on_bad_image',
 )
 """Keys of `data` that say what is done with images once they are loaded."""
+
+PREPROCESSING = (
+  'mean',
+  'std',
+  'unit',
+  'pad',
+  'pad_mode',
+  'flip',
+  'jitter',
+  'image_size',
+  'resize',
+)
+"""Keys of `data` that data.json records of the images that are predicted."""
 
 Transforms = tuple[Callable, Callable]
 
@@ -54,6 +69,12 @@ class Domains(NamedTuple):
   def is_target(self, name: str) -> bool:
     """Returns whether labels of a domain are those of a target."""
     return name == TARGET or name in self.roles[TARGET]
+
+  @property
+  def preprocessing(self) -> dict[str, Any]:
+    """What prediction does with an image: keys of the first target, or the source."""
+    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
+    return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property
   def single(self) -> dict[str, Dataset]:
@@ -89,7 +110,9 @@ def load_domains(
       loading = {key: v for key, v in data.items() if key not in NOT_LOADING}
       check_options('data', load_dataset, loading, 'to_device')
       datasets[name] = load_dataset(**loading, to_device=to_device)
+    check_arrays(name, data, datasets[name].dtype)
     check_channels(data, datasets[name].image_shape[-1])
+    configs[name] = data | _standard(name, datasets[name], data)
   check_alike({name: datasets[name] for name in meeting})
   for role, members in roles.items():
     if role == OPEN or not members:
@@ -135,13 +158,34 @@ def _of_stages(config: Config) -> list[str]:
   return [config['domain'], *(s['domain'] for s in stages if 'domain' in s)]
 
 
+def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:
+  """Returns `mean` and `std` of a domain's training images, if it asks for them.
+
+  No label is read. Of a channel that never changes the deviation is 1.
+
+  Raises:
+    UserError: the images are not in memory.
+  """
+  split = dataset.splits['train']
+  if not data['standardise'] or split.source is None:  # which predicts, and trains not
+    return {}
+  images = getattr(split.source, 'images', None)
+  if images is None:
+    raise UserError(
+      f'domain {name!r}: data.standardise is for images in memory; set data.mean and '
+      'data.std'
+    )
+  mean, std = augment.moments(images[split.rows], data['unit'])
+  return {'mean': mean.tolist(), 'std': std.tolist()}
+
+
 def _check_pixels(
   role: str, members: Sequence[str], configs: Mapping[str, Config]
 ) -> None:
   """Refuses domains of one stream whose pixels are treated differently."""
   first = configs[members[0]]
   for name in members[1:]:
-    for key in NOT_LOADING[:6]:
+    for key in NOT_LOADING[:8]:
       if configs[name][key] != first[key]:
         raise UserError(
           f'domains {members[0]!r} and {name!r} are one {role} and must agree in '
@@ -151,16 +195,17 @@ def _check_pixels(
 
 def make_transforms(data: Config) -> Transforms:
   """Returns (training, evaluation): what is done with pixels on the device."""
-  mean, std = data['mean'], data['std']
+  mean, std, unit = data['mean'], data['std'], data['unit']
   pad, pad_mode, flip = data['pad'], data['pad_mode'], data['flip']
   jitter = data['jitter']
   lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
 
   def plain(key, images):
     del key
-    return augment.normalise(images, mean, std)
+    return augment.normalise(augment.unit(images, unit), mean, std)
 
   def augmented(key, images):
+    most = augment.white(images)  # before jitter makes floats of them
     crop_key, flip_key = jax.random.split(key)
     jitter_key = jax.random.fold_in(key, 1)
     if pad:
@@ -169,6 +214,6 @@ def make_transforms(data: Config) -> Transforms:
       images = augment.flip(flip_key, images)
     if jitter:
       images = augment.colour_jitter(jitter_key, images, strength=jitter)
-    return augment.normalise(images, mean, std)
+    return augment.normalise(augment.unit(images, unit), mean, std, most)
 
   return augmented, plain

@@ -70,6 +70,8 @@ class Experiment(NamedTuple):
     config: the resolved config.
     domains: name -> data; 'source' alone where no other is named.
     roles: 'source', 'target' and 'open' -> names of their domains.
+    preprocessing: what is done with an image before the network predicts it: keys of
+      `data`, of the first target, or else of the source.
     fingerprint: SHA-256 of what is trained and evaluated on.
     mesh: its devices.
     stages: in order.
@@ -78,6 +80,7 @@ class Experiment(NamedTuple):
   config: Config
   domains: dict[str, Dataset]
   roles: dict[str, tuple[str, ...]]
+  preprocessing: dict[str, Any]
   fingerprint: str
   mesh: Mesh
   stages: dict[str, Stage]

@@ -21,12 +21,14 @@ class Joined:
     labels: (N,) int32.
     class_names: of the first, which all share.
     image_shape: likewise.
+    dtype: of the images, likewise.
   """
 
   def __init__(self, parts: Sequence[Any]):
     self.parts = tuple(parts)
     self.labels = np.concatenate([part.labels for part in parts])
     self.class_names, self.image_shape = parts[0].class_names, parts[0].image_shape
+    self.dtype = np.dtype(getattr(parts[0], 'dtype', np.uint8))
     self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
   def __len__(self) -> int:
@@ -38,7 +40,7 @@ class Joined:
     return self.parts[part], int(row - self._starts[part])
 
   def __getitem__(self, row: int) -> np.ndarray:
-    """Returns an image, uint8."""
+    """Returns an image."""
     part, own = self._at(row)
     return part[own]
 
@@ -137,6 +139,11 @@ def check_alike(domains: Mapping[str, Dataset]) -> None:
       raise UserError(
         f'domains {first!r} and {name!r} must have the same classes, but they have '
         f'{sizes[0]} and {sizes[1]}'
+      )
+    if one.dtype != other.dtype:
+      raise UserError(
+        f'the images of domain {first!r} are {one.dtype}, those of {name!r} '
+        f'{other.dtype}'
       )
     if one.image_shape != other.image_shape:
       raise UserError(

@@ -22,7 +22,7 @@ from lt_jax.errors import UserError
 PyTree = Any
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, jax.Array], jax.Array]
-"""(key, uint8 images) -> float32 images: augmentation and normalisation."""
+"""(key, images as they are stored) -> float32: augmentation and normalisation."""
 Payload = Mapping[str, np.ndarray]
 """What the device is given of a batch, batch first: the rows of this process."""
 
@@ -68,7 +68,8 @@ class Split(NamedTuple):
   """Some images of a source.
 
   Attributes:
-    source: random access: `len(source)`, `source[i]` a uint8 image.
+    source: random access: `len(source)`, `source[i]` an image; of another type than
+      uint8 it says so as `dtype`.
     rows: (N,) int, their positions in the source.
     labels: (N,) int32, -1 for images of no known class.
     arrays: the source's images in device memory, or {} to stream them from the host.
@@ -94,6 +95,11 @@ class Split(NamedTuple):
     return (
       (*(self.crop.size,) * 2, channels) if self.crop else (height, width, channels)
     )
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The type of the images: uint8, or float32 of features and other arrays."""
+    return np.dtype(getattr(self.source, 'dtype', np.uint8))
 
   def image(self, row: int) -> np.ndarray:
     """Returns the image at a position of the source as evaluation sees it."""
@@ -125,6 +131,7 @@ class Unlabelled:
     return _domains(self)
 
   image_shape = Split.image_shape
+  dtype = Split.dtype
   image = Split.image
   augmented = Split.augmented
 
@@ -212,7 +219,7 @@ def _stream(
   if resident:
     return Stream(split.arrays, payload, _prepare(transform), shapes=shapes)
   shapes |= {
-    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8),
+    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), split.dtype),
     'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
   }
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
@@ -249,7 +256,7 @@ def _or_stand_in(split: Split | Unlabelled, read: Read) -> Read:
 
 
 def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-  """Returns images of one shape as (B, H, W, channels) uint8."""
+  """Returns images of one shape as (B, H, W, channels)."""
   for row, image in zip(rows, images, strict=True):
     if image.shape != images[0].shape:
       raise UserError(

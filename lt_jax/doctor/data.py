@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from lt_jax.build import streams
-from lt_jax.data import crops, longtail
+from lt_jax.config import Config
+from lt_jax.data import augment, crops, longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.lists import Files, check_file, composed
 from lt_jax.data.streams import Split, most_bad
@@ -362,8 +363,14 @@ def balanced_test(case: Case) -> Findings:
 
 def normalisation(case: Case) -> Findings:
   """Compares data.mean and data.std with the pixels of a sample."""
-  data, channels = case.config['data'], case.sample.reshape(-1, case.sample.shape[-1])
-  pixels = channels / 255
+  data = case.config['data']
+  if data['standardise']:
+    yield ok('mean and deviation are those of the training images (data.standardise)')
+    return
+  if case.sample.dtype != np.uint8:
+    yield _scale(case.sample, data)
+    return
+  pixels = case.sample.reshape(-1, case.sample.shape[-1]) / 255
   seen = (pixels.mean(0), pixels.std(0))
   normal = (pixels - np.array(data['mean'])) / np.array(data['std'])
   mean, std = normal.mean(0), normal.std(0)
@@ -381,12 +388,27 @@ def normalisation(case: Case) -> Findings:
     yield ok(told)
 
 
+def _scale(arrays: np.ndarray, data: Config) -> Finding:
+  """Tells of the mean and deviation of all numbers of float arrays, normalised."""
+  values = np.asarray(augment.unit(arrays, data['unit']), np.float64)
+  normal = (values - np.array(data['mean'])) / np.array(data['std'])
+  told = (
+    f'the values of {len(arrays)} training arrays have mean {normal.mean():.3g} and '
+    f'deviation {normal.std():.3g}'
+  )
+  if abs(normal.mean()) > FAR or not 1 / FACTOR < normal.std() < FACTOR:
+    return odd(f'{told}, far from 0 and 1: --config.data.standardise fits both')
+  return ok(told)
+
+
 def _numbers(values: Iterable[float]) -> str:
   return ' '.join(f'{value:.3g}' for value in values)
 
 
 def constant(case: Case) -> Findings:
   """Counts images of one colour."""
+  if case.sample.dtype != np.uint8:
+    raise Missing('the data are float arrays')
   flat = np.ptp(case.sample.reshape(len(case.sample), -1, case.sample.shape[-1]), 1)
   blank = int((flat.max(1) == 0).sum())
   if blank:
