@@ -12,7 +12,7 @@ import jax
 from lt_jax import footprint
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
-from lt_jax.config import stage_config
+from lt_jax.config import SOURCE, stage_config
 from lt_jax.errors import UserError
 from lt_jax.train import state_shapes
 
@@ -37,6 +37,27 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
     yield (
       f'the result is of an untrained network: stage {stage.name!r} makes no step '
       '(see epochs) and inherits nothing from another stage'
+    )
+
+
+def _same_names(experiment: Experiment) -> Iterator[str]:
+  """Warns of classes of one name in several sources that count as different classes."""
+  owners: dict[str, list[str]] = {}
+  for source in experiment.roles[SOURCE]:
+    for name in experiment.domains[source].class_names:
+      owners.setdefault(name, []).append(source)
+  union = set(experiment.dataset.class_names)
+  twice = [
+    (name, sources)
+    for name, sources in owners.items()
+    if sum(f'{source}/{name}' in union for source in sources) > 1
+  ]
+  if twice:
+    name, sources = twice[0]
+    yield (
+      f'{" and ".join(sources)} each have a class {name!r}, which count as different '
+      f'classes (of {len(twice)} such names): if they are the same, name them in '
+      'same_classes of each'
     )
 
 
@@ -95,7 +116,14 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   }
 
 
-CAUTIONS = (_one_class, _untrained, _short_stages, _no_threshold, _batch_statistics)
+CAUTIONS = (
+  _one_class,
+  _untrained,
+  _same_names,
+  _short_stages,
+  _no_threshold,
+  _batch_statistics,
+)
 
 
 def check_memory(experiment: Experiment) -> None:

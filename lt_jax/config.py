@@ -83,7 +83,8 @@ ADDED = (
 )
 """Keys that older runs lack."""
 
-TAIL = (
+OWN = (
+  'same_classes',
   'known_classes',
   'profile',
   'n_max',
@@ -94,7 +95,8 @@ TAIL = (
   'open_val_per_class',
   'open_test_per_class',
 )
-"""Keys of `data` that draw the tail and what is cut off; a domain does not inherit."""
+"""Keys of `data` that a domain does not inherit: those that speak of its classes, draw
+the tail or cut splits off."""
 
 
 def base_config() -> ConfigDict:
@@ -136,6 +138,7 @@ def base_config() -> ConfigDict:
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'same_classes': (),  # (name here, name in the union) where sources differ
         'train_split': 'train',
         'test_split': 'test',
         'meta_split': 'train',  # 'val': meta images are taken from those for validation
@@ -340,7 +343,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def domain_data(config: Config, name: str) -> dict[str, Any]:
-  """Returns the `data` of a domain: that of the config, overridden; not its tail."""
+  """Returns the `data` of a domain: that of the config, overridden; `OWN` apart."""
   if name == SOURCE:
     return dict(config['data'])
   plain = base_config().data.to_dict()
@@ -349,7 +352,7 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
     if key not in plain:
       near = suggest(key, plain)
       raise UserError(f'domains.{name} sets {key!r}, which is no key of data{near}')
-  return {**config['data'], **{key: plain[key] for key in TAIL}, **own}
+  return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 
 def resolve(config: Any) -> dict[str, Any]:

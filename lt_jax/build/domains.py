@@ -10,7 +10,7 @@ from lt_jax.build.checks import check_arrays, check_channels
 from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
-from lt_jax.data.domains import check_alike, joined
+from lt_jax.data.domains import check_alike, have_one_label_space, joined, united
 from lt_jax.errors import UserError, check_options, lookup
 
 NOT_LOADING = (
@@ -24,6 +24,7 @@ NOT_LOADING = (
   'jitter',
   'many_shot',
   'few_shot',
+  'same_classes',
   'workers',
   'on_bad_image',
 )
@@ -113,14 +114,19 @@ def load_domains(
     check_arrays(name, data, datasets[name].dtype)
     check_channels(data, datasets[name].image_shape[-1])
     configs[name] = data | _standard(name, datasets[name], data)
-  check_alike({name: datasets[name] for name in meeting})
+  meet = {name: datasets[name] for name in meeting}
+  if not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
+    same = {name: _same_classes(name, configs[name]) for name in meeting}
+    meet = united(meet, roles[SOURCE], same)
+    datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
+  check_alike(meet)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
     configs[role] = configs[members[0]]
     _check_pixels(role, members, configs)
     if members != (role,) and role not in (given or {}):
-      parts = {name: datasets[name] for name in members}
+      parts = {name: meet[name] for name in members}
       datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
   made = {name: make_transforms(data) for name, data in configs.items()}
   return Domains(datasets, configs, roles, made)
@@ -177,6 +183,20 @@ def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:
     )
   mean, std = augment.moments(images[split.rows], data['unit'])
   return {'mean': mean.tolist(), 'std': std.tolist()}
+
+
+def _same_classes(name: str, data: Config) -> dict[str, str]:
+  """Returns what classes of a domain are called in the union of label spaces."""
+  for pair in data['same_classes']:
+    match pair:
+      case [str(), str()]:
+        pass
+      case _:
+        raise UserError(
+          f'domain {name!r}: data.same_classes has {pair!r}; it must be a class here '
+          'and its name in the union'
+        )
+  return {ours: name for ours, name in data['same_classes']}
 
 
 def _check_pixels(

@@ -10,7 +10,7 @@ import numpy as np
 
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, lookup, suggest
 
 
 class Joined:
@@ -108,6 +108,85 @@ def joined(domains: Mapping[str, Dataset]) -> Dataset:
     tests=join('tests'),
     counts=sum(dataset.counts for dataset in sets),
     fingerprint=fingerprint(domains),
+  )
+
+
+def have_one_label_space(domains: Mapping[str, Dataset]) -> bool:
+  """Returns whether the classes of all domains are the same, in the same order."""
+  return len({dataset.class_names for dataset in domains.values()}) == 1
+
+
+def united(
+  domains: Mapping[str, Dataset],
+  sources: Sequence[str],
+  same: Mapping[str, Mapping[str, str]],
+) -> dict[str, Dataset]:
+  """Returns domains with labels in the union of the classes of several sources.
+
+  A class is called DOMAIN/NAME in the union, or as `same` says: so classes of two
+  sources are one only where they are told to be. They stand in the order of the
+  sources. Other domains teach no new class: each of theirs must be in the union.
+
+  Args:
+    domains: name -> data.
+    sources: names of those whose classes make the union.
+    same: domain -> {name of a class there: its name in the union}.
+
+  Raises:
+    UserError: a name that a domain does not have, or that is not in the union.
+  """
+  of_sources = [
+    name for one in sources for name in _union_names(one, domains[one], same[one], True)
+  ]
+  union = {name: place for place, name in enumerate(dict.fromkeys(of_sources))}
+  found = {}
+  for name, dataset in domains.items():
+    if dataset.class_names != (*union,):
+      names = _union_names(name, dataset, same[name], name in sources)
+      dataset = _relabelled(name, dataset, names, union)
+    found[name] = dataset
+  return found
+
+
+def _union_names(
+  name: str, dataset: Dataset, same: Mapping[str, str], prefixed: bool
+) -> list[str]:
+  """Returns what the classes of a domain are called in the union."""
+  for ours in same:
+    lookup(dict.fromkeys(dataset.class_names), f'class of domain {name!r}', ours)
+  return [
+    same.get(ours, f'{name}/{ours}' if prefixed else ours)
+    for ours in dataset.class_names
+  ]
+
+
+def _relabelled(
+  domain: str, dataset: Dataset, names: Sequence[str], union: Mapping[str, int]
+) -> Dataset:
+  """Returns a data set whose classes have new names, at their places in a union."""
+  for ours, name in zip(dataset.class_names, names, strict=True):
+    if name not in union:
+      raise UserError(
+        f'domain {domain!r}: its class {ours!r} is none of the {len(union)} of the '
+        f'sources: name it in same_classes of the domain{suggest(name, union)}'
+      )
+  places = np.array([union[name] for name in names], np.int32)
+  counts = np.zeros(len(union), dataset.counts.dtype)
+  np.add.at(counts, places, dataset.counts)
+
+  def moved(splits: Mapping[str, Split]) -> dict[str, Split]:
+    return {
+      name: split._replace(labels=np.where(split.labels < 0, -1, places[split.labels]))
+      for name, split in splits.items()
+    }
+
+  told = f'{dataset.fingerprint} as {[*union]} at {places.tolist()}'
+  return dataset._replace(
+    splits=moved(dataset.splits),
+    tests=moved(dataset.tests),
+    counts=counts,
+    class_names=(*union,),
+    fingerprint=hashlib.sha256(told.encode()).hexdigest(),
   )
 
 
