@@ -11,6 +11,7 @@ from lt_jax import build, checkpoint, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
+from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
 from lt_jax.report import tables
 
@@ -248,3 +249,33 @@ def test_the_report_says_how_much_of_the_gap_is_covered():
     '100.0 %',
   ]
   assert tables.domains_table(groups[:2]).headings == ['method', 'source', 'blended']
+
+
+def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
+  """From 0 where the stage begins, at the end of the one before, to 1."""
+  seen = []
+
+  def spy(net, optimizer, loss, *, class_weights, reduction, progress):
+    seen.append(progress)
+    parts = {'class_weights': class_weights, 'reduction': reduction}
+    return METHODS['supervised'](net, optimizer, loss, **parts)
+
+  monkeypatch.setitem(METHODS, 'spy', spy)
+  made = config('source_only', 'epochs=2.0')
+  made['method'] = {'name': 'spy'}
+  carry = ['carry', {'fields': ['opt', 'step'], 'stage': 'train'}]
+  made['stages'] = {
+    'train': {},
+    'more': {'epochs': 6.0, 'surgeries': [carry]},
+    'anew': {'epochs': 6.0},
+  }
+  made['stage_order'] = ['train', 'more', 'anew']
+  stages = build.build(made, devices=1).stages
+  first, last = stages['train'].plan.steps, stages['more'].plan.steps
+  middle = (first + last) // 2
+  begun, more, anew = (
+    [float(p(np.int32(s))) for s in (0, first, middle, last)] for p in seen
+  )
+  assert begun[:2] == [0, 1] and anew[0] == 0 and anew[-1] == 1
+  assert more == pytest.approx([0, 0, (middle - first) / (last - first), 1])
+  assert anew[1] == pytest.approx(first / last)

@@ -155,7 +155,9 @@ def _build_stage(
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, clock, learned)
+  plan = _plan(config, clock)
+  progress = _progress(_first_step(config, earlier), plan.steps)
+  method = _method(config, dataset, mesh, clock, learned, progress)
   images, evaluated, seen = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
@@ -179,7 +181,7 @@ def _build_stage(
       )
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, clock),
+    plan=plan,
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
     select=selection(config['select'], dataset, groups),
@@ -278,7 +280,12 @@ def _refuse_random(state: State) -> NoReturn:
 
 
 def _method(
-  config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
+  config: Config,
+  dataset: Dataset,
+  mesh: Mesh,
+  train: Row,
+  learned: np.ndarray,
+  progress: Callable[[jax.Array], jax.Array],
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
   counts = train.dataset.counts
@@ -289,7 +296,6 @@ def _method(
   )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
-  progress = _progress(config, train)
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
@@ -345,10 +351,19 @@ def _method(
   return Method(*(jax.jit(function, inline=True) for function in method))
 
 
-def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:
-  """Returns how far a stage has come, step -> () float32 in [0, 1]."""
-  steps = max(1, train.steps(config['epochs']))
-  return lambda step: jnp.clip(step.astype(jnp.float32) / steps, 0.0, 1.0)
+def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
+  """Returns the step at which a stage begins: the end of one whose clock it carries."""
+  first = 0
+  for name, options in config['surgeries']:
+    if name == 'carry' and 'step' in options.get('fields', ()):
+      first = lookup(earlier, 'earlier stage', options.get('stage')).plan.steps
+  return first
+
+
+def _progress(first: int, last: int) -> Callable[[jax.Array], jax.Array]:
+  """Returns progress from one step to another: step -> () float32 in [0, 1]."""
+  steps = max(1, last - first)
+  return lambda step: jnp.clip((step - first).astype(jnp.float32) / steps, 0.0, 1.0)
 
 
 def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:
