@@ -165,7 +165,7 @@ def base_config() -> ConfigDict:
       'batch': 128,
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
-      'save_outputs': (),  # of all training images, for later stages
+      'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,

@@ -21,6 +21,7 @@ from lt_jax.config import SOURCE, Config, config_digest
 from lt_jax.data import longtail, places
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
+from lt_jax.evals.saved import saved_shape
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
 from lt_jax.stopping import (
@@ -257,7 +258,8 @@ def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experimen
       streams={
         stream: shared.streams[stream]._replace(payload=ours.payload)
         for stream, ours in own.stages[name].streams.items()
-      }
+      },
+      reads=own.stages[name].reads,
     )
 
   stages = {name: stage(name) for name in experiment.stages}
@@ -301,6 +303,8 @@ def rehearsed(
       if begin > end:
         raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
       metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+      for saved in stage.save_outputs:
+        saved_shape(stage.survey, state, saved)
       shapes[name] = state.replace(step=np.int32(end))
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):

@@ -172,7 +172,7 @@ def _build_stage(
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
     passes=evaluated,
     survey=stage_survey,
-    reads={name: row.origin for name, row in rows.items() if row.origin},
+    reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(

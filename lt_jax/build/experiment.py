@@ -1,6 +1,6 @@
 """What a run needs, built: its data, its devices and its stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,21 @@ from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
+
+
+class Left(NamedTuple):
+  """What an earlier stage leaves for a stream.
+
+  Attributes:
+    stage: the stage that leaves it.
+    shapes: name in its arrays.npz -> shape.
+    into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
+      the streams of several seeds must go on sharing `prepare`.
+  """
+
+  stage: str
+  shapes: dict[str, tuple[int, ...]]
+  into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
 
 
 class Stage(NamedTuple):
@@ -31,8 +46,8 @@ class Stage(NamedTuple):
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     survey: its passes over what it may learn from, for surgeries.
-    reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
-    save_outputs: outputs of each training image that it saves for later stages.
+    reads: streams that read what an earlier stage leaves: name of the stream -> what.
+    save_outputs: what it saves of images for later stages, see `evals.saved`.
     start: what puts published weights into a fresh State, and tells of it, or refuses
       to do without; None: they are random.
     surgeries: from a fresh State and earlier ones to the first State.
@@ -53,7 +68,7 @@ class Stage(NamedTuple):
   uses_target_labels: bool
   passes: dict[str, Pass]
   survey: Survey
-  reads: dict[str, str]
+  reads: dict[str, Left]
   save_outputs: tuple[str, ...]
   start: Callable[[State], tuple[State, dict[str, Any]]] | None
   surgeries: tuple[Surgery, ...]

@@ -299,6 +299,63 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   return Sampler(first.length, indices)
 
 
+def curriculum(
+  order: np.ndarray,
+  *,
+  epochs: float,
+  first: float = 0.5,
+  power: float = 0.3,
+  full: float = 1.0,
+  window: str = 'expand',
+) -> Sampler:
+  r"""Begins with the first images of an order and takes in the others by and by.
+
+  .. math:: r(e) = r_0 + (1 - r_0) \min(1, e / E)^{\text{power}}
+
+  In epoch e the first r(e) N images are served, or only those behind the first
+  (r(e) - r_0) N; from epoch E on all are. They come in shuffled laps, so that an epoch
+  is N positions long whatever its window.
+
+  Args:
+    order: (N,), positions in the training set, the easiest first.
+    epochs: of the run; E is `full` of them.
+    first: r_0, in (0, 1].
+    power: positive; below 1 the window grows fast in the beginning.
+    full: share of the epochs after which all images are served, in (0, 1].
+    window: 'expand' or 'shift'.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: an option is out of range.
+
+  Source: Liu et al., Open Compound Domain Adaptation, arXiv 1909.03403, section 3.2;
+  r(e) and both windows are the authors' code, whose epochs end with the window.
+  """
+  if not (0 < first <= 1 and power > 0 and 0 < full <= 1):
+    raise UserError(
+      "sampler 'curriculum': first and full must be in (0, 1] and power positive, got "
+      f'{first}, {full} and {power}'
+    )
+  if window not in ('expand', 'shift'):
+    raise UserError(
+      f"sampler 'curriculum': window is {window!r}; it is 'expand' or 'shift'"
+    )
+  length = len(order)
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    grown = min(1.0, epoch / max(full * epochs, 1e-9)) ** power
+    ratio = first + (1 - first) * grown
+    begin = ratio - first if window == 'shift' and ratio < 1 else 0.0
+    shown = order[int(begin * length) : max(1, math.ceil(ratio * length))]
+    laps = np.tile(shown, (-(-length // len(shown)), 1))
+    shuffled = _generator('curriculum', seed, epoch).permuted(laps, axis=1)
+    return shuffled.ravel()[:length].astype(np.int32)
+
+  return Sampler(length, indices)
+
+
 SAMPLERS = {
   'instance': instance,
   'class_balanced': class_balanced,
@@ -306,8 +363,10 @@ SAMPLERS = {
   'progressive': progressive,
   'class_aware': class_aware,
   'effective_number': effective_number,
+  'curriculum': curriculum,
 }
-"""name -> (labels, batch or epochs where it names them, options) -> a sampler."""
+"""name -> (images, labels or an order, batch or epochs where it names them, options) ->
+a sampler."""
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.

@@ -187,6 +187,7 @@ def _stream(
   batch: int,
   transform: Transform,
   workers: int,
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Stream:
   """Returns the stream of the examples at some positions.
 
@@ -197,11 +198,12 @@ def _stream(
     batch: B.
     transform: what is done on the device.
     workers: of a host stream.
+    beside: name -> (N, ...), what batches tell besides of each image.
   """
   # Which rows are ours is found out here: where Grain makes the payloads, there is no
   # device to ask.
   ours = process_rows(range(batch))
-  resident, known = bool(split.arrays), split.numbers()
+  resident, known = bool(split.arrays), split.numbers() | dict(beside or {})
 
   def payload(step: int) -> dict[str, np.ndarray]:
     places = np.arange(ours.start, ours.stop)
@@ -214,8 +216,10 @@ def _stream(
     images, stand_ins = zip(*(read(*at) for at in where), strict=True)
     return {**made, 'image': _stacked(images, rows), 'bad': np.array(stand_ins)}
 
-  numbers = jax.ShapeDtypeStruct((batch,), np.int32)
-  shapes = dict.fromkeys(('index', *known), numbers)
+  shapes = {'index': jax.ShapeDtypeStruct((batch,), np.int32)} | {
+    name: jax.ShapeDtypeStruct((batch, *of_all.shape[1:]), of_all.dtype)
+    for name, of_all in known.items()
+  }
   if resident:
     return Stream(split.arrays, payload, _prepare(transform), shapes=shapes)
   shapes |= {
@@ -276,6 +280,7 @@ def train_stream(
   workers: int = 0,
   stand_in: bool = False,
   name: str = 'train',
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
@@ -291,6 +296,7 @@ def train_stream(
     stand_in: takes the next image of its class for one that cannot be read, and says
       so in payload['bad']; 'index' stays that of the bad one.
     name: of the stream; another one has other random numbers.
+    beside: name -> (N, ...), what batches tell besides of each image of the split.
   """
   drawn_by = (seed, zlib.crc32(name.encode()))
 
@@ -305,6 +311,7 @@ def train_stream(
     batch=batch,
     transform=transform,
     workers=workers,
+    beside=beside,
   )
 
 
