@@ -130,7 +130,7 @@ def build(
     config,
     domains.single,
     domains.roles,
-    domains.preprocessing,
+    domains.data,
     fingerprint(domains.single),
     mesh,
     stages,

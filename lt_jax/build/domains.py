@@ -30,19 +30,6 @@ NOT_LOADING = (
 )
 """Keys of `data` that say what is done with images once they are loaded."""
 
-PREPROCESSING = (
-  'mean',
-  'std',
-  'unit',
-  'pad',
-  'pad_mode',
-  'flip',
-  'jitter',
-  'image_size',
-  'resize',
-)
-"""Keys of `data` that data.json records of the images that are predicted."""
-
 Transforms = tuple[Callable, Callable]
 
 
@@ -70,12 +57,6 @@ class Domains(NamedTuple):
   def is_target(self, name: str) -> bool:
     """Returns whether labels of a domain are those of a target."""
     return name == TARGET or name in self.roles[TARGET]
-
-  @property
-  def preprocessing(self) -> dict[str, Any]:
-    """What prediction does with an image: keys of the first target, or the source."""
-    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
-    return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property
   def single(self) -> dict[str, Dataset]:

@@ -6,13 +6,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from lt_jax.config import Config
+from lt_jax.config import SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
+
+PREPROCESSING = (
+  'mean',
+  'std',
+  'unit',
+  'pad',
+  'pad_mode',
+  'flip',
+  'jitter',
+  'image_size',
+  'resize',
+)
+"""Keys of `data` that data.json records of the images that are predicted."""
 
 
 class Left(NamedTuple):
@@ -85,8 +98,8 @@ class Experiment(NamedTuple):
     config: the resolved config.
     domains: name -> data; 'source' alone where no other is named.
     roles: 'source', 'target' and 'open' -> names of their domains.
-    preprocessing: what is done with an image before the network predicts it: keys of
-      `data`, of the first target, or else of the source.
+    data: name of a domain or role -> its keys of `data`, `mean` and `std` as they were
+      fitted where that was asked for.
     fingerprint: SHA-256 of what is trained and evaluated on.
     mesh: its devices.
     stages: in order.
@@ -95,7 +108,7 @@ class Experiment(NamedTuple):
   config: Config
   domains: dict[str, Dataset]
   roles: dict[str, tuple[str, ...]]
-  preprocessing: dict[str, Any]
+  data: dict[str, Config]
   fingerprint: str
   mesh: Mesh
   stages: dict[str, Stage]
@@ -104,6 +117,12 @@ class Experiment(NamedTuple):
   def last(self) -> Stage:
     """The last stage, whose State is the run's result."""
     return [*self.stages.values()][-1]
+
+  @property
+  def preprocessing(self) -> dict[str, Any]:
+    """What prediction does with an image: keys of the first target, or the source."""
+    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
+    return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property
   def dataset(self) -> Dataset:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -186,13 +186,15 @@ def duplicates(case: Case) -> Findings:
   records = [p for p in pictures if p.is_record()]
   if len(records) > HASHED and not case.thorough:
     raise Missing(f'{len(records):,} records would be read: give --thorough')
-  alike = [p for group in _equal(pictures, Picture.size) for p in group]
-  same = _equal(alike, Picture.digest)
+  alike = [p for group in equal(pictures, Picture.size) for p in group]
+  same = equal(alike, Picture.digest)
   if not same:
     told = f'no image is there twice: {len(alike):,} of {len(pictures):,} were hashed'
     fewer = len(alike) < len(pictures)
     yield ok(told + (', as the others differ in size' if fewer else ''))
-  yield from _across(case.dataset.every, same)
+  data = case.config['data']
+  stated = data['train_split'] == data['test_split'] and not data['test_per_class']
+  yield from _across(case.dataset.every, same, {'train', 'test'} if stated else set())
   yield from _within(same)
   yield from _two_labels(case.dataset, same, len(pictures))
 
@@ -207,7 +209,7 @@ def _pictures(case: Case) -> list[Picture]:
   ]
 
 
-def _equal(
+def equal(
   pictures: Sequence[Picture], key: Callable[[Picture], Any]
 ) -> list[list[Picture]]:
   """Returns the groups of two and more with one key; what cannot be read is in none."""
@@ -223,16 +225,17 @@ def _level(count: int, of: int) -> Callable[[str], Finding]:
   return wrong if count > TOLERATED * of else odd
 
 
-def _across(splits: Mapping[str, Split], same: Sequence[Sequence[Picture]]) -> Findings:
-  """Tells of images in two splits."""
+def _across(
+  splits: Mapping[str, Split], same: Sequence[Sequence[Picture]], stated: Set[str]
+) -> Findings:
+  """Tells of images in two splits, which may be one by the configuration."""
   for a, b in itertools.combinations(splits, 2):
     both = [group for group in same if {a, b} <= {picture.split for picture in group}]
     if both:
       one, two = (next(p for p in both[0] if p.split == name) for name in (a, b))
       fewer = min(len(splits[a].rows), len(splits[b].rows))
-      yield _level(len(both), fewer)(
-        f'images in {a} and in {b}: {len(both):,}, such as {one} = {two}'
-      )
+      level = odd if {a, b} == stated else _level(len(both), fewer)
+      yield level(f'images in {a} and in {b}: {len(both):,}, such as {one} = {two}')
 
 
 def _within(same: Sequence[Sequence[Picture]]) -> Findings:
