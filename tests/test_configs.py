@@ -1,7 +1,9 @@
 """Every config with every recipe builds and says what the papers say, without data."""
 
+import dataclasses
 import inspect
 import json
+import math
 import re
 
 import jax
@@ -16,8 +18,12 @@ from configs import (
   imagenet_lt,
   inat17,
   inat18,
+  mnist_mnistm,
+  mnist_usps,
   my_images,
   places_lt,
+  svhn_mnist,
+  usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
@@ -56,6 +62,15 @@ CONFIGS = {
   'inat18': (inat18, ',net=resnet10'),
   'my_images': (my_images, ''),
 }
+
+
+PAIRS = {
+  'mnist_mnistm': (mnist_mnistm, 28, 60000),
+  'mnist_usps': (mnist_usps, 28, 60000),
+  'usps_mnist': (usps_mnist, 28, 7291),
+  'svhn_mnist': (svhn_mnist, 32, 73257),
+}
+"""Of two domains each: the side of the images, the source's training images."""
 
 
 TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
@@ -110,9 +125,36 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
     assert state.params['net']['trunk'] and state.params['net']['head']
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('recipe', ['source_only', 'target_only', 'dann'])
+@pytest.mark.parametrize('name', PAIRS)
+def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, recipe):
+  def resized(source, size, channels, name):
+    shape = (len(source), size, size, channels)
+    images = np.broadcast_to(np.zeros((), np.uint8), shape)
+    return dataclasses.replace(source, images=images)
+
+  monkeypatch.setattr(dataset, 'brought_to', resized)
+  module, size, images = PAIRS[name]
+  config = resolve(module.get_config(recipe))
+  source, target = name.split('_')
+  assert (config['name'], config['target']) == (name, [target])
+  assert math.ceil(config['epochs'] * images / 64) == 5000
+  assert config['schedule'] == {'name': 'dann', 'base': 0.01, 'end': config['epochs']}
+  experiment = build.build(config, devices=1)
+  shapes = {one.image_shape for one in experiment.domains.values()}
+  assert shapes == {(size, size, 3)} and set(experiment.domains) == {'source', target}
+  stage = experiment.last
+  assert [stage.batch, config['optimizer']['momentum']] == [64, 0.9]
+  params = train.state_shapes(stage.method, stage.streams).params
+  if recipe == 'dann':  # of the flattened convolutions, as in the paper
+    kernels = [x.shape for x in jax.tree.leaves(params['discriminator']) if x.ndim == 2]
+    assert (8192 if size == 32 else 768) in {shape[0] for shape in kernels}
+  assert experiment.last.uses_target_labels == (recipe == 'target_only')
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *PAIRS])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module, _ = CONFIGS[name]
+  module, *_ = (CONFIGS | PAIRS)[name]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None

@@ -28,6 +28,7 @@ def pair(
   target: Overrides,
   images: int,
   net: str = 'mnist_dann',
+  size: int = 28,
 ) -> ConfigDict:
   """Returns the config of a source and one target; the options are in the config file.
 
@@ -38,6 +39,7 @@ def pair(
     target: what the target's `data` have of their own.
     images: training images of the source.
     net: the trunk.
+    size: side that all images are brought to.
   """
   recipe, option = parse_arg(arg, 'dann', steps=5000, net=net)
   domain = name.rpartition('_')[2]
@@ -48,11 +50,11 @@ def pair(
       'name': name,
       'data': {
         'source': source,
-        'size': 28,
+        'size': size,
         'channels': 3,
         'mean': (0.5,),
         'std': (0.5,),
-        'fake': {'image_size': 28, 'train': images, 'largest': images // 10},
+        'fake': {'image_size': size, 'train': images, 'largest': images // 10},
       },
       'domains': {domain: target},
       'target': (domain,),
