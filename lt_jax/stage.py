@@ -13,11 +13,9 @@ from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
-from lt_jax.build.checks import SELECTABLE
 from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError
-from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.evals.saved import saved_output, split_and_name
 from lt_jax.method import Batch, Outputs, State, named_key
@@ -132,7 +130,7 @@ class StageRunner:
       facts=_facts(experiment) | origin,
       log=events,
     )
-    self._collect = collector(stage.method.predict, record, experiment.mesh)
+    self._collect = collector(stage.method.predict, stage.task.record, experiment.mesh)
     self._bad = BadImages(stage.images, events, read_rows(workdir / 'events.jsonl'))
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
@@ -425,17 +423,23 @@ class StageRunner:
         if records is None:
           return
         rows[split] = results.split_metrics(records, self.stage)
+    headline = self.stage.task.headline
+    told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    if self.stage.scores is not None:
+      scores = self.stage.scores(state, self._stop.alone)
+      if scores is None:
+        return
+      rows |= scores
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
-    self._screen.detail(f'step {step}: accuracy on {told}')
+    self._screen.detail(f'step {step}: {headline} on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
-    split, metric = self.stage.select
-    value = SELECTABLE[metric] * float(rows[split][metric])
+    split, metric, sign = self.stage.select
+    value = sign * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
     than = -np.inf if best is None else best.get('value')

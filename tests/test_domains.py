@@ -13,7 +13,7 @@ from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
 from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
-from lt_jax.report import tables
+from lt_jax.report import runs, tables
 
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
@@ -140,6 +140,8 @@ def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   every = [*targets, domains['sketched']['accuracy']]
   assert means['compound_open']['accuracy'] == pytest.approx(np.mean(every))
   assert not result['uses_target_labels']
+  (found,) = runs.find(tmp_path)
+  assert found.state == 'finished'  # the files of the run agree with each other
 
 
 def test_a_compound_target_is_one_stream_without_domains():

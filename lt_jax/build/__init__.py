@@ -22,10 +22,10 @@ from lt_jax.build.checks import (
   check_end,
   check_ranges,
   check_surgeries,
-  selection,
 )
 from lt_jax.build.domains import Domains, load_domains
 from lt_jax.build.experiment import Experiment, Stage
+from lt_jax.build.selection import label_free_scores, selection
 from lt_jax.build.streams import (
   ON_BAD_IMAGE,
   Row,
@@ -40,6 +40,7 @@ from lt_jax.data.dataset import Dataset
 from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, construct, lookup
+from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
@@ -152,19 +153,21 @@ def _build_stage(
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
   learned = learned_classes(config['shot_groups'], groups)
+  task = lookup(TASKS, 'task', config['task'])
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
   method = _method(config, dataset, mesh, clock, learned, progress)
-  images, evaluated, seen = _passes(config, domains, mesh)
+  images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
     domain=config['domain'],
     dataset=dataset,
+    task=task,
     groups=groups,
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
@@ -184,7 +187,8 @@ def _build_stage(
     plan=plan,
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
-    select=selection(config['select'], dataset, groups),
+    select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
+    scores=label_free_scores(method, few, mesh),
   )
 
 
@@ -205,8 +209,10 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 def _passes(
   config: Config, domains: Domains, mesh: Mesh
-) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass]]:
+) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
+
+  The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
   domain, and training images of targets without their labels. No test image is among
@@ -228,7 +234,7 @@ def _passes(
     tests = domains.dataset(name).tests
     tested |= {f'{name}/{n}': (name, split) for n, split in tests.items()}
 
-  def make(domain: str, split: Split | Unlabelled) -> Pass:
+  def make(domain: str, split: Split | Unlabelled, most: int | None = None) -> Pass:
     data = domains.data[domain]
     return evaluation_pass(
       split,
@@ -236,11 +242,17 @@ def _passes(
       transform=domains.transforms[domain][1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+      most=most,
     )
 
+  few = {
+    name: make(*one, most=label_free.MOST)
+    for name, one in learnt.items()
+    if adapts and name in ('train', 'val', f'{TARGET}/train')
+  }
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
-  return {name: split for name, (_, split) in tested.items()}, evaluated, seen
+  return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
 
 
 def learned_classes(

@@ -10,6 +10,7 @@ from lt_jax.config import SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
+from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
@@ -43,6 +44,20 @@ class Left(NamedTuple):
   into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
 
 
+class Selection(NamedTuple):
+  """By what the State that counts is chosen.
+
+  Attributes:
+    split: 'val', or 'target' for a criterion that needs no label of a target.
+    metric: its name.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  split: str
+  metric: str
+  better: int
+
+
 class Stage(NamedTuple):
   """One stage: an ordinary run, which begins from the States of earlier ones.
 
@@ -51,6 +66,7 @@ class Stage(NamedTuple):
     method: what is trained.
     domain: a domain or role whose classes it learns.
     dataset: its data.
+    task: what is measured.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
     trained_on: streams of images -> name of the split.
@@ -67,13 +83,16 @@ class Stage(NamedTuple):
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
     batch: the largest batch of a step.
-    select: (split, metric) by which the State that counts is chosen; None: the last.
+    select: by what the State that counts is chosen; None: it is the last.
+    scores: (state, stop) -> split -> criteria of a State that need no label of a
+      target, None if `stop()` turned true; None where no target is adapted to.
   """
 
   name: str
   method: Method
   domain: str
   dataset: Dataset
+  task: Task
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
   trained_on: dict[str, str]
@@ -88,7 +107,8 @@ class Stage(NamedTuple):
   plan: Plan
   epoch_steps: float
   batch: int
-  select: tuple[str, str] | None
+  select: Selection | None
+  scores: Callable[[State, Callable[[], bool]], dict[str, Any] | None] | None
 
 
 class Experiment(NamedTuple):

@@ -322,6 +322,7 @@ def evaluation_pass(
   transform: Transform,
   workers: int = 0,
   stand_in: bool = False,
+  most: int | None = None,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -331,18 +332,20 @@ def evaluation_pass(
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
+    most: of a larger split so many images are read, evenly spaced.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
     del place
     return split.image(split.rows[position]), False
 
-  examples = len(split.rows)
+  examples = min(len(split.rows), most or len(split.rows))
+  positions = np.arange(examples) * len(split.rows) // max(examples, 1)
   ours = process_rows(range(batch))
   workers = workers if examples > SMALL_PASS else 0
   stream = _stream(
     split,
-    lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
+    lambda step: positions[np.minimum(step * batch + np.arange(batch), examples - 1)],
     _or_stand_in(split, read) if stand_in else read,
     batch=batch,
     transform=transform,

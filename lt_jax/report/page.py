@@ -57,6 +57,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   notes = [*notes, *_warnings(runs), *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   domains = tables.domains_table(groups)
+  selection = tables.selection_table(groups)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
   page = _template().render(
@@ -66,12 +67,13 @@ def write(folder: epath.PathLike) -> epath.Path:
     results=results,
     published=published,
     domains=domains,
+    selection=selection,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
   )
-  shown = [table for table in (results, domains, published) if table.rows]
+  shown = [table for table in (results, domains, selection, published) if table.rows]
   remarks = [tables.UNITS, *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
