@@ -11,6 +11,7 @@ from lt_jax import build, checkpoint, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
+from lt_jax.evals.collect import collector
 from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs, tables
@@ -281,3 +282,38 @@ def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
   assert begun[:2] == [0, 1] and anew[0] == 0 and anew[-1] == 1
   assert more == pytest.approx([0, 0, (middle - first) / (last - first), 1])
   assert anew[1] == pytest.approx(first / last)
+
+
+def test_the_source_is_measured_with_statistics_of_its_own():
+  """Where each domain has its own; the target, and open domains, by the target's."""
+  made = config('deep_coral')
+  made['method']['statistics'] = 'domain_specific'
+  made['model'] |= {'trunk': 'tiny_cnn', 'trunk_options': {'width': 4}}
+  experiment = build.build(made, devices=1)
+  stage = experiment.last
+  key = jax.random.key(0)
+  state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  own = jax.tree.map(lambda x: x + 1.0, state.stats['net'])
+  state = state.replace(stats=state.stats | {'net_source': own})
+  swapped = state.replace(stats=state.stats | {'net': own})
+  predict = jax.jit(stage.method.predict)
+
+  def keep(outputs, batch):
+    return {'logits': outputs['logits']}
+
+  collect = collector(stage.method.predict, keep, experiment.mesh)
+  for split, by in {
+    'val': swapped,
+    'source/test': swapped,
+    'test': state,
+    'sketched/test': state,
+  }.items():
+    one = stage.passes[split]
+    payload = one.stream.payload(0)
+    batch = one.stream.prepare(one.stream.arrays, payload, None)
+    expected = predict(by, batch['image'])['logits']
+    found = collect(state, one)['logits']
+    np.testing.assert_allclose(found[: len(expected)], expected, atol=1e-5)
+  assert not np.allclose(
+    predict(swapped, batch['image'])['logits'], predict(state, batch['image'])['logits']
+  )

@@ -46,6 +46,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
@@ -243,6 +244,7 @@ def _passes(
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
       most=most,
+      view=as_source if adapts and domain == own else lambda state: state,
     )
 
   few = {

@@ -147,11 +147,14 @@ class Pass(NamedTuple):
     stream: its batches; 'mask' is false where they are padded.
     batches: how many there are.
     examples: how many examples, padding left out.
+    view: a State -> the State that predicts these images, of the same shapes. It is the
+      same but where each domain has statistics of its own.
   """
 
   stream: Stream
   batches: int
   examples: int
+  view: Callable[[Any], Any] = lambda state: state
 
 
 def process_rows(
@@ -323,6 +326,7 @@ def evaluation_pass(
   workers: int = 0,
   stand_in: bool = False,
   most: int | None = None,
+  view: Callable[[Any], Any] = lambda state: state,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -333,6 +337,7 @@ def evaluation_pass(
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
     most: of a larger split so many images are read, evenly spaced.
+    view: see `Pass`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -361,4 +366,5 @@ def evaluation_pass(
     stream._replace(payload=payload, shapes=shapes),
     batches=math.ceil(examples / batch),
     examples=examples,
+    view=view,
   )
