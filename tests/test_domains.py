@@ -317,3 +317,33 @@ def test_the_source_is_measured_with_statistics_of_its_own():
   assert not np.allclose(
     predict(swapped, batch['image'])['logits'], predict(state, batch['image'])['logits']
   )
+
+
+def test_images_of_a_compound_target_lie_once_in_device_memory():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  experiment = build.build(made, devices=1)
+  whole = experiment.last.images['target/train']
+  alone = build.build(config('dann', 'epochs=1.0,target=inverted'), devices=1)
+  for name in ('blended', 'inverted'):
+    own = experiment.domains[name].splits['train']
+    assert own.arrays['image'] is whole.arrays['image']
+    assert not hasattr(own.source, 'encoded')  # it is of arrays, not of files
+  expected = alone.domains['inverted'].splits['train']
+  np.testing.assert_array_equal(own.labels, expected.labels)
+  for place in (0, 7, -1):
+    image = expected.image(expected.rows[place])
+    np.testing.assert_array_equal(own.image(own.rows[place]), image)
+    np.testing.assert_array_equal(own.arrays['image'][own.rows[place]], image)
+  # Nor does building from what is there put them in place again, as for other seeds.
+  again = build.build(made, devices=1, datasets=experiment.domains)
+  other = again.last.images['target/train']
+  assert other.arrays['image'] is whole.arrays['image']
+  np.testing.assert_array_equal(other.rows, whole.rows)
+  assert again.fingerprint == experiment.fingerprint
+
+
+def test_only_a_domain_that_is_alone_is_standardised():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  made['data']['standardise'] = True
+  with pytest.raises(UserError, match="'blended' and 'inverted' are one target, but"):
+    build.build(made)

@@ -93,37 +93,14 @@ def build(
     UserError: something in the configuration or the data is wrong.
   """
   check_device(config['device'])
-  configs = {name: stage_config(config, name) for name in config['stage_order']}
-  if not configs or len(configs) < len(config['stage_order']):
-    raise UserError('stage_order must name stages, each of them once')
-  for stage in configs.values():
-    check_ranges(stage)
-    check_surgeries(stage['surgeries'])
-  check_end(configs)
-  batches = {
-    f'{name} {what}': size
-    for name, stage in configs.items()
-    for what, size in batch_sizes(stage).items()
-  }
-  if replicas > 1:
-    batches = {}
+  configs = _stage_configs(config)
+  to_device = _shape
   if mesh is None:
-    available = devices or jax.device_count()
-    if replicas > 1:
-      available = min(available, replicas)
-    mesh = sharding.make_mesh(
-      sharding.usable_devices(batches, available, jax.process_count())
-    )
+    mesh = _mesh(configs, devices or jax.device_count(), replicas)
     to_device = functools.partial(sharding.put_replicated, mesh)
-  else:
-    sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
-    to_device = _shape
-  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
-  if replicas > 1 and mesh.size > 1 and per_device:
-    raise UserError(
-      "model.batch_norm is 'per_device', but of seeds that train together a device has "
-      "whole batches: set it to 'global'"
-    )
+  else:  # idle ones cost as much
+    sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
+  _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
@@ -137,6 +114,49 @@ def build(
     mesh,
     stages,
   )
+
+
+def _stage_configs(config: Config) -> dict[str, Config]:
+  """Returns the config of each stage, in order, after looking for what cannot be."""
+  configs = {name: stage_config(config, name) for name in config['stage_order']}
+  if not configs or len(configs) < len(config['stage_order']):
+    raise UserError('stage_order must name stages, each of them once')
+  for stage in configs.values():
+    check_ranges(stage)
+    check_surgeries(stage['surgeries'])
+  check_end(configs)
+  return configs
+
+
+def _batches(configs: Mapping[str, Config], replicas: int) -> dict[str, int]:
+  """Returns the sizes that devices must divide, by what they are of."""
+  if replicas > 1:  # each device has whole batches
+    return {}
+  return {
+    f'{name} {what}': size
+    for name, stage in configs.items()
+    for what, size in batch_sizes(stage).items()
+  }
+
+
+def _mesh(configs: Mapping[str, Config], available: int, replicas: int) -> Mesh:
+  """Returns the mesh of those of the available devices that can be used."""
+  if replicas > 1:
+    available = min(available, replicas)
+  batches = _batches(configs, replicas)
+  return sharding.make_mesh(
+    sharding.usable_devices(batches, available, jax.process_count())
+  )
+
+
+def _check_replicas(configs: Mapping[str, Config], mesh: Mesh, replicas: int) -> None:
+  """Refuses statistics of each device where devices have batches of several seeds."""
+  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
+  if replicas > 1 and mesh.size > 1 and per_device:
+    raise UserError(
+      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "whole batches: set it to 'global'"
+    )
 
 
 def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -10,7 +10,13 @@ from lt_jax.build.checks import check_arrays, check_channels
 from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
-from lt_jax.data.domains import check_alike, have_one_label_space, joined, united
+from lt_jax.data.domains import (
+  check_alike,
+  have_one_label_space,
+  joined,
+  seen_through,
+  united,
+)
 from lt_jax.errors import UserError, check_options, lookup
 
 NOT_LOADING = (
@@ -109,6 +115,8 @@ def load_domains(
     if members != (role,) and role not in (given or {}):
       parts = {name: meet[name] for name in members}
       datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
+      for number, name in enumerate(members if len(parts) > 1 else ()):
+        datasets[name] = seen_through(datasets[name], datasets[role], number)
   made = {name: make_transforms(data) for name, data in configs.items()}
   return Domains(datasets, configs, roles, made)
 
@@ -185,6 +193,12 @@ def _check_pixels(
 ) -> None:
   """Refuses domains of one stream whose pixels are treated differently."""
   first = configs[members[0]]
+  if len(members) > 1 and any(configs[name]['standardise'] for name in members):
+    told = ' and '.join(map(repr, members))
+    raise UserError(
+      f'domains {told} are one {role}, but data.standardise is for one that is alone: '
+      'set data.mean and data.std'
+    )
   for name in members[1:]:
     for key in NOT_LOADING[:8]:
       if configs[name][key] != first[key]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class Joined:
     self.class_names, self.image_shape = parts[0].class_names, parts[0].image_shape
     self.dtype = np.dtype(getattr(parts[0], 'dtype', np.uint8))
     self._starts = np.cumsum([0, *(len(part) for part in parts)])
+    if all(hasattr(part, 'encoded') for part in parts):
+      self.encoded, self.where = self._encoded, self._where
 
   def __len__(self) -> int:
     """Returns the number of images of all parts."""
@@ -44,36 +46,56 @@ class Joined:
     part, own = self._at(row)
     return part[own]
 
-  def encoded(self, row: int) -> bytes:
+  def _encoded(self, row: int) -> bytes:
     """Returns the bytes of an image file."""
     part, own = self._at(row)
     return part.encoded(own)
 
-  def where(self, row: int) -> str:
+  def _where(self, row: int) -> str:
     """Returns what an image is called in messages."""
     part, own = self._at(row)
     return part.where(own)
 
 
-def compound(splits: Sequence[Split]) -> Split:
-  """Returns splits of several domains as one, which tells the domain of each image.
+class _Places(NamedTuple):
+  """Where the images of several sources lie once they are behind one another.
 
-  Args:
-    splits: of domains whose images have one shape. Where all of them lie in device
-      memory, so do those of the result, a second time.
+  Attributes:
+    source: all of them as one.
+    starts: id of a source -> the first row of its images.
+    arrays: the images in device memory, or {}.
   """
-  sources = [split.source for split in splits]
-  starts = np.cumsum([0, *(len(source) for source in sources)])
-  rows = [start + split.rows for start, split in zip(starts, splits, strict=False)]
-  sizes = [len(split.rows) for split in splits]
-  resident = all(split.arrays for split in splits)
+
+  source: Any
+  starts: dict[int, int]
+  arrays: Any
+
+
+def _places(splits: Sequence[Split]) -> _Places:
+  """Returns the images that splits are of behind one another, each source once."""
+  of_source = {id(split.source): split for split in splits}
+  sources = [split.source for split in of_source.values()]
+  arrays = [split.arrays for split in of_source.values()]
+  if len(sources) == 1:
+    return _Places(sources[0], dict.fromkeys(of_source, 0), arrays[0])
+  starts = np.cumsum([0, *(len(source) for source in sources)]).tolist()
+  resident = _concatenated(arrays) if all(arrays) else {}
+  at = dict(zip(of_source, starts[:-1], strict=True))
+  return _Places(Joined(sources), at, resident)
+
+
+def _compound(splits: Sequence[Split], places: _Places) -> Split:
+  """Returns splits of several domains as one, which tells the domain of each image."""
+  rows = [places.starts[id(split.source)] + split.rows for split in splits]
   return Split(
-    source=Joined(sources),
+    source=places.source,
     rows=np.concatenate(rows),
     labels=np.concatenate([split.labels for split in splits]),
-    arrays=_concatenated([split.arrays for split in splits]) if resident else {},
+    arrays=places.arrays,
     crop=splits[0].crop,
-    domain=np.repeat(np.arange(len(splits), dtype=np.int32), sizes),
+    domain=np.repeat(
+      np.arange(len(splits), dtype=np.int32), [len(own) for own in rows]
+    ),
   )
 
 
@@ -90,24 +112,57 @@ def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def joined(domains: Mapping[str, Dataset]) -> Dataset:
   """Returns several labelled domains as one data set, whose batches tell the domain.
 
-  A split is joined where every domain has it.
+  A split is joined where every domain has it. Where all images lie in device memory,
+  so do those of the result, once: see `seen_through` for those of the domains.
 
   Raises:
     UserError: their classes or image shapes differ.
   """
   check_alike(domains)
   sets = [*domains.values()]
+  made: dict[tuple[int, ...], _Places] = {}  # splits of the same sources share them
 
   def join(which: str) -> dict[str, Split]:
     parts = [getattr(dataset, which) for dataset in sets]
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: compound([part[name] for part in parts]) for name in names}
+    found = {}
+    for name in (name for name in parts[0] if all(name in part for part in parts)):
+      splits = [part[name] for part in parts]
+      key = tuple(id(split.source) for split in splits)
+      if key not in made:
+        made[key] = _places(splits)
+      found[name] = _compound(splits, made[key])
+    return found
 
   return sets[0]._replace(
     splits=join('splits'),
     tests=join('tests'),
     counts=sum(dataset.counts for dataset in sets),
     fingerprint=fingerprint(domains),
+  )
+
+
+def seen_through(dataset: Dataset, joint: Dataset, number: int) -> Dataset:
+  """Returns a domain whose images are those of the joint data, so that they lie once.
+
+  Args:
+    dataset: the domain.
+    joint: what `joined` made of it and others.
+    number: the place of the domain among them.
+  """
+
+  def through(own: Mapping[str, Split], whole: Mapping[str, Split]) -> dict[str, Split]:
+    found = dict(own)
+    for name, split in whole.items():
+      found[name] = own[name]._replace(
+        source=split.source,
+        rows=split.rows[split.domain == number],
+        arrays=split.arrays,
+      )
+    return found
+
+  return dataset._replace(
+    splits=through(dataset.splits, joint.splits),
+    tests=through(dataset.tests, joint.tests),
   )
 
 
