@@ -23,6 +23,11 @@ configs/mnist_mnistm.py: reckoned, not measured, over an hour on two CPU cores.
 Argument: a recipe of domain adaptation (see docs/methods.md) and
   steps   5000; all schedules scale
   net     svhn_dann (the paper's), or lenet
+  imbalance   of the source: 1, or such as 100 for a long-tailed exponential profile
+  target_imbalance  of the target's training images, likewise; its labels are used to
+              make the data set, as in every such benchmark, and not to train
+  target_profile    exponential (default), or reversed: the source's rarest class is
+              then the target's most frequent one
 """
 
 from lt_jax.protocols import digits
@@ -36,6 +41,7 @@ def get_config(arg: str | None = None):
     source='tfds:svhn_cropped',
     target={'source': 'tfds:mnist'},
     images=73257,
+    n_max=(4500, 5000),
     net='svhn_dann',
     size=32,
   )

@@ -23,6 +23,11 @@ Cost: 5,000 steps of 64 + 64 images; some 4 minutes on two CPU cores.
 Argument: a recipe of domain adaptation (see docs/methods.md) and
   steps   5000; all schedules scale
   net     mnist_dann, or lenet
+  imbalance   of the source: 1, or such as 100 for a long-tailed exponential profile
+  target_imbalance  of the target's training images, likewise; its labels are used to
+              make the data set, as in every such benchmark, and not to train
+  target_profile    exponential (default), or reversed: the source's rarest class is
+              then the target's most frequent one
 """
 
 from lt_jax.protocols import digits
@@ -36,4 +41,5 @@ def get_config(arg: str | None = None):
     source='npz:usps.npz',
     target={'source': 'tfds:mnist'},
     images=7291,
+    n_max=(500, 5000),
   )

@@ -422,7 +422,10 @@ class StageRunner:
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
-        rows[split] = results.split_metrics(records, self.stage)
+        if split == 'test':
+          rows |= results.test_rows(records, self._experiment, self.stage)
+        else:
+          rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
     told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
     if self.stage.scores is not None:

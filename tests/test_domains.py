@@ -1,7 +1,5 @@
 """Domains and streams: who may see what, and what comes of it."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -14,7 +12,8 @@ from lt_jax.errors import UserError
 from lt_jax.evals.collect import collector
 from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
-from lt_jax.report import runs, tables
+from lt_jax.report import runs
+from lt_jax.writers import read_rows
 
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
@@ -66,6 +65,10 @@ def given(stage):
     for step in range(3):
       payload = stream.payload(step)
       found |= {f'{name}/{step}/{k}': np.asarray(v) for k, v in payload.items()}
+  for name, one in stage.compared.items():
+    payload = one.stream.payload(0)
+    assert 'label' not in payload
+    found |= {f'{name}/compared/{k}': np.asarray(v) for k, v in payload.items()}
   return found
 
 
@@ -130,6 +133,35 @@ def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
   assert len(logits) == 600 and 'label' not in seen
 
 
+def check_what_it_leaves(folder, result):
+  """Checks that files tell of each domain what the result does."""
+  with np.load(folder / 'predictions.npz') as stored:
+    arrays = dict(stored)
+  names = ['blended', 'inverted', 'source', 'sketched']
+  assert arrays['domains'].tolist() == names
+  with np.load(folder / 'features.npz') as stored:
+    features = dict(stored)
+  assert features['domains'].tolist() == names
+  assert len(features['features']) == len(features['label'])
+  for number, name in enumerate(names):
+    own = arrays['domain'] == number
+    label, prediction = (
+      arrays[f'{name}/{key}'] if number > 1 else arrays[key][own]
+      for key in ('label', 'prediction')
+    )
+    accuracy = result['domains'][name]['accuracy']
+    assert (label == prediction).mean() == pytest.approx(accuracy)
+    own = features['domain'] == number  # of fewer than 500 images: all of them
+    np.testing.assert_array_equal(features['label'][own], label)
+    np.testing.assert_array_equal(features['prediction'][own], prediction)
+  rows = read_rows(folder / 'metrics.jsonl')
+  last = {row['split']: row['accuracy'] for row in rows if 'accuracy' in row}
+  found = result['domains'] | {'all': result['test']}
+  for split in ('test', *(f'{name}/test' for name in names)):
+    told = found[split.removesuffix('/test') if '/' in split else 'all']
+    assert last[split] == pytest.approx(told['accuracy'])
+
+
 def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   made = config('source_only', 'epochs=1.0,target=blended+inverted')
   result = run.run(made, tmp_path)
@@ -141,6 +173,9 @@ def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   every = [*targets, domains['sketched']['accuracy']]
   assert means['compound_open']['accuracy'] == pytest.approx(np.mean(every))
   assert not result['uses_target_labels']
+  assert set(result['a_distance']) == {'blended', 'inverted'}
+  assert all(0 <= value <= 2 for value in result['a_distance'].values())
+  check_what_it_leaves(tmp_path, result)
   (found,) = runs.find(tmp_path)
   assert found.state == 'finished'  # the files of the run agree with each other
 
@@ -226,34 +261,6 @@ def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
   assert outputs['logits'].shape == (4, 10)
 
 
-def group(recipe, accuracy):
-  """A group of one run, as the report reads it."""
-  result = {
-    'test': {'accuracy': accuracy},
-    'domains': {'source': {'accuracy': 0.95}, 'blended': {'accuracy': accuracy}},
-  }
-  one = types.SimpleNamespace(recipe=recipe, result=result)
-  return types.SimpleNamespace(counted=[one], label=recipe, anchor=recipe)
-
-
-def test_the_report_says_how_much_of_the_gap_is_covered():
-  groups = [
-    group('source_only', 0.4),
-    group('dann', 0.5),
-    group('mcc', 0.3),
-    group('target_only', 0.9),
-  ]
-  table = tables.domains_table(groups)
-  assert table.headings == ['method', 'source', 'blended', 'gap covered']
-  assert [row[-1] for row in table.rows] == [
-    '0.0 %',
-    '20.0 %',
-    '-20.0 % (negative transfer)',
-    '100.0 %',
-  ]
-  assert tables.domains_table(groups[:2]).headings == ['method', 'source', 'blended']
-
-
 def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
   """From 0 where the stage begins, at the end of the one before, to 1."""
   seen = []
@@ -327,13 +334,15 @@ def test_images_of_a_compound_target_lie_once_in_device_memory():
   for name in ('blended', 'inverted'):
     own = experiment.domains[name].splits['train']
     assert own.arrays['image'] is whole.arrays['image']
-    assert not hasattr(own.source, 'encoded')  # it is of arrays, not of files
+  assert not hasattr(whole.source, 'encoded')  # it is of arrays, not of files
   expected = alone.domains['inverted'].splits['train']
   np.testing.assert_array_equal(own.labels, expected.labels)
   for place in (0, 7, -1):
     image = expected.image(expected.rows[place])
     np.testing.assert_array_equal(own.image(own.rows[place]), image)
-    np.testing.assert_array_equal(own.arrays['image'][own.rows[place]], image)
+    np.testing.assert_array_equal(
+      own.arrays['image'][own.rows[place] + own.offset], image
+    )
   # Nor does building from what is there put them in place again, as for other seeds.
   again = build.build(made, devices=1, datasets=experiment.domains)
   other = again.last.images['target/train']

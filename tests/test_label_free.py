@@ -10,7 +10,7 @@ from lt_jax import run
 from lt_jax.config import resolve
 from lt_jax.evals import label_free
 from lt_jax.evals.label_free import Seen, centroid_rule, scores
-from lt_jax.report import tables
+from lt_jax.report import selection
 from lt_jax.writers import read_rows
 
 
@@ -112,7 +112,7 @@ def test_the_report_compares_what_rules_choose():
   ]
   one = types.SimpleNamespace(rows=rows, result={'stage': 'train'})
   group = types.SimpleNamespace(counted=[one], label='dann', anchor='dann')
-  found = tables.selection_table([group])
+  found = selection.selection_table([group])
   cells = dict(zip(found.headings, found.rows[0], strict=True))
   assert (cells['last'], cells['oracle'], cells['val/accuracy']) == (
     '50.0',

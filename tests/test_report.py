@@ -573,11 +573,11 @@ def test_a_curve_of_one_row_is_a_point(run_folder):
 def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
   folder = write_run(tmp_path / 'run')
   run = runs.Run(folder, 'run')
-  assert figures._stages(run) == {'plain': (0, 0), 'second': (20, 20)}
+  assert figures.stages_of(run) == {'plain': (0, 0), 'second': (20, 20)}
   made = config()
   made['stages']['second']['surgeries'].append(['carry', {'fields': ['opt', 'step']}])
   (folder / 'config.json').write_text(json.dumps(made))
-  assert figures._stages(runs.Run(folder, 'run'))['second'] == (20, 0)
+  assert figures.stages_of(runs.Run(folder, 'run'))['second'] == (20, 0)
 
 
 def resolved(module, recipe, **changes):
@@ -650,8 +650,8 @@ def test_text_of_tables_is_escaped():
 
 
 def test_few_features_are_mapped_by_their_principal_components(rng):
-  assert figures._plane(rng.normal(size=(12, 5)))[1] == 'PCA'
-  plane, name = figures._plane(rng.normal(size=(40, 5)))
+  assert figures.plane_of(rng.normal(size=(12, 5)))[1] == 'PCA'
+  plane, name = figures.plane_of(rng.normal(size=(40, 5)))
   assert name == 't-SNE' and plane.shape == (40, 2) and np.isfinite(plane).all()
 
 

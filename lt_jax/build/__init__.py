@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, surgery
+from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
@@ -53,10 +53,10 @@ from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | shift.WRAPPERS
 
 
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
+SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES | shift.SURGERIES
 
 
 STEPS_PER_CALL = 100
@@ -195,6 +195,7 @@ def _build_stage(
     images=images | dict(row.split for row in rows.values() if row.split),
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
     passes=evaluated,
+    compared=_compared(config, domains, mesh),
     survey=stage_survey,
     reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
@@ -255,7 +256,7 @@ def _passes(
     tests = domains.dataset(name).tests
     tested |= {f'{name}/{n}': (name, split) for n, split in tests.items()}
 
-  def make(domain: str, split: Split | Unlabelled, most: int | None = None) -> Pass:
+  def make(domain: str, split: Split | Unlabelled) -> Pass:
     data = domains.data[domain]
     return evaluation_pass(
       split,
@@ -263,18 +264,54 @@ def _passes(
       transform=domains.transforms[domain][1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
-      most=most,
       view=as_source if adapts and domain == own else lambda state: state,
     )
 
-  few = {
-    name: make(*one, most=label_free.MOST)
-    for name, one in learnt.items()
-    if adapts and name in ('train', 'val', f'{TARGET}/train')
-  }
+  few = {}
+  if adapts:
+    few = {
+      name: make(own, _few(split, label_free.MOST))
+      for name, split in dataset.splits.items()
+      if name in ('train', 'val')
+    }
+    some = _few(domains.dataset(TARGET).splits['train'], label_free.MOST)
+    few[f'{TARGET}/train'] = make(TARGET, Unlabelled(some))
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
   return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
+
+
+MOST_COMPARED = 1000
+"""Training images of a domain that tell how far it is from another."""
+
+
+def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
+  """Returns domain -> a pass over some of its training images, without labels.
+
+  Of the stage's own domain, which comes first, and of each target; of none where it is
+  not the former that is to serve the latter.
+  """
+  own, targets = config['domain'], domains.roles[TARGET]
+  if not targets or domains.is_target(own):
+    return {}
+  found = {}
+  # Targets have one transform, so that their passes can share a program.
+  for name, role in {own: own, **dict.fromkeys(targets, TARGET)}.items():
+    split = domains.dataset(name).splits['train']
+    found[name] = evaluation_pass(
+      Unlabelled(_few(split, MOST_COMPARED)),
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
+      transform=domains.transforms[role][1],
+      view=as_source if name == own else lambda state: state,
+      stand_in=True,  # a damaged image among those that nothing else reads ends no run
+    )
+  return found
+
+
+def _few(split: Split, most: int) -> Split:
+  """Returns a split, or so many of its images, drawn at random and the same always."""
+  some = np.random.default_rng(0).permutation(len(split.rows))[:most]
+  return split.at(np.sort(some))
 
 
 def learned_classes(

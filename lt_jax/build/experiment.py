@@ -74,6 +74,8 @@ class Stage(NamedTuple):
       'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    compared: its own domain and each target -> a pass over some training images without
+      labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams that read what an earlier stage leaves: name of the stream -> what.
     save_outputs: what it saves of images for later stages, see `evals.saved`.
@@ -99,6 +101,7 @@ class Stage(NamedTuple):
   images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
   passes: dict[str, Pass]
+  compared: dict[str, Pass]
   survey: Survey
   reads: dict[str, Left]
   save_outputs: tuple[str, ...]

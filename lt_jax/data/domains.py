@@ -75,13 +75,13 @@ def _places(splits: Sequence[Split]) -> _Places:
   """Returns the images that splits are of behind one another, each source once."""
   of_source = {id(split.source): split for split in splits}
   sources = [split.source for split in of_source.values()]
-  arrays = [split.arrays for split in of_source.values()]
-  if len(sources) == 1:
-    return _Places(sources[0], dict.fromkeys(of_source, 0), arrays[0])
   starts = np.cumsum([0, *(len(source) for source in sources)]).tolist()
-  resident = _concatenated(arrays) if all(arrays) else {}
   at = dict(zip(of_source, starts[:-1], strict=True))
-  return _Places(Joined(sources), at, resident)
+  arrays = [split.arrays for split in of_source.values()]
+  lie_so = [split.offset for split in of_source.values()] == starts[:-1]
+  if lie_so and all(one is arrays[0] for one in arrays):  # see `seen_through`
+    return _Places(Joined(sources), at, arrays[0])
+  return _Places(Joined(sources), at, _concatenated(arrays) if all(arrays) else {})
 
 
 def _compound(splits: Sequence[Split], places: _Places) -> Split:
@@ -142,7 +142,7 @@ def joined(domains: Mapping[str, Dataset]) -> Dataset:
 
 
 def seen_through(dataset: Dataset, joint: Dataset, number: int) -> Dataset:
-  """Returns a domain whose images are those of the joint data, so that they lie once.
+  """Returns a domain whose arrays are those of the joint data, so that they lie once.
 
   Args:
     dataset: the domain.
@@ -153,11 +153,9 @@ def seen_through(dataset: Dataset, joint: Dataset, number: int) -> Dataset:
   def through(own: Mapping[str, Split], whole: Mapping[str, Split]) -> dict[str, Split]:
     found = dict(own)
     for name, split in whole.items():
-      found[name] = own[name]._replace(
-        source=split.source,
-        rows=split.rows[split.domain == number],
-        arrays=split.arrays,
-      )
+      if split.arrays and len(own[name].rows):
+        first = int(split.rows[split.domain == number][0] - own[name].rows[0])
+        found[name] = own[name]._replace(arrays=split.arrays, offset=first)
     return found
 
   return dataset._replace(

@@ -23,6 +23,7 @@ from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
+from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
@@ -66,12 +67,14 @@ class Arrays:
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
   Images are uint8. Features and other arrays are float32, and their own normalisation.
+  Images that are pictures of a world, such as a maze, may have it as `world`.
   """
 
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
+  world: Any = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -211,8 +214,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
       of any type, with labels (N,) int, and perhaps class_names (C,) str;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
-      `lists.list_source`; or 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`.
+      `lists.list_source`; 'folder:DIR', image files in a folder a class, see
+      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
@@ -578,6 +581,7 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 SOURCES = {
   'digits': _digits,
   'digits_domains': rendered_digits,
+  'mazes': maze_images,
   'npz': _npz,
   'tfds': _tfds,
   'list': list_source,

@@ -75,6 +75,7 @@ class Split(NamedTuple):
     arrays: the source's images in device memory, or {} to stream them from the host.
     crop: what brings encoded images of any size to one; None where they have one size.
     domain: (N,) int32, which of several domains each is of; None: they are of one.
+    offset: where in `arrays` the first image of the source is.
   """
 
   source: Any
@@ -83,10 +84,18 @@ class Split(NamedTuple):
   arrays: PyTree
   crop: Crop | None = None
   domain: np.ndarray | None = None
+  offset: int = 0
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32."""
     return {'label': self.labels.astype(np.int32)} | _domains(self)
+
+  def at(self, positions: np.ndarray) -> 'Split':
+    """Returns some of its images: those at (M,) positions, in that order."""
+    domain = None if self.domain is None else self.domain[positions]
+    return self._replace(
+      rows=self.rows[positions], labels=self.labels[positions], domain=domain
+    )
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -125,6 +134,7 @@ class Unlabelled:
     self.source = split.source
     self.rows, self.domain = split.rows, split.domain
     self.arrays, self.crop = split.arrays, split.crop
+    self.offset = split.offset
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32; no label."""
@@ -212,7 +222,9 @@ def _stream(
     places = np.arange(ours.start, ours.stop)
     chosen = positions(step)[places]
     rows = split.rows[chosen].astype(np.int32)
-    made = {'index': rows} | {name: of_all[chosen] for name, of_all in known.items()}
+    made = {'index': rows + np.int32(split.offset)} | {
+      name: of_all[chosen] for name, of_all in known.items()
+    }
     if resident:
       return made
     where = zip(step * batch + places, chosen, strict=True)
@@ -325,7 +337,6 @@ def evaluation_pass(
   transform: Transform,
   workers: int = 0,
   stand_in: bool = False,
-  most: int | None = None,
   view: Callable[[Any], Any] = lambda state: state,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
@@ -336,7 +347,6 @@ def evaluation_pass(
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
-    most: of a larger split so many images are read, evenly spaced.
     view: see `Pass`.
   """
 
@@ -344,13 +354,12 @@ def evaluation_pass(
     del place
     return split.image(split.rows[position]), False
 
-  examples = min(len(split.rows), most or len(split.rows))
-  positions = np.arange(examples) * len(split.rows) // max(examples, 1)
+  examples = len(split.rows)
   ours = process_rows(range(batch))
   workers = workers if examples > SMALL_PASS else 0
   stream = _stream(
     split,
-    lambda step: positions[np.minimum(step * batch + np.arange(batch), examples - 1)],
+    lambda step: np.minimum(step * batch + np.arange(batch), examples - 1),
     _or_stand_in(split, read) if stand_in else read,
     batch=batch,
     transform=transform,

@@ -15,7 +15,7 @@ from lt_jax.evals.collect import Collected
 from lt_jax.method import Batch, Outputs
 
 MOST = 2000
-"""Images of a split that criteria look at, evenly spaced."""
+"""Images of a split that criteria look at."""
 
 
 class Seen(NamedTuple):

@@ -6,14 +6,12 @@ Means are of the runs that `Group.counted` holds; standard deviations are of the
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lt_jax.evals import TITLES
-from lt_jax.evals.domains import gap_coverage
-from lt_jax.evals.label_free import CRITERIA, centroid_rule
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
@@ -64,120 +62,6 @@ def results_table(groups: Sequence[Group]) -> Table:
     ],
     [f'#{group.anchor}' for group in groups],
   )
-
-
-def domains_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with its test accuracy in each domain, in %.
-
-  Where the controls `source_only` and `target_only` are there, a last column says how
-  much of the gap between them a method covers; less than nothing is negative transfer.
-  """
-  found = [group for group in groups if any(map(_domains, group.counted))]
-  names = dict.fromkeys(n for g in found for r in g.counted for n in _domains(r))
-  ends = [_control(found, recipe) for recipe in ('source_only', 'target_only')]
-  gap = ['gap covered'] if None not in ends else []
-  rows = []
-  for group in found:
-    accuracies = [_domains(run) for run in group.counted]
-    row = [percent([one.get(name) for one in accuracies]) for name in names]
-    mean = np.mean([run.result['test']['accuracy'] for run in group.counted])
-    rows.append([group.label, *row, *[_covered(float(mean), *ends) for _ in gap]])
-  return Table(['method', *names, *gap], rows, [f'#{group.anchor}' for group in found])
-
-
-def selection_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with the test accuracy of the State that each rule chooses.
-
-  In %, of the States that were evaluated in training. The first rule is the last State;
-  `oracle` is the best on test images, which nobody can choose. What is between needs no
-  label of the target.
-  """
-  rules = {'last': _last, 'val/accuracy': _best_by('val', 'accuracy', 1)}
-  rules |= {
-    f'target/{name}': _best_by('target', name, criterion.better)
-    for name, criterion in CRITERIA.items()
-  }
-  rules |= {'centroid rule': _by_centroids, 'oracle': _best_by('test', 'accuracy', 1)}
-  rows, links = [], []
-  for group in groups:
-    chosen = [_chosen(run, rules) for run in group.counted]
-    if chosen and all(chosen):
-      rows.append(
-        [group.label, *(percent([c[rule] for c in chosen]) for rule in rules)]
-      )
-      links.append(f'#{group.anchor}')
-  return Table(['method', *rules], rows, links)
-
-
-Rows = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""Split -> step -> row of metrics.jsonl."""
-
-
-def _chosen(
-  run: Run, rules: Mapping[str, Callable[[Rows], int | None]]
-) -> dict[str, float | None]:
-  """Returns rule -> test accuracy; empty of a run without a target."""
-  stage = run.result.get('stage')
-  rows: dict[str, dict[int, Any]] = {'val': {}, 'target': {}, 'test': {}}
-  for row in run.rows:
-    if row.get('stage') == stage and row.get('split') in rows:
-      rows[row['split']][row['step']] = row
-  if not rows['target'] or not rows['test']:
-    return {}
-  steps = {rule: choose(rows) for rule, choose in rules.items()}
-  return {
-    rule: rows['test'].get(step, {}).get('accuracy') for rule, step in steps.items()
-  }
-
-
-def _last(rows: Rows) -> int:
-  return max(rows['test'])
-
-
-def _best_by(split: str, metric: str, better: int) -> Callable[[Rows], int | None]:
-  """Returns a rule: the step at which a metric is best, the first of equals."""
-
-  def choose(rows: Rows) -> int | None:
-    values = {s: r[metric] for s, r in rows[split].items() if r.get(metric) is not None}
-    return max(values, key=lambda step: better * values[step], default=None)
-
-  return choose
-
-
-def _by_centroids(rows: Rows) -> int | None:
-  """The rule of Sun et al., see `lt_jax.evals.label_free.centroid_rule`."""
-  both = {
-    step: (1 - rows['val'][step]['accuracy'], row['centroid_distance'])
-    for step, row in rows['target'].items()
-    if 'accuracy' in rows['val'].get(step, {}) and 'centroid_distance' in row
-  }
-  if not both:
-    return None
-  error, distance = np.array([*both.values()], np.float64).T
-  return [*both][centroid_rule(error, distance)]
-
-
-def _domains(run: Run) -> dict[str, float]:
-  """Returns domain -> test accuracy; empty of a run with one domain."""
-  found = run.result.get('domains') or {}
-  return {printable(name): metrics['accuracy'] for name, metrics in found.items()}
-
-
-def _control(groups: Sequence[Group], recipe: str) -> float | None:
-  """Returns the mean test accuracy of a control; None where it is not there."""
-  runs = [run for g in groups for run in g.counted if run.recipe == recipe]
-  return (
-    float(np.mean([run.result['test']['accuracy'] for run in runs])) if runs else None
-  )
-
-
-def _covered(accuracy: float, source_only: float, target_only: float) -> str:
-  """Says how much of the gap is covered."""
-  share = gap_coverage(accuracy, source_only, target_only)
-  if share is None:
-    return 'n/a'
-  told = f'{100 * share:.1f} %'
-  return f'{told} (negative transfer)' if accuracy < source_only else told
 
 
 def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
