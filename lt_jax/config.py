@@ -84,7 +84,8 @@ ADDED = (
 )
 """Keys that older runs lack."""
 
-TAIL = (
+OWN = (
+  'same_classes',
   'known_classes',
   'profile',
   'n_max',
@@ -95,7 +96,8 @@ TAIL = (
   'open_val_per_class',
   'open_test_per_class',
 )
-"""Keys of `data` that draw the tail and what is cut off; a domain does not inherit."""
+"""Keys of `data` that a domain does not inherit: those that speak of its classes, draw
+the tail or cut splits off."""
 
 
 def base_config() -> ConfigDict:
@@ -131,10 +133,14 @@ def base_config() -> ConfigDict:
         'few_shot': 20,  # 0: half the median
         'mean': (0.0,),
         'std': (1.0,),
+        'standardise': False,  # True: mean and std of this domain's training images
+        'unit': 'none',  # of float arrays: 'l1' or 'l2' divides each by its norm
         'pad': 0,  # pixels, for the random crop
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'same_classes': (),  # (name here, name in the union) where sources differ
+        'train_split': 'train',
         'test_split': 'test',
         'meta_split': 'train',  # 'val': meta images are taken from those for validation
         'fake': {  # what source=fake generates
@@ -161,7 +167,7 @@ def base_config() -> ConfigDict:
       'batch': 128,
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
-      'save_outputs': (),  # of all training images, for later stages
+      'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -339,7 +345,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def domain_data(config: Config, name: str) -> dict[str, Any]:
-  """Returns the `data` of a domain: that of the config, overridden; not its tail."""
+  """Returns the `data` of a domain: that of the config, overridden; `OWN` apart."""
   if name == SOURCE:
     return dict(config['data'])
   plain = base_config().data.to_dict()
@@ -348,7 +354,7 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
     if key not in plain:
       near = suggest(key, plain)
       raise UserError(f'domains.{name} sets {key!r}, which is no key of data{near}')
-  return {**config['data'], **{key: plain[key] for key in TAIL}, **own}
+  return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 
 def resolve(config: Any) -> dict[str, Any]:

@@ -351,7 +351,7 @@ def _write_arrays(
     workdir / 'samples.npz',
     image=np.stack([split.image(row) for row in split.rows[worst]])
     if len(worst)
-    else np.zeros((0, *stage.dataset.image_shape), np.uint8),
+    else np.zeros((0, *stage.dataset.image_shape), split.dtype),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
   )
 

@@ -1,9 +1,10 @@
 """One stage of a run: restores or begins it, and gives the loop its hooks."""
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import collector
-from lt_jax.method import State, named_key
+from lt_jax.evals.saved import saved_output, split_and_name
+from lt_jax.method import Batch, Outputs, State, named_key
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -272,31 +274,32 @@ class StageRunner:
         )
 
   def _with_arrays(self, stage: Stage) -> Stage:
-    """Returns the stage with the arrays that earlier stages have left for its streams.
+    """Returns the stage with what earlier stages have left for its streams in place.
 
     Raises:
       UserError: they are not there, or not as they should be.
     """
     streams = dict(stage.streams)
-    for name, origin in stage.reads.items():
-      path = self._workdir / 'stages' / origin / 'arrays.npz'
+    put = functools.partial(sharding.put_replicated, self._experiment.mesh)
+    for name, left in stage.reads.items():
+      path = self._workdir / 'stages' / left.stage / 'arrays.npz'
       if not files.seen(path):
-        raise UserError(f'stage {stage.name!r} reads what {origin!r} leaves in {path}')
+        raise UserError(
+          f'stage {stage.name!r} reads what {left.stage!r} leaves in {path}'
+        )
       found = _arrays(path)
-      for key, expected in streams[name].arrays.items():
+      for key, expected in left.shapes.items():
         shape = found[key].shape if key in found else None
-        if shape != expected.shape:
+        if shape != expected:
           raise UserError(
-            f'{path}: {key} is {shape or "missing"}, but it should be {expected.shape}'
+            f'{path}: {key} is {shape or "missing"}, but it should be {expected}'
             '; delete the file, and the same command makes it anew'
           )
-      found = {key: found[key] for key in streams[name].arrays}
-      arrays = sharding.put_replicated(self._experiment.mesh, found)
-      streams[name] = streams[name]._replace(arrays=arrays)
+      streams[name] = left.into(streams[name], found, put)
     return stage._replace(streams=streams)
 
   def _leave(self, state: State) -> None:
-    """Writes arrays.npz: outputs of the final State for every training image."""
+    """Writes arrays.npz: outputs of the final State for every image of some splits."""
     path, names = self._folder / 'arrays.npz', self.stage.save_outputs
     if not names:
       return
@@ -304,12 +307,11 @@ class StageRunner:
     known_by = (origin, checkpoint.digest(state, old_paths=True))
     if agreed(path.exists() and _origin(path) in known_by):
       return
-
-    def keep(outputs, batch):
-      del batch
-      return {name: outputs[name] for name in names}
-
-    found = self.stage.survey.collect(state, 'train', keep)
+    found = {}
+    for split in dict.fromkeys(split_and_name(name)[0] for name in names):
+      own = [name for name in names if split_and_name(name)[0] == split]
+      keep = functools.partial(_saved, own)
+      found |= self.stage.survey.collect(state, split, keep)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
     wait_for_all(f'{path} is written')
@@ -474,6 +476,14 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def _saved(
+  names: Sequence[str], outputs: Outputs, batch: Batch
+) -> dict[str, jax.Array]:
+  """Returns what is saved of a batch; nothing of the batch but its outputs is read."""
+  del batch
+  return {name: saved_output(outputs, split_and_name(name)[1]) for name in names}
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

@@ -1,7 +1,9 @@
 """Every config with every recipe builds and says what the papers say, without data."""
 
+import dataclasses
 import inspect
 import json
+import math
 import re
 
 import jax
@@ -19,8 +21,11 @@ from configs import (
   inat17,
   inat18,
   mnist_mnistm,
+  mnist_usps,
   my_images,
   places_lt,
+  svhn_mnist,
+  usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
@@ -63,9 +68,21 @@ CONFIGS = {
 WITH_TARGET = {
   'digits_domains': digits_domains,
   'mnist_mnistm': mnist_mnistm,
+  'mnist_usps': mnist_usps,
+  'usps_mnist': usps_mnist,
+  'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
 }
 """Configs of a source and a target, which other recipes are for."""
+
+
+PAIRS = {
+  'mnist_mnistm': (28, 60000),
+  'mnist_usps': (28, 60000),
+  'usps_mnist': (28, 7291),
+  'svhn_mnist': (32, 73257),
+}
+"""Of two sets of digits each: the side of the images, the source's training images."""
 
 
 TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
@@ -118,6 +135,33 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
   for stage in experiment.stages.values():
     state = train.state_shapes(stage.method, stage.streams)
     assert state.params['net']['trunk'] and state.params['net']['head']
+
+
+@pytest.mark.parametrize('recipe', ['source_only', 'target_only', 'dann'])
+@pytest.mark.parametrize('name', PAIRS)
+def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, recipe):
+  def resized(source, size, channels, name):
+    shape = (len(source), size, size, channels)
+    images = np.broadcast_to(np.zeros((), np.uint8), shape)
+    return dataclasses.replace(source, images=images)
+
+  monkeypatch.setattr(dataset, 'brought_to', resized)
+  size, images = PAIRS[name]
+  config = resolve(WITH_TARGET[name].get_config(recipe))
+  source, target = name.split('_')
+  assert (config['name'], config['target']) == (name, [target])
+  assert math.ceil(config['epochs'] * images / 64) == 5000
+  assert config['schedule'] == {'name': 'dann', 'base': 0.01, 'end': config['epochs']}
+  experiment = build.build(config, devices=1)
+  shapes = {one.image_shape for one in experiment.domains.values()}
+  assert shapes == {(size, size, 3)} and set(experiment.domains) == {'source', target}
+  stage = experiment.last
+  assert [stage.batch, config['optimizer']['momentum']] == [64, 0.9]
+  params = train.state_shapes(stage.method, stage.streams).params
+  if recipe == 'dann':  # of the flattened convolutions, as in the paper
+    kernels = [x.shape for x in jax.tree.leaves(params['discriminator']) if x.ndim == 2]
+    assert (8192 if size == 32 else 768) in {shape[0] for shape in kernels}
+  assert experiment.last.uses_target_labels == (recipe == 'target_only')
 
 
 @pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])

@@ -9,6 +9,8 @@ from lt_jax import build, checkpoint, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
+from lt_jax.evals.collect import collector
+from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
 from lt_jax.writers import read_rows
@@ -271,3 +273,100 @@ def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
   images = build.build(made).domains['inverted'].tests['test'].source.images
   outputs = network.stage.method.predict(network.state, np.float32(images[:4]) / 255)
   assert outputs['logits'].shape == (4, 10)
+
+
+def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
+  """From 0 where the stage begins, at the end of the one before, to 1."""
+  seen = []
+
+  def spy(net, optimizer, loss, *, class_weights, reduction, progress):
+    seen.append(progress)
+    parts = {'class_weights': class_weights, 'reduction': reduction}
+    return METHODS['supervised'](net, optimizer, loss, **parts)
+
+  monkeypatch.setitem(METHODS, 'spy', spy)
+  made = config('source_only', 'epochs=2.0')
+  made['method'] = {'name': 'spy'}
+  carry = ['carry', {'fields': ['opt', 'step'], 'stage': 'train'}]
+  made['stages'] = {
+    'train': {},
+    'more': {'epochs': 6.0, 'surgeries': [carry]},
+    'anew': {'epochs': 6.0},
+  }
+  made['stage_order'] = ['train', 'more', 'anew']
+  stages = build.build(made, devices=1).stages
+  first, last = stages['train'].plan.steps, stages['more'].plan.steps
+  middle = (first + last) // 2
+  begun, more, anew = (
+    [float(p(np.int32(s))) for s in (0, first, middle, last)] for p in seen
+  )
+  assert begun[:2] == [0, 1] and anew[0] == 0 and anew[-1] == 1
+  assert more == pytest.approx([0, 0, (middle - first) / (last - first), 1])
+  assert anew[1] == pytest.approx(first / last)
+
+
+def test_the_source_is_measured_with_statistics_of_its_own():
+  """Where each domain has its own; the target, and open domains, by the target's."""
+  made = config('deep_coral')
+  made['method']['statistics'] = 'domain_specific'
+  made['model'] |= {'trunk': 'tiny_cnn', 'trunk_options': {'width': 4}}
+  experiment = build.build(made, devices=1)
+  stage = experiment.last
+  key = jax.random.key(0)
+  state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  own = jax.tree.map(lambda x: x + 1.0, state.stats['net'])
+  state = state.replace(stats=state.stats | {'net_source': own})
+  swapped = state.replace(stats=state.stats | {'net': own})
+  predict = jax.jit(stage.method.predict)
+
+  def keep(outputs, batch):
+    return {'logits': outputs['logits']}
+
+  collect = collector(stage.method.predict, keep, experiment.mesh)
+  for split, by in {
+    'val': swapped,
+    'source/test': swapped,
+    'test': state,
+    'sketched/test': state,
+  }.items():
+    one = stage.passes[split]
+    payload = one.stream.payload(0)
+    batch = one.stream.prepare(one.stream.arrays, payload, None)
+    expected = predict(by, batch['image'])['logits']
+    found = collect(state, one)['logits']
+    np.testing.assert_allclose(found[: len(expected)], expected, atol=1e-5)
+  assert not np.allclose(
+    predict(swapped, batch['image'])['logits'], predict(state, batch['image'])['logits']
+  )
+
+
+def test_images_of_a_compound_target_lie_once_in_device_memory():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  experiment = build.build(made, devices=1)
+  whole = experiment.last.images['target/train']
+  alone = build.build(config('dann', 'epochs=1.0,target=inverted'), devices=1)
+  for name in ('blended', 'inverted'):
+    own = experiment.domains[name].splits['train']
+    assert own.arrays['image'] is whole.arrays['image']
+  assert not hasattr(whole.source, 'encoded')  # it is of arrays, not of files
+  expected = alone.domains['inverted'].splits['train']
+  np.testing.assert_array_equal(own.labels, expected.labels)
+  for place in (0, 7, -1):
+    image = expected.image(expected.rows[place])
+    np.testing.assert_array_equal(own.image(own.rows[place]), image)
+    np.testing.assert_array_equal(
+      own.arrays['image'][own.rows[place] + own.offset], image
+    )
+  # Nor does building from what is there put them in place again, as for other seeds.
+  again = build.build(made, devices=1, datasets=experiment.domains)
+  other = again.last.images['target/train']
+  assert other.arrays['image'] is whole.arrays['image']
+  np.testing.assert_array_equal(other.rows, whole.rows)
+  assert again.fingerprint == experiment.fingerprint
+
+
+def test_only_a_domain_that_is_alone_is_standardised():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  made['data']['standardise'] = True
+  with pytest.raises(UserError, match="'blended' and 'inverted' are one target, but"):
+    build.build(made)

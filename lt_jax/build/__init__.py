@@ -46,6 +46,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
@@ -98,37 +99,14 @@ def build(
     UserError: something in the configuration or the data is wrong.
   """
   check_device(config['device'])
-  configs = {name: stage_config(config, name) for name in config['stage_order']}
-  if not configs or len(configs) < len(config['stage_order']):
-    raise UserError('stage_order must name stages, each of them once')
-  for stage in configs.values():
-    check_ranges(stage)
-    check_surgeries(stage['surgeries'])
-  check_end(configs)
-  batches = {
-    f'{name} {what}': size
-    for name, stage in configs.items()
-    for what, size in batch_sizes(stage).items()
-  }
-  if replicas > 1:
-    batches = {}
+  configs = _stage_configs(config)
+  to_device = _shape
   if mesh is None:
-    available = devices or jax.device_count()
-    if replicas > 1:
-      available = min(available, replicas)
-    mesh = sharding.make_mesh(
-      sharding.usable_devices(batches, available, jax.process_count())
-    )
+    mesh = _mesh(configs, devices or jax.device_count(), replicas)
     to_device = functools.partial(sharding.put_replicated, mesh)
-  else:
-    sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
-    to_device = _shape
-  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
-  if replicas > 1 and mesh.size > 1 and per_device:
-    raise UserError(
-      "model.batch_norm is 'per_device', but of seeds that train together a device has "
-      "whole batches: set it to 'global'"
-    )
+  else:  # idle ones cost as much
+    sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
+  _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
@@ -137,10 +115,54 @@ def build(
     config,
     domains.single,
     domains.roles,
+    domains.data,
     fingerprint(domains.single),
     mesh,
     stages,
   )
+
+
+def _stage_configs(config: Config) -> dict[str, Config]:
+  """Returns the config of each stage, in order, after looking for what cannot be."""
+  configs = {name: stage_config(config, name) for name in config['stage_order']}
+  if not configs or len(configs) < len(config['stage_order']):
+    raise UserError('stage_order must name stages, each of them once')
+  for stage in configs.values():
+    check_ranges(stage)
+    check_surgeries(stage['surgeries'])
+  check_end(configs)
+  return configs
+
+
+def _batches(configs: Mapping[str, Config], replicas: int) -> dict[str, int]:
+  """Returns the sizes that devices must divide, by what they are of."""
+  if replicas > 1:  # each device has whole batches
+    return {}
+  return {
+    f'{name} {what}': size
+    for name, stage in configs.items()
+    for what, size in batch_sizes(stage).items()
+  }
+
+
+def _mesh(configs: Mapping[str, Config], available: int, replicas: int) -> Mesh:
+  """Returns the mesh of those of the available devices that can be used."""
+  if replicas > 1:
+    available = min(available, replicas)
+  batches = _batches(configs, replicas)
+  return sharding.make_mesh(
+    sharding.usable_devices(batches, available, jax.process_count())
+  )
+
+
+def _check_replicas(configs: Mapping[str, Config], mesh: Mesh, replicas: int) -> None:
+  """Refuses statistics of each device where devices have batches of several seeds."""
+  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
+  if replicas > 1 and mesh.size > 1 and per_device:
+    raise UserError(
+      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "whole batches: set it to 'global'"
+    )
 
 
 def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -162,7 +184,9 @@ def _build_stage(
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, rows, learned)
+  plan = _plan(config, clock)
+  progress = _progress(_first_step(config, earlier), plan.steps)
+  method = _method(config, dataset, mesh, rows, learned, progress)
   images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
@@ -179,7 +203,7 @@ def _build_stage(
     passes=evaluated,
     compared=_compared(config, domains, mesh),
     survey=stage_survey,
-    reads={name: row.origin for name, row in rows.items() if row.origin},
+    reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
@@ -188,7 +212,7 @@ def _build_stage(
       )
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, clock),
+    plan=plan,
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
     select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
@@ -246,6 +270,7 @@ def _passes(
       transform=domains.transforms[domain][1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+      view=as_source if adapts and domain == own else lambda state: state,
     )
 
   few = {}
@@ -283,6 +308,7 @@ def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
       Unlabelled(_few(split, MOST_COMPARED)),
       batch=sharding.round_up(config['eval_batch'], mesh.size),
       transform=domains.transforms[role][1],
+      view=as_source if name == own else lambda state: state,
       stand_in=True,  # a damaged image among those that nothing else reads ends no run
     )
   return found
@@ -318,7 +344,7 @@ def _start(
   params = {'net': state_shapes(method, streams).params['net']}
   rates = per_parameter(rules, params, some=True)
   frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
-  return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
+  return _refuse_random if any(jax.tree.leaves(frozen['net'].get('trunk'))) else None
 
 
 def _refuse_random(state: State) -> NoReturn:
@@ -336,6 +362,7 @@ def _method(
   mesh: Mesh,
   rows: Mapping[str, Row],
   learned: np.ndarray,
+  progress: Callable[[jax.Array], jax.Array],
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
   train = rows[CLOCK]
@@ -347,7 +374,6 @@ def _method(
   )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
-  progress = _progress(config, train)
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
@@ -411,10 +437,19 @@ def _method(
   return Method(*(jax.jit(function, inline=True) for function in method))
 
 
-def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:
-  """Returns how far a stage has come, step -> () float32 in [0, 1]."""
-  steps = max(1, train.steps(config['epochs']))
-  return lambda step: jnp.clip(step.astype(jnp.float32) / steps, 0.0, 1.0)
+def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
+  """Returns the step at which a stage begins: the end of one whose clock it carries."""
+  first = 0
+  for name, options in config['surgeries']:
+    if name == 'carry' and 'step' in options.get('fields', ()):
+      first = lookup(earlier, 'earlier stage', options.get('stage')).plan.steps
+  return first
+
+
+def _progress(first: int, last: int) -> Callable[[jax.Array], jax.Array]:
+  """Returns progress from one step to another: step -> () float32 in [0, 1]."""
+  steps = max(1, last - first)
+  return lambda step: jnp.clip((step - first).astype(jnp.float32) / steps, 0.0, 1.0)
 
 
 def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:

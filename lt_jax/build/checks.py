@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lt_jax.config import CLOCK, Config, flatten
+from lt_jax.data.augment import UNITS
 from lt_jax.errors import UserError, lookup
 from lt_jax.methods import METHODS
 from lt_jax.methods.supervised import make_objective
@@ -124,6 +125,21 @@ def check_channels(data: Config, channels: int) -> None:
       )
   if not all(value > 0 for value in data['std']):
     raise UserError(f'data.std is {data["std"]!r}; it must be positive')
+
+
+def check_arrays(name: str, data: Config, dtype: str) -> None:
+  """Refuses to treat float arrays, such as features, as images, and the reverse."""
+  lookup(UNITS, 'data.unit', data['unit'])
+  if dtype == 'uint8':
+    if data['unit'] != 'none':
+      raise UserError(f'domain {name!r}: data.unit is for float arrays, not for uint8')
+    return
+  for key in ('pad', 'flip', 'jitter'):
+    if data[key]:
+      raise UserError(
+        f'domain {name!r} has {dtype} arrays and no images: set data.{key} to '
+        f'{type(data[key])(0)!r}'
+      )
 
 
 def check_device(device: str) -> None:

@@ -1,12 +1,12 @@
 """What a run needs, built: its data, its devices and its stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from lt_jax.config import Config
+from lt_jax.config import SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
@@ -14,6 +14,34 @@ from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
+
+PREPROCESSING = (
+  'mean',
+  'std',
+  'unit',
+  'pad',
+  'pad_mode',
+  'flip',
+  'jitter',
+  'image_size',
+  'resize',
+)
+"""Keys of `data` that data.json records of the images that are predicted."""
+
+
+class Left(NamedTuple):
+  """What an earlier stage leaves for a stream.
+
+  Attributes:
+    stage: the stage that leaves it.
+    shapes: name in its arrays.npz -> shape.
+    into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
+      the streams of several seeds must go on sharing `prepare`.
+  """
+
+  stage: str
+  shapes: dict[str, tuple[int, ...]]
+  into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
 
 
 class Selection(NamedTuple):
@@ -49,8 +77,8 @@ class Stage(NamedTuple):
     compared: its own domain and each target -> a pass over some training images without
       labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
-    reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
-    save_outputs: outputs of each training image that it saves for later stages.
+    reads: streams that read what an earlier stage leaves: name of the stream -> what.
+    save_outputs: what it saves of images for later stages, see `evals.saved`.
     start: what puts published weights into a fresh State, and tells of it, or refuses
       to do without; None: they are random.
     surgeries: from a fresh State and earlier ones to the first State.
@@ -75,7 +103,7 @@ class Stage(NamedTuple):
   passes: dict[str, Pass]
   compared: dict[str, Pass]
   survey: Survey
-  reads: dict[str, str]
+  reads: dict[str, Left]
   save_outputs: tuple[str, ...]
   start: Callable[[State], tuple[State, dict[str, Any]]] | None
   surgeries: tuple[Surgery, ...]
@@ -93,6 +121,8 @@ class Experiment(NamedTuple):
     config: the resolved config.
     domains: name -> data; 'source' alone where no other is named.
     roles: 'source', 'target' and 'open' -> names of their domains.
+    data: name of a domain or role -> its keys of `data`, `mean` and `std` as they were
+      fitted where that was asked for.
     fingerprint: SHA-256 of what is trained and evaluated on.
     mesh: its devices.
     stages: in order.
@@ -101,6 +131,7 @@ class Experiment(NamedTuple):
   config: Config
   domains: dict[str, Dataset]
   roles: dict[str, tuple[str, ...]]
+  data: dict[str, Config]
   fingerprint: str
   mesh: Mesh
   stages: dict[str, Stage]
@@ -109,6 +140,12 @@ class Experiment(NamedTuple):
   def last(self) -> Stage:
     """The last stage, whose State is the run's result."""
     return [*self.stages.values()][-1]
+
+  @property
+  def preprocessing(self) -> dict[str, Any]:
+    """What prediction does with an image: keys of the first target, or the source."""
+    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
+    return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property
   def dataset(self) -> Dataset:

@@ -399,8 +399,10 @@ SAMPLERS = {
   'progressive': progressive,
   'class_aware': class_aware,
   'effective_number': effective_number,
+  'curriculum': curriculum,
 }
-"""name -> (labels, batch or epochs where it names them, options) -> a sampler."""
+"""name -> (images, labels or an order, batch or epochs where it names them, options) ->
+a sampler."""
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.

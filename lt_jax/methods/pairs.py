@@ -150,6 +150,18 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
   return {'net': stats}
 
 
+def as_source(state: State) -> State:
+  """Returns the State that predicts images of the source.
+
+  Where each domain has statistics of its own, those of the source take the place of
+  the target's, by which the network is deployed. An average of parameters
+  (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
+  """
+  if 'net_source' not in state.stats:
+    return state
+  return state.replace(stats={**state.stats, 'net': state.stats['net_source']})
+
+
 class Term(NamedTuple):
   """What a method of two domains adds to the objective of the source.
 

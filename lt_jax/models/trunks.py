@@ -140,6 +140,16 @@ class SmallCNN(nn.Module):
     return tap(self, 'conv2', nn.relu(self.norm(name='norm2')(x, train=train)))
 
 
+class Identity(nn.Module):
+  """No trunk: features from a file reach the head as they are; it has no parameters."""
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Returns (B, H, W, C) arrays, the mean of whose pixels are the features."""
+    del train
+    return images
+
+
 def cifar_resnet(
   *,
   depth: int,
@@ -181,6 +191,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   'resnet56': partial(cifar_resnet, depth=56),
   'digits_cnn': partial(small_cnn, width=44),
   'tiny_cnn': partial(small_cnn, width=12),
+  'identity': Identity,
   'value_iteration': value_iteration,
   **DIGITS,
   **RESNETS,

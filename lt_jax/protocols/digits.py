@@ -45,6 +45,7 @@ def pair(
   images: int,
   n_max: tuple[int, int] = (500, 500),
   net: str = 'mnist_dann',
+  size: int = 28,
 ) -> ConfigDict:
   """Returns the config of a source and one target; the options are in the config file.
 
@@ -57,6 +58,7 @@ def pair(
     n_max: images of the largest class of the source and of the target, where they get
       a long tail.
     net: the trunk.
+    size: side that all images are brought to.
   """
   recipe, option = parse_arg(
     arg,
@@ -78,11 +80,11 @@ def pair(
       'name': name,
       'data': {
         'source': source,
-        'size': 28,
+        'size': size,
         'channels': 3,
         'mean': (0.5,),
         'std': (0.5,),
-        'fake': {'image_size': 28, 'train': images, 'largest': images // 10},
+        'fake': {'image_size': size, 'train': images, 'largest': images // 10},
         **own,
       },
       'domains': {

@@ -207,6 +207,8 @@ def _samples(run: Run) -> dict[str, Any]:
   """Returns the worst errors on rare classes, and what they were taken for."""
   try:
     stored = run.arrays('samples.npz')
+    if stored['image'].dtype != np.uint8:
+      raise Missing('the run learned from float arrays, which are no pictures')
     names = run.class_names
     rows = zip(
       *(
