@@ -406,7 +406,13 @@ def test_a_random_projection_keeps_inner_products_on_average(rng):
   close(projected @ projected.T, full @ full.T, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize('form', [{}, {'entropy': True, 'largest': 14, 'projected': 7}])
+@pytest.mark.parametrize(
+  'form',
+  [
+    pytest.param({}, marks=pytest.mark.slow),
+    {'entropy': True, 'largest': 14, 'projected': 7},
+  ],
+)
 def test_cdan_reverses_what_a_conditioned_discriminator_learns(form):
   net, batches = plain_net(), batches_of(8, 4)
   judge = Player(mlp(hidden=(4,)), sgd(rate(0.3), momentum=0.0))
@@ -591,7 +597,10 @@ DESCENDS = {
 """Method -> options with which its loss descends; ADDA's does if the judge waits."""
 
 
-@pytest.mark.parametrize('name', DESCENDS)
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param(n, marks=[pytest.mark.slow] * (n == 'dann')) for n in DESCENDS],
+)
 def test_it_descends_and_is_traced_once(name):
   batches, traces = batches_of(), []
   net = Classifier(DigitsNet((Convolution(8),), (32,)), linear(CLASSES))
@@ -679,7 +688,7 @@ def test_eight_devices_are_one(statistics):
 @pytest.mark.parametrize(
   ('name', 'options'),
   [
-    ('cdan', {'entropy': True, 'largest': 8}),
+    pytest.param('cdan', {'entropy': True, 'largest': 8}, marks=pytest.mark.slow),
     ('mcd', {'inner_steps': 1}),
     ('adda', {'threshold': 0.01}),
   ],

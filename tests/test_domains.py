@@ -100,7 +100,10 @@ def two_steps(experiment):
   return state
 
 
-@pytest.mark.parametrize('recipe', ['dann', 'deep_coral', 'cdan', 'mcd', 'adda'])
+@pytest.mark.parametrize(
+  'recipe',
+  ['dann', 'deep_coral', pytest.param('cdan', marks=pytest.mark.slow), 'mcd', 'adda'],
+)
 def test_two_steps_are_the_same_with_other_labels_of_the_target(recipe):
   made = config(recipe)
   experiment = build.build(made, devices=1)

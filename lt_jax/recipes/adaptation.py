@@ -141,7 +141,8 @@ def _adda(
   """A training on the source, then one of a copy of its network for the target.
 
   Validation images are of the source, on which the copy is best before it has moved: so
-  the second stage takes its last State.
+  the second stage takes its last State. The discriminator is of the size that it has in
+  OCDA's code of the same step.
 
   Args:
     config: of the first stage, which the second is as long as.
