@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -25,7 +26,7 @@ from lt_jax.evals.domains import (
   some,
   split_by_domain,
 )
-from lt_jax.method import Outputs, State
+from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 
@@ -48,6 +49,7 @@ OF_A_DOMAIN = ('label', 'prediction', 'confidence')
 FEATURES = 2000
 DOMAIN_FEATURES = 500
 SAMPLES = 64
+TRANSLATED = 16
 
 
 class Evaluated(NamedTuple):
@@ -222,6 +224,7 @@ def write_results(
     What result.json holds.
   """
   evaluated = evaluate(experiment, stage, state, stop, bad_images)
+  translations = _translations(experiment, stage, state)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if r.get('images_per_second')]
   events = read_rows(workdir / 'events.jsonl')
@@ -262,6 +265,8 @@ def write_results(
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
     names = test_domains(experiment, stage)
     _write_arrays(stage, workdir, state, evaluated.records, names)
+    if translations:
+      write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
       write_npz(
         workdir / 'open_set.npz',
@@ -349,6 +354,35 @@ def _write_arrays(
     else np.zeros((0, *stage.dataset.image_shape), np.uint8),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
   )
+
+
+def _translations(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, np.ndarray]:
+  """Returns a few test images and what the method draws of them; {} if it does not.
+
+  A method that translates returns images as 'as_source' and 'as_target', on the scale
+  where white is 1. The names are those of `stage.passes`: 'test', of the target, and
+  'source/test'.
+  """
+  shapes = stage.survey.outputs(state, 'train')
+  drawn = [name for name in shapes if name in ('as_source', 'as_target')]
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    del batch
+    return {name: jnp.clip(255 * outputs[name] + 0.5, 0, 255) for name in drawn}
+
+  found = {}
+  for split in ('test', f'{stage.domain}/test') if drawn else ():
+    few = stage.passes[split]._replace(batches=1)
+    few = few._replace(examples=min(TRANSLATED, few.examples))
+    pictures = collector(stage.method.predict, keep, experiment.mesh)(state, few)
+    images = stage.images[split]
+    rows = images.rows[: few.examples]
+    found[f'{split}/image'] = np.stack([images.image(row) for row in rows])
+    for name, pixels in pictures.items():
+      found[f'{split}/{name}'] = pixels.astype(np.uint8)
+  return found
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:

@@ -60,7 +60,17 @@ def progress(step):
   return jnp.asarray(step, jnp.float32) / STEPS
 
 
-def made(name, net, *, weight=1.0, align_on=('features',), judge=None, **options):
+def made(
+  name,
+  net,
+  *,
+  weight=1.0,
+  align_on=('features',),
+  judge=None,
+  players=None,
+  optimizer=None,
+  **options,
+):
   """A method, from the context that a run gives it."""
   alignment = options.pop('alignment', None)
   align = make_alignment(
@@ -71,7 +81,8 @@ def made(name, net, *, weight=1.0, align_on=('features',), judge=None, **options
     progress=progress,
   )
   judge = judge or Player(mlp(hidden=(4,)), adam(rate(0.01)))
-  players = {'discriminator': judge} if name == 'dann' else {}
+  if players is None:
+    players = {'discriminator': judge} if name == 'dann' else {}
   parts = {
     'loss': make_loss('cross_entropy', np.ones(CLASSES, int)),
     'class_weights': lambda step: jnp.ones(CLASSES),
@@ -83,11 +94,13 @@ def made(name, net, *, weight=1.0, align_on=('features',), judge=None, **options
     'method',
     name,
     net,
-    sgd(rate(0.1)),
+    optimizer or sgd(rate(0.1)),
     options=options,
     **parts,
     objective=make_objective(**parts),
     streams=('train', 'target'),
+    image_shape=(8, 8, 2),
+    pixels={'train': ((0.0,), (1.0,)), 'target': ((0.6,), (0.25,))},
     alignment=align,
     align_on=align_on,
     alignment_weight=make_weight(weight, progress),

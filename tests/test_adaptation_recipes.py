@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax.config import apply, base_config, resolve
+from lt_jax.config import apply, base_config, resolve, stage_config
 from lt_jax.errors import construct
 from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.losses.alignment import make_alignment, make_weight
@@ -75,6 +75,8 @@ def method_of(config):
     align_on=alignment['align_on'],
     alignment_weight=make_weight(alignment['weight'], progress),
     players=players,
+    image_shape=(16, 16, 3),
+    pixels=dict.fromkeys(('train', 'target'), ((0.5,), (0.5,))),
   )
 
 
@@ -85,6 +87,7 @@ def test_every_recipe_asks_for_a_target():
 @pytest.mark.parametrize('name', adaptation.RECIPES)
 def test_its_method_makes_a_step(name, rng):
   config = resolve(made(name))
+  config = stage_config(config, config['stage_order'][-1])
   streams = config.get('streams', {})
   image = rng.normal(size=(2, BATCH, 16, 16, 3)).astype(np.float32)
   batches = {'train': {'image': image[0], 'label': np.arange(BATCH) % 3}}
@@ -104,10 +107,20 @@ def test_its_method_makes_a_step(name, rng):
   after, metrics = jax.eval_shape(method.step, state, batches)
   assert jax.tree.structure(after) == jax.tree.structure(state)
   expected = {'loss', 'accuracy', 'class_loss', 'grad_norm', 'learning_rate'}
+  assert set(after.params) == set(after.opt) == {'net', *config.get('players', {})}
   if name == 'dann':
     expected |= {'domain_loss', 'domain_accuracy', 'lambda'}
-    assert set(after.params) == set(after.opt) == {'net', 'discriminator'}
-  elif 'target' in streams:
+  elif config['method']['name'] == 'self_supervised':
+    for task in config['players']:
+      expected |= {f'{task}_loss', f'{task}_accuracy'}
+  elif name == 'i2i':
+    expected |= {'lambda', 'identity', 'cycle', 'translated'}
+    for judge in ('discriminator', 'source_images', 'target_images'):
+      expected |= {f'{judge}_loss', f'{judge}_accuracy'}
+  elif name == 'pseudo_label':
+    expected |= {'pseudo_loss', 'labelled'}
+    assert after.memory['thresholds'].shape == (len(COUNTS),)
+  elif config['method']['name'] == 'aligned':
     expected |= {'alignment'}
   assert set(metrics) == expected
 

@@ -45,17 +45,23 @@ from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods import METHODS, few_shot, self_training, translation
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | shift.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
 
 
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES | shift.SURGERIES
+SURGERIES = (
+  surgery.SURGERIES
+  | posthoc.SURGERIES
+  | few_shot.SURGERIES
+  | self_training.SURGERIES
+  | shift.SURGERIES
+)
 
 
 STEPS_PER_CALL = 100
@@ -156,7 +162,7 @@ def _build_stage(
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, clock, learned)
+  method = _method(config, dataset, mesh, rows, learned)
   images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
@@ -325,9 +331,14 @@ def _refuse_random(state: State) -> NoReturn:
 
 
 def _method(
-  config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
+  config: Config,
+  dataset: Dataset,
+  mesh: Mesh,
+  rows: Mapping[str, Row],
+  learned: np.ndarray,
 ) -> Method:
   """Builds network, optimiser, loss and method, and wraps it."""
+  train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
   schedule = _made('schedule', make_schedule, config['schedule'], **size)
@@ -340,7 +351,7 @@ def _method(
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
-  check_all_is_used(name, config)
+  check_all_is_used(name, config, WRAPPERS)
   parts = {
     'loss': _made(
       'loss',
@@ -379,6 +390,7 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,
@@ -386,7 +398,14 @@ def _method(
   )
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
-      WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
+      WRAPPERS,
+      'wrapper',
+      name,
+      method,
+      options=wrapper_options,
+      counts=counts,
+      streams=tuple(rows),
+      pixels={name: row.pixels for name, row in rows.items()},
     )
   # What is traced once for shapes is then not traced again for the program.
   return Method(*(jax.jit(function, inline=True) for function in method))

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -139,8 +139,16 @@ def check_device(device: str) -> None:
     )
 
 
-def check_all_is_used(name: str, config: Config) -> None:
-  """Refuses what a method would not look at, such as class weights or a stream."""
+def check_all_is_used(
+  name: str, config: Config, wrappers: Mapping[str, Callable]
+) -> None:
+  """Refuses what a method would not look at, such as class weights or a stream.
+
+  Args:
+    name: of the method.
+    config: of the stage.
+    wrappers: name -> what may wrap the method, and read a stream that it does not.
+  """
   asked = set(inspect.signature(lookup(METHODS, 'method', name)).parameters)
   if 'objective' in asked:
     asked |= set(inspect.signature(make_objective).parameters)
@@ -157,6 +165,9 @@ def check_all_is_used(name: str, config: Config) -> None:
         f'method {name!r} does not use {key}: set it to {neutral!r}, or only for the '
         f'stage that does, as stages.STAGE.{key}'
       )
+  for wrapper in config['wrappers']:
+    wrap = lookup(wrappers, 'wrapper', wrapper)
+    asked |= {'streams'} & set(inspect.signature(wrap).parameters)
   unread = [stream for stream in config['streams'] if stream != CLOCK]
   if unread and 'streams' not in asked:
     raise UserError(f'method {name!r} does not read the stream {unread[0]!r}')

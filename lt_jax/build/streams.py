@@ -23,6 +23,7 @@ from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
 from lt_jax.errors import UserError, construct, lookup, named_class
+from lt_jax.methods.translation import Pixels
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
 
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     origin: the stage that leaves the stream's arrays; empty if none does.
     dataset: the data set whose training counts and classes are those of the stream.
     uses_target_labels: whether it gives labels of a target domain.
+    pixels: (mean, std) by which its images are normalised; None: it has none.
   """
 
   stream: Stream
@@ -51,6 +53,7 @@ class Row(NamedTuple):
   split: tuple[str, Split | Unlabelled] | None = None
   origin: str = ''
   uses_target_labels: bool = False
+  pixels: Pixels | None = None
 
   def steps(self, epochs: float) -> int:
     """Returns the step at which an epoch begins."""
@@ -162,6 +165,7 @@ def _images(
     dataset,
     (named, drawn),
     uses_target_labels=of_target and labelled,
+    pixels=(data['mean'], data['std']),
   )
 
 

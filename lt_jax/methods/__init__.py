@@ -3,7 +3,10 @@
 from lt_jax.methods import few_shot, memory, meta
 from lt_jax.methods.adversarial import dann
 from lt_jax.methods.aligned import aligned
+from lt_jax.methods.self_supervised import self_supervised
+from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
+from lt_jax.methods.translation import i2i
 
 METHODS = {
   'supervised': supervised,
@@ -14,4 +17,7 @@ METHODS = {
   'weight_generator': few_shot.weight_generator,
   'aligned': aligned,
   'dann': dann,
+  'pseudo_label': pseudo_label,
+  'i2i': i2i,
+  'self_supervised': self_supervised,
 }

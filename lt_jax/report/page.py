@@ -29,6 +29,7 @@ MOST_DRAWN = 20
 REMARK = 'There are many methods: the report of a method’s own folder has its figures.'
 
 MOST_SAMPLES = 32
+MOST_TRANSLATIONS = 6
 THUMBNAIL = 128
 """Pixels of the longer side."""
 
@@ -81,6 +82,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
+    translations=_translations(runs[0]) if alone else [],
   )
   shown = [table for table in (results, by_domain, chosen, published) if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
@@ -228,6 +230,19 @@ def _samples(run: Run) -> dict[str, Any]:
     return {'missing': str(missing), 'images': []}
   except (OSError, *drawing.OTHER_CONTENTS) as error:  # no image can be made of it
     return {'missing': f'samples.npz holds something else ({error})', 'images': []}
+
+
+def _translations(run: Run) -> list[dict[str, str]]:
+  """Returns test images and what the method draws of them; [] if it draws nothing."""
+  try:
+    stored = run.arrays('translations.npz')
+    return [
+      {'uri': _uri(image), 'name': name.replace('_', ' ')}
+      for name in sorted(stored)
+      for image in stored[name][:MOST_TRANSLATIONS]
+    ]
+  except (Missing, OSError, *drawing.OTHER_CONTENTS):
+    return []
 
 
 def _uri(pixels: np.ndarray) -> str:
