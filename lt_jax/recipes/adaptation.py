@@ -52,16 +52,19 @@ def _beside(config: ConfigDict, **network: Any) -> Overrides:
   }
 
 
-def _dann(config: ConfigDict) -> Overrides:
-  """Adversarial training against a domain classifier on the last convolution.
+def _judged(
+  config: ConfigDict, name: str, hidden: tuple[int, ...], layer: str
+) -> Overrides:
+  """Adversarial training against a discriminator that reads one layer.
 
-  It has the optimiser of the network, as in the paper, where one moves both.
+  It has the kind of optimiser and the learning rates of the network, as in DANN's
+  paper, where one optimiser moves both.
   """
-  discriminator = _beside(config, name='mlp', hidden=(100,))
+  discriminator = _beside(config, name='mlp', hidden=hidden)
   return {
     **_target(config),
-    'method': {'name': 'dann', 'statistics': 'joint'},
-    'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
+    'method': {'name': name, 'statistics': 'joint'},
+    'alignment': {'name': 'none', 'align_on': (layer,), 'weight': RISING},
     'players': {'discriminator': discriminator},
   }
 
@@ -126,13 +129,82 @@ def _pseudo_label(config: ConfigDict) -> Overrides:
   }
 
 
+def _adda(
+  config: ConfigDict,
+  *,
+  layer: str,
+  rate: float,
+  b1: float = 0.9,
+  classifier: float = 1.0,
+  threshold: float = 0.0,
+) -> Overrides:
+  """A training on the source, then one of a copy of its network for the target.
+
+  Validation images are of the source, on which the copy is best before it has moved: so
+  the second stage takes its last State.
+
+  Args:
+    config: of the first stage, which the second is as long as.
+    layer: what the discriminator reads.
+    rate: learning rate of both players of the second stage.
+    b1: of Adam, by which they move.
+    classifier: multiple of the rate for the head; 0 freezes it.
+    threshold: option of the method.
+  """
+  adam = {'name': 'adam', 'b1': b1}
+  schedule = ConfigDict({'name': 'constant', 'base': rate})
+  adapt = {
+    **_target(config),
+    'method': {'name': 'adda', 'threshold': threshold},
+    'alignment': {'align_on': (layer,)},
+    'players': {
+      'discriminator': {
+        'network': {'name': 'mlp', 'hidden': (500, 500)},
+        'optimizer': adam,
+        'schedule': {'name': 'constant', 'base': schedule.get_ref('base')},
+      }
+    },
+    'optimizer': {
+      **adam,
+      'learning_rate_scale': (('net/head/.*', classifier), ('.*', 1.0)),
+    },
+    'schedule': schedule,
+    'select': 'last',
+    'surgeries': (
+      copy('net/.*', 'pretrain'),
+      copy('source_net/(.*)', 'pretrain', source=r'net/\1'),
+    ),
+  }
+  return {
+    'stages': {'pretrain': {}, 'adapt': adapt},
+    'stage_order': ('pretrain', 'adapt'),
+  }
+
+
 RECIPES: dict[str, Recipe] = {
   'source_only': Recipe(lambda config: {}, needs=('target',)),
   'target_only': Recipe(
     lambda config: {'streams': {'train': {'domain': 'target', 'labels': True}}},
     needs=('target',),
   ),
-  'dann': Recipe(_dann, needs=('target',)),
+  'dann': Recipe(
+    lambda config: _judged(config, 'dann', (100,), 'conv'), needs=('target',)
+  ),
+  'cdan': Recipe(
+    lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
+  ),
+  'mcd': Recipe(
+    lambda config: {**_target(config), 'method': {'name': 'mcd', 'inner_steps': 4}},
+    needs=('target',),
+  ),
+  'adda': Recipe(
+    lambda config: _adda(config, layer='features', rate=2e-4, b1=0.5, classifier=0.0),
+    needs=('target',),
+  ),
+  'adda_cycada': Recipe(
+    lambda config: _adda(config, layer='logits', rate=1e-5, threshold=0.6),
+    needs=('target',),
+  ),
   'deep_coral': Recipe(
     lambda config: _aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
