@@ -165,18 +165,23 @@ def state_of(stored, name):
   return {key: resnet_torch.tensor(key, tuple(shape)) for key, shape in state}
 
 
-def assigned(net, tensors, images):
+@functools.cache
+def shapes_by_name(name):
+  """Returns the shapes of a network's (params, stats), traced once."""
+  return shapes_of(network(name), *golden.images(name).shape[1:3])
+
+
+def assigned(name, tensors):
   """Returns (params, stats, report) of a network with tensors loaded."""
   weights = pretrained.Weights(tensors, 'FILE', '', '', (), ())
-  shapes = shapes_of(net, *images.shape[1:3])
-  return pretrained.assign(weights, *map(zeros, shapes), head=True)
+  return pretrained.assign(weights, *map(zeros, shapes_by_name(name)), head=True)
 
 
 @pytest.mark.parametrize('name', golden.NETWORKS)
 def test_every_tap_is_that_of_pytorch(name, stored):
   net, images = network(name), golden.images(name)
   tensors = state_of(stored, name)
-  params, stats, report = assigned(net, tensors, images)
+  params, stats, report = assigned(name, tensors)
   assert report.fresh == report.dropped == ()
   assert report.loaded == sum('num_batches' not in key for key in tensors)
 
@@ -222,8 +227,7 @@ def renamed(tensors, *pairs):
 
 def test_the_port_of_lite0_has_other_names(stored):
   """Which are those of its file: see its numbers of blocks, and its norms from 0."""
-  images = golden.images('lite0')
-  net, timm = network('lite0'), state_of(stored, 'lite0')
+  timm = state_of(stored, 'lite0')
   place, port = 0, {}
   for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)):
     for block in range(blocks):
@@ -247,16 +251,15 @@ def test_the_port_of_lite0_has_other_names(stored):
   for key, value in timm.items():
     module, _, leaf = key.rpartition('.')
     other[f'{port[module]}.{leaf}'] = value
-  params, stats, report = assigned(net, timm, images)
-  again = assigned(net, other, images)
+  params, stats, report = assigned('lite0', timm)
+  again = assigned('lite0', other)
   jax.tree.map(np.testing.assert_array_equal, again[:2], (params, stats))
   assert (report.mean, report.std) == ((), ())  # others have timm's names too
   assert again[2].mean == LITE['mean'] and again[2].loaded == report.loaded
 
 
 def test_timm_has_the_hidden_layers_of_vgg_as_convolutions(stored):
-  images = golden.images('vgg16')
-  net, torchvision = network('vgg16'), state_of(stored, 'vgg16')
+  torchvision = state_of(stored, 'vgg16')
   timm = renamed(
     torchvision,
     ('classifier.0', 'pre_logits.fc1'),
@@ -266,21 +269,17 @@ def test_timm_has_the_hidden_layers_of_vgg_as_convolutions(stored):
   for name, side in (('fc1', 7), ('fc2', 1)):
     key = f'pre_logits.{name}.weight'
     timm[key] = timm[key].reshape(golden.HIDDEN, -1, side, side)
-  there, here = (assigned(net, tensors, images) for tensors in (timm, torchvision))
+  there, here = (assigned('vgg16', tensors) for tensors in (timm, torchvision))
   jax.tree.map(np.testing.assert_array_equal, there[:2], here[:2])
   assert there[2] == here[2]
   timm['pre_logits.fc1.weight'] = timm['pre_logits.fc1.weight'].reshape(32, -1)
   with pytest.raises(UserError, match="'pre_logits.fc1.weight' is of another shape"):
-    assigned(net, timm, images)
+    assigned('vgg16', timm)
 
 
 def test_alexnet_of_another_style(stored):
   with pytest.raises(UserError, match="'features.0.*' is of another shape"):
-    assigned(
-      network('krizhevsky'),
-      state_of(stored, 'torchvision'),
-      golden.images('torchvision'),
-    )
+    assigned('krizhevsky', state_of(stored, 'torchvision'))
 
 
 @pytest.mark.parametrize(
