@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax.errors import UserError, construct
+from lt_jax.errors import ClassError, UserError, construct
 
 
 def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
@@ -32,10 +32,8 @@ def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
   empty = np.flatnonzero(~(counts > 0))
   if empty.size:
     others = f' (and {empty.size - 1} more)' if empty.size > 1 else ''
-    raise UserError(
-      f'{what} needs training images of every class: '
-      f'class {empty[0]}{others} has {counts[empty[0]]:g}'
-    )
+    has = f'{others} has {counts[empty[0]]:g}'
+    raise ClassError(f'{what} needs training images of every class: ', empty[0], has)
   return counts
 
 

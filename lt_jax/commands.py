@@ -76,6 +76,12 @@ def config_flag() -> Flag:
   return _shared('config', config_file.define, None, told)
 
 
+def data_dir_flag() -> Flag:
+  """Returns the flag --data_dir."""
+  told = 'Where the data lie, if they have moved, see docs/tools.md.'
+  return path_flag('data_dir', told)
+
+
 def out_flag() -> Flag:
   """Returns the flag --out."""
   return path_flag('out', 'The file to write.')

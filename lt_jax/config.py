@@ -210,6 +210,9 @@ def base_config() -> ConfigDict:
   return config
 
 
+_NOUNS = {float: 'a number', int: 'a whole number', str: 'a text'}
+
+
 def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:
   """Parses the argument of a configuration file: 'ldam_drw,imbalance=50'.
 
@@ -237,7 +240,7 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
         options[name] = kind(text)
       except ValueError:
         raise UserError(
-          f'option {name}={text!r} of the config is no {kind.__name__}'
+          f'option {name}={text!r} of the config is not {_NOUNS[kind]}'
         ) from None
       if kind is float and not 0 < options[name] < math.inf:
         raise UserError(
@@ -275,7 +278,10 @@ class _Following(FieldReference):
 
 
 def open_stages(config: ConfigDict) -> ConfigDict:
-  """Lets every key of every stage be set; until then it follows the top level."""
+  """Lets every key of every stage be set; until then it follows the top level.
+
+  A schedule that ends with the training does so whatever `epochs` is set to.
+  """
 
   def follow(stage: ConfigDict, base: ConfigDict, keys: Iterable[str]) -> None:
     for key in keys:
@@ -291,9 +297,20 @@ def open_stages(config: ConfigDict) -> ConfigDict:
 
   for name in set(config.stages) - set(config.stage_order):
     del config.stages[name]  # of the base, and not this recipe's
+  _end_with_epochs(config)
   for stage in config.stages.values():
+    follow(stage, config, ('epochs',))
+    _end_with_epochs(stage)
     follow(stage, config, STAGE_KEYS)
   return config
+
+
+def _end_with_epochs(part: ConfigDict) -> None:
+  """Lets the end of a schedule follow the epochs, if that is where it is."""
+  schedule = part.get('schedule', {})
+  if 'name' in schedule and repr(schedule.get('end')) == repr(part.epochs):
+    del schedule['end']
+    schedule['end'] = FieldReference(part.get_ref('epochs'))
 
 
 def set_keys(stage: ConfigDict) -> Overrides:
@@ -369,7 +386,9 @@ def resolve(config: Any) -> dict[str, Any]:
   wrong = {k: v for k, v in flatten(plain).items() if not _is_finite(v)}
   if wrong:  # of several that follow from one, all are named
     told = ', '.join(f'config.{key} is {value!r}' for key, value in wrong.items())
-    raise UserError(f'{told}; it must be finite')
+    raise UserError(
+      f'{told}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
+    )
   return plain
 
 

@@ -126,7 +126,12 @@ def find(name: str) -> pathlib.Path:
   shipped = {file.stem: file for file in sorted(SHIPPED.glob('*.py'))}
   if name in shipped:
     return shipped[name]
-  raise UserError(f'there is no config file {name}{suggest(path.stem, shipped)}')
+  near = suggest(path.stem, shipped)
+  raise UserError(
+    f'there is no config file {name}{near}{"" if near.endswith("?") else "."} A config '
+    'that comes with lt_jax is given by its name, without folder and .py, such as '
+    '--config=digits_lt'
+  )
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Errors that are the user's to mend, and the names the user may type."""
 
+import contextlib
 import difflib
 import inspect
 import numbers
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar('T')
@@ -22,6 +23,32 @@ class UserError(ValueError):
   """
 
 
+class ClassError(UserError):
+  """A mistake in one class, told by its number where the names are not known.
+
+  `class_names` puts in the name.
+  """
+
+  def __init__(self, before: str, label: int, after: str):
+    """Makes the message 'BEFORE class 3 AFTER'."""
+    self._parts = before, int(label), after
+    super().__init__(self.named(()))
+
+  def named(self, names: Sequence[str]) -> str:
+    """Returns the message with the class's name, too."""
+    before, label, after = self._parts
+    return f'{before}{named_class(label, names)}{after}'
+
+
+@contextlib.contextmanager
+def class_names(names: Sequence[str]) -> Iterator[None]:
+  """Has every `ClassError` within tell the name of the class."""
+  try:
+    yield
+  except ClassError as error:
+    raise UserError(error.named(names)) from error
+
+
 def one_line(text: object) -> str:
   """Returns a text without its line breaks; all else in it stays, such as a path."""
   return re.sub(r'\s*[\r\n]\s*', ' ', str(text).strip('\r\n'))
@@ -34,7 +61,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
   the case.
   """
   known = [str(k) for k in known]
-  typed, folded = name.casefold(), {k.casefold(): k for k in known}
+  typed, folded = str(name).casefold(), {k.casefold(): k for k in known}
   near = [k for k in known if k.casefold().startswith(typed)]
   if not 1 <= len(near) <= 3:
     near = [folded[k] for k in difflib.get_close_matches(typed, folded, n=1)]

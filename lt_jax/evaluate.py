@@ -4,9 +4,6 @@ Reads config.json, not Python, and the newest checkpoint that passes every check
 nothing and leaves the run's own files alone. Writes evaluation.json.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from absl import flags
 from etils import epath
 
@@ -16,20 +13,18 @@ from lt_jax import (
   commands,
   files,
   posthoc,
+  provenance,
   results,
   trained,
 )
 from lt_jax.cautions import cautions
-from lt_jax.data import places
 from lt_jax.errors import UserError
 from lt_jax.stage import BadImages
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()
-DATA_DIR = commands.path_flag(
-  'data_dir', 'Where the data lie, if they have moved, see docs/tools.md.'
-)
+DATA_DIR = commands.data_dir_flag()
 ADJUST = flags.DEFINE_float(
   'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
 )
@@ -62,21 +57,21 @@ def evaluate(
     which: 'last' or 'best'.
     stage_name: the stage; None for the last one.
     logit_adjustment: tau of `posthoc.adjust_logits`; None leaves the logits alone.
-    data_dir: where the data lie now, see `places.moved`; None: where the run found
+    data_dir: where the data lie now, see `provenance.moved`; None: where the run found
       them, or else where its config says.
 
   Returns:
     What evaluation.json holds.
 
   Raises:
-    UserError: there is no such run or State, it is damaged, or evaluation.json cannot
-      be written; then the numbers have been shown.
+    UserError: there is no such run or State, it is damaged, its data are not there, or
+      evaluation.json cannot be written; then the numbers have been shown.
   """
   config = trained.read_config(workdir)
   facts = trained.read_facts(workdir)
-  data = config['data'] | place(config['data'], facts.get('found', {}), data_dir)
   with trained.building():
-    experiment = build.build({**config, 'data': data, 'device': 'any'})
+    placed = provenance.located(config, facts.get('found'), data_dir)
+    experiment = build.build({**placed, 'device': 'any'})
   if facts['fingerprint'] != experiment.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   name = stage_name or config['stage_order'][-1]
@@ -116,20 +111,6 @@ def evaluate(
   results.show(result, workdir, screen)
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   return result
-
-
-def place(data: Mapping[str, Any], found: Any, data_dir: str | None) -> places.Place:
-  """Returns where to look for the data of a run.
-
-  Args:
-    data: of its config.
-    found: where it found them, of data.json; older runs do not tell.
-    data_dir: where they are now; None: where they were.
-  """
-  if data_dir:
-    return places.moved(data, data_dir)
-  told = files.fits(found, {'source': str, 'dir': str}) and places.is_there(found)
-  return found if told else places.place(data)
 
 
 if __name__ == '__main__':

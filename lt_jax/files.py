@@ -139,9 +139,9 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}') from None
   except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
-    raise UserError(f'{path} is no valid JSON: {error}') from None
+    raise UserError(f'{path} is not valid JSON: {error}') from None
   if not isinstance(value, dict):
-    raise UserError(f'{path} holds no JSON object')
+    raise UserError(f'{path} does not hold a JSON object')
   return value
 
 
@@ -186,7 +186,7 @@ def check_fits(
   """
   for key, shape in shapes.items():
     if not fits(found.get(key), shape):
-      wrong = 'holds something else as' if key in found else 'lacks'
+      wrong = 'has an unexpected value for' if key in found else 'lacks'
       raise UserError(
         f'{path} {wrong} {key!r}: another version wrote it, or it is damaged'
       )
@@ -257,7 +257,7 @@ def check_out(path: epath.PathLike) -> None:
   if not path.parent.is_dir():
     raise UserError(f'--out is {path}, in a folder that is not there')
   if os.path.islink(path) or (path.exists() and not path.is_file()):
-    raise UserError(f'--out is {path}, which is there and is no regular file')
+    raise UserError(f'--out is {path}, which exists but is not a regular file')
   real = path if is_remote(path) else epath.Path(os.path.realpath(path))
   for folder in real.parents:
     name = real.relative_to(folder).parts[0].partition('.damaged')[0]

@@ -18,6 +18,7 @@ TRACKER = commands.tracker_flag()
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   'allow_config_change', False, 'Go on with a configuration other than the folder has.'
 )
+DATA_DIR = commands.data_dir_flag()
 PROFILE_STEPS = flags.DEFINE_string(
   'profile_steps', None, 'FIRST,LAST: record a profiler trace of these steps.'
 )
@@ -30,16 +31,19 @@ def main() -> None:
   """Runs the configured training."""
   allocator.keep_pages(CONFIG.value)  # before anything imports JAX
 
-  from lt_jax import run
+  from lt_jax import provenance, run
   from lt_jax.config import resolve
 
   if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
     _start_distributed()
+  config = resolve(CONFIG.value)
+  if DATA_DIR.value:
+    config = provenance.moved(config, DATA_DIR.value)
   try:
     run.run(
-      resolve(CONFIG.value),
+      config,
       WORKDIR.value,
       allow_config_change=ALLOW_CONFIG_CHANGE.value,
       profile=_profile_steps(PROFILE_STEPS.value),

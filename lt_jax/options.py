@@ -5,12 +5,16 @@ A config lists the options that it sets, but a function may have more. Before
 `prepare` drops the options of SGD and adds `b1`, which is in Adam's signature.
 """
 
+import ast
 import collections.abc
+import functools
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -50,7 +54,8 @@ def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
       with 'stages.STAGE.'.
 
   Raises:
-    UserError: an unknown key, function or option, with the near miss.
+    UserError: an unknown key, function or option, with the near miss; a text that is
+      no value of the key.
   """
   names = {name: options for options, (name, _) in FAMILIES.items()}
   # What a stage follows comes before the stage.
@@ -58,8 +63,10 @@ def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
     stage, own = _split(key)
     if own in names:
       _rename(config, stage, names[own], given[key])
-  for key in given:
+  for key, value in given.items():
     _make_room(config, key)
+    if isinstance(value, str) and '[' not in key:
+      _check_text(config, key, value)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -106,6 +113,8 @@ def _make_room(config: ConfigDict, key: str) -> None:
   """
   holder, path = config, ''
   *parents, last = key.split('.')
+  if parents and parents[0] in set(config.stages) - set(config):
+    raise UserError(f'unknown config key {key}; did you mean {f"stages.{key}"!r}?')
   for part in parents:
     path = f'{path}.{part}'.removeprefix('.')
     if part not in holder and _split(path)[1] in FAMILIES:
@@ -126,6 +135,58 @@ def _make_room(config: ConfigDict, key: str) -> None:
       f'unknown config key {key}: {name} is {called!r}{suggest(last, known)}'
     )
   holder[last] = placeholder(kinds[last])
+
+
+def _check_text(config: ConfigDict, key: str, text: str) -> None:
+  """Refuses a text that a flag of the type of a key would not take.
+
+  The parsers of flags say so too, but in words about themselves.
+  """
+  *parents, last = key.split('.')
+  group = functools.reduce(ConfigDict.get, parents, config)
+  kind = group.get_type(last)
+  if kind is bool and text.startswith('-'):  # --config.data.flip --workdir=...
+    return
+  parse, must_be = _PARSERS.get(kind, (str, ''))
+  try:
+    parse(text)
+  except (ValueError, SyntaxError):
+    if kind is ConfigDict:
+      told = f'cannot be {text!r}: {_keys_of(key, group[last])}'
+    else:
+      told = f'is {text!r}; it must be {must_be}'
+    raise UserError(f'config.{key} {told}') from None
+
+
+def _finite(text: str) -> None:
+  """Raises a ValueError of what is no finite number."""
+  if not math.isfinite(float(text)):
+    raise ValueError(text)
+
+
+def _dict(text: str) -> None:
+  """Raises a ValueError, as `ast` does, of what is no dict."""
+  if not isinstance(ast.literal_eval(text), dict):
+    raise ValueError(text)
+
+
+_PARSERS: dict[type, tuple[Callable, str]] = {
+  bool: (flags.BooleanParser().parse, 'true or false'),
+  int: (flags.IntegerParser().parse, 'a whole number'),
+  float: (_finite, 'a finite number'),
+  ConfigDict: (_dict, ''),
+}
+"""Type of a key -> what reads its text, what it must be."""
+
+
+def _keys_of(key: str, value: ConfigDict) -> str:
+  """Says how to set what has keys of its own."""
+  if 'name' in value:
+    return f'set config.{key}.name'
+  if not value:
+    return 'give a dict'
+  there = f' ({", ".join(value)})' if len(value) < 10 else ''
+  return f'set one of its keys{there}, as config.{key}.KEY'
 
 
 def _child(holder: ConfigDict, part: str, path: str) -> ConfigDict:

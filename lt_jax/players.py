@@ -68,7 +68,7 @@ def make_player(
       raise UserError(f'{key} must be a dict with a name')
   base = schedule.get('base')
   if not isinstance(base, int | float) or not 0 <= base < math.inf:
-    raise UserError(f'schedule.base is {base}; it must be finite, and 0 or more')
+    raise UserError(f'schedule.base is {base}; it must be a finite number, 0 or more')
   options = {key: value for key, value in network.items() if key != 'name'}
   net = construct(NETWORKS, 'network', network['name'], options=options)
   rate = make_schedule(**schedule, length=length, batch=batch)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax.errors import UserError
+from lt_jax.errors import ClassError, UserError
 from lt_jax.evals import openmax
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
@@ -33,9 +33,8 @@ def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
   """
   counts = np.asarray(counts, np.float64)
   if not (counts > 0).all():
-    raise UserError(
-      f'logit adjustment needs images of every class; class {counts.argmin()} has none'
-    )
+    needed = 'logit adjustment needs images of every class; '
+    raise ClassError(needed, counts.argmin(), ' has none')
   with np.errstate(over='ignore', invalid='ignore'):
     offset = (tau * np.log(counts / counts.sum())).astype(np.float32)
   if not np.isfinite(offset).all():

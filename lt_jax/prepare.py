@@ -77,7 +77,8 @@ def convert(
   Args:
     source: 'list:FOLDER', 'folder:DIR' or 'tfds:NAME', see
       `lt_jax.data.sources.load_source`.
-    name: of the data set, such as 'places_lt'; it is then the source tfds:NAME.
+    name: of the data set, such as 'places_lt'; it is then the source tfds:NAME. It is
+      looked at when the source has been found in order.
     data_dir: where it goes; None is TFDS's default.
     images: the folder that lists are relative to.
     short_side: in pixels, of images that are larger; these become JPEG of quality 90,
@@ -93,14 +94,30 @@ def convert(
   """
   import tensorflow_datasets as tfds
 
-  from lt_jax.data.sources import load_source, passed_over
+  from lt_jax.data.sources import passed_over
 
+  if short_side < 0:
+    raise UserError(f'--short_side is {short_side}; it must be 0 or more')
+  sources = _opened(source, data_dir, images)
+  if not name:
+    raise UserError('--name is missing: what the records are called, such as places_lt')
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
   if name in tfds.list_builders(with_community_datasets=False):
     raise UserError(f'--name is {name!r}, which is a data set of TFDS; take another')
-  if short_side < 0:
-    raise UserError(f'--short_side is {short_side}; it must be 0 or more')
+  for line in passed_over(sources):
+    print(line)
+  data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
+  folder = make_workdir(data_dir / name)
+  with locked(folder):
+    _write(sources, folder / VERSION, source, short_side)
+  return {split: len(one) for split, one in sources.items()}
+
+
+def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, Any]:
+  """Opens a source, and refuses one that cannot be prepared again."""
+  from lt_jax.data.sources import load_source
+
   kind = source.partition(':')[0]
   if kind not in ('list', 'folder', 'tfds'):
     raise UserError(f'{source!r} is not list:FOLDER, folder:DIR or tfds:NAME')
@@ -118,13 +135,7 @@ def convert(
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
       raise UserError(f'the class {label!r} has a name that does not fit on a line')
-  for line in passed_over(sources):
-    print(line)
-  data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
-  folder = make_workdir(data_dir / name)
-  with locked(folder):
-    _write(sources, folder / VERSION, source, short_side)
-  return {split: len(one) for split, one in sources.items()}
+  return sources
 
 
 def _write(
@@ -238,11 +249,9 @@ def main(source: str) -> None:
       )
     download(source, DATA_DIR.value)
     return
-  if NAME.value is None:
-    raise UserError('--name is missing: what the records are called, such as places_lt')
   counts = convert(
     source,
-    name=NAME.value,
+    name=NAME.value or '',
     data_dir=DATA_DIR.value,
     images=IMAGES.value,
     short_side=SHORT_SIDE.value,

@@ -7,14 +7,17 @@ does not silently lead to other numbers.
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from lt_jax import files
-from lt_jax.config import Config, trained_by, upgraded
-from lt_jax.errors import UserError
+from lt_jax.config import SOURCE, Config, domain_data, trained_by, upgraded
+from lt_jax.data import places
+from lt_jax.errors import UserError, lookup
 
 DATA_KEYS = (
   'class_names',
@@ -92,14 +95,139 @@ def _read_or_none(path: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-def changes(before: Config, now: Config) -> list[str]:
-  """Returns which config keys that affect training differ, with both values."""
+def changes(before: Config, now: Config, *, same_place: bool = False) -> list[str]:
+  """Returns which config keys that affect training differ, with both values.
+
+  Args:
+    before: a config.
+    now: another.
+    same_place: whether a path of the data counts. Otherwise it does not, as data may
+      move, and their fingerprint tells whether they are the same.
+  """
   before, now = trained_by(upgraded(before)), trained_by(upgraded(now))
+
+  def differs(key: str) -> bool:
+    values = before.get(key), now.get(key)
+    if not same_place and (match := _PLACE.fullmatch(key)):
+      return match[1] == 'source' and len(set(map(_kind, values))) > 1
+    return values[0] != values[1]
+
   return [
     f'{key} was {before.get(key)!r} and is {now.get(key)!r}'
     for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
+    if differs(key)
   ]
+
+
+_PLACE = re.compile(r'(?:data|domains\..+)\.(source|dir)')
+
+
+def _kind(source: Any) -> str:
+  return places.kind(source) if isinstance(source, str) else repr(source)
+
+
+def found(config: Config) -> dict[str, Any]:
+  """Returns what data.json records of where the data lie, as absolute paths.
+
+  Args:
+    config: the resolved config.
+  """
+  at = {name: places.place(data) for name, data in _with_files(config).items()}
+  return at.pop(SOURCE) | {'domains': at}
+
+
+def moved_since(before: Any, now: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns (where they were, where they are) of data that have moved.
+
+  Args:
+    before: what data.json recorded, see `found`; nothing if it is damaged.
+    now: what it would record.
+  """
+  then = _recorded(before)
+  return [
+    (places.told(then[name]), places.told(at))
+    for name, at in _recorded(now).items()
+    if name in then and places.told(then[name]) != places.told(at)
+  ]
+
+
+def moved(config: Config, data_dir: str) -> Config:
+  """Returns a config whose data have moved.
+
+  Args:
+    config: the resolved config.
+    data_dir: where the data lie now, see `places.moved`; where domains lie, as
+      NAME=PATH, with commas between several ('source' is the name of `data`).
+
+  Raises:
+    UserError: there is no such domain, or its source has no files.
+  """
+  return _placed(config, _moved(config, data_dir))
+
+
+def located(config: Config, recorded: Any, data_dir: str | None = None) -> Config:
+  """Returns a config with the paths where the data lie.
+
+  That is where `data_dir` says, or where the run found them, or where its config says.
+
+  Args:
+    config: the resolved config of a run.
+    recorded: what its data.json tells, see `found`; older runs do not tell.
+    data_dir: as for `moved`; None: they have not moved.
+
+  Raises:
+    UserError: they are not there; or as for `moved`.
+  """
+  at = _moved(config, data_dir) if data_dir else {}
+  then = _recorded(recorded)
+  for name, data in _with_files(config).items():
+    if name in at:
+      continue
+    tried = [*filter(None, [then.get(name)]), places.place(data)]
+    there = [place for place in tried if not places.gone(place)]
+    if not there:
+      give = 'PATH' if name == SOURCE else f'{name}=PATH'
+      raise UserError(
+        f'the data are not where they were, {places.gone(tried[0])}: give '
+        f'--data_dir={give}'
+      )
+    at[name] = there[0]
+  return _placed(config, at)
+
+
+def _with_files(config: Config) -> dict[str, Config]:
+  """Returns the keys of `data` of the config, and of domains that lie elsewhere."""
+  own = [name for name, keys in config['domains'].items() if keys.keys() & {*_WHERE}]
+  return {SOURCE: config['data'], **{name: domain_data(config, name) for name in own}}
+
+
+_WHERE = {'source': str, 'dir': str}
+
+
+def _recorded(recorded: Any) -> dict[str, places.Place]:
+  """Returns the place of each domain; of none that is damaged or was not recorded."""
+  if not files.fits(recorded, _WHERE):
+    return {}
+  domains = recorded.get('domains')
+  return {SOURCE: recorded, **(domains if files.fits(domains, {str: _WHERE}) else {})}
+
+
+def _moved(config: Config, data_dir: str) -> dict[str, places.Place]:
+  """Returns where domains lie now, by their names."""
+  every = _with_files(config)
+  paths = {SOURCE: data_dir}
+  if len(every) > 1 and '=' in data_dir and not os.path.exists(data_dir):
+    paths = dict(part.partition('=')[::2] for part in data_dir.split(','))
+  return {
+    name: places.moved(lookup(every, 'domain', name), path)
+    for name, path in paths.items()
+  }
+
+
+def _placed(config: Config, at: Mapping[str, places.Place]) -> Config:
+  domains = {n: {**keys, **at.get(n, {})} for n, keys in config['domains'].items()}
+  here = {key: at.get(SOURCE, config['data'])[key] for key in _WHERE}
+  return {**config, 'data': config['data'] | here, 'domains': domains}
 
 
 _RESTORE = 'undo that, or delete it and give the training command again'

@@ -18,7 +18,7 @@ from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
 from lt_jax.config import SOURCE, Config, config_digest
-from lt_jax.data import longtail, places
+from lt_jax.data import longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
 from lt_jax.evals.saved import saved_shape
@@ -198,6 +198,7 @@ def _opened(
     _check_shared(workdir)
     check_data(experiment, workdir)
     data = _data_facts(experiment, workdir)
+    moved = _moved_since(workdir, data)
     events = Events(workdir, screen)
     stop()  # from here on there are signs of life
     with (
@@ -209,6 +210,8 @@ def _opened(
       events('started', pid=os.getpid(), host=platform.node())
       if not seeds or config['seed'] == seeds[0]:
         _banner(experiment, workdir, screen, seeds)
+      for was, now in moved:
+        events('data_moved', was=was, now=now)
       origin = provenance.facts(config, data)
       yield _Run(experiment, workdir, screen, events, track, origin)
 
@@ -381,8 +384,8 @@ def _check_peers(experiment: Experiment) -> None:
   ours = [config_digest(config), experiment.fingerprint[:12], config['seed']]
   if any_process(agreed(ours) != ours):
     raise UserError(
-      'the processes of this run have not all the same configuration, data and seed: '
-      f'here they are {ours[0]}, {ours[1]} and {ours[2]}'
+      'the processes of this run differ in configuration, data or seed: here these are '
+      f'{ours[0]}, {ours[1]} and {ours[2]}'
     )
 
 
@@ -393,7 +396,8 @@ class OtherConfig(UserError):
 def check_config(config: Config, workdir: epath.Path) -> None:
   """Refuses a config other than the one the folder was begun with.
 
-  That is the one of its checkpoints; before the first of them config.json has it.
+  That is the one of its checkpoints; before the first of them config.json has it. Data
+  may lie elsewhere than they did, if `check_data` finds that they are the same.
   """
   record, path = provenance.recorded(workdir), workdir / 'config.json'
   stored = provenance.read_config(workdir) if path.exists() else {}
@@ -405,8 +409,8 @@ def check_config(config: Config, workdir: epath.Path) -> None:
     )
   if stored and (told := provenance.changes(stored, config)):
     raise UserError(
-      f'{path} was changed after training: {", ".join(told)}; this command has the '
-      f'config of the checkpoints: delete {path} to go on'
+      f'{path} was changed after training: {", ".join(told)}; the checkpoints were '
+      f'trained with the config of this command, so delete {path} to go on'
     )
 
 
@@ -430,6 +434,13 @@ def check_data(experiment: Experiment, workdir: epath.Path) -> None:
     )
 
 
+def _moved_since(workdir: epath.Path, data: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns from where to where data have moved since the run was begun."""
+  path = workdir / 'data.json'
+  before = provenance.read_json(path).get('found') if path.exists() else None
+  return provenance.moved_since(before, data['found'])
+
+
 def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   """Returns what data.json tells; what else is in it already stays."""
   path, dataset = workdir / 'data.json', experiment.dataset
@@ -448,7 +459,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       if name.startswith('open')
     },
     'fingerprint': experiment.fingerprint,
-    'found': places.place(data),
+    'found': provenance.found(experiment.config),
     'shot_bounds': longtail.shot_bounds(
       dataset.counts, data['many_shot'], data['few_shot']
     ),

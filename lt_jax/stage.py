@@ -15,7 +15,7 @@ from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
 from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, class_names
 from lt_jax.evals.collect import collector
 from lt_jax.evals.saved import saved_output, split_and_name
 from lt_jax.method import Batch, Outputs, State, named_key
@@ -167,7 +167,8 @@ class StageRunner:
     self._target = checkpoint.abstract(shapes, sharding.replicated(mesh))
     restored = self._checkpoints.restore(self._target)
     if restored is None:
-      state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
+      with class_names(stage.dataset.class_names):
+        state = operate(self._first_state(bool(earlier)), earlier, stage.surgeries)
       first = int(jax.device_get(state.step))
     else:
       state, first = restored.state, restored.manifest.get('first', 0)
@@ -249,7 +250,7 @@ class StageRunner:
     if stage.start:
       state, told = stage.start(state)
       if any_process(agreed(told['sha256']) != told['sha256']):
-        raise UserError(f'the processes have not all the same file of {told["source"]}')
+        raise UserError(f'the processes have different files of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
       wanted = {key: tuple(round(x, 4) for x in told[key]) for key in ('mean', 'std')}

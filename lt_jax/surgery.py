@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lt_jax.errors import UserError, suggest
+from lt_jax.errors import ClassError, UserError, suggest
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Batch, State
 from lt_jax.models.heads import centred_unit
@@ -202,7 +202,7 @@ def class_sums(
 def _means(sums: np.ndarray, counts: np.ndarray, split: str) -> np.ndarray:
   """Returns sums (C, D) over counts (C,), none of which may be zero."""
   if not counts.all():
-    raise UserError(f'class {counts.argmin()} has no image in {split}, hence no mean')
+    raise ClassError('', counts.argmin(), f' has no image in {split}, hence no mean')
   return sums / counts[:, None]
 
 

@@ -207,7 +207,7 @@ def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
   except UserError:  # not there, or torn; the run writes the result anew
     return False
   whole = isinstance(result.get('test'), Mapping)
-  return whole and not provenance.changes(before, config)
+  return whole and not provenance.changes(before, config, same_place=True)
 
 
 def loader(

@@ -46,6 +46,18 @@ ROWS: dict[str, Any] = {
 }
 """file of JSON lines -> what its readers rely on in every row, see `files.fits`."""
 
+EVENTS: dict[str, Any] = {
+  'started': {'pid': int, 'host': str},
+  'first_step': {'stage': str, 'seconds': NUMBER},
+  'began_with_weights': {'source': str, 'revision': str, 'sha256': str},
+  'saved': {'checkpoint': str, 'step': int},
+  'checkpoint_rejected': {'step': int, 'reason': str},
+  'bad_image': {'split': str, 'image': str},
+  'diverged': {'stage': str, 'step': int, 'see': str},
+  'finished': {'state_sha256': str},
+}
+"""event -> what its row in events.jsonl has had in every version."""
+
 
 class Lines(NamedTuple):
   """A file of JSON lines, as it was read.
@@ -68,8 +80,24 @@ def read_lines(path: epath.PathLike) -> Lines:
     return Lines([], 0, False)
   *lines, rest = path.read_bytes().decode(errors='replace').split('\n')
   found = [_parsed(line) for line in lines]
-  rows = [row for row in found if files.fits(row, ROWS[path.name])]
+  rows = [row for row in found if _is_row(row, path.name)]
   return Lines(rows, len(lines) - len(rows), bool(rest))
+
+
+def _is_row(row: Any, name: str) -> bool:
+  """Returns whether a row has what the rows of a file have."""
+  if not files.fits(row, ROWS[name]):
+    return False
+  return name != 'events.jsonl' or files.fits(row, EVENTS.get(row['event'], {}))
+
+
+def damaged_lines(path: epath.PathLike) -> list[str]:
+  """Says how many lines of a file of `ROWS` are damaged, in a line or none."""
+  return _count_damaged(read_lines(path).damaged)
+
+
+def _count_damaged(number: int) -> list[str]:
+  return [f'{number} damaged line{"s" * (number > 1)}'] * bool(number)
 
 
 def _parsed(line: str) -> Any:
@@ -113,8 +141,7 @@ class JsonLines:
     if not self._write:
       return
     lost = missing(self.rows)
-    told = [f'{before.damaged} damaged lines'] if before.damaged else []
-    told += [lost] if lost else []
+    told = _count_damaged(before.damaged) + [lost] * bool(lost)
     if before.damaged or (before.torn and lost):
       told.append(f'the file as it was is {files.set_aside(self._path).name}')
     if told:
@@ -425,8 +452,8 @@ def missing_rows(
   }
   if not lost:
     return ''
-  told = ', '.join(f'{count} of {expected[s]} of {s}' for s, count in lost.items())
-  return f'rows of stage {stage!r} up to step {step} are missing ({told})'
+  told = ', '.join(f'{s} {count} of {expected[s]}' for s, count in lost.items())
+  return f'rows of stage {stage!r} up to step {step} are missing: {told}'
 
 
 def missing_vectors(
@@ -440,7 +467,7 @@ def missing_vectors(
     folder: of the files.
   """
   return [
-    f'{folder / name}: {count - found.get(name, 0)} of {count} rows are missing'
+    f'{folder / name}: rows are missing: {count - found.get(name, 0)} of {count}'
     for name, count in expected.items()
     if name.endswith('.npz') and count > found.get(name, 0)
   ]

@@ -1,11 +1,14 @@
 """What a run warns of before it begins, and what its machine is too small for."""
 
+import re
+
 import numpy as np
 import pytest
 
-from lt_jax import build, doctor, footprint, results
+from lt_jax import build, doctor, footprint, results, run
 from lt_jax.cautions import cautions, check_memory
 from lt_jax.errors import UserError
+from lt_jax.writers import Screen
 from tests import tiny
 
 
@@ -40,6 +43,13 @@ def test_what_makes_numbers_mean_little_is_a_line(tmp_path, made, told):
   experiment = built(tmp_path, **made)
   (line,) = cautions(experiment)
   assert told in line
+
+
+def test_a_short_later_stage_is_told_in_the_banner(tmp_path, capsys):
+  experiment = built(tmp_path, 'crt', epochs=1.0)
+  run._banner(experiment, tmp_path, Screen(), ())
+  (line,) = re.findall('(?m)^warning: .*', capsys.readouterr().out)
+  assert "stage 'classifier' trains for 1 step only, which is too few" in line
 
 
 def test_frozen_statistics_may_be_of_one_image(tmp_path):

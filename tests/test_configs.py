@@ -216,7 +216,13 @@ def test_the_protocols_are_those_of_the_papers(no_data):
     (digits_lt, 'ldam_drw', {'defer_epoch': 200.0}, 'class_weights.start_epoch'),
     (digits_lt, 'ce_drs', {'defer_epoch': 300.0}, 'sampler.start_epoch .* 300, .* 200'),
     (digits_lt, 'ldam_drw', {'epochs': 180.0}, 'schedule.boundaries .* 180, .* 180'),
-    (inat18, 'crt,protocol=kang', {'epochs': 5.0}, 'schedule.end is at epoch 90'),
+    (
+      inat18,
+      'crt,protocol=kang',
+      {'epochs': 5.0, 'schedule': {'end': 90.0}},
+      'schedule.end is at epoch 90',
+    ),
+    (inat18, 'crt,protocol=kang', {'epochs': 5.0}, None),
     (imagenet_lt, 'oltr', {'epochs': 8.0}, "schedule.boundaries .* stage 'plain' .* 8"),
     (digits_lt, 'ce_drs,epochs=4', {}, 'sampler.start_epoch is at epoch 4, .* 4'),
     (imagenet_lt, 'crt', {'epochs': 0.0}, None),
@@ -529,8 +535,34 @@ def test_a_number_that_is_not_finite_is_told(value):
 def test_of_numbers_that_follow_each_other_all_are_told():
   config = digits_lt.get_config('ldam_drw')
   config.epochs = float('nan')
-  with pytest.raises(UserError, match='config.epochs is nan.* must be finite'):
+  with pytest.raises(UserError, match='config.epochs is nan.*: give finite numbers'):
     resolve(config)
+
+
+def test_a_schedule_ends_with_the_training_until_it_is_told_to_end_elsewhere():
+  config = my_images.get_config('crt')
+  assert resolve(config)['schedule']['end'] == 60
+  classifier = resolve(config)['stages']['classifier']
+  assert classifier['schedule']['end'] == classifier['epochs'] != 60
+  config.epochs, config.stages.classifier.epochs = 3.0, 2.0
+  resolved = resolve(config)
+  assert resolved['schedule']['end'] == 3
+  assert stage_config(resolved, 'train')['schedule']['end'] == 3
+  assert stage_config(resolved, 'classifier')['schedule']['end'] == 2
+  checks.check_end({n: stage_config(resolved, n) for n in resolved['stage_order']})
+  config.schedule.end = 4.0
+  config.epochs = 5.0
+  assert resolve(config)['schedule']['end'] == 4
+
+
+@pytest.mark.parametrize(
+  'get_config', [my_images.get_config, digits_domains.get_config]
+)
+def test_a_config_whose_schedule_has_no_steps_is_shortened_by_its_epochs(get_config):
+  config = get_config()
+  config.epochs = 3.0
+  resolved = resolve(config)
+  checks.check_end({n: stage_config(resolved, n) for n in resolved['stage_order']})
 
 
 def test_evaluation_is_padded_and_leaves_no_device_idle():
@@ -574,7 +606,7 @@ def test_head_and_margin_share_one_scale():
   [
     ('ldam_drv', "unknown method 'ldam_drv'; did you mean 'ldam_drw'"),
     ('ce,imbalence=3', "unknown option 'imbalence' of the config; did you mean"),
-    ('ce,imbalance=big', "option imbalance='big' of the config is no float"),
+    ('ce,imbalance=big', "option imbalance='big' of the config is not a number"),
     ('ce,epochs=0', 'option epochs=0 of the config must be positive and finite'),
     ('ce,epochs=nan', 'option epochs=nan of the config must be positive and finite'),
     ('ce,imbalance=inf', 'option imbalance=inf of the config must be positive'),

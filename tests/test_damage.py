@@ -232,7 +232,7 @@ def test_rows_of_metrics_do_not_vanish_unsaid(built, tmp_path, capsys, damage, a
   damaged = damage(path.read_bytes())
   path.write_bytes(damaged)
   told = re.compile(
-    r"metrics\.jsonl: .*rows of stage 'train' up to step 20 are missing"
+    r"metrics\.jsonl: .*rows of stage 'train' up to step 20 are missing: \w+ \d+ of \d+"
   )
   for _ in range(2):  # nor later
     built.main(workdir)
@@ -251,19 +251,25 @@ def test_vectors_do_not_vanish_unsaid(built, tmp_path, capsys, left):
   path.write_bytes(left) if left is not None else path.unlink()
   built.main(workdir)
   built.report(workdir)
-  told = f'{path}: 10 of 10 rows are missing'
+  told = f'{path}: rows are missing: 10 of 10'
   assert told in capsys.readouterr().out
   assert told in (workdir / 'report.html').read_text()
   assert path.with_name('class_loss.npz.damaged').exists() == (left is not None)
 
 
-def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys):
+@pytest.mark.parametrize(
+  ('was', 'now'), [(b'"event"', b'"evemt"'), (b'"step"', b'"stpe"')]
+)
+def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys, was, now):
   workdir = built.copy(tmp_path / 'run')
   path = workdir / 'events.jsonl'
-  damaged = path.read_bytes().replace(b'"event"', b'"evemt"', 1)
+  damaged = path.read_bytes().replace(was, now, 1)
   path.write_bytes(damaged)
+  told = 'events.jsonl: 1 damaged line'
+  built.report(workdir)
+  assert told in (workdir / 'report.html').read_text()
   built.main(workdir)
-  assert 'events.jsonl: 1 damaged lines' in capsys.readouterr().out
+  assert f'{told};' in capsys.readouterr().out
   assert path.with_name('events.jsonl.damaged').read_bytes() == damaged
 
 
@@ -284,6 +290,16 @@ def test_rows_stay_in_the_order_of_an_unbroken_run(built, tmp_path):
   assert places == [
     tuple(json.loads(line)[k] for k in ('stage', 'split', 'step')) for line in lines
   ]
+
+
+@pytest.mark.parametrize(
+  ('name', 'figure'), [('result.json', 'confusion'), ('data.json', 'features')]
+)
+def test_a_figure_says_that_its_file_is_damaged(built, tmp_path, name, figure):
+  workdir = built.copy(tmp_path / 'run')
+  (workdir / name).write_text('')
+  with pytest.raises(runs.Missing, match=f'{name} is damaged'):
+    getattr(figures, figure)([runs.Run(epath.Path(workdir), 'run')])
 
 
 # What a run was trained with.
@@ -339,7 +355,7 @@ def test_a_run_with_an_edited_config_goes_on_with_its_own(built, tmp_path):
   workdir = built.copy(tmp_path / 'run')
   edit(workdir / 'config.json', data__mean=[0.1])
   with pytest.raises(
-    UserError, match=r'has the config of the checkpoints: delete .*config'
+    UserError, match=r'with the config of this command, so delete .*config'
   ):
     built.main(workdir)
   (workdir / 'config.json').unlink()
@@ -405,7 +421,7 @@ def test_a_torn_file_is_deleted_and_written_anew(built, tmp_path, name):
   workdir = built.copy(tmp_path / 'run')
   whole = (workdir / name).read_bytes()
   (workdir / name).write_bytes(whole[:99])
-  with pytest.raises(UserError, match=f'{name} is no valid JSON: .*; delete it, and'):
+  with pytest.raises(UserError, match=f'{name} is not valid JSON: .*; delete it, and'):
     built.main(workdir)
   (workdir / name).unlink()
   built.main(workdir)

@@ -112,8 +112,8 @@ def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
       export.load(path)
   header, tensors = export._read(arrays[0])
   for change, told in (
-    ({'class_names': '5'}, "holds something else as 'class_names'"),
-    ({'step': '"1"'}, "holds something else as 'step'"),
+    ({'class_names': '5'}, "has an unexpected value for 'class_names'"),
+    ({'step': '"1"'}, "has an unexpected value for 'step'"),
   ):
     save_file(tensors, path, header | change)
     with pytest.raises(UserError, match=told):
@@ -198,5 +198,7 @@ def test_mistakes_are_told_first(workdir, tmp_path):
     ('stablehlo', 'y.stablehlo.json'),
   ):
     (tmp_path / there).mkdir()
-    with pytest.raises(UserError, match=f'{there}, which .* is no regular file'):
+    with pytest.raises(
+      UserError, match=f'{there}, which exists but is not a regular file'
+    ):
       export.export(epath.Path('absent'), to, tmp_path / f'{there[0]}.{to}')

@@ -346,20 +346,20 @@ def test_faults_of_folders(tmp_path, images, message):
 @pytest.mark.parametrize(
   ('folders', 'message'),
   [
-    (['Train/a', 'Train/b', 'Test/a', 'Test/b'], "Test should be called 'test'"),
-    (['train/a', 'valid/a'], "valid should be called 'val'"),
-    (['train/a', 'validation/a'], "validation should be called 'val'"),
-    (['train/a', 'dev/a'], "dev should be called 'val'"),
-    (['train/a', 'Val/a'], "Val should be called 'val'"),
-    (['train/a', 'test2017/a'], "test2017 should be called 'test'"),
-    (['train/a', 'training_set/a'], "training_set should be called 'train'"),
+    (['Train/a', 'Train/b', 'Test/a', 'Test/b'], "Test looks like the split 'test'"),
+    (['train/a', 'valid/a'], "valid looks like the split 'val'"),
+    (['train/a', 'validation/a'], "validation looks like the split 'val'"),
+    (['train/a', 'dev/a'], "dev looks like the split 'val'"),
+    (['train/a', 'Val/a'], "Val looks like the split 'val'"),
+    (['train/a', 'test2017/a'], "test2017 looks like the split 'test'"),
+    (['train/a', 'training_set/a'], "training_set looks like the split 'train'"),
     (
       ['bus', 'train', 'ship'],
-      'train lies beside folders of classes, such as .bus.*set',
+      r"train has the name .* 'bus': .* \(and 'train', if .* name that one .*train$",
     ),
     (
       ['closed', 'open'],
-      'open lies beside folders of classes, .*classes into .*train$',
+      'open has the name of a split, but .*classes .* into a new folder, .*train$',
     ),
     (['train/cat', 'test/Cat'], "train has no class 'Cat'; did you mean 'cat'"),
     (['train/Caf\u00e9', 'train/Cafe\u0301'], 'two folders called .*form of Unicode'),
@@ -378,7 +378,7 @@ def test_folders_that_could_mean_something_else(tmp_path, folders, message):
 def test_a_list_that_is_nearly_called_like_a_split(tmp_path, name):
   write_list(tmp_path, 'X_LT_train.txt', ['a.png 0'])
   (tmp_path / name).touch()
-  with pytest.raises(UserError, match=f'{name} is not read: .* should be called'):
+  with pytest.raises(UserError, match=f'{name} looks like the list of the split'):
     load(tmp_path)
 
 

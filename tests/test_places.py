@@ -1,8 +1,11 @@
 """Where data lie: from any folder, and after they moved."""
 
-import pytest
+import json
 
-from lt_jax import build, evaluate, run
+import pytest
+from etils import epath
+
+from lt_jax import build, evaluate, provenance, run
 from lt_jax.config import config_digest
 from lt_jax.data import places
 from lt_jax.errors import UserError
@@ -17,18 +20,19 @@ def test_data_are_found_from_any_folder(tmp_path, monkeypatch):
   experiment = build.build(config)
   found = run._data_facts(experiment, tmp_path)['found']
   assert experiment.config['data']['source'] == 'npz:tiny.npz'
-  assert found == {'source': f'npz:{tmp_path}/tiny.npz', 'dir': ''}
+  assert found == {'source': f'npz:{tmp_path}/tiny.npz', 'dir': '', 'domains': {}}
   elsewhere = tmp_path / 'elsewhere'
   elsewhere.mkdir()
   monkeypatch.chdir(elsewhere)
-  assert evaluate.place(config['data'], found, None) == found
-  assert evaluate.place(config['data'], None, None) == {
-    'source': f'npz:{elsewhere}/tiny.npz',
-    'dir': '',
-  }
+  place = {'source': f'npz:{tmp_path}/tiny.npz', 'dir': ''}
+  for recorded, data_dir in ((found, None), (None, f'{tmp_path}/tiny.npz')):
+    now = provenance.located(config, recorded, data_dir)
+    assert now == {**config, 'data': config['data'] | place}
   (tmp_path / 'tiny.npz').rename('moved.npz')
-  now = evaluate.place(config['data'], found, 'moved.npz')
-  there = build.build({**config, 'data': config['data'] | now})
+  for recorded in (found, None, {'source': 5}):
+    with pytest.raises(UserError, match=r'not where they were, .*tiny.npz: give --da'):
+      provenance.located(config, recorded)
+  there = build.build(provenance.located(config, found, 'moved.npz'))
   assert there.dataset.fingerprint == experiment.dataset.fingerprint
   assert config_digest(config) == config_digest(experiment.config)
 
@@ -56,4 +60,60 @@ def test_what_has_no_files_has_not_moved():
 
 def test_a_bucket_is_where_it_is():
   data = {'source': 'tfds:cifar10', 'dir': 'gs://bucket/data'}
-  assert places.place(data) == data and places.is_there(data)
+  assert places.place(data) == data and not places.gone(data)
+
+
+def test_domains_are_found_where_they_lie(tmp_path, monkeypatch):
+  """Each is recorded, and each may move; others follow `data`."""
+  monkeypatch.chdir(tmp_path)
+  for name in ('a.npz', 'b.npz'):
+    (tmp_path / name).touch()
+  config = {
+    **tiny.config('a.npz', 'ce'),
+    'domains': {'other': {'source': 'npz:b.npz'}, 'same': {'known_classes': 3}},
+  }
+  found = provenance.found(config)
+  of_other = {'other': {'source': f'npz:{tmp_path}/b.npz', 'dir': ''}}
+  assert found['domains'] == of_other
+  monkeypatch.chdir('/')
+  now = provenance.located(config, found)
+  assert now['data']['source'] == f'npz:{tmp_path}/a.npz'
+  assert now['domains'] == {'same': {'known_classes': 3}, **of_other}
+  (tmp_path / 'b.npz').rename(tmp_path / 'c.npz')
+  with pytest.raises(UserError, match='b.npz: give --data_dir=other=PATH'):
+    provenance.located(config, found)
+  now = provenance.located(config, found, f'other={tmp_path}/c.npz')
+  assert now['data']['source'] == f'npz:{tmp_path}/a.npz'
+  assert now['domains']['other']['source'] == f'npz:{tmp_path}/c.npz'
+  with pytest.raises(UserError, match="unknown domain 'othr'; did you mean 'other'"):
+    provenance.moved(config, 'othr=/x')
+
+
+def test_a_run_goes_on_where_its_data_have_moved(one_device, tmp_path, capsys):
+  """Only with the same data, and in one line; nothing that was trained is lost."""
+  tiny.write_npz(tmp_path / 'old.npz')
+  config = tiny.config(f'{tmp_path}/old.npz', 'ce,epochs=2.0')
+  workdir = epath.Path(tmp_path / 'run')
+  before = run.run(config, workdir)
+  (tmp_path / 'old.npz').rename(tmp_path / 'new.npz')
+  told = f'data moved: was npz:{tmp_path}/old.npz, now npz:{tmp_path}/new.npz'
+  assert told not in capsys.readouterr().out
+  with pytest.raises(UserError, match=r'old.npz: give --data_dir=PATH'):
+    evaluate.evaluate(workdir)
+  now = provenance.moved(config, f'{tmp_path}/new.npz')
+  assert not provenance.changes(config, now)
+  assert provenance.changes(config, now, same_place=True)  # which a sweep looks at
+  for _ in range(2):
+    assert run.run(now, workdir)['state_sha256'] == before['state_sha256']
+  assert capsys.readouterr().out.count(told) == 1
+  found = json.loads((workdir / 'data.json').read_text())['found']
+  assert found['source'] == f'npz:{tmp_path}/new.npz'
+  evaluate.evaluate(workdir)
+  tiny.write_npz(tmp_path / 'other.npz', seed=1)
+  with pytest.raises(UserError, match='the data have changed since'):
+    run.run(provenance.moved(config, f'{tmp_path}/other.npz'), workdir)
+  (workdir / 'data.json').unlink()
+  with pytest.raises(UserError, match='were trained on other data'):
+    run.run(provenance.moved(config, f'{tmp_path}/other.npz'), workdir)
+  with pytest.raises(run.OtherConfig, match="data.source was 'npz:"):
+    run.run({**now, 'data': {**now['data'], 'source': 'digits'}}, workdir)

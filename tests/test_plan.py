@@ -206,8 +206,8 @@ def test_devices_that_do_not_divide_the_batch():
     ('{"h10": 2.5}', "did you mean 'h10'"),
     ('{"h100": "2.5"}', "is '2.5', which is none"),
     ('{"h100": NaN}', 'is nan, which is none'),
-    ('[1]', 'holds no JSON object'),
-    ('{', 'no valid JSON'),
+    ('[1]', 'does not hold a JSON object'),
+    ('{', 'not valid JSON'),
   ],
 )
 def test_prices(text, told, tmp_path):

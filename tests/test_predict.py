@@ -222,15 +222,15 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
 @pytest.mark.parametrize(
   ('name', 'change', 'told'),
   [
-    ('config.json', {'eval_batch': '8'}, "holds something else as 'eval_batch'"),
-    ('config.json', {'data': 5}, "holds something else as 'data'"),
-    ('config.json', {'stages': None}, "holds something else as 'stages'"),
-    ('data.json', {'class_names': 5}, "holds something else as 'class_names'"),
-    ('data.json', {'counts': {'train': [1], 'val': 5}}, "as 'counts'"),
-    ('data.json', {'preprocessing': {'mean': [0.5]}}, "as 'preprocessing'"),
-    ('data.json', {'threshold': {'value': 'high'}}, "as 'threshold'"),
+    ('config.json', {'eval_batch': '8'}, "has an unexpected value for 'eval_batch'"),
+    ('config.json', {'data': 5}, "has an unexpected value for 'data'"),
+    ('config.json', {'stages': None}, "has an unexpected value for 'stages'"),
+    ('data.json', {'class_names': 5}, "has an unexpected value for 'class_names'"),
+    ('data.json', {'counts': {'train': [1], 'val': 5}}, "for 'counts'"),
+    ('data.json', {'preprocessing': {'mean': [0.5]}}, "for 'preprocessing'"),
+    ('data.json', {'threshold': {'value': 'high'}}, "for 'threshold'"),
     ('result.json', {'threshold': {'value': 0.5}}, "lacks 'step'"),
-    ('result.json', {'step': 0, 'threshold': 5}, "as 'threshold'"),
+    ('result.json', {'step': 0, 'threshold': 5}, "for 'threshold'"),
   ],
 )
 def test_a_file_that_holds_something_else_is_named(
@@ -364,7 +364,7 @@ def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
     ({'images': []}, 'no images are given'),
     ({'top': 0}, '--top is 0'),
     ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that is not there'),
-    ({'out': str(tmp_path)}, 'which is there and is no regular file'),
+    ({'out': str(tmp_path)}, 'which exists but is not a regular file'),
     ({'which': 'best'}, 'has no best checkpoint of stage'),
     ({'on_bad_image': 'skp'}, "did you mean 'skip'"),
   ):

@@ -185,10 +185,19 @@ def test_a_disk_that_labels_fill_can_pass(lists, tmp_path, monkeypatch):
     np.testing.assert_array_equal(stored, source.read_labels())
 
 
+def test_the_tree_is_looked_at_before_the_name(tmp_path):
+  for name in ('train/cat', 'valid/cat'):
+    (tmp_path / name).mkdir(parents=True)
+  for name in ('', 'My Set'):
+    with pytest.raises(UserError, match="valid looks like the split 'val'"):
+      prepare.convert(f'folder:{tmp_path}', name=name)
+
+
 @pytest.mark.parametrize('name', ['places-lt', 'Places', '', '../x'])
 def test_names_that_tfds_does_not_take(lists, tmp_path, name):
-  with pytest.raises(UserError, match='must be like places_lt'):
-    prepare.convert(f'list:{lists[0]}', name=name, data_dir=str(tmp_path))
+  options = {'data_dir': str(tmp_path), 'images': lists[1]}
+  with pytest.raises(UserError, match='--name is .*like places_lt|such as places_lt'):
+    prepare.convert(f'list:{lists[0]}', name=name, **options)
 
 
 @pytest.mark.parametrize('short_side', [0, 40])

@@ -58,6 +58,16 @@ def config(recipe='ce', seed=0, **changes):
   return json.loads(json.dumps(made))
 
 
+STARTED = {'event': 'started', 'time': 1, 'pid': 1, 'host': ''}
+DIVERGED = {'event': 'diverged', 'time': 2, 'stage': 'train', 'step': 15, 'see': ''}
+
+
+def add_events(folder, *rows):
+  """Adds rows to events.jsonl."""
+  with (folder / 'events.jsonl').open('a') as file:
+    file.writelines(json.dumps(row) + '\n' for row in rows)
+
+
 def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
   """Writes what a finished run leaves, with random arrays; returns the folder."""
   made = made or config()
@@ -109,7 +119,7 @@ def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
   rows[0]['learning_rate'] = rows[4]['learning_rate'] = 0.1
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   (folder / 'metrics.jsonl').write_text(text)
-  (folder / 'events.jsonl').write_text('{"event": "started", "time": 1}\n')
+  add_events(folder, STARTED)
   (folder / 'config.json').write_text(json.dumps(made))
   facts = {'class_names': names, 'counts': {'train': counts}, 'fingerprint': 'f' * 64}
   (folder / 'data.json').write_text(json.dumps(facts))
@@ -427,8 +437,7 @@ def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
   write_run(tmp_path / '0', config(), 0.5)
   for seed in (1, 2, 3):
     (write_run(tmp_path / f'{seed}', config(seed=seed)) / 'result.json').unlink()
-  with (tmp_path / '1/events.jsonl').open('a') as file:
-    file.write('{"event": "diverged", "step": 15, "time": 2}\n')
+  add_events(tmp_path / '1', DIVERGED)
   (tmp_path / '3/result.json').write_text('{"test": ')
   (tmp_path / '2/metrics.jsonl').unlink()
   page = page_of(tmp_path)
@@ -455,9 +464,7 @@ def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
 
 def test_a_diverged_run_that_goes_on_has_not_failed(tables_only, run_folder):
   (run_folder / 'result.json').unlink()
-  with (run_folder / 'events.jsonl').open('a') as file:
-    file.write('{"event": "diverged", "step": 15, "time": 2}\\n')
-    file.write('{"event": "started", "time": 3}\\n')
+  add_events(run_folder, DIVERGED, STARTED)
   assert 'unfinished, at step 20' in page_of(run_folder).text
 
 

@@ -108,7 +108,7 @@ def test_a_torn_config_fails_in_one_line(swept, tmp_path):
   (workdir / 'config.json').write_text('{"se')
   code, output = run(tmp_path / 'runs', methods='ce', seeds='0')
   assert code == 2 and 'Traceback' not in output
-  assert f'{workdir}/config.json is no valid JSON' in output.splitlines()[-1]
+  assert f'{workdir}/config.json is not valid JSON' in output.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from lt_jax.data import longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
-from lt_jax.errors import UserError, construct, lookup
+from lt_jax.errors import UserError, class_names, construct, lookup
 from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
@@ -110,7 +110,8 @@ def build(
   domains = load_domains(config, to_device=to_device, given=datasets)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
-    stages[name] = _build_stage(stage, name, stages, domains, mesh, look)
+    with class_names(domains.dataset(stage['domain']).class_names):
+      stages[name] = _build_stage(stage, name, stages, domains, mesh, look)
   return Experiment(
     config,
     domains.single,

@@ -22,7 +22,7 @@ from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
-from lt_jax.errors import UserError, construct, lookup, named_class
+from lt_jax.errors import UserError, class_names, construct, lookup, named_class
 from lt_jax.evals.saved import saved_shape, split_and_name
 from lt_jax.methods.translation import Pixels
 from lt_jax.optim import epoch_start
@@ -172,7 +172,8 @@ def _images(
   data = domains.data[domain]
 
   def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
-    sampling = _sampler(own, drawn, order, batch, config['epochs'], stream)
+    with class_names(dataset.class_names):
+      sampling = _sampler(own, drawn, order, batch, config['epochs'], stream)
     return sampling.length, train_stream(
       drawn,
       sampling,

@@ -12,7 +12,7 @@ from lt_jax.data.crops import Crop
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
 from lt_jax.data.streams import Split
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, class_names
 
 RESIDENT_LIMIT = 4 * 2**30
 """Bytes of images up to which a source is kept in device memory."""
@@ -122,7 +122,8 @@ def load_dataset(
   pool = _pool(sources, train_split, source)
   known = _known(known_classes, pool, source)
   from_val = _is_from_val(meta_split, meta_per_class, meta_in_train)
-  counts = longtail.class_counts(profile, known, n_max, imbalance)
+  with class_names(pool.class_names):
+    counts = longtail.class_counts(profile, known, n_max, imbalance)
   if counts is None and meta_in_train:  # the rest may be nothing: they are put back
     taken = test_per_class + val_per_class + meta_per_class
     counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from lt_jax.data.samplers import _generator
 from lt_jax.data.streams import Batch, Stream, process_rows
-from lt_jax.errors import UserError
+from lt_jax.errors import ClassError, UserError
 
 Episode = dict[str, np.ndarray]
 
@@ -74,10 +74,8 @@ def episodes(
   images = {c: np.flatnonzero(np.asarray(labels) == c) for c in pool}
   for c, of_class in images.items():
     if len(of_class) < 2:
-      raise UserError(
-        f'episodes: base class {c} has {len(of_class)} training images; an exemplar '
-        'and a query need 2'
-      )
+      has = f' has {len(of_class)} training images; an exemplar and a query need 2'
+      raise ClassError('episodes: base ', c, has)
   most = max(shots)
 
   def draw(seed: int, step: int) -> Episode:

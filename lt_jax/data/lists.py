@@ -195,8 +195,8 @@ def _find_lists(folder: str) -> dict[str, str]:
     split = near_split(re.split('[-_. ]', stem)[-1])
     if split and not f'_{name}'.endswith(f'_{split}.txt'):
       raise UserError(
-        f'list:{folder}: {name} is not read: the {split} list should be called '
-        f'{split}.txt or *_{split}.txt; rename it, or move it away'
+        f'list:{folder}: {name} looks like the list of the split {split!r}: rename it '
+        f'to {split}.txt or *_{split}.txt, or move it away'
       )
   for split in SPLITS:
     fitting = [name for name in names if f'_{name}'.endswith(f'_{split}.txt')]
@@ -488,8 +488,9 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
     split = near_split(name)
     if split and name not in SPLITS:
       raise UserError(
-        f'{os.path.join(folder, name)} should be called {split!r} to be that split; if '
-        f'it is a class, move all classes into {os.path.join(folder, "train")}'
+        f'{os.path.join(folder, name)} looks like the split {split!r}: rename it to '
+        f'{split!r}, or, if it is a class, move all classes into '
+        f'{os.path.join(folder, "train")}'
       )
   present = [split for split in SPLITS if split in names]
   others = [name for name in names if name not in SPLITS]
@@ -499,8 +500,10 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
     return {split: split for split in present}, [f'{name}/' for name in others] + files
   if others:
     raise UserError(
-      f'{os.path.join(folder, present[0])} lies beside folders of classes, such as '
-      f'{others[0]!r}: move the classes into {os.path.join(folder, "train")}'
+      f'{os.path.join(folder, present[0])} has the name of a split, but lies beside '
+      f'folders of classes, such as {others[0]!r}: move all classes (and '
+      f'{present[0]!r}, if it is one) into a new folder, and name that one '
+      f'{os.path.join(folder, "train")}'
     )
   raise UserError(f'folder:{folder} has {", ".join(present)} but no train')
 

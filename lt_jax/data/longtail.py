@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lt_jax.errors import UserError, lookup, named_class
+from lt_jax.errors import ClassError, UserError, lookup, named_class
 
 
 def _balanced(num_classes: int, n_max: int, imbalance: float) -> list[int]:
@@ -83,10 +83,8 @@ def class_counts(
     )
   counts = np.array(count(num_classes, n_max, imbalance))
   if not counts.all():
-    raise UserError(
-      f'profile {profile!r} leaves class {np.argmin(counts)} without images: n_max '
-      f'{n_max}, imbalance {imbalance}'
-    )
+    without = f' without images: n_max {n_max}, imbalance {imbalance}'
+    raise ClassError(f'profile {profile!r} leaves ', counts.argmin(), without)
   return counts
 
 

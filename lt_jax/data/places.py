@@ -9,6 +9,15 @@ from lt_jax.files import is_remote
 Place = dict[str, str]
 """The config keys data.source and data.dir, as 'source' and 'dir'."""
 
+IN_FILES = ('npz', 'list', 'folder')
+"""Kinds of sources that are followed by a path."""
+
+
+def kind(source: str) -> str:
+  """Returns what stays of a source when its files move: 'folder' of 'folder:DIR'."""
+  first = source.partition(':')[0]
+  return first if first in IN_FILES else source
+
 
 def place(data: Mapping[str, str]) -> Place:
   """Returns where data lie, whatever the current folder is later.
@@ -16,10 +25,10 @@ def place(data: Mapping[str, str]) -> Place:
   Args:
     data: has 'source' and 'dir' as in a config, where paths may be relative.
   """
-  kind, colon, path = data['source'].partition(':')
-  if kind in ('npz', 'list', 'folder'):
+  first, colon, path = data['source'].partition(':')
+  if first in IN_FILES:
     path = _absolute(path)
-  return {'source': f'{kind}{colon}{path}', 'dir': _absolute(data['dir'])}
+  return {'source': f'{first}{colon}{path}', 'dir': _absolute(data['dir'])}
 
 
 def moved(data: Mapping[str, str], data_dir: str) -> Place:
@@ -34,11 +43,11 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
   Raises:
     UserError: the source has no files.
   """
-  kind, _, path = data['source'].partition(':')
+  first, _, path = data['source'].partition(':')
   data_dir = _absolute(data_dir)
-  match kind:
+  match first:
     case 'folder' | 'npz':
-      return {'source': f'{kind}:{data_dir}', 'dir': ''}
+      return {'source': f'{first}:{data_dir}', 'dir': ''}
     case 'tfds':
       return {'source': data['source'], 'dir': data_dir}
     case 'list':
@@ -47,11 +56,20 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
   raise UserError(f'--data_dir: the source {data["source"]!r} has no files')
 
 
-def is_there(data: Mapping[str, str]) -> bool:
-  """Returns whether all paths of a place are there."""
-  kind, _, path = data['source'].partition(':')
-  paths = [data['dir'], path if kind != 'tfds' else '']
-  return all(is_remote(p) or os.path.exists(p) for p in paths if p)
+def gone(data: Mapping[str, str]) -> str:
+  """Returns the first path of a place that is not there; '' if all are."""
+  first, _, path = data['source'].partition(':')
+  paths = [path if first in IN_FILES else '', data['dir']]
+  return next((p for p in paths if p and not _exists(p)), '')
+
+
+def told(data: Mapping[str, str]) -> str:
+  """Returns a place in words."""
+  return f'{data["source"]} in {data["dir"]}' if data['dir'] else data['source']
+
+
+def _exists(path: str) -> bool:
+  return is_remote(path) or os.path.exists(path)
 
 
 def _absolute(path: str) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lt_jax.data.longtail import label_counts
-from lt_jax.errors import UserError, lookup
+from lt_jax.errors import ClassError, UserError, lookup
 
 
 class Sampler(NamedTuple):
@@ -54,8 +54,7 @@ def _classes(name: str, labels: np.ndarray) -> _Classes:
       f"sampler {name!r} draws by class, but no image has a label: use 'instance'"
     )
   if not counts.all():
-    empty = np.argmin(counts)
-    raise UserError(f'sampler {name!r}: class {empty} has no training images')
+    raise ClassError(f'sampler {name!r}: ', counts.argmin(), ' has no training images')
   unlabelled = len(labels) - counts.sum()  # they are -1, so they come first
   return _Classes(counts, np.argsort(labels, kind='stable')[unlabelled:])
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import brentq
 
-from lt_jax.errors import UserError
+from lt_jax.errors import ClassError, UserError
 
 EUCLIDEAN_WEIGHT = 1 / 200
 FEWEST = 3
@@ -165,7 +165,7 @@ def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> 
     raise UserError(f'openmax: label {labels[outside][0]} is not in [0, {count})')
   bad = ~np.isfinite(distances)
   if bad.any():
-    raise UserError(f'openmax: a distance of class {labels[bad][0]} is not finite')
+    raise ClassError('openmax: a distance of ', labels[bad][0], ' is not finite')
 
 
 def fit_weibull(values: np.ndarray) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax.errors import UserError, lookup
+from lt_jax.errors import ClassError, UserError, lookup
 from lt_jax.evals.collect import Survey
 from lt_jax.losses import only
 from lt_jax.method import (
@@ -177,7 +177,7 @@ def novel_classifiers(
       sums, counts = survey.total(fresh, split, fold)
       empty = np.flatnonzero(~base & (counts == 0))
       if len(empty):
-        raise UserError(f'class {empty[0]} has no image in {split}, hence no weights')
+        raise ClassError('', empty[0], f' has no image in {split}, hence no weights')
       filled = np.array(kernel)
       filled[:, ~base] = (sums[~base] / counts[~base, None]).T
       return filled

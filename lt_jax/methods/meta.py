@@ -458,7 +458,7 @@ def weight_metrics(
 def _check_rate(name: str, rate: float) -> None:
   """Refuses a rate that is negative or not finite; 0 learns nothing, as a control."""
   if not 0 <= rate < float('inf'):
-    raise UserError(f'{name} is {rate}; it must be finite, and 0 or more')
+    raise UserError(f'{name} is {rate}; it must be a finite number, 0 or more')
 
 
 # The methods. Beside its own options each has those of `_reweighted`.

@@ -141,7 +141,7 @@ def finished(runs: Sequence[Run]) -> list[Run]:
   """Returns the runs with a result."""
   found = [run for run in runs if run.result]
   if not found:
-    raise Missing('result.json is missing')
+    raise Missing(runs[0].why_unfinished)
   return found
 
 

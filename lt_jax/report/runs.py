@@ -18,10 +18,10 @@ from lt_jax.evals import TITLES
 from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.writers import (
   count_rows,
+  damaged_lines,
   missing_rows,
   missing_vectors,
   places,
-  read_lines,
   read_rows,
   read_vectors,
 )
@@ -138,6 +138,15 @@ class Run:
     return f'unfinished, at step {step}' if step else 'unfinished, without a log yet'
 
   @property
+  def why_unfinished(self) -> str:
+    """Why there is no result that counts."""
+    return printable('; '.join(self._damaged) or 'result.json is missing')
+
+  def _lacks(self, name: str) -> str:
+    told = f'{name} is damaged'
+    return told if told in self._damaged else f'{name} is missing'
+
+  @property
   def seed(self) -> int | str:
     """The seed of the run."""
     return (self.config or self.error).get('seed', '?')
@@ -155,8 +164,11 @@ class Run:
   @property
   def losses(self) -> list[str]:
     """Says which rows of the log are missing or damaged, a line each."""
-    damaged = read_lines(self.folder / 'metrics.jsonl').damaged
-    told = [f'metrics.jsonl: {damaged} damaged lines'] * bool(damaged)
+    told = [
+      f'{name}: {damaged}'
+      for name in ('events.jsonl', 'metrics.jsonl')
+      for damaged in damaged_lines(self.folder / name)
+    ]
     for path in sorted((self.folder / 'stages').glob('*')):
       manifest = _newest_manifest(path)
       expected, step = manifest.get('rows') or {}, manifest.get('step', 0)
@@ -213,7 +225,7 @@ class Run:
       Missing: the run has not finished, or has no such metric.
     """
     if not self.result:
-      raise Missing('result.json is missing')
+      raise Missing(self.why_unfinished)
     if self.result['test'].get(name) is None:
       raise Missing(f'result.json has no {name}')
     return self.result['test'][name]
@@ -223,7 +235,7 @@ class Run:
     """(C,) training images of each class; Missing without data.json."""
     counts = self.data.get('counts', {}).get('train')
     if not counts:
-      raise Missing('data.json is missing')
+      raise Missing(self._lacks('data.json'))
     return np.array(counts)
 
   @property

@@ -1,0 +1,67 @@
+"""Messages name classes: wherever it is noticed, by number and by name."""
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lt_jax import build, posthoc, run, stage
+from lt_jax.class_weights import make_class_weights
+from lt_jax.data.episodes import episodes
+from lt_jax.data.samplers import SAMPLERS
+from lt_jax.errors import ClassError, UserError, class_names
+from lt_jax.evals.openmax import fit_tails
+from lt_jax.losses import make_loss
+from lt_jax.surgery import _means
+from tests import tiny
+
+NAMES = ('ant', 'bee', 'cat', 'dog')
+COUNTS = np.array([3, 0, 2, 1])
+LABELS = np.repeat(np.arange(4), COUNTS)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda: SAMPLERS['class_balanced'](LABELS),
+    lambda: SAMPLERS['class_aware'](LABELS, batch=2),
+    lambda: episodes(LABELS, COUNTS != 1, novel=1, queries_novel=1, queries_base=1),
+    lambda: make_class_weights('inverse_frequency', COUNTS),
+    lambda: make_loss('ldam', COUNTS),
+    lambda: posthoc.adjust_logits(None, counts=COUNTS),
+    lambda: fit_tails(np.array([np.inf]), np.array([1]), np.zeros((4, 4))),
+    lambda: _means(np.ones((4, 2)), COUNTS, 'val'),
+  ],
+)
+def test_a_class_is_named_by_those_who_know_its_name(make):
+  with pytest.raises(ClassError, match='class 1( |$)'):
+    make()
+  with pytest.raises(UserError, match=r"class 1 \('bee'\) "), class_names(NAMES):
+    make()
+
+
+@pytest.fixture(scope='module')
+def named_npz(tmp_path_factory):
+  path = tiny.write_npz(tmp_path_factory.mktemp('named') / 'tiny.npz')
+  np.savez(path, **np.load(path), class_names=NAMES)
+  return path
+
+
+def test_a_build_knows_the_names(named_npz):
+  config = tiny.config(
+    named_npz, 'ce', shot_groups=('few',), sampler={'name': 'class_balanced'}
+  )
+  with pytest.raises(UserError, match=r"class 0 \('ant'\) has no training images"):
+    build.build(config)
+  config = tiny.config(named_npz, 'ce')
+  config['data'] |= {'profile': 'exponential', 'n_max': 5, 'imbalance': 20.0}
+  with pytest.raises(UserError, match=r"class 2 \('cat'\) without images"):
+    build.build(config)
+
+
+def test_a_stage_that_begins_knows_the_names(named_npz, tmp_path, monkeypatch):
+  def operate(*_):
+    raise ClassError('', 3, ' has no image in val')
+
+  monkeypatch.setattr(stage, 'operate', operate)
+  with pytest.raises(UserError, match=r"class 3 \('dog'\) has no image in val"):
+    run.run(tiny.config(named_npz, 'ce'), epath.Path(tmp_path / 'run'))
