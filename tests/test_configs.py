@@ -650,6 +650,21 @@ def test_an_older_config_is_read_under_the_keys_of_today():
   assert upgraded(older) == now
 
 
+@pytest.mark.parametrize('recipe', ['l2rw', 'meta_ce'])
+def test_two_older_methods_are_settings_of_one(recipe):
+  now = resolve(digits_lt.get_config(recipe))
+  older = json.loads(json.dumps(now))
+  stage = older if recipe == 'l2rw' else older['stages']['meta']
+  for option in ('prior', 'clip', 'normalise'):
+    del stage['method'][option]
+  if recipe == 'l2rw':
+    options = ('low_memory', 'meta_layers', 'route', 'virtual')
+    kept = {option: older['method'][option] for option in options}
+    older['method'] = {'name': 'l2rw', **kept}
+    older['class_weights'] = {'name': 'uniform', 'start_epoch': 0.0}
+  assert older != now and upgraded(older) == now == upgraded(now)
+
+
 def test_the_meta_batch_of_an_older_config_is_a_stream():
   now = resolve(digits_lt.get_config('meta_ce'))
   older = json.loads(json.dumps(now)) | {'stream': {'name': 'images'}}

@@ -188,7 +188,7 @@ def by_unrolling(
 ROUTES = {'jvp': by_jvp, 'unrolled': by_unrolling}
 
 
-# What the three methods share.
+# What the methods share.
 
 
 def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
@@ -480,48 +480,6 @@ def _method(weighing: Callable[..., Weighing]) -> Callable[..., Method]:
 
 
 @_method
-def l2rw(
-  *,
-  counts: np.ndarray,
-) -> Weighing:
-  r"""Learning to reweight: weights by the first meta gradient, clipped and normalised.
-
-  .. math::
-    u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
-    a_i = \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
-
-  of the virtual objective sum_i eps_i l_i, and all zero where no u_i is positive; the
-  training objective is sum_i a_i l_i. As eps is 0, plain descent does not move: theta'
-  is theta, and the virtual learning rate cancels, unless it is 0: then so are the
-  weights, in a step that moves nothing anyway (the first of a linear warm-up). In a
-  step without a meta batch, which is ours, all weigh the same.
-
-  Args:
-    counts: (C,) training images, for the class-balanced weights of the logs.
-
-  Source: Ren et al., Learning to Reweight Examples, arXiv 1803.09050, algorithm 1.
-  """
-
-  def weigh(gradient, losses, state, batch):
-    del state, batch
-    if gradient is None:
-      return jnp.ones_like(losses)
-    wanted = jnp.maximum(-gradient, 0)
-    total = wanted.sum()
-    share = wanted / jnp.where(total == 0, 1, total)
-    return len(share) * share
-
-  return Weighing(
-    variables=lambda state, batch: jnp.zeros(len(batch['label'])),
-    objective=lambda losses, eps, state, batch: jnp.dot(eps, losses),
-    weigh=weigh,
-    prior=_balanced(counts),
-    still=True,
-    mean_one=True,
-  )
-
-
-@_method
 def meta_weight_net(
   *,
   counts: np.ndarray,
@@ -597,52 +555,98 @@ def meta_reweight(
   eps_lr: float = 0.01,
   eps_scale: str = 'absolute',
   form: str = 'additive',
+  prior: str = 'class_weights',
+  clip: bool = False,
+  normalise: bool = False,
 ) -> Weighing:
-  r"""Class weights, and what the meta gradient adds to them example by example.
+  r"""Weights of examples: a prior by class, plus what the meta gradient says.
 
   .. math::
     \text{additive: } F = \sum_i (w_{y_i} + \epsilon_i)\, \ell_i, \qquad
     \text{multiplicative: } F = \frac1B \sum_i w_{y_i} (1 + \epsilon_i)\, \ell_i
 
-  with eps = -tau times the meta gradient at eps = 0, anew in every step, neither
-  clipped nor normalised. The training objective is the mean over the batch of the same
-  weighted losses. tau = 0 is training with the class weights, and so is a step without
-  a meta batch.
+  with eps = -tau times the meta gradient at eps = 0, anew in every step. Training
+  descends the mean over the batch of the same weighted losses. tau = 0 is training with
+  the prior alone, and so is a step without a meta batch.
+
+  Two papers are two settings of it. Jamal et al. keep the class weights as the prior
+  and neither clip nor normalise. Ren et al. ("learning to reweight") have no prior,
+  clip and normalise:
+
+  .. math::
+    u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
+    a_i = B\, \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
+
+  Without a prior eps = 0 leaves theta' = theta under plain descent, and the virtual
+  learning rate, like tau, cancels in the normalisation, unless it is 0: then so are the
+  weights, in a step that moves nothing anyway (the first of a linear warm-up). Without
+  a prior, a step without a meta batch weighs all examples alike; that is ours.
 
   Args:
-    class_weights: step -> (C,), w.
-    eps_lr: tau. With the released constants eps is tiny against w; the logs say how
-      tiny (`learned_over_prior`).
+    class_weights: step -> (C,), w. Without a prior they only serve the logs, which
+      compare the learned weights with them.
+    eps_lr: tau. With the constants of Jamal et al. eps is tiny against w; the logs say
+      how tiny (`learned_over_prior`).
     eps_scale: 'absolute', or 'relative': the gradient is divided by its largest
       absolute entry, so that tau is the largest |eps|. Ours.
-    form: 'additive' is the released code, 'multiplicative' the paper. From the same
-      theta', what they add differs by a factor of w^2 / B.
+    form: 'additive' is the released code of Jamal et al., 'multiplicative' their paper.
+      From the same theta', what they add differs by a factor of w^2 / B.
+    prior: 'class_weights', or 'none': eps is all there is.
+    clip: a negative eps counts as 0.
+    normalise: the weights of a batch are divided by the mean of their absolute values.
+      Of clipped ones that is their mean, as in Ren et al.; of others the sum could be
+      near 0, and this is ours. All stay 0 where all are.
 
-  Source: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
+  Raises:
+    UserError: an unknown option, a rate that is negative, or the multiplicative form
+      without a prior, whose weights would all be 0.
+
+  Sources: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
   Recognition, arXiv 2003.10780, and abdullahjamal/Longtail_DA, where the virtual
-  learning rate drops an epoch later than the other.
+  learning rate drops an epoch later than the other; Ren et al., Learning to Reweight
+  Examples, arXiv 1803.09050, algorithm 1.
   """
   _check_rate('eps_lr', eps_lr)
   inner, outer = lookup(FORMS, 'form', form)
   scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
+  from_nothing = lookup(FROM_NOTHING, 'prior', prior)
+  if from_nothing and form == 'multiplicative':
+    raise UserError("form is 'multiplicative', but with prior='none' weights stay 0")
 
-  def prior(state: State, batch: Batch) -> jax.Array:
+  def balanced(state: State, batch: Batch) -> jax.Array:
     return weights_of(class_weights(state.step), batch['label'])
 
+  def base(state: State, batch: Batch) -> jax.Array:
+    return 0.0 if from_nothing else balanced(state, batch)
+
   def objective(losses, eps, state, batch):
-    return jnp.dot(inner(prior(state, batch), eps), losses)
+    return jnp.dot(inner(base(state, batch), eps), losses)
 
   def weigh(gradient, losses, state, batch):
+    if gradient is None and from_nothing:
+      return jnp.ones_like(losses)
     eps = jnp.zeros_like(losses) if gradient is None else -eps_lr * scale(gradient)
-    return outer(prior(state, batch), eps)
+    weights = outer(base(state, batch), jnp.maximum(eps, 0) if clip else eps)
+    return _mean_one(weights) if normalise else weights
 
   return Weighing(
     variables=lambda state, batch: jnp.zeros(len(batch['label'])),
     objective=objective,
     weigh=weigh,
-    prior=prior,
+    prior=balanced,
+    still=from_nothing,
+    mean_one=normalise,
   )
 
+
+def _mean_one(weights: jax.Array) -> jax.Array:
+  """Divides weights (B,) by the mean of their absolute values; zeros stay zeros."""
+  total = jnp.abs(weights).sum()
+  return len(weights) * (weights / jnp.where(total == 0, 1, total))
+
+
+FROM_NOTHING = {'class_weights': False, 'none': True}
+"""Prior of `meta_reweight` -> whether epsilon is all there is."""
 
 FORMS = {
   'additive': (lambda w, eps: w + eps, lambda w, eps: w + eps),
