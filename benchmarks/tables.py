@@ -28,9 +28,9 @@ from typing import NamedTuple
 from lt_jax import commands, files, report
 from lt_jax.config import resolve, trained_by
 from lt_jax.errors import WRONG_INPUT
+from lt_jax.evals import TITLES
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs as read
-from lt_jax.results import TABLE
 from lt_jax.sweep import cells, loader
 
 ONE_DOMAIN = [name for name, made in RECIPES.items() if 'target' not in made.needs]
@@ -159,7 +159,7 @@ def table(config, runs):
         'learned_over_prior': [learned_over_prior(run) for run in group.counted],
         'test': {
           metric: [result['test'][metric] for result in results]
-          for metric in TABLE
+          for metric in TITLES
           if metric in results[0]['test']
         },
       }

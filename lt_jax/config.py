@@ -73,6 +73,7 @@ RENAMED = {'leaves': 'save_outputs', 'classes': 'shot_groups'}
 """Old name of a key -> its name now, at the top level and in stages."""
 
 ADDED = (
+  'task',
   'domains',
   'sources',
   'target',
@@ -172,6 +173,7 @@ def base_config() -> ConfigDict:
       'target': (),  # domains that are adapted to; several are one compound target
       'open_domains': (),  # domains never seen in training, tested on
       'domain': 'source',  # whose classes a stage learns
+      'task': 'classification',  # what a label is, and what is measured
       'batch': 128,
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are

@@ -1,13 +1,11 @@
 """What a run leaves behind: final metrics, predictions, features, worst errors."""
 
-import functools
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -16,17 +14,13 @@ from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, TARGET, config_digest, flatten
-from lt_jax.evals import open_set, record
-from lt_jax.evals.calibration import calibration
-from lt_jax.evals.closed_set import closed_set
+from lt_jax.evals import TITLES
+from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.domains import by_domain, mean_metrics
-from lt_jax.method import Batch, Outputs, State
+from lt_jax.method import State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
-
-MOST_LOGITS = 10**8
-"""Test images times classes up to which predictions.npz holds every logit."""
 
 PREDICTIONS = (
   'domain',
@@ -41,7 +35,6 @@ PREDICTIONS = (
 )
 """What predictions.npz may hold; two logits may be equal in float16."""
 
-TOP = 20
 FEATURES = 2000
 SAMPLES = 64
 
@@ -55,8 +48,7 @@ class Evaluated(NamedTuple):
     threshold: of the known score, how it was chosen and its value, which is None
       without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
-    records: split -> what `lt_jax.evals.record` keeps; the test split's with logits
-      and features.
+    records: split -> what the task keeps; the test split's with logits and features.
   """
 
   metrics: dict[str, dict[str, Any]]
@@ -85,10 +77,10 @@ def evaluate(
   Raises:
     Preempted: `stop()` turned true on the way.
   """
-  classes = len(stage.dataset.class_names)
-  all_logits = stage.passes['test'].examples * classes <= MOST_LOGITS
-  keep_all = collector(stage.method.predict, _keep(all_logits), experiment.mesh)
-  keep_record = collector(stage.method.predict, record, experiment.mesh)
+  task, classes = stage.task, len(stage.dataset.class_names)
+  keep = task.keep(stage.passes['test'].examples, classes)
+  keep_all = collector(stage.method.predict, keep, experiment.mesh)
+  keep_record = collector(stage.method.predict, task.record, experiment.mesh)
   records = {
     name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
     for name, one_pass in stage.passes.items()
@@ -99,25 +91,16 @@ def evaluate(
     bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
   metrics |= _test_metrics(records, experiment, stage)
-  if 'open_test' not in records:
-    return Evaluated(metrics, None, {}, records)
-  thresholds, curves = {}, {}
-  test = records['test']
-  # The papers' threshold means nothing for a score that a method makes itself.
-  own = not np.array_equal(test['known_score'], test['confidence'])
-  probability = None if own else 'known_score'
-  for score, place in {'known_score': 'test', 'energy': 'test_by_energy'}.items():
-    thresholds[score] = _choose_threshold(records, score)
-    joined = _joined(score, records['test'], records['open_test'])
-    curves[score] = open_set.curve(*joined)
-    metrics[place] = metrics.get(place, {}) | open_set.open_set(
-      *joined,
-      thresholds[score]['value'],
-      num_classes=len(stage.dataset.class_names),
-      groups=stage.groups,
-      fixed=open_set.FIXED_THRESHOLD if score == probability else None,
-    )
-  return Evaluated(metrics, thresholds['known_score'], curves, records)
+  across = task.across(records, num_classes=classes, groups=stage.groups)
+  for place, found in across.metrics.items():
+    metrics[place] = metrics.get(place, {}) | found
+  return Evaluated(metrics, across.threshold, across.curves, records)
+
+
+def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
+  """Returns what a stage's task measures of a split with labels."""
+  classes = len(stage.dataset.class_names)
+  return stage.task.measure(records, num_classes=classes, groups=stage.groups)
 
 
 def _test_metrics(
@@ -154,70 +137,6 @@ def bad_rows(stage: Stage, split: str, records: Collected) -> np.ndarray:
   """Returns the positions in the source of a split's images that cannot be read."""
   rows = stage.images[split].rows
   return rows[records['bad']] if 'bad' in records else rows[:0]
-
-
-def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
-  """Returns closed-set accuracies, mean loss and ECE of a split of known images."""
-  label, prediction = records['label'], records['prediction']
-  found = closed_set(
-    label,
-    prediction,
-    num_classes=len(stage.dataset.class_names),
-    groups=stage.groups,
-  )
-  calibrated = calibration(records['confidence'], prediction == label)
-  loss = float(records['loss'].mean(dtype=np.float64))
-  return {**found, 'loss': loss, 'ece': calibrated['ece']}
-
-
-def _joined(score: str, *parts: Collected) -> tuple[np.ndarray, ...]:
-  names = ('label', 'prediction', score)
-  return tuple(np.concatenate([part[name] for part in parts]) for name in names)
-
-
-def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str, Any]:
-  """Chooses the threshold of a score, on validation images only."""
-  if 'open_val' in records and 'val' in records:
-    joined = _joined(score, records['val'], records['open_val'])
-    value = open_set.best_threshold(*joined)
-    return {'value': value, 'chosen_by': 'f_measure_oltr2020 on val and open_val'}
-  if 'val' in records:
-    value = open_set.keep_threshold(records['val'][score])
-    return {'value': value, 'chosen_by': 'keeps 95 % of val'}
-  return {'value': None, 'chosen_by': 'nothing: there are no validation images'}
-
-
-def _half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-  """Returns values in float16, those beyond its range at its ends."""
-  most = float(np.finfo(np.float16).max)
-  return values.astype(np.float32).clip(-most, most).astype(np.float16)
-
-
-@functools.cache
-def _keep(all_logits: bool) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
-  """Returns what is kept of the test split: records, features, and logits or the top.
-
-  On the device, so that a large test set times many classes never comes to the host.
-  """
-
-  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    logits = outputs['logits']
-    kept = {
-      **record(outputs, batch),
-      'features': _half(outputs['features']),
-    }
-    if all_logits:
-      return kept | {'logits': _half(logits)}
-    top, classes = jax.lax.top_k(logits, TOP)
-    of_label = jnp.take_along_axis(logits, batch['label'][:, None], axis=-1)[:, 0]
-    return kept | {
-      'top_logits': _half(top),
-      'top_classes': classes,
-      'label_logit': of_label,
-      'log_sum_exp': jax.nn.logsumexp(logits, axis=-1),
-    }
-
-  return keep
 
 
 def write_results(
@@ -269,7 +188,7 @@ def write_results(
       for name, kept in evaluated.records.items()
       if 'bad' in kept and kept['bad'].any()
     },
-    'best_on_test': _best_on_test(rows, stage.name),
+    'best_on_test': _best_on_test(rows, stage),
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
     'wall_seconds': round(wall_seconds, 1),
@@ -319,7 +238,7 @@ def _write_arrays(
     features=test['features'][few],
     label=test['label'][few],
     prediction=test['prediction'][few],
-    centroids=_half(np.asarray(centroids)),
+    centroids=half(np.asarray(centroids)),
   )
 
   worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])
@@ -389,14 +308,15 @@ def worst_tail_errors(
   return positions[np.argsort(-test['loss'][positions], kind='stable')][:SAMPLES]
 
 
-def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
-  """Returns the best test accuracy of a stage: a number, never a State in use."""
-  rows = [r for r in rows if r['stage'] == stage and r['split'] == 'test']
-  rows = [r for r in rows if r.get('accuracy') is not None]
+def _best_on_test(rows: list[dict[str, Any]], stage: Stage) -> dict[str, Any] | None:
+  """Returns the best headline on test data: a number, never a State in use."""
+  headline = stage.task.headline
+  rows = [r for r in rows if r['stage'] == stage.name and r['split'] == 'test']
+  rows = [r for r in rows if r.get(headline) is not None]
   if not rows:
     return None
-  best = max(rows, key=lambda row: row['accuracy'])
-  return {name: best.get(name) for name in ('step', 'epoch', 'accuracy')}
+  best = max(rows, key=lambda row: row[headline])
+  return {name: best.get(name) for name in ('step', 'epoch', headline)}
 
 
 def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:
@@ -443,27 +363,12 @@ def versions() -> dict[str, str]:
   return {'python': platform.python_version(), **found}
 
 
-TABLE = {
-  'accuracy': 'accuracy',
-  'many': 'many-shot',
-  'medium': 'medium-shot',
-  'few': 'few-shot',
-  'macro_accuracy': 'macro accuracy',
-  'harmonic_mean': 'harmonic mean',
-  'ece': 'ECE',
-  'auroc': 'open-set AUROC',
-  'f_measure_oltr2019': 'open-set F (oltr2019)',
-  'f_measure_oltr2020': 'open-set F (oltr2020)',
-}
-"""What the table at the end shows; result.json has everything."""
-
-
 def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
   """Prints the table of a result, and where its files are."""
   test = result['test']
   shown = {
     title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
-    for name, title in TABLE.items()
+    for name, title in TITLES.items()
     if name in test
   }
   screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())

@@ -12,11 +12,9 @@ from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
-from lt_jax.build.checks import SELECTABLE
 from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError
-from lt_jax.evals import record
 from lt_jax.evals.collect import collector
 from lt_jax.method import State, named_key
 from lt_jax.stopping import (
@@ -130,7 +128,7 @@ class StageRunner:
       facts=_facts(experiment) | origin,
       log=events,
     )
-    self._collect = collector(stage.method.predict, record, experiment.mesh)
+    self._collect = collector(stage.method.predict, stage.task.record, experiment.mesh)
     self._bad = BadImages(stage.images, events, read_rows(workdir / 'events.jsonl'))
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
@@ -425,15 +423,16 @@ class StageRunner:
         rows[split] = results.split_metrics(records, self.stage)
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
-    self._screen.detail(f'step {step}: accuracy on {told}')
+    headline = self.stage.task.headline
+    told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    self._screen.detail(f'step {step}: {headline} on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
     split, metric = self.stage.select
-    value = SELECTABLE[metric] * float(rows[split][metric])
+    value = self.stage.task.metrics[metric].better * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
     than = -np.inf if best is None else best.get('value')

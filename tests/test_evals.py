@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lt_jax.errors import UserError
-from lt_jax.evals import record
 from lt_jax.evals.calibration import calibration
+from lt_jax.evals.classification import record
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.open_set import (
   best_threshold,

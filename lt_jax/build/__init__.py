@@ -40,6 +40,7 @@ from lt_jax.data.dataset import Dataset
 from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, construct, lookup
+from lt_jax.evals import TASKS
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
@@ -151,6 +152,7 @@ def _build_stage(
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
   learned = learned_classes(config['shot_groups'], groups)
+  task = lookup(TASKS, 'task', config['task'])
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
@@ -162,6 +164,7 @@ def _build_stage(
     method=method,
     domain=config['domain'],
     dataset=dataset,
+    task=task,
     groups=groups,
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
@@ -181,7 +184,7 @@ def _build_stage(
     plan=_plan(config, clock),
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
-    select=selection(config['select'], dataset, groups),
+    select=selection(config['select'], task, dataset, groups),
   )
 
 

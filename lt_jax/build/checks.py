@@ -11,22 +11,9 @@ import numpy as np
 from lt_jax.config import CLOCK, Config, flatten
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup
+from lt_jax.evals.tasks import Task
 from lt_jax.methods import METHODS
 from lt_jax.methods.supervised import make_objective
-
-SELECTABLE = {
-  'accuracy': 1,
-  'macro_accuracy': 1,
-  'harmonic_mean': 1,
-  'worst_class': 1,
-  'many': 1,
-  'medium': 1,
-  'few': 1,
-  'loss': -1,
-  'ece': -1,
-}
-"""Metrics a State can be chosen by; -1 where less is better."""
-
 
 RANGES = {
   'seed': (0, 2**31 - 1),
@@ -179,7 +166,7 @@ def check_all_is_used(name: str, config: Config) -> None:
 
 
 def selection(
-  select: str, dataset: Dataset, groups: Mapping[str, np.ndarray]
+  select: str, task: Task, dataset: Dataset, groups: Mapping[str, np.ndarray]
 ) -> tuple[str, str] | None:
   """Returns (split, metric) of the State that counts; None for the last one."""
   if select == 'last':
@@ -193,7 +180,8 @@ def selection(
     )
   if split != 'val' or not metric:
     raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
-  lookup(SELECTABLE, 'metric to select by', metric)
+  choices = {name: one for name, one in task.metrics.items() if one.better}
+  lookup(choices, 'metric to select by', metric)
   if split not in dataset.splits:
     raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
   if metric in groups and not groups[metric].any():

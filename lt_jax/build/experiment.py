@@ -10,6 +10,7 @@ from lt_jax.config import Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
+from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
@@ -23,6 +24,7 @@ class Stage(NamedTuple):
     method: what is trained.
     domain: a domain or role whose classes it learns.
     dataset: its data.
+    task: what is measured.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
     trained_on: streams of images -> name of the split.
@@ -46,6 +48,7 @@ class Stage(NamedTuple):
   method: Method
   domain: str
   dataset: Dataset
+  task: Task
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
   trained_on: dict[str, str]

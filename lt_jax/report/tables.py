@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lt_jax.evals import TITLES
 from lt_jax.evals.domains import gap_coverage
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
-from lt_jax.results import TABLE
 
 UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
 
@@ -133,7 +133,7 @@ def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
   """Returns the metrics that any run has, with their titles."""
   there = {name for run in runs if run.result for name in run.result['test']}
-  return {name: title for name, title in TABLE.items() if name in there}
+  return {name: title for name, title in TITLES.items() if name in there}
 
 
 def _states(group: Group) -> str:
@@ -160,7 +160,7 @@ def published_table(groups: Sequence[Group]) -> Table:
       rows.append(
         [
           group.label,
-          _METRICS.get(row['metric'], TABLE.get(row['metric'], row['metric'])),
+          _METRICS.get(row['metric'], TITLES.get(row['metric'], row['metric'])),
           percent(values),
           percent(best) if best else '-',
           _published(row),
