@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.digests import compared
 from lt_jax import files
-from lt_jax.config import resolve
-from lt_jax.sweep import cells, loader
+from lt_jax.config import config_digest, resolve
+from lt_jax.sweep import _value, at_point, cells, loader, parse_grid
 from tests import child
 
 NAMES = (
@@ -199,3 +199,21 @@ def test_a_table_holds_what_its_runs_found(make_table, tmp_path):
   )
   result = json.loads((tmp_path / 'runs/ce/1/result.json').read_text())
   assert ce['test']['accuracy'][1] == result['test']['accuracy']
+
+
+@pytest.mark.parametrize('name', ['digits_lt_switches', 'cifar10_lt_cb_focal'])
+def test_every_cell_of_a_grid_has_a_config(name):
+  """Its keys are there, and those that are set beside it."""
+  from benchmarks import tables
+
+  table = tables.TABLES[name]
+  given = [o[7:] for o in table.options if o.startswith('--grid=')]
+  keys = [o[9:].split('=') for o in table.options if o.startswith('--config.')]
+  made = {key: _value(text) for key, text in keys}
+  file, _, options = table.config.partition(':')
+  make = loader(f'{child.ROOT}/configs/{file}', options, made)
+  every = cells([table.methods], ['0'], pathlib.Path(), parse_grid(given))
+  digests = {
+    config_digest(resolve(at_point(make(cell.method), cell.point))) for cell in every
+  }
+  assert len(digests) == len(every) == (16 if 'switches' in name else 12)

@@ -22,7 +22,7 @@ from configs import cifar10_lt, places_lt
 from lt_jax import report
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, page, published, runs, tables
+from lt_jax.report import drawing, figures, grids, page, published, runs, tables
 
 COUNTS = (200, 90, 30, 8, 3)
 NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
@@ -738,3 +738,59 @@ def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   found = look_at(linked, tmp_path / 'browser', *flags)
   assert found['problems'] == [] and min(map(min, found['sizes'])) > 50
   assert len(found['sizes']) == len(RUN_FIGURES) + 3
+
+
+def validated(folder, made, test, val):
+  """Writes a run with validation images."""
+  path = write_run(folder, made, test) / 'result.json'
+  result = json.loads(path.read_text()) | {'val': {'accuracy': val}}
+  path.write_text(json.dumps(result))
+
+
+def weighted(beta, gamma, seed):
+  """Returns a config with two keys of a grid, and one that follows the first."""
+  weights = {'name': 'effective_number', 'beta': beta}
+  second = {'class_weights': {'beta': beta}}
+  loss = {'name': 'sigmoid_focal', 'gamma': gamma}
+  return config(
+    'cb_focal', seed, class_weights=weights, loss=loss, stages={'s': second}
+  )
+
+
+def test_values_of_a_grid_are_chosen_by_validation(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, 'FIGURES', {})
+  monkeypatch.setattr(figures, 'COMPARISONS', {})
+  val = {(0.9, 1.0): 0.6, (0.99, 1.0): 0.8, (0.9, 2.0): 0.7, (0.99, 2.0): 0.5}
+  for (beta, gamma), value in val.items():
+    for seed in (0, 1):  # on the test set it would be the other way round
+      folder = tmp_path / f'{beta}-{gamma}/{seed}'
+      validated(folder, weighted(beta, gamma, seed), 1 - value, value + 0.1 * seed)
+  write_run(tmp_path / 'ce')
+  (grid,) = grids.grids(runs.grouped(runs.find(epath.Path(tmp_path)))[0])
+  assert grid.keys == ['class_weights.beta', 'loss.gamma']
+  assert grid.values[grid.chosen] == (0.99, 1.0)
+  page = page_of(tmp_path)
+  assert 'Chosen by validation' in page.text
+  lines = (tmp_path / 'report.md').read_text().splitlines()
+  (chosen,) = [line for line in lines if line.rstrip(' |').endswith('yes')]
+  cells = [cell.strip() for cell in chosen.strip('|').split(' | ')]
+  values = r'class\_weights.beta=0.99, loss.gamma=1'
+  assert cells[:3] == [r'cb\_focal', values, '2']
+  assert cells[3] == tables.percent([0.8, 0.9]) and cells[4] == '20.0 ± 0.0'
+  assert (tmp_path / 'figures/error_by_value.svg').is_file()
+  figure, caption = grids.error_by_value([grid])
+  (axes,) = figure.axes
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['0.9', '0.99']
+  drawn = [c.lines[0] for c in axes.containers if c.get_label().endswith('gamma=1')]
+  errors = np.asarray(drawn[0].get_ydata(), float)  # in the order of beta
+  np.testing.assert_allclose(errors, [60, 80])
+  assert 'class_weights.beta' in caption
+
+
+def test_without_validation_images_nothing_is_chosen(tables_only, tmp_path):
+  for epochs in (10.0, 20.0):
+    write_run(tmp_path / f'{epochs}', config(epochs=epochs))
+  (grid,) = grids.grids(runs.grouped(runs.find(epath.Path(tmp_path)))[0])
+  assert grid.chosen is None and grid.keys == ['epochs']
+  report.write(tmp_path)
+  assert 'yes' not in (tmp_path / 'report.md').read_text()

@@ -13,7 +13,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, tables
+from lt_jax.report import drawing, figures, grids, tables
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
 MOST_DRAWN = 20
@@ -57,8 +57,13 @@ def write(folder: epath.PathLike) -> epath.Path:
   notes = [*notes, *_warnings(runs), *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   domains = tables.domains_table(groups)
+  found = grids.grids(groups)
+  chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
+  if found:
+    figure = grids.error_by_value
+    compared.append(drawing.draw('error_by_value', figure, found, 'page'))
   page = _template().render(
     title=_title(runs, folder, alone),
     facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
@@ -66,12 +71,13 @@ def write(folder: epath.PathLike) -> epath.Path:
     results=results,
     published=published,
     domains=domains,
+    chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
   )
-  shown = [table for table in (results, domains, published) if table.rows]
+  shown = [table for table in (results, domains, chosen, published) if table.rows]
   remarks = [tables.UNITS, *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
