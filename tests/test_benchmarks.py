@@ -18,6 +18,7 @@ from tests import child
 NAMES = (
   'adaptation_step',
   'digests',
+  'effective_number',
   'epoch',
   'input_pipeline',
   'memory_head',

@@ -39,7 +39,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from lt_jax.class_weights import effective_number, weights_of
+from lt_jax.class_weights import inverse_effective_number, weights_of
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import (
   Batch,
@@ -665,5 +665,5 @@ EPS_SCALES = {
 
 def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
   """Returns class-balanced weights, with which learned ones are compared."""
-  weights = effective_number(np.maximum(counts, 1))
+  weights = inverse_effective_number(np.maximum(counts, 1))
   return lambda state, batch: weights_of(weights, batch['label'])
