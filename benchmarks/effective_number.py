@@ -56,6 +56,8 @@ def covering(rng):
     axes.errorbar(places, means, spreads, fmt='o', color=colour, markersize=3.5)
   axes.plot(counts, counts, ':', color=drawing.INK, label='n', linewidth=0.8)
   axes.set(xscale='log', yscale='log', xlabel='images n', ylabel='effective number')
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter('{x:g}')
   axes.legend()
   return figure, (
     'The effective number of images (lines), and what as many random regions cover in '

@@ -187,7 +187,6 @@ def _published(row: published.Row) -> str:
 
 _METRICS = {
   'error': 'top-1 error',
-  'f_measure_oltr2019_own_rule': 'open-set F (oltr2019) by its own rule',
   'f_measure_oltr2019_at_0.1': 'open-set F (oltr2019) at 0.1',
 }
 
