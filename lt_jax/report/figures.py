@@ -15,6 +15,8 @@ from matplotlib.collections import PolyCollection
 
 from lt_jax.data.longtail import shot_bounds
 from lt_jax.evals.calibration import BINS, calibration
+from lt_jax.report.across import compare_gains, compare_training
+from lt_jax.report.curves import curve, stages_of
 from lt_jax.report.drawing import (
   COLOURS,
   CYCLE,
@@ -29,7 +31,8 @@ from lt_jax.report.drawing import (
   shortened,
   thinned,
 )
-from lt_jax.report.runs import Group, Missing, Run, printable
+from lt_jax.report.learned import epsilons, mean_of_columns
+from lt_jax.report.runs import Group, Missing, Run
 
 MOST_CLASSES = 50
 """Classes up to which each has a place of its own in a matrix."""
@@ -271,10 +274,10 @@ def training(runs: Sequence[Run]) -> Drawn:
         labelled.add(split)
       if split != 'train':
         style |= MARKER
-      _line(loss, *_curve(run, split, 'loss'), **style)
-      _line(accuracy, *_curve(run, split, 'accuracy', 100), **style)
-    _line(rate, *_curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
-  stages = _stages(runs[0])
+      _line(loss, *curve(run, split, 'loss'), **style)
+      _line(accuracy, *curve(run, split, 'accuracy', 100), **style)
+    _line(rate, *curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
+  stages = stages_of(runs[0])
   for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
     axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
   loss.set_ylabel('loss (nats)')
@@ -302,39 +305,6 @@ def _lines(runs: Sequence[Run]) -> str:
   return '' if len(runs) == 1 else f' A line a seed, the strong one {runs[0].seed}.'
 
 
-def _stages(run: Run) -> dict[str, tuple[int, int]]:
-  """Returns stage -> (where it begins, what to add to its steps), one after the other.
-
-  A stage counts its steps anew, unless it carries on the clock of the one before.
-  """
-  found, end = {}, 0
-  for stage in dict.fromkeys(row.get('stage') for row in run.rows):
-    surgeries = run.config.get('stages', {}).get(stage, {}).get('surgeries', ())
-    goes_on = any(
-      name == 'carry' and 'step' in options.get('fields', ())
-      for name, options in surgeries
-    )
-    offset = 0 if goes_on else end
-    found[printable(str(stage))] = (end, offset)
-    steps = (row.get('step', 0) for row in run.rows if row.get('stage') == stage)
-    end = offset + max(steps)
-  return found
-
-
-def _curve(
-  run: Run, split: str, name: str, scale: float = 1
-) -> tuple[list[float], list[float]]:
-  """Returns steps and values of a metric, NaN where it was not finite."""
-  stages = _stages(run)
-  points = [
-    (row['step'] + stages[printable(str(row.get('stage')))][1], row[name])
-    for row in run.rows
-    if row.get('split') == split and name in row and 'step' in row
-  ]
-  values = [np.nan if value is None else scale * value for _, value in points]
-  return [step for step, _ in points], values
-
-
 def weights(runs: Sequence[Run]) -> Drawn:
   """Draws the weights that a method has learned: by class, over training."""
   run = runs[0]
@@ -352,7 +322,9 @@ def weights(runs: Sequence[Run]) -> Drawn:
   over_time.set_title('strong: rare classes; faint: frequent ones')
   # The last fifth of training: a single log row has few images of a rare class.
   tail = slice(-max(1, len(step) // 5), None)
-  last, width, before = (_mean(x[tail][:, order]) for x in (mean, spread, prior))
+  last, width, before = (
+    mean_of_columns(x[tail][:, order]) for x in (mean, spread, prior)
+  )
   at_end.errorbar(
     counts[order], last, width, fmt='o', markersize=4, capsize=2, label='learned'
   )
@@ -365,14 +337,6 @@ def weights(runs: Sequence[Run]) -> Drawn:
   at_end.legend()
   seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
   return figure, f'Learned weights of examples, by class, over training.{seed}'
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-  """Returns the means of columns, without what is not a number."""
-  there = np.isfinite(values)
-  count = there.sum(axis=0)
-  total = np.where(there, values, 0).sum(axis=0)
-  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def features(runs: Sequence[Run]) -> Drawn:
@@ -443,6 +407,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'open_set': open_set,
   'training': training,
   'weights': weights,
+  'epsilons': epsilons,
 }
 """name -> figure of seeds of one thing."""
 
@@ -498,7 +463,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])
   order = np.argsort(-counts.sum(axis=0), kind='stable')
   parts = np.array_split(order, min(len(order), MOST_NAMED))
-  shown = np.stack([_mean(rows[:, part].T) for part in parts], axis=1)
+  shown = np.stack([mean_of_columns(rows[:, part].T) for part in parts], axis=1)
   figure, axes = plot(size=(9, 1.5 + 0.26 * len(groups)))
   _matrix(axes, shown, numbers=True)
   if len(parts) == len(order):
@@ -524,5 +489,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
 COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
   'compare_shot_groups': compare_shot_groups,
   'compare_classes': compare_classes,
+  'compare_gains': compare_gains,
+  'compare_training': compare_training,
 }
 """name -> figure of several groups."""
