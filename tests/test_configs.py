@@ -13,6 +13,7 @@ from configs import (
   cifar100_lt,
   cifar100_open,
   digits_lt,
+  imagenet,
   imagenet_lt,
   inat17,
   inat18,
@@ -50,6 +51,7 @@ CONFIGS = {
   'cifar10_lt': (cifar10_lt, ',net=resnet8'),
   'cifar100_lt': (cifar100_lt, ',net=resnet8'),
   'cifar100_open': (cifar100_open, ',net=resnet8'),
+  'imagenet': (imagenet, ',net=resnet10'),
   'imagenet_lt': (imagenet_lt, ''),
   'places_lt': (places_lt, ',net=resnet50'),
   'inat17': (inat17, ',net=resnet10'),
@@ -90,7 +92,7 @@ OFTEN = (
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
     if 'target' not in made.needs
-    if name != 'inat17'
+    if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
@@ -294,6 +296,7 @@ PHOTOGRAPHS = {
 STEPS = {
   'inat18:cb_focal': {'train': 38454},
   'inat17:cb_focal': {'train': 50905},
+  'imagenet:cb_focal': {'train': 112603},
   'inat18:ldam_drw': {'train': 38454},
   'inat18:crt': {'train': 76907, 'classifier': 25620},
   'inat18:meta_ce': {'pretrain': 25636, 'meta': 38454},
@@ -333,6 +336,8 @@ def test_large_batches_decay_neither_scales_nor_the_last_bias():
   assert (config['loss']['gamma'], config['class_weights']['beta']) == (0.5, 0.999)
   assert config['schedule']['base'] == 1.6 and config['model']['dtype'] == 'bfloat16'
   assert inat18.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('cb_focal').schedule.base == 0.8
 
 
 @pytest.mark.parametrize('where', PHOTOGRAPHS, ids='-'.join)
