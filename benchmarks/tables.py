@@ -2,6 +2,8 @@
 
   python -m benchmarks.tables digits_lt --workdir=runs/digits_lt
 
+The table of the two-component approach is benchmarks/two_component.py.
+
 The same command again runs what is not finished, and so fills a table in several
 sittings. On a CPU the methods are shared out to sweeps of one core each, which is
 faster for networks as small as those; on an accelerator there is one sweep, with what

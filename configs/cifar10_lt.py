@@ -13,7 +13,7 @@ from Cui et al. (CVPR 2019) and Cao et al. (NeurIPS 2019):
   recipe               imbalance 100   imbalance 10
   ce,protocol=cui              29.64          13.61
   sigmoid_focal                29.62          13.34
-  cb_ce                            -         13.23*
+  cb_ce                       27.63*         13.23*
   cb_focal                     25.43         12.52*
   ldam                         26.65          13.04
   ldam_drw                     22.97          11.84
@@ -24,8 +24,8 @@ from Cui et al. (CVPR 2019) and Cao et al. (NeurIPS 2019):
   cb_finetune                 28.66*         16.83*
 
 * measured in another setting, or in one that its source does not tell: the report says
-which (lt_jax/report/published.json, `mark`). `cb_ce` in LDAM-DRW's code, protocol=cao
-with --config.reduction=weight_normalised, has 27.63 at imbalance 100.
+which (lt_jax/report/published.json, `mark`). 27.63 is of LDAM-DRW's code: cb_ce by
+protocol=cao with --config.reduction=weight_normalised.
 
 Cost: 19,385 steps of 128 images. On two CPU cores a step takes about a second.
 
