@@ -19,6 +19,7 @@ from lt_jax import (
   results,
   trained,
 )
+from lt_jax.build import Experiment
 from lt_jax.cautions import cautions
 from lt_jax.data import places
 from lt_jax.errors import UserError
@@ -72,13 +73,8 @@ def evaluate(
     UserError: there is no such run or State, it is damaged, or evaluation.json cannot
       be written; then the numbers have been shown.
   """
-  config = trained.read_config(workdir)
-  facts = trained.read_facts(workdir)
-  data = config['data'] | place(config['data'], facts.get('found', {}), data_dir)
-  with trained.building():
-    experiment = build.build({**config, 'data': data, 'device': 'any'})
-  if facts['fingerprint'] != experiment.fingerprint:
-    raise UserError(f'the data have changed since {workdir} was trained')
+  experiment = with_data(workdir, data_dir)
+  config = experiment.config
   name = stage_name or config['stage_order'][-1]
   if name not in experiment.stages:
     raise UserError(f'no stage {name!r}; there are {", ".join(experiment.stages)}')
@@ -116,6 +112,26 @@ def evaluate(
   results.show(result, workdir, screen)
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   return result
+
+
+def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
+  """Builds a run anew, with the data that it was trained on.
+
+  Args:
+    workdir: the run's folder.
+    data_dir: as for `evaluate`.
+
+  Raises:
+    UserError: there is no such run, or its data are others.
+  """
+  config = trained.read_config(workdir)
+  facts = trained.read_facts(workdir)
+  data = config['data'] | place(config['data'], facts.get('found', {}), data_dir)
+  with trained.building():
+    experiment = build.build({**config, 'data': data, 'device': 'any'})
+  if facts['fingerprint'] != experiment.fingerprint:
+    raise UserError(f'the data have changed since {workdir} was trained')
+  return experiment
 
 
 def place(data: Mapping[str, Any], found: Any, data_dir: str | None) -> places.Place:

@@ -656,8 +656,8 @@ def test_text_of_tables_is_escaped():
 
 
 def test_few_features_are_mapped_by_their_principal_components(rng):
-  assert figures._plane(rng.normal(size=(12, 5)))[1] == 'PCA'
-  plane, name = figures._plane(rng.normal(size=(40, 5)))
+  assert figures.plane_of(rng.normal(size=(12, 5)))[1] == 'PCA'
+  plane, name = figures.plane_of(rng.normal(size=(40, 5)))
   assert name == 't-SNE' and plane.shape == (40, 2) and np.isfinite(plane).all()
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
@@ -46,6 +47,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods.meta import WEIGHERS
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
@@ -156,12 +158,14 @@ def _build_stage(
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, clock, learned)
+  method, net, weigh = _method(config, dataset, mesh, clock, learned)
   images, evaluated, seen = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
+    net=net,
+    weigh=weigh,
     domain=config['domain'],
     dataset=dataset,
     task=task,
@@ -281,8 +285,12 @@ def _refuse_random(state: State) -> NoReturn:
 
 def _method(
   config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
-) -> Method:
-  """Builds network, optimiser, loss and method, and wraps it."""
+) -> tuple[Method, nn.Module, Callable | None]:
+  """Builds network, optimiser, loss and method, and wraps it.
+
+  Returns:
+    (the method, its network, what it weighs examples by; None if it does not learn to).
+  """
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
   schedule = _made('schedule', make_schedule, config['schedule'], **size)
@@ -314,12 +322,9 @@ def _method(
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
   }
-  method = construct(
-    METHODS,
-    'method',
-    name,
-    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
-    optimizer,
+  net = _network(config['model'], dataset, config['batch'], micro_batches, mesh)
+  made = functools.partial(
+    construct,
     options=options,
     counts=counts,
     **parts,
@@ -339,12 +344,15 @@ def _method(
     base=learned,
     image_shape=dataset.image_shape,
   )
+  method = made(METHODS, 'method', name, net, optimizer)
+  weigh = made(WEIGHERS, 'method', name, net, optimizer) if name in WEIGHERS else None
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
       WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
     )
   # What is traced once for shapes is then not traced again for the program.
-  return Method(*(jax.jit(function, inline=True) for function in method))
+  method = Method(*(jax.jit(function, inline=True) for function in method))
+  return method, net, weigh
 
 
 def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:

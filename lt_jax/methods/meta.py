@@ -240,6 +240,19 @@ class Weighing(NamedTuple):
   mean_one: bool = False
 
 
+class Reweighted(NamedTuple):
+  """A method that learns weights, and how it weighs.
+
+  Attributes:
+    method: the method.
+    weigh: (State, batches) -> (weights (B,), those without learning (B,)) that a step
+      would train with.
+  """
+
+  method: Method
+  weigh: Callable[[State, Mapping[str, Batch]], tuple[jax.Array, jax.Array]]
+
+
 def _reweighted(
   weighing: Weighing,
   net: Network,
@@ -251,7 +264,7 @@ def _reweighted(
   virtual: str = 'sgd',
   meta_layers: str = 'all',
   low_memory: bool = False,
-) -> Method:
+) -> Reweighted:
   """Trains a network on losses that are weighed anew at every step.
 
   Args:
@@ -327,7 +340,8 @@ def _reweighted(
       still=weighing.still,
     )
 
-  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+  def weighed(state: State, batches: Mapping[str, Batch]):
+    """Returns the losses, their weights, and the State once players have learned."""
     batch, params = batches['train'], {'net': state.params['net']}
     losses = differentiated(partial(losses_of, state, batch), params)
     due = 'meta' in batches
@@ -335,6 +349,11 @@ def _reweighted(
     if due:
       state = weighing.learn(gradient, state)
     weights = weighing.weigh(gradient, losses.values, state, batch)
+    return losses, weights, state, meta_loss
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    batch, due = batches['train'], 'meta' in batches
+    losses, weights, state, meta_loss = weighed(state, batches)
     grads = losses.pull(weights / len(weights))
     prior = weighing.prior(state, batch)
     state, norms = update(state, grads, optimizer)
@@ -354,7 +373,12 @@ def _reweighted(
     }
     return tick(state.replace(stats=state.stats | {'net': stats})), metrics
 
-  return Method(init, step, predictor(net))
+  def weigh(state: State, batches: Mapping[str, Batch]) -> tuple[jax.Array, jax.Array]:
+    _, weights, state, _ = weighed(state, batches)
+    prior = weighing.prior(state, batches['train'])
+    return weights, prior / prior.mean() if weighing.mean_one else prior
+
+  return Reweighted(Method(init, step, predictor(net)), weigh)
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
@@ -465,17 +489,26 @@ def _check_rate(name: str, rate: float) -> None:
 
 
 def _method(weighing: Callable[..., Weighing]) -> Callable[..., Method]:
-  """Makes a method of a way of weighing; its signature joins both their options."""
+  """Makes a method of a way of weighing; its signature joins both their options.
+
+  Its attribute `weigh` makes what the method weighs by, see `Reweighted`.
+  """
   own = inspect.signature(weighing).parameters
   core = dict(inspect.signature(_reweighted).parameters)
   del core['weighing']
 
-  @functools.wraps(weighing)
-  def method(net: Network, optimizer: Optimizer, loss: Loss, **options: Any) -> Method:
-    here = {name: options.pop(name) for name in own if name in options}
-    return _reweighted(weighing(**here), net, optimizer, loss, **options)
+  def factory(part: str) -> Callable[..., Any]:
+    @functools.wraps(weighing)
+    def made(net: Network, optimizer: Optimizer, loss: Loss, **options: Any) -> Any:
+      here = {name: options.pop(name) for name in own if name in options}
+      whole = _reweighted(weighing(**here), net, optimizer, loss, **options)
+      return getattr(whole, part)
 
-  method.__signature__ = inspect.Signature([*core.values(), *own.values()])
+    made.__signature__ = inspect.Signature([*core.values(), *own.values()])
+    return made
+
+  method = factory('method')
+  method.weigh = factory('weigh')
   return method
 
 
@@ -667,3 +700,10 @@ def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
   """Returns class-balanced weights, with which learned ones are compared."""
   weights = inverse_effective_number(np.maximum(counts, 1))
   return lambda state, batch: weights_of(weights, batch['label'])
+
+
+WEIGHERS = {
+  'meta_weight_net': meta_weight_net.weigh,
+  'meta_reweight': meta_reweight.weigh,
+}
+"""Name of a method that learns weights -> what makes its `Reweighted.weigh`."""

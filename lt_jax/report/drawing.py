@@ -180,16 +180,16 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
   for element in root.iter():
     for key, value in element.attrib.items():
       used |= set(REFERENCE.findall(value))
-      used |= {value[1:]} if key == href else set()
+      used |= {value[1:]} if key == href and value.startswith('#') else set()
   for element in root.iter():
     for key, value in list(element.attrib.items()):
       if key == 'id' and value not in used:
         del element.attrib[key]
       elif key == 'id':
         element.set(key, f'{prefix}-{value}')
-      elif key == href:
+      elif key == href and value.startswith('#'):
         element.set(key, f'#{prefix}-{value[1:]}')
-      else:
+      elif key != href:  # an image is its own data
         value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
         element.set(key, value.replace(INK, 'currentColor'))
   width, height = (float(number) for number in root.get('viewBox').split()[2:])

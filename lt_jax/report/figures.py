@@ -353,7 +353,7 @@ def features(runs: Sequence[Run]) -> Drawn:
   shown = np.flatnonzero(np.isfinite(centroids).all(axis=1))[:MOST_CLASSES]
   if centroids.shape[1:] != points.shape[1:] or len(centroids) > MOST_CLASSES:
     shown = shown[:0]
-  plane, name = _plane(np.concatenate([points, centroids[shown]]))
+  plane, name = plane_of(np.concatenate([points, centroids[shown]]))
   figure, axes = plot(size=(5.6, 4.6))
   counts = run.counts
   if len(counts) <= 10:
@@ -384,7 +384,7 @@ def features(runs: Sequence[Run]) -> Drawn:
   )
 
 
-def _plane(points: np.ndarray) -> tuple[np.ndarray, str]:
+def plane_of(points: np.ndarray) -> tuple[np.ndarray, str]:
   """Returns (N, 2) places of points, and the name of the map."""
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE

@@ -13,7 +13,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, grids, tables
+from lt_jax.report import drawing, figures, grids, insides, tables
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
 MOST_DRAWN = 20
@@ -174,7 +174,7 @@ def _section(
     for run in group.runs
   ]
   wanted = figures.FIGURES if groups <= MOST_DRAWN else {}
-  wanted = wanted | (figures.OF_ONE_RUN if alone else {})
+  wanted = wanted | (figures.OF_ONE_RUN | _inside(group.runs[0]) if alone else {})
   shown = group.counted or group.runs
   drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
   return {
@@ -183,6 +183,15 @@ def _section(
     'figures': drawn,
     'remark': '' if wanted else REMARK,
     'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
+  }
+
+
+def _inside(run: Run) -> dict[str, Any]:
+  """Returns the figures of what was found in a run, if anybody has looked."""
+  return {
+    name: figure
+    for name, (file, figure) in insides.FIGURES.items()
+    if (run.folder / file).exists()
   }
 
 
