@@ -24,6 +24,11 @@ Cost: 5,000 steps of 64 + 64 images; some 4 minutes on two CPU cores.
 Argument: a recipe of domain adaptation (see docs/methods.md) and
   steps   5000; all schedules scale
   net     mnist_dann (the paper's), or lenet
+  imbalance   of the source: 1, or such as 100 for a long-tailed exponential profile
+  target_imbalance  of the target's training images, likewise; its labels are used to
+              make the data set, as in every such benchmark, and not to train
+  target_profile    exponential (default), or reversed: the source's rarest class is
+              then the target's most frequent one
 """
 
 from lt_jax.protocols import digits
@@ -37,4 +42,5 @@ def get_config(arg: str | None = None):
     source='tfds:mnist',
     target={'source': 'npz:mnistm.npz'},
     images=60000,
+    n_max=(5000, 5000),
   )

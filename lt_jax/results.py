@@ -17,8 +17,15 @@ from lt_jax.config import OPEN, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
-from lt_jax.evals.domains import by_domain, mean_metrics
-from lt_jax.method import State
+from lt_jax.evals.domains import (
+  mean_metrics,
+  of_domains,
+  proxy_a_distance,
+  records_by_domain,
+  some,
+  split_by_domain,
+)
+from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 
@@ -35,7 +42,11 @@ PREDICTIONS = (
 )
 """What predictions.npz may hold; two logits may be equal in float16."""
 
+OF_A_DOMAIN = ('label', 'prediction', 'confidence')
+"""What it holds of a domain that is not among those of the split 'test'."""
+
 FEATURES = 2000
+DOMAIN_FEATURES = 500
 SAMPLES = 64
 
 
@@ -48,7 +59,8 @@ class Evaluated(NamedTuple):
     threshold: of the known score, how it was chosen and its value, which is None
       without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
-    records: split -> what the task keeps; the test split's with logits and features.
+    records: split -> what the task keeps; those of test splits, of every domain, with
+      logits and features.
   """
 
   metrics: dict[str, dict[str, Any]]
@@ -82,7 +94,7 @@ def evaluate(
   keep_all = collector(stage.method.predict, keep, experiment.mesh)
   keep_record = collector(stage.method.predict, task.record, experiment.mesh)
   records = {
-    name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
+    name: (keep_all if is_test(name) else keep_record)(state, one_pass, stop)
     for name, one_pass in stage.passes.items()
   }
   if None in records.values():
@@ -90,7 +102,8 @@ def evaluate(
   for name, kept in records.items():
     bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
-  metrics |= _test_metrics(records, experiment, stage)
+  played = _played(experiment, stage, state)
+  metrics |= _test_metrics(records, played, experiment, stage)
   across = task.across(records, num_classes=classes, groups=stage.groups)
   for place, found in across.metrics.items():
     metrics[place] = metrics.get(place, {}) | found
@@ -103,8 +116,57 @@ def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
   return stage.task.measure(records, num_classes=classes, groups=stage.groups)
 
 
+def is_test(split: str) -> bool:
+  """Returns whether a split holds the test images of one or several domains."""
+  return split.rpartition('/')[2] == 'test'
+
+
+def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
+  """Returns the domains of the split 'test'; none of a run with one domain."""
+  targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
+  return (targets or (stage.domain,)) if targets or opened else ()
+
+
+def test_rows(
+  records: Collected, experiment: Experiment, stage: Stage
+) -> dict[str, dict[str, Any]]:
+  """Returns the metrics of the split 'test', and of several targets each 'NAME/test'.
+
+  'test' is then the mean over them, as in result.json.
+  """
+  names = test_domains(experiment, stage)
+  if len(names) < 2:
+    return {'test': split_metrics(records, stage)}
+  found = {
+    f'{name}/test': split_metrics(own, stage)
+    for name, own in split_by_domain(records, names).items()
+  }
+  return {'test': mean_metrics([*found.values()]), **found}
+
+
+def _played(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, dict[str, Any]]:
+  """Returns domain -> what a stage's task measures by the network itself."""
+  if stage.task.play is None:
+    return {}
+  prepare = stage.passes['test'].stream.prepare
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    batch = prepare({}, {'image': images}, jax.random.key(0))
+    return stage.method.predict(state, batch['image'])
+
+  names = dict.fromkeys(name for role in experiment.roles.values() for name in role)
+  tests = {name: experiment.domains[name].tests['test'] for name in names}
+  sources = {name: split.source for name, split in tests.items()}
+  return stage.task.play(predict, state, sources)
+
+
 def _test_metrics(
-  records: Mapping[str, Collected], experiment: Experiment, stage: Stage
+  records: Mapping[str, Collected],
+  played: Mapping[str, dict[str, Any]],
+  experiment: Experiment,
+  stage: Stage,
 ) -> dict[str, Any]:
   """Returns 'test', and 'domains' where there are others than the stage's own.
 
@@ -112,23 +174,17 @@ def _test_metrics(
   domain, and their means over the targets ('compound') and over targets and open
   domains ('compound_open').
   """
-
-  def measure(found: Collected) -> dict[str, Any]:
-    return split_metrics(found, stage)
-
-  targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  if not (targets or opened):
-    return {'test': measure(records['test'])}
-  tested = targets or (stage.domain,)
-  domains = by_domain(records['test'], tested, measure)
-  domains |= {
-    name.removesuffix('/test'): measure(found)
-    for name, found in records.items()
-    if name.endswith('/test')
+  names, opened = test_domains(experiment, stage), experiment.roles[OPEN]
+  if not names:
+    own = split_metrics(records['test'], stage)
+    return {'test': own | played.get(stage.domain, {})}
+  domains = {
+    name: split_metrics(found, stage) | played.get(name, {})
+    for name, found in records_by_domain(records, names).items()
   }
-  means = {'compound': mean_metrics([domains[name] for name in tested])}
+  means = {'compound': mean_metrics([domains[name] for name in names])}
   if opened:
-    every = (*tested, *opened)
+    every = (*names, *opened)
     means['compound_open'] = mean_metrics([domains[name] for name in every])
   return {'test': means['compound'], 'domains': domains, 'domain_means': means}
 
@@ -178,8 +234,9 @@ def write_results(
     'stage': stage.name,
     'step': int(jax.device_get(state.step)),
     'init': _init(events),
-    'select': '/'.join(stage.select) if stage.select else 'last',
+    'select': '/'.join(stage.select[:2]) if stage.select else 'last',
     **evaluated.metrics,
+    **a_distances(experiment, stage, state, stop),
     'threshold': evaluated.threshold,
     'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),
     'warnings': cautions(experiment),
@@ -203,7 +260,8 @@ def write_results(
   if jax.process_index() == 0:
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
-    _write_arrays(stage, workdir, state, evaluated.records['test'])
+    names = test_domains(experiment, stage)
+    _write_arrays(stage, workdir, state, evaluated.records, names)
     if evaluated.curves:
       write_npz(
         workdir / 'open_set.npz',
@@ -221,24 +279,65 @@ def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   return {name: rows[-1].get(name) for name in told} if rows else None
 
 
+def _features(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  del batch
+  return {'features': outputs['features'].astype('float32')}
+
+
+def a_distances(
+  experiment: Experiment, stage: Stage, state: State, stop: Callable[[], bool]
+) -> dict[str, Any]:
+  """Returns 'a_distance': target -> its distance from the stage's own domain.
+
+  By features of training images, as `predict` has them; empty without a target.
+
+  Raises:
+    Preempted: `stop()` turned true on the way.
+  """
+  collect = collector(stage.method.predict, _features, experiment.mesh)
+  found = {name: collect(state, one, stop) for name, one in stage.compared.items()}
+  if None in found.values():
+    raise Preempted
+  if not found:
+    return {}
+  own, *targets = (one['features'] for one in found.values())
+  distances = (proxy_a_distance(own, features) for features in targets)
+  return {'a_distance': dict(zip(list(found)[1:], distances, strict=True))}
+
+
 def _write_arrays(
-  stage: Stage, workdir: epath.Path, state: State, test: Collected
+  stage: Stage,
+  workdir: epath.Path,
+  state: State,
+  records: Mapping[str, Collected],
+  names: Sequence[str] = (),
 ) -> None:
-  """Writes predictions.npz, features.npz and samples.npz."""
+  """Writes predictions.npz, features.npz and samples.npz.
+
+  Args:
+    stage: the last stage.
+    workdir: the run's folder.
+    state: its State that counts.
+    records: split -> records; those of test images with features.
+    names: the domains of the split 'test'; none of a run with one domain.
+  """
+  test = records['test']
+  domains = records_by_domain(records, names) if names else {}
   predictions = {name: test[name] for name in PREDICTIONS if name in test}
+  if domains:
+    predictions['domains'] = np.array([*domains])
+  for name, found in domains.items():
+    if name not in names:
+      predictions |= {f'{name}/{key}': found[key] for key in OF_A_DOMAIN}
   write_npz(workdir / 'predictions.npz', **predictions)
 
-  few = np.linspace(0, len(test['label']) - 1, FEATURES).round().astype(int)
-  few = np.unique(few)
   centroids = state.params.get('centroids')
   if centroids is None:
     centroids = _class_means(test['features'], test['label'], stage)
   write_npz(
     workdir / 'features.npz',
-    features=test['features'][few],
-    label=test['label'][few],
-    prediction=test['prediction'][few],
     centroids=half(np.asarray(centroids)),
+    **(of_domains(domains, DOMAIN_FEATURES) if domains else some(test, FEATURES)),
   )
 
   worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])

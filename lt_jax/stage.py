@@ -420,19 +420,27 @@ class StageRunner:
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
-        rows[split] = results.split_metrics(records, self.stage)
-    for split, values in rows.items():
-      self._metrics.write(split, step, step / self.stage.epoch_steps, values)
+        if split == 'test':
+          rows |= results.test_rows(records, self._experiment, self.stage)
+        else:
+          rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
     told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    if self.stage.scores is not None:
+      scores = self.stage.scores(state, self._stop.alone)
+      if scores is None:
+        return
+      rows |= scores
+    for split, values in rows.items():
+      self._metrics.write(split, step, step / self.stage.epoch_steps, values)
     self._screen.detail(f'step {step}: {headline} on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
-    split, metric = self.stage.select
-    value = self.stage.task.metrics[metric].better * float(rows[split][metric])
+    split, metric, sign = self.stage.select
+    value = sign * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
     than = -np.inf if best is None else best.get('value')

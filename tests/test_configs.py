@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_mazes,
   cifar10_lt,
   cifar100_lt,
   cifar100_open,
+  digits_domains,
   digits_lt,
   imagenet,
   imagenet_lt,
   inat17,
   inat18,
+  mnist_mnistm,
   my_images,
   places_lt,
 )
@@ -58,6 +61,13 @@ CONFIGS = {
   'inat18': (inat18, ',net=resnet10'),
   'my_images': (my_images, ''),
 }
+
+WITH_TARGET = {
+  'digits_domains': digits_domains,
+  'mnist_mnistm': mnist_mnistm,
+  'c_mazes': c_mazes,
+}
+"""Configs of a source and a target, which other recipes are for."""
 
 
 TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
@@ -112,9 +122,9 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
     assert state.params['net']['trunk'] and state.params['net']['head']
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module, _ = CONFIGS[name]
+  module = WITH_TARGET.get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None

@@ -1,7 +1,5 @@
 """Domains and streams: who may see what, and what comes of it."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -12,7 +10,8 @@ from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
-from lt_jax.report import runs, tables
+from lt_jax.report import runs
+from lt_jax.writers import read_rows
 
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
@@ -64,6 +63,10 @@ def given(stage):
     for step in range(3):
       payload = stream.payload(step)
       found |= {f'{name}/{step}/{k}': np.asarray(v) for k, v in payload.items()}
+  for name, one in stage.compared.items():
+    payload = one.stream.payload(0)
+    assert 'label' not in payload
+    found |= {f'{name}/compared/{k}': np.asarray(v) for k, v in payload.items()}
   return found
 
 
@@ -128,6 +131,35 @@ def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
   assert len(logits) == 600 and 'label' not in seen
 
 
+def check_what_it_leaves(folder, result):
+  """Checks that files tell of each domain what the result does."""
+  with np.load(folder / 'predictions.npz') as stored:
+    arrays = dict(stored)
+  names = ['blended', 'inverted', 'source', 'sketched']
+  assert arrays['domains'].tolist() == names
+  with np.load(folder / 'features.npz') as stored:
+    features = dict(stored)
+  assert features['domains'].tolist() == names
+  assert len(features['features']) == len(features['label'])
+  for number, name in enumerate(names):
+    own = arrays['domain'] == number
+    label, prediction = (
+      arrays[f'{name}/{key}'] if number > 1 else arrays[key][own]
+      for key in ('label', 'prediction')
+    )
+    accuracy = result['domains'][name]['accuracy']
+    assert (label == prediction).mean() == pytest.approx(accuracy)
+    own = features['domain'] == number  # of fewer than 500 images: all of them
+    np.testing.assert_array_equal(features['label'][own], label)
+    np.testing.assert_array_equal(features['prediction'][own], prediction)
+  rows = read_rows(folder / 'metrics.jsonl')
+  last = {row['split']: row['accuracy'] for row in rows if 'accuracy' in row}
+  found = result['domains'] | {'all': result['test']}
+  for split in ('test', *(f'{name}/test' for name in names)):
+    told = found[split.removesuffix('/test') if '/' in split else 'all']
+    assert last[split] == pytest.approx(told['accuracy'])
+
+
 def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   made = config('source_only', 'epochs=1.0,target=blended+inverted')
   result = run.run(made, tmp_path)
@@ -139,6 +171,9 @@ def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   every = [*targets, domains['sketched']['accuracy']]
   assert means['compound_open']['accuracy'] == pytest.approx(np.mean(every))
   assert not result['uses_target_labels']
+  assert set(result['a_distance']) == {'blended', 'inverted'}
+  assert all(0 <= value <= 2 for value in result['a_distance'].values())
+  check_what_it_leaves(tmp_path, result)
   (found,) = runs.find(tmp_path)
   assert found.state == 'finished'  # the files of the run agree with each other
 
@@ -222,31 +257,3 @@ def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
   images = build.build(made).domains['inverted'].tests['test'].source.images
   outputs = network.stage.method.predict(network.state, np.float32(images[:4]) / 255)
   assert outputs['logits'].shape == (4, 10)
-
-
-def group(recipe, accuracy):
-  """A group of one run, as the report reads it."""
-  result = {
-    'test': {'accuracy': accuracy},
-    'domains': {'source': {'accuracy': 0.95}, 'blended': {'accuracy': accuracy}},
-  }
-  one = types.SimpleNamespace(recipe=recipe, result=result)
-  return types.SimpleNamespace(counted=[one], label=recipe, anchor=recipe)
-
-
-def test_the_report_says_how_much_of_the_gap_is_covered():
-  groups = [
-    group('source_only', 0.4),
-    group('dann', 0.5),
-    group('mcc', 0.3),
-    group('target_only', 0.9),
-  ]
-  table = tables.domains_table(groups)
-  assert table.headings == ['method', 'source', 'blended', 'gap covered']
-  assert [row[-1] for row in table.rows] == [
-    '0.0 %',
-    '20.0 %',
-    '-20.0 % (negative transfer)',
-    '100.0 %',
-  ]
-  assert tables.domains_table(groups[:2]).headings == ['method', 'source', 'blended']

@@ -33,7 +33,7 @@ def test_predictions_are_those_of_the_metrics(tmp_path, monkeypatch, all_logits,
   state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
   evaluated = results.evaluate(experiment, stage, state)
   test = evaluated.records['test']
-  results._write_arrays(stage, epath.Path(tmp_path), state, test)
+  results._write_arrays(stage, epath.Path(tmp_path), state, evaluated.records)
 
   label, prediction, confidence = Run(epath.Path(tmp_path), 'run').predicted
   assert (label == prediction).mean() == evaluated.metrics['test']['accuracy']

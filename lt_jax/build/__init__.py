@@ -16,17 +16,17 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, surgery
+from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
   check_end,
   check_ranges,
   check_surgeries,
-  selection,
 )
 from lt_jax.build.domains import Domains, load_domains
 from lt_jax.build.experiment import Experiment, Stage
+from lt_jax.build.selection import label_free_scores, selection
 from lt_jax.build.streams import (
   ON_BAD_IMAGE,
   Row,
@@ -41,7 +41,7 @@ from lt_jax.data.dataset import Dataset
 from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, construct, lookup
-from lt_jax.evals import TASKS
+from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
@@ -54,10 +54,10 @@ from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | shift.WRAPPERS
 
 
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
+SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES | shift.SURGERIES
 
 
 STEPS_PER_CALL = 100
@@ -159,7 +159,7 @@ def _build_stage(
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   method, net, weigh = _method(config, dataset, mesh, clock, learned)
-  images, evaluated, seen = _passes(config, domains, mesh)
+  images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
@@ -175,6 +175,7 @@ def _build_stage(
     images=images | dict(row.split for row in rows.values() if row.split),
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
     passes=evaluated,
+    compared=_compared(config, domains, mesh),
     survey=stage_survey,
     reads={name: row.origin for name, row in rows.items() if row.origin},
     save_outputs=tuple(config['save_outputs']),
@@ -188,7 +189,8 @@ def _build_stage(
     plan=_plan(config, clock),
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
-    select=selection(config['select'], task, dataset, groups),
+    select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
+    scores=label_free_scores(method, few, mesh),
   )
 
 
@@ -209,8 +211,10 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 def _passes(
   config: Config, domains: Domains, mesh: Mesh
-) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass]]:
+) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
+
+  The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
   domain, and training images of targets without their labels. No test image is among
@@ -242,9 +246,50 @@ def _passes(
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
     )
 
+  few = {}
+  if adapts:
+    few = {
+      name: make(own, _few(split, label_free.MOST))
+      for name, split in dataset.splits.items()
+      if name in ('train', 'val')
+    }
+    some = _few(domains.dataset(TARGET).splits['train'], label_free.MOST)
+    few[f'{TARGET}/train'] = make(TARGET, Unlabelled(some))
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
-  return {name: split for name, (_, split) in tested.items()}, evaluated, seen
+  return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
+
+
+MOST_COMPARED = 1000
+"""Training images of a domain that tell how far it is from another."""
+
+
+def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
+  """Returns domain -> a pass over some of its training images, without labels.
+
+  Of the stage's own domain, which comes first, and of each target; of none where it is
+  not the former that is to serve the latter.
+  """
+  own, targets = config['domain'], domains.roles[TARGET]
+  if not targets or domains.is_target(own):
+    return {}
+  found = {}
+  # Targets have one transform, so that their passes can share a program.
+  for name, role in {own: own, **dict.fromkeys(targets, TARGET)}.items():
+    split = domains.dataset(name).splits['train']
+    found[name] = evaluation_pass(
+      Unlabelled(_few(split, MOST_COMPARED)),
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
+      transform=domains.transforms[role][1],
+      stand_in=True,  # a damaged image among those that nothing else reads ends no run
+    )
+  return found
+
+
+def _few(split: Split, most: int) -> Split:
+  """Returns a split, or so many of its images, drawn at random and the same always."""
+  some = np.random.default_rng(0).permutation(len(split.rows))[:most]
+  return split.at(np.sort(some))
 
 
 def learned_classes(

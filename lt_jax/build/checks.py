@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lt_jax.config import CLOCK, Config, flatten
-from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup
-from lt_jax.evals.tasks import Task
 from lt_jax.methods import METHODS
 from lt_jax.methods.supervised import make_objective
 
@@ -163,27 +160,3 @@ def check_all_is_used(name: str, config: Config) -> None:
   unread = [stream for stream in config['streams'] if stream != CLOCK]
   if unread and 'streams' not in asked:
     raise UserError(f'method {name!r} does not read the stream {unread[0]!r}')
-
-
-def selection(
-  select: str, task: Task, dataset: Dataset, groups: Mapping[str, np.ndarray]
-) -> tuple[str, str] | None:
-  """Returns (split, metric) of the State that counts; None for the last one."""
-  if select == 'last':
-    return None
-  split, _, metric = str(select).partition('/')
-  if split.endswith('test'):
-    raise UserError('select: a State is never chosen on a test set')
-  if split == 'oracle':
-    raise UserError(
-      'select: a State is never chosen by the labels of a target, which oracle/ needs'
-    )
-  if split != 'val' or not metric:
-    raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
-  choices = {name: one for name, one in task.metrics.items() if one.better}
-  lookup(choices, 'metric to select by', metric)
-  if split not in dataset.splits:
-    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
-  if metric in groups and not groups[metric].any():
-    raise UserError(f'select is {select!r}, but no class is {metric}-shot')
-  return split, metric

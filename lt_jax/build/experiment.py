@@ -17,6 +17,20 @@ from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
 
 
+class Selection(NamedTuple):
+  """By what the State that counts is chosen.
+
+  Attributes:
+    split: 'val', or 'target' for a criterion that needs no label of a target.
+    metric: its name.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  split: str
+  metric: str
+  better: int
+
+
 class Stage(NamedTuple):
   """One stage: an ordinary run, which begins from the States of earlier ones.
 
@@ -36,6 +50,8 @@ class Stage(NamedTuple):
       'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    compared: its own domain and each target -> a pass over some training images without
+      labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
     reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
     save_outputs: outputs of each training image that it saves for later stages.
@@ -45,7 +61,9 @@ class Stage(NamedTuple):
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
     batch: the largest batch of a step.
-    select: (split, metric) by which the State that counts is chosen; None: the last.
+    select: by what the State that counts is chosen; None: it is the last.
+    scores: (state, stop) -> split -> criteria of a State that need no label of a
+      target, None if `stop()` turned true; None where no target is adapted to.
   """
 
   name: str
@@ -61,6 +79,7 @@ class Stage(NamedTuple):
   images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
   passes: dict[str, Pass]
+  compared: dict[str, Pass]
   survey: Survey
   reads: dict[str, str]
   save_outputs: tuple[str, ...]
@@ -69,7 +88,8 @@ class Stage(NamedTuple):
   plan: Plan
   epoch_steps: float
   batch: int
-  select: tuple[str, str] | None
+  select: Selection | None
+  scores: Callable[[State, Callable[[], bool]], dict[str, Any] | None] | None
 
 
 class Experiment(NamedTuple):

@@ -23,6 +23,7 @@ from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
+from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
@@ -61,12 +62,16 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-  """A source in memory: images (N, H, W, channels) uint8, labels (N,) int32."""
+  """A source in memory: images (N, H, W, channels) uint8, labels (N,) int32.
+
+  Images that are pictures of a world, such as a maze, may have it as `world`.
+  """
 
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
+  world: Any = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -200,8 +205,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       of x_train, y_train, x_test and y_test, images (N, H, W) or (N, H, W, channels)
       uint8 and labels (N,) int, and perhaps class_names (C,) str; 'tfds:NAME', a
       prepared TFDS data set; 'list:FOLDER', lists of image files, see
-      `lists.list_source`; or 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`.
+      `lists.list_source`; 'folder:DIR', image files in a folder a class, see
+      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
@@ -517,6 +522,7 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 SOURCES = {
   'digits': _digits,
   'digits_domains': rendered_digits,
+  'mazes': maze_images,
   'npz': _npz,
   'tfds': _tfds,
   'list': list_source,

@@ -87,6 +87,13 @@ class Split(NamedTuple):
     """Returns what a batch tells of each image: name -> (N,) int32."""
     return {'label': self.labels.astype(np.int32)} | _domains(self)
 
+  def at(self, positions: np.ndarray) -> 'Split':
+    """Returns some of its images: those at (M,) positions, in that order."""
+    domain = None if self.domain is None else self.domain[positions]
+    return self._replace(
+      rows=self.rows[positions], labels=self.labels[positions], domain=domain
+    )
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, channels) of what evaluation and training see."""

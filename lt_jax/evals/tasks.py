@@ -14,6 +14,8 @@ from lt_jax.evals.collect import Collected
 from lt_jax.method import Batch, Outputs
 
 Record = Callable[[Outputs, Batch], dict[str, jax.Array]]
+Play = Callable[..., dict[str, dict[str, Any]]]
+"""`predict` takes a State and images as they are stored."""
 
 
 class Metric(NamedTuple):
@@ -52,6 +54,9 @@ class Task(NamedTuple):
       labels of known classes.
     across: (records by split, num_classes=, groups=) -> `Across`.
     metrics: name -> how it is used, in the order of tables; the first is the headline.
+    play: (predict, state, domain -> source of its test images) -> domain -> name ->
+      value, what needs the network itself rather than records; see `Play`. None for
+      nothing.
   """
 
   record: Record
@@ -59,6 +64,7 @@ class Task(NamedTuple):
   measure: Callable[..., dict[str, Any]]
   across: Callable[..., Across]
   metrics: Mapping[str, Metric]
+  play: Play | None = None
 
   @property
   def headline(self) -> str:

@@ -12,6 +12,7 @@ from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.digits import DIGITS
 from lt_jax.models.normalisation import BatchNorm
+from lt_jax.models.planning import value_iteration
 from lt_jax.models.resnet import RESNETS
 
 
@@ -169,6 +170,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   'resnet56': partial(cifar_resnet, depth=56),
   'digits_cnn': partial(small_cnn, width=44),
   'tiny_cnn': partial(small_cnn, width=12),
+  'value_iteration': value_iteration,
   **DIGITS,
   **RESNETS,
 }

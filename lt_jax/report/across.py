@@ -8,8 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 
 from lt_jax.report.curves import curve
-from lt_jax.report.drawing import CYCLE, INK, Drawn, legend, plot, shortened
-from lt_jax.report.learned import mean_of_columns
+from lt_jax.report.drawing import (
+  CYCLE,
+  INK,
+  Drawn,
+  finite_mean,
+  legend,
+  plot,
+  shortened,
+)
 from lt_jax.report.runs import Group, Missing, Run
 
 PLAIN = 'ce'
@@ -55,7 +62,7 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
     gains = []
     for group in others:
       gain = _mean(group, measure) - _mean(plain, measure)
-      blocks = [mean_of_columns(gain[part][:, None])[0] for part in parts]
+      blocks = [finite_mean(gain[part][:, None])[0] for part in parts]
       gains.append([*blocks, gain[-1]])
     _squares(axes, np.array(gains))
     axes.set_yticks(range(len(others)), [_short(group.label) for group in others])

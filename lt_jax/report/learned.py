@@ -4,16 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lt_jax.report.drawing import COLOURS, INK, Drawn, log_counts, plot
+from lt_jax.report.drawing import COLOURS, INK, Drawn, finite_mean, log_counts, plot
 from lt_jax.report.runs import Missing, Run
-
-
-def mean_of_columns(values: np.ndarray) -> np.ndarray:
-  """Returns the means of columns, without what is not a number."""
-  there = np.isfinite(values)
-  count = there.sum(axis=0)
-  total = np.where(there, values, 0).sum(axis=0)
-  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def epsilons(runs: Sequence[Run]) -> Drawn:
@@ -29,8 +21,7 @@ def epsilons(runs: Sequence[Run]) -> Drawn:
   order = np.argsort(-counts, kind='stable')
   tail = slice(-max(1, len(step) // 5), None)
   learned, spread, prior = (
-    mean_of_columns(stored[name][tail][:, order])
-    for name in ('learned', 'spread', 'prior')
+    finite_mean(stored[name][tail][:, order]) for name in ('learned', 'spread', 'prior')
   )
   figure, (left, right) = plot(1, 2, size=(9, 3.2))
   left.axhline(0, color=INK, linewidth=0.8)

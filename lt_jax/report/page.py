@@ -13,7 +13,16 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, grids, insides, tables
+from lt_jax.report import (
+  domain_figures,
+  domains,
+  drawing,
+  figures,
+  grids,
+  insides,
+  selection,
+  tables,
+)
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
 MOST_DRAWN = 20
@@ -54,9 +63,11 @@ def write(folder: epath.PathLike) -> epath.Path:
   groups, notes = grouped(runs)
   alone = runs[0].folder == folder
   losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
-  notes = [*notes, *_warnings(runs), *losses]
+  judges = domains.discriminator_notes(groups)
+  notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
-  domains = tables.domains_table(groups)
+  by_domain = domains.domains_table(groups)
+  selected = selection.selection_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
@@ -70,15 +81,18 @@ def write(folder: epath.PathLike) -> epath.Path:
     alone=alone,
     results=results,
     published=published,
-    domains=domains,
+    domains=by_domain,
+    domain_remarks=domains.remarks(by_domain),
+    selection=selected,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
   )
-  shown = [table for table in (results, domains, chosen, published) if table.rows]
-  remarks = [tables.UNITS, *notes]
+  shown = [results, by_domain, selected, chosen, published]
+  shown = [table for table in shown if table.rows]
+  remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
   texts = {
@@ -157,10 +171,10 @@ def _compared(groups: list[Group]) -> list[drawing.Figured]:
   """Draws methods beside each other, if any has finished."""
   if not any(group.counted for group in groups):
     return []
-  return [
-    drawing.draw(name, figure, groups, 'page')
-    for name, figure in figures.COMPARISONS.items()
-  ]
+  wanted = figures.COMPARISONS
+  if any(domains.domains(run) for group in groups for run in group.counted):
+    wanted = wanted | domain_figures.COMPARISONS
+  return [drawing.draw(n, figure, groups, 'page') for n, figure in wanted.items()]
 
 
 def _section(
@@ -173,9 +187,14 @@ def _section(
     else ''
     for run in group.runs
   ]
-  wanted = figures.FIGURES if groups <= MOST_DRAWN else {}
-  wanted = wanted | (figures.OF_ONE_RUN | _inside(group.runs[0]) if alone else {})
   shown = group.counted or group.runs
+  families = [figures]
+  families += [domain_figures] * any(map(domains.domains, shown))
+  wanted: dict[str, Any] = {}
+  for family in families:
+    wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
+    wanted |= family.OF_ONE_RUN if alone else {}
+  wanted |= _inside(group.runs[0]) if alone else {}
   drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
   return {
     'group': group,

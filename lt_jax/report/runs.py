@@ -55,6 +55,8 @@ SHAPES: dict[str, Any] = {
     'versions': (None, {}),
     'warnings': (None, [str]),
     'domains': (None, {str: {'accuracy': NUMBER}}),
+    'domain_means': (None, {str: {'accuracy': NUMBER}}),
+    'a_distance': (None, {str: MAYBE}),
     'wall_seconds': MAYBE,
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},
