@@ -18,7 +18,8 @@ cores. There is no published number.
 Argument: a recipe (see docs/methods.md) and
   data     the folder of images
   list     the folder of lists, if there are any
-  net      resnet10, or resnet18, 34, 50, 101, 152, resnext50_32x4d
+  net      resnet10, or resnet18, 34, 50, 101, 152, resnext50_32x4d, or
+           efficientnet_lite0, which is the fastest on a CPU, vgg16, vgg16_bn, alexnet
   size     128, side of the images that the network sees
   epochs   60; all schedules scale
   init     weights to begin with, such as timm/resnet18.tv_in1k: with few images they
@@ -29,6 +30,7 @@ import numpy as np
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
 from lt_jax.data.sources import load_source
+from lt_jax.dialects import pixels
 from lt_jax.errors import UserError
 from lt_jax.protocols import Protocol, cosine, train_by
 
@@ -80,8 +82,7 @@ def get_config(arg: str | None = None):
         'resize': round(option.size * 8 / 7),
         'flip': True,
         'jitter': 0.4,
-        'mean': (0.485, 0.456, 0.406),
-        'std': (0.229, 0.224, 0.225),
+        **pixels(option.net),
         'on_bad_image': 'skip',
         'workers': -1,
       },

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from lt_jax import footprint
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
-from lt_jax.config import stage_config
+from lt_jax.config import SOURCE, TARGET, stage_config
 from lt_jax.errors import UserError
 from lt_jax.train import state_shapes
 
@@ -38,6 +39,51 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
       f'the result is of an untrained network: stage {stage.name!r} makes no step '
       '(see epochs) and inherits nothing from another stage'
     )
+
+
+def _same_names(experiment: Experiment) -> Iterator[str]:
+  """Warns of classes of one name in several sources that count as different classes."""
+  owners: dict[str, list[str]] = {}
+  for source in experiment.roles[SOURCE]:
+    for name in experiment.domains[source].class_names:
+      owners.setdefault(name, []).append(source)
+  union = set(experiment.dataset.class_names)
+  twice = [
+    (name, sources)
+    for name, sources in owners.items()
+    if sum(f'{source}/{name}' in union for source in sources) > 1
+  ]
+  if twice:
+    name, sources = twice[0]
+    yield (
+      f'{" and ".join(sources)} each have a class {name!r}, which count as different '
+      f'classes (of {len(twice)} such names): if they are the same, name them in '
+      'same_classes of each'
+    )
+
+
+def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
+  """Warns of test images that are, by their place in the data, trained on too."""
+  for name, dataset in experiment.domains.items():
+    train, test = dataset.splits['train'], dataset.tests.get('test')
+    if test is None or test.source is not train.source or test.source is None:
+      continue
+    both = np.intersect1d(train.rows, test.rows).size
+    if both:
+      hidden = name in experiment.roles[TARGET]
+      yield (
+        f'{both:,} of the {len(test.rows):,} test images of {name!r} are among its '
+        'training images' + (', whose labels are hidden' if hidden else '')
+      )
+
+
+def _same_data(experiment: Experiment) -> Iterator[str]:
+  """Warns of two domains that are the very same images."""
+  prints: dict[str, str] = {}
+  for name, dataset in experiment.domains.items():
+    if dataset.fingerprint and dataset.fingerprint in prints:
+      yield f'domains {prints[dataset.fingerprint]!r} and {name!r} are the same images'
+    prints.setdefault(dataset.fingerprint, name)
 
 
 FEW_STEPS = 50
@@ -95,7 +141,16 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   }
 
 
-CAUTIONS = (_one_class, _untrained, _short_stages, _no_threshold, _batch_statistics)
+CAUTIONS = (
+  _one_class,
+  _untrained,
+  _same_names,
+  _same_data,
+  _trained_on_tests,
+  _short_stages,
+  _no_threshold,
+  _batch_statistics,
+)
 
 
 def check_memory(experiment: Experiment) -> None:

@@ -73,6 +73,7 @@ RENAMED = {'leaves': 'save_outputs', 'classes': 'shot_groups'}
 """Old name of a key -> its name now, at the top level and in stages."""
 
 ADDED = (
+  'task',
   'domains',
   'sources',
   'target',
@@ -83,7 +84,24 @@ ADDED = (
 )
 """Keys that older runs lack."""
 
-TAIL = (
+REWEIGHTING: dict[str, Overrides] = {
+  'l2rw': {
+    'eps_lr': 1.0,
+    'eps_scale': 'absolute',
+    'form': 'additive',
+    'prior': 'none',
+    'clip': True,
+    'normalise': True,
+  },
+  'meta_reweight': {'prior': 'class_weights', 'clip': False, 'normalise': False},
+}
+"""Methods that were two -> options with which `meta_reweight` is either."""
+
+L2RW_COMPARED_WITH = {'name': 'effective_number', 'beta': 0.9999, 'start_epoch': 0.0}
+"""Class weights of the logs of 'l2rw', when these were no option."""
+
+OWN = (
+  'same_classes',
   'known_classes',
   'profile',
   'n_max',
@@ -94,7 +112,8 @@ TAIL = (
   'open_val_per_class',
   'open_test_per_class',
 )
-"""Keys of `data` that draw the tail and what is cut off; a domain does not inherit."""
+"""Keys of `data` that a domain does not inherit: those that speak of its classes, draw
+the tail or cut splits off."""
 
 
 def base_config() -> ConfigDict:
@@ -130,10 +149,14 @@ def base_config() -> ConfigDict:
         'few_shot': 20,  # 0: half the median
         'mean': (0.0,),
         'std': (1.0,),
+        'standardise': False,  # True: mean and std of this domain's training images
+        'unit': 'none',  # of float arrays: 'l1' or 'l2' divides each by its norm
         'pad': 0,  # pixels, for the random crop
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'same_classes': (),  # (name here, name in the union) where sources differ
+        'train_split': 'train',
         'test_split': 'test',
         'meta_split': 'train',  # 'val': meta images are taken from those for validation
         'fake': {  # what source=fake generates
@@ -156,10 +179,11 @@ def base_config() -> ConfigDict:
       'target': (),  # domains that are adapted to; several are one compound target
       'open_domains': (),  # domains never seen in training, tested on
       'domain': 'source',  # whose classes a stage learns
+      'task': 'classification',  # what a label is, and what is measured
       'batch': 128,
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
-      'save_outputs': (),  # of all training images, for later stages
+      'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -354,7 +378,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def domain_data(config: Config, name: str) -> dict[str, Any]:
-  """Returns the `data` of a domain: that of the config, overridden; not its tail."""
+  """Returns the `data` of a domain: that of the config, overridden; `OWN` apart."""
   if name == SOURCE:
     return dict(config['data'])
   plain = base_config().data.to_dict()
@@ -363,7 +387,7 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
     if key not in plain:
       near = suggest(key, plain)
       raise UserError(f'domains.{name} sets {key!r}, which is no key of data{near}')
-  return {**config['data'], **{key: plain[key] for key in TAIL}, **own}
+  return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 
 def resolve(config: Any) -> dict[str, Any]:
@@ -442,6 +466,10 @@ def _renamed(keys: Any) -> Any:
       },
     }
     found |= {'method': method, 'players': {'weight_net': weight_net}}
+  elif isinstance(method, Mapping) and method.get('name') in REWEIGHTING:
+    found['method'] = {**REWEIGHTING[method['name']], **method, 'name': 'meta_reweight'}
+    if method['name'] == 'l2rw':
+      found['class_weights'] = dict(L2RW_COMPARED_WITH)
   return found
 
 

@@ -8,9 +8,9 @@ their paths; in the header class names, preprocessing, configuration and digests
 makes the network of it again.
 
 stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch, from
-uint8 images to outputs; `jax.export.deserialize` reads it, and needs nothing of ours.
-Beside it digits.stablehlo.json has class names, preprocessing and the names of the
-outputs.
+images as they are stored (uint8, or float32 features) to outputs;
+`jax.export.deserialize` reads it, and needs nothing of ours. Beside it
+digits.stablehlo.json has class names, preprocessing and the names of the outputs.
 
 Before a file counts it is read back, and must predict what the run predicts.
 """
@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -41,6 +40,9 @@ TO = flags.DEFINE_string('to', None, 'safetensors or stablehlo.')
 
 FIELDS = ('params', 'stats', 'memory')
 """Fields of a State that a network predicts by."""
+
+STRINGS = ('recipe', 'stage', 'image_dtype', 'config_digest', 'state_sha256', 'sha256')
+"""Keys of a header whose values are words; the others' are JSON."""
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -103,7 +105,7 @@ def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> fl
 
   Args:
     network: the network.
-    predict: images (B, H, W, channels) uint8 -> what `Trained.predict` returns.
+    predict: images (B, H, W, channels) -> what `Trained.predict` returns.
 
   Returns:
     The largest difference of an output, over the largest magnitude of that output.
@@ -111,6 +113,7 @@ def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> fl
   generator = np.random.default_rng(0)
   images = generator.integers(0, 256, (3, *network.facts['image_shape']), np.uint8)
   images[0] = images[0] // 64 + 100  # nearly flat
+  images = images.astype(network.dtype)
   own = jax.device_get(jax.jit(network.predict)(network.state, images))
   other = jax.device_get(predict(images))
   off = [
@@ -126,6 +129,7 @@ def facts(network: Trained) -> dict[str, Any]:
   return {
     'class_names': list(network.class_names),
     'image_shape': list(network.facts['image_shape']),
+    'image_dtype': network.dtype.name,
     'preprocessing': network.facts['preprocessing'],
     'threshold': network.facts.get('threshold'),
     'counts': network.facts['counts'],
@@ -169,8 +173,7 @@ def load(path: epath.PathLike) -> Trained:
   """
   header, tensors = _read(epath.Path(path))
   try:
-    strings = ('recipe', 'stage', 'config_digest', 'state_sha256', 'sha256')
-    told = {k: v if k in strings else json.loads(v) for k, v in header.items()}
+    told = {k: v if k in STRINGS else json.loads(v) for k, v in header.items()}
     stored, step, sha256 = told['config'], told['step'], told['sha256']
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} was not exported here: {error}') from None
@@ -260,13 +263,16 @@ def _stablehlo(
   sizes = ','.join(map(str, network.facts['image_shape']))
   shape = jax_export.symbolic_shape(f'batch,{sizes}')
   program = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(
-    jax.ShapeDtypeStruct(shape, jnp.uint8)
+    jax.ShapeDtypeStruct(shape, network.dtype)
   )
   files.write_atomically(path, program.serialize())
   loaded = jax_export.deserialize(bytearray(path.read_bytes()))
   outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
   told = facts(network) | {
-    'input': {'shape': ['batch', *network.facts['image_shape']], 'dtype': 'uint8'},
+    'input': {
+      'shape': ['batch', *network.facts['image_shape']],
+      'dtype': network.dtype.name,
+    },
     'outputs': {
       name: {
         'shape': [str(n) if n == shape[0] else n for n in x.shape],

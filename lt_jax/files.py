@@ -239,6 +239,7 @@ OF_A_RUN = frozenset(
     *('config.json', 'data.json', 'result.json', 'error.json', 'evaluation.json'),
     *('metrics.jsonl', 'events.jsonl', 'lock', 'stages', 'tensorboard'),
     *('predictions.npz', 'features.npz', 'samples.npz', 'open_set.npz', 'weights.npz'),
+    'translations.npz',
     *('report.html', 'report.md', 'report.tex', 'figures'),
   )
 )

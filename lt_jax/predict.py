@@ -101,6 +101,11 @@ def predict(
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
   channels = network.facts['image_shape'][-1]
+  if network.dtype != np.uint8:
+    raise UserError(
+      f'{workdir} was trained on features or other float arrays, but predict reads '
+      'image files: evaluate it, or export it for another program'
+    )
   if channels not in MODES:
     raise UserError(
       f'{workdir} was trained on images of {channels} channels, but image files are '

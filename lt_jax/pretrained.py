@@ -1,4 +1,4 @@
-"""Weights of torchvision's and timm's residual networks: read, checked, put in place.
+"""Published weights, as of torchvision and timm: read, checked, put in place.
 
 A file is `.safetensors`, here or in an object store, or the one of a model on the
 Hugging Face hub: 'timm/resnet50.tv_in1k'. It holds numbers only; it cannot run code,
@@ -7,11 +7,14 @@ can run code: `lt_jax.convert` reads them, once, and nothing else here does.
 
 What names and shapes cannot tell is the user's to know:
 
-- The style of the network (`lt_jax.models.resnet.STYLES`), and pooling or activations
-  that some variants of these networks have changed.
+- The style of a residual network (`lt_jax.models.resnet.STYLES`), and pooling or
+  activations that some variants of these networks have changed. AlexNet must be of the
+  style 'torchvision'.
 - The pixels. torchvision's weights expect RGB in [0, 1] less (0.485, 0.456, 0.406)
   over (0.229, 0.224, 0.225); nearly all of timm's do too, and each model's card says.
-  Those published for Caffe expect BGR in [0, 255] less (103.939, 116.779, 123.68).
+  Those published for Caffe expect BGR in [0, 255] less (103.939, 116.779, 123.68),
+  those of EfficientNet-Lite RGB in [0, 255] less 127 over 128. Where the names tell,
+  the report does too.
 - torchvision's second weights (timm's tag tv2_in1k) were trained at 176 pixels with a
   recipe of their own; the first (tv_in1k) at 224.
 """
@@ -20,7 +23,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +32,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from lt_jax.dialects import DIALECTS, TIMM, TORCHVISION, Dialect
 from lt_jax.errors import UserError, lookup
 from lt_jax.files import is_remote
 from lt_jax.models.resnet import RESNETS
@@ -68,20 +72,9 @@ REASONS = {
 }
 """Errors of the hub that trying again will not mend, the narrower first."""
 
-TORCHVISION = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+HEAD = ('kernel', 'bias')
+"""Parameters of a linear head."""
 
-STEM = {'conv': 'conv1', 'norm': 'bn1'}
-BLOCK = {
-  'conv1': 'conv1',
-  'conv2': 'conv2',
-  'conv3': 'conv3',
-  'norm1': 'bn1',
-  'norm2': 'bn2',
-  'norm3': 'bn3',
-  'shortcut_conv': 'downsample.0',
-  'shortcut_norm': 'downsample.1',
-}
-HEAD = {'head/kernel': 'fc.weight', 'head/bias': 'fc.bias'}
 LEAVES = {
   'kernel': 'weight',
   'scale': 'weight',
@@ -89,8 +82,7 @@ LEAVES = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
-"""Our names -> torchvision's: of layers before and in the blocks, of a linear head, and
-of parameters."""
+"""Our names of parameters -> PyTorch's."""
 
 
 class Weights(NamedTuple):
@@ -168,32 +160,29 @@ def assign(
 
   Kernels are transposed from (out, in, H, W) to (H, W, in, out). Running averages are
   copied as they are, although PyTorch averages the unbiased variance.
-
-  Source of the names: torchvision.models.resnet, whose networks timm's residual ones
-  are too.
   """
-  found = _by_torchvision_name(weights)
+  found = _by_name(weights)
   ours = {_path(keys): leaf for tree in (params, stats) for keys, leaf in _flat(tree)}
+  dialect, names = _names(weights.source, ours, found)
+  heads = {f'head/{leaf}': f'{dialect.head}.{LEAVES[leaf]}' for leaf in HEAD}
   expected = {path: _torch_shape(leaf.shape) for path, leaf in ours.items()}
-  names = {path: _trunk_name(path) for path in ours if path.startswith('trunk/')}
-  if not names or not all(names.values()):
-    raise UserError(f'{weights.source}: only residual networks have such weights')
-  if head and _fits(found, expected):
-    names |= HEAD
-  dropped = {'fc.weight', 'fc.bias'} & found.keys() - set(names.values())
+  if head and _fits(found, expected, heads):
+    names |= heads
+  dropped = set(heads.values()) & found.keys() - set(names.values())
   _check(
     weights.source,
-    {name: expected[path] for path, name in names.items()},
+    {name: _shape_there(dialect, path, expected[path]) for path, name in names.items()},
     {name: value for name, value in found.items() if name not in dropped},
   )
 
   def leaf(keys: tuple, ours: Any) -> Any:
-    name = names.get(_path(keys))
-    if name is None or isinstance(ours, jax.ShapeDtypeStruct):
+    path = _path(keys)
+    if path not in names or isinstance(ours, jax.ShapeDtypeStruct):
       return ours
-    value = found[name].astype(ours.dtype)
+    value = found[names[path]].astype(ours.dtype).reshape(expected[path])
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
+  pixels = {'mean': weights.mean, 'std': weights.std}
   report = Report(
     source=weights.source,
     revision=weights.revision,
@@ -201,8 +190,7 @@ def assign(
     loaded=len(names),
     fresh=tuple(sorted(ours.keys() - names.keys())),
     dropped=tuple(sorted(dropped)),
-    mean=weights.mean,
-    std=weights.std,
+    **(pixels if weights.mean else pixels | dialect.pixels),
   )
   moved = (jax.tree_util.tree_map_with_path(leaf, tree) for tree in (params, stats))
   return *moved, report
@@ -231,11 +219,19 @@ def load(source: str) -> Weights:
     if not MODEL.fullmatch(source) or epath.Path(source).exists():
       raise UserError(f'{source!r} is no .safetensors file, and no OWNER/MODEL')
     file, revision = _download(source)
-    if re.match(r'timm/.*\.tv2?_in1k(@|$)', source):
-      pixels = TORCHVISION
+    pixels |= _pixels(source)
   data = _read(file)
   sha256 = hashlib.sha256(data).hexdigest()
   return Weights(_parse(data, file), source, revision, sha256, **pixels)
+
+
+def _pixels(model: str) -> Mapping[str, tuple[float, ...]]:
+  """Returns what a model on the hub expects, if its name tells."""
+  owner, _, name = model.partition('@')[0].partition('/')
+  network, _, tag = name.partition('.')
+  if owner != 'timm':
+    return {}
+  return TORCHVISION if tag in ('tv_in1k', 'tv2_in1k') else TIMM.get(network, {})
 
 
 def _read(path: epath.PathLike) -> bytes:
@@ -285,7 +281,7 @@ def _download(model: str) -> tuple[str, str]:
   repository, _, revision = model.partition('@')
   owner, _, name = repository.partition('/')
   if owner == 'timm':  # whose other networks can have the same names and shapes
-    lookup(RESNETS, 'network of timm', name.partition('.')[0])
+    lookup({**RESNETS, **TIMM}, 'network of timm', name.partition('.')[0])
   by_hand = (
     f'or fetch https://huggingface.co/{repository}/resolve/{revision or "main"}'
     '/model.safetensors on any machine and name that file'
@@ -317,7 +313,7 @@ def _download(model: str) -> tuple[str, str]:
   return file, os.path.basename(os.path.dirname(file))
 
 
-def _by_torchvision_name(weights: Weights) -> dict[str, np.ndarray]:
+def _by_name(weights: Weights) -> dict[str, np.ndarray]:
   """Returns the tensors without prefixes, and without the counts of batches."""
   found: dict[str, np.ndarray] = {}
   for key, value in weights.tensors.items():
@@ -329,25 +325,53 @@ def _by_torchvision_name(weights: Weights) -> dict[str, np.ndarray]:
   return found
 
 
+def _names(
+  source: str, ours: Collection[str], found: Collection[str]
+) -> tuple[Dialect, dict[str, str]]:
+  """Returns the dialect of a file, and its names of all that is in our trunk.
+
+  Of the dialects that such a trunk has, it is the one with the most names in the file.
+  """
+  trunk = {path: _split(path) for path in ours if path.startswith('trunk/')}
+  layers = {layer for layer, _ in trunk.values()}
+  known = []
+  for dialect in DIALECTS:
+    names = dialect.names(layers)
+    if layers and names.keys() == layers:
+      theirs = {p: f'{names[x]}.{LEAVES[leaf]}' for p, (x, leaf) in trunk.items()}
+      known.append((len(set(theirs.values()) & set(found)), dialect, theirs))
+  if not known:
+    raise UserError(f'{source}: no published weights are known for such a network')
+  _, dialect, names = max(known, key=lambda one: one[0])
+  return dialect, names
+
+
+def _split(path: str) -> tuple[str, str]:
+  """Returns (layer, leaf) of 'trunk/stage2_block1/norm3/scale'."""
+  layer, _, leaf = path.removeprefix('trunk/').rpartition('/')
+  return layer, leaf
+
+
+def _shape_there(
+  dialect: Dialect, path: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+  """Returns the shape of an array in a dialect, from that which PyTorch gives ours."""
+  layer, leaf = _split(path)
+  other = dialect.shapes.get(layer) if leaf == 'kernel' else None
+  return other(shape) if other else shape
+
+
 def _fits(
-  found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+  found: Mapping[str, np.ndarray],
+  expected: Mapping[str, tuple[int, ...]],
+  heads: Mapping[str, str],
 ) -> bool:
   """Returns whether our head is linear and has as many classes as the file's."""
-  linear = HEAD.keys() == {path for path in expected if path.startswith('head/')}
+  linear = heads.keys() == {path for path in expected if path.startswith('head/')}
   return linear and all(
-    name in found and found[name].shape == expected[path] for path, name in HEAD.items()
+    name in found and found[name].shape == expected[path]
+    for path, name in heads.items()
   )
-
-
-def _trunk_name(path: str) -> str | None:
-  """Returns torchvision's name of 'trunk/stage2_block1/norm3/scale'; None for none."""
-  match = re.fullmatch(r'trunk/(?:stage(\d+)_block(\d+)/)?(\w+)/(\w+)', path)
-  if match is None:
-    return None
-  stage, block, layer, leaf = match.groups()
-  place = f'layer{stage}.{int(block) - 1}.' if stage else ''
-  layer = (BLOCK if stage else STEM).get(layer)
-  return f'{place}{layer}.{LEAVES[leaf]}' if layer else None
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

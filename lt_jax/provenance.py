@@ -25,6 +25,7 @@ DATA_KEYS = (
   'open_images',
   'fingerprint',
   'image_shape',
+  'image_dtype',
   'preprocessing',
 )
 """Keys of data.json that describe the data; others say where they lie, or results."""

@@ -1,6 +1,5 @@
 """What a run leaves behind: final metrics, predictions, features, worst errors."""
 
-import functools
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +15,20 @@ from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, TARGET, config_digest, flatten
-from lt_jax.evals import open_set, record
-from lt_jax.evals.calibration import calibration
-from lt_jax.evals.closed_set import closed_set
+from lt_jax.evals import TITLES
+from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
-from lt_jax.evals.domains import by_domain, mean_metrics
+from lt_jax.evals.domains import (
+  mean_metrics,
+  of_domains,
+  proxy_a_distance,
+  records_by_domain,
+  some,
+  split_by_domain,
+)
 from lt_jax.method import Batch, Outputs, State
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
-
-MOST_LOGITS = 10**8
-"""Test images times classes up to which predictions.npz holds every logit."""
 
 PREDICTIONS = (
   'domain',
@@ -41,9 +43,13 @@ PREDICTIONS = (
 )
 """What predictions.npz may hold; two logits may be equal in float16."""
 
-TOP = 20
+OF_A_DOMAIN = ('label', 'prediction', 'confidence')
+"""What it holds of a domain that is not among those of the split 'test'."""
+
 FEATURES = 2000
+DOMAIN_FEATURES = 500
 SAMPLES = 64
+TRANSLATED = 16
 
 
 class Evaluated(NamedTuple):
@@ -55,8 +61,8 @@ class Evaluated(NamedTuple):
     threshold: of the known score, how it was chosen and its value, which is None
       without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
-    records: split -> what `lt_jax.evals.record` keeps; the test split's with logits
-      and features.
+    records: split -> what the task keeps; those of test splits, of every domain, with
+      logits and features.
   """
 
   metrics: dict[str, dict[str, Any]]
@@ -85,12 +91,12 @@ def evaluate(
   Raises:
     Preempted: `stop()` turned true on the way.
   """
-  classes = len(stage.dataset.class_names)
-  all_logits = stage.passes['test'].examples * classes <= MOST_LOGITS
-  keep_all = collector(stage.method.predict, _keep(all_logits), experiment.mesh)
-  keep_record = collector(stage.method.predict, record, experiment.mesh)
+  task, classes = stage.task, len(stage.dataset.class_names)
+  keep = task.keep(stage.passes['test'].examples, classes)
+  keep_all = collector(stage.method.predict, keep, experiment.mesh)
+  keep_record = collector(stage.method.predict, task.record, experiment.mesh)
   records = {
-    name: (keep_all if name == 'test' else keep_record)(state, one_pass, stop)
+    name: (keep_all if is_test(name) else keep_record)(state, one_pass, stop)
     for name, one_pass in stage.passes.items()
   }
   if None in records.values():
@@ -98,30 +104,71 @@ def evaluate(
   for name, kept in records.items():
     bad_images(name, bad_rows(stage, name, kept))
   metrics = {'val': split_metrics(records['val'], stage)} if 'val' in records else {}
-  metrics |= _test_metrics(records, experiment, stage)
-  if 'open_test' not in records:
-    return Evaluated(metrics, None, {}, records)
-  thresholds, curves = {}, {}
-  test = records['test']
-  # The papers' threshold means nothing for a score that a method makes itself.
-  own = not np.array_equal(test['known_score'], test['confidence'])
-  probability = None if own else 'known_score'
-  for score, place in {'known_score': 'test', 'energy': 'test_by_energy'}.items():
-    thresholds[score] = _choose_threshold(records, score)
-    joined = _joined(score, records['test'], records['open_test'])
-    curves[score] = open_set.curve(*joined)
-    metrics[place] = metrics.get(place, {}) | open_set.open_set(
-      *joined,
-      thresholds[score]['value'],
-      num_classes=len(stage.dataset.class_names),
-      groups=stage.groups,
-      fixed=open_set.FIXED_THRESHOLD if score == probability else None,
-    )
-  return Evaluated(metrics, thresholds['known_score'], curves, records)
+  played = _played(experiment, stage, state)
+  metrics |= _test_metrics(records, played, experiment, stage)
+  across = task.across(records, num_classes=classes, groups=stage.groups)
+  for place, found in across.metrics.items():
+    metrics[place] = metrics.get(place, {}) | found
+  return Evaluated(metrics, across.threshold, across.curves, records)
+
+
+def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
+  """Returns what a stage's task measures of a split with labels."""
+  classes = len(stage.dataset.class_names)
+  return stage.task.measure(records, num_classes=classes, groups=stage.groups)
+
+
+def is_test(split: str) -> bool:
+  """Returns whether a split holds the test images of one or several domains."""
+  return split.rpartition('/')[2] == 'test'
+
+
+def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
+  """Returns the domains of the split 'test'; none of a run with one domain."""
+  targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
+  return (targets or (stage.domain,)) if targets or opened else ()
+
+
+def test_rows(
+  records: Collected, experiment: Experiment, stage: Stage
+) -> dict[str, dict[str, Any]]:
+  """Returns the metrics of the split 'test', and of several targets each 'NAME/test'.
+
+  'test' is then the mean over them, as in result.json.
+  """
+  names = test_domains(experiment, stage)
+  if len(names) < 2:
+    return {'test': split_metrics(records, stage)}
+  found = {
+    f'{name}/test': split_metrics(own, stage)
+    for name, own in split_by_domain(records, names).items()
+  }
+  return {'test': mean_metrics([*found.values()]), **found}
+
+
+def _played(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, dict[str, Any]]:
+  """Returns domain -> what a stage's task measures by the network itself."""
+  if stage.task.play is None:
+    return {}
+  prepare = stage.passes['test'].stream.prepare
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    batch = prepare({}, {'image': images}, jax.random.key(0))
+    return stage.method.predict(state, batch['image'])
+
+  names = dict.fromkeys(name for role in experiment.roles.values() for name in role)
+  tests = {name: experiment.domains[name].tests['test'] for name in names}
+  sources = {name: split.source for name, split in tests.items()}
+  return stage.task.play(predict, state, sources)
 
 
 def _test_metrics(
-  records: Mapping[str, Collected], experiment: Experiment, stage: Stage
+  records: Mapping[str, Collected],
+  played: Mapping[str, dict[str, Any]],
+  experiment: Experiment,
+  stage: Stage,
 ) -> dict[str, Any]:
   """Returns 'test', and 'domains' where there are others than the stage's own.
 
@@ -129,23 +176,17 @@ def _test_metrics(
   domain, and their means over the targets ('compound') and over targets and open
   domains ('compound_open').
   """
-
-  def measure(found: Collected) -> dict[str, Any]:
-    return split_metrics(found, stage)
-
-  targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  if not (targets or opened):
-    return {'test': measure(records['test'])}
-  tested = targets or (stage.domain,)
-  domains = by_domain(records['test'], tested, measure)
-  domains |= {
-    name.removesuffix('/test'): measure(found)
-    for name, found in records.items()
-    if name.endswith('/test')
+  names, opened = test_domains(experiment, stage), experiment.roles[OPEN]
+  if not names:
+    own = split_metrics(records['test'], stage)
+    return {'test': own | played.get(stage.domain, {})}
+  domains = {
+    name: split_metrics(found, stage) | played.get(name, {})
+    for name, found in records_by_domain(records, names).items()
   }
-  means = {'compound': mean_metrics([domains[name] for name in tested])}
+  means = {'compound': mean_metrics([domains[name] for name in names])}
   if opened:
-    every = (*tested, *opened)
+    every = (*names, *opened)
     means['compound_open'] = mean_metrics([domains[name] for name in every])
   return {'test': means['compound'], 'domains': domains, 'domain_means': means}
 
@@ -154,70 +195,6 @@ def bad_rows(stage: Stage, split: str, records: Collected) -> np.ndarray:
   """Returns the positions in the source of a split's images that cannot be read."""
   rows = stage.images[split].rows
   return rows[records['bad']] if 'bad' in records else rows[:0]
-
-
-def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
-  """Returns closed-set accuracies, mean loss and ECE of a split of known images."""
-  label, prediction = records['label'], records['prediction']
-  found = closed_set(
-    label,
-    prediction,
-    num_classes=len(stage.dataset.class_names),
-    groups=stage.groups,
-  )
-  calibrated = calibration(records['confidence'], prediction == label)
-  loss = float(records['loss'].mean(dtype=np.float64))
-  return {**found, 'loss': loss, 'ece': calibrated['ece']}
-
-
-def _joined(score: str, *parts: Collected) -> tuple[np.ndarray, ...]:
-  names = ('label', 'prediction', score)
-  return tuple(np.concatenate([part[name] for part in parts]) for name in names)
-
-
-def _choose_threshold(records: Mapping[str, Collected], score: str) -> dict[str, Any]:
-  """Chooses the threshold of a score, on validation images only."""
-  if 'open_val' in records and 'val' in records:
-    joined = _joined(score, records['val'], records['open_val'])
-    value = open_set.best_threshold(*joined)
-    return {'value': value, 'chosen_by': 'f_measure_oltr2020 on val and open_val'}
-  if 'val' in records:
-    value = open_set.keep_threshold(records['val'][score])
-    return {'value': value, 'chosen_by': 'keeps 95 % of val'}
-  return {'value': None, 'chosen_by': 'nothing: there are no validation images'}
-
-
-def _half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-  """Returns values in float16, those beyond its range at its ends."""
-  most = float(np.finfo(np.float16).max)
-  return values.astype(np.float32).clip(-most, most).astype(np.float16)
-
-
-@functools.cache
-def _keep(all_logits: bool) -> Callable[[Outputs, Batch], dict[str, jax.Array]]:
-  """Returns what is kept of the test split: records, features, and logits or the top.
-
-  On the device, so that a large test set times many classes never comes to the host.
-  """
-
-  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    logits = outputs['logits']
-    kept = {
-      **record(outputs, batch),
-      'features': _half(outputs['features']),
-    }
-    if all_logits:
-      return kept | {'logits': _half(logits)}
-    top, classes = jax.lax.top_k(logits, TOP)
-    of_label = jnp.take_along_axis(logits, batch['label'][:, None], axis=-1)[:, 0]
-    return kept | {
-      'top_logits': _half(top),
-      'top_classes': classes,
-      'label_logit': of_label,
-      'log_sum_exp': jax.nn.logsumexp(logits, axis=-1),
-    }
-
-  return keep
 
 
 def write_results(
@@ -247,6 +224,7 @@ def write_results(
     What result.json holds.
   """
   evaluated = evaluate(experiment, stage, state, stop, bad_images)
+  translations = _translations(experiment, stage, state)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if r.get('images_per_second')]
   events = read_rows(workdir / 'events.jsonl')
@@ -259,8 +237,9 @@ def write_results(
     'stage': stage.name,
     'step': int(jax.device_get(state.step)),
     'init': _init(events),
-    'select': '/'.join(stage.select) if stage.select else 'last',
+    'select': '/'.join(stage.select[:2]) if stage.select else 'last',
     **evaluated.metrics,
+    **a_distances(experiment, stage, state, stop),
     'threshold': evaluated.threshold,
     'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),
     'warnings': cautions(experiment),
@@ -269,7 +248,7 @@ def write_results(
       for name, kept in evaluated.records.items()
       if 'bad' in kept and kept['bad'].any()
     },
-    'best_on_test': _best_on_test(rows, stage.name),
+    'best_on_test': _best_on_test(rows, stage),
     'memory': _scalars(state.memory),
     'images_per_second': float(np.median(rates)) if rates else None,
     'wall_seconds': round(wall_seconds, 1),
@@ -284,7 +263,10 @@ def write_results(
   if jax.process_index() == 0:
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
-    _write_arrays(stage, workdir, state, evaluated.records['test'])
+    names = test_domains(experiment, stage)
+    _write_arrays(stage, workdir, state, evaluated.records, names)
+    if translations:
+      write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
       write_npz(
         workdir / 'open_set.npz',
@@ -302,24 +284,65 @@ def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   return {name: rows[-1].get(name) for name in told} if rows else None
 
 
+def _features(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  del batch
+  return {'features': outputs['features'].astype('float32')}
+
+
+def a_distances(
+  experiment: Experiment, stage: Stage, state: State, stop: Callable[[], bool]
+) -> dict[str, Any]:
+  """Returns 'a_distance': target -> its distance from the stage's own domain.
+
+  By features of training images, as `predict` has them; empty without a target.
+
+  Raises:
+    Preempted: `stop()` turned true on the way.
+  """
+  collect = collector(stage.method.predict, _features, experiment.mesh)
+  found = {name: collect(state, one, stop) for name, one in stage.compared.items()}
+  if None in found.values():
+    raise Preempted
+  if not found:
+    return {}
+  own, *targets = (one['features'] for one in found.values())
+  distances = (proxy_a_distance(own, features) for features in targets)
+  return {'a_distance': dict(zip(list(found)[1:], distances, strict=True))}
+
+
 def _write_arrays(
-  stage: Stage, workdir: epath.Path, state: State, test: Collected
+  stage: Stage,
+  workdir: epath.Path,
+  state: State,
+  records: Mapping[str, Collected],
+  names: Sequence[str] = (),
 ) -> None:
-  """Writes predictions.npz, features.npz and samples.npz."""
+  """Writes predictions.npz, features.npz and samples.npz.
+
+  Args:
+    stage: the last stage.
+    workdir: the run's folder.
+    state: its State that counts.
+    records: split -> records; those of test images with features.
+    names: the domains of the split 'test'; none of a run with one domain.
+  """
+  test = records['test']
+  domains = records_by_domain(records, names) if names else {}
   predictions = {name: test[name] for name in PREDICTIONS if name in test}
+  if domains:
+    predictions['domains'] = np.array([*domains])
+  for name, found in domains.items():
+    if name not in names:
+      predictions |= {f'{name}/{key}': found[key] for key in OF_A_DOMAIN}
   write_npz(workdir / 'predictions.npz', **predictions)
 
-  few = np.linspace(0, len(test['label']) - 1, FEATURES).round().astype(int)
-  few = np.unique(few)
   centroids = state.params.get('centroids')
   if centroids is None:
     centroids = _class_means(test['features'], test['label'], stage)
   write_npz(
     workdir / 'features.npz',
-    features=test['features'][few],
-    label=test['label'][few],
-    prediction=test['prediction'][few],
-    centroids=_half(np.asarray(centroids)),
+    centroids=half(np.asarray(centroids)),
+    **(of_domains(domains, DOMAIN_FEATURES) if domains else some(test, FEATURES)),
   )
 
   worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])
@@ -328,16 +351,46 @@ def _write_arrays(
     workdir / 'samples.npz',
     image=np.stack([split.image(row) for row in split.rows[worst]])
     if len(worst)
-    else np.zeros((0, *stage.dataset.image_shape), np.uint8),
+    else np.zeros((0, *stage.dataset.image_shape), split.dtype),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
   )
+
+
+def _translations(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, np.ndarray]:
+  """Returns a few test images and what the method draws of them; {} if it does not.
+
+  A method that translates returns images as 'as_source' and 'as_target', on the scale
+  where white is 1. The names are those of `stage.passes`: 'test', of the target, and
+  'source/test'.
+  """
+  shapes = stage.survey.outputs(state, 'train')
+  drawn = [name for name in shapes if name in ('as_source', 'as_target')]
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    del batch
+    return {name: jnp.clip(255 * outputs[name] + 0.5, 0, 255) for name in drawn}
+
+  found = {}
+  for split in ('test', f'{stage.domain}/test') if drawn else ():
+    few = stage.passes[split]._replace(batches=1)
+    few = few._replace(examples=min(TRANSLATED, few.examples))
+    pictures = collector(stage.method.predict, keep, experiment.mesh)(state, few)
+    images = stage.images[split]
+    rows = images.rows[: few.examples]
+    found[f'{split}/image'] = np.stack([images.image(row) for row in rows])
+    for name, pixels in pictures.items():
+      found[f'{split}/{name}'] = pixels.astype(np.uint8)
+  return found
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:
   """Writes weights.npz, if the stage learned the weights of its examples.
 
   Of each log interval and class: the mean weight, its standard deviation, the fraction
-  that is negative, and the mean's ratio to the weight without learning, on its scale.
+  that is negative, and the mean's ratio to the weight without learning, on its scale;
+  and what was learned, which is lost in the mean where it is a millionth of it.
   """
   metrics = workdir / 'stages' / stage.name / 'metrics'
   names = ('prior', 'learned', 'about', 'about_square', 'negative')
@@ -355,6 +408,7 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
     step=np.asarray(step),
     prior=found['prior'],
     mean=mean,
+    learned=found['learned'],
     spread=np.sqrt(np.maximum(variance, 0)),
     negative=found['negative'],
     ratio=mean / found['prior'],
@@ -389,14 +443,15 @@ def worst_tail_errors(
   return positions[np.argsort(-test['loss'][positions], kind='stable')][:SAMPLES]
 
 
-def _best_on_test(rows: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
-  """Returns the best test accuracy of a stage: a number, never a State in use."""
-  rows = [r for r in rows if r['stage'] == stage and r['split'] == 'test']
-  rows = [r for r in rows if r.get('accuracy') is not None]
+def _best_on_test(rows: list[dict[str, Any]], stage: Stage) -> dict[str, Any] | None:
+  """Returns the best headline on test data: a number, never a State in use."""
+  headline = stage.task.headline
+  rows = [r for r in rows if r['stage'] == stage.name and r['split'] == 'test']
+  rows = [r for r in rows if r.get(headline) is not None]
   if not rows:
     return None
-  best = max(rows, key=lambda row: row['accuracy'])
-  return {name: best.get(name) for name in ('step', 'epoch', 'accuracy')}
+  best = max(rows, key=lambda row: row[headline])
+  return {name: best.get(name) for name in ('step', 'epoch', headline)}
 
 
 def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:
@@ -443,27 +498,12 @@ def versions() -> dict[str, str]:
   return {'python': platform.python_version(), **found}
 
 
-TABLE = {
-  'accuracy': 'accuracy',
-  'many': 'many-shot',
-  'medium': 'medium-shot',
-  'few': 'few-shot',
-  'macro_accuracy': 'macro accuracy',
-  'harmonic_mean': 'harmonic mean',
-  'ece': 'ECE',
-  'auroc': 'open-set AUROC',
-  'f_measure_oltr2019': 'open-set F (oltr2019)',
-  'f_measure_oltr2020': 'open-set F (oltr2020)',
-}
-"""What the table at the end shows; result.json has everything."""
-
-
 def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
   """Prints the table of a result, and where its files are."""
   test = result['test']
   shown = {
     title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
-    for name, title in TABLE.items()
+    for name, title in TITLES.items()
     if name in test
   }
   screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())

@@ -17,10 +17,11 @@ from etils import epath
 from lt_jax import files, provenance, results, train
 from lt_jax.build import Experiment, Stage, build
 from lt_jax.cautions import cautions, check_memory
-from lt_jax.config import SOURCE, TARGET, Config, config_digest, domain_data
+from lt_jax.config import SOURCE, Config, config_digest
 from lt_jax.data import longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
+from lt_jax.evals.saved import saved_shape
 from lt_jax.method import State
 from lt_jax.stage import BadImages, StageRunner
 from lt_jax.stopping import (
@@ -260,7 +261,8 @@ def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experimen
       streams={
         stream: shared.streams[stream]._replace(payload=ours.payload)
         for stream, ours in own.stages[name].streams.items()
-      }
+      },
+      reads=own.stages[name].reads,
     )
 
   stages = {name: stage(name) for name in experiment.stages}
@@ -304,6 +306,8 @@ def rehearsed(
       if begin > end:
         raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
       metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+      for saved in stage.save_outputs:
+        saved_shape(stage.survey, state, saved)
       shapes[name] = state.replace(step=np.int32(end))
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):
@@ -441,9 +445,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   """Returns what data.json tells; what else is in it already stays."""
   path, dataset = workdir / 'data.json', experiment.dataset
   classes = len(dataset.class_names)
-  config, data = experiment.config, experiment.config['data']
-  predicted = next(iter(experiment.roles[TARGET] or experiment.roles[SOURCE]))
-  keys = ('mean', 'std', 'pad', 'pad_mode', 'flip', 'jitter', 'image_size', 'resize')
+  data = experiment.config['data']
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
@@ -457,13 +459,13 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       if name.startswith('open')
     },
     'fingerprint': experiment.fingerprint,
-    'found': provenance.found(config),
+    'found': provenance.found(experiment.config),
     'shot_bounds': longtail.shot_bounds(
       dataset.counts, data['many_shot'], data['few_shot']
     ),
     'image_shape': list(dataset.image_shape),
-    # Of the first target, which the network is for, or else of the source.
-    'preprocessing': {key: domain_data(config, predicted)[key] for key in keys},
+    'image_dtype': dataset.dtype,
+    'preprocessing': experiment.preprocessing,
   }
 
 

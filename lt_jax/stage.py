@@ -1,9 +1,10 @@
 """One stage of a run: restores or begins it, and gives the loop its hooks."""
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +13,12 @@ from etils import epath
 
 from lt_jax import checkpoint, files, results, sharding, train
 from lt_jax.build import Experiment, Stage
-from lt_jax.build.checks import SELECTABLE
 from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError, class_names
-from lt_jax.evals import record
 from lt_jax.evals.collect import collector
-from lt_jax.method import State, named_key
+from lt_jax.evals.saved import saved_output, split_and_name
+from lt_jax.method import Batch, Outputs, State, named_key
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -130,7 +130,7 @@ class StageRunner:
       facts=_facts(experiment) | origin,
       log=events,
     )
-    self._collect = collector(stage.method.predict, record, experiment.mesh)
+    self._collect = collector(stage.method.predict, stage.task.record, experiment.mesh)
     self._bad = BadImages(stage.images, events, read_rows(workdir / 'events.jsonl'))
     self._metrics: MetricWriter | None = None
     self._new_bad: dict[str, set[int]] = {name: set() for name in stage.streams}
@@ -253,12 +253,12 @@ class StageRunner:
         raise UserError(f'the processes have different files of {told["source"]}')
       self._events('began_with_weights', **told)
       data = self._experiment.config['data']
-      if told['mean'] and (list(told['mean']), list(told['std'])) != (
-        list(data['mean']),
-        list(data['std']),
-      ):
+      wanted = {key: tuple(round(x, 4) for x in told[key]) for key in ('mean', 'std')}
+      ours = {key: tuple(round(x, 4) for x in data[key]) for key in wanted}
+      if told['mean'] and wanted != ours:
         self._screen.line(
-          'those weights expect pixels of another data.mean or data.std'
+          'those weights expect other pixels: set '
+          f'--config.data.mean="{wanted["mean"]}" --config.data.std="{wanted["std"]}"'
         )
     return state
 
@@ -275,31 +275,32 @@ class StageRunner:
         )
 
   def _with_arrays(self, stage: Stage) -> Stage:
-    """Returns the stage with the arrays that earlier stages have left for its streams.
+    """Returns the stage with what earlier stages have left for its streams in place.
 
     Raises:
       UserError: they are not there, or not as they should be.
     """
     streams = dict(stage.streams)
-    for name, origin in stage.reads.items():
-      path = self._workdir / 'stages' / origin / 'arrays.npz'
+    put = functools.partial(sharding.put_replicated, self._experiment.mesh)
+    for name, left in stage.reads.items():
+      path = self._workdir / 'stages' / left.stage / 'arrays.npz'
       if not files.seen(path):
-        raise UserError(f'stage {stage.name!r} reads what {origin!r} leaves in {path}')
+        raise UserError(
+          f'stage {stage.name!r} reads what {left.stage!r} leaves in {path}'
+        )
       found = _arrays(path)
-      for key, expected in streams[name].arrays.items():
+      for key, expected in left.shapes.items():
         shape = found[key].shape if key in found else None
-        if shape != expected.shape:
+        if shape != expected:
           raise UserError(
-            f'{path}: {key} is {shape or "missing"}, but it should be {expected.shape}'
+            f'{path}: {key} is {shape or "missing"}, but it should be {expected}'
             '; delete the file, and the same command makes it anew'
           )
-      found = {key: found[key] for key in streams[name].arrays}
-      arrays = sharding.put_replicated(self._experiment.mesh, found)
-      streams[name] = streams[name]._replace(arrays=arrays)
+      streams[name] = left.into(streams[name], found, put)
     return stage._replace(streams=streams)
 
   def _leave(self, state: State) -> None:
-    """Writes arrays.npz: outputs of the final State for every training image."""
+    """Writes arrays.npz: outputs of the final State for every image of some splits."""
     path, names = self._folder / 'arrays.npz', self.stage.save_outputs
     if not names:
       return
@@ -307,12 +308,11 @@ class StageRunner:
     known_by = (origin, checkpoint.digest(state, old_paths=True))
     if agreed(path.exists() and _origin(path) in known_by):
       return
-
-    def keep(outputs, batch):
-      del batch
-      return {name: outputs[name] for name in names}
-
-    found = self.stage.survey.collect(state, 'train', keep)
+    found = {}
+    for split in dict.fromkeys(split_and_name(name)[0] for name in names):
+      own = [name for name in names if split_and_name(name)[0] == split]
+      keep = functools.partial(_saved, own)
+      found |= self.stage.survey.collect(state, split, keep)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
     wait_for_all(f'{path} is written')
@@ -423,18 +423,27 @@ class StageRunner:
         records = self._collect(state, one_pass, self._stop.alone)
         if records is None:
           return
-        rows[split] = results.split_metrics(records, self.stage)
+        if split == 'test':
+          rows |= results.test_rows(records, self._experiment, self.stage)
+        else:
+          rows[split] = results.split_metrics(records, self.stage)
+    headline = self.stage.task.headline
+    told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    if self.stage.scores is not None:
+      scores = self.stage.scores(state, self._stop.alone)
+      if scores is None:
+        return
+      rows |= scores
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    told = ', '.join(f'{k} {v["accuracy"]:.4f}' for k, v in rows.items())
-    self._screen.detail(f'step {step}: accuracy on {told}')
+    self._screen.detail(f'step {step}: {headline} on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
     """Saves a State that is strictly better than the best so far."""
-    split, metric = self.stage.select
-    value = SELECTABLE[metric] * float(rows[split][metric])
+    split, metric, sign = self.stage.select
+    value = sign * float(rows[split][metric])
     self._checkpoints.wait()
     best = self._checkpoints.best()
     than = -np.inf if best is None else best.get('value')
@@ -468,6 +477,14 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def _saved(
+  names: Sequence[str], outputs: Outputs, batch: Batch
+) -> dict[str, jax.Array]:
+  """Returns what is saved of a batch; nothing of the batch but its outputs is read."""
+  del batch
+  return {name: saved_output(outputs, split_and_name(name)[1]) for name in names}
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

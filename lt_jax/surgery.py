@@ -44,7 +44,7 @@ def copy(*, pattern: str, stage: str, source: str = r'\g<0>') -> Surgery:
   """
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
-    origin = _stage(earlier, stage)
+    origin = earlier_stage(earlier, stage)
     take = functools.partial(_replace, pattern=pattern, stage=stage, source=source)
     params, found = take(fresh.params, origin.params)
     stats, found_stats = take(fresh.stats, origin.stats)
@@ -91,7 +91,7 @@ def carry(*, fields: Sequence[str], stage: str) -> Surgery:
       raise UserError(f'carry has no field {field!r}{suggest(field, carried)}')
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
-    origin = _stage(earlier, stage)
+    origin = earlier_stage(earlier, stage)
     for field in fields:
       ours, theirs = getattr(fresh, field), getattr(origin, field)
       missing = _by_path(theirs).keys() - _by_path(ours).keys()
@@ -255,7 +255,8 @@ def operate(
   return jax.jit(lambda state: jax.tree.map(jnp.copy, state))(fresh)
 
 
-def _stage(earlier: Mapping[str, State], stage: str) -> State:
+def earlier_stage(earlier: Mapping[str, State], stage: str) -> State:
+  """Returns the State of a stage, or says that there is no such stage before."""
   if stage not in earlier:
     known = earlier or ['no stage before this one']
     raise UserError(f'no finished stage {stage!r}{suggest(stage, known)}')

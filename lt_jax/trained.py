@@ -33,9 +33,11 @@ FACTS = {
   'class_names': [str],
   'counts': {'train': [int], **dict.fromkeys(('meta', 'val', 'test'), (None, [int]))},
   'image_shape': [int],
+  'image_dtype': (None, str),  # of older runs it is uint8
   'preprocessing': {
     **dict.fromkeys(('mean', 'std'), [NUMBER]),
     **dict.fromkeys(('image_size', 'resize'), int),
+    'unit': (None, str),
   },
   'threshold': THRESHOLD,
 }
@@ -81,6 +83,11 @@ class Trained(NamedTuple):
     return Crop(told['image_size'], told['resize']) if told['image_size'] else None
 
   @property
+  def dtype(self) -> np.dtype:
+    """The type of the images: uint8, or float32 of features and other arrays."""
+    return np.dtype(self.facts.get('image_dtype') or 'uint8')
+
+  @property
   def threshold(self) -> float | None:
     """The known score below which an image is of an unknown class.
 
@@ -94,13 +101,14 @@ class Trained(NamedTuple):
 
     Args:
       state: of this network.
-      images: (B, H, W, channels) uint8.
+      images: (B, H, W, channels) of `dtype`.
 
     Returns:
       'logits' (B, C), 'probabilities' (B, C), their softmax, 'known_score' (B,), the
       method's or else the largest probability, and 'features' (B, D).
     """
     told = self.facts['preprocessing']
+    images = augment.unit(images, told.get('unit') or 'none')
     normalised = augment.normalise(images, told['mean'], told['std'])
     outputs = self.stage.method.predict(state, normalised)
     probabilities = jax.nn.softmax(outputs['logits'])
@@ -224,11 +232,11 @@ def building() -> Iterator[None]:
 
 def _shapes_of(facts: Facts) -> Dataset:
   """Returns the data set of a run as labels and shapes: as many images, and none."""
-  shape = tuple(facts['image_shape'])
+  shape, dtype = tuple(facts['image_shape']), facts.get('image_dtype') or 'uint8'
 
   def split(counts: list[int]) -> Split:
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    images = jax.ShapeDtypeStruct((len(labels), *shape), np.uint8)
+    images = jax.ShapeDtypeStruct((len(labels), *shape), dtype)
     return Split(None, np.arange(len(labels)), labels, {'image': images})
 
   return Dataset(
@@ -238,6 +246,7 @@ def _shapes_of(facts: Facts) -> Dataset:
     class_names=tuple(facts['class_names']),
     image_shape=shape,
     fingerprint='',
+    dtype=dtype,
   )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax.config import apply, base_config, resolve
+from lt_jax.config import apply, base_config, resolve, stage_config
 from lt_jax.errors import construct
 from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.losses.alignment import make_alignment, make_weight
@@ -43,7 +43,7 @@ def optimizer_of(described, schedule):
 
 def method_of(config):
   """Builds the method of a config from the tables it names."""
-  alignment = config.get('alignment', {'name': 'none', 'align_on': (), 'weight': 0.0})
+  alignment = config['alignment']
   players = {
     name: Player(
       part(NETWORKS, 'network', player['network']),
@@ -75,6 +75,8 @@ def method_of(config):
     align_on=alignment['align_on'],
     alignment_weight=make_weight(alignment['weight'], progress),
     players=players,
+    image_shape=(16, 16, 3),
+    pixels=dict.fromkeys(('train', 'target'), ((0.5,), (0.5,))),
   )
 
 
@@ -82,9 +84,27 @@ def test_every_recipe_asks_for_a_target():
   assert all(recipe.needs == ('target',) for recipe in adaptation.RECIPES.values())
 
 
+DOMAINS = {'domain_loss', 'domain_accuracy'}
+
+JUDGES = ('discriminator', 'source_images', 'target_images')
+
+METRICS = {
+  'dann': DOMAINS | {'lambda'},
+  'cdan': DOMAINS | {'lambda'},
+  'adda': DOMAINS | {'moved'},
+  'mcd': {'discrepancy'},
+  'aligned': {'alignment'},
+  'pseudo_label': {'pseudo_loss', 'labelled'},
+  'i2i': {'lambda', 'identity', 'cycle', 'translated'}
+  | {f'{name}_{kind}' for name in JUDGES for kind in ('loss', 'accuracy')},
+}
+"""Method -> its metrics beside those of every method."""
+
+
 @pytest.mark.parametrize('name', adaptation.RECIPES)
 def test_its_method_makes_a_step(name, rng):
   config = resolve(made(name))
+  config = stage_config(config, config['stage_order'][-1])
   streams = config.get('streams', {})
   image = rng.normal(size=(2, BATCH, 16, 16, 3)).astype(np.float32)
   batches = {'train': {'image': image[0], 'label': np.arange(BATCH) % 3}}
@@ -103,13 +123,14 @@ def test_its_method_makes_a_step(name, rng):
   state = jax.eval_shape(method.init, jax.random.key(0), batches)
   after, metrics = jax.eval_shape(method.step, state, batches)
   assert jax.tree.structure(after) == jax.tree.structure(state)
-  expected = {'loss', 'accuracy', 'class_loss', 'grad_norm', 'learning_rate'}
-  if name == 'dann':
-    expected |= {'domain_loss', 'domain_accuracy', 'lambda'}
-    assert set(after.params) == set(after.opt) == {'net', 'discriminator'}
-  elif 'target' in streams:
-    expected |= {'alignment'}
-  assert set(metrics) == expected
+  expected = {'loss', 'accuracy', 'grad_norm', 'learning_rate'}
+  expected |= METRICS.get(config['method']['name'], set())
+  if config['method']['name'] == 'self_supervised':
+    kinds = ('loss', 'accuracy')
+    expected |= {f'{task}_{kind}' for task in config['players'] for kind in kinds}
+  assert set(metrics) - {'class_loss', 'moved'} == expected - {'moved'}
+  assert ('moved' in metrics) == (name == 'adda_cycada')
+  assert set(after.opt) - {'second_head'} == {'net', *config['players']}
 
 
 def test_the_discriminator_has_the_optimiser_and_the_schedule_of_the_network():
@@ -118,3 +139,11 @@ def test_the_discriminator_has_the_optimiser_and_the_schedule_of_the_network():
   player = resolve(config)['players']['discriminator']
   assert player['schedule'] == {'name': 'dann', 'base': 0.5, 'end': STEPS}
   assert player['optimizer'] == {'name': 'sgd', 'momentum': 0.9}
+
+
+def test_both_players_of_adda_have_one_rate():
+  config = made('adda')
+  config.stages.adapt.schedule.base = 0.5
+  stage = stage_config(resolve(config), 'adapt')
+  assert stage['schedule'] == stage['players']['discriminator']['schedule']
+  assert stage['schedule']['base'] == 0.5 and config.schedule.base == 0.01

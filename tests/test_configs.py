@@ -1,7 +1,9 @@
 """Every config with every recipe builds and says what the papers say, without data."""
 
+import dataclasses
 import inspect
 import json
+import math
 import re
 
 import jax
@@ -9,16 +11,22 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_mazes,
   cifar10_lt,
   cifar100_lt,
   cifar100_open,
   digits_domains,
   digits_lt,
+  imagenet,
   imagenet_lt,
   inat17,
   inat18,
+  mnist_mnistm,
+  mnist_usps,
   my_images,
   places_lt,
+  svhn_mnist,
+  usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
@@ -51,12 +59,32 @@ CONFIGS = {
   'cifar10_lt': (cifar10_lt, ',net=resnet8'),
   'cifar100_lt': (cifar100_lt, ',net=resnet8'),
   'cifar100_open': (cifar100_open, ',net=resnet8'),
+  'imagenet': (imagenet, ',net=resnet10'),
   'imagenet_lt': (imagenet_lt, ''),
   'places_lt': (places_lt, ',net=resnet50'),
   'inat17': (inat17, ',net=resnet10'),
   'inat18': (inat18, ',net=resnet10'),
   'my_images': (my_images, ''),
 }
+
+WITH_TARGET = {
+  'digits_domains': digits_domains,
+  'mnist_mnistm': mnist_mnistm,
+  'mnist_usps': mnist_usps,
+  'usps_mnist': usps_mnist,
+  'svhn_mnist': svhn_mnist,
+  'c_mazes': c_mazes,
+}
+"""Configs of a source and a target, which other recipes are for."""
+
+
+PAIRS = {
+  'mnist_mnistm': (28, 60000),
+  'mnist_usps': (28, 60000),
+  'usps_mnist': (28, 7291),
+  'svhn_mnist': (32, 73257),
+}
+"""Of two sets of digits each: the side of the images, the source's training images."""
 
 
 TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
@@ -91,7 +119,7 @@ OFTEN = (
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
     if 'target' not in made.needs
-    if name != 'inat17'
+    if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
@@ -111,9 +139,36 @@ def test_every_config_builds_with_every_recipe(no_data, name, recipe):
     assert state.params['net']['trunk'] and state.params['net']['head']
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('recipe', ['source_only', 'target_only', 'dann'])
+@pytest.mark.parametrize('name', PAIRS)
+def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, recipe):
+  def resized(source, size, channels, name):
+    shape = (len(source), size, size, channels)
+    images = np.broadcast_to(np.zeros((), np.uint8), shape)
+    return dataclasses.replace(source, images=images)
+
+  monkeypatch.setattr(dataset, 'brought_to', resized)
+  size, images = PAIRS[name]
+  config = resolve(WITH_TARGET[name].get_config(recipe))
+  source, target = name.split('_')
+  assert (config['name'], config['target']) == (name, [target])
+  assert math.ceil(config['epochs'] * images / 64) == 5000
+  assert config['schedule'] == {'name': 'dann', 'base': 0.01, 'end': config['epochs']}
+  experiment = build.build(config, devices=1)
+  shapes = {one.image_shape for one in experiment.domains.values()}
+  assert shapes == {(size, size, 3)} and set(experiment.domains) == {'source', target}
+  stage = experiment.last
+  assert [stage.batch, config['optimizer']['momentum']] == [64, 0.9]
+  params = train.state_shapes(stage.method, stage.streams).params
+  if recipe == 'dann':  # of the flattened convolutions, as in the paper
+    kernels = [x.shape for x in jax.tree.leaves(params['discriminator']) if x.ndim == 2]
+    assert (8192 if size == 32 else 768) in {shape[0] for shape in kernels}
+  assert experiment.last.uses_target_labels == (recipe == 'target_only')
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module, _ = CONFIGS[name]
+  module = WITH_TARGET.get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None
@@ -301,6 +356,7 @@ PHOTOGRAPHS = {
 STEPS = {
   'inat18:cb_focal': {'train': 38454},
   'inat17:cb_focal': {'train': 50905},
+  'imagenet:cb_focal': {'train': 112603},
   'inat18:ldam_drw': {'train': 38454},
   'inat18:crt': {'train': 76907, 'classifier': 25620},
   'inat18:meta_ce': {'pretrain': 25636, 'meta': 38454},
@@ -340,6 +396,8 @@ def test_large_batches_decay_neither_scales_nor_the_last_bias():
   assert (config['loss']['gamma'], config['class_weights']['beta']) == (0.5, 0.999)
   assert config['schedule']['base'] == 1.6 and config['model']['dtype'] == 'bfloat16'
   assert inat18.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('cb_focal').schedule.base == 0.8
 
 
 @pytest.mark.parametrize('where', PHOTOGRAPHS, ids='-'.join)
@@ -681,6 +739,21 @@ def test_an_older_config_is_read_under_the_keys_of_today():
   generator = older['stages']['generator']
   generator['stream'] = generator.pop('streams')['train']
   assert upgraded(older) == now
+
+
+@pytest.mark.parametrize('recipe', ['l2rw', 'meta_ce'])
+def test_two_older_methods_are_settings_of_one(recipe):
+  now = resolve(digits_lt.get_config(recipe))
+  older = json.loads(json.dumps(now))
+  stage = older if recipe == 'l2rw' else older['stages']['meta']
+  for option in ('prior', 'clip', 'normalise'):
+    del stage['method'][option]
+  if recipe == 'l2rw':
+    options = ('low_memory', 'meta_layers', 'route', 'virtual')
+    kept = {option: older['method'][option] for option in options}
+    older['method'] = {'name': 'l2rw', **kept}
+    older['class_weights'] = {'name': 'uniform', 'start_epoch': 0.0}
+  assert older != now and upgraded(older) == now == upgraded(now)
 
 
 def test_the_meta_batch_of_an_older_config_is_a_stream():

@@ -1,7 +1,5 @@
 """Domains and streams: who may see what, and what comes of it."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -11,8 +9,11 @@ from lt_jax import build, checkpoint, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
+from lt_jax.evals.collect import collector
+from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
-from lt_jax.report import runs, tables
+from lt_jax.report import runs
+from lt_jax.writers import read_rows
 
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
@@ -64,6 +65,10 @@ def given(stage):
     for step in range(3):
       payload = stream.payload(step)
       found |= {f'{name}/{step}/{k}': np.asarray(v) for k, v in payload.items()}
+  for name, one in stage.compared.items():
+    payload = one.stream.payload(0)
+    assert 'label' not in payload
+    found |= {f'{name}/compared/{k}': np.asarray(v) for k, v in payload.items()}
   return found
 
 
@@ -83,26 +88,43 @@ def test_labels_of_the_target_and_test_images_reach_no_step(recipe):
 
 
 def two_steps(experiment):
-  """Returns the digest of the State after two steps."""
-  stage = experiment.last
+  """Returns the State after two steps of the last stage, on its devices."""
+  stage, mesh = experiment.last, experiment.mesh
   arrays = {name: stream.arrays for name, stream in stage.streams.items()}
   key, step = jax.random.key(0), jax.jit(stage.method.step)
-  state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  state = train.initial_state(stage.method, stage.streams, key, mesh)
   for number in range(2):
-    payloads = train.payloads_at(stage.streams, number)
+    payloads = sharding.put_batch(mesh, train.payloads_at(stage.streams, number))
     batches = train.batches_at(stage.streams, arrays, payloads, key, number)
     state, _ = step(state, batches)
-  return checkpoint.digest(state)
+  return state
 
 
-@pytest.mark.parametrize('recipe', ['dann', 'deep_coral'])
+@pytest.mark.parametrize(
+  'recipe',
+  ['dann', 'deep_coral', pytest.param('cdan', marks=pytest.mark.slow), 'mcd', 'adda'],
+)
 def test_two_steps_are_the_same_with_other_labels_of_the_target(recipe):
   made = config(recipe)
   experiment = build.build(made, devices=1)
   other = experiment._replace(
     stages=build.build(made, devices=1, datasets=permuted(experiment)).stages
   )
-  assert two_steps(experiment) == two_steps(other)
+  ours, theirs = (checkpoint.digest(two_steps(e)) for e in (experiment, other))
+  assert ours == theirs
+
+
+@pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
+def test_devices_agree_on_the_built_experiment(devices):
+  """Of two domains and two players, each device with its share of both."""
+  made = config('dann')
+  one, many = (
+    jax.device_get(two_steps(build.build(made, devices=n))) for n in (1, devices)
+  )
+  for ours, theirs in zip(
+    *(jax.tree.leaves((s.params, s.opt)) for s in (one, many)), strict=True
+  ):
+    np.testing.assert_allclose(theirs, ours, rtol=2e-3, atol=2e-5)
 
 
 def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
@@ -128,6 +150,35 @@ def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
   assert len(logits) == 600 and 'label' not in seen
 
 
+def check_what_it_leaves(folder, result):
+  """Checks that files tell of each domain what the result does."""
+  with np.load(folder / 'predictions.npz') as stored:
+    arrays = dict(stored)
+  names = ['blended', 'inverted', 'source', 'sketched']
+  assert arrays['domains'].tolist() == names
+  with np.load(folder / 'features.npz') as stored:
+    features = dict(stored)
+  assert features['domains'].tolist() == names
+  assert len(features['features']) == len(features['label'])
+  for number, name in enumerate(names):
+    own = arrays['domain'] == number
+    label, prediction = (
+      arrays[f'{name}/{key}'] if number > 1 else arrays[key][own]
+      for key in ('label', 'prediction')
+    )
+    accuracy = result['domains'][name]['accuracy']
+    assert (label == prediction).mean() == pytest.approx(accuracy)
+    own = features['domain'] == number  # of fewer than 500 images: all of them
+    np.testing.assert_array_equal(features['label'][own], label)
+    np.testing.assert_array_equal(features['prediction'][own], prediction)
+  rows = read_rows(folder / 'metrics.jsonl')
+  last = {row['split']: row['accuracy'] for row in rows if 'accuracy' in row}
+  found = result['domains'] | {'all': result['test']}
+  for split in ('test', *(f'{name}/test' for name in names)):
+    told = found[split.removesuffix('/test') if '/' in split else 'all']
+    assert last[split] == pytest.approx(told['accuracy'])
+
+
 def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   made = config('source_only', 'epochs=1.0,target=blended+inverted')
   result = run.run(made, tmp_path)
@@ -139,6 +190,9 @@ def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   every = [*targets, domains['sketched']['accuracy']]
   assert means['compound_open']['accuracy'] == pytest.approx(np.mean(every))
   assert not result['uses_target_labels']
+  assert set(result['a_distance']) == {'blended', 'inverted'}
+  assert all(0 <= value <= 2 for value in result['a_distance'].values())
+  check_what_it_leaves(tmp_path, result)
   (found,) = runs.find(tmp_path)
   assert found.state == 'finished'  # the files of the run agree with each other
 
@@ -224,29 +278,98 @@ def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
   assert outputs['logits'].shape == (4, 10)
 
 
-def group(recipe, accuracy):
-  """A group of one run, as the report reads it."""
-  result = {
-    'test': {'accuracy': accuracy},
-    'domains': {'source': {'accuracy': 0.95}, 'blended': {'accuracy': accuracy}},
+def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
+  """From 0 where the stage begins, at the end of the one before, to 1."""
+  seen = []
+
+  def spy(net, optimizer, loss, *, class_weights, reduction, progress):
+    seen.append(progress)
+    parts = {'class_weights': class_weights, 'reduction': reduction}
+    return METHODS['supervised'](net, optimizer, loss, **parts)
+
+  monkeypatch.setitem(METHODS, 'spy', spy)
+  made = config('source_only', 'epochs=2.0')
+  made['method'] = {'name': 'spy'}
+  carry = ['carry', {'fields': ['opt', 'step'], 'stage': 'train'}]
+  made['stages'] = {
+    'train': {},
+    'more': {'epochs': 6.0, 'surgeries': [carry]},
+    'anew': {'epochs': 6.0},
   }
-  one = types.SimpleNamespace(recipe=recipe, result=result)
-  return types.SimpleNamespace(counted=[one], label=recipe, anchor=recipe)
+  made['stage_order'] = ['train', 'more', 'anew']
+  stages = build.build(made, devices=1).stages
+  first, last = stages['train'].plan.steps, stages['more'].plan.steps
+  middle = (first + last) // 2
+  begun, more, anew = (
+    [float(p(np.int32(s))) for s in (0, first, middle, last)] for p in seen
+  )
+  assert begun[:2] == [0, 1] and anew[0] == 0 and anew[-1] == 1
+  assert more == pytest.approx([0, 0, (middle - first) / (last - first), 1])
+  assert anew[1] == pytest.approx(first / last)
 
 
-def test_the_report_says_how_much_of_the_gap_is_covered():
-  groups = [
-    group('source_only', 0.4),
-    group('dann', 0.5),
-    group('mcc', 0.3),
-    group('target_only', 0.9),
-  ]
-  table = tables.domains_table(groups)
-  assert table.headings == ['method', 'source', 'blended', 'gap covered']
-  assert [row[-1] for row in table.rows] == [
-    '0.0 %',
-    '20.0 %',
-    '-20.0 % (negative transfer)',
-    '100.0 %',
-  ]
-  assert tables.domains_table(groups[:2]).headings == ['method', 'source', 'blended']
+def test_the_source_is_measured_with_statistics_of_its_own():
+  """Where each domain has its own; the target, and open domains, by the target's."""
+  made = config('deep_coral')
+  made['method']['statistics'] = 'domain_specific'
+  made['model'] |= {'trunk': 'tiny_cnn', 'trunk_options': {'width': 4}}
+  experiment = build.build(made, devices=1)
+  stage = experiment.last
+  key = jax.random.key(0)
+  state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
+  own = jax.tree.map(lambda x: x + 1.0, state.stats['net'])
+  state = state.replace(stats=state.stats | {'net_source': own})
+  swapped = state.replace(stats=state.stats | {'net': own})
+  predict = jax.jit(stage.method.predict)
+
+  def keep(outputs, batch):
+    return {'logits': outputs['logits']}
+
+  collect = collector(stage.method.predict, keep, experiment.mesh)
+  for split, by in {
+    'val': swapped,
+    'source/test': swapped,
+    'test': state,
+    'sketched/test': state,
+  }.items():
+    one = stage.passes[split]
+    payload = one.stream.payload(0)
+    batch = one.stream.prepare(one.stream.arrays, payload, None)
+    expected = predict(by, batch['image'])['logits']
+    found = collect(state, one)['logits']
+    np.testing.assert_allclose(found[: len(expected)], expected, atol=1e-5)
+  assert not np.allclose(
+    predict(swapped, batch['image'])['logits'], predict(state, batch['image'])['logits']
+  )
+
+
+def test_images_of_a_compound_target_lie_once_in_device_memory():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  experiment = build.build(made, devices=1)
+  whole = experiment.last.images['target/train']
+  alone = build.build(config('dann', 'epochs=1.0,target=inverted'), devices=1)
+  for name in ('blended', 'inverted'):
+    own = experiment.domains[name].splits['train']
+    assert own.arrays['image'] is whole.arrays['image']
+  assert not hasattr(whole.source, 'encoded')  # it is of arrays, not of files
+  expected = alone.domains['inverted'].splits['train']
+  np.testing.assert_array_equal(own.labels, expected.labels)
+  for place in (0, 7, -1):
+    image = expected.image(expected.rows[place])
+    np.testing.assert_array_equal(own.image(own.rows[place]), image)
+    np.testing.assert_array_equal(
+      own.arrays['image'][own.rows[place] + own.offset], image
+    )
+  # Nor does building from what is there put them in place again, as for other seeds.
+  again = build.build(made, devices=1, datasets=experiment.domains)
+  other = again.last.images['target/train']
+  assert other.arrays['image'] is whole.arrays['image']
+  np.testing.assert_array_equal(other.rows, whole.rows)
+  assert again.fingerprint == experiment.fingerprint
+
+
+def test_only_a_domain_that_is_alone_is_standardised():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  made['data']['standardise'] = True
+  with pytest.raises(UserError, match="'blended' and 'inverted' are one target, but"):
+    build.build(made)

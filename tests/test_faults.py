@@ -121,6 +121,28 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
     assert 'no manifest' in events(workdir, 'checkpoint_rejected')[0]['reason']
 
 
+@pytest.mark.parametrize(
+  ('recipe', 'fault'),
+  [
+    ('dann', 'kill_at:31'),
+    pytest.param('cdan', 'kill_at:31', marks=pytest.mark.slow),
+    pytest.param('mcd', 'kill_at:31', marks=pytest.mark.slow),
+    pytest.param('adda', 'kill_in_save:4', marks=pytest.mark.slow),  # second stage
+  ],
+)
+def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault):
+  """F1: two streams, two optimisers, and what a method draws once."""
+  options = child.two_domains(recipe)
+  unbroken, workdir = tmp_path / 'unbroken', tmp_path / 'run'
+  code, output = run(unbroken, **options)
+  assert code == 0, output
+  assert run(workdir, fault=fault, **options)[0] == KILLED
+  code, output = run(workdir, **options)
+  assert code == 0 and 'resuming from' in output, output
+  assert result(workdir)['state_sha256'] == result(unbroken)['state_sha256']
+  assert rows(workdir) == rows(unbroken)
+
+
 @pytest.mark.slow
 def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   """F2: each start dies up to 0.2 s after its first save begins."""

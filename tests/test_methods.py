@@ -3,18 +3,26 @@
 But for few-shot tasks, whose classes need more of them: see tests/test_few_shot.py.
 """
 
+import collections
 import functools
+import re
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lt_jax import build, checkpoint, sharding, train
+from lt_jax.class_weights import make_class_weights
 from lt_jax.config import config_digest, stage_config
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, construct
+from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.method import forward
+from lt_jax.methods import METHODS
 from lt_jax.models import make_classifier
+from lt_jax.optim import make_optimizer, make_schedule
 from lt_jax.recipes import RECIPES
 from tests import tiny
 
@@ -84,6 +92,105 @@ class Runner:
       payload = sharding.put_batch(self.mesh, rows, leading=1)
       state, totals, bad = self.update(state, totals, bad, self.arrays, payload)
     return state, jax.device_get(totals), int(bad)
+
+
+# What a step of one domain and one player costs: nothing but itself.
+
+
+def described(npz, recipe):
+  """(the last stage of a recipe, its config, shapes of a State and of batches)."""
+  config = tiny.config(npz, f'{recipe},epochs={STEPS}.0')
+  stage = build.build(config, devices=1).last
+  image = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)
+  batch = {'image': image, 'label': jax.ShapeDtypeStruct((8,), jnp.int32)}
+  batches = {name: batch for name in stage.streams}
+  state = train.state_shapes(stage.method, stage.streams)
+  return stage, stage_config(config, stage.name), state, batches
+
+
+def tiny_net(config):
+  model = config['model']
+  return make_classifier(
+    model['trunk'], model['head'], num_classes=4, trunk_options=model['trunk_options']
+  )
+
+
+@pytest.mark.parametrize('recipe', ['ce', 'meta_ce'])
+def test_a_step_that_is_built_is_the_method_called_by_hand(npz, recipe):
+  """Whatever a config can say of domains, players and alignments leaves no trace."""
+  stage, config, state, batches = described(npz, recipe)
+  counts = stage.dataset.counts
+  weights = dict(config['class_weights'], start_step=0)
+  del weights['start_epoch']
+  options = dict(config['method'])
+  rate = make_schedule(**config['schedule'], length=8, batch=8)
+  method = construct(
+    METHODS,
+    'method',
+    options.pop('name'),
+    tiny_net(config),
+    make_optimizer(learning_rate=rate, **config['optimizer']),
+    make_loss('cross_entropy', counts),
+    options=options,
+    counts=counts,
+    class_weights=make_class_weights(**weights, counts=counts),
+    reduction=REDUCTIONS[config['reduction']],
+    streams=tuple(stage.streams),
+  )
+  ours, by_hand = (
+    jax.jit(step).lower(state, batches).as_text()
+    for step in (stage.method.step, method.step)
+  )
+  assert ours == by_hand
+
+
+def test_a_plain_step_is_no_more_than_the_same_written_plainly(npz):
+  stage, config, state, batches = described(npz, 'ce')
+  net, (_, decay) = tiny_net(config), config['optimizer']['weight_decay'][0]
+
+  def plain(state, batches):
+    """Cross-entropy, momentum and decay, and the metrics of a log row."""
+    image, label = batches['train']['image'], batches['train']['label']
+
+    def objective(params):
+      variables = {'params': params, 'batch_stats': state.stats['net']}
+      outputs, new = net.apply(variables, image, train=True, mutable=['batch_stats'])
+      logits = outputs['logits']
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+      return losses.mean(), (new['batch_stats'], losses, logits.argmax(-1) == label)
+
+    (loss, (stats, losses, right)), grads = jax.value_and_grad(objective, has_aux=True)(
+      state.params['net']
+    )
+    opt = state.opt['net']
+    trace = jax.tree.map(
+      lambda b, g, p: 0.9 * b + g + decay * p,
+      opt.inner_state.trace,
+      grads,
+      state.params['net'],
+    )
+    params = jax.tree.map(lambda p, b: p - 0.05 * b, state.params['net'], trace)
+    opt = opt._replace(inner_state=opt.inner_state._replace(trace=trace))
+    metrics = {
+      'loss': loss,
+      'accuracy': (right.sum(), (label >= 0).sum()),
+      'class_loss': (jnp.zeros(4).at[label].add(losses), jnp.zeros(4).at[label].add(1)),
+      'grad_norm': optax.tree.norm(grads),
+    }
+    after = {'params': {'net': params}, 'stats': {'net': stats}, 'opt': {'net': opt}}
+    return state.replace(step=state.step + 1, **after), metrics
+
+  def cost(step):
+    """(products of matrices and convolutions by shape, floating-point operations)."""
+    compiled = jax.jit(step).lower(state, batches).compile()
+    products = re.findall(
+      r'= (\S+) (convolution|dot|custom-call)\(', compiled.as_text()
+    )
+    return collections.Counter(products), compiled.cost_analysis()['flops']
+
+  (ours, flops), (theirs, least) = cost(stage.method.step), cost(plain)
+  assert ours == theirs and ours
+  assert flops <= 1.003 * least
 
 
 REPEATS = (

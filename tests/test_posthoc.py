@@ -393,6 +393,7 @@ def test_predictions_give_logits_to_the_unknown_class(fitted, rng):
   p = np.exp(expected - expected.max(1, keepdims=True))
   p /= p.sum(1, keepdims=True)
   np.testing.assert_allclose(outputs['known_score'], 1 - p[:, 4], atol=1e-3)
+  np.testing.assert_array_equal(outputs['is_unknown'], expected.argmax(1) == 4)
   strange = 50 * rng.normal(size=images.shape).astype(np.float32)
   score = np.asarray(predict(last, strange)['known_score'])
   assert (score >= 0).all() and (score <= 1).all()
@@ -404,7 +405,9 @@ def test_a_known_score_is_the_share_of_the_known_classes():
   method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
   state = method.init(jax.random.key(0), {'train': {'image': logits}})
   # The unknown logit is 0.
-  score = jax.jit(method.predict)(state, logits)['known_score']
+  outputs = jax.jit(method.predict)(state, logits)
+  score = outputs['known_score']
+  np.testing.assert_array_equal(outputs['is_unknown'], [False, True])
   known = np.exp(logits.astype(np.float64)).sum(1)
   np.testing.assert_allclose(score, known / (known + 1), rtol=1e-4)
 

@@ -237,7 +237,7 @@ def test_another_network_is_named_and_counted(stored):
   with pytest.raises(UserError, match="'layer1.2.conv1.weight' is missing"):
     pretrained.assign(weights(tensors), *shapes)
   shapes = shapes_of(make_classifier('digits_cnn', 'linear', 10))
-  with pytest.raises(UserError, match='only residual networks'):
+  with pytest.raises(UserError, match='no published weights are known'):
     pretrained.assign(weights(tensors), *shapes)
 
 

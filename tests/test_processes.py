@@ -78,6 +78,26 @@ def test_two_processes_are_one_run(together, alone):
   assert len(steps) == len(set(steps))
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_run_of_two_domains_and_players(tmp_path):
+  """Each has its share of both batches; the discriminator is one."""
+  options = child.two_domains('dann')
+  alone, workdir, output = tmp_path / 'alone', tmp_path / 'run', tmp_path / 'log'
+  arguments = child.command(alone, **options)
+  assert child.run(arguments, output, 'devices:4') == 0, output.read_text()
+  codes, words = run(workdir, **options)
+  assert codes == BOTH, words
+  found = {}
+  for at in (alone, workdir):
+    rows = [r for r in read_rows(at / 'metrics.jsonl') if r['split'] == 'train']
+    found[at] = [[r[k] for k in ('step', 'loss', 'domain_loss')] for r in rows]
+  assert len(found[alone]) == 8
+  np.testing.assert_allclose(found[workdir], found[alone], rtol=1e-3)
+  ours, theirs = result(workdir)['domains'], result(alone)['domains']
+  for name, domain in theirs.items():
+    assert abs(ours[name]['accuracy'] - domain['accuracy']) <= 0.03
+
+
 def test_one_is_asked_and_both_stop_and_another_number_goes_on(tmp_path, alone):
   workdir = tmp_path / 'run'
   codes, words = run(workdir, faults=('', 'term_at:32'))

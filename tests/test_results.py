@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from lt_jax import build, results, train
+from lt_jax.evals import classification
 from lt_jax.report.runs import Run
 from tests import tiny
 
@@ -21,9 +22,9 @@ def test_predictions_are_those_of_the_metrics(tmp_path, monkeypatch, all_logits,
     features = scale * scores.astype(jnp.bfloat16)
     return {'logits': scale * (1000 + scores), 'features': features}
 
-  monkeypatch.setattr(results, 'TOP', 3)
+  monkeypatch.setattr(classification, 'TOP', 3)
   if not all_logits:
-    monkeypatch.setattr(results, 'MOST_LOGITS', 0)
+    monkeypatch.setattr(classification, 'MOST_LOGITS', 0)
   config = tiny.config(tiny.write_npz(tmp_path / 'tiny.npz', (30, 30, 30, 30)), 'ce')
   experiment = build.build(config, devices=1)
   stage = experiment.stages['train']
@@ -32,7 +33,7 @@ def test_predictions_are_those_of_the_metrics(tmp_path, monkeypatch, all_logits,
   state = train.initial_state(stage.method, stage.streams, key, experiment.mesh)
   evaluated = results.evaluate(experiment, stage, state)
   test = evaluated.records['test']
-  results._write_arrays(stage, epath.Path(tmp_path), state, test)
+  results._write_arrays(stage, epath.Path(tmp_path), state, evaluated.records)
 
   label, prediction, confidence = Run(epath.Path(tmp_path), 'run').predicted
   assert (label == prediction).mean() == evaluated.metrics['test']['accuracy']

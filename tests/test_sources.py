@@ -81,12 +81,35 @@ def test_npz_of_grey_images_and_without_names(tmp_path):
   np.testing.assert_array_equal(source.images[..., 0], grey)
 
 
+def test_npz_of_features_and_of_other_splits(tmp_path):
+  x = PIXELS.normal(size=(6, 7))
+  y = np.arange(6) % 2
+  np.savez(tmp_path / 'a.npz', x_a=x, y_a=y, x_b=x[:3], y_b=y[:3], classes=['p', 'q'])
+  loaded = sources.load_source(f'npz:{tmp_path}/a.npz')
+  assert set(loaded) == {'a', 'b'}
+  assert loaded['b'].class_names == ('p', 'q') and sources.passed_over(loaded) == ()
+  assert loaded['a'].image_shape == (1, 1, 7) and loaded['a'].dtype == np.float32
+  np.testing.assert_array_equal(loaded['a'].images[:, 0, 0], x.astype(np.float32))
+  prints = {sources.fingerprint(loaded['a'])}
+  x[2, 3] += 1
+  np.savez(tmp_path / 'a.npz', x_train=x, y_train=y, x_test=x, y_test=y)
+  loaded = sources.load_source(f'npz:{tmp_path}/a.npz')
+  assert sources.fingerprint(loaded['train']) not in prints
+  for bad in (np.nan, np.inf, 1e300):
+    x[4, 1] = bad
+    np.savez(tmp_path / 'a.npz', x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(UserError, match='row 4 has values that are not finite'):
+      sources.load_source(f'npz:{tmp_path}/a.npz')
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
     ({'y_test': None}, 'y_test is missing'),
-    ({'x_train': np.zeros((6, 4, 5, 3))}, 'x_train must be uint8.*float64'),
-    ({'x_train': np.zeros((6, 4), np.uint8)}, r'x_train must be.*\(6, 4\)'),
+    ({'x_train': np.zeros((6, 4, 5, 3))}, 'x_train is float64, x_test uint8'),
+    ({'x_train': np.zeros((6, 4, 5, 3), int)}, 'x_train must be uint8.*int64'),
+    ({'x_train': np.zeros((6, 4), np.uint8)}, r'x_train has .*\(4,\), x_test of'),
+    ({'x_train': np.zeros(6, np.uint8)}, r'x_train must be.*\(6,\)'),
     ({'x_train': np.zeros((0, 4, 5, 3), np.uint8)}, r'x_train must be.*\(0, 4'),
     ({'x_test': np.zeros((3, 8, 8, 3), np.uint8)}, r'x_train has .*x_test of \(8, 8'),
     ({'y_train': np.zeros(5, int)}, r'y_train must be whole numbers \(6,\)'),

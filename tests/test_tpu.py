@@ -9,7 +9,7 @@ import importlib.util
 import jax
 import pytest
 
-from configs import imagenet_lt
+from configs import digits_domains, imagenet_lt
 from lt_jax import footprint, plan
 from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
@@ -46,9 +46,18 @@ STAGES = {  # recipe and stage -> its method
   ('crt', 'classifier'): 'supervised',
   ('oltr', 'memory'): 'oltr',
   ('fslwf', 'generator'): 'weight_generator',
-  ('l2rw', 'train'): 'l2rw',
+  ('l2rw', 'train'): 'meta_reweight',
   ('mwn', 'train'): 'meta_weight_net',
   ('meta_ce', 'meta'): 'meta_reweight',
+}
+
+TWO_DOMAINS = {  # likewise, of the embedded pair
+  ('deep_coral', 'train'): 'aligned',
+  ('dann', 'train'): 'dann',
+  ('cdan', 'train'): 'cdan',
+  ('mcd', 'train'): 'mcd',
+  ('adda', 'adapt'): 'adda',
+  ('adda_cycada', 'adapt'): 'adda',
 }
 
 
@@ -64,9 +73,13 @@ def compiled(recipe, name='train', **overrides):
     made.stages.generator.streams.train.update(
       novel=32, queries_novel=64, queries_base=32
     )
-  config, mesh = resolve(made), plan.make_mesh(POD)
+  return step_of(resolve(made), name, STAGES[recipe, name])
+
+
+def step_of(config, name, method):
+  mesh = plan.make_mesh(POD)
   stage = plan.build_stages(config, mesh)[name]
-  assert stage_config(config, name)['method']['name'] == STAGES[recipe, name]
+  assert stage_config(config, name)['method']['name'] == method
   return plan.compile_step(stage, mesh), stage
 
 
@@ -81,7 +94,7 @@ def all_reduces(step):
 
 
 def test_every_method_is_here():
-  assert set(STAGES.values()) == set(METHODS)
+  assert {*STAGES.values(), *TWO_DOMAINS.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize(('recipe', 'name'), [s for s in STAGES if s[0] != 'ce'])
@@ -89,6 +102,17 @@ def test_a_method_compiles(recipe, name):
   step, _ = compiled(recipe, name)
   assert step.flops > 0 and step.traffic > 0 and step.collectives
   assert 4 * step.parameters < sum(step.memory.values()) < POD.chip.memory
+
+
+@pytest.mark.parametrize(('recipe', 'name'), TWO_DOMAINS)
+def test_a_method_of_two_domains_compiles(recipe, name):
+  """And no image moves from a chip to another: only sums are exchanged."""
+  made = digits_domains.get_config(recipe)
+  made.update(batch=64, eval_batch=64)
+  made.model.dtype = 'bfloat16'
+  step, stage = step_of(resolve(made), name, TWO_DOMAINS[recipe, name])
+  assert set(stage.streams) == {'train', 'target'}
+  assert step.flops > 0 and all_reduces(step)
 
 
 def test_a_plain_step_exchanges_its_gradient_alone(plain):

@@ -12,20 +12,21 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, surgery
+from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
   check_end,
   check_ranges,
   check_surgeries,
-  selection,
 )
 from lt_jax.build.domains import Domains, load_domains
 from lt_jax.build.experiment import Experiment, Stage
+from lt_jax.build.selection import label_free_scores, selection
 from lt_jax.build.streams import (
   ON_BAD_IMAGE,
   Row,
@@ -40,21 +41,30 @@ from lt_jax.data.dataset import Dataset
 from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, class_names, construct, lookup
+from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot
+from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods.meta import WEIGHERS
+from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS
+WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
 
 
-SURGERIES = surgery.SURGERIES | posthoc.SURGERIES | few_shot.SURGERIES
+SURGERIES = (
+  surgery.SURGERIES
+  | posthoc.SURGERIES
+  | few_shot.SURGERIES
+  | self_training.SURGERIES
+  | shift.SURGERIES
+)
 
 
 STEPS_PER_CALL = 100
@@ -91,37 +101,14 @@ def build(
     UserError: something in the configuration or the data is wrong.
   """
   check_device(config['device'])
-  configs = {name: stage_config(config, name) for name in config['stage_order']}
-  if not configs or len(configs) < len(config['stage_order']):
-    raise UserError('stage_order must name stages, each of them once')
-  for stage in configs.values():
-    check_ranges(stage)
-    check_surgeries(stage['surgeries'])
-  check_end(configs)
-  batches = {
-    f'{name} {what}': size
-    for name, stage in configs.items()
-    for what, size in batch_sizes(stage).items()
-  }
-  if replicas > 1:
-    batches = {}
+  configs = _stage_configs(config)
+  to_device = _shape
   if mesh is None:
-    available = devices or jax.device_count()
-    if replicas > 1:
-      available = min(available, replicas)
-    mesh = sharding.make_mesh(
-      sharding.usable_devices(batches, available, jax.process_count())
-    )
+    mesh = _mesh(configs, devices or jax.device_count(), replicas)
     to_device = functools.partial(sharding.put_replicated, mesh)
-  else:
-    sharding.usable_devices(batches, mesh.size, processes=2)  # idle ones cost as much
-    to_device = _shape
-  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
-  if replicas > 1 and mesh.size > 1 and per_device:
-    raise UserError(
-      "model.batch_norm is 'per_device', but of seeds that train together a device has "
-      "whole batches: set it to 'global'"
-    )
+  else:  # idle ones cost as much
+    sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
+  _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
@@ -131,10 +118,54 @@ def build(
     config,
     domains.single,
     domains.roles,
+    domains.data,
     fingerprint(domains.single),
     mesh,
     stages,
   )
+
+
+def _stage_configs(config: Config) -> dict[str, Config]:
+  """Returns the config of each stage, in order, after looking for what cannot be."""
+  configs = {name: stage_config(config, name) for name in config['stage_order']}
+  if not configs or len(configs) < len(config['stage_order']):
+    raise UserError('stage_order must name stages, each of them once')
+  for stage in configs.values():
+    check_ranges(stage)
+    check_surgeries(stage['surgeries'])
+  check_end(configs)
+  return configs
+
+
+def _batches(configs: Mapping[str, Config], replicas: int) -> dict[str, int]:
+  """Returns the sizes that devices must divide, by what they are of."""
+  if replicas > 1:  # each device has whole batches
+    return {}
+  return {
+    f'{name} {what}': size
+    for name, stage in configs.items()
+    for what, size in batch_sizes(stage).items()
+  }
+
+
+def _mesh(configs: Mapping[str, Config], available: int, replicas: int) -> Mesh:
+  """Returns the mesh of those of the available devices that can be used."""
+  if replicas > 1:
+    available = min(available, replicas)
+  batches = _batches(configs, replicas)
+  return sharding.make_mesh(
+    sharding.usable_devices(batches, available, jax.process_count())
+  )
+
+
+def _check_replicas(configs: Mapping[str, Config], mesh: Mesh, replicas: int) -> None:
+  """Refuses statistics of each device where devices have batches of several seeds."""
+  per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
+  if replicas > 1 and mesh.size > 1 and per_device:
+    raise UserError(
+      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "whole batches: set it to 'global'"
+    )
 
 
 def _shape(images: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -152,25 +183,32 @@ def _build_stage(
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
   learned = learned_classes(config['shot_groups'], groups)
+  task = lookup(TASKS, 'task', config['task'])
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
-  method = _method(config, dataset, mesh, clock, learned)
-  images, evaluated, seen = _passes(config, domains, mesh)
+  plan = _plan(config, clock)
+  progress = _progress(_first_step(config, earlier), plan.steps)
+  method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
+  images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
+    net=net,
+    weigh=weigh,
     domain=config['domain'],
     dataset=dataset,
+    task=task,
     groups=groups,
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
     images=images | dict(row.split for row in rows.values() if row.split),
     uses_target_labels=any(row.uses_target_labels for row in rows.values()),
     passes=evaluated,
+    compared=_compared(config, domains, mesh),
     survey=stage_survey,
-    reads={name: row.origin for name, row in rows.items() if row.origin},
+    reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
@@ -179,10 +217,11 @@ def _build_stage(
       )
       for name, options in config['surgeries']
     ),
-    plan=_plan(config, clock),
+    plan=plan,
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
-    select=selection(config['select'], dataset, groups),
+    select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
+    scores=label_free_scores(method, few, mesh),
   )
 
 
@@ -203,8 +242,10 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 def _passes(
   config: Config, domains: Domains, mesh: Mesh
-) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass]]:
+) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
+
+  The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
   domain, and training images of targets without their labels. No test image is among
@@ -234,11 +275,54 @@ def _passes(
       transform=domains.transforms[domain][1],
       workers=workers(data['workers']),
       stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+      view=as_source if adapts and domain == own else lambda state: state,
     )
 
+  few = {}
+  if adapts:
+    few = {
+      name: make(own, _few(split, label_free.MOST))
+      for name, split in dataset.splits.items()
+      if name in ('train', 'val')
+    }
+    some = _few(domains.dataset(TARGET).splits['train'], label_free.MOST)
+    few[f'{TARGET}/train'] = make(TARGET, Unlabelled(some))
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
-  return {name: split for name, (_, split) in tested.items()}, evaluated, seen
+  return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
+
+
+MOST_COMPARED = 1000
+"""Training images of a domain that tell how far it is from another."""
+
+
+def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
+  """Returns domain -> a pass over some of its training images, without labels.
+
+  Of the stage's own domain, which comes first, and of each target; of none where it is
+  not the former that is to serve the latter.
+  """
+  own, targets = config['domain'], domains.roles[TARGET]
+  if not targets or domains.is_target(own):
+    return {}
+  found = {}
+  # Targets have one transform, so that their passes can share a program.
+  for name, role in {own: own, **dict.fromkeys(targets, TARGET)}.items():
+    split = domains.dataset(name).splits['train']
+    found[name] = evaluation_pass(
+      Unlabelled(_few(split, MOST_COMPARED)),
+      batch=sharding.round_up(config['eval_batch'], mesh.size),
+      transform=domains.transforms[role][1],
+      view=as_source if name == own else lambda state: state,
+      stand_in=True,  # a damaged image among those that nothing else reads ends no run
+    )
+  return found
+
+
+def _few(split: Split, most: int) -> Split:
+  """Returns a split, or so many of its images, drawn at random and the same always."""
+  some = np.random.default_rng(0).permutation(len(split.rows))[:most]
+  return split.at(np.sort(some))
 
 
 def learned_classes(
@@ -265,7 +349,7 @@ def _start(
   params = {'net': state_shapes(method, streams).params['net']}
   rates = per_parameter(rules, params, some=True)
   frozen = jax.tree.map(lambda x, rate: x.ndim > 1 and not rate, params, rates)
-  return _refuse_random if any(jax.tree.leaves(frozen['net']['trunk'])) else None
+  return _refuse_random if any(jax.tree.leaves(frozen['net'].get('trunk'))) else None
 
 
 def _refuse_random(state: State) -> NoReturn:
@@ -278,9 +362,19 @@ def _refuse_random(state: State) -> NoReturn:
 
 
 def _method(
-  config: Config, dataset: Dataset, mesh: Mesh, train: Row, learned: np.ndarray
-) -> Method:
-  """Builds network, optimiser, loss and method, and wraps it."""
+  config: Config,
+  dataset: Dataset,
+  mesh: Mesh,
+  rows: Mapping[str, Row],
+  learned: np.ndarray,
+  progress: Callable[[jax.Array], jax.Array],
+) -> tuple[Method, nn.Module, Callable | None]:
+  """Builds network, optimiser, loss and method, and wraps it.
+
+  Returns:
+    (the method, its network, what it weighs examples by; None if it does not learn to).
+  """
+  train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
   schedule = _made('schedule', make_schedule, config['schedule'], **size)
@@ -289,11 +383,10 @@ def _method(
   )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
-  progress = _progress(config, train)
   options = dict(config['method'])
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
-  check_all_is_used(name, config)
+  check_all_is_used(name, config, WRAPPERS)
   parts = {
     'loss': _made(
       'loss',
@@ -312,12 +405,9 @@ def _method(
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
   }
-  method = construct(
-    METHODS,
-    'method',
-    name,
-    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
-    optimizer,
+  net = _network(config['model'], dataset, config['batch'], micro_batches, mesh)
+  made = functools.partial(
+    construct,
     options=options,
     counts=counts,
     **parts,
@@ -332,23 +422,43 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,
     image_shape=dataset.image_shape,
   )
+  method = made(METHODS, 'method', name, net, optimizer)
+  weigh = made(WEIGHERS, 'method', name, net, optimizer) if name in WEIGHERS else None
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
-      WRAPPERS, 'wrapper', name, method, options=wrapper_options, counts=counts
+      WRAPPERS,
+      'wrapper',
+      name,
+      method,
+      options=wrapper_options,
+      counts=counts,
+      streams=tuple(rows),
+      pixels={name: row.pixels for name, row in rows.items()},
     )
   # What is traced once for shapes is then not traced again for the program.
-  return Method(*(jax.jit(function, inline=True) for function in method))
+  method = Method(*(jax.jit(function, inline=True) for function in method))
+  return method, net, weigh
 
 
-def _progress(config: Config, train: Row) -> Callable[[jax.Array], jax.Array]:
-  """Returns how far a stage has come, step -> () float32 in [0, 1]."""
-  steps = max(1, train.steps(config['epochs']))
-  return lambda step: jnp.clip(step.astype(jnp.float32) / steps, 0.0, 1.0)
+def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
+  """Returns the step at which a stage begins: the end of one whose clock it carries."""
+  first = 0
+  for name, options in config['surgeries']:
+    if name == 'carry' and 'step' in options.get('fields', ()):
+      first = lookup(earlier, 'earlier stage', options.get('stage')).plan.steps
+  return first
+
+
+def _progress(first: int, last: int) -> Callable[[jax.Array], jax.Array]:
+  """Returns progress from one step to another: step -> () float32 in [0, 1]."""
+  steps = max(1, last - first)
+  return lambda step: jnp.clip((step - first).astype(jnp.float32) / steps, 0.0, 1.0)
 
 
 def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:

@@ -2,31 +2,16 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lt_jax.config import CLOCK, Config, flatten
-from lt_jax.data.dataset import Dataset
+from lt_jax.data.augment import UNITS
 from lt_jax.errors import UserError, lookup
 from lt_jax.methods import METHODS
 from lt_jax.methods.supervised import make_objective
-
-SELECTABLE = {
-  'accuracy': 1,
-  'macro_accuracy': 1,
-  'harmonic_mean': 1,
-  'worst_class': 1,
-  'many': 1,
-  'medium': 1,
-  'few': 1,
-  'loss': -1,
-  'ece': -1,
-}
-"""Metrics a State can be chosen by; -1 where less is better."""
-
 
 RANGES = {
   'seed': (0, 2**31 - 1),
@@ -142,6 +127,21 @@ def check_channels(data: Config, channels: int) -> None:
     raise UserError(f'data.std is {data["std"]!r}; it must be positive')
 
 
+def check_arrays(name: str, data: Config, dtype: str) -> None:
+  """Refuses to treat float arrays, such as features, as images, and the reverse."""
+  lookup(UNITS, 'data.unit', data['unit'])
+  if dtype == 'uint8':
+    if data['unit'] != 'none':
+      raise UserError(f'domain {name!r}: data.unit is for float arrays, not for uint8')
+    return
+  for key in ('pad', 'flip', 'jitter'):
+    if data[key]:
+      raise UserError(
+        f'domain {name!r} has {dtype} arrays and no images: set data.{key} to '
+        f'{type(data[key])(0)!r}'
+      )
+
+
 def check_device(device: str) -> None:
   """Refuses to train on a CPU what was meant for an accelerator.
 
@@ -155,8 +155,16 @@ def check_device(device: str) -> None:
     )
 
 
-def check_all_is_used(name: str, config: Config) -> None:
-  """Refuses what a method would not look at, such as class weights or a stream."""
+def check_all_is_used(
+  name: str, config: Config, wrappers: Mapping[str, Callable]
+) -> None:
+  """Refuses what a method would not look at, such as class weights or a stream.
+
+  Args:
+    name: of the method.
+    config: of the stage.
+    wrappers: name -> what may wrap the method, and read a stream that it does not.
+  """
   asked = set(inspect.signature(lookup(METHODS, 'method', name)).parameters)
   if 'objective' in asked:
     asked |= set(inspect.signature(make_objective).parameters)
@@ -173,29 +181,9 @@ def check_all_is_used(name: str, config: Config) -> None:
         f'method {name!r} does not use {key}: set it to {neutral!r}, or only for the '
         f'stage that does, as stages.STAGE.{key}'
       )
+  for wrapper in config['wrappers']:
+    wrap = lookup(wrappers, 'wrapper', wrapper)
+    asked |= {'streams'} & set(inspect.signature(wrap).parameters)
   unread = [stream for stream in config['streams'] if stream != CLOCK]
   if unread and 'streams' not in asked:
     raise UserError(f'method {name!r} does not read the stream {unread[0]!r}')
-
-
-def selection(
-  select: str, dataset: Dataset, groups: Mapping[str, np.ndarray]
-) -> tuple[str, str] | None:
-  """Returns (split, metric) of the State that counts; None for the last one."""
-  if select == 'last':
-    return None
-  split, _, metric = str(select).partition('/')
-  if split.endswith('test'):
-    raise UserError('select: a State is never chosen on a test set')
-  if split == 'oracle':
-    raise UserError(
-      'select: a State is never chosen by the labels of a target, which oracle/ needs'
-    )
-  if split != 'val' or not metric:
-    raise UserError(f"select is {select!r}; it is 'last' or such as 'val/accuracy'")
-  lookup(SELECTABLE, 'metric to select by', metric)
-  if split not in dataset.splits:
-    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
-  if metric in groups and not groups[metric].any():
-    raise UserError(f'select is {select!r}, but no class is {metric}-shot')
-  return split, metric

@@ -6,22 +6,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lt_jax.build.checks import check_channels
+from lt_jax.build.checks import check_arrays, check_channels
 from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
-from lt_jax.data.domains import check_alike, joined
+from lt_jax.data.domains import (
+  check_alike,
+  have_one_label_space,
+  joined,
+  seen_through,
+  united,
+)
 from lt_jax.errors import UserError, check_options, lookup
 
 NOT_LOADING = (
   'mean',
   'std',
+  'standardise',
+  'unit',
   'pad',
   'pad_mode',
   'flip',
   'jitter',
   'many_shot',
   'few_shot',
+  'same_classes',
   'workers',
   'on_bad_image',
 )
@@ -89,16 +98,25 @@ def load_domains(
       loading = {key: v for key, v in data.items() if key not in NOT_LOADING}
       check_options('data', load_dataset, loading, 'to_device')
       datasets[name] = load_dataset(**loading, to_device=to_device)
+    check_arrays(name, data, datasets[name].dtype)
     check_channels(data, datasets[name].image_shape[-1])
-  check_alike({name: datasets[name] for name in meeting})
+    configs[name] = data | _standard(name, datasets[name], data)
+  meet = {name: datasets[name] for name in meeting}
+  if not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
+    same = {name: _same_classes(name, configs[name]) for name in meeting}
+    meet = united(meet, roles[SOURCE], same)
+    datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
+  check_alike(meet)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
     configs[role] = configs[members[0]]
     _check_pixels(role, members, configs)
     if members != (role,) and role not in (given or {}):
-      parts = {name: datasets[name] for name in members}
+      parts = {name: meet[name] for name in members}
       datasets[role] = joined(parts) if len(parts) > 1 else parts[members[0]]
+      for number, name in enumerate(members if len(parts) > 1 else ()):
+        datasets[name] = seen_through(datasets[name], datasets[role], number)
   made = {name: make_transforms(data) for name, data in configs.items()}
   return Domains(datasets, configs, roles, made)
 
@@ -135,13 +153,54 @@ def _of_stages(config: Config) -> list[str]:
   return [config['domain'], *(s['domain'] for s in stages if 'domain' in s)]
 
 
+def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:
+  """Returns `mean` and `std` of a domain's training images, if it asks for them.
+
+  No label is read. Of a channel that never changes the deviation is 1.
+
+  Raises:
+    UserError: the images are not in memory.
+  """
+  split = dataset.splits['train']
+  if not data['standardise'] or split.source is None:  # which predicts, and trains not
+    return {}
+  images = getattr(split.source, 'images', None)
+  if images is None:
+    raise UserError(
+      f'domain {name!r}: data.standardise is for images in memory; set data.mean and '
+      'data.std'
+    )
+  mean, std = augment.moments(images[split.rows], data['unit'])
+  return {'mean': mean.tolist(), 'std': std.tolist()}
+
+
+def _same_classes(name: str, data: Config) -> dict[str, str]:
+  """Returns what classes of a domain are called in the union of label spaces."""
+  for pair in data['same_classes']:
+    match pair:
+      case [str(), str()]:
+        pass
+      case _:
+        raise UserError(
+          f'domain {name!r}: data.same_classes has {pair!r}; it must be a class here '
+          'and its name in the union'
+        )
+  return {ours: name for ours, name in data['same_classes']}
+
+
 def _check_pixels(
   role: str, members: Sequence[str], configs: Mapping[str, Config]
 ) -> None:
   """Refuses domains of one stream whose pixels are treated differently."""
   first = configs[members[0]]
+  if len(members) > 1 and any(configs[name]['standardise'] for name in members):
+    told = ' and '.join(map(repr, members))
+    raise UserError(
+      f'domains {told} are one {role}, but data.standardise is for one that is alone: '
+      'set data.mean and data.std'
+    )
   for name in members[1:]:
-    for key in NOT_LOADING[:6]:
+    for key in NOT_LOADING[:8]:
       if configs[name][key] != first[key]:
         raise UserError(
           f'domains {members[0]!r} and {name!r} are one {role} and must agree in '
@@ -151,16 +210,17 @@ def _check_pixels(
 
 def make_transforms(data: Config) -> Transforms:
   """Returns (training, evaluation): what is done with pixels on the device."""
-  mean, std = data['mean'], data['std']
+  mean, std, unit = data['mean'], data['std'], data['unit']
   pad, pad_mode, flip = data['pad'], data['pad_mode'], data['flip']
   jitter = data['jitter']
   lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
 
   def plain(key, images):
     del key
-    return augment.normalise(images, mean, std)
+    return augment.normalise(augment.unit(images, unit), mean, std)
 
   def augmented(key, images):
+    most = augment.white(images)  # before jitter makes floats of them
     crop_key, flip_key = jax.random.split(key)
     jitter_key = jax.random.fold_in(key, 1)
     if pad:
@@ -169,6 +229,6 @@ def make_transforms(data: Config) -> Transforms:
       images = augment.flip(flip_key, images)
     if jitter:
       images = augment.colour_jitter(jitter_key, images, strength=jitter)
-    return augment.normalise(images, mean, std)
+    return augment.normalise(augment.unit(images, unit), mean, std, most)
 
   return augmented, plain

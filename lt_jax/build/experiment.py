@@ -1,18 +1,62 @@
 """What a run needs, built: its data, its devices and its stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax.config import Config
+from lt_jax.config import SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
+from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
+
+PREPROCESSING = (
+  'mean',
+  'std',
+  'unit',
+  'pad',
+  'pad_mode',
+  'flip',
+  'jitter',
+  'image_size',
+  'resize',
+)
+"""Keys of `data` that data.json records of the images that are predicted."""
+
+
+class Left(NamedTuple):
+  """What an earlier stage leaves for a stream.
+
+  Attributes:
+    stage: the stage that leaves it.
+    shapes: name in its arrays.npz -> shape.
+    into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
+      the streams of several seeds must go on sharing `prepare`.
+  """
+
+  stage: str
+  shapes: dict[str, tuple[int, ...]]
+  into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
+
+
+class Selection(NamedTuple):
+  """By what the State that counts is chosen.
+
+  Attributes:
+    split: 'val', or 'target' for a criterion that needs no label of a target.
+    metric: its name.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  split: str
+  metric: str
+  better: int
 
 
 class Stage(NamedTuple):
@@ -21,8 +65,12 @@ class Stage(NamedTuple):
   Attributes:
     name: of the stage.
     method: what is trained.
+    net: its network, for who looks into it.
+    weigh: how it weighs examples, see `Reweighted` of `lt_jax.methods.meta`; None if it
+      does not learn to.
     domain: a domain or role whose classes it learns.
     dataset: its data.
+    task: what is measured.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
     streams: what it is trained on.
     trained_on: streams of images -> name of the split.
@@ -30,37 +78,46 @@ class Stage(NamedTuple):
       'test' are of the target domains where there are any, else of its own domain.
     uses_target_labels: whether a stream gives labels of a target domain.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
+    compared: its own domain and each target -> a pass over some training images without
+      labels, which tells how far they are apart; empty without a target.
     survey: its passes over what it may learn from, for surgeries.
-    reads: streams whose arrays an earlier stage leaves: name of the stream -> stage.
-    save_outputs: outputs of each training image that it saves for later stages.
+    reads: streams that read what an earlier stage leaves: name of the stream -> what.
+    save_outputs: what it saves of images for later stages, see `evals.saved`.
     start: what puts published weights into a fresh State, and tells of it, or refuses
       to do without; None: they are random.
     surgeries: from a fresh State and earlier ones to the first State.
     plan: when things happen; `first` is set when the first State is known.
     epoch_steps: steps an epoch, fractional.
     batch: the largest batch of a step.
-    select: (split, metric) by which the State that counts is chosen; None: the last.
+    select: by what the State that counts is chosen; None: it is the last.
+    scores: (state, stop) -> split -> criteria of a State that need no label of a
+      target, None if `stop()` turned true; None where no target is adapted to.
   """
 
   name: str
   method: Method
+  net: nn.Module
+  weigh: Callable[..., Any] | None
   domain: str
   dataset: Dataset
+  task: Task
   groups: dict[str, np.ndarray]
   streams: dict[str, Stream]
   trained_on: dict[str, str]
   images: dict[str, Split | Unlabelled]
   uses_target_labels: bool
   passes: dict[str, Pass]
+  compared: dict[str, Pass]
   survey: Survey
-  reads: dict[str, str]
+  reads: dict[str, Left]
   save_outputs: tuple[str, ...]
   start: Callable[[State], tuple[State, dict[str, Any]]] | None
   surgeries: tuple[Surgery, ...]
   plan: Plan
   epoch_steps: float
   batch: int
-  select: tuple[str, str] | None
+  select: Selection | None
+  scores: Callable[[State, Callable[[], bool]], dict[str, Any] | None] | None
 
 
 class Experiment(NamedTuple):
@@ -70,6 +127,8 @@ class Experiment(NamedTuple):
     config: the resolved config.
     domains: name -> data; 'source' alone where no other is named.
     roles: 'source', 'target' and 'open' -> names of their domains.
+    data: name of a domain or role -> its keys of `data`, `mean` and `std` as they were
+      fitted where that was asked for.
     fingerprint: SHA-256 of what is trained and evaluated on.
     mesh: its devices.
     stages: in order.
@@ -78,6 +137,7 @@ class Experiment(NamedTuple):
   config: Config
   domains: dict[str, Dataset]
   roles: dict[str, tuple[str, ...]]
+  data: dict[str, Config]
   fingerprint: str
   mesh: Mesh
   stages: dict[str, Stage]
@@ -86,6 +146,12 @@ class Experiment(NamedTuple):
   def last(self) -> Stage:
     """The last stage, whose State is the run's result."""
     return [*self.stages.values()][-1]
+
+  @property
+  def preprocessing(self) -> dict[str, Any]:
+    """What prediction does with an image: keys of the first target, or the source."""
+    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
+    return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property
   def dataset(self) -> Dataset:

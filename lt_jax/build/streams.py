@@ -8,21 +8,23 @@ epochs are the stage's clock.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lt_jax.build.domains import Domains
-from lt_jax.build.experiment import Stage
-from lt_jax.config import CLOCK, SOURCE, Config
+from lt_jax.build.experiment import Left, Stage
+from lt_jax.config import CLOCK, SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
 from lt_jax.errors import UserError, class_names, construct, lookup, named_class
+from lt_jax.evals.saved import saved_shape, split_and_name
+from lt_jax.methods.translation import Pixels
 from lt_jax.optim import epoch_start
 from lt_jax.train import state_shapes
 
@@ -39,9 +41,10 @@ class Row(NamedTuple):
     batch: B.
     sizes: what it is -> the first axes of what a step is given, which devices divide.
     split: the images, and the name of their split; None: there are none.
-    origin: the stage that leaves the stream's arrays; empty if none does.
+    left: what an earlier stage leaves for the stream, if it reads any.
     dataset: the data set whose training counts and classes are those of the stream.
     uses_target_labels: whether it gives labels of a target domain.
+    pixels: (mean, std) by which its images are normalised; None: it has none.
   """
 
   stream: Stream
@@ -49,8 +52,9 @@ class Row(NamedTuple):
   batch: int
   dataset: Dataset
   split: tuple[str, Split | Unlabelled] | None = None
-  origin: str = ''
+  left: Left | None = None
   uses_target_labels: bool = False
+  pixels: Pixels | None = None
 
   def steps(self, epochs: float) -> int:
     """Returns the step at which an epoch begins."""
@@ -98,6 +102,7 @@ def _images(
   *,
   stream: str,
   learned: np.ndarray,
+  earlier: Mapping[str, Stage],
   domain: str = '',
   split: str = 'train',
   batch: int = 0,
@@ -105,6 +110,9 @@ def _images(
   every: int = 1,
   labels: bool | None = None,
   domain_labels: bool | None = None,
+  stage: str = '',
+  arrays: Config | None = None,
+  order: str = '',
 ) -> Row:
   """Returns the stream of a split's images, by a sampler.
 
@@ -113,6 +121,7 @@ def _images(
     domains: the data.
     stream: the name of the row.
     learned: (C,) bool, the classes that are learned; images of others are left out.
+    earlier: the stages before.
     domain: whose images, a domain or a role; empty: the stage's.
     split: which of them, 'train' or 'meta' (of a source).
     batch: images a step; 0: `config.batch`.
@@ -122,6 +131,11 @@ def _images(
     labels: whether batches have labels; None: those of a source have.
     domain_labels: whether batches tell which of several domains an image is of; None:
       those of several sources do, those of a compound target do not.
+    stage: an earlier stage, which saves something of these images (`save_outputs`).
+    arrays: name in the batch -> name of what it saves, such as {'label': 'prediction'}
+      of images without labels.
+    order: the name of numbers that it saves, one an image: the sampler is given the
+      images from the least to the greatest.
 
   Raises:
     UserError: there is no such split, it is too small, or the sampler needs labels.
@@ -133,36 +147,153 @@ def _images(
   labelled = not of_target if labels is None else labels
   dataset = domains.dataset(domain)
   images = _split(dataset, stream, split, domain, batch)
+  places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled:
     kept = learned[images.labels]
+    places = places[kept]
     images = images._replace(rows=images.rows[kept], labels=images.labels[kept])
     if images.domain is not None:
       images = images._replace(domain=images.domain[kept])
   if not (domain_labels if domain_labels is not None else not of_target):
     images = images._replace(domain=None)
   drawn = images if labelled else Unlabelled(images)
+  reads = None
+  if stage or arrays or order:
+    reads = _Reads(
+      lookup(earlier, f'earlier stage of streams.{stream}', stage),
+      _seen_as(domains, domain, split, earlier[stage], stream),
+      dict(arrays or {}),
+      order,
+      places,
+      total,
+    )
+    reads.check(stream, {'image', 'index', 'bad', *drawn.numbers()})
   own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
-  with class_names(dataset.class_names):
-    order = _sampler(own, drawn, batch, config['epochs'], stream)
   data = domains.data[domain]
-  made = train_stream(
-    drawn,
-    order,
-    seed=config['seed'],
-    batch=batch,
-    transform=domains.transforms[domain][0],
-    workers=workers(data['workers']),
-    stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
-    name=stream,
-  )
+
+  def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
+    with class_names(dataset.class_names):
+      sampling = _sampler(own, drawn, order, batch, config['epochs'], stream)
+    return sampling.length, train_stream(
+      drawn,
+      sampling,
+      seed=config['seed'],
+      batch=batch,
+      transform=domains.transforms[domain][0],
+      workers=workers(data['workers']),
+      stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+      name=stream,
+      beside=beside,
+    )
+
+  length, made = make(*(reads.stand_ins() if reads else ({}, None)))
+
+  def into(before: Stream, found: Mapping[str, np.ndarray], put: Callable) -> Stream:
+    return before._replace(payload=make(*reads.taken(found))[1].payload)
+
   named = split if domain == SOURCE else f'{domain}/{split}'
   return Row(
     made._replace(every=every),
-    order.length,
+    length,
     batch,
-    dataset,
+    dataset if labelled else _without_counts(dataset),
     (named, drawn),
+    left=reads and Left(stage, reads.shapes(), into),
     uses_target_labels=of_target and labelled,
+    pixels=(data['mean'], data['std']),
+  )
+
+
+def _without_counts(dataset: Dataset) -> Dataset:
+  """Returns a data set whose classes seem equally frequent, as no label tells more."""
+  each = max(1, int(dataset.counts.mean()))
+  return dataset._replace(counts=np.full_like(dataset.counts, each))
+
+
+class _Reads(NamedTuple):
+  """What a stream of images reads of an earlier stage.
+
+  Attributes:
+    origin: the stage.
+    split: what the stage calls the split of the images.
+    arrays: name in the batch -> name of an output.
+    order: the name of the output that orders the images; empty for none.
+    places: (n,) places in the split of the images that the stream has.
+    total: N, the images of the split.
+  """
+
+  origin: Stage
+  split: str
+  arrays: dict[str, str]
+  order: str
+  places: np.ndarray
+  total: int
+
+  def check(self, stream: str, taken: Collection[str]) -> None:
+    """Refuses names in the batch that are taken, and an order that is no number."""
+    for name in self.arrays:
+      if name in taken:
+        raise UserError(f'streams.{stream}.arrays: the batch has {name!r} already')
+    for key, one in self._saved().items():
+      if split_and_name(key)[1] == self.order and one.ndim != 1:
+        raise UserError(
+          f'streams.{stream}.order: {self.order!r} has {one.shape[1:]} numbers an '
+          'image; it must have one'
+        )
+
+  def _key(self, output: str) -> str:
+    """Returns under which name the stage saves an output of these images."""
+    for saved in self.origin.save_outputs:
+      if split_and_name(saved) == (self.split, output):
+        return saved
+    name = output if self.split == 'train' else f'{self.split}/{output}'
+    raise UserError(
+      f'stage {self.origin.name!r} does not save {name!r}: add it to its save_outputs'
+    )
+
+  def _saved(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns name in arrays.npz -> shape and type of a batch of it."""
+    state = state_shapes(self.origin.method, self.origin.streams)
+    outputs = [*self.arrays.values(), *([self.order] if self.order else [])]
+    keys = dict.fromkeys(self._key(output) for output in outputs)
+    return {key: saved_shape(self.origin.survey, state, key) for key in keys}
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Returns name in arrays.npz -> shape of all of it."""
+    return {key: (self.total, *one.shape[1:]) for key, one in self._saved().items()}
+
+  def stand_ins(self) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Returns what `taken` will, before the stage has left anything."""
+    return self.taken(
+      {
+        key: np.broadcast_to(np.zeros((), one.dtype), (self.total, *one.shape[1:]))
+        for key, one in self._saved().items()
+      }
+    )
+
+  def taken(
+    self, found: Mapping[str, np.ndarray]
+  ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Returns (name in the batch -> (n, ...), the (n,) order or None)."""
+    beside = {
+      name: found[self._key(output)][self.places]
+      for name, output in self.arrays.items()
+    }
+    if not self.order:
+      return beside, None
+    return beside, np.argsort(found[self._key(self.order)][self.places], kind='stable')
+
+
+def _seen_as(
+  domains: Domains, domain: str, split: str, origin: Stage, stream: str
+) -> str:
+  """Returns what an earlier stage calls a split of images in its passes."""
+  if domain == origin.domain or domains.dataset(domain) is origin.dataset:
+    return split
+  if domains.roles[TARGET] and domains.dataset(domain) is domains.dataset(TARGET):
+    return f'{TARGET}/{split}'
+  raise UserError(
+    f'streams.{stream}: stage {origin.name!r} sees no images of domain {domain!r}'
   )
 
 
@@ -210,6 +341,10 @@ def _episodes(
     raise UserError(
       f"stage {stage!r} must save its features: save_outputs = ('features',)"
     )
+
+  def into(before: Stream, found: Mapping[str, np.ndarray], put: Callable) -> Stream:
+    return before._replace(arrays=put({'features': found['features']}))
+
   dataset = domains.dataset(config['domain'])
   labels = dataset.splits['train'].labels
   tasks = episodes(
@@ -224,7 +359,8 @@ def _episodes(
   width = jax.eval_shape(origin.method.predict, state, image)['features'].shape[-1]
   features = jax.ShapeDtypeStruct((len(labels), width), np.float32)
   stream = episode_stream(tasks, features, seed=config['seed'])
-  return Row(stream, per_epoch, 1, dataset, origin=stage)
+  left = Left(stage, {'features': features.shape}, into)
+  return Row(stream, per_epoch, 1, dataset, left=left)
 
 
 STREAMS = {'images': _images, 'episodes': _episodes}
@@ -258,22 +394,34 @@ def workers(number: int) -> int:
 
 
 def _sampler(
-  options: Config, split: Split | Unlabelled, batch: int, epochs: float, stream: str
+  options: Config,
+  split: Split | Unlabelled,
+  order: np.ndarray | None,
+  batch: int,
+  epochs: float,
+  stream: str,
 ) -> Sampler:
   """Builds a sampler; before its start, a whole epoch, instance sampling serves."""
   options = dict(options)
   start = options.pop('start_epoch', 0)
   name = options.pop('name')
-  positions = np.arange(len(split.rows))
-  labels = positions
-  if 'labels' in inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters:
+  positions = images = np.arange(len(split.rows))
+  asked = inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters
+  if ('order' in asked) != (order is not None):
+    raise UserError(
+      f'streams.{stream}: sampler {name!r} '
+      + ('does not use an order' if order is not None else 'needs an order')
+    )
+  if order is not None:
+    images = order
+  elif 'labels' in asked:
     if isinstance(split, Unlabelled):
       raise UserError(
         f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
       )
-    labels = split.labels
+    images = split.labels
   sampler = construct(
-    SAMPLERS, 'sampler', name, labels, options=options, batch=batch, epochs=epochs
+    SAMPLERS, 'sampler', name, images, options=options, batch=batch, epochs=epochs
   )
   if not start:
     return sampler

@@ -1,7 +1,8 @@
 """Augmentation on the device: pure functions of (key, images), run inside jit."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +14,71 @@ GREY = np.array([[[0.299, 0.587, 0.114]]])
 
 PAD_MODES = {'zero': 'constant', 'reflect': 'reflect'}
 
+UNITS = {'none': None, 'l1': 1, 'l2': 2}
+"""Name of a norm -> its order."""
 
-def normalise(
-  images: jax.Array, mean: Sequence[float], std: Sequence[float]
-) -> jax.Array:
-  """Returns (x / 255 - mean) / std in float32.
+
+def unit(images: jax.Array, norm: str) -> jax.Array:
+  """Divides each float array by its norm; one of zeros stays as it is.
 
   Args:
-    images: (B, H, W, channels) uint8.
+    images: (B, H, W, channels) float.
+    norm: a key of `UNITS`; 'none' divides by nothing.
+  """
+  order = UNITS[norm]
+  if order is None:
+    return images
+  size = (jnp.abs(images) ** order).sum((1, 2, 3), keepdims=True) ** (1 / order)
+  return images / jnp.where(size > 0, size, 1.0)
+
+
+def white(images: jax.Array) -> float:
+  """Returns what is 1 once images are normalised: 255, or 1 of float arrays."""
+  return 255.0 if images.dtype == jnp.uint8 else 1.0
+
+
+def normalise(
+  images: jax.Array,
+  mean: Sequence[float],
+  std: Sequence[float],
+  most: float | None = None,
+) -> jax.Array:
+  """Returns (x / most - mean) / std in float32.
+
+  Args:
+    images: (B, H, W, channels), uint8 or float.
     mean: a value a channel, or one for all, on the scale where white is 1.
     std: the same.
+    most: what is white; None tells it by the type.
   """
-  scale = jnp.asarray(1.0 / (255.0 * jnp.asarray(std, jnp.float32)))
+  most = white(images) if most is None else most
+  scale = jnp.asarray(1.0 / (most * jnp.asarray(std, jnp.float32)))
   shift = jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
   shape = (1, 1, 1, -1)
   return images.astype(jnp.float32) * scale.reshape(shape) - shift.reshape(shape)
+
+
+def moments(images: np.ndarray, norm: str = 'none') -> tuple[np.ndarray, np.ndarray]:
+  """Returns mean and deviation of each channel, as `normalise` takes them, on the host.
+
+  Args:
+    images: (N, H, W, channels), uint8 or float.
+    norm: of `unit`, which goes before.
+
+  Returns:
+    (channels,) each, float64; the deviation of what is constant is 1.
+  """
+  pixels = math.prod(images.shape[:-1])
+  chunks = np.array_split(images, math.ceil(images.size / 2**22))
+
+  def total(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    values = (np.asarray(unit(x, norm), np.float64) / white(x) for x in chunks)
+    return sum(function(x).sum((0, 1, 2)) for x in values)
+
+  mean = total(lambda x: x) / pixels
+  std = np.sqrt(total(lambda x: (x - mean) ** 2) / pixels)
+  varies = std > np.finfo(np.float32).eps * np.abs(mean)
+  return mean, np.where(varies, std, 1.0)
 
 
 def pad_crop(

@@ -1,7 +1,8 @@
 """A data set as a run uses it: a source, cut into its splits."""
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,7 @@ class Dataset(NamedTuple):
     image_shape: (H, W, channels).
     fingerprint: SHA-256 of what is trained and evaluated on.
     passed_over: lines that tell of what the source has but the run does not use.
+    dtype: of the images, 'uint8' or, of features and other arrays, 'float32'.
   """
 
   splits: dict[str, Split]
@@ -45,6 +47,7 @@ class Dataset(NamedTuple):
   image_shape: tuple[int, ...]
   fingerprint: str
   passed_over: tuple[str, ...] = ()
+  dtype: str = 'uint8'
 
   @property
   def every(self) -> dict[str, Split]:
@@ -71,6 +74,7 @@ def load_dataset(
   meta_in_train: bool = False,
   open_val_per_class: int = 0,
   open_test_per_class: int = 0,
+  train_split: str = 'train',
   test_split: str = 'test',
   meta_split: str = 'train',
   fake: Mapping[str, int] | None = None,
@@ -102,6 +106,7 @@ def load_dataset(
     open_val_per_class: open validation images a class.
     open_test_per_class: open test images a class. A source with a split of open images
       has them as its open test set.
+    train_split: the split of the source that is trained on.
     test_split: the split of the source that is tested on.
     meta_split: the split of the source that the meta set is taken from, 'train' or
       'val'.
@@ -113,37 +118,21 @@ def load_dataset(
   Raises:
     UserError: the source cannot serve the splits; it names the class.
   """
-  sources = (
-    generated.sources(**(fake or {}))
-    if source == 'fake'
-    else load_source(source, dir or None)
-  )
-  if 'train' not in sources:
-    raise UserError(f'source {source!r} has no split named train: {list(sources)}')
-  if size or channels:
-    sources = {n: brought_to(s, size, channels) for n, s in sources.items()}
-  pool = sources['train']
-  num_classes = len(pool.class_names)
-  known = known_classes or num_classes
-  if not 1 <= known <= num_classes:
-    raise UserError(
-      f'data.known_classes is {known}, but {source} has {num_classes} classes'
-    )
-  if meta_split not in ('train', 'val'):
-    raise UserError(f"data.meta_split is {meta_split!r}; it is 'train' or 'val'")
-  from_val = meta_split == 'val' and bool(meta_per_class)
-  if from_val and meta_in_train:
-    raise UserError(
-      'data.meta_in_train: the meta images are those of another split, val'
-    )
+  sources = _opened(source, dir, fake, size, channels)
+  pool = _pool(sources, train_split, source)
+  known = _known(known_classes, pool, source)
+  from_val = _is_from_val(meta_split, meta_per_class, meta_in_train)
   with class_names(pool.class_names):
     counts = longtail.class_counts(profile, known, n_max, imbalance)
   if counts is None and meta_in_train:  # the rest may be nothing: they are put back
     taken = test_per_class + val_per_class + meta_per_class
     counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)
-  drawn = longtail.draw_splits(
+  draw = functools.partial(
+    longtail.draw_splits, subset=subset, seed=seed, class_names=pool.class_names
+  )
+  drawn = draw(
     pool.labels,
-    num_classes=num_classes,
+    num_classes=len(pool.class_names),
     known_classes=known,
     test_per_class=test_per_class,
     val_per_class=val_per_class,
@@ -151,30 +140,87 @@ def load_dataset(
     train_counts=counts,
     open_val_per_class=open_val_per_class,
     open_test_per_class=open_test_per_class,
-    subset=subset,
-    seed=seed,
-    class_names=pool.class_names,
     source=source,
   )
   if meta_in_train:
-    if 'meta' not in drawn:
-      raise UserError('data.meta_in_train needs a meta set: set data.meta_per_class')
-    drawn['train'] = np.union1d(drawn['train'], drawn['meta'])
-  from_pool = {name: (pool, rows) for name, rows in drawn.items()}
+    drawn = _with_meta(drawn)
   splits = _own_splits(sources, known, source, test_split, bool(test_per_class))
   if from_val:
-    splits |= _meta_from_val(
-      sources, splits, known, meta_per_class, subset, seed, source
-    )
-  splits |= from_pool
+    splits |= _meta_from_val(splits, known, meta_per_class, draw, source)
+  splits |= {name: (pool, rows) for name, rows in drawn.items()}
   crop = _crop(pool, source, image_size, resize)
+  return _dataset(sources, splits, known, crop, to_device)
+
+
+def _opened(
+  source: str, data_dir: str, fake: Mapping[str, int] | None, size: int, channels: int
+) -> dict[str, Any]:
+  """Returns split -> source, with arrays brought to one size and number of channels."""
+  if source == 'fake':
+    sources = generated.sources(**(fake or {}))
+  else:
+    sources = load_source(source, data_dir or None)
+  return {n: brought_to(s, size, channels, source) for n, s in sources.items()}
+
+
+def _pool(sources: Mapping[str, Any], train_split: str, name: str) -> Any:
+  """Returns the split that training images are drawn from."""
+  if train_split not in sources:
+    raise UserError(
+      f'source {name!r} has no split named {train_split}, only {", ".join(sources)}: '
+      'set data.train_split'
+    )
+  return sources[train_split]
+
+
+def _known(known_classes: int, pool: Any, name: str) -> int:
+  """Returns how many classes are known, the first ones; the others are open."""
+  num_classes = len(pool.class_names)
+  known = known_classes or num_classes
+  if not 1 <= known <= num_classes:
+    raise UserError(
+      f'data.known_classes is {known}, but {name} has {num_classes} classes'
+    )
+  return known
+
+
+def _is_from_val(meta_split: str, meta_per_class: int, meta_in_train: bool) -> bool:
+  """Returns whether the meta images are taken from those for validation."""
+  if meta_split not in ('train', 'val'):
+    raise UserError(f"data.meta_split is {meta_split!r}; it is 'train' or 'val'")
+  from_val = meta_split == 'val' and bool(meta_per_class)
+  if from_val and meta_in_train:
+    raise UserError(
+      'data.meta_in_train: the meta images are those of another split, val'
+    )
+  return from_val
+
+
+def _with_meta(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns drawn rows with the meta images among those of training."""
+  if 'meta' not in drawn:
+    raise UserError('data.meta_in_train needs a meta set: set data.meta_per_class')
+  return {**drawn, 'train': np.union1d(drawn['train'], drawn['meta'])}
+
+
+def _dataset(
+  sources: Mapping[str, Any],
+  splits: Mapping[str, tuple[Any, np.ndarray]],
+  known: int,
+  crop: Crop | None,
+  to_device: Callable[[np.ndarray], Any],
+) -> Dataset:
+  """Puts the images in place and makes a data set of (source, rows) by split.
+
+  Args:
+    sources: all that there are, by their own names.
+    splits: split -> (source, rows), those that are used.
+    known: number of known classes.
+    crop: how images are cropped on the host; None where they have one size.
+    to_device: puts the images of a small source into device memory.
+  """
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
   prints = [f'{n}:{fingerprint(s, rows)}' for n, (s, rows) in sorted(splits.items())]
-  used = {id(origin) for origin, _ in splits.values()}
-  unused = [n for n, one in sources.items() if id(one) not in used]
-  told = tuple(f'{n}: the split {n!r} of the source is not used' for n in unused)
-  told = passed_over({n: s for n, s in sources.items() if n not in unused}) + told
-  train_labels, channels = pool.labels[drawn['train']], pool.image_shape[-1]
   cut = {
     name: Split(
       source=origin,
@@ -185,15 +231,25 @@ def load_dataset(
     )
     for name, (origin, rows) in splits.items()
   }
+  train = cut['train']
   return Dataset(
     splits={name: split for name, split in cut.items() if name not in TESTS},
     tests={name: split for name, split in cut.items() if name in TESTS},
-    counts=np.bincount(train_labels, minlength=known),
-    class_names=tuple(pool.class_names[:known]),
-    image_shape=(*((image_size,) * 2 if crop else pool.image_shape[:2]), channels),
+    counts=np.bincount(train.labels, minlength=known),
+    class_names=tuple(train.source.class_names[:known]),
+    image_shape=train.image_shape,
     fingerprint=hashlib.sha256(' '.join(prints).encode()).hexdigest(),
-    passed_over=told,
+    passed_over=_passed_over(sources, [origin for origin, _ in splits.values()]),
+    dtype=train.dtype.name,
   )
+
+
+def _passed_over(sources: Mapping[str, Any], used: Sequence[Any]) -> tuple[str, ...]:
+  """Returns lines that tell of what the source has but the run does not use."""
+  ids = {id(one) for one in used}
+  unused = [name for name, one in sources.items() if id(one) not in ids]
+  told = passed_over({n: one for n, one in sources.items() if n not in unused})
+  return told + tuple(f'{n}: the split {n!r} of the source is not used' for n in unused)
 
 
 def _own_splits(
@@ -228,7 +284,7 @@ def _own_splits(
     if not is_known.all():
       splits['open_test'] = (test, np.flatnonzero(~is_known))
   if 'open' in sources:
-    if known < len(sources['train'].class_names):
+    if known < len(sources['open'].class_names):
       raise UserError(
         f'source {name!r} has open images of its own: set data.known_classes to 0'
       )
@@ -237,25 +293,20 @@ def _own_splits(
 
 
 def _meta_from_val(
-  sources: dict[str, Any],
   splits: dict[str, Any],
   known: int,
   meta_per_class: int,
-  subset: str,
-  seed: int,
+  draw: Callable[..., dict[str, np.ndarray]],
   name: str,
 ) -> dict[str, Any]:
   """Returns 'meta', and 'val' without its images, as (source, rows)."""
   if 'val' not in splits:
     raise UserError(f'source {name!r} has no val images to take a meta set from')
   val, rows = splits['val']
-  drawn = longtail.draw_splits(
+  drawn = draw(
     val.labels[rows],
     num_classes=known,
     meta_per_class=meta_per_class,
-    subset=subset,
-    seed=seed,
-    class_names=val.class_names,
     source=f'{name}, split val',
   )
   return {'meta': (val, rows[drawn['meta']]), 'val': (val, rows[drawn['train']])}

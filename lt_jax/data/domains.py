@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, lookup, suggest
 
 
 class Joined:
@@ -21,13 +21,17 @@ class Joined:
     labels: (N,) int32.
     class_names: of the first, which all share.
     image_shape: likewise.
+    dtype: of the images, likewise.
   """
 
   def __init__(self, parts: Sequence[Any]):
     self.parts = tuple(parts)
     self.labels = np.concatenate([part.labels for part in parts])
     self.class_names, self.image_shape = parts[0].class_names, parts[0].image_shape
+    self.dtype = np.dtype(getattr(parts[0], 'dtype', np.uint8))
     self._starts = np.cumsum([0, *(len(part) for part in parts)])
+    if all(hasattr(part, 'encoded') for part in parts):
+      self.encoded, self.where = self._encoded, self._where
 
   def __len__(self) -> int:
     """Returns the number of images of all parts."""
@@ -38,40 +42,60 @@ class Joined:
     return self.parts[part], int(row - self._starts[part])
 
   def __getitem__(self, row: int) -> np.ndarray:
-    """Returns an image, uint8."""
+    """Returns an image."""
     part, own = self._at(row)
     return part[own]
 
-  def encoded(self, row: int) -> bytes:
+  def _encoded(self, row: int) -> bytes:
     """Returns the bytes of an image file."""
     part, own = self._at(row)
     return part.encoded(own)
 
-  def where(self, row: int) -> str:
+  def _where(self, row: int) -> str:
     """Returns what an image is called in messages."""
     part, own = self._at(row)
     return part.where(own)
 
 
-def compound(splits: Sequence[Split]) -> Split:
-  """Returns splits of several domains as one, which tells the domain of each image.
+class _Places(NamedTuple):
+  """Where the images of several sources lie once they are behind one another.
 
-  Args:
-    splits: of domains whose images have one shape. Where all of them lie in device
-      memory, so do those of the result, a second time.
+  Attributes:
+    source: all of them as one.
+    starts: id of a source -> the first row of its images.
+    arrays: the images in device memory, or {}.
   """
-  sources = [split.source for split in splits]
-  starts = np.cumsum([0, *(len(source) for source in sources)])
-  rows = [start + split.rows for start, split in zip(starts, splits, strict=False)]
-  sizes = [len(split.rows) for split in splits]
-  resident = all(split.arrays for split in splits)
+
+  source: Any
+  starts: dict[int, int]
+  arrays: Any
+
+
+def _places(splits: Sequence[Split]) -> _Places:
+  """Returns the images that splits are of behind one another, each source once."""
+  of_source = {id(split.source): split for split in splits}
+  sources = [split.source for split in of_source.values()]
+  starts = np.cumsum([0, *(len(source) for source in sources)]).tolist()
+  at = dict(zip(of_source, starts[:-1], strict=True))
+  arrays = [split.arrays for split in of_source.values()]
+  lie_so = [split.offset for split in of_source.values()] == starts[:-1]
+  if lie_so and all(one is arrays[0] for one in arrays):  # see `seen_through`
+    return _Places(Joined(sources), at, arrays[0])
+  return _Places(Joined(sources), at, _concatenated(arrays) if all(arrays) else {})
+
+
+def _compound(splits: Sequence[Split], places: _Places) -> Split:
+  """Returns splits of several domains as one, which tells the domain of each image."""
+  rows = [places.starts[id(split.source)] + split.rows for split in splits]
   return Split(
-    source=Joined(sources),
+    source=places.source,
     rows=np.concatenate(rows),
     labels=np.concatenate([split.labels for split in splits]),
-    arrays=_concatenated([split.arrays for split in splits]) if resident else {},
+    arrays=places.arrays,
     crop=splits[0].crop,
-    domain=np.repeat(np.arange(len(splits), dtype=np.int32), sizes),
+    domain=np.repeat(
+      np.arange(len(splits), dtype=np.int32), [len(own) for own in rows]
+    ),
   )
 
 
@@ -88,24 +112,134 @@ def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def joined(domains: Mapping[str, Dataset]) -> Dataset:
   """Returns several labelled domains as one data set, whose batches tell the domain.
 
-  A split is joined where every domain has it.
+  A split is joined where every domain has it. Where all images lie in device memory,
+  so do those of the result, once: see `seen_through` for those of the domains.
 
   Raises:
     UserError: their classes or image shapes differ.
   """
   check_alike(domains)
   sets = [*domains.values()]
+  made: dict[tuple[int, ...], _Places] = {}  # splits of the same sources share them
 
   def join(which: str) -> dict[str, Split]:
     parts = [getattr(dataset, which) for dataset in sets]
-    names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: compound([part[name] for part in parts]) for name in names}
+    found = {}
+    for name in (name for name in parts[0] if all(name in part for part in parts)):
+      splits = [part[name] for part in parts]
+      key = tuple(id(split.source) for split in splits)
+      if key not in made:
+        made[key] = _places(splits)
+      found[name] = _compound(splits, made[key])
+    return found
 
   return sets[0]._replace(
     splits=join('splits'),
     tests=join('tests'),
     counts=sum(dataset.counts for dataset in sets),
     fingerprint=fingerprint(domains),
+  )
+
+
+def seen_through(dataset: Dataset, joint: Dataset, number: int) -> Dataset:
+  """Returns a domain whose arrays are those of the joint data, so that they lie once.
+
+  Args:
+    dataset: the domain.
+    joint: what `joined` made of it and others.
+    number: the place of the domain among them.
+  """
+
+  def through(own: Mapping[str, Split], whole: Mapping[str, Split]) -> dict[str, Split]:
+    found = dict(own)
+    for name, split in whole.items():
+      if split.arrays and len(own[name].rows):
+        first = int(split.rows[split.domain == number][0] - own[name].rows[0])
+        found[name] = own[name]._replace(arrays=split.arrays, offset=first)
+    return found
+
+  return dataset._replace(
+    splits=through(dataset.splits, joint.splits),
+    tests=through(dataset.tests, joint.tests),
+  )
+
+
+def have_one_label_space(domains: Mapping[str, Dataset]) -> bool:
+  """Returns whether the classes of all domains are the same, in the same order."""
+  return len({dataset.class_names for dataset in domains.values()}) == 1
+
+
+def united(
+  domains: Mapping[str, Dataset],
+  sources: Sequence[str],
+  same: Mapping[str, Mapping[str, str]],
+) -> dict[str, Dataset]:
+  """Returns domains with labels in the union of the classes of several sources.
+
+  A class is called DOMAIN/NAME in the union, or as `same` says: so classes of two
+  sources are one only where they are told to be. They stand in the order of the
+  sources. Other domains teach no new class: each of theirs must be in the union.
+
+  Args:
+    domains: name -> data.
+    sources: names of those whose classes make the union.
+    same: domain -> {name of a class there: its name in the union}.
+
+  Raises:
+    UserError: a name that a domain does not have, or that is not in the union.
+  """
+  of_sources = [
+    name for one in sources for name in _union_names(one, domains[one], same[one], True)
+  ]
+  union = {name: place for place, name in enumerate(dict.fromkeys(of_sources))}
+  found = {}
+  for name, dataset in domains.items():
+    if dataset.class_names != (*union,):
+      names = _union_names(name, dataset, same[name], name in sources)
+      dataset = _relabelled(name, dataset, names, union)
+    found[name] = dataset
+  return found
+
+
+def _union_names(
+  name: str, dataset: Dataset, same: Mapping[str, str], prefixed: bool
+) -> list[str]:
+  """Returns what the classes of a domain are called in the union."""
+  for ours in same:
+    lookup(dict.fromkeys(dataset.class_names), f'class of domain {name!r}', ours)
+  return [
+    same.get(ours, f'{name}/{ours}' if prefixed else ours)
+    for ours in dataset.class_names
+  ]
+
+
+def _relabelled(
+  domain: str, dataset: Dataset, names: Sequence[str], union: Mapping[str, int]
+) -> Dataset:
+  """Returns a data set whose classes have new names, at their places in a union."""
+  for ours, name in zip(dataset.class_names, names, strict=True):
+    if name not in union:
+      raise UserError(
+        f'domain {domain!r}: its class {ours!r} is none of the {len(union)} of the '
+        f'sources: name it in same_classes of the domain{suggest(name, union)}'
+      )
+  places = np.array([union[name] for name in names], np.int32)
+  counts = np.zeros(len(union), dataset.counts.dtype)
+  np.add.at(counts, places, dataset.counts)
+
+  def moved(splits: Mapping[str, Split]) -> dict[str, Split]:
+    return {
+      name: split._replace(labels=np.where(split.labels < 0, -1, places[split.labels]))
+      for name, split in splits.items()
+    }
+
+  told = f'{dataset.fingerprint} as {[*union]} at {places.tolist()}'
+  return dataset._replace(
+    splits=moved(dataset.splits),
+    tests=moved(dataset.tests),
+    counts=counts,
+    class_names=(*union,),
+    fingerprint=hashlib.sha256(told.encode()).hexdigest(),
   )
 
 
@@ -137,6 +271,11 @@ def check_alike(domains: Mapping[str, Dataset]) -> None:
       raise UserError(
         f'domains {first!r} and {name!r} must have the same classes, but they have '
         f'{sizes[0]} and {sizes[1]}'
+      )
+    if one.dtype != other.dtype:
+      raise UserError(
+        f'the images of domain {first!r} are {one.dtype}, those of {name!r} '
+        f'{other.dtype}'
       )
     if one.image_shape != other.image_shape:
       raise UserError(

@@ -34,10 +34,16 @@ def _step(num_classes: int, n_max: int, imbalance: float) -> list[int]:
   return [n_max] * head + [int(n_max / imbalance)] * (num_classes - head)
 
 
+def _reversed(num_classes: int, n_max: int, imbalance: float) -> list[int]:
+  """Returns the counts of 'exponential' from the last class to the first."""
+  return _exponential(num_classes, n_max, imbalance)[::-1]
+
+
 PROFILES = {
   'original': None,  # as the data set is: no class is cut
   'balanced': _balanced,
   'exponential': _exponential,
+  'reversed': _reversed,
   'step': _step,
 }
 
@@ -47,8 +53,9 @@ def class_counts(
 ) -> np.ndarray | None:
   """Returns the training images of each class under a profile.
 
-  Exponential: n_c = int(n_max * (1 / mu)^(c / (C - 1))). Step: n_max in the first
-  half of the classes, int(n_max / mu) in the others. Balanced: n_max.
+  Exponential: n_c = int(n_max * (1 / mu)^(c / (C - 1))). Reversed: the same from the
+  last class to the first. Step: n_max in the first half of the classes, int(n_max / mu)
+  in the others. Balanced: n_max.
 
   Args:
     profile: a key of `PROFILES`.

@@ -44,6 +44,11 @@ def brought_to(source: Any, size: int = 0, channels: int = 0, name: str = '') ->
       f'{name or "the source"}: data.size and data.channels are for images in memory; '
       'for files of many sizes set data.image_size and data.resize'
     )
+  if images.dtype != np.uint8:
+    raise UserError(
+      f'{name or "the source"}: data.size and data.channels are for uint8 images, not '
+      f'for {images.dtype} arrays'
+    )
   if have != wanted[2] and {have, wanted[2]} != {1, 3}:
     raise UserError(
       f'{name or "the source"}: images of {have} channels cannot become {wanted[2]}: '

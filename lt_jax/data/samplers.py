@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lt_jax.data.longtail import label_counts
-from lt_jax.errors import ClassError, UserError
+from lt_jax.errors import ClassError, UserError, lookup
 
 
 class Sampler(NamedTuple):
@@ -298,6 +298,99 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   return Sampler(first.length, indices)
 
 
+def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
+  """Returns which share of a curriculum has been opened by an epoch.
+
+  r0 + (1 - r0) (e / E)^power, which is 1 at the epoch E and more after it.
+
+  Args:
+    epoch: e.
+    whole: E; 0 for a curriculum that is open from the start.
+    first: r0.
+    power: below 1 most of it is opened early.
+  """
+  return first + (1 - first) * (epoch / whole) ** power if whole else 1.0
+
+
+def shift(share: float, first: float) -> tuple[float, float]:
+  """A window of constant size, which leaves the near images as far ones come in."""
+  return share - first, share
+
+
+def expand(share: float, first: float) -> tuple[float, float]:
+  """A window of all that has been opened."""
+  del first
+  return 0.0, share
+
+
+WINDOWS = {'shift': shift, 'expand': expand}
+"""name -> (share that is opened, share in the beginning) -> (first, last) share."""
+
+
+def curriculum(
+  order: np.ndarray,
+  *,
+  epochs: float,
+  window: str = 'shift',
+  first: float = 0.5,
+  power: float = 0.3,
+  full: float = 0.85,
+) -> Sampler:
+  """Near images first: each epoch offers a window of an order, then all images.
+
+  The images of the window are dealt in random order, lap after lap, until the epoch
+  has as many as there are images in all: no epoch is shorter than another.
+
+  Args:
+    order: (N,) int, positions of the images, the nearest first. It is never changed;
+      the authors' sampler shuffles it in place, by which near and far images mix from
+      epoch to epoch.
+    epochs: of the run.
+    window: a key of `WINDOWS`.
+    first: share of the images that the first window has.
+    power: how early the window opens, see `offered`.
+    full: share of the epochs after which every image is offered.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: the order is no permutation, an option is out of range, or the first
+      window would be empty.
+
+  Source: Liu et al., Open Compound Domain Adaptation, arXiv 1909.03403, and the
+  authors' code, whose values are the defaults: 170 of 200 epochs, r0 = 0.5, power 0.3.
+  """
+  order = np.array(order, np.int32)
+  length = len(order)
+  if not np.array_equal(np.sort(order), np.arange(length)) or not length:
+    raise UserError(
+      f"sampler 'curriculum': the order of {length} images does not name each of them "
+      'once'
+    )
+  place = lookup(WINDOWS, 'window of a curriculum', window)
+  if not (0 < first <= 1 and 0 <= full <= 1 and power > 0):
+    raise UserError(
+      f"sampler 'curriculum': first {first} must be in (0, 1], full {full} in [0, 1] "
+      f'and power {power} positive'
+    )
+  if int(first * length) < 1:
+    raise UserError(
+      f"sampler 'curriculum': first {first} of {length} images is less than one image"
+    )
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    share = offered(epoch, full * epochs, first=first, power=power)
+    window_at = place(share, first) if share < 1 else (0.0, 1.0)
+    start, end = (int(part * length) for part in window_at)
+    images = order[start : max(end, start + 1)]  # whatever the rounding
+    laps = np.tile(images, (-(-length // len(images)), 1))
+    dealt = _generator('curriculum', seed, epoch).permuted(laps, axis=1)
+    return dealt.ravel()[:length]
+
+  return Sampler(length, indices)
+
+
 SAMPLERS = {
   'instance': instance,
   'class_balanced': class_balanced,
@@ -305,8 +398,10 @@ SAMPLERS = {
   'progressive': progressive,
   'class_aware': class_aware,
   'effective_number': effective_number,
+  'curriculum': curriculum,
 }
-"""name -> (labels, batch or epochs where it names them, options) -> a sampler."""
+"""name -> (images, labels or an order, batch or epochs where it names them, options) ->
+a sampler."""
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.

@@ -15,7 +15,7 @@ import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
+from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
@@ -35,9 +36,11 @@ UNFINISHED = '.unfinished'  # ends the folder of records that are being prepared
 class Source(Protocol):
   """What every source offers.
 
-  One that lies in memory has `images` beside it; one whose images differ in size has
-  `encoded(position)`, the bytes of a file, and `where(position)`, its name; one that
-  leaves out part of what is there tells of it in `passed_over`, a tuple of lines.
+  One that lies in memory has `images` beside it, and their `dtype`: uint8, or float32
+  of features and other arrays, where D features are D channels of one pixel; one whose
+  images differ in size has `encoded(position)`, the bytes of a file, and
+  `where(position)`, its name; one that leaves out part of what is there tells of it in
+  `passed_over`, a tuple of lines.
 
   Attributes:
     labels: (N,) int32, -1 for images of no known class.
@@ -53,7 +56,7 @@ class Source(Protocol):
     """Returns N."""
 
   def __getitem__(self, position: int) -> np.ndarray:
-    """Returns one image, (H, W, channels) uint8."""
+    """Returns one image, (H, W, channels) uint8, or of `dtype`."""
 
   def identity(self, rows: np.ndarray) -> bytes | np.ndarray:
     """Returns what stands in a fingerprint for the images at `rows`."""
@@ -61,17 +64,27 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-  """A source in memory: images (N, H, W, channels) uint8, labels (N,) int32."""
+  """A source in memory: images (N, H, W, channels) and labels (N,) int32.
+
+  Images are uint8. Features and other arrays are float32, and their own normalisation.
+  Images that are pictures of a world, such as a maze, may have it as `world`.
+  """
 
   images: np.ndarray
   labels: np.ndarray
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
+  world: Any = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, channels)."""
     return self.images.shape[1:]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The type of the images."""
+    return self.images.dtype
 
   def __len__(self) -> int:
     return len(self.images)
@@ -197,11 +210,12 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
 
   Args:
     spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'npz:PATH', an archive
-      of x_train, y_train, x_test and y_test, images (N, H, W) or (N, H, W, channels)
-      uint8 and labels (N,) int, and perhaps class_names (C,) str; 'tfds:NAME', a
-      prepared TFDS data set; 'list:FOLDER', lists of image files, see
-      `lists.list_source`; or 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`.
+      of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
+      or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
+      of any type, with labels (N,) int, and perhaps class_names (C,) str;
+      'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
+      `lists.list_source`; 'folder:DIR', image files in a folder a class, see
+      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
@@ -331,31 +345,70 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   try:
     with zipfile.ZipFile(path) as archive:
       present = {name.removesuffix('.npy') for name in archive.namelist()}
-      keys = [key for key in _NPZ_MEMBERS if key in present]
-      _check_members({key: _npz_header(archive, key) for key in keys})
+      splits = _npz_splits(present)
+      keys = [f'{kind}_{split}' for split in splits for kind in 'xy']
+      keys += [key for key in _CLASS_NAMES if key in present][:1]
+      _check_members(splits, {key: _npz_header(archive, key) for key in keys})
     with np.load(path, allow_pickle=False) as archive:
       arrays = {key: archive[key] for key in keys}
   except _NPZ_ERRORS as error:
     reason = str(getattr(error, 'strerror', None) or error)
     raise UserError(f'npz:{path}: {" ".join(reason.split())}') from None
 
-  labels = {split: arrays[f'y_{split}'] for split in ('train', 'test')}
   # Without names the labels tell how many classes there are, but one that is greater
   # than the number of images is a mistake and not a class.
-  count = min(int(labels['train'].max()) + 1, len(labels['train']))
-  names = tuple(str(name) for name in arrays.get('class_names', range(count)))
-  others = sorted(present.difference(_NPZ_MEMBERS))
+  first = arrays[f'y_{splits[0]}']
+  count = min(int(first.max()) + 1, len(first))
+  names = next((arrays[key] for key in _CLASS_NAMES if key in arrays), range(count))
+  names = tuple(str(name) for name in names)
+  others = sorted(present.difference(keys))
   told = (f'members passed over: {", ".join(others)}',) if others else ()
   sources = {}
-  for split, y in labels.items():
-    images = arrays[f'x_{split}']
-    y = _checked_labels(y, len(images), len(names), f'npz:{path}: y_{split}')
-    images = images.reshape(*images.shape[:3], -1)
-    sources[split] = Arrays(images, y, names, told if split == 'train' else ())
+  for split in splits:
+    y = arrays[f'y_{split}']
+    y = _checked_labels(
+      y, len(y), len(names), f'npz:{path}: y_{split}', is_open=split == 'open'
+    )
+    images = _checked_arrays(arrays[f'x_{split}'], f'npz:{path}: x_{split}')
+    sources[split] = Arrays(images, y, names, told if split == splits[0] else ())
   return sources
 
 
-_NPZ_MEMBERS = ('x_train', 'y_train', 'x_test', 'y_test', 'class_names')
+def _npz_splits(present: Collection[str]) -> list[str]:
+  """Returns the splits of an archive, 'train' first: pairs of x_SPLIT and y_SPLIT.
+
+  Raises:
+    ValueError: there is none, or one of train and test has no partner.
+  """
+  splits = {name[2:] for name in present if name[:2] in ('x_', 'y_')}
+  pairs = {split for split in splits if {f'x_{split}', f'y_{split}'} <= {*present}}
+  wanted = pairs or {'train', 'test'}
+  if wanted & {'train', 'test'}:
+    wanted |= {'train', 'test'}
+  for split in sorted(wanted, reverse=True):  # train is what is missed first
+    for key in (f'x_{split}', f'y_{split}'):
+      if key not in present:
+        raise ValueError(
+          f'{key} is missing, has {", ".join(sorted(present)) or "none"}'
+        )
+  return sorted(pairs, key=lambda split: (split != 'train', split))
+
+
+def _checked_arrays(values: np.ndarray, where: str) -> np.ndarray:
+  """Returns (N, H, W, channels) uint8 or finite float32, of (N, D) (N, 1, 1, D)."""
+  if values.dtype == np.uint8 and values.ndim > 2:
+    return values if values.ndim == 4 else values[..., None]
+  shape = {2: (1, 1, values.shape[-1]), 3: (*values.shape[1:], 1)}
+  with np.errstate(over='ignore'):  # which is told below
+    values = values.astype(np.float32)
+  values = values.reshape(len(values), *shape.get(values.ndim, values.shape[1:]))
+  if not np.isfinite(values).all():
+    row = int(np.argmin(np.isfinite(values).all((1, 2, 3))))
+    raise UserError(f'{where}: row {row} has values that are not finite in float32')
+  return values
+
+
+_CLASS_NAMES = ('class_names', 'classes')
 _NPZ_ERRORS = (*_NPY_ERRORS, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 _NPZ_ERRORS += (RuntimeError,)  # of a kind of archive that is not read, or encrypted
 
@@ -380,19 +433,25 @@ def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np
   return shape, dtype
 
 
-def _check_members(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-  """Raises a ValueError for the first member that is missing or not as it should be."""
-  for key in _NPZ_MEMBERS[:4]:
-    if key not in headers:
-      raise ValueError(f'{key} is missing, has {", ".join(headers) or "none"}')
-  for split in ('train', 'test'):
+def _check_members(
+  splits: Sequence[str], headers: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> None:
+  """Raises a ValueError for the first member that is not as it should be.
+
+  Args:
+    splits: those whose x and y are there, 'train' first.
+    headers: member -> (shape, type).
+  """
+  for split in splits:
     (x_shape, x_dtype), (y_shape, y_dtype) = (headers[f'{k}_{split}'] for k in 'xy')
-    if x_dtype != np.uint8 or len(x_shape) not in (3, 4) or not math.prod(x_shape):
+    kinds = {2: 'iuf', 3: 'f', 4: 'f'}.get(len(x_shape), '')
+    image = x_dtype == np.uint8 and len(x_shape) in (3, 4)
+    if not (image or x_dtype.kind in kinds) or not math.prod(x_shape):
       raise ValueError(
-        f'x_{split} must be uint8 images (N, H, W) or (N, H, W, channels), got '
-        f'{x_dtype} {x_shape}'
+        f'x_{split} must be uint8 or float images (N, H, W) or (N, H, W, channels), or '
+        f'features (N, D), got {x_dtype} {x_shape}'
       )
-    if len(x_shape) == 4 and x_shape[1] in _PIL_MODES and x_shape[3] > 4:
+    if image and len(x_shape) == 4 and x_shape[1] in _PIL_MODES and x_shape[3] > 4:
       raise ValueError(
         f'x_{split} has the shape {x_shape}, channels first: store '
         f'x_{split}.transpose(0, 2, 3, 1), which is (N, H, W, channels)'
@@ -401,12 +460,17 @@ def _check_members(headers: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None
       raise ValueError(
         f'y_{split} must be whole numbers ({x_shape[0]},), got {y_dtype} {y_shape}'
       )
-  train, test = (headers[key][0][1:] for key in ('x_train', 'x_test'))
-  if train != test:
-    raise ValueError(f'x_train has images of {train}, x_test of {test}')
-  shape, dtype = headers.get('class_names', ((1,), np.dtype('U')))
-  if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
-    raise ValueError(f'class_names must be strings (C,), got {dtype} {shape}')
+  first, *others = (f'x_{split}' for split in splits)
+  for other in others:
+    one, two = headers[first], headers[other]
+    if one[0][1:] != two[0][1:]:
+      raise ValueError(f'{first} has images of {one[0][1:]}, {other} of {two[0][1:]}')
+    if (one[1] == np.uint8) != (two[1] == np.uint8):
+      raise ValueError(f'{first} is {one[1]}, {other} {two[1]}')
+  for key in _CLASS_NAMES:
+    shape, dtype = headers.get(key, ((1,), np.dtype('U')))
+    if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
+      raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
 
 
 def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
@@ -517,6 +581,7 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 SOURCES = {
   'digits': _digits,
   'digits_domains': rendered_digits,
+  'mazes': maze_images,
   'npz': _npz,
   'tfds': _tfds,
   'list': list_source,

@@ -22,7 +22,7 @@ from lt_jax.errors import UserError
 PyTree = Any
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, jax.Array], jax.Array]
-"""(key, uint8 images) -> float32 images: augmentation and normalisation."""
+"""(key, images as they are stored) -> float32: augmentation and normalisation."""
 Payload = Mapping[str, np.ndarray]
 """What the device is given of a batch, batch first: the rows of this process."""
 
@@ -68,12 +68,14 @@ class Split(NamedTuple):
   """Some images of a source.
 
   Attributes:
-    source: random access: `len(source)`, `source[i]` a uint8 image.
+    source: random access: `len(source)`, `source[i]` an image; of another type than
+      uint8 it says so as `dtype`.
     rows: (N,) int, their positions in the source.
     labels: (N,) int32, -1 for images of no known class.
     arrays: the source's images in device memory, or {} to stream them from the host.
     crop: what brings encoded images of any size to one; None where they have one size.
     domain: (N,) int32, which of several domains each is of; None: they are of one.
+    offset: where in `arrays` the first image of the source is.
   """
 
   source: Any
@@ -82,10 +84,18 @@ class Split(NamedTuple):
   arrays: PyTree
   crop: Crop | None = None
   domain: np.ndarray | None = None
+  offset: int = 0
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32."""
     return {'label': self.labels.astype(np.int32)} | _domains(self)
+
+  def at(self, positions: np.ndarray) -> 'Split':
+    """Returns some of its images: those at (M,) positions, in that order."""
+    domain = None if self.domain is None else self.domain[positions]
+    return self._replace(
+      rows=self.rows[positions], labels=self.labels[positions], domain=domain
+    )
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -94,6 +104,11 @@ class Split(NamedTuple):
     return (
       (*(self.crop.size,) * 2, channels) if self.crop else (height, width, channels)
     )
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The type of the images: uint8, or float32 of features and other arrays."""
+    return np.dtype(getattr(self.source, 'dtype', np.uint8))
 
   def image(self, row: int) -> np.ndarray:
     """Returns the image at a position of the source as evaluation sees it."""
@@ -119,12 +134,14 @@ class Unlabelled:
     self.source = split.source
     self.rows, self.domain = split.rows, split.domain
     self.arrays, self.crop = split.arrays, split.crop
+    self.offset = split.offset
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32; no label."""
     return _domains(self)
 
   image_shape = Split.image_shape
+  dtype = Split.dtype
   image = Split.image
   augmented = Split.augmented
 
@@ -140,11 +157,14 @@ class Pass(NamedTuple):
     stream: its batches; 'mask' is false where they are padded.
     batches: how many there are.
     examples: how many examples, padding left out.
+    view: a State -> the State that predicts these images, of the same shapes. It is the
+      same but where each domain has statistics of its own.
   """
 
   stream: Stream
   batches: int
   examples: int
+  view: Callable[[Any], Any] = lambda state: state
 
 
 def process_rows(
@@ -180,6 +200,7 @@ def _stream(
   batch: int,
   transform: Transform,
   workers: int,
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Stream:
   """Returns the stream of the examples at some positions.
 
@@ -190,29 +211,34 @@ def _stream(
     batch: B.
     transform: what is done on the device.
     workers: of a host stream.
+    beside: name -> (N, ...), what batches tell besides of each image.
   """
   # Which rows are ours is found out here: where Grain makes the payloads, there is no
   # device to ask.
   ours = process_rows(range(batch))
-  resident, known = bool(split.arrays), split.numbers()
+  resident, known = bool(split.arrays), split.numbers() | dict(beside or {})
 
   def payload(step: int) -> dict[str, np.ndarray]:
     places = np.arange(ours.start, ours.stop)
     chosen = positions(step)[places]
     rows = split.rows[chosen].astype(np.int32)
-    made = {'index': rows} | {name: of_all[chosen] for name, of_all in known.items()}
+    made = {'index': rows + np.int32(split.offset)} | {
+      name: of_all[chosen] for name, of_all in known.items()
+    }
     if resident:
       return made
     where = zip(step * batch + places, chosen, strict=True)
     images, stand_ins = zip(*(read(*at) for at in where), strict=True)
     return {**made, 'image': _stacked(images, rows), 'bad': np.array(stand_ins)}
 
-  numbers = jax.ShapeDtypeStruct((batch,), np.int32)
-  shapes = dict.fromkeys(('index', *known), numbers)
+  shapes = {'index': jax.ShapeDtypeStruct((batch,), np.int32)} | {
+    name: jax.ShapeDtypeStruct((batch, *of_all.shape[1:]), of_all.dtype)
+    for name, of_all in known.items()
+  }
   if resident:
     return Stream(split.arrays, payload, _prepare(transform), shapes=shapes)
   shapes |= {
-    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), np.uint8),
+    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), split.dtype),
     'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
   }
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
@@ -249,7 +275,7 @@ def _or_stand_in(split: Split | Unlabelled, read: Read) -> Read:
 
 
 def _stacked(images: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-  """Returns images of one shape as (B, H, W, channels) uint8."""
+  """Returns images of one shape as (B, H, W, channels)."""
   for row, image in zip(rows, images, strict=True):
     if image.shape != images[0].shape:
       raise UserError(
@@ -269,6 +295,7 @@ def train_stream(
   workers: int = 0,
   stand_in: bool = False,
   name: str = 'train',
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Stream:
   """Returns the endless stream of a sampler's order over a split.
 
@@ -284,6 +311,7 @@ def train_stream(
     stand_in: takes the next image of its class for one that cannot be read, and says
       so in payload['bad']; 'index' stays that of the bad one.
     name: of the stream; another one has other random numbers.
+    beside: name -> (N, ...), what batches tell besides of each image of the split.
   """
   drawn_by = (seed, zlib.crc32(name.encode()))
 
@@ -298,6 +326,7 @@ def train_stream(
     batch=batch,
     transform=transform,
     workers=workers,
+    beside=beside,
   )
 
 
@@ -308,6 +337,7 @@ def evaluation_pass(
   transform: Transform,
   workers: int = 0,
   stand_in: bool = False,
+  view: Callable[[Any], Any] = lambda state: state,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -317,6 +347,7 @@ def evaluation_pass(
     transform: normalisation on the device; its random key is constant.
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
+    view: see `Pass`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -344,4 +375,5 @@ def evaluation_pass(
     stream._replace(payload=payload, shapes=shapes),
     batches=math.ceil(examples / batch),
     examples=examples,
+    view=view,
   )

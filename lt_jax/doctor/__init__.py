@@ -21,6 +21,7 @@ from lt_jax.doctor.data import (
   splits,
   tail,
 )
+from lt_jax.doctor.domains import gap, shared, told
 from lt_jax.doctor.machine import (
   accelerators,
   begun,
@@ -52,6 +53,7 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
   'folder': (writable, file_system, begun, space),
   'data': (splits, readable, duplicates, classes, tail, shots, balanced_test),
   'images': (normalisation, constant, sizes),
+  'domains': (told, gap, shared),
   'one step': (compiles, one_step, evaluates, loss_at_start, learns, by_heart),
   'what it takes': (memory, shared_memory, decoding),
 }

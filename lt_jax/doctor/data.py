@@ -6,13 +6,14 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from lt_jax.build import streams
-from lt_jax.data import crops, longtail
+from lt_jax.config import Config
+from lt_jax.data import augment, crops, longtail
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.lists import Files, check_file, composed
 from lt_jax.data.streams import Split, most_bad
@@ -185,13 +186,15 @@ def duplicates(case: Case) -> Findings:
   records = [p for p in pictures if p.is_record()]
   if len(records) > HASHED and not case.thorough:
     raise Missing(f'{len(records):,} records would be read: give --thorough')
-  alike = [p for group in _equal(pictures, Picture.size) for p in group]
-  same = _equal(alike, Picture.digest)
+  alike = [p for group in equal(pictures, Picture.size) for p in group]
+  same = equal(alike, Picture.digest)
   if not same:
     told = f'no image is there twice: {len(alike):,} of {len(pictures):,} were hashed'
     fewer = len(alike) < len(pictures)
     yield ok(told + (', as the others differ in size' if fewer else ''))
-  yield from _across(case.dataset.every, same)
+  data = case.config['data']
+  stated = data['train_split'] == data['test_split'] and not data['test_per_class']
+  yield from _across(case.dataset.every, same, {'train', 'test'} if stated else set())
   yield from _within(same)
   yield from _two_labels(case.dataset, same, len(pictures))
 
@@ -206,7 +209,7 @@ def _pictures(case: Case) -> list[Picture]:
   ]
 
 
-def _equal(
+def equal(
   pictures: Sequence[Picture], key: Callable[[Picture], Any]
 ) -> list[list[Picture]]:
   """Returns the groups of two and more with one key; what cannot be read is in none."""
@@ -222,16 +225,17 @@ def _level(count: int, of: int) -> Callable[[str], Finding]:
   return wrong if count > TOLERATED * of else odd
 
 
-def _across(splits: Mapping[str, Split], same: Sequence[Sequence[Picture]]) -> Findings:
-  """Tells of images in two splits."""
+def _across(
+  splits: Mapping[str, Split], same: Sequence[Sequence[Picture]], stated: Set[str]
+) -> Findings:
+  """Tells of images in two splits, which may be one by the configuration."""
   for a, b in itertools.combinations(splits, 2):
     both = [group for group in same if {a, b} <= {picture.split for picture in group}]
     if both:
       one, two = (next(p for p in both[0] if p.split == name) for name in (a, b))
       fewer = min(len(splits[a].rows), len(splits[b].rows))
-      yield _level(len(both), fewer)(
-        f'images in {a} and in {b}: {len(both):,}, such as {one} = {two}'
-      )
+      level = odd if {a, b} == stated else _level(len(both), fewer)
+      yield level(f'images in {a} and in {b}: {len(both):,}, such as {one} = {two}')
 
 
 def _within(same: Sequence[Sequence[Picture]]) -> Findings:
@@ -362,8 +366,14 @@ def balanced_test(case: Case) -> Findings:
 
 def normalisation(case: Case) -> Findings:
   """Compares data.mean and data.std with the pixels of a sample."""
-  data, channels = case.config['data'], case.sample.reshape(-1, case.sample.shape[-1])
-  pixels = channels / 255
+  data = case.config['data']
+  if data['standardise']:
+    yield ok('mean and deviation are those of the training images (data.standardise)')
+    return
+  if case.sample.dtype != np.uint8:
+    yield _scale(case.sample, data)
+    return
+  pixels = case.sample.reshape(-1, case.sample.shape[-1]) / 255
   seen = (pixels.mean(0), pixels.std(0))
   normal = (pixels - np.array(data['mean'])) / np.array(data['std'])
   mean, std = normal.mean(0), normal.std(0)
@@ -381,12 +391,27 @@ def normalisation(case: Case) -> Findings:
     yield ok(told)
 
 
+def _scale(arrays: np.ndarray, data: Config) -> Finding:
+  """Tells of the mean and deviation of all numbers of float arrays, normalised."""
+  values = np.asarray(augment.unit(arrays, data['unit']), np.float64)
+  normal = (values - np.array(data['mean'])) / np.array(data['std'])
+  told = (
+    f'the values of {len(arrays)} training arrays have mean {normal.mean():.3g} and '
+    f'deviation {normal.std():.3g}'
+  )
+  if abs(normal.mean()) > FAR or not 1 / FACTOR < normal.std() < FACTOR:
+    return odd(f'{told}, far from 0 and 1: --config.data.standardise fits both')
+  return ok(told)
+
+
 def _numbers(values: Iterable[float]) -> str:
   return ' '.join(f'{value:.3g}' for value in values)
 
 
 def constant(case: Case) -> Findings:
   """Counts images of one colour."""
+  if case.sample.dtype != np.uint8:
+    raise Missing('the data are float arrays')
   flat = np.ptp(case.sample.reshape(len(case.sample), -1, case.sample.shape[-1]), 1)
   blank = int((flat.max(1) == 0).sum())
   if blank:

@@ -82,7 +82,7 @@ def collector(
     stream = one_pass.stream
     if stream.prepare not in compiled:
       compiled[stream.prepare] = program(stream.prepare)
-    evaluate = compiled[stream.prepare]
+    evaluate, state = compiled[stream.prepare], one_pass.view(state)
     waiting: collections.deque = collections.deque()
     batches = []
 
@@ -128,7 +128,7 @@ def total(
       the pass.
     in_flight: batches the host may be ahead of the device.
   """
-  stream = one_pass.stream
+  stream, state = one_pass.stream, one_pass.view(state)
 
   def summed(state, arrays, payload):
     batch = stream.prepare(arrays, payload, jax.random.key(0))
@@ -191,7 +191,7 @@ def survey(
     )
 
   def outputs(state: State, split: str) -> Outputs:
-    stream = the(split).stream
+    stream = the(split).stream  # the view of a State has its shapes
 
     def one(state, arrays, payload):
       batch = stream.prepare(arrays, payload, jax.random.key(0))

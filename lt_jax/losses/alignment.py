@@ -37,6 +37,11 @@ def layer(outputs: Outputs, name: str) -> jax.Array:
   return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def joined(outputs: Outputs, names: Sequence[str]) -> jax.Array:
+  """Returns named layers one after the other, (B, D)."""
+  return jnp.concatenate([layer(outputs, name) for name in names], axis=-1)
+
+
 # Covariances.
 
 CORAL_FORMS = {'paper': (0.25, 0.0), 'adapt': (0.25, 1.0), 'domainbed': (1.0, 1.0)}

@@ -1,17 +1,27 @@
 """The methods, by name. A method is one file here and its line in this dict."""
 
 from lt_jax.methods import few_shot, memory, meta
-from lt_jax.methods.adversarial import dann
+from lt_jax.methods.adda import adda
+from lt_jax.methods.adversarial import cdan, dann
 from lt_jax.methods.aligned import aligned
+from lt_jax.methods.mcd import mcd
+from lt_jax.methods.self_supervised import self_supervised
+from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
+from lt_jax.methods.translation import i2i
 
 METHODS = {
   'supervised': supervised,
-  'l2rw': meta.l2rw,
   'meta_weight_net': meta.meta_weight_net,
   'meta_reweight': meta.meta_reweight,
   'oltr': memory.oltr,
   'weight_generator': few_shot.weight_generator,
   'aligned': aligned,
   'dann': dann,
+  'cdan': cdan,
+  'mcd': mcd,
+  'adda': adda,
+  'self_supervised': self_supervised,
+  'pseudo_label': pseudo_label,
+  'i2i': i2i,
 }

@@ -1,10 +1,11 @@
 """Adversarial adaptation: features by which a discriminator cannot tell the domains."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import nn
+from jax import lax, nn
 
 from lt_jax.errors import UserError
 from lt_jax.losses.alignment import layer
@@ -92,19 +93,14 @@ def dann(
   arXiv 1505.07818; whose sums over the domains are means here, as in other code.
   """
   (judge,) = named_players(players, 'discriminator')
-  if not align_on:
-    raise UserError('dann needs alignment.align_on: the layer its discriminator reads')
+  read = reader('dann', align_on)
   check_streams(streams, 'target')
-
-  def read(outputs: Outputs) -> jax.Array:
-    return jnp.concatenate([layer(outputs, name) for name in align_on], axis=-1)
 
   def confusion(params: PyTree, source: Outputs, target: Outputs, step: jax.Array):
     scale = alignment_weight(step)
-    source, target = read(source), read(target)
-    layers = grad_reverse(together(source, target), scale)
-    logits = judge.net.apply({'params': params['discriminator']}, layers)
-    loss, metrics = domain_loss(*apart(logits, len(source)))
+    loss, metrics = domain_loss(
+      *_judged(judge, params, read(source), read(target), scale)
+    )
     return loss, metrics | {'lambda': mean_metric(scale)}
 
   return adapt(
@@ -117,19 +113,191 @@ def dann(
   )
 
 
+def cdan(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  players: Mapping[str, Player],
+  align_on: Sequence[str],
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  statistics: str = 'joint',
+  entropy: bool = False,
+  largest: int = 4096,
+  projected: int = 1024,
+) -> Method:
+  r"""Adversarial training whose discriminator sees the features by class.
+
+  As `dann`, but the discriminator reads the product of the features f (D,) and the
+  predictions p (C,), each entry of one times each of the other. Where D C is too large,
+  random matrices take its place:
+
+  .. math::
+    f \otimes p \in R^{D C} \qquad \text{or} \qquad
+    \tfrac{1}{\sqrt d}\, (f R_f) \odot (p R_p) \in R^d
+
+  with entries of R_f (D, d) and R_p (C, d) from N(0, 1), drawn once for a run and kept
+  in `State.memory`. With `entropy` (CDAN+E) images of which the network is sure count
+  for more in L_d:
+
+  .. math:: w_i \propto 1 + e^{-H(p_i)}, \text{ of mean 1 in each domain}
+
+  Neither the predictions that condition nor the weights have a gradient. The authors'
+  code stops it in the predictions too; there it flows, reversed, through the weights.
+
+  Args:
+    net: returns a dict with 'logits', 'features' and further named layers.
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    players: 'discriminator', a network from (B, D C) or (B, d) to logits (B,).
+    align_on: names of the layers that make f, one after the other.
+    alignment_weight: step -> lambda, of what flows back into the features.
+    streams: names of the streams, of which it reads 'target'.
+    statistics: how the domains meet in batch normalisation, a key of
+      `lt_jax.methods.pairs.STATISTICS`.
+    entropy: conditions on the entropy.
+    largest: D C up to which the product is formed in full.
+    projected: d.
+
+  Raises:
+    UserError: no discriminator, no layer that it reads, or unknown statistics.
+
+  Long et al., "Conditional Adversarial Domain Adaptation", NeurIPS 2018,
+  arXiv 1705.10667, equations 3 to 8.
+  """
+  (judge,) = named_players(players, 'discriminator')
+  read = reader('cdan', align_on)
+  check_streams(streams, 'target')
+
+  def draws(key: jax.Array, outputs: Outputs) -> dict[str, PyTree]:
+    shapes = jax.eval_shape(lambda o: (read(o), o['logits']), outputs)
+    sizes = [shape.shape[-1] for shape in shapes]
+    if math.prod(sizes) <= largest:
+      return {}
+    drawn = {
+      name: jax.random.normal(k, (size, projected))
+      for name, k, size in zip(FACTORS, jax.random.split(key), sizes, strict=True)
+    }
+    return {'projections': drawn}
+
+  def conditioned(kept: PyTree, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    """What the discriminator reads (B, ...), and the weights (B,) of the images."""
+    logits = lax.stop_gradient(layer(outputs, 'logits'))
+    weights = entropy_weights(logits) if entropy else jnp.ones(len(logits))
+    factors = (read(outputs), nn.softmax(logits))
+    return multilinear(*factors, kept.get('projections')), weights
+
+  def reads(outputs: Outputs) -> dict[str, jax.Array]:
+    return {'discriminator': conditioned(draws(jax.random.key(0), outputs), outputs)[0]}
+
+  def confusion(params: PyTree, source: Outputs, target: Outputs, step: jax.Array):
+    scale = alignment_weight(step)
+    (source, of_source), (target, of_target) = (
+      conditioned(params, outputs) for outputs in (source, target)
+    )
+    logits = _judged(judge, params, source, target, scale)
+    loss, metrics = domain_loss(*logits, of_source, of_target)
+    return loss, metrics | {'lambda': mean_metric(scale)}
+
+  return adapt(
+    net,
+    optimizer,
+    objective,
+    Term(confusion, reads, draws),
+    statistics=statistics,
+    players=players,
+  )
+
+
+def reader(method: str, align_on: Sequence[str]) -> Callable[[Outputs], jax.Array]:
+  """Returns what joins the layers that a discriminator reads, outputs -> (B, D).
+
+  Args:
+    method: its name, for the message.
+    align_on: names of the layers.
+
+  Raises:
+    UserError: there are none.
+  """
+  if not align_on:
+    raise UserError(
+      f'{method} needs alignment.align_on: the layer its discriminator reads'
+    )
+  return lambda outputs: jnp.concatenate(
+    [layer(outputs, name) for name in align_on], axis=-1
+  )
+
+
+def _judged(
+  judge: Player, params: PyTree, source: jax.Array, target: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits of both domains behind a reversed gradient, from one pass."""
+  layers = grad_reverse(together(source, target), scale)
+  logits = judge.net.apply({'params': params['discriminator']}, layers)
+  return apart(logits, len(source))
+
+
+FACTORS = ('features', 'predictions')
+
+
+def multilinear(
+  f: jax.Array, p: jax.Array, projections: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+  """Returns the product of features and predictions, in full or by random matrices.
+
+  Args:
+    f: (B, D).
+    p: (B, C).
+    projections: 'features' (D, d) and 'predictions' (C, d); None for the product in
+      full.
+
+  Returns:
+    (B, D C), or (B, d).
+  """
+  if projections is None:
+    return (f[:, :, None] * p[:, None, :]).reshape(len(f), -1)
+  f, p = (
+    jnp.matmul(x, projections[name], precision=lax.Precision.HIGHEST)
+    for x, name in zip((f, p), FACTORS, strict=True)
+  )
+  return f * p / math.sqrt(f.shape[-1])
+
+
+def entropy_weights(logits: jax.Array) -> jax.Array:
+  r"""Returns weights proportional to :math:`1 + e^{-H}`, of mean 1.
+
+  Args:
+    logits: (B, C).
+
+  Returns:
+    (B,).
+  """
+  log_p = nn.log_softmax(logits)
+  sure = 1 + jnp.exp((jnp.exp(log_p) * log_p).sum(-1))
+  return sure / sure.mean()
+
+
 def domain_loss(
-  of_source: jax.Array, of_target: jax.Array
+  of_source: jax.Array,
+  of_target: jax.Array,
+  source_weights: jax.Array | float = 1.0,
+  target_weights: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
   """Returns the cross-entropy of a discriminator, each domain counting half.
 
   Args:
     of_source: (S,) logits of being a target image.
     of_target: (T,) likewise.
+    source_weights: (S,), of mean 1.
+    target_weights: (T,), likewise.
 
   Returns:
-    (loss (), {'domain_loss', 'domain_accuracy'}).
+    (loss (), {'domain_loss', 'domain_accuracy'}); the accuracy is not weighted.
   """
-  loss = nn.softplus(of_source).mean() / 2 + nn.softplus(-of_target).mean() / 2
+  source_loss = (source_weights * nn.softplus(of_source)).mean()
+  target_loss = (target_weights * nn.softplus(-of_target)).mean()
+  loss = (source_loss + target_loss) / 2
   right = (of_source <= 0).sum() + (of_target > 0).sum()
   images = jnp.float32(len(of_source) + len(of_target))
   metrics = {

@@ -150,6 +150,18 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
   return {'net': stats}
 
 
+def as_source(state: State) -> State:
+  """Returns the State that predicts images of the source.
+
+  Where each domain has statistics of its own, those of the source take the place of
+  the target's, by which the network is deployed. An average of parameters
+  (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
+  """
+  if 'net_source' not in state.stats:
+    return state
+  return state.replace(stats={**state.stats, 'net': state.stats['net_source']})
+
+
 class Term(NamedTuple):
   """What a method of two domains adds to the objective of the source.
 
@@ -158,10 +170,78 @@ class Term(NamedTuple):
       the parameters of all players.
     reads: outputs -> {player: what its network is applied to}, of the players beside
       'net'.
+    draws: (key, outputs) -> what is kept in `State.memory` under these names, and given
+      to `value` among the parameters: drawn once, or put there by a surgery.
   """
 
   value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
   reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
+  draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {}
+
+
+def begin(
+  net: Network,
+  optimizer: Optimizer,
+  reads: Callable[[Outputs], dict[str, jax.Array]],
+  *,
+  statistics: str,
+  players: Mapping[str, Player],
+  draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {},
+) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
+  """Returns the `init` of a method of two domains.
+
+  Args:
+    net: see `adapt`.
+    optimizer: of the players `{'net': params}`.
+    reads: see `Term`.
+    statistics: a key of `STATISTICS`.
+    players: the others.
+    draws: see `Term`.
+  """
+
+  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    images = batches['train']['image'][:1]
+    params, stats = init_net(net, named_key(key, 'init', 0), images)
+    outputs = jax.eval_shape(
+      lambda: forward(net, params, stats, images, train=False)[0]
+    )
+    params, opt = {'net': params}, optimizer.init({'net': params})
+    for name, shape in jax.eval_shape(reads, outputs).items():
+      own_key = named_key(key, f'init_{name}', 0)
+      made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
+      own = {name: made['params']}
+      params, opt = params | own, opt | players[name].optimizer.init(own)
+    state = first_state(key, params, first_stats(stats, statistics), opt)
+    return state.replace(memory=draws(named_key(key, 'draws', 0), outputs))
+
+  return init
+
+
+def held(
+  params: PyTree, optimizer: Optimizer, players: Mapping[str, Player]
+) -> dict[str, PyTree]:
+  """Returns all parameters, without a gradient where a learning rate is zero."""
+  found = optimizer.held({'net': params['net']})
+  for name, player in players.items():
+    found |= player.optimizer.held({name: params[name]})
+  return found
+
+
+def update_all(
+  state: State,
+  grads: Mapping[str, PyTree],
+  optimizer: Optimizer,
+  players: Mapping[str, Player],
+) -> tuple[State, Metrics]:
+  """Moves the network and some other players, each by its own optimiser.
+
+  Returns:
+    (state, what `update` tells of the network).
+  """
+  state, norms = update(state, {'net': grads['net']}, optimizer)
+  for name, player in players.items():
+    state, _ = update(state, {name: grads[name]}, player.optimizer)
+  return state, norms
 
 
 def adapt(
@@ -193,39 +273,32 @@ def adapt(
   players = players or {}
   lookup(STATISTICS, 'kind of batch statistics', statistics)
 
-  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
-    images = batches['train']['image'][:1]
-    params, stats = init_net(net, named_key(key, 'init', 0), images)
-    outputs = jax.eval_shape(
-      lambda: forward(net, params, stats, images, train=False)[0]
-    )
-    params, opt = {'net': params}, optimizer.init({'net': params})
-    for name, shape in jax.eval_shape(term.reads, outputs).items():
-      own_key = named_key(key, f'init_{name}', 0)
-      made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
-      own = {name: made['params']}
-      params, opt = params | own, opt | players[name].optimizer.init(own)
-    return first_state(key, params, first_stats(stats, statistics), opt)
-
-  def loss(params: PyTree, stats: PyTree, batches, step: jax.Array):
-    held = optimizer.held({'net': params['net']})
-    for name, player in players.items():
-      held |= player.optimizer.held({name: params[name]})
+  def loss(params: PyTree, state: State, batches: Mapping[str, Batch]):
+    params = held(params, optimizer, players)
     batch, target_images = batches['train'], batches['target']['image']
     source, target, stats = forward_pair(
-      net, held['net'], stats, batch['image'], target_images, statistics=statistics
+      net,
+      params['net'],
+      state.stats,
+      batch['image'],
+      target_images,
+      statistics=statistics,
     )
-    value, metrics = objective(source, batch, step)
-    added, others = term.value(held, source, target, step)
+    value, metrics = objective(source, batch, state.step)
+    added, others = term.value(state.memory | params, source, target, state.step)
     return value + added, (stats, {'loss': mean_metric(value), **metrics, **others})
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
-    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(
-      state.params, state.stats, batches, state.step
-    )
-    state, norms = update(state, {'net': grads['net']}, optimizer)
-    for name, player in players.items():
-      state, _ = update(state, {name: grads[name]}, player.optimizer)
+    grads, (stats, metrics) = jax.grad(loss, has_aux=True)(state.params, state, batches)
+    state, norms = update_all(state, grads, optimizer, players)
     return tick(state.replace(stats=stats)), metrics | norms
 
+  init = begin(
+    net,
+    optimizer,
+    term.reads,
+    statistics=statistics,
+    players=players,
+    draws=term.draws,
+  )
   return Method(init, step, predictor(net))

@@ -109,16 +109,21 @@ def weighted_loss(
 
   Args:
     outputs: of the network.
-    batch: with 'label' (...).
+    batch: with 'label' (...), and perhaps 'weight' (...), which a_i is multiplied by.
     coefficients: a, (...).
     loss: (outputs, batch) -> (...).
     penalty: (outputs, batch) -> (), or None.
   """
   losses = loss(outputs, batch)
+  metrics = batch_metrics(outputs, batch, losses)
+  if 'weight' in batch:
+    weight = batch['weight']
+    coefficients = coefficients * weight
+    metrics['mean_weight'] = weight.sum(), jnp.float32(weight.size)
   value = jnp.vdot(coefficients, losses)
   if penalty is not None:
     value += penalty(outputs, batch)
-  return value, batch_metrics(outputs, batch, losses)
+  return value, metrics
 
 
 def make_objective(

@@ -15,12 +15,19 @@ from flax import linen as nn
 from lt_jax.errors import UserError, construct
 from lt_jax.models import discriminator
 from lt_jax.models.attention import ModulatedAttention
-from lt_jax.models.heads import HEADS, dense
+from lt_jax.models.decoder import decoder
+from lt_jax.models.heads import HEADS, dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.trunks import TRUNKS
 from lt_jax.models.weight_net import WeightNet
 
-NETWORKS = {'mlp': discriminator.mlp, 'weight_net': WeightNet}
+NETWORKS = {
+  'mlp': discriminator.mlp,
+  'image_discriminator': discriminator.image_discriminator,
+  'decoder': decoder,
+  'linear': linear,
+  'weight_net': WeightNet,
+}
 """Networks of further players: name -> options -> a module."""
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,34 +74,102 @@ def conv(
   kernel: jax.Array,
   stride: int = 1,
   groups: int = 1,
-  pad: int | None = None,
+  pad: int | str | None = None,
 ) -> jax.Array:
   """Convolves with zero padding of (size - 1) / 2 on every side, or of `pad`.
 
   The padding is explicit: 'SAME' pads a strided convolution on one side only, which is
-  not what the papers' networks do.
+  not what most papers' networks do. Those that come from TensorFlow ask for it.
 
   Args:
     x: (B, H, W, C) images.
-    kernel: (size, size, C / groups, D), of odd size.
+    kernel: (size, size, C / groups, D), of odd size where it shall keep the image's.
     stride: in pixels, along both axes.
-    groups: the g-th part of the outputs reads only the g-th part of the inputs.
-    pad: pixels of padding on every side; None for (size - 1) / 2.
+    groups: the g-th part of the outputs reads only the g-th part of the inputs. With
+      groups = C = D, a depthwise convolution, CPUs add up shifted images.
+    pad: pixels of padding on every side, or 'SAME'; None for (size - 1) / 2.
 
   Returns:
-    (B, H', W', D); with the default padding H' is ceil(H / stride).
+    (B, H', W', D); with the default padding and with 'SAME', H' is ceil(H / stride).
   """
-  sides = [size // 2 if pad is None else pad for size in kernel.shape[:2]]
-  padding = [(side, side) for side in sides]
-  y = lax.conv_general_dilated(
-    _unfused(x),
+  padding = [
+    _padding(side, size, stride, pad)
+    for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)
+  ]
+  shape = {'stride': stride, 'padding': padding}
+  whole = partial(_convolved, groups=groups, **shape)
+  if 1 < groups == x.shape[-1] == kernel.shape[-1]:
+    on_cpu = partial(_shifted_products, **shape)
+  elif kernel.shape[:2] == (1, 1) and (stride, groups, pad) == (1, 1, None):
+    on_cpu = _pixel_by_pixel
+  else:
+    return _unfused(whole(_unfused(x), kernel))
+  return lax.platform_dependent(x, kernel, cpu=on_cpu, default=whole)
+
+
+def _padding(
+  side: int, size: int, stride: int, pad: int | str | None
+) -> tuple[int, int]:
+  """Returns the pixels to add before and after an axis."""
+  if pad == 'SAME':
+    missing = max((-(-side // stride) - 1) * stride + size - side, 0)
+    return missing // 2, missing - missing // 2
+  pad = size // 2 if pad is None else pad
+  return pad, pad
+
+
+def _convolved(
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  groups: int,
+  padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+  """Convolves by the compiler's own operation."""
+  return lax.conv_general_dilated(
+    x,
     kernel,
     window_strides=(stride, stride),
     padding=padding,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=groups,
   )
-  return _unfused(y)
+
+
+def _pixel_by_pixel(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Convolves with one pixel, as a product of matrices.
+
+  So does XLA:CPU, but the gradient of the kernel it would compute as a convolution
+  with a kernel as large as the image.
+  """
+  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+
+def _shifted_products(
+  x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+  """Convolves every channel by itself: the sum of one shifted image a kernel pixel.
+
+  XLA:CPU has no fast code for a convolution of as many groups as channels. Image by
+  image, as what is read again then lies in the cache, and as otherwise XLA stores every
+  shifted batch for the gradients (docs/speed.md).
+  """
+  rows, columns = kernel.shape[:2]
+
+  @partial(jax.checkpoint, prevent_cse=False)
+  def convolved(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    image = jnp.pad(image, (*padding, (0, 0)))
+    height = 1 + (image.shape[0] - rows) // stride
+    width = 1 + (image.shape[1] - columns) // stride
+
+    def product(i: int, j: int) -> jax.Array:
+      end = i + stride * (height - 1) + 1, j + stride * (width - 1) + 1
+      part = lax.slice(image, (i, j, 0), (*end, image.shape[-1]), (stride, stride, 1))
+      return part * kernel[i, j][None]
+
+    return sum(product(i, j) for i in range(rows) for j in range(columns))
+
+  return lax.map(lambda image: convolved(image, kernel), x)
 
 
 def _unfused(x: jax.Array) -> jax.Array:
@@ -159,7 +228,8 @@ class Conv(nn.Module):
     size: side of the kernel, odd.
     stride: in pixels.
     groups: equal parts of the channels that do not mix.
-    pad: pixels of zero padding on every side; None keeps the size of the image.
+    pad: pixels of zero padding on every side, or 'SAME', see `conv`; None keeps the
+      size of the image.
     bias: adds a bias, which begins at zero.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
     dtype: of the computation; None for that of input and kernel. Parameters are
@@ -170,7 +240,7 @@ class Conv(nn.Module):
   size: int = 3
   stride: int = 1
   groups: int = 1
-  pad: int | None = None
+  pad: int | str | None = None
   bias: bool = False
   kernel_init: Callable[..., jax.Array] = kaiming
   dtype: Any = None

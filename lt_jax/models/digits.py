@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv, max_pool
+from lt_jax.models.taps import tap
 
 
 class Convolution(NamedTuple):
@@ -36,6 +37,8 @@ class DigitsNet(nn.Module):
     padded: convolutions keep the size of an image, and maxima halve it, rounded up.
     conv: a constructor like `Conv`.
     dense: a constructor like `nn.Dense`.
+
+  Taps: every convolution with its maximum, and every linear layer.
   """
 
   convolutions: Sequence[Convolution]
@@ -63,12 +66,13 @@ class DigitsNet(nn.Module):
         name=f'conv{number}',
       )(x)
       # The same as ReLU before the maximum, with a quarter of the work.
-      x = nn.relu(_maximum(x, pool))
+      x = tap(self, f'conv{number}', nn.relu(_maximum(x, pool)))
     layers = {'conv': x.reshape(len(x), -1)}
     x = layers['conv']
     for number, size in enumerate(self.hidden, 1):
       name = 'features' if number == len(self.hidden) else f'fc{number}'
-      x = layers[name] = nn.relu(self.dense(size, name=f'fc{number}')(x))
+      x = tap(self, f'fc{number}', nn.relu(self.dense(size, name=f'fc{number}')(x)))
+      layers[name] = x
     return layers
 
 

@@ -1,10 +1,11 @@
-"""Domain classifiers: from a layer of a network to which domain an image is of."""
+"""Domain classifiers: from a layer, or an image, to which domain an image is of."""
 
 from collections.abc import Sequence
 
 import jax
 from flax import linen as nn
 
+from lt_jax.models.convolution import Conv
 from lt_jax.models.heads import dense
 
 
@@ -32,3 +33,27 @@ class DomainClassifier(nn.Module):
 def mlp(*, hidden: Sequence[int] = (100,)) -> DomainClassifier:
   """Returns a domain classifier with hidden layers of these sizes."""
   return DomainClassifier(tuple(hidden))
+
+
+class ImageDiscriminator(nn.Module):
+  """Two 3x3 convolutions with stride 2 and leaky ReLU, their mean, then one logit.
+
+  Attributes:
+    width: channels of the first convolution; the second has twice as many.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps (B, H, W, C) to logits (B,) of being a true image."""
+    x = images
+    for number in (1, 2):
+      x = Conv(number * self.width, stride=2, bias=True, name=f'conv{number}')(x)
+      x = nn.leaky_relu(x, 0.2)
+    return dense(1, inputs=x.shape[-1], name='logit')(x.mean((1, 2)))[:, 0]
+
+
+def image_discriminator(*, width: int = 16) -> ImageDiscriminator:
+  """Returns a discriminator of images, of a width."""
+  return ImageDiscriminator(width)

@@ -10,6 +10,7 @@ from flax import linen as nn
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.normalisation import BatchNorm
+from lt_jax.models.taps import tap
 
 # A branch tells a block's convolutions in order, as attributes of `Conv`.
 Branch = Callable[[int, int], Sequence[Mapping[str, int]]]
@@ -140,6 +141,8 @@ class ResNet(nn.Module):
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
+  Taps: 'stem' and every block.
+
   Source: He et al., arXiv 1512.03385, table 1, with projections where the shape
   changes (option B). The depth counts the convolutions but the shortcuts', and a
   linear head.
@@ -162,16 +165,19 @@ class ResNet(nn.Module):
     x = self.conv(self.width, size=7, stride=2, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=(self.pool, self.pool))
+    x = tap(self, 'stem', x)
     for stage, blocks in enumerate(self.blocks):
       for block in range(blocks):
+        name = f'stage{stage + 1}_block{block + 1}'
         x = Block(
           self.branch,
           self.width * 2**stage,
           stride=2 if stage > 0 and block == 0 else 1,
           conv=self.conv,
           norm=self.norm,
-          name=f'stage{stage + 1}_block{block + 1}',
+          name=name,
         )(x, train=train)
+        x = tap(self, name, x)
     return x
 
 

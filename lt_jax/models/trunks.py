@@ -11,8 +11,12 @@ from flax import linen as nn
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.digits import DIGITS
+from lt_jax.models.efficientnet import EFFICIENTNETS
 from lt_jax.models.normalisation import BatchNorm
+from lt_jax.models.plain import PLAIN
+from lt_jax.models.planning import value_iteration
 from lt_jax.models.resnet import RESNETS
+from lt_jax.models.taps import tap
 
 
 def subsample(x: jax.Array, stride: int) -> jax.Array:
@@ -77,6 +81,8 @@ class CifarResNet(nn.Module):
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
+  Taps: 'stem' and every block.
+
   Source: He et al., arXiv 1512.03385, section 4.2.
   """
 
@@ -91,16 +97,19 @@ class CifarResNet(nn.Module):
     """Maps (B, H, W, C) images to (B, H / 4, W / 4, 4 width), rounded up."""
     x = self.conv(self.width, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
+    x = tap(self, 'stem', x)
     for stage in range(3):
       for block in range(self.blocks):
+        name = f'stage{stage + 1}_block{block + 1}'
         x = BasicBlock(
           self.width * 2**stage,
           stride=2 if stage > 0 and block == 0 else 1,
           shortcut=self.shortcut,
           conv=self.conv,
           norm=self.norm,
-          name=f'stage{stage + 1}_block{block + 1}',
+          name=name,
         )(x, train=train)
+        x = tap(self, name, x)
     return x
 
 
@@ -113,6 +122,8 @@ class SmallCNN(nn.Module):
     width: w; about 18 w^2 parameters.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
+
+  Taps: 'conv1' and 'conv2'.
   """
 
   width: int
@@ -124,8 +135,19 @@ class SmallCNN(nn.Module):
     """Maps (B, H, W, C) images to (B, H / 2, W / 2, 2 width), rounded down."""
     x = self.conv(self.width, name='conv1')(images)
     x = nn.relu(self.norm(name='norm1')(x, train=train))
-    x = self.conv(2 * self.width, name='conv2')(average(x, 2))
-    return nn.relu(self.norm(name='norm2')(x, train=train))
+    x = tap(self, 'conv1', average(x, 2))
+    x = self.conv(2 * self.width, name='conv2')(x)
+    return tap(self, 'conv2', nn.relu(self.norm(name='norm2')(x, train=train)))
+
+
+class Identity(nn.Module):
+  """No trunk: features from a file reach the head as they are; it has no parameters."""
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Returns (B, H, W, C) arrays, the mean of whose pixels are the features."""
+    del train
+    return images
 
 
 def cifar_resnet(
@@ -169,7 +191,11 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   'resnet56': partial(cifar_resnet, depth=56),
   'digits_cnn': partial(small_cnn, width=44),
   'tiny_cnn': partial(small_cnn, width=12),
+  'identity': Identity,
+  'value_iteration': value_iteration,
   **DIGITS,
   **RESNETS,
+  **EFFICIENTNETS,
+  **PLAIN,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
+from lt_jax.data.longtail import class_counts
 from lt_jax.protocols import Protocol, train_by
 
 
@@ -20,6 +21,21 @@ def _ganin(epochs: float) -> Protocol:
   )
 
 
+def tail(n_max: int, imbalance: float, profile: str = 'exponential') -> Overrides:
+  """Returns the keys of `data` that cut a tail from the training images of a domain.
+
+  Of a target, that takes its labels: to make the data set, not to train on it.
+
+  Args:
+    n_max: images of the largest class.
+    imbalance: n_max / n_min; 1: every image there is.
+    profile: 'exponential', or 'reversed', from the last class to the first.
+  """
+  if imbalance == 1:
+    return {}
+  return {'profile': profile, 'n_max': n_max, 'imbalance': imbalance}
+
+
 def pair(
   arg: str | None,
   *,
@@ -27,7 +43,9 @@ def pair(
   source: str,
   target: Overrides,
   images: int,
+  n_max: tuple[int, int] = (500, 500),
   net: str = 'mnist_dann',
+  size: int = 28,
 ) -> ConfigDict:
   """Returns the config of a source and one target; the options are in the config file.
 
@@ -37,10 +55,24 @@ def pair(
     source: of the labelled images.
     target: what the target's `data` have of their own.
     images: training images of the source.
+    n_max: images of the largest class of the source and of the target, where they get
+      a long tail.
     net: the trunk.
+    size: side that all images are brought to.
   """
-  recipe, option = parse_arg(arg, 'dann', steps=5000, net=net)
+  recipe, option = parse_arg(
+    arg,
+    'dann',
+    steps=5000,
+    net=net,
+    imbalance=1.0,
+    target_imbalance=1.0,
+    target_profile='exponential',
+  )
   domain = name.rpartition('_')[2]
+  own = tail(n_max[0], option.imbalance)
+  if own:
+    images = int(class_counts(num_classes=10, **own).sum())
   epochs = (option.steps - 0.5) * 64 / images  # an epoch begins at the next whole step
   config = apply(
     base_config(),
@@ -48,13 +80,19 @@ def pair(
       'name': name,
       'data': {
         'source': source,
-        'size': 28,
+        'size': size,
         'channels': 3,
         'mean': (0.5,),
         'std': (0.5,),
-        'fake': {'image_size': 28, 'train': images, 'largest': images // 10},
+        'fake': {'image_size': size, 'train': images, 'largest': images // 10},
+        **own,
       },
-      'domains': {domain: target},
+      'domains': {
+        domain: {
+          **target,
+          **tail(n_max[1], option.target_imbalance, option.target_profile),
+        }
+      },
       'target': (domain,),
       'model': {'trunk': option.net},
       'save_every_epochs': epochs / 5,

@@ -4,7 +4,14 @@ from ml_collections import ConfigDict
 
 from lt_jax.config import apply
 from lt_jax.errors import lookup
-from lt_jax.recipes import adaptation, decoupled, losses, meta, open_world
+from lt_jax.recipes import (
+  adaptation,
+  decoupled,
+  label_shift,
+  losses,
+  meta,
+  open_world,
+)
 from lt_jax.recipes.parts import Recipe
 
 RECIPES: dict[str, Recipe] = {
@@ -13,6 +20,7 @@ RECIPES: dict[str, Recipe] = {
   **open_world.RECIPES,
   **decoupled.RECIPES,
   **adaptation.RECIPES,
+  **label_shift.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

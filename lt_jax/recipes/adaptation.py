@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe
+from lt_jax.recipes.parts import Recipe, copy
 
 
 def _target(config: ConfigDict) -> Overrides:
@@ -38,27 +38,147 @@ RISING = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
 """From 0 to 1 as DANN's lambda rises, by the progress of the stage."""
 
 
-def _dann(config: ConfigDict) -> Overrides:
-  """Adversarial training against a domain classifier on the last convolution.
-
-  It has the kind of optimiser and the learning rates of the network, as in the paper,
-  where one optimiser moves both.
-  """
+def _beside(config: ConfigDict, **network: Any) -> Overrides:
+  """A player with the kind of optimiser and the learning rates of the network."""
   optimizer = {
     key: value
     for key, value in config.optimizer.items()
     if key not in ('weight_decay', 'learning_rate_scale')  # rules for other paths
   }
-  discriminator = {
-    'network': {'name': 'mlp', 'hidden': (100,)},
+  return {
+    'network': network,
     'optimizer': optimizer,
     'schedule': {key: config.schedule.get_ref(key) for key in config.schedule},
   }
+
+
+def _judged(
+  config: ConfigDict, name: str, hidden: tuple[int, ...], layer: str
+) -> Overrides:
+  """Adversarial training against a discriminator that reads one layer.
+
+  It has the kind of optimiser and the learning rates of the network, as in DANN's
+  paper, where one optimiser moves both.
+  """
+  discriminator = _beside(config, name='mlp', hidden=hidden)
   return {
     **_target(config),
-    'method': {'name': 'dann', 'statistics': 'joint'},
-    'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
+    'method': {'name': name, 'statistics': 'joint'},
+    'alignment': {'name': 'none', 'align_on': (layer,), 'weight': RISING},
     'players': {'discriminator': discriminator},
+  }
+
+
+def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
+  """Linear heads on a layer, which tell what was done to an image."""
+  return {
+    **_target(config),
+    'method': {
+      'name': 'self_supervised',
+      'order': 'alternating',
+      'statistics': 'joint',
+    },
+    'alignment': {'name': 'none', 'align_on': (layer,), 'weight': ONE},
+    'players': {
+      task: _beside(config, name='linear', num_classes=number)
+      for task, number in labels.items()
+    },
+  }
+
+
+def _i2i(config: ConfigDict) -> Overrides:
+  """Translation through shared features, by all its terms.
+
+  The decoders and the judges of images move by Adam: means over pixels have gradients
+  that are too small for the rates of a classifier. What is drawn at first is noise,
+  and a weight of 1 on its labels cost half of the accuracy on the source.
+  """
+  judge, draw = {'name': 'image_discriminator'}, {'name': 'decoder'}
+  networks = {
+    'source_decoder': draw,
+    'target_decoder': draw,
+    'source_images': judge,
+    'target_images': judge,
+  }
+  adam = {
+    'optimizer': {'name': 'adam', 'b1': 0.5},
+    'schedule': {'name': 'constant', 'base': 1e-3},
+  }
+  players = {name: {'network': {**net}, **adam} for name, net in networks.items()}
+  players['discriminator'] = _beside(config, name='mlp', hidden=(100,))
+  weights = {'identity': 1.0, 'images': 0.1, 'cycle': 1.0, 'translated': 0.1}
+  return {
+    **_target(config),
+    'method': {'name': 'i2i', **weights},
+    'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
+    'players': players,
+  }
+
+
+def _pseudo_label(config: ConfigDict) -> Overrides:
+  """The source alone, then with the predictions in the target that it is sure of."""
+  self_training = {
+    **_target(config),
+    'method': {'name': 'pseudo_label', 'statistics': 'joint'},
+    'alignment': {'weight': ONE},
+    'surgeries': (copy('net/.*', 'source'), ('class_thresholds', {'portion': 0.2})),
+  }
+  return {
+    'stages': {'source': {}, 'self_training': self_training},
+    'stage_order': ('source', 'self_training'),
+  }
+
+
+def _adda(
+  config: ConfigDict,
+  *,
+  layer: str,
+  rate: float,
+  b1: float = 0.9,
+  classifier: float = 1.0,
+  threshold: float = 0.0,
+) -> Overrides:
+  """A training on the source, then one of a copy of its network for the target.
+
+  Validation images are of the source, on which the copy is best before it has moved: so
+  the second stage takes its last State. The discriminator is of the size that it has in
+  OCDA's code of the same step.
+
+  Args:
+    config: of the first stage, which the second is as long as.
+    layer: what the discriminator reads.
+    rate: learning rate of both players of the second stage.
+    b1: of Adam, by which they move.
+    classifier: multiple of the rate for the head; 0 freezes it.
+    threshold: option of the method.
+  """
+  adam = {'name': 'adam', 'b1': b1}
+  schedule = ConfigDict({'name': 'constant', 'base': rate})
+  adapt = {
+    **_target(config),
+    'method': {'name': 'adda', 'threshold': threshold},
+    'alignment': {'align_on': (layer,)},
+    'players': {
+      'discriminator': {
+        'network': {'name': 'mlp', 'hidden': (500, 500)},
+        'optimizer': adam,
+        'schedule': {'name': 'constant', 'base': schedule.get_ref('base')},
+      }
+    },
+    'optimizer': {
+      **adam,
+      'learning_rate_scale': (('net/head/.*', classifier), ('.*', 1.0)),
+    },
+    'schedule': schedule,
+    'select': 'last',
+    'surgeries': (
+      copy('net/.*', 'pretrain'),
+      copy('source_net/(.*)', 'pretrain', source=r'net/\1'),
+    ),
+  }
+  return {
+    'stages': {'pretrain': {}, 'adapt': adapt},
+    'stage_order': ('pretrain', 'adapt'),
   }
 
 
@@ -68,7 +188,24 @@ RECIPES: dict[str, Recipe] = {
     lambda config: {'streams': {'train': {'domain': 'target', 'labels': True}}},
     needs=('target',),
   ),
-  'dann': Recipe(_dann, needs=('target',)),
+  'dann': Recipe(
+    lambda config: _judged(config, 'dann', (100,), 'conv'), needs=('target',)
+  ),
+  'cdan': Recipe(
+    lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
+  ),
+  'mcd': Recipe(
+    lambda config: {**_target(config), 'method': {'name': 'mcd', 'inner_steps': 4}},
+    needs=('target',),
+  ),
+  'adda': Recipe(
+    lambda config: _adda(config, layer='features', rate=2e-4, b1=0.5, classifier=0.0),
+    needs=('target',),
+  ),
+  'adda_cycada': Recipe(
+    lambda config: _adda(config, layer='logits', rate=1e-5, threshold=0.6),
+    needs=('target',),
+  ),
   'deep_coral': Recipe(
     lambda config: _aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
@@ -88,4 +225,17 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
+  'i2i': Recipe(_i2i, needs=('target',)),
+  'fda': Recipe(
+    lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
+    needs=('target',),
+  ),
+  'self_supervised': Recipe(
+    lambda config: _self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
+  ),
+  'self_supervised_photos': Recipe(
+    lambda config: _self_supervised(config, 'features', rotation=4, location=4, flip=2),
+    needs=('target',),
+  ),
 }

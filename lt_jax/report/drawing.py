@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -67,12 +68,12 @@ def plot(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), 
   return figure, axes
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-  """Puts a legend above the axes."""
+def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
+  """Puts a legend above the axes, in so many columns at most."""
   figure.legend(
     *axes.get_legend_handles_labels(),
     loc='outside upper left',
-    ncols=4,
+    ncols=columns,
     columnspacing=1.2,
     handletextpad=0.5,
   )
@@ -86,10 +87,45 @@ def log_counts(axes: Axes) -> None:
   axes.xaxis.set_minor_formatter('')
 
 
+MARKER = {'marker': 'o', 'markersize': 2.5}
+
+
+def line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+  """Draws a curve; where it is a single point, that point."""
+  axes.plot(x, y, **(MARKER if len(x) == 1 else {}) | style)
+
+
+def matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
+  """Draws (R, C) percentages as squares, the stronger the more; zeros are left out."""
+  rows, columns = np.nonzero(np.nan_to_num(share) > 0)
+  corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+  alpha = share[rows, columns] / 100
+  colours = np.column_stack([np.tile((0.231, 0.51, 0.769), (len(rows), 1)), alpha])
+  squares = np.stack([columns, rows], axis=1)[:, None] + corners
+  axes.add_collection(PolyCollection(squares, facecolors=colours, edgecolors='none'))
+  if numbers:
+    for row, column in zip(rows, columns, strict=True):
+      value = share[row, column]
+      if value >= 0.5:
+        axes.text(
+          column, row, f'{value:.0f}', ha='center', va='center', fontsize=8, color=INK
+        )
+  axes.grid(visible=False)
+  axes.set(xlim=(-0.5, share.shape[1] - 0.5), ylim=(share.shape[0] - 0.5, -0.5))
+
+
 def mean_and_deviation(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns mean and standard deviation over runs; no deviation of one."""
   found = np.array(values, np.float64)
   return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
+
+
+def finite_mean(values: np.ndarray) -> np.ndarray:
+  """Returns the means of columns, without what is not a number."""
+  there = np.isfinite(values)
+  count = there.sum(axis=0)
+  total = np.where(there, values, 0).sum(axis=0)
+  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def thinned(positions: np.ndarray, most: int) -> np.ndarray:
@@ -180,16 +216,16 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
   for element in root.iter():
     for key, value in element.attrib.items():
       used |= set(REFERENCE.findall(value))
-      used |= {value[1:]} if key == href else set()
+      used |= {value[1:]} if key == href and value.startswith('#') else set()
   for element in root.iter():
     for key, value in list(element.attrib.items()):
       if key == 'id' and value not in used:
         del element.attrib[key]
       elif key == 'id':
         element.set(key, f'{prefix}-{value}')
-      elif key == href:
+      elif key == href and value.startswith('#'):
         element.set(key, f'#{prefix}-{value[1:]}')
-      else:
+      elif key != href:  # an image is its own data
         value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
         element.set(key, value.replace(INK, 'currentColor'))
   width, height = (float(number) for number in root.get('viewBox').split()[2:])

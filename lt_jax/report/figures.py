@@ -5,31 +5,37 @@ raises `Missing`; see `lt_jax.report.drawing`.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 
 from lt_jax.data.longtail import shot_bounds
 from lt_jax.evals.calibration import BINS, calibration
+from lt_jax.report.across import compare_gains, compare_training
+from lt_jax.report.curves import curve, stages_of
 from lt_jax.report.drawing import (
   COLOURS,
   CYCLE,
   INK,
+  MARKER,
   Drawn,
   finished,
+  finite_mean,
   legend,
+  line,
   log_counts,
+  matrix,
   mean_and_deviation,
   plot,
   seeds,
   shortened,
   thinned,
 )
-from lt_jax.report.runs import Group, Missing, Run, printable
+from lt_jax.report.learned import epsilons
+from lt_jax.report.runs import Group, Missing, Run
 
 MOST_CLASSES = 50
 """Classes up to which each has a place of its own in a matrix."""
@@ -134,7 +140,7 @@ def confusion(runs: Sequence[Run]) -> Drawn:
     np.add.at(cells, (block[label], block[prediction]), 1)
   share = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
   figure, axes = plot(size=(5.6, 4.6))
-  _matrix(axes, share, numbers=blocks <= 12)
+  matrix(axes, share, numbers=blocks <= 12)
   if blocks == classes:
     names = [shortened(runs[0].class_names[c]) for c in order]
     size = 9 if blocks <= MOST_NAMED else 5
@@ -152,25 +158,6 @@ def confusion(runs: Sequence[Run]) -> Drawn:
   return figure, (
     f'Confusion of {what}, the most frequent first: share of the true row in %{pooled}.'
   )
-
-
-def _matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
-  """Draws (R, C) percentages as squares, the stronger the more; zeros are left out."""
-  rows, columns = np.nonzero(np.nan_to_num(share) > 0)
-  corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
-  alpha = share[rows, columns] / 100
-  colours = np.column_stack([np.tile((0.231, 0.51, 0.769), (len(rows), 1)), alpha])
-  squares = np.stack([columns, rows], axis=1)[:, None] + corners
-  axes.add_collection(PolyCollection(squares, facecolors=colours, edgecolors='none'))
-  if numbers:
-    for row, column in zip(rows, columns, strict=True):
-      value = share[row, column]
-      if value >= 0.5:
-        axes.text(
-          column, row, f'{value:.0f}', ha='center', va='center', fontsize=8, color=INK
-        )
-  axes.grid(visible=False)
-  axes.set(xlim=(-0.5, share.shape[1] - 0.5), ylim=(share.shape[0] - 0.5, -0.5))
 
 
 def reliability(runs: Sequence[Run]) -> Drawn:
@@ -250,7 +237,10 @@ def open_set(runs: Sequence[Run]) -> Drawn:
   for axes in (rates, f_measures):
     axes.legend(loc='best')
   mean, _ = mean_and_deviation([100 * run.test('auroc') for run in runs])
-  return figure, f'The open set, at every threshold; AUROC {mean:.1f} %.{_lines(runs)}'
+  return (
+    figure,
+    f'The open set, at every threshold; AUROC {mean:.1f} %.{each_seed(runs)}',
+  )
 
 
 SPLITS = {'train': '#8a8a8a', 'val': CYCLE[0], 'test': CYCLE[1]}
@@ -271,68 +261,32 @@ def training(runs: Sequence[Run]) -> Drawn:
         labelled.add(split)
       if split != 'train':
         style |= MARKER
-      _line(loss, *_curve(run, split, 'loss'), **style)
-      _line(accuracy, *_curve(run, split, 'accuracy', 100), **style)
-    _line(rate, *_curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
-  stages = _stages(runs[0])
-  for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
-    axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
+      line(loss, *curve(run, split, 'loss'), **style)
+      line(accuracy, *curve(run, split, 'accuracy', 100), **style)
+    line(rate, *curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
+  told = mark_stages(panels, runs[0])
   loss.set_ylabel('loss (nats)')
   legend(figure, loss)
   accuracy.set(ylabel='accuracy (%)', ylim=(0, 103))
   rate.set(ylabel='learning rate', xlabel='step')
-  told = (
-    f' Stages, between dashed lines: {", ".join(stages)}.' if len(stages) > 1 else ''
-  )
   return figure, (
     'Training. Of training images the loss is the one that is minimised, with weights '
-    f'and margins; of the others it is the cross-entropy.{told}{_lines(runs)}'
+    f'and margins; of the others it is the cross-entropy.{told}{each_seed(runs)}'
   )
 
 
-MARKER = {'marker': 'o', 'markersize': 2.5}
+def mark_stages(panels: Sequence[Axes], run: Run) -> str:
+  """Draws where stages begin; returns what a caption says of it."""
+  stages = stages_of(run)
+  for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
+    axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
+  told = f' Stages, between dashed lines: {", ".join(stages)}.'
+  return told if len(stages) > 1 else ''
 
 
-def _line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-  """Draws a curve; where it is a single point, that point."""
-  axes.plot(x, y, **(MARKER if len(x) == 1 else {}) | style)
-
-
-def _lines(runs: Sequence[Run]) -> str:
+def each_seed(runs: Sequence[Run]) -> str:
+  """Returns what a caption says where each of several seeds has a line."""
   return '' if len(runs) == 1 else f' A line a seed, the strong one {runs[0].seed}.'
-
-
-def _stages(run: Run) -> dict[str, tuple[int, int]]:
-  """Returns stage -> (where it begins, what to add to its steps), one after the other.
-
-  A stage counts its steps anew, unless it carries on the clock of the one before.
-  """
-  found, end = {}, 0
-  for stage in dict.fromkeys(row.get('stage') for row in run.rows):
-    surgeries = run.config.get('stages', {}).get(stage, {}).get('surgeries', ())
-    goes_on = any(
-      name == 'carry' and 'step' in options.get('fields', ())
-      for name, options in surgeries
-    )
-    offset = 0 if goes_on else end
-    found[printable(str(stage))] = (end, offset)
-    steps = (row.get('step', 0) for row in run.rows if row.get('stage') == stage)
-    end = offset + max(steps)
-  return found
-
-
-def _curve(
-  run: Run, split: str, name: str, scale: float = 1
-) -> tuple[list[float], list[float]]:
-  """Returns steps and values of a metric, NaN where it was not finite."""
-  stages = _stages(run)
-  points = [
-    (row['step'] + stages[printable(str(row.get('stage')))][1], row[name])
-    for row in run.rows
-    if row.get('split') == split and name in row and 'step' in row
-  ]
-  values = [np.nan if value is None else scale * value for _, value in points]
-  return [step for step, _ in points], values
 
 
 def weights(runs: Sequence[Run]) -> Drawn:
@@ -347,12 +301,12 @@ def weights(runs: Sequence[Run]) -> Drawn:
   lines = thinned(order, MOST_CLASSES)
   for c, alpha in zip(lines, np.linspace(0.25, 1, len(lines)), strict=True):
     style = {'color': COLOURS['few'], 'linewidth': 1, 'alpha': alpha}
-    _line(over_time, step, mean[:, c], **style)
+    line(over_time, step, mean[:, c], **style)
   over_time.set(xlabel='step', ylabel='mean weight of a class')
   over_time.set_title('strong: rare classes; faint: frequent ones')
   # The last fifth of training: a single log row has few images of a rare class.
   tail = slice(-max(1, len(step) // 5), None)
-  last, width, before = (_mean(x[tail][:, order]) for x in (mean, spread, prior))
+  last, width, before = (finite_mean(x[tail][:, order]) for x in (mean, spread, prior))
   at_end.errorbar(
     counts[order], last, width, fmt='o', markersize=4, capsize=2, label='learned'
   )
@@ -367,52 +321,26 @@ def weights(runs: Sequence[Run]) -> Drawn:
   return figure, f'Learned weights of examples, by class, over training.{seed}'
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-  """Returns the means of columns, without what is not a number."""
-  there = np.isfinite(values)
-  count = there.sum(axis=0)
-  total = np.where(there, values, 0).sum(axis=0)
-  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
-
-
 def features(runs: Sequence[Run]) -> Drawn:
   """Draws a plane map of test features, with the centroids of classes."""
   run = runs[0]
   stored = run.arrays('features.npz')
-  points, label = stored['features'].astype(np.float32), stored['label']
-  keep = np.flatnonzero(np.isfinite(points).all(axis=1))
-  keep = thinned(keep, MOST_POINTS) if len(keep) else keep
-  points, label = points[keep], label[keep]
+  number = stored.get('domain', np.zeros(len(stored['label']), int))
+  tested = max(1, len(run.config.get('target', ())))  # the headline's come first
+  points, rows = drawable(stored, number < tested)
+  label = stored['label'][rows]
   centroids = stored['centroids'].astype(np.float32)
-  if len(points) < 3 or not np.ptp(points, axis=0).any():
-    raise Missing('features.npz has too few features that differ')
   shown = np.flatnonzero(np.isfinite(centroids).all(axis=1))[:MOST_CLASSES]
   if centroids.shape[1:] != points.shape[1:] or len(centroids) > MOST_CLASSES:
     shown = shown[:0]
-  plane, name = _plane(np.concatenate([points, centroids[shown]]))
+  plane, name = plane_of(np.concatenate([points, centroids[shown]]))
   figure, axes = plot(size=(5.6, 4.6))
-  counts = run.counts
-  if len(counts) <= 10:
-    order = np.argsort(-counts, kind='stable')
-    colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))
-    sets = {
-      f'{shortened(run.class_names[c])} ({counts[c]})': (label == c, colour)
-      for c, colour in zip(order, colours, strict=True)
-    }
-  else:
-    sets = {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
-  for told, (mask, colour) in sets.items():
-    axes.scatter(
-      *plane[: len(points)][mask].T, s=9, color=colour, alpha=0.75, label=told
-    )
+  scatter(axes, plane[: len(points)], class_sets(run, label), name)
   for c, (x, y) in zip(shown, plane[len(points) :], strict=True):
     axes.plot(x, y, 'P', color=INK, markersize=7, markeredgecolor='#8a8a8a')
     axes.annotate(
       shortened(run.class_names[c]), (x, y), (4, 4), textcoords='offset points'
     )
-  axes.set(xlabel=f'{name} 1 (no unit)', ylabel=f'{name} 2 (no unit)')
-  axes.set(xticks=[], yticks=[])
-  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.2)
   crosses = ', and class centroids (crosses)' if len(shown) else ''
   return figure, (
     f'{name} map of {len(points)} test features{crosses}. Behind a class stand its '
@@ -420,7 +348,57 @@ def features(runs: Sequence[Run]) -> Drawn:
   )
 
 
-def _plane(points: np.ndarray) -> tuple[np.ndarray, str]:
+Sets = dict[str, tuple[np.ndarray, Any]]
+"""Title -> (N,) bool, which points belong to it, and their colour."""
+
+
+def drawable(
+  stored: Mapping[str, np.ndarray], wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns features of some rows, at most `MOST_POINTS`, and what goes with them.
+
+  Args:
+    stored: of features.npz.
+    wanted: (N,) bool.
+
+  Returns:
+    (M, D) finite features, and (M,) their rows.
+
+  Raises:
+    Missing: there are too few that differ.
+  """
+  points = stored['features'].astype(np.float32)
+  keep = np.flatnonzero(np.isfinite(points).all(axis=1) & wanted)
+  keep = thinned(keep, MOST_POINTS) if len(keep) else keep
+  points = points[keep]
+  if len(points) < 3 or not np.ptp(points, axis=0).any():
+    raise Missing('features.npz has too few features that differ')
+  return points, keep
+
+
+def class_sets(run: Run, label: np.ndarray) -> Sets:
+  """Returns points by class, or where there are many by shot group."""
+  counts = run.counts
+  if len(counts) > 10:
+    return {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
+  order = np.argsort(-counts, kind='stable')
+  colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))
+  return {
+    f'{shortened(run.class_names[c])} ({counts[c]})': (label == c, colour)
+    for c, colour in zip(order, colours, strict=True)
+  }
+
+
+def scatter(axes: Axes, plane: np.ndarray, sets: Sets, name: str) -> None:
+  """Draws points of a plane map in the colours of sets, with a legend."""
+  for told, (mask, colour) in sets.items():
+    axes.scatter(*plane[mask].T, s=9, color=colour, alpha=0.75, label=told)
+  axes.set(xlabel=f'{name} 1 (no unit)', ylabel=f'{name} 2 (no unit)')
+  axes.set(xticks=[], yticks=[])
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.2)
+
+
+def plane_of(points: np.ndarray) -> tuple[np.ndarray, str]:
   """Returns (N, 2) places of points, and the name of the map."""
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE
@@ -443,6 +421,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'open_set': open_set,
   'training': training,
   'weights': weights,
+  'epsilons': epsilons,
 }
 """name -> figure of seeds of one thing."""
 
@@ -476,13 +455,13 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
       elinewidth=1,
       label=name if name == 'all' else f'{name}-shot',
     )
-  axes.set_yticks(place, [_short_label(group.label) for group in groups])
+  axes.set_yticks(place, [short_label(group.label) for group in groups])
   axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes)
   return figure, 'Accuracy by shot group; mean and standard deviation over seeds.'
 
 
-def _short_label(label: str) -> str:
+def short_label(label: str) -> str:
   """Returns a label that fits beside an axis; its end sets it apart from others."""
   return label if len(label) <= 40 else f'{label[:15]}…{label[-24:]}'
 
@@ -498,9 +477,9 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])
   order = np.argsort(-counts.sum(axis=0), kind='stable')
   parts = np.array_split(order, min(len(order), MOST_NAMED))
-  shown = np.stack([_mean(rows[:, part].T) for part in parts], axis=1)
+  shown = np.stack([finite_mean(rows[:, part].T) for part in parts], axis=1)
   figure, axes = plot(size=(9, 1.5 + 0.26 * len(groups)))
-  _matrix(axes, shown, numbers=True)
+  matrix(axes, shown, numbers=True)
   if len(parts) == len(order):
     ticks = [shortened(names[c]) + f'\n{counts[0, c]}' * same for c in order]
     axes.set_xlabel('class' + ', and its training images' * same)
@@ -511,7 +490,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
     axes.set_xlabel(f'classes of similar frequency, by their {told}')
   turned = max(map(len, ticks)) * len(ticks) > 100
   axes.set_xticks(np.arange(len(ticks)), ticks, rotation=90 if turned else 0)
-  axes.set_yticks(np.arange(len(groups)), [_short_label(g.label) for g in groups])
+  axes.set_yticks(np.arange(len(groups)), [short_label(g.label) for g in groups])
   caption = 'Test accuracy of each class in %, the most frequent first.'
   if not same:
     caption += (
@@ -524,5 +503,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
 COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
   'compare_shot_groups': compare_shot_groups,
   'compare_classes': compare_classes,
+  'compare_gains': compare_gains,
+  'compare_training': compare_training,
 }
 """name -> figure of several groups."""

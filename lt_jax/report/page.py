@@ -13,7 +13,16 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, tables
+from lt_jax.report import (
+  domain_figures,
+  domains,
+  drawing,
+  figures,
+  grids,
+  insides,
+  selection,
+  tables,
+)
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
 MOST_DRAWN = 20
@@ -22,6 +31,7 @@ MOST_DRAWN = 20
 REMARK = 'There are many methods: the report of a method’s own folder has its figures.'
 
 MOST_SAMPLES = 32
+MOST_TRANSLATIONS = 6
 THUMBNAIL = 128
 """Pixels of the longer side."""
 
@@ -54,25 +64,37 @@ def write(folder: epath.PathLike) -> epath.Path:
   groups, notes = grouped(runs)
   alone = runs[0].folder == folder
   losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
-  notes = [*notes, *_warnings(runs), *losses]
+  judges = domains.discriminator_notes(groups)
+  notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
-  domains = tables.domains_table(groups)
+  by_domain = domains.domains_table(groups)
+  selected = selection.selection_table(groups)
+  found = grids.grids(groups)
+  chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
+  if found:
+    figure = grids.error_by_value
+    compared.append(drawing.draw('error_by_value', figure, found, 'page'))
   page = _template().render(
     title=_title(runs, folder, alone),
     facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
     alone=alone,
     results=results,
     published=published,
-    domains=domains,
+    domains=by_domain,
+    domain_remarks=domains.remarks(by_domain),
+    selection=selected,
+    chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
+    translations=_translations(runs[0]) if alone else [],
   )
-  shown = [table for table in (results, domains, published) if table.rows]
-  remarks = [tables.UNITS, *notes]
+  shown = [results, by_domain, selected, chosen, published]
+  shown = [table for table in shown if table.rows]
+  remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
   texts = {
@@ -151,10 +173,10 @@ def _compared(groups: list[Group]) -> list[drawing.Figured]:
   """Draws methods beside each other, if any has finished."""
   if not any(group.counted for group in groups):
     return []
-  return [
-    drawing.draw(name, figure, groups, 'page')
-    for name, figure in figures.COMPARISONS.items()
-  ]
+  wanted = figures.COMPARISONS
+  if any(domains.domains(run) for group in groups for run in group.counted):
+    wanted = wanted | domain_figures.COMPARISONS
+  return [drawing.draw(n, figure, groups, 'page') for n, figure in wanted.items()]
 
 
 def _section(
@@ -167,9 +189,14 @@ def _section(
     else ''
     for run in group.runs
   ]
-  wanted = figures.FIGURES if groups <= MOST_DRAWN else {}
-  wanted = wanted | (figures.OF_ONE_RUN if alone else {})
   shown = group.counted or group.runs
+  families = [figures]
+  families += [domain_figures] * any(map(domains.domains, shown))
+  wanted: dict[str, Any] = {}
+  for family in families:
+    wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
+    wanted |= family.OF_ONE_RUN if alone else {}
+  wanted |= _inside(group.runs[0]) if alone else {}
   drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
   return {
     'group': group,
@@ -177,6 +204,15 @@ def _section(
     'figures': drawn,
     'remark': '' if wanted else REMARK,
     'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
+  }
+
+
+def _inside(run: Run) -> dict[str, Any]:
+  """Returns the figures of what was found in a run, if anybody has looked."""
+  return {
+    name: figure
+    for name, (file, figure) in insides.FIGURES.items()
+    if (run.folder / file).exists()
   }
 
 
@@ -190,6 +226,8 @@ def _samples(run: Run) -> dict[str, Any]:
   """Returns the worst errors on rare classes, and what they were taken for."""
   try:
     stored = run.arrays('samples.npz')
+    if stored['image'].dtype != np.uint8:
+      raise Missing('the run learned from float arrays, which are no pictures')
     names = run.class_names
     rows = zip(
       *(
@@ -213,6 +251,19 @@ def _samples(run: Run) -> dict[str, Any]:
     return {'missing': str(missing), 'images': []}
   except (OSError, *drawing.OTHER_CONTENTS) as error:  # no image can be made of it
     return {'missing': f'samples.npz holds something else ({error})', 'images': []}
+
+
+def _translations(run: Run) -> list[dict[str, str]]:
+  """Returns test images and what the method draws of them; [] if it draws nothing."""
+  try:
+    stored = run.arrays('translations.npz')
+    return [
+      {'uri': _uri(image), 'name': name.replace('_', ' ')}
+      for name in sorted(stored)
+      for image in stored[name][:MOST_TRANSLATIONS]
+    ]
+  except (Missing, OSError, *drawing.OTHER_CONTENTS):
+    return []
 
 
 def _uri(pixels: np.ndarray) -> str:

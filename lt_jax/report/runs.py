@@ -14,8 +14,8 @@ from lt_jax import files, provenance
 from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
+from lt_jax.evals import TITLES
 from lt_jax.files import MAYBE, NUMBER, fits
-from lt_jax.results import TABLE
 from lt_jax.writers import (
   count_rows,
   damaged_lines,
@@ -45,15 +45,18 @@ SHAPES: dict[str, Any] = {
   },
   'result.json': {
     'test': {
-      **dict.fromkeys(TABLE, MAYBE),
+      **dict.fromkeys(TITLES, MAYBE),
       'accuracy': NUMBER,
       'class_accuracy': (None, [MAYBE]),
     },
+    'val': (None, dict.fromkeys(TITLES, MAYBE)),
     'threshold': (None, {'value': MAYBE}),
     'best_on_test': (None, {'accuracy': NUMBER}),
     'versions': (None, {}),
     'warnings': (None, [str]),
     'domains': (None, {str: {'accuracy': NUMBER}}),
+    'domain_means': (None, {str: {'accuracy': NUMBER}}),
+    'a_distance': (None, {str: MAYBE}),
     'wall_seconds': MAYBE,
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},

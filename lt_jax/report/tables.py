@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.evals.domains import gap_coverage
+from lt_jax.evals import TITLES
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
-from lt_jax.results import TABLE
 
 UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
 
@@ -65,48 +64,6 @@ def results_table(groups: Sequence[Group]) -> Table:
   )
 
 
-def domains_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with its test accuracy in each domain, in %.
-
-  Where the controls `source_only` and `target_only` are there, a last column says how
-  much of the gap between them a method covers; less than nothing is negative transfer.
-  """
-  found = [group for group in groups if any(map(_domains, group.counted))]
-  names = dict.fromkeys(n for g in found for r in g.counted for n in _domains(r))
-  ends = [_control(found, recipe) for recipe in ('source_only', 'target_only')]
-  gap = ['gap covered'] if None not in ends else []
-  rows = []
-  for group in found:
-    accuracies = [_domains(run) for run in group.counted]
-    row = [percent([one.get(name) for one in accuracies]) for name in names]
-    mean = np.mean([run.result['test']['accuracy'] for run in group.counted])
-    rows.append([group.label, *row, *[_covered(float(mean), *ends) for _ in gap]])
-  return Table(['method', *names, *gap], rows, [f'#{group.anchor}' for group in found])
-
-
-def _domains(run: Run) -> dict[str, float]:
-  """Returns domain -> test accuracy; empty of a run with one domain."""
-  found = run.result.get('domains') or {}
-  return {printable(name): metrics['accuracy'] for name, metrics in found.items()}
-
-
-def _control(groups: Sequence[Group], recipe: str) -> float | None:
-  """Returns the mean test accuracy of a control; None where it is not there."""
-  runs = [run for g in groups for run in g.counted if run.recipe == recipe]
-  return (
-    float(np.mean([run.result['test']['accuracy'] for run in runs])) if runs else None
-  )
-
-
-def _covered(accuracy: float, source_only: float, target_only: float) -> str:
-  """Says how much of the gap is covered."""
-  share = gap_coverage(accuracy, source_only, target_only)
-  if share is None:
-    return 'n/a'
-  told = f'{100 * share:.1f} %'
-  return f'{told} (negative transfer)' if accuracy < source_only else told
-
-
 def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
   """Returns a row a run; what has not finished says so."""
   columns = _columns(runs)
@@ -133,7 +90,7 @@ def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
   """Returns the metrics that any run has, with their titles."""
   there = {name for run in runs if run.result for name in run.result['test']}
-  return {name: title for name, title in TABLE.items() if name in there}
+  return {name: title for name, title in TITLES.items() if name in there}
 
 
 def _states(group: Group) -> str:
@@ -160,10 +117,10 @@ def published_table(groups: Sequence[Group]) -> Table:
       rows.append(
         [
           group.label,
-          _METRICS.get(row['metric'], TABLE.get(row['metric'], row['metric'])),
+          _METRICS.get(row['metric'], TITLES.get(row['metric'], row['metric'])),
           percent(values),
           percent(best) if best else '-',
-          f'{row["value"]:.1f}',
+          _published(row),
           row['source'],
         ]
       )
@@ -177,6 +134,12 @@ def published_table(groups: Sequence[Group]) -> Table:
     'source',
   ]
   return Table(headings, rows, links)
+
+
+def _published(row: published.Row) -> str:
+  """Returns a published number, with what sets it apart from ours."""
+  mark = f' ({row["mark"]})' if 'mark' in row else ''
+  return f'{row["value"]:.1f}{mark}'
 
 
 _METRICS = {

@@ -1,0 +1,98 @@
+"""How the State that counts is chosen: never by test images or labels of a target."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lt_jax.build.experiment import Selection
+from lt_jax.config import TARGET
+from lt_jax.data.dataset import Dataset
+from lt_jax.data.streams import Pass
+from lt_jax.errors import UserError, lookup
+from lt_jax.evals import label_free
+from lt_jax.evals.collect import collector
+from lt_jax.evals.tasks import Task
+from lt_jax.method import Method, State
+
+Scores = Callable[[State, Callable[[], bool]], dict[str, dict[str, float]] | None]
+
+
+def selection(
+  select: str,
+  task: Task,
+  dataset: Dataset,
+  groups: Mapping[str, np.ndarray],
+  adapts: bool,
+) -> Selection | None:
+  """Returns by what the State that counts is chosen; None for the last one.
+
+  Args:
+    select: 'last', 'val/METRIC' or 'target/CRITERION'.
+    task: whose metrics there are.
+    dataset: of the stage.
+    groups: its shot groups.
+    adapts: whether there is a target whose images it may look at.
+
+  Raises:
+    UserError: it names a test set, labels of a target, or what is not there.
+  """
+  if select == 'last':
+    return None
+  split, _, metric = str(select).partition('/')
+  if split.endswith('test'):
+    raise UserError('select: a State is never chosen on a test set')
+  if split == 'oracle':
+    raise UserError(
+      'select: a State is never chosen by the labels of a target, which oracle/ needs'
+    )
+  if split == TARGET and metric:
+    criterion = lookup(label_free.CRITERIA, 'criterion to select by', metric)
+    if not adapts:
+      raise UserError(f'select is {select!r}, but no target is adapted to')
+    if metric in label_free.NEED_VAL and 'val' not in dataset.splits:
+      raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+    return Selection(split, metric, criterion.better)
+  if split != 'val' or not metric:
+    raise UserError(
+      f"select is {select!r}; it is 'last' or such as 'val/accuracy' or "
+      "'target/entropy'"
+    )
+  choices = {name: one for name, one in task.metrics.items() if one.better}
+  better = lookup(choices, 'metric to select by', metric).better
+  if split not in dataset.splits:
+    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+  if metric in groups and not groups[metric].any():
+    raise UserError(f'select is {select!r}, but no class is {metric}-shot')
+  return Selection(split, metric, better)
+
+
+def label_free_scores(
+  method: Method, passes: Mapping[str, Pass], mesh: Mesh
+) -> Scores | None:
+  """Returns the label-free criteria of a State; None where no target is adapted to.
+
+  Args:
+    method: of the stage.
+    passes: 'target/train', 'train' and perhaps 'val', of a few images each; none where
+      no target is adapted to.
+    mesh: the devices.
+
+  Returns:
+    (state, stop) -> {'target': criterion -> value}; None if `stop()` turned true on
+    the way.
+  """
+  if not passes:
+    return None
+  names = {f'{TARGET}/train': 'target', 'train': 'train', 'val': 'val'}
+  collect = collector(method.predict, label_free.keep, mesh)
+
+  def scores(
+    state: State, stop: Callable[[], bool]
+  ) -> dict[str, dict[str, float]] | None:
+    seen = {names[split]: collect(state, one, stop) for split, one in passes.items()}
+    if None in seen.values():
+      return None
+    return {TARGET: label_free.scores(label_free.Seen(**({'val': None} | seen)))}
+
+  return scores

@@ -1,0 +1,191 @@
+"""Criteria to choose a State by that need no label of the target domain.
+
+They are functions of what a network says of the target's training images, and of
+labelled images of the source. Test images and a target's labels are never among them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax.evals.collect import Collected
+from lt_jax.method import Batch, Outputs
+
+MOST = 2000
+"""Images of a split that criteria look at."""
+
+
+class Seen(NamedTuple):
+  """What criteria are computed from.
+
+  Attributes:
+    target: records of `keep` for the target's training images.
+    train: the same of the source's training images.
+    val: the same of the source's validation images, with 'label' (N,); None without.
+  """
+
+  target: Collected
+  train: Collected
+  val: Collected | None
+
+
+def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  """Returns 'log_p' (B, C), 'features' (B, D), and 'label' where there are any."""
+  kept = {
+    'log_p': jax.nn.log_softmax(outputs['logits'].astype(jnp.float32)),
+    'features': outputs['features'].astype(jnp.float32),
+  }
+  return kept | {key: batch[key] for key in ('label',) if key in batch}
+
+
+def entropy(seen: Seen) -> float:
+  """Returns the mean entropy of the target's predictions, in nats; less is better.
+
+  It prefers a network that gives every image the same class with confidence.
+  """
+  return float(_entropy(_log_p(seen)).mean())
+
+
+def information(seen: Seen) -> float:
+  r"""Returns the mutual information of image and prediction; more is better.
+
+  .. math:: H\big(\tfrac1N \sum_i p_i\big) - \tfrac1N \sum_i H(p_i)
+
+  in nats. It prefers balanced predictions, so it misleads where the target has a tail.
+
+  Source: Krause, Perona, Gomes, Discriminative Clustering by Regularized Information
+  Maximization, NIPS 2010.
+  """
+  log_p = _log_p(seen)
+  mean = np.exp(log_p).mean(axis=0)
+  return float(_entropy(np.log(np.maximum(mean, 1e-30))) - _entropy(log_p).mean())
+
+
+def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float:
+  r"""Returns soft neighbourhood density: how many alike an image has; more is better.
+
+  .. math::
+    \frac1N \sum_i H(P_{i\cdot}), \qquad
+    P_{ij} \propto \exp(f_i^\top f_j / \tau), \; j \ne i
+
+  with the softmax outputs f, of unit length.
+
+  Args:
+    seen: what a network says.
+    temperature: tau, 0.05 as in the paper.
+
+  Source: Saito et al., Tune It the Right Way, ICCV 2021, arXiv 2108.10860.
+  """
+  p = np.exp(_log_p(seen))
+  f = p / np.linalg.norm(p, axis=1, keepdims=True)
+  logits = f @ f.T / temperature
+  np.fill_diagonal(logits, -np.inf)
+  logits -= logits.max(axis=1, keepdims=True)
+  weights = np.exp(logits)
+  total = weights.sum(axis=1)
+  finite = np.where(np.isfinite(logits), logits, 0.0)
+  return float((np.log(total) - (weights * finite).sum(axis=1) / total).mean())
+
+
+def deep_embedded(seen: Seen) -> float | None:
+  r"""Returns an estimate of the loss on the target; less is better.
+
+  With the cross-entropy l of a validation image of the source and its weight w, the
+  ratio of the domains' densities at its features:
+
+  .. math::
+    \overline{wl} + \eta\,(\overline{w} - 1), \qquad
+    \eta = -\operatorname{cov}(wl, w) / \operatorname{var}(w)
+
+  w comes from a logistic regression that tells the domains' training images apart.
+  None without validation images.
+
+  Source: deep embedded validation, You et al., Towards Accurate Model Selection in
+  Deep Unsupervised Domain Adaptation, ICML 2019, algorithm 1.
+  """
+  if seen.val is None:
+    return None
+  from sklearn.linear_model import LogisticRegression
+
+  source, target = seen.train['features'], seen.target['features']
+  both = np.concatenate([source, target]).astype(np.float64)
+  center, scale = both.mean(axis=0), both.std(axis=0) + 1e-12
+  is_target = np.arange(len(both)) >= len(source)
+  told = LogisticRegression(max_iter=200).fit((both - center) / scale, is_target)
+  log_odds = told.decision_function((seen.val['features'] - center) / scale)
+  weight = len(source) / len(target) * np.exp(np.clip(log_odds, -30, 30))
+  label = seen.val['label'][:, None]
+  loss = -np.take_along_axis(seen.val['log_p'].astype(np.float64), label, 1)[:, 0]
+  weighted = weight * loss
+  variance = weight.var(ddof=1)
+  eta = -np.cov(weighted, weight)[0, 1] / variance if variance > 0 else 0.0
+  return float(weighted.mean() + eta * (weight.mean() - 1))
+
+
+def centroid_distance(seen: Seen) -> float:
+  """Returns the distance of the domains' mean features; less is better.
+
+  Alone it prefers features that are all alike; `centroid_rule` weighs it against the
+  error on the source.
+  """
+  means = (one['features'].mean(0, np.float64) for one in (seen.train, seen.target))
+  return float(np.linalg.norm(next(means) - next(means)))
+
+
+def centroid_rule(source_error: np.ndarray, distance: np.ndarray) -> int:
+  r"""Returns which of several States of one run the centroid rule chooses.
+
+  .. math:: \arg\min_t\; e_t + D_t\, \min_s e_s / \min_s D_s
+
+  Args:
+    source_error: e, (T,), of validation images of the source.
+    distance: D, (T,), see `centroid_distance`.
+
+  Source: Sun et al., Unsupervised Domain Adaptation through Self-Supervision, arXiv
+  1909.11825; the code's features are of test images, ours of training images.
+  """
+  scale = source_error.min() / max(distance.min(), 1e-30)
+  return int(np.argmin(source_error + distance * scale))
+
+
+class Criterion(NamedTuple):
+  """How a criterion is used.
+
+  Attributes:
+    score: what a network says -> value, None where it cannot be had.
+    better: 1 if more is better, -1 if less is.
+  """
+
+  score: Callable[[Seen], float | None]
+  better: int
+
+
+CRITERIA: Mapping[str, Criterion] = {
+  'entropy': Criterion(entropy, -1),
+  'information': Criterion(information, 1),
+  'soft_neighbours': Criterion(soft_neighbours, 1),
+  'deep_embedded': Criterion(deep_embedded, -1),
+  'centroid_distance': Criterion(centroid_distance, -1),
+}
+
+
+NEED_VAL = ('deep_embedded',)
+"""Criteria that need validation images of the source."""
+
+
+def scores(seen: Seen) -> dict[str, float]:
+  """Returns every criterion that can be had, by name."""
+  found = {name: one.score(seen) for name, one in CRITERIA.items()}
+  return {name: value for name, value in found.items() if value is not None}
+
+
+def _log_p(seen: Seen) -> np.ndarray:
+  return seen.target['log_p'].astype(np.float64)
+
+
+def _entropy(log_p: np.ndarray) -> np.ndarray:
+  """Returns (...) entropies in nats of (..., C)."""
+  return -(np.exp(log_p) * log_p).sum(axis=-1)

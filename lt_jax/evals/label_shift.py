@@ -1,0 +1,118 @@
+r"""Label shift: the shares of classes in a target, estimated without its labels.
+
+All estimators assume that images of a class look alike in both domains,
+:math:`p_t(x \mid y) = p_s(x \mid y)`, so that only the shares p(y) differ. Where the
+domains look different, as they do in adaptation, an estimate is as good as the
+classifier that it looks through.
+
+Everything is float64 NumPy over whole splits.
+"""
+
+import numpy as np
+
+from lt_jax.errors import UserError
+
+LEAST = 1e-3
+"""The least singular value of a confusion matrix that `bbse` takes."""
+
+
+def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  r"""Returns what a classifier says of each class, :math:`P_s(\hat y = i \mid y = j)`.
+
+  Args:
+    probabilities: (N, C) of held-out source images; one-hot for hard predictions.
+    labels: (N,) int in [0, C).
+
+  Returns:
+    (C, C), whose columns sum to 1.
+
+  Raises:
+    UserError: a class has no image.
+  """
+  probabilities = np.asarray(probabilities, np.float64)
+  belongs = labels[:, None] == np.arange(probabilities.shape[1])
+  counts = belongs.sum(0)
+  if not counts.all():
+    raise UserError(
+      f'label shift: class {counts.argmin()} has no image to estimate its confusion by'
+    )
+  return probabilities.T @ belongs / counts
+
+
+def bbse(confused: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+  r"""Returns the shares of classes in a target, by black-box shift estimation.
+
+  .. math:: \sum_j P_s(\hat y = i \mid y = j)\, q_j = P_t(\hat y = i)
+
+  The paper solves for the weights w = q / p with the joint distribution
+  :math:`P_s(\hat y, y)` of images that are distributed as the training images are;
+  given the class, the shares among the held-out images do not matter. Shares below 0
+  are set to 0, as the authors do with weights, and then all are scaled to sum to 1.
+
+  Args:
+    confused: (C, C), see `confusion`.
+    predicted: (C,), the mean of the same predictions over the target.
+
+  Returns:
+    (C,) q.
+
+  Raises:
+    UserError: the classifier cannot tell the classes apart.
+
+  Source: Lipton et al., Detecting and Correcting for Label Shift with Black Box
+  Predictors, arXiv 1802.03916, equation 3.
+  """
+  least = np.linalg.svd(confused, compute_uv=False)[-1]
+  if least < LEAST:
+    raise UserError(
+      'label shift: the classifier confuses classes so much that bbse has no answer '
+      f'(least singular value {least:.1g}, below {LEAST:g}): train it longer, or use em'
+    )
+  found = np.maximum(np.linalg.solve(confused, np.asarray(predicted, np.float64)), 0)
+  return found / found.sum()
+
+
+def em(
+  probabilities: np.ndarray,
+  shares: np.ndarray,
+  *,
+  tolerance: float = 1e-9,
+  most: int = 10_000,
+) -> np.ndarray:
+  r"""Returns the shares of classes in a target that make its images most likely.
+
+  .. math::
+    r_{ic} = \frac{(q_c / p_c)\, P_s(c \mid x_i)}{\sum_k (q_k / p_k)\, P_s(k \mid x_i)},
+    \qquad q_c \leftarrow \frac{1}{N} \sum_i r_{ic}
+
+  from q = p until q moves by less than `tolerance`. The likelihood has one maximum and
+  never falls, but the probabilities must be calibrated for the source.
+
+  Args:
+    probabilities: (N, C) of the target's images, by a classifier for the source.
+    shares: (C,) p, those of the source's training images.
+    tolerance: the largest change of a share at which it stops.
+    most: rounds after which it stops in any case.
+
+  Returns:
+    (C,) q.
+
+  Raises:
+    UserError: a class has no share in the source.
+
+  Source: Saerens, Latinne and Decaestecker, Adjusting the Outputs of a Classifier to
+  New a Priori Probabilities, Neural Computation 14 (2002), equation 2.9.
+  """
+  probabilities = np.asarray(probabilities, np.float64)
+  shares = np.asarray(shares, np.float64)
+  if not (shares > 0).all():
+    raise UserError(f'label shift: the source has no image of class {shares.argmin()}')
+  likelihood = probabilities / shares
+  found = shares
+  for _ in range(most):
+    joint = likelihood * found
+    new = (joint / joint.sum(1, keepdims=True)).mean(0)
+    if np.abs(new - found).max() < tolerance:
+      return new
+    found = new
+  return found

@@ -1,0 +1,71 @@
+"""What a stage saves of images for later stages: outputs, and what follows from them.
+
+Labels are not among what it is made of, so that of a target it may be saved too.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lt_jax.errors import lookup
+from lt_jax.evals.collect import Survey
+from lt_jax.method import Outputs, State
+
+
+def prediction(outputs: Outputs) -> jax.Array:
+  """Returns the class of the largest logit, (B,) int32: a pseudo-label."""
+  return outputs['logits'].argmax(-1).astype(jnp.int32)
+
+
+def confidence(outputs: Outputs) -> jax.Array:
+  """Returns the softmax probability of the prediction, (B,)."""
+  return jax.nn.softmax(outputs['logits']).max(-1)
+
+
+def entropy(outputs: Outputs) -> jax.Array:
+  """Returns the entropy of the softmax in nats, (B,)."""
+  log_p = jax.nn.log_softmax(outputs['logits'])
+  return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
+SAVED: dict[str, Callable[[Outputs], jax.Array]] = {
+  'prediction': prediction,
+  'confidence': confidence,
+  'entropy': entropy,
+}
+"""Name -> outputs -> (B, ...). What the network returns is saved by its own name."""
+
+
+def split_and_name(saved: str) -> tuple[str, str]:
+  """Returns the parts of 'target/train/logits'; without a split it is of 'train'."""
+  split, _, name = saved.rpartition('/')
+  return split or 'train', name
+
+
+def saved_output(outputs: Outputs, name: str) -> jax.Array:
+  """Returns what is saved under a name.
+
+  Raises:
+    UserError: there is neither such an output nor such an entry of `SAVED`.
+  """
+  if name in SAVED:
+    return SAVED[name](outputs)
+  return lookup({**outputs, **SAVED}, 'output', name)
+
+
+def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruct:
+  """Returns shape and type of a batch of what is saved; computes nothing.
+
+  Args:
+    survey: of the stage that saves it.
+    state: of that stage, or its shapes.
+    saved: as in `save_outputs`.
+
+  Raises:
+    UserError: the stage does not see the split, or there is no such output.
+  """
+  split, name = split_and_name(saved)
+  return jax.eval_shape(
+    lambda outputs: saved_output(outputs, name), survey.outputs(state, split)
+  )

@@ -1,0 +1,174 @@
+"""Self-training: what the network is sure of in the target is a label there."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax.errors import UserError
+from lt_jax.evals.collect import Survey
+from lt_jax.method import (
+  Method,
+  Network,
+  Outputs,
+  PyTree,
+  State,
+  check_streams,
+  mean_metric,
+)
+from lt_jax.methods.pairs import Term, adapt
+from lt_jax.methods.supervised import Loss, Objective
+from lt_jax.optim import Optimizer
+from lt_jax.surgery import Surgery, put
+
+OUT_OF_REACH = 2.0
+"""A threshold that no probability reaches: nothing is labelled."""
+
+
+def pseudo_label(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  loss: Loss,
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  statistics: str = 'joint',
+) -> Method:
+  r"""Supervised learning on the source, and on the confident part of the target.
+
+  .. math::
+    L_y + \frac{\lambda(p)}{T} \sum_{i \in T} [\, p_i(\hat y_i) \ge t_{\hat y_i} ]\,
+    \ell(x_i, \hat y_i), \qquad \hat y_i = \arg\max_c p_i(c)
+
+  with a threshold t for every class, which the surgery 'class_thresholds' measures with
+  the network that an earlier stage left. One threshold for all would label the classes
+  that the network knows well, and those alone: on a long tail, the head. The labels are
+  those of the network as it is now, so as it gets surer, more images pass.
+
+  Args:
+    net: returns a dict with 'logits' and 'features'.
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    loss: (outputs, batch) -> (T,), of the target by labels of which -1 counts for
+      nothing.
+    alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
+    streams: names of the streams, of which it reads 'target'.
+    statistics: how the domains meet in batch normalisation, a key of
+      `lt_jax.methods.pairs.STATISTICS`.
+
+  Raises:
+    UserError: unknown statistics, or no target.
+
+  Zou et al., "Unsupervised Domain Adaptation for Semantic Segmentation via
+  Class-Balanced Self-Training" (CBST), ECCV 2018, arXiv 1810.07911; where labels are
+  drawn once a round, and classes compete by probability over threshold.
+  """
+  check_streams(streams, 'target')
+
+  def value(params: PyTree, source: Outputs, target: Outputs, step: jax.Array):
+    del source
+    labels = confident(target['logits'], params['thresholds'])
+    mean = loss(target, {'label': labels}).mean()
+    labelled = (labels >= 0).sum(dtype=jnp.float32)
+    metrics = {
+      'pseudo_loss': mean_metric(mean),
+      'labelled': (labelled, jnp.float32(len(labels))),
+    }
+    return alignment_weight(step) * mean, metrics
+
+  def draws(key: jax.Array, outputs: Outputs) -> dict[str, jax.Array]:
+    del key
+    return {'thresholds': jnp.full(outputs['logits'].shape[-1], OUT_OF_REACH)}
+
+  term = Term(value, draws=draws)
+  return adapt(net, optimizer, objective, term, statistics=statistics)
+
+
+def confident(logits: jax.Array, thresholds: jax.Array) -> jax.Array:
+  """Returns the predicted class where it is probable enough, else -1.
+
+  Args:
+    logits: (B, C).
+    thresholds: (C,), on the probability of a prediction of each class.
+
+  Returns:
+    (B,) int32.
+  """
+  predicted, confidence = _predicted(logits)
+  return jnp.where(confidence >= thresholds[predicted], predicted, -1)
+
+
+def _predicted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns predictions (B,) int32 and their probabilities (B,)."""
+  return logits.argmax(-1).astype(jnp.int32), jax.nn.softmax(logits).max(-1)
+
+
+def class_thresholds(
+  *, survey: Survey, split: str = 'target/train', portion: float = 0.2
+) -> Surgery:
+  """Measures, for every class, what the most confident of its predictions exceed.
+
+  A portion of the images that are predicted to be of a class will be labelled, rounded
+  up, and ties too. A class that no image is predicted to be of has the highest
+  threshold of the others, so that it is not given up for good.
+
+  Args:
+    survey: passes with the stage's own network.
+    split: whose images; no label is read.
+    portion: in (0, 1]; 0.2 is what CBST begins with.
+
+  Raises:
+    UserError: the portion is out of range, or the method has no thresholds.
+  """
+  if not 0 < portion <= 1:
+    raise UserError(
+      f'class_thresholds: portion must be more than 0 and at most 1, got {portion}'
+    )
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    del earlier
+    classes = survey.outputs(fresh, split)['logits'].shape[-1]
+
+    def measure() -> np.ndarray:
+      found = survey.collect(fresh, split, _keep)
+      return portion_thresholds(
+        found['predicted'], found['confidence'], classes, portion
+      )
+
+    return put(fresh, 'memory/thresholds', (classes,), measure)
+
+  return surgery
+
+
+def _keep(outputs: Outputs, batch: Mapping) -> dict[str, jax.Array]:
+  del batch
+  return dict(
+    zip(('predicted', 'confidence'), _predicted(outputs['logits']), strict=True)
+  )
+
+
+def portion_thresholds(
+  predicted: np.ndarray, confidence: np.ndarray, classes: int, portion: float
+) -> np.ndarray:
+  """Returns the threshold of every class, see `class_thresholds`.
+
+  Args:
+    predicted: (N,) int.
+    confidence: (N,).
+    classes: C.
+    portion: in (0, 1].
+
+  Returns:
+    (C,) of the type of the confidence.
+  """
+  thresholds = np.full(classes, -1, confidence.dtype)
+  for label in np.unique(predicted):
+    of_class = np.sort(confidence[predicted == label])[::-1]
+    thresholds[label] = of_class[math.ceil(portion * len(of_class)) - 1]
+  return np.where(thresholds < 0, thresholds.max(), thresholds)
+
+
+SURGERIES = {'class_thresholds': class_thresholds}

@@ -1,0 +1,294 @@
+"""AlexNet and VGG-16: convolutions one after another, then two hidden linear layers."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from lt_jax.errors import UserError, lookup
+from lt_jax.models.convolution import INITIALISERS, Conv, max_pool
+from lt_jax.models.normalisation import BatchNorm
+from lt_jax.models.taps import tap
+
+
+def adaptive_mean(x: jax.Array, side: int) -> jax.Array:
+  """Brings a map to side x side pixels, each the mean of the pixels it covers in part.
+
+  Along an axis of n pixels, output i is the mean of floor(i n / side) up to, and
+  without, ceil((i + 1) n / side). What has the size already stays as it is.
+
+  Args:
+    x: (B, H, W, C).
+    side: of the result, which may be larger than the map.
+
+  Source: AdaptiveAvgPool2d of PyTorch, by which torchvision's networks take images of
+  any size.
+  """
+  for axis in (1, 2):
+    pixels = x.shape[axis]
+    if pixels != side:
+      ends = [(i * pixels // side, -(-(i + 1) * pixels // side)) for i in range(side)]
+      parts = [lax.slice_in_dim(x, *end, axis=axis).mean(axis) for end in ends]
+      x = jnp.stack(parts, axis)
+  return x
+
+
+def response_norm(x: jax.Array) -> jax.Array:
+  r"""Divides each channel by the size of its neighbours at the same pixel.
+
+  .. math::
+    b_c = a_c \Big/ \Big(k + \alpha \sum_{|c' - c| \le n / 2} a_{c'}^2\Big)^\beta
+
+  with k = 2, n = 5, alpha = 1e-4, beta = 0.75.
+
+  Args:
+    x: (B, H, W, C).
+
+  Source: Krizhevsky et al., NIPS 2012, section 3.3. Caffe and PyTorch divide alpha
+  by n.
+  """
+  channels = x.shape[-1]
+  squares = jnp.pad(x * x, ((0, 0), (0, 0), (0, 0), (2, 2)))
+  total = sum(squares[..., i : i + channels] for i in range(5))
+  return x * (2 + 1e-4 * total) ** -0.75
+
+
+class WholeMap(nn.Module):
+  """A linear layer that reads a whole map: a convolution with a kernel of its size.
+
+  Attributes:
+    features: that come out.
+    kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
+    dtype: of the computation; None for that of input and kernel.
+  """
+
+  features: int
+  kernel_init: Callable[..., jax.Array]
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps (B, H, W, C) to (B, features)."""
+    shape = (*x.shape[1:], self.features)
+    kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, shape[-1:], jnp.float32)
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x.reshape(len(x), -1) @ kernel.reshape(-1, self.features) + bias[None]
+
+
+def hidden_layers(
+  trunk: nn.Module, x: jax.Array, side: int, features: int
+) -> dict[str, jax.Array]:
+  """Applies two hidden linear layers to a map, each with ReLU, as layers of a trunk.
+
+  Args:
+    trunk: whose layers they become; its `conv` tells how they begin and compute.
+    x: (B, H, W, C).
+    side: of the map that the first one reads.
+    features: of either layer.
+
+  Returns:
+    'fc6', 'fc7' and 'features', which is 'fc7' again, each (B, features).
+  """
+  given = {key: trunk.conv.keywords[key] for key in ('kernel_init', 'dtype')}
+  first = WholeMap(features, **given, name='fc6')
+  second = nn.Dense(features, **given, name='fc7')
+  fc6 = tap(trunk, 'fc6', nn.relu(first(adaptive_mean(x, side))))
+  fc7 = tap(trunk, 'fc7', nn.relu(second(fc6)))
+  return {'fc6': fc6, 'fc7': fc7, 'features': fc7}
+
+
+def max_rounded_down(x: jax.Array) -> jax.Array:
+  """Takes the maximum over 3x3 pixels at stride 2, within the map."""
+  return nn.max_pool(x, (3, 3), (2, 2))
+
+
+def max_rounded_up(x: jax.Array) -> jax.Array:
+  """Takes the maximum over 3x3 pixels at stride 2; the last may reach over the edge.
+
+  So do Caffe and cuda-convnet.
+  """
+  beyond = [(0, (side - 3) % 2) for side in x.shape[1:3]]
+  return nn.max_pool(x, (3, 3), (2, 2), beyond)
+
+
+class Layer(NamedTuple):
+  """A convolution with bias and ReLU, and what follows.
+
+  Attributes:
+    features: channels that come out.
+    size: side of the kernel.
+    stride: in pixels.
+    pad: pixels of zero padding on every side.
+    groups: equal parts of the channels that do not mix.
+    then: functions of the map, in order.
+  """
+
+  features: int
+  size: int
+  stride: int = 1
+  pad: int = 1
+  groups: int = 1
+  then: Sequence[Callable[[jax.Array], jax.Array]] = ()
+
+
+STYLES: dict[str, Sequence[Layer]] = {
+  'krizhevsky': (
+    Layer(96, 11, stride=4, pad=0, then=(response_norm, max_rounded_up)),
+    Layer(256, 5, pad=2, groups=2, then=(response_norm, max_rounded_up)),
+    Layer(384, 3),
+    Layer(384, 3, groups=2),
+    Layer(256, 3, groups=2, then=(max_rounded_up,)),
+  ),
+  'zeiler_fergus': (
+    Layer(96, 7, stride=2, then=(max_rounded_up, response_norm)),
+    Layer(256, 5, stride=2, pad=0, then=(max_rounded_up, response_norm)),
+    Layer(384, 3),
+    Layer(384, 3),
+    Layer(256, 3, then=(max_rounded_up,)),
+  ),
+  'torchvision': (
+    Layer(64, 11, stride=4, pad=2, then=(max_rounded_down,)),
+    Layer(192, 5, pad=2, then=(max_rounded_down,)),
+    Layer(384, 3),
+    Layer(256, 3),
+    Layer(256, 3, then=(max_rounded_down,)),
+  ),
+}
+"""name -> convolutions.
+
+'krizhevsky': Krizhevsky et al., NIPS 2012, figure 2: two GPUs exchange maps before the
+third convolution only. 224 pixels, or the 227 that its sizes need, both become 6x6.
+'zeiler_fergus': Zeiler and Fergus, arXiv 1311.2901, figure 3: 224 pixels to maps of
+110, 55, 26, 13 and 6; for their contrast normalisation, whose constants they do not
+give, stands `response_norm`.
+'torchvision': one tower without normalisation, after Krizhevsky, arXiv 1404.5997; the
+one of which there are weights to begin with.
+"""
+
+
+class AlexNet(nn.Module):
+  """Five convolutions and two hidden linear layers.
+
+  The papers' networks also drop half of the hidden layers at random in training, and
+  begin with narrower weights; there is neither here.
+
+  Attributes:
+    layers: convolutions, such as one of `STYLES`.
+    hidden: features of either hidden layer.
+    side: of the map that the first of them reads; another size is averaged to it.
+    conv: a constructor like `Conv`, with the keywords kernel_init and dtype.
+
+  Taps: 'conv1' to 'conv5', each with what follows the convolution, 'fc6', 'fc7'.
+  """
+
+  layers: Sequence[Layer]
+  hidden: int = 4096
+  side: int = 6
+  conv: Callable[..., nn.Module] = Conv
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Maps (B, H, W, C) images to 'fc6', 'fc7' and 'features', each (B, hidden)."""
+    del train  # nothing here depends on it
+    x = images
+    for number, (features, size, stride, pad, groups, then) in enumerate(
+      self.layers, 1
+    ):
+      shape = {'size': size, 'stride': stride, 'pad': pad, 'groups': groups}
+      x = self.conv(features, **shape, bias=True, name=f'conv{number}')(x)
+      x = nn.relu(x)
+      for function in then:
+        x = function(x)
+      _check_size(images, x)
+      x = tap(self, f'conv{number}', x)
+    return hidden_layers(self, x, self.side, self.hidden)
+
+
+class VGG(nn.Module):
+  """Stages of 3x3 convolutions with bias and ReLU, each halved by a maximum.
+
+  In training, the paper's network also drops half of the hidden layers at random.
+
+  Attributes:
+    stages: number of convolutions and their channels, of every stage.
+    normalised: puts batch normalisation before each ReLU of a convolution.
+    hidden: features of either hidden layer.
+    side: of the map that the first of them reads; another size is averaged to it.
+    conv: a constructor like `Conv`, with the keywords kernel_init and dtype.
+    norm: a constructor like `BatchNorm`.
+
+  Taps: 'conv1' to 'conv5', each a stage with its maximum, 'fc6', 'fc7'.
+
+  Source: Simonyan and Zisserman, arXiv 1409.1556, table 1, column D.
+  """
+
+  stages: Sequence[tuple[int, int]] = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+  normalised: bool = False
+  hidden: int = 4096
+  side: int = 7
+  conv: Callable[..., nn.Module] = Conv
+  norm: Callable[..., nn.Module] = BatchNorm
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Maps (B, H, W, C) images to 'fc6', 'fc7' and 'features', each (B, hidden)."""
+    x = images
+    for stage, (convolutions, features) in enumerate(self.stages, 1):
+      for place in range(1, convolutions + 1):
+        x = self.conv(features, bias=True, name=f'conv{stage}_{place}')(x)
+        if self.normalised:
+          x = self.norm(name=f'norm{stage}_{place}')(x, train=train)
+        x = nn.relu(x)
+      x = max_pool(x)
+      _check_size(images, x)
+      x = tap(self, f'conv{stage}', x)
+    return hidden_layers(self, x, self.side, self.hidden)
+
+
+def _check_size(images: jax.Array, x: jax.Array) -> None:
+  """Refuses images of which no pixel is left."""
+  if not x.size:
+    height, width = images.shape[1:3]
+    raise UserError(
+      f'images of {height} x {width} pixels are too small for this network: give it '
+      'at least 64 x 64 (config.data.size or config.data.image_size)'
+    )
+
+
+def alexnet(
+  *, style: str = 'krizhevsky', init: str = 'kaiming', dtype: Any = None
+) -> AlexNet:
+  """Returns an `AlexNet`, its style and its initialisation by their names."""
+  return AlexNet(lookup(STYLES, 'style', style), conv=_conv(init, dtype))
+
+
+def vgg16(
+  normalised: bool,
+  /,
+  *,
+  init: str = 'kaiming',
+  dtype: Any = None,
+  norm: Callable[..., nn.Module] = BatchNorm,
+) -> VGG:
+  """Returns a `VGG` of 16 layers, its initialisation by its name."""
+  return VGG(normalised=normalised, conv=_conv(init, dtype), norm=norm)
+
+
+def _conv(init: str, dtype: Any) -> Callable[..., nn.Module]:
+  """Returns the constructor of a trunk's convolutions."""
+  kernel_init = lookup(INITIALISERS, 'initialisation', init)
+  return partial(Conv, kernel_init=kernel_init, dtype=dtype)
+
+
+PLAIN: dict[str, Callable[..., nn.Module]] = {
+  'alexnet': alexnet,
+  'vgg16': partial(vgg16, False),
+  'vgg16_bn': partial(vgg16, True),
+}
+"""name -> (style or norm, init, dtype) -> a trunk for photographs."""

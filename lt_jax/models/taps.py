@@ -1,0 +1,74 @@
+"""Taps: what a trunk computes on its way, by the names of its layers.
+
+A trunk says `tap(self, 'stem', x)` of each of its layers; that costs nothing until
+somebody reads them. They are in the order of the layers, each as the next layer reads
+it.
+"""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+PyTree = Any
+
+_MARK = 'tap '
+"""Before the name of a tap, which may also be that of a module."""
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+  """Names a layer of a trunk.
+
+  Args:
+    module: the trunk.
+    name: of the layer.
+    x: (B, H, W, C) or (B, D), which is returned as it is.
+  """
+  module.sow('intermediates', _MARK + name, x)
+  return x
+
+
+def tapped(
+  net: nn.Module, params: PyTree, stats: PyTree, images: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the layers of a classifier's trunk, in evaluation mode.
+
+  Under `jax.jit` what is left out of the result is not computed. A dict that leaves
+  `jit` is sorted by name; `tap_shapes` knows the order.
+
+  Args:
+    net: a `Classifier`.
+    params: its parameters.
+    stats: its batch statistics.
+    images: (B, H, W, C).
+
+  Returns:
+    name -> (B, H, W, C), or (B, D) of layers that are no maps.
+  """
+  _, found = net.apply(
+    {'params': params, 'batch_stats': stats},
+    images,
+    train=False,
+    mutable=['intermediates'],
+  )
+  layers = found.get('intermediates', {}).get('trunk', {})
+  return {
+    name.removeprefix(_MARK): value[0]
+    for name, value in layers.items()
+    if name.startswith(_MARK)
+  }
+
+
+def tap_shapes(
+  net: nn.Module, params: PyTree, stats: PyTree, images: jax.Array
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of what `tapped` returns, in order; nothing is computed."""
+  names: list[str] = []
+
+  def run(*args):
+    layers = tapped(net, *args)
+    names.extend(layers)
+    return layers
+
+  shapes = jax.eval_shape(run, params, stats, images)
+  return {name: shapes[name] for name in names}

@@ -1,0 +1,37 @@
+"""Recipes that weigh the source as the target's labels are estimated to be.
+
+A network learns the source, the shares of classes in the target are estimated with it,
+and a second stage begins anew with the images of the source weighed by them. No label
+of the target is used.
+"""
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes import adaptation
+from lt_jax.recipes.parts import Recipe
+
+
+def _corrected(recipe: str, estimator: str) -> Recipe:
+  """Returns a recipe of adaptation, after a stage by which it is corrected."""
+
+  def overrides(config: ConfigDict) -> Overrides:
+    estimate = 'estimate_shift', {'stage': 'source', 'estimator': estimator}
+    adapt = {
+      **adaptation.RECIPES[recipe].overrides(config),
+      'wrappers': {'label_shift': {}},
+      'surgeries': (estimate,),
+    }
+    return {
+      'stages': {'source': {}, 'adapt': adapt},
+      'stage_order': ('source', 'adapt'),
+    }
+
+  return Recipe(overrides, needs=('target',))
+
+
+RECIPES: dict[str, Recipe] = {
+  'source_bbse': _corrected('source_only', 'bbse'),
+  'dann_bbse': _corrected('dann', 'bbse'),
+  'dann_em': _corrected('dann', 'em'),
+}

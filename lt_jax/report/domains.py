@@ -1,0 +1,248 @@
+"""What a report says by domain: a table, and where adaptation goes wrong."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lt_jax.evals.domains import gap_coverage
+from lt_jax.report.runs import Group, Run, printable
+from lt_jax.report.tables import Table, percent
+
+UNITS = (
+  'Test accuracy in % in each domain; other test metrics are those of the target, or '
+  'means over targets.'
+)
+
+DISTANCE = (
+  'A-distance: how well a linear classifier tells features of training images of '
+  'source and target apart, from 0 (no better than chance) to 2 (without an error).'
+)
+
+
+ROLES = ('source', 'target', 'open')
+
+
+class Domain(NamedTuple):
+  """A domain that runs are tested on.
+
+  Attributes:
+    name: as the config calls it.
+    role: one of `ROLES`.
+  """
+
+  name: str
+  role: str
+
+  @property
+  def title(self) -> str:
+    """What tables and figures call it."""
+    told = self.name if self.name == self.role else f'{self.name} ({self.role})'
+    return printable(told)
+
+
+def domains(run: Run) -> list[Domain]:
+  """Returns the domains that a run was tested on: sources, targets, open ones."""
+  roles = {name: 'target' for name in run.config.get('target', ())}
+  roles |= {name: 'open' for name in run.config.get('open_domains', ())}
+  there = [Domain(n, roles.get(n, 'source')) for n in run.result.get('domains') or ()]
+  return sorted(there, key=lambda domain: ROLES.index(domain.role))
+
+
+def domains_table(groups: Sequence[Group]) -> Table:
+  """Returns a row a method with its test accuracy in each domain.
+
+  With several targets, or with open domains, also the means over them. Where the
+  control `source_only` is there, a last column says how much of its gap to
+  `target_only` a method covers, or without that how many points it is above; less than
+  nothing is negative transfer. A control is that of the same data and targets, and it
+  must be the only one.
+  """
+  found = [group for group in groups if any(map(domains, group.counted))]
+  names = list(dict.fromkeys(d for g in found for r in g.counted for d in domains(r)))
+  columns = {
+    **{domain.title: [_accuracies(g, domain) for g in found] for domain in names},
+    **_means(found, names),
+    **_distances(found, names),
+    **_gaps(found),
+  }
+  return Table(
+    ['method', *columns],
+    [[g.label, *cells] for g, *cells in zip(found, *columns.values(), strict=True)],
+    [f'#{group.anchor}' for group in found],
+  )
+
+
+def remarks(table: Table) -> list[str]:
+  """Returns what is to be said of the table of domains; nothing of an empty one."""
+  if not table.rows:
+    return []
+  apart = any(heading.startswith('A-distance') for heading in table.headings)
+  return [UNITS, *[DISTANCE] * apart]
+
+
+def _accuracies(group: Group, domain: Domain) -> str:
+  return percent(
+    [
+      _accuracy(run, domain.name) if domain in domains(run) else None
+      for run in group.counted
+    ]
+  )
+
+
+def _accuracy(run: Run, name: str) -> float | None:
+  return (run.result['domains'].get(name) or {}).get('accuracy')
+
+
+def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, list[str]]:
+  """Returns columns of means over domains, where they are not one domain's number."""
+  roles = [domain.role for domain in names]
+  titles = {
+    'compound': 'mean of targets' * (roles.count('target') > 1),
+    'compound_open': 'mean of targets and open' * ('open' in roles),
+  }
+  return {
+    title: [
+      percent(
+        [
+          ((run.result.get('domain_means') or {}).get(key) or {}).get('accuracy')
+          for run in group.counted
+        ]
+      )
+      for group in groups
+    ]
+    for key, title in titles.items()
+    if title
+  }
+
+
+def _distances(
+  groups: Sequence[Group], names: Sequence[Domain]
+) -> Mapping[str, list[str]]:
+  """Returns a column for the A-distance of each target, if any run has such."""
+  there = {}
+  for name in dict.fromkeys(d.name for d in names if d.role == 'target'):
+    rows = [
+      [(run.result.get('a_distance') or {}).get(name) for run in group.counted]
+      for group in groups
+    ]
+    if any(value is not None for row in rows for value in row):
+      there[name] = rows
+  return {
+    'A-distance' + printable(f' of {name}') * (len(there) > 1): [
+      _plain(values) for values in rows
+    ]
+    for name, rows in there.items()
+  }
+
+
+def _plain(values: Sequence[float | None]) -> str:
+  """Returns mean ± standard deviation, or n/a where a run has no such number."""
+  if not values or None in values:
+    return 'n/a'
+  deviation = f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
+  return f'{np.mean(values):.2f}{deviation}'
+
+
+def _gaps(groups: Sequence[Group]) -> Mapping[str, list[str]]:
+  """Returns the column that compares with the controls, if they are there."""
+  pairs = [[_control(g, groups, name) for g in groups] for name in CONTROLS]
+  sources, targets = pairs
+  if not any(sources):
+    return {}
+  title = 'gap covered' if any(targets) else 'points above source_only'
+  rows = zip(groups, sources, targets, strict=True)
+  return {title: [_beside(*row, shares=any(targets)) for row in rows]}
+
+
+CONTROLS = ('source_only', 'target_only')
+
+
+def _control(group: Group, groups: Sequence[Group], recipe: str) -> Group | None:
+  """Returns the group of a control with the data and targets of another group."""
+
+  def setting(group: Group) -> tuple:
+    run = group.counted[0]
+    return run.data.get('fingerprint'), tuple(run.config.get('target', ()))
+
+  found = [
+    other
+    for other in groups
+    if other.counted[0].recipe == recipe and setting(other) == setting(group)
+  ]
+  return found[0] if len(found) == 1 else None
+
+
+def _beside(
+  group: Group, source: Group | None, target: Group | None, *, shares: bool
+) -> str:
+  """Says how a method compares with its controls, and marks negative transfer."""
+  if source is None or (shares and target is None):
+    return 'n/a'
+  ours, below = _headline(group), _headline(source)
+  if shares:
+    share = gap_coverage(ours, below, _headline(target))
+    told = 'n/a' if share is None else f'{100 * share:.1f} %'
+  else:
+    told = f'{100 * (ours - below):+.1f}'
+  if ours < below:
+    return f'{told} (negative transfer)'
+  worse = _worse(group, source) if group is not target else []
+  return f'{told} (negative transfer on {", ".join(worse)})' if worse else told
+
+
+def _headline(group: Group) -> float:
+  return float(np.mean([run.result['test']['accuracy'] for run in group.counted]))
+
+
+def _worse(group: Group, control: Group) -> list[str]:
+  """Returns the targets on which a method is below a control."""
+
+  def mean(group: Group, name: str) -> float:
+    return float(np.mean([_accuracy(run, name) for run in group.counted]))
+
+  return [
+    printable(domain.name)
+    for domain in domains(group.counted[0])
+    if domain.role == 'target' and mean(group, domain.name) < mean(control, domain.name)
+  ]
+
+
+WINS, CHANCE = 0.98, 0.55
+FEWEST_ROWS = 4
+"""Rows of the log below which nothing is said of a discriminator."""
+
+
+def discriminator_notes(groups: Sequence[Group]) -> list[str]:
+  """Says of which runs the discriminator of domains always wins, or always loses."""
+  told: dict[str, list[str]] = {}
+  for group in groups:
+    for run in group.runs:
+      if line := _of_discriminator(run):
+        told.setdefault(f'{group.label}: {line}', []).append(str(run.seed))
+  return [
+    f'Warning of {line} ({"seed" if len(seeds) == 1 else "seeds"} {", ".join(seeds)}).'
+    for line, seeds in told.items()
+  ]
+
+
+def _of_discriminator(run: Run) -> str:
+  """Says whether a discriminator wins to the end, or has never won; '' of neither.
+
+  It wins where it was right for nearly all images in the second half of training, and
+  loses where no row of the log has it clearly better than chance.
+  """
+  rows = [row for row in run.rows if isinstance(row.get('domain_accuracy'), float)]
+  right = [row['domain_accuracy'] for row in rows if row.get('split') == 'train']
+  if len(right) < FEWEST_ROWS:
+    return ''
+  if np.mean(right[len(right) // 2 :]) >= WINS:
+    return (
+      'the discriminator always wins, so the features of the domains have not come '
+      'closer'
+    )
+  if max(right) <= CHANCE:
+    return (
+      'the discriminator always loses, so the features are told nothing of the domains'
+    )
+  return ''

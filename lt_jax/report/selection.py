@@ -1,0 +1,82 @@
+"""What the ways to choose a State of a run are worth, beside the last and the best."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lt_jax.evals.label_free import CRITERIA, centroid_rule
+from lt_jax.report.runs import Group, Run
+from lt_jax.report.tables import Table, percent
+
+
+def selection_table(groups: Sequence[Group]) -> Table:
+  """Returns a row a method with the test accuracy of the State that each rule chooses.
+
+  In %, of the States that were evaluated in training. The first rule is the last State;
+  `oracle` is the best on test images, which nobody can choose. What is between needs no
+  label of the target.
+  """
+  rules = {'last': _last, 'val/accuracy': _best_by('val', 'accuracy', 1)}
+  rules |= {
+    f'target/{name}': _best_by('target', name, criterion.better)
+    for name, criterion in CRITERIA.items()
+  }
+  rules |= {'centroid rule': _by_centroids, 'oracle': _best_by('test', 'accuracy', 1)}
+  rows, links = [], []
+  for group in groups:
+    chosen = [_chosen(run, rules) for run in group.counted]
+    if chosen and all(chosen):
+      rows.append(
+        [group.label, *(percent([c[rule] for c in chosen]) for rule in rules)]
+      )
+      links.append(f'#{group.anchor}')
+  return Table(['method', *rules], rows, links)
+
+
+Rows = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""Split -> step -> row of metrics.jsonl."""
+
+
+def _chosen(
+  run: Run, rules: Mapping[str, Callable[[Rows], int | None]]
+) -> dict[str, float | None]:
+  """Returns rule -> test accuracy; empty of a run without a target."""
+  stage = run.result.get('stage')
+  rows: dict[str, dict[int, Any]] = {'val': {}, 'target': {}, 'test': {}}
+  for row in run.rows:
+    if row.get('stage') == stage and row.get('split') in rows:
+      rows[row['split']][row['step']] = row
+  if not rows['target'] or not rows['test']:
+    return {}
+  steps = {rule: choose(rows) for rule, choose in rules.items()}
+  return {
+    rule: rows['test'].get(step, {}).get('accuracy') for rule, step in steps.items()
+  }
+
+
+def _last(rows: Rows) -> int:
+  return max(rows['test'])
+
+
+def _best_by(split: str, metric: str, better: int) -> Callable[[Rows], int | None]:
+  """Returns a rule: the step at which a metric is best, the first of equals."""
+
+  def choose(rows: Rows) -> int | None:
+    values = {s: r[metric] for s, r in rows[split].items() if r.get(metric) is not None}
+    return max(values, key=lambda step: better * values[step], default=None)
+
+  return choose
+
+
+def _by_centroids(rows: Rows) -> int | None:
+  """The rule of Sun et al., see `lt_jax.evals.label_free.centroid_rule`."""
+  both = {
+    step: (1 - rows['val'][step]['accuracy'], row['centroid_distance'])
+    for step, row in rows['target'].items()
+    if 'accuracy' in rows['val'].get(step, {}) and 'centroid_distance' in row
+  }
+  if not both:
+    return None
+  error, distance = np.array([*both.values()], np.float64).T
+  return [*both][centroid_rule(error, distance)]

@@ -1,0 +1,158 @@
+"""What a stage saves of images reaches the batches of a later stage, image by image."""
+
+import numpy as np
+import pytest
+
+from lt_jax import build, run
+from lt_jax.config import apply, base_config, open_stages, resolve
+from lt_jax.data import samplers
+from lt_jax.errors import UserError
+from lt_jax.methods import METHODS
+from lt_jax.recipes import apply_recipe
+
+SAVES = ('confidence', 'prediction', 'entropy', 'features')
+ROW = {
+  'domain': 'target',
+  'labels': False,
+  'stage': 'train',
+  'arrays': {'label': 'prediction', 'weight': 'confidence', 'seen': 'features'},
+  'order': 'entropy',
+}
+
+
+def config(row=ROW, saves=SAVES, **second):
+  """Self-training: a source, then the target's images under their predictions."""
+  made = base_config()
+  data = {
+    'source': 'fake',
+    'fake': {'classes': 3, 'train': 30, 'largest': 12, 'smallest': 8, 'test': 2},
+  }
+  overrides = {
+    'name': 'saved',
+    'data': data,
+    'domains': {'other': {'train_split': 'train'}},
+    'target': ('other',),
+    'batch': 8,
+    'eval_batch': 8,
+    'epochs': 2.0,
+    'model': {'trunk': 'tiny_cnn', 'trunk_options': {'width': 4}},
+  }
+  apply(made, overrides)
+  made = resolve(open_stages(apply_recipe(made, 'source_only')))
+  later = {'streams': {'train': row}, 'sampler': {'name': 'curriculum', 'first': 0.25}}
+  made['stages'] = {
+    'train': {'save_outputs': [f'target/train/{name}' for name in saves]},
+    'self': {**later, **second},
+  }
+  made['stage_order'] = ['train', 'self']
+  return made
+
+
+def permuted(experiment):
+  """The data sets with the target's training labels in another order."""
+  other = experiment.domains['other']
+  images = other.splits['train']
+  labels = np.random.default_rng(0).permutation(images.labels)
+  splits = other.splits | {'train': images._replace(labels=labels)}
+  return experiment.domains | {'other': other._replace(splits=splits)}
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of both stages; its folder, and what the first has left."""
+  workdir = tmp_path_factory.mktemp('saved')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('jax.device_count', lambda: 1)
+    result = run.run(config(), workdir)
+  return result, dict(np.load(workdir / 'stages/train/arrays.npz'))
+
+
+def second_stream(made, found, **given):
+  stage = build.build(made, devices=1, **given).stages['self']
+  left = stage.reads['train']
+  return stage, left.into(stage.streams['train'], found, lambda tree: tree)
+
+
+def test_images_come_in_their_order_with_what_was_saved_of_them(finished):
+  result, found = finished
+  assert not result['uses_target_labels']
+  stage, stream = second_stream(config(), found)
+  images = stage.images['target/train']
+  place = {row: place for place, row in enumerate(images.rows.tolist())}
+  easiest = np.argsort(found['target/train/entropy'], kind='stable')
+  count = -(-len(easiest) // 4)
+  first = [stream.payload(step) for step in range(len(easiest) // 8)]
+  for payload in first:
+    at = [place[row] for row in payload['index'].tolist()]
+    for name, output in ROW['arrays'].items():
+      np.testing.assert_array_equal(payload[name], found[f'target/train/{output}'][at])
+    assert set(at) <= set(easiest[:count].tolist())
+  shapes = stream.payload_shapes()
+  assert {n: (s.shape, s.dtype) for n, s in shapes.items()} == {
+    n: (x.shape, x.dtype) for n, x in first[0].items()
+  }
+
+
+def test_a_method_is_told_no_counts_of_unlabelled_images(monkeypatch):
+  seen = []
+
+  def spy(net, optimizer, loss, *, class_weights, reduction, counts):
+    seen.append(counts.tolist())
+    parts = {'class_weights': class_weights, 'reduction': reduction}
+    return METHODS['supervised'](net, optimizer, loss, **parts)
+
+  monkeypatch.setitem(METHODS, 'spy', spy)
+  made = config(method={'name': 'spy'})
+  counts = build.build(made, devices=1).domains['source'].counts
+  assert seen == [[counts.sum() // 3] * 3] and len(set(counts.tolist())) > 1
+
+
+def test_labels_of_the_target_do_not_reach_the_second_stage(finished):
+  _, found = finished
+  experiment = build.build(config(), devices=1)
+  _, one = second_stream(config(), found)
+  _, two = second_stream(config(), found, datasets=permuted(experiment))
+  for step in range(6):
+    before, after = one.payload(step), two.payload(step)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+  ('row', 'more', 'told'),
+  [
+    ({'stage': 'nowhere'}, {}, "unknown earlier stage of streams.train 'nowhere'"),
+    ({'arrays': {'label': 'logits'}}, {}, "does not save 'target/train/logits'"),
+    ({'arrays': {'image': 'features'}}, {}, "the batch has 'image' already"),
+    ({'order': 'features'}, {}, "streams.train.order: 'features' has"),
+    ({'order': ''}, {}, "sampler 'curriculum' needs an order"),
+    ({}, {'sampler': {'name': 'instance'}}, 'does not use an order'),
+    ({'labels': True}, {}, "the batch has 'label' already"),
+    ({'domain': 'source'}, {}, "does not save 'prediction'"),
+  ],
+)
+def test_mistakes_are_one_line(row, more, told):
+  with pytest.raises(UserError, match=told) as error:
+    build.build(config({**ROW, **row}, **more), devices=1)
+  assert '\n' not in str(error.value)
+
+
+def test_an_output_that_is_none_is_told_before_training(tmp_path):
+  made = config(saves=(*SAVES, 'logit'))
+  with pytest.raises(UserError, match="unknown output 'logit'; did you mean 'logits'"):
+    run.rehearsed(made, tmp_path)
+
+
+@pytest.mark.parametrize('window', ['expand', 'shift'])
+def test_a_curriculum_serves_the_window_of_its_epoch(rng, window):
+  order = rng.permutation(20)
+  sampler = samplers.curriculum(
+    order, epochs=4, first=0.5, power=0.5, full=0.5, window=window
+  )
+  for epoch in range(4):
+    ratio = 0.5 + 0.5 * min(1, epoch / 2) ** 0.5
+    begin = ratio - 0.5 if window == 'shift' and ratio < 1 else 0
+    shown = order[int(begin * 20) : int(np.ceil(ratio * 20))]
+    served = sampler.indices(1, epoch)
+    assert len(served) == 20 and set(served.tolist()) == set(shown.tolist())
+    assert np.ptp(np.bincount(served)[shown]) <= 1
