@@ -10,7 +10,7 @@ Everything is float64 NumPy over whole splits.
 
 import numpy as np
 
-from lt_jax.errors import UserError
+from lt_jax.errors import ClassError, UserError
 
 LEAST = 1e-3
 """The least singular value of a confusion matrix that `bbse` takes."""
@@ -33,9 +33,8 @@ def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
   belongs = labels[:, None] == np.arange(probabilities.shape[1])
   counts = belongs.sum(0)
   if not counts.all():
-    raise UserError(
-      f'label shift: class {counts.argmin()} has no image to estimate its confusion by'
-    )
+    without = ' has no image to estimate its confusion by'
+    raise ClassError('label shift: ', counts.argmin(), without)
   return probabilities.T @ belongs / counts
 
 
@@ -106,7 +105,7 @@ def em(
   probabilities = np.asarray(probabilities, np.float64)
   shares = np.asarray(shares, np.float64)
   if not (shares > 0).all():
-    raise UserError(f'label shift: the source has no image of class {shares.argmin()}')
+    raise ClassError('label shift: the source has no image of ', shares.argmin(), '')
   likelihood = probabilities / shares
   found = shares
   for _ in range(most):
