@@ -58,6 +58,9 @@ TWO_DOMAINS = {  # likewise, of the embedded pair
   ('mcd', 'train'): 'mcd',
   ('adda', 'adapt'): 'adda',
   ('adda_cycada', 'adapt'): 'adda',
+  ('self_supervised', 'train'): 'self_supervised',
+  ('pseudo_label', 'self_training'): 'pseudo_label',
+  ('i2i', 'train'): 'i2i',
 }
 
 
