@@ -2,6 +2,8 @@
 
   python -m benchmarks.tables digits_lt --workdir=runs/digits_lt
 
+The table of the two-component approach is benchmarks/two_component.py.
+
 The same command again runs what is not finished, and so fills a table in several
 sittings. On a CPU the methods are shared out to sweeps of one core each, which is
 faster for networks as small as those; on an accelerator there is one sweep, with what
@@ -31,7 +33,7 @@ from lt_jax.errors import WRONG_INPUT
 from lt_jax.evals import TITLES
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs as read
-from lt_jax.sweep import cells, loader
+from lt_jax.sweep import cells, loader, parse_grid
 
 ONE_DOMAIN = [name for name, made in RECIPES.items() if 'target' not in made.needs]
 
@@ -50,6 +52,23 @@ class Sweep(NamedTuple):
   methods: str
   seeds: str
   options: tuple[str, ...] = ()
+
+
+BETAS = '--grid=class_weights.beta=0.9,0.99,0.999,0.9999'
+GAMMAS = '--grid=loss.gamma=0.5,1,2'
+
+SWITCHES = (
+  '--grid=stages.meta.method.prior=class_weights,none',
+  '--grid=stages.meta.method.clip=False,True',
+  '--grid=stages.meta.method.normalise=False,True',
+  # An epsilon that can be seen: without a prior the weights are nothing else.
+  '--config.stages.meta.method.eps_scale=relative',
+  '--config.stages.meta.method.eps_lr=0.5',
+)
+"""The switches between learning to reweight and the two-component approach."""
+
+# Images to choose by, which no CIFAR protocol has.
+VALIDATED = ('--config.data.n_max=4950', '--config.data.val_per_class=50')
 
 
 def cifar(classes: int, imbalance: int) -> Sweep:
@@ -74,6 +93,27 @@ TABLES = {
       '--config.stages.meta.method.eps_scale=relative',
       '--config.stages.meta.method.eps_lr=0.5',
     ),
+  ),
+  # The best class-balanced loss, by validation images.
+  'digits_lt_cb_focal': Sweep('digits_lt.py', 'cb_focal', '0,1,2,3,4', (GAMMAS, BETAS)),
+  'digits_lt_cb': Sweep('digits_lt.py', 'cb_ce,cb_sigmoid', '0,1,2,3,4', (BETAS,)),
+  'digits_lt_switches': Sweep(
+    'digits_lt.py:meta_ce',
+    'meta_ce',
+    '0,1,2,3,4',
+    ('--grid=defer_epoch=0,160', *SWITCHES),
+  ),
+  'cifar10_lt_cb_focal': Sweep(
+    'cifar10_lt.py:imbalance=100', 'cb_focal', '0,1,2', (GAMMAS, BETAS, *VALIDATED)
+  ),
+  'cifar10_lt_cb': Sweep(
+    'cifar10_lt.py:imbalance=100', 'cb_ce,cb_sigmoid', '0,1,2', (BETAS, *VALIDATED)
+  ),
+  'cifar10_lt_switches': Sweep(
+    'cifar10_lt.py:meta_ce,imbalance=100',
+    'meta_ce',
+    '0,1,2',
+    ('--grid=defer_epoch=0,160', *SWITCHES),
   ),
   'cifar10_lt_resnet8': Sweep(
     'cifar10_lt.py:net=resnet8,epochs=40',
@@ -157,6 +197,7 @@ def table(config, runs):
         'replicas': [result.get('replicas', 1) for result in results],
         'best_on_test': [(r['best_on_test'] or {}).get('accuracy') for r in results],
         'learned_over_prior': [learned_over_prior(run) for run in group.counted],
+        'val_accuracy': [(r.get('val') or {}).get('accuracy') for r in results],
         'test': {
           metric: [result['test'][metric] for result in results]
           for metric in TITLES
@@ -203,7 +244,9 @@ def make_table(name, workdir, passed):
   told, rest = parser.parse_known_args(passed)
   chosen = Sweep(config, told.methods, told.seeds, (*options, *rest))
   workdir = files.absolute(workdir)
-  every = cells(told.methods.split(','), told.seeds.split(','), workdir)
+  given = [o.removeprefix('--grid=') for o in chosen.options if o.startswith('--grid=')]
+  grid = parse_grid(given)
+  every = cells(told.methods.split(','), told.seeds.split(','), workdir, grid)
   code = next(filter(None, sweep(chosen, workdir)), 0)
   if code and not workdir.exists():
     raise SystemExit(code)  # which has been told

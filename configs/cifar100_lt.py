@@ -10,15 +10,21 @@ at imbalance 100: 500 477 455 434 415 ... 6 5 5 5 5, in all 10,847.
 Published top-1 error in %, the best test epoch, as FaMUS (CVPR 2021, table 8) prints
 it; of `ldam_drw`, Cao et al. (NeurIPS 2019):
 
-  recipe       imbalance 100   imbalance 10
-  ce                   61.68          44.29
-  focal                61.59          44.22
-  cb_focal             60.40          42.01
-  ldam_drw             57.96              -
-  l2rw                 59.77          46.27
-  mwn                  57.91          41.54
-  meta_ce              56.65          40.42
-  meta_ldam            55.92          42.00
+  recipe               imbalance 100   imbalance 10
+  ce,protocol=cui              61.68          44.29
+  sigmoid_focal                61.59          44.22
+  cb_focal                    60.40*         42.01*
+  ldam_drw                     57.96              -
+  l2rw,protocol=shu           59.77*         46.27*
+  mwn                          57.91          41.54
+  meta_ce                      56.65          40.42
+  meta_ldam                   55.92*         42.00*
+
+* measured in another setting, or in one that its source does not tell: the report says
+which. Those of `cb_focal` are of the best class-balanced loss, with beta 0.9 at
+imbalance 100, and beta 0.999 and gamma 0.5 at imbalance 10†.
+
+† quoted from memory, unverified.
 
 Cost: 16,949 steps of 128 images. On two CPU cores a step takes about a second.
 

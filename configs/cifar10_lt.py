@@ -10,18 +10,22 @@ at imbalance 100: 5000 2997 1796 1077 645 387 232 139 83 50, in all 12,406.
 Published top-1 error in %, the best test epoch, as Jamal et al. (CVPR 2020) print it
 from Cui et al. (CVPR 2019) and Cao et al. (NeurIPS 2019):
 
-  recipe       imbalance 100   imbalance 10
-  ce                   29.64          13.61
-  focal                29.62          13.34
-  cb_ce                27.63          13.23
-  cb_focal             25.43          12.52
-  ldam                 26.65          13.04
-  ldam_drw             22.97          11.84
-  l2rw                 27.77              -
-  mwn                  26.43          12.45
-  meta_ce              23.59          11.15
-  meta_ldam            20.00          12.60
-  cb_finetune          28.66              -
+  recipe               imbalance 100   imbalance 10
+  ce,protocol=cui              29.64          13.61
+  sigmoid_focal                29.62          13.34
+  cb_ce                       27.63*         13.23*
+  cb_focal                     25.43         12.52*
+  ldam                         26.65          13.04
+  ldam_drw                     22.97          11.84
+  l2rw                        27.77*         17.88*
+  mwn                         26.43*         12.45*
+  meta_ce                      23.59          11.15
+  meta_ldam                   20.00*         12.60*
+  cb_finetune                 28.66*         16.83*
+
+* measured in another setting, or in one that its source does not tell: the report says
+which (lt_jax/report/published.json, `mark`). 27.63 is of LDAM-DRW's code: cb_ce by
+protocol=cao with --config.reduction=weight_normalised.
 
 Cost: 19,385 steps of 128 images. On two CPU cores a step takes about a second.
 

@@ -11,9 +11,11 @@ Published accuracy on the target's test images, MNIST to MNIST-M. The two papers
 different numbers of the same method; do not mix them.
 
   recipe         ICML 2015   JMLR 2016
-  source_only        .5749      .5225†
-  dann               .8149      .7666
-  target_only        .9891      .9596†
+  source_only       .5749*      .5225†
+  dann              .8149*     .7666*
+  target_only       .9891*      .9596†
+
+* the number of steps is ours.
 
 † quoted from memory, unverified.
 

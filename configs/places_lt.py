@@ -11,13 +11,16 @@ are many-shot, 163 medium and 71 few.
 
 Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
 
-  recipe          many  medium  few   all      F
-  ce              45.9    22.4   0.36 27.2   36.6
-  lifted          41.1    35.4  24.0  35.2   45.9
-  focal_aware     41.1    34.8  22.4  34.6   45.3
-  range           41.1    35.4  23.2  35.1   45.7
-  fslwf           43.9    29.9  29.5  34.9   37.5
-  oltr            44.7    37.0  25.3  35.9   46.4
+  recipe           many  medium   few    all      F
+  ce               45.9    22.4  0.36   27.2   36.6
+  lifted          41.1*   35.4* 24.0*  35.2*  45.9*
+  focal_aware     41.1*   34.8* 22.4*  34.6*  45.3*
+  range           41.1*   35.4* 23.2*  35.1*  45.7*
+  openmax             -       -     -      -  45.8*
+  fslwf           43.9*   29.9* 29.5*  34.9*  37.5*
+  oltr            44.7*   37.0* 25.3*  35.9*  46.4*
+
+* as in configs/imagenet_lt.py.
 
 These start from a network that was trained on ImageNet: give it by --config.init=FILE
 (`python -m lt_jax.convert` makes FILE.safetensors of a PyTorch file) or

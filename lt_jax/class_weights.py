@@ -49,12 +49,56 @@ def uniform(counts: np.ndarray) -> np.ndarray:
   return np.ones(len(counts))
 
 
-def effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.ndarray:
-  r"""Weights by the inverse of the effective number of images (class-balanced loss).
+def effective_number(
+  counts: np.ndarray | int,
+  beta: float | None = None,
+  *,
+  prototypes: float | None = None,
+) -> np.ndarray:
+  r"""How many images a class has that say something new.
 
   .. math::
-    E_n = \frac{1 - \beta^n}{1 - \beta}, \qquad
-    w_c = C \frac{1 / E_{n_c}}{\sum_k 1 / E_{n_k}}
+    E_n = \frac{1 - \beta^n}{1 - \beta}, \qquad \beta = \frac{N - 1}{N}
+
+  An image covers a region of its class, which is as large as N such regions; what the
+  regions of n images cover together is E_n in expectation, wherever they fall. It is 1
+  for one image and approaches N. `benchmarks/effective_number.py` draws them.
+
+  Args:
+    counts: (...) images, n >= 0.
+    beta: in [0, 1); 0 makes every image a repetition of the first.
+    prototypes: N >= 1, in the place of beta.
+
+  Returns:
+    (...) float64.
+
+  Raises:
+    UserError: beta or N out of range, or not one of the two.
+
+  Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
+  arXiv 1901.05555, proposition 1.
+  """
+  if (beta is None) == (prototypes is None):
+    raise UserError('effective_number needs either beta or prototypes')
+  if prototypes is not None and not 1 <= prototypes < float('inf'):
+    raise UserError(f'effective_number needs prototypes of 1 or more, got {prototypes}')
+  beta = 1 - 1 / prototypes if beta is None else beta
+  return _new(np.asarray(counts, np.float64), beta) / (1 - beta)
+
+
+def _new(counts: np.ndarray, beta: float) -> np.ndarray:
+  """Returns 1 - beta^n of float64 counts without cancellation."""
+  if not 0 <= beta < 1:
+    raise UserError(f'effective_number needs beta in [0, 1), got {beta}')
+  with np.errstate(divide='ignore', invalid='ignore'):
+    power = counts * np.log1p(beta - 1.0)
+  return -np.expm1(np.where(counts == 0, 0.0, power))
+
+
+def inverse_effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.ndarray:
+  r"""Weights by the inverse of the effective number of images (class-balanced loss).
+
+  .. math:: w_c = C \frac{1 / E_{n_c}}{\sum_k 1 / E_{n_k}}
 
   beta = 0 gives ones, beta -> 1 inverse frequency. Classes saturate on the scale of
   1 / (1 - beta) images: all that are much larger weigh the same.
@@ -69,16 +113,10 @@ def effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.ndarray:
   Raises:
     UserError: beta out of range or an empty class.
 
-  Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
-  arXiv 1901.05555.
+  Cui et al., CVPR 2019, arXiv 1901.05555, equation 4.
   """
-  if not 0 <= beta < 1:
-    raise UserError(f'effective_number needs beta in [0, 1), got {beta}')
-  counts = check_counts(counts, 'effective_number')
-  with np.errstate(divide='ignore'):
-    log_beta = np.log1p(beta - 1.0)
-  # 1 - beta^n without cancellation; the factor 1 - beta is normalised away.
-  return _sum_to_classes(-1.0 / np.expm1(counts * log_beta))
+  # The factor 1 - beta is normalised away.
+  return _sum_to_classes(1.0 / _new(check_counts(counts, 'effective_number'), beta))
 
 
 def inverse_frequency(counts: np.ndarray) -> np.ndarray:
@@ -113,7 +151,7 @@ def inverse_square_root(counts: np.ndarray) -> np.ndarray:
 
 CLASS_WEIGHTS = {
   'uniform': uniform,
-  'effective_number': effective_number,
+  'effective_number': inverse_effective_number,
   'inverse_frequency': inverse_frequency,
   'inverse_square_root': inverse_square_root,
 }

@@ -84,6 +84,22 @@ ADDED = (
 )
 """Keys that older runs lack."""
 
+REWEIGHTING: dict[str, Overrides] = {
+  'l2rw': {
+    'eps_lr': 1.0,
+    'eps_scale': 'absolute',
+    'form': 'additive',
+    'prior': 'none',
+    'clip': True,
+    'normalise': True,
+  },
+  'meta_reweight': {'prior': 'class_weights', 'clip': False, 'normalise': False},
+}
+"""Methods that were two -> options with which `meta_reweight` is either."""
+
+L2RW_COMPARED_WITH = {'name': 'effective_number', 'beta': 0.9999, 'start_epoch': 0.0}
+"""Class weights of the logs of 'l2rw', when these were no option."""
+
 OWN = (
   'same_classes',
   'known_classes',
@@ -450,6 +466,10 @@ def _renamed(keys: Any) -> Any:
       },
     }
     found |= {'method': method, 'players': {'weight_net': weight_net}}
+  elif isinstance(method, Mapping) and method.get('name') in REWEIGHTING:
+    found['method'] = {**REWEIGHTING[method['name']], **method, 'name': 'meta_reweight'}
+    if method['name'] == 'l2rw':
+      found['class_weights'] = dict(L2RW_COMPARED_WITH)
   return found
 
 

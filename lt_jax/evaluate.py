@@ -17,6 +17,7 @@ from lt_jax import (
   results,
   trained,
 )
+from lt_jax.build import Experiment
 from lt_jax.cautions import cautions
 from lt_jax.errors import UserError
 from lt_jax.stage import BadImages
@@ -67,13 +68,8 @@ def evaluate(
     UserError: there is no such run or State, it is damaged, its data are not there, or
       evaluation.json cannot be written; then the numbers have been shown.
   """
-  config = trained.read_config(workdir)
-  facts = trained.read_facts(workdir)
-  with trained.building():
-    placed = provenance.located(config, facts.get('found'), data_dir)
-    experiment = build.build({**placed, 'device': 'any'})
-  if facts['fingerprint'] != experiment.fingerprint:
-    raise UserError(f'the data have changed since {workdir} was trained')
+  experiment = with_data(workdir, data_dir)
+  config = experiment.config
   name = stage_name or config['stage_order'][-1]
   if name not in experiment.stages:
     raise UserError(f'no stage {name!r}; there are {", ".join(experiment.stages)}')
@@ -111,6 +107,26 @@ def evaluate(
   results.show(result, workdir, screen)
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
   return result
+
+
+def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
+  """Builds a run anew, with the data that it was trained on.
+
+  Args:
+    workdir: the run's folder.
+    data_dir: as for `evaluate`.
+
+  Raises:
+    UserError: there is no such run, or its data are others.
+  """
+  config = trained.read_config(workdir)
+  facts = trained.read_facts(workdir)
+  with trained.building():
+    placed = provenance.located(config, facts.get('found'), data_dir)
+    experiment = build.build({**placed, 'device': 'any'})
+  if facts['fingerprint'] != experiment.fingerprint:
+    raise UserError(f'the data have changed since {workdir} was trained')
+  return experiment
 
 
 if __name__ == '__main__':

@@ -174,11 +174,11 @@ def load(path: epath.PathLike) -> Trained:
   header, tensors = _read(epath.Path(path))
   try:
     told = {k: v if k in STRINGS else json.loads(v) for k, v in header.items()}
-    config = told['config'] = upgraded(told['config'])
-    step, sha256 = told['step'], told['sha256']
+    stored, step, sha256 = told['config'], told['step'], told['sha256']
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} was not exported here: {error}') from None
   files.check_fits(told, trained.FACTS | {'config': dict, 'step': int}, path)
+  config = told['config'] = trained.checked_config(upgraded(stored), path)
   if sha256 != _digest(tensors):
     raise UserError(f'{path} is damaged: its arrays do not have the recorded digest')
   experiment = trained.build_without_data(config, told)

@@ -9,7 +9,8 @@ float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count
 arrays of any shape, which the loop adds up over a log interval and divides: scalars
 become columns of metrics.jsonl, vectors go to a file of their own. `Outputs` is a
 dict: 'logits' (B, C), 'features' (B, D) and, where a method knows one, 'known_score'
-(B,), higher meaning more surely a known class.
+(B,), higher meaning more surely a known class, and 'is_unknown' (B,), where it has a
+rule of its own for what is not.
 
 The training loop knows these three names and nothing else. Everything a method needs
 to go on is in `State`; everything that is constant is closed over.

@@ -141,8 +141,10 @@ def with_openmax(method: Method, *, alpha: int = 10) -> Method:
   """Predicts with OpenMax: logits give up what is due to an unknown class.
 
   The logits are the first C of `openmax.recalibrate`, and 'known_score' is one minus
-  the probability of the unknown class. The tails are in `state.memory['openmax']`,
-  where the surgery 'fit_openmax' puts them; before, no logit changes.
+  the probability of the unknown class. 'is_unknown' is the rule of the paper: the
+  unknown class is more probable than any other. The tails are in
+  `state.memory['openmax']`, where the surgery 'fit_openmax' puts them; before, no logit
+  changes.
 
   Args:
     method: any method.
@@ -163,7 +165,12 @@ def with_openmax(method: Method, *, alpha: int = 10) -> Method:
     # Not 1 - softmax, which is 0 in float32 for many unlike images.
     log_odds = jax.nn.logsumexp(logits[:, :-1], axis=-1) - logits[:, -1]
     known_score = jax.nn.sigmoid(log_odds)
-    return {**outputs, 'logits': logits[:, :-1], 'known_score': known_score}
+    return {
+      **outputs,
+      'logits': logits[:, :-1],
+      'known_score': known_score,
+      'is_unknown': logits[:, -1] > logits[:, :-1].max(axis=-1),
+    }
 
   return Method(init, method.step, predict)
 

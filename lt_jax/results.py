@@ -389,7 +389,8 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
   """Writes weights.npz, if the stage learned the weights of its examples.
 
   Of each log interval and class: the mean weight, its standard deviation, the fraction
-  that is negative, and the mean's ratio to the weight without learning, on its scale.
+  that is negative, and the mean's ratio to the weight without learning, on its scale;
+  and what was learned, which is lost in the mean where it is a millionth of it.
   """
   metrics = workdir / 'stages' / stage.name / 'metrics'
   names = ('prior', 'learned', 'about', 'about_square', 'negative')
@@ -407,6 +408,7 @@ def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> Non
     step=np.asarray(step),
     prior=found['prior'],
     mean=mean,
+    learned=found['learned'],
     spread=np.sqrt(np.maximum(variance, 0)),
     negative=found['negative'],
     ratio=mean / found['prior'],

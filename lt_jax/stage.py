@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from lt_jax.config import config_digest
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.errors import UserError, class_names
 from lt_jax.evals.collect import collector
-from lt_jax.evals.saved import saved_output, split_and_name
-from lt_jax.method import Batch, Outputs, State, named_key
+from lt_jax.evals.saved import collect_saved
+from lt_jax.method import State, named_key
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -308,11 +308,7 @@ class StageRunner:
     known_by = (origin, checkpoint.digest(state, old_paths=True))
     if agreed(path.exists() and _origin(path) in known_by):
       return
-    found = {}
-    for split in dict.fromkeys(split_and_name(name)[0] for name in names):
-      own = [name for name in names if split_and_name(name)[0] == split]
-      keep = functools.partial(_saved, own)
-      found |= self.stage.survey.collect(state, split, keep)
+    found = collect_saved(self.stage.survey, state, names)
     if jax.process_index() == 0:
       write_npz(path, **found, state_sha256=np.array(origin))
     wait_for_all(f'{path} is written')
@@ -477,14 +473,6 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
-
-
-def _saved(
-  names: Sequence[str], outputs: Outputs, batch: Batch
-) -> dict[str, jax.Array]:
-  """Returns what is saved of a batch; nothing of the batch but its outputs is read."""
-  del batch
-  return {name: saved_output(outputs, split_and_name(name)[1]) for name in names}
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

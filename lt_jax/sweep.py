@@ -4,6 +4,9 @@
     --seeds=0,1,2 --workdir=runs/digits [--config.KEY=VALUE ...]
 
 A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was interrupted.
+--grid=loss.gamma=0.5,1,2 --grid=class_weights.beta=0.9,0.99 crosses values of config
+keys too, each combination in a folder of its own between METHOD and SEED; the report
+then chooses among them by validation images.
 The same command again runs what is not finished. A cell that fails is told and does not
 stop the rest; error.json in its folder says why, until it is begun again. At the end
 DIR/report.html shows them all.
@@ -13,6 +16,7 @@ What stands behind the colon of --config are options for all methods
 alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list shows them.
 """
 
+import ast
 import contextlib
 import itertools
 import os
@@ -38,6 +42,9 @@ VECTORISE = flags.DEFINE_bool(
   False,
   'Trains the seeds of a method as one program: for small networks on accelerators.',
 )
+GRID = flags.DEFINE_multi_string(
+  'grid', [], 'KEY=VALUE,VALUE,...: crosses values of a config key; may be repeated.'
+)
 LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
 
 
@@ -51,21 +58,58 @@ class Cell(NamedTuple):
     method: name of the recipe.
     seed: of the run.
     workdir: its folder.
+    point: (config key, value) of a grid, as given; empty without one.
   """
 
   method: str
   seed: int
   workdir: epath.Path
+  point: tuple[tuple[str, str], ...] = ()
+
+  @property
+  def told(self) -> str:
+    """The method, and where in the grid."""
+    return ', '.join([self.method, *(f'{key}={value}' for key, value in self.point)])
+
+
+Grid = Mapping[str, Sequence[str]]
+"""Config key -> its values, as given."""
+
+
+def parse_grid(given: Sequence[str]) -> dict[str, list[str]]:
+  """Returns key -> values of what --grid was given.
+
+  Raises:
+    UserError: it is not KEY=VALUE,VALUE, or something is named twice.
+  """
+  grid: dict[str, list[str]] = {}
+  for one in given:
+    key, equals, text = one.removeprefix('config.').partition('=')
+    values = text.split(',')
+    if not (key and equals and all(values)):
+      raise UserError(
+        f'--grid={one}: it must be KEY=VALUE,VALUE, such as loss.gamma=1,2'
+      )
+    if key in grid or len(set(values)) < len(values):
+      raise UserError(f'--grid={one}: each key and each value must be named once')
+    if key in ('seed', 'recipe'):
+      raise UserError(f'--grid={one}: give --seeds and --methods')
+    grid[key] = values
+  return grid
 
 
 def cells(
-  methods: Sequence[str], seeds: Sequence[str], workdir: epath.Path
+  methods: Sequence[str],
+  seeds: Sequence[str],
+  workdir: epath.Path,
+  grid: Grid | None = None,
 ) -> list[Cell]:
   """Returns all cells, the seeds of a method one after the other.
 
   Raises:
     UserError: a seed is no number, or something is named twice.
   """
+  grid = grid or {}
   for name, values in (('methods', methods), ('seeds', seeds)):
     if not values or len(set(values)) < len(values):
       raise UserError(f'--{name} must name some, each of them once: {",".join(values)}')
@@ -74,10 +118,20 @@ def cells(
       raise UserError(f'--seeds: {seed!r} is no whole number')
     if int(seed) > MOST_SEED:
       raise UserError(f'--seeds: {seed} is more than {MOST_SEED}')
-  return [
-    Cell(method, int(seed), workdir / method / seed)
-    for method, seed in itertools.product(methods, seeds)
+  points = [
+    tuple(zip(grid, values, strict=True))
+    for values in itertools.product(*grid.values())
   ]
+  return [
+    Cell(method, int(seed), workdir.joinpath(method, *_folder(point), seed), point)
+    for method, point, seed in itertools.product(methods, points, seeds)
+  ]
+
+
+def _folder(point: Sequence[tuple[str, str]]) -> list[str]:
+  """Returns the folder of a point of the grid; none without a grid."""
+  name = ','.join(f'{key}={value}' for key, value in point)
+  return [name.replace('/', '%')] if name else []
 
 
 def sweep(
@@ -101,12 +155,12 @@ def sweep(
   failed: dict[Cell, Exception] = {}
   done = 0
   for _, group in itertools.groupby(
-    chosen, key=lambda cell: cell.method if vectorise else cell
+    chosen, key=lambda cell: (cell.method, cell.point) if vectorise else cell
   ):
     members = list(group)
     seeds = ', '.join(str(cell.seed) for cell in members)
     done += len(members)
-    print(f'\ncell {done} of {len(chosen)}: {members[0].method}, seed {seeds}')
+    print(f'\ncell {done} of {len(chosen)}: {members[0].told}, seed {seeds}')
     wrong = _attempt(members, make_config)
     for cell, error in wrong.items():
       print(f'failed: seed {cell.seed}: {_line(error)}')
@@ -181,7 +235,7 @@ def _run(
 
   configs = {}
   for cell in cells:
-    config = make_config(cell.method)
+    config = at_point(make_config(cell.method), cell.point)
     config.seed = cell.seed
     configs[cell] = resolve(config)
     if _finished(cell, configs[cell]):
@@ -195,6 +249,31 @@ def _run(
   ends = run.run_seeds([*configs.values()], [cell.workdir for cell in configs])
   pairs = zip(configs, ends, strict=True)
   return {cell: end for cell, end in pairs if isinstance(end, Exception)}
+
+
+def at_point(config: ConfigDict, point: Sequence[tuple[str, str]]) -> ConfigDict:
+  """Sets the keys of a point of the grid, each by the type that it has.
+
+  Raises:
+    UserError: there is no such key, or it takes no such value.
+  """
+  if not point:
+    return config
+  try:
+    config_file.prepare(config, dict(point))
+    config.update_from_flattened_dict({key: _value(text) for key, text in point})
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    told = ','.join(f'{key}={text}' for key, text in point)
+    raise UserError(f'--grid: {told}: {one_line(error)}') from None
+  return config
+
+
+def _value(text: str) -> Any:
+  """Returns a number or a truth value; any other text as it is."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
@@ -254,13 +333,17 @@ def main() -> None:
   for key in ('seed', 'recipe'):
     if key in overrides:
       raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
-  every = cells(METHODS.value, SEEDS.value, files.absolute(WORKDIR.value))
+  grid = parse_grid(GRID.value)
+  if twice := sorted(set(grid) & set(overrides)):
+    raise UserError(f'{twice[0]} is set by --grid and by --config.{twice[0]}')
+  every = cells(METHODS.value, SEEDS.value, files.absolute(WORKDIR.value), grid)
   make_config = loader(path, options, overrides)
-  for method in METHODS.value:
-    make_config(method)  # mistakes in names are told before anything runs
+  for cell in every:  # mistakes in names are told before anything runs
+    if cell.seed == every[0].seed:
+      at_point(make_config(cell.method), cell.point)
   if LIST.value:
     for number, cell in enumerate(every):
-      print(f'{number}  {cell.method}, seed {cell.seed}: {cell.workdir}')
+      print(f'{number}  {cell.told}, seed {cell.seed}: {cell.workdir}')
     return
   if CELL.value is not None and not 0 <= CELL.value < len(every):
     raise UserError(f'--cell is {CELL.value}; there are 0 to {len(every) - 1}')
@@ -283,7 +366,7 @@ def main() -> None:
         raise
       print(f'no report: {error}')  # and then what failed before
   if failed:
-    told = '; '.join(f'{c.method}/{c.seed}: {_line(e)}' for c, e in failed.items())
+    told = '; '.join(f'{c.told}/{c.seed}: {_line(e)}' for c, e in failed.items())
     text = f'{len(failed)} of {len(chosen)} cells failed: {told}'
     commands.fail(text, _code(failed.values()))
 

@@ -161,11 +161,24 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     lost = (workdir / 'stages').exists()
     told = '; the training command, given again, writes it anew' if lost else ''
     raise UserError(f'{workdir} holds no run: there is no config.json{told}')
+  config = checked_config(provenance.read_config(workdir), path)
+  provenance.check_config(workdir, config)
+  return config
+
+
+def checked_config(config: Config, path: epath.PathLike) -> dict[str, Any]:
+  """Returns a config that was stored, with all keys of data.
+
+  Args:
+    config: under the keys of today.
+    path: where it was stored, for messages.
+
+  Raises:
+    UserError: a key is missing, or holds something else.
+  """
   base = resolve(base_config())
-  config = provenance.read_config(workdir)
   shapes = {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
   files.check_fits(config, shapes, path)
-  provenance.check_config(workdir, config)
   return {**config, 'data': base['data'] | config['data']}
 
 

@@ -92,6 +92,7 @@ def no_data(monkeypatch):
     classes = {
       'tfds:cifar100': 100,
       'tfds:imagenet_lt': 1000,
+      'tfds:imagenet2012': 1000,
       'list:Places_LT': 365,
       'tfds:i_naturalist2017': 5089,
       'tfds:i_naturalist2018': 8142,

@@ -10,21 +10,24 @@ import sys
 import pytest
 
 from benchmarks.digests import compared
+from configs import cifar10_lt
 from lt_jax import files
-from lt_jax.config import resolve
-from lt_jax.sweep import cells, loader
+from lt_jax.config import config_digest, resolve
+from lt_jax.sweep import _value, at_point, cells, loader, parse_grid
 from tests import child
 
 NAMES = (
   'adaptation_step',
   'depthwise',
   'digests',
+  'effective_number',
   'epoch',
   'input_pipeline',
   'memory_head',
   'meta_step',
   'tables',
   'train_step',
+  'two_component',
 )
 
 
@@ -201,3 +204,60 @@ def test_a_table_holds_what_its_runs_found(make_table, tmp_path):
   )
   result = json.loads((tmp_path / 'runs/ce/1/result.json').read_text())
   assert ce['test']['accuracy'][1] == result['test']['accuracy']
+
+
+@pytest.mark.parametrize('name', ['digits_lt_switches', 'cifar10_lt_cb_focal'])
+def test_every_cell_of_a_grid_has_a_config(name):
+  """Its keys are there, and those that are set beside it."""
+  from benchmarks import tables
+
+  table = tables.TABLES[name]
+  given = [o[7:] for o in table.options if o.startswith('--grid=')]
+  keys = [o[9:].split('=') for o in table.options if o.startswith('--config.')]
+  made = {key: _value(text) for key, text in keys}
+  file, _, options = table.config.partition(':')
+  make = loader(f'{child.ROOT}/configs/{file}', options, made)
+  every = cells([table.methods], ['0'], pathlib.Path(), parse_grid(given))
+  digests = {
+    config_digest(resolve(at_point(make(cell.method), cell.point))) for cell in every
+  }
+  assert len(digests) == len(every) == (16 if 'switches' in name else 12)
+
+
+def finished(folder, config, accuracy, best):
+  folder.mkdir(parents=True)
+  files.write_json(folder / 'config.json', config)
+  result = {'test': {'accuracy': accuracy}, 'best_on_test': {'accuracy': best}}
+  files.write_json(folder / 'result.json', result)
+
+
+def test_the_two_component_table_has_a_cell_a_recipe_and_imbalance(tmp_path):
+  from benchmarks import two_component
+
+  for seed, accuracy in enumerate((0.5, 0.7)):
+    config = resolve(cifar10_lt.get_config('cb_ce,imbalance=100')) | {'seed': seed}
+    finished(tmp_path / f'100/cb_ce/{seed}', config, accuracy, 0.75)
+  short = resolve(cifar10_lt.get_config('l2rw,imbalance=100,epochs=2'))
+  finished(tmp_path / '100/l2rw/0', short, 0.9, 0.9)
+  table, notes = two_component.table(10, two_component.cells(10, tmp_path))
+  assert len(table.rows) == 14 and len(table.headings) == 2 + 6
+  cells = {row[1]: dict(zip(table.headings, row, strict=True)) for row in table.rows}
+  expected = '40.0 ± 14.1 (best 25.0 ± 0.0, 2 of 3 seeds); 27.63*'
+  assert cells['cb_ce']['imbalance 100'] == expected
+  assert cells['l2rw']['imbalance 100'] == 'not run; 27.77*'  # of another setting
+  assert cells['l2rw']['imbalance 10'] == 'not run; 17.88*'
+  assert cells['ldam']['imbalance 50'] == 'not run; -'
+  assert any(n.startswith('l2rw at 10: doubtful at its source') for n in notes)
+
+
+def test_every_row_of_the_two_component_table_has_a_sweep():
+  from benchmarks import two_component
+
+  for imbalance in two_component.IMBALANCES:
+    made = set()
+    for one in two_component.sweeps(100, imbalance).values():
+      file, _, options = one.config.partition(':')
+      make = loader(f'{child.ROOT}/configs/{file}', options, {})
+      made |= {(m, make(m).data.imbalance) for m in one.methods.split(',')}
+    recipes = {row.partition(',')[0] for row in two_component.ROWS}
+    assert made == {(recipe, imbalance) for recipe in recipes}

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax.class_weights import CLASS_WEIGHTS, effective_number, make_class_weights
+from benchmarks.effective_number import simulated, union
+from lt_jax.class_weights import (
+  CLASS_WEIGHTS,
+  effective_number,
+  inverse_effective_number,
+  make_class_weights,
+)
 from lt_jax.errors import UserError
 
 # Counts int(n_max * (1/imbalance)^(c/(C-1))) and weights for beta = 0.9999.
@@ -30,13 +36,53 @@ TABLES = {
 @pytest.mark.parametrize('table', TABLES)
 def test_effective_number_tables(table):
   counts, expected = TABLES[table]
-  np.testing.assert_allclose(effective_number(counts, beta=0.9999), expected, atol=1e-4)
+  np.testing.assert_allclose(
+    inverse_effective_number(counts, beta=0.9999), expected, atol=1e-4
+  )
 
 
 def test_effective_number_of_cifar100():
   counts = [int(500 * 0.01 ** (c / 99)) for c in range(100)]
-  weights = effective_number(counts)
+  weights = inverse_effective_number(counts)
   np.testing.assert_allclose(weights[[0, 50, 99]], [0.0449, 0.4571, 4.3783], atol=1e-4)
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.5, 0.9, 1 - 2**-30])
+def test_the_effective_number_itself(beta):
+  counts = np.array([[0, 1, 2], [7, 30, 1000]])
+  exact = Fraction(beta)
+  expected = [[float(sum(exact**k for k in range(int(n)))) for n in r] for r in counts]
+  np.testing.assert_allclose(effective_number(counts, beta), expected, rtol=1e-13)
+  found = effective_number(counts, prototypes=1 / (1 - beta))
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('beta', 'prototypes', 'told'),
+  [
+    (1.0, None, r'needs beta in \[0, 1\), got 1.0'),
+    (None, 0.5, 'needs prototypes of 1 or more, got 0.5'),
+    (None, None, 'needs either beta or prototypes'),
+    (0.5, 2, 'needs either beta or prototypes'),
+  ],
+)
+def test_an_effective_number_of_nothing_is_refused(beta, prototypes, told):
+  with pytest.raises(UserError, match=told):
+    effective_number(3, beta, prototypes=prototypes)
+
+
+@pytest.mark.parametrize(('examples', 'prototypes'), [(1, 5), (3, 5), (40, 50)])
+def test_random_regions_cover_the_effective_number(examples, prototypes):
+  covered = simulated(examples, prototypes, 4000, np.random.default_rng(0))
+  expected = effective_number(examples, prototypes=prototypes)
+  error = covered.std(ddof=1) / np.sqrt(len(covered))
+  assert abs(covered.mean() - expected) <= 4 * error + 1e-9
+  assert (covered <= min(examples, prototypes) + 1e-9).all()
+
+
+def test_regions_that_overlap_count_once():
+  assert union(np.array([0.0, 0.25, 3.0]), 4) == pytest.approx(2.25)
+  assert union(np.array([3.5, 0.25]), 4) == pytest.approx(1.75)  # around the end
 
 
 @pytest.mark.parametrize('beta', [0.9, 1 - 2**-30])
@@ -45,15 +91,17 @@ def test_effective_number_is_the_formula(beta):
   counts = [1000, 30, 7, 1]
   inverse = [(1 - Fraction(beta)) / (1 - Fraction(beta) ** n) for n in counts]
   expected = [float(4 * w / sum(inverse)) for w in inverse]
-  np.testing.assert_allclose(effective_number(counts, beta), expected, rtol=1e-13)
+  np.testing.assert_allclose(
+    inverse_effective_number(counts, beta), expected, rtol=1e-13
+  )
 
 
 def test_effective_number_limits():
   counts = np.array([10**6, 1000, 3])
-  np.testing.assert_array_equal(effective_number(counts, 0.0), np.ones(3))
-  np.testing.assert_array_equal(effective_number(counts, 0), np.ones(3))
+  np.testing.assert_array_equal(inverse_effective_number(counts, 0.0), np.ones(3))
+  np.testing.assert_array_equal(inverse_effective_number(counts, 0), np.ones(3))
   np.testing.assert_allclose(
-    effective_number(counts, 1 - 1e-15),
+    inverse_effective_number(counts, 1 - 1e-15),
     CLASS_WEIGHTS['inverse_frequency'](counts),
     rtol=1e-8,
   )
@@ -83,8 +131,8 @@ def test_switch_is_exactly_at_start_step():
   for step, expected in [
     (0, np.ones(10)),
     (6, np.ones(10)),
-    (7, effective_number(counts)),
-    (10**6, effective_number(counts)),
+    (7, inverse_effective_number(counts)),
+    (10**6, inverse_effective_number(counts)),
   ]:
     value = weights(jnp.int32(step))
     assert value.dtype == jnp.float32
@@ -94,7 +142,7 @@ def test_switch_is_exactly_at_start_step():
 def test_without_start_step_from_the_first_step_on():
   weights = make_class_weights('effective_number', [9, 1], beta=0.5)
   np.testing.assert_allclose(
-    weights(jnp.int32(0)), effective_number([9, 1], 0.5), rtol=1e-6
+    weights(jnp.int32(0)), inverse_effective_number([9, 1], 0.5), rtol=1e-6
   )
 
 
@@ -114,7 +162,7 @@ def test_empty_class_is_named(name, bad):
 @pytest.mark.parametrize('beta', [1.0, -0.1, 2, np.nan])
 def test_beta_out_of_range(beta):
   with pytest.raises(UserError, match='beta'):
-    effective_number([1, 2], beta)
+    inverse_effective_number([1, 2], beta)
 
 
 @pytest.mark.parametrize(

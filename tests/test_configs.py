@@ -17,6 +17,7 @@ from configs import (
   cifar100_open,
   digits_domains,
   digits_lt,
+  imagenet,
   imagenet_lt,
   inat17,
   inat18,
@@ -58,6 +59,7 @@ CONFIGS = {
   'cifar10_lt': (cifar10_lt, ',net=resnet8'),
   'cifar100_lt': (cifar100_lt, ',net=resnet8'),
   'cifar100_open': (cifar100_open, ',net=resnet8'),
+  'imagenet': (imagenet, ',net=resnet10'),
   'imagenet_lt': (imagenet_lt, ''),
   'places_lt': (places_lt, ',net=resnet50'),
   'inat17': (inat17, ',net=resnet10'),
@@ -117,7 +119,7 @@ OFTEN = (
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
     if 'target' not in made.needs
-    if name != 'inat17'
+    if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
@@ -354,6 +356,7 @@ PHOTOGRAPHS = {
 STEPS = {
   'inat18:cb_focal': {'train': 38454},
   'inat17:cb_focal': {'train': 50905},
+  'imagenet:cb_focal': {'train': 112603},
   'inat18:ldam_drw': {'train': 38454},
   'inat18:crt': {'train': 76907, 'classifier': 25620},
   'inat18:meta_ce': {'pretrain': 25636, 'meta': 38454},
@@ -393,6 +396,8 @@ def test_large_batches_decay_neither_scales_nor_the_last_bias():
   assert (config['loss']['gamma'], config['class_weights']['beta']) == (0.5, 0.999)
   assert config['schedule']['base'] == 1.6 and config['model']['dtype'] == 'bfloat16'
   assert inat18.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('ce').schedule.base == 0.4
+  assert imagenet.get_config('cb_focal').schedule.base == 0.8
 
 
 @pytest.mark.parametrize('where', PHOTOGRAPHS, ids='-'.join)
@@ -734,6 +739,21 @@ def test_an_older_config_is_read_under_the_keys_of_today():
   generator = older['stages']['generator']
   generator['stream'] = generator.pop('streams')['train']
   assert upgraded(older) == now
+
+
+@pytest.mark.parametrize('recipe', ['l2rw', 'meta_ce'])
+def test_two_older_methods_are_settings_of_one(recipe):
+  now = resolve(digits_lt.get_config(recipe))
+  older = json.loads(json.dumps(now))
+  stage = older if recipe == 'l2rw' else older['stages']['meta']
+  for option in ('prior', 'clip', 'normalise'):
+    del stage['method'][option]
+  if recipe == 'l2rw':
+    options = ('low_memory', 'meta_layers', 'route', 'virtual')
+    kept = {option: older['method'][option] for option in options}
+    older['method'] = {'name': 'l2rw', **kept}
+    older['class_weights'] = {'name': 'uniform', 'start_epoch': 0.0}
+  assert older != now and upgraded(older) == now == upgraded(now)
 
 
 def test_the_meta_batch_of_an_older_config_is_a_stream():

@@ -29,6 +29,7 @@ from lt_jax import (
   trained,
   writers,
 )
+from lt_jax.config import ADDED, RENAMED
 from lt_jax.errors import UserError
 from lt_jax.report import figures, runs
 from lt_jax.writers import read_rows
@@ -322,10 +323,10 @@ def test_an_edited_config_is_refused(built, tmp_path, command):
   workdir = built.copy(tmp_path / 'run')
   edit(workdir / 'config.json', data__mean=[0.1])
   if command == 'report':
-    assert (
-      runs.Run(epath.Path(workdir), 'run').state
-      == 'config.json was changed after training'
-    )
+    built.report(workdir)
+    for page in ('report.html', 'report.md'):
+      told = 'config.json was changed after training'
+      assert told in (workdir / page).read_text()
     return
   with pytest.raises(
     UserError, match=r'data.mean was \[0.5\] and is \[0.1\]; undo that'
@@ -377,6 +378,43 @@ def test_what_is_lost_is_no_leave_to_change_it(built, tmp_path):
   built.main(workdir)
 
 
+def _with_old_keys(config):
+  """Returns a config as versions wrote it whose keys had other names."""
+  older = json.loads(json.dumps(config))
+  for part in (older, *older['stages'].values()):
+    for old, new in RENAMED.items():
+      if new in part:
+        part[old] = part.pop(new)
+  for key in ADDED:
+    older.pop(key)
+  del older['streams']
+  return older | {'train_split': 'train', 'meta_batch': 0, 'meta_every': 1}
+
+
+@pytest.mark.parametrize('recorded', [True, False])
+def test_a_run_with_old_keys_is_used_by_every_command(built, tmp_path, recorded):
+  """Whether its manifests repeat the config under those keys, or do not have it yet."""
+  workdir = built.copy(tmp_path / 'run')
+  older = _with_old_keys(built.config)
+  (workdir / 'config.json').write_text(json.dumps(older))
+  for path in workdir.glob('stages/*/checkpoints/manifests/*.json'):
+    manifest = json.loads(path.read_text())
+    manifest = manifest | {'config': older} if recorded else _without(manifest)
+    path.write_text(json.dumps(manifest))
+  found = {}
+  for name, folder in (('old', workdir), ('new', built.copy(tmp_path / 'new'))):
+    built.predict(folder)
+    found[name] = (tmp_path / 'out.csv').read_text()
+  assert found['old'] == found['new']
+  for command in (built.export, built.evaluate, built.report, built.main):
+    command(workdir)
+  assert runs.Run(epath.Path(workdir), 'run').state == 'finished'
+
+
+def _without(manifest):
+  return {k: v for k, v in manifest.items() if k not in ('config', 'data', 'rows')}
+
+
 def test_a_config_may_change_on_request(built, tmp_path):
   workdir = built.copy(tmp_path / 'run')
   other = built.config | {'name': 'other'}
@@ -389,10 +427,7 @@ def test_a_config_may_change_on_request(built, tmp_path):
 def test_a_run_of_an_earlier_version_is_read(built, tmp_path, capsys):
   workdir = built.copy(tmp_path / 'run')
   for path in workdir.glob('stages/*/checkpoints/manifests/*.json'):
-    old = json.loads(path.read_text())
-    for key in ('config', 'data', 'rows'):
-      old.pop(key, None)
-    path.write_text(json.dumps(old))
+    path.write_text(json.dumps(_without(json.loads(path.read_text()))))
   evaluate.evaluate(epath.Path(workdir))
   told = capsys.readouterr().out
   assert told.count(f'{workdir} is of an earlier version') == 1

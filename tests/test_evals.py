@@ -9,10 +9,11 @@ import pytest
 
 from lt_jax.errors import UserError
 from lt_jax.evals.calibration import calibration
-from lt_jax.evals.classification import record
+from lt_jax.evals.classification import across, record
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.open_set import (
   best_threshold,
+  by_rule,
   f_measure,
   keep_threshold,
   open_auc,
@@ -213,3 +214,34 @@ def test_open_set_names_both_definitions_and_both_thresholds():
   assert found['known_accuracy'] == 0.25
   assert found['open_auc'] == pytest.approx((1 + 0) / 4)
   assert found['known_many'] == 0.5 and found['known_few'] == 0.0
+
+
+def test_a_rule_of_its_own_is_scored_beside_thresholds():
+  """Two known images are kept, one of them right; of three open ones one is kept."""
+  label = np.array([0, 1, 2, 3, -1, -1, -1])
+  prediction = np.array([0, 0, 2, 3, 1, 2, 3])
+  unknown = np.array([False, False, True, True, False, True, True])
+  groups = {'many': MANY, 'few': FEW}
+  found = by_rule(label, prediction, unknown, num_classes=4, groups=groups)
+  assert found['f_measure_oltr2019_own_rule'] == pytest.approx(2 / (2 + 1 + 1))
+  assert found['f_measure_oltr2020_own_rule'] == pytest.approx(2 / (2 + 3 + 1))
+  assert found['open_accuracy_own_rule'] == pytest.approx(2 / 3)
+  assert found['known_accuracy_own_rule'] == 0.25
+  assert found['known_many_own_rule'] == 0.5 and found['known_few_own_rule'] == 0.0
+  records = {
+    name: {
+      'label': label[rows],
+      'prediction': prediction[rows],
+      'confidence': np.full(len(label[rows]), 0.5),
+      'known_score': np.full(len(label[rows]), 0.5),
+      'energy': np.full(len(label[rows]), 0.5),
+      'is_unknown': unknown[rows],
+    }
+    for name, rows in (('test', label >= 0), ('open_test', label < 0))
+  }
+  both = across(records, num_classes=4, groups=groups)
+  assert found.items() <= both.metrics['test'].items()
+  del records['test']['is_unknown']
+  assert (
+    not found.keys() & across(records, num_classes=4, groups=groups).metrics['test']
+  )

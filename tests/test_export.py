@@ -111,9 +111,12 @@ def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
     with pytest.raises(UserError, match=told):
       export.load(path)
   header, tensors = export._read(arrays[0])
+  config = json.loads(header['config'])
   for change, told in (
     ({'class_names': '5'}, "has an unexpected value for 'class_names'"),
     ({'step': '"1"'}, "has an unexpected value for 'step'"),
+    ({'config': '5'}, "has an unexpected value for 'config'"),
+    ({'config': json.dumps(config | {'domains': 5})}, 'unexpected value for .domains'),
   ):
     save_file(tensors, path, header | change)
     with pytest.raises(UserError, match=told):
@@ -123,6 +126,28 @@ def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
     export.load(path)
   with pytest.raises(UserError, match='cannot be read: No such file'):
     export.load(tmp_path / 'absent.safetensors')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['header', 'config'])
+def test_any_damage_to_an_exported_file_is_told(arrays, tmp_path, part):
+  """Any key lost or of another type: refused in a line, or of no account."""
+  header, tensors = export._read(arrays[0])
+  path = tmp_path / 'bad.safetensors'
+  content = header if part == 'header' else json.loads(header['config'])
+  for key in content:
+    rest = {k: v for k, v in content.items() if k != key}
+    for change in ({}, {key: '5'}, {key: '[]'}, {key: '{"name": 1e999}'}):
+      changed = rest | change
+      if part == 'config':
+        changed = {k: json.loads(v) for k, v in change.items()}
+        changed = header | {'config': json.dumps(rest | changed)}
+      save_file(tensors, path, changed)
+      print(key, change)
+      try:
+        export.load(path)
+      except UserError as error:
+        assert '\n' not in str(error)
 
 
 def test_arrays_of_another_network_are_refused():

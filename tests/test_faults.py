@@ -367,6 +367,12 @@ def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, over
   workdir = tmp_path / 'run'
   code, output = run(workdir, *overrides, fault=fault)
   assert code == 3, output
+  assert re.search(
+    r'error: diverged: not finite at step \d+; nothing of it was saved, and the same '
+    r'command would diverge again: change the config, in another workdir or with '
+    r'--allow_config_change$',
+    output.strip(),
+  )
   folder = workdir / 'stages' / 'train'
   told = json.loads((folder / 'not_finite.json').read_text())
   if fault:

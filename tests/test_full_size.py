@@ -1,10 +1,11 @@
-"""Miniatures of iNaturalist 2018 and Places-LT through their unchanged configs."""
+"""Miniatures of ImageNet, iNaturalist 2018 and Places-LT by their unchanged configs."""
 
 import numpy as np
 import pytest
+from etils import epath
 
-from configs import imagenet_lt, inat18, places_lt
-from lt_jax import build, run
+from configs import imagenet, imagenet_lt, inat18, places_lt
+from lt_jax import build, evaluate, report, run
 from lt_jax.config import resolve
 from lt_jax.data import reading
 from tests import mini
@@ -45,6 +46,21 @@ def test_inat18_from_records(inat, tmp_path):
   assert np.isnan(result['test']['class_accuracy'][30])  # which has no test image here
   assert result['select'] == 'last'
   assert {'many', 'medium', 'few'} <= set(result['test'])
+
+
+def test_imagenet_from_records(tmp_path):
+  """Trains, is evaluated again and has a page."""
+  folder = mini.write_imagenet(tmp_path / 'data', np.random.default_rng(0))
+  config = small(
+    imagenet.get_config('cb_focal,net=resnet10,epochs=0.005'),
+    **{'data.dir': str(folder), 'data.workers': 0},
+  )
+  result = run.run(config, tmp_path / 'run')
+  assert result['step'] == 2  # ceil(0.005 * 2010 / 8)
+  assert result['select'] == 'last' and len(result['test']['class_accuracy']) == 1000
+  again = evaluate.evaluate(epath.Path(tmp_path / 'run'))
+  assert again['test']['accuracy'] == result['test']['accuracy']
+  assert 'cb\\_focal' in report.write(tmp_path / 'run').with_suffix('.md').read_text()
 
 
 @pytest.mark.parametrize('recipe', ['meta_ce', 'crt', 'tau_norm', 'ldam_drw'])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lt_jax import losses
-from lt_jax.class_weights import effective_number
+from lt_jax.class_weights import inverse_effective_number
 from lt_jax.errors import UserError
 from lt_jax.losses import LOSSES, REDUCTIONS, make_loss
 from lt_jax.losses.margin import ldam_margins
@@ -281,7 +281,7 @@ def test_pixels_and_the_label_that_counts_for_nothing(
   """Against plain floats that know neither pixels nor -1: they sum what is labelled."""
   logits, labels = batch()
   labelled = np.arange(BATCH) % 3 > 0
-  weights = effective_number(COUNTS)
+  weights = inverse_effective_number(COUNTS)
   w = weights[labels] * labelled
   expected = np.array(
     [reference(z, y) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
@@ -409,7 +409,7 @@ def test_empty_class_is_fine_where_counts_are_not_used():
 
 def test_reductions_differ_by_the_mean_weight():
   labels = batch()[1]
-  rule = effective_number(COUNTS)
+  rule = inverse_effective_number(COUNTS)
   weights = rule[labels]
   mean, normalised = (
     np.asarray(REDUCTIONS[name](jnp.asarray(rule, jnp.float32), labels))
@@ -428,7 +428,7 @@ def test_reductions_agree_without_weights():
 
 
 def test_the_mean_of_labels_that_all_count_is_the_usual_one_to_the_bit():
-  weights = jnp.asarray(effective_number(COUNTS), jnp.float32)
+  weights = jnp.asarray(inverse_effective_number(COUNTS), jnp.float32)
   labels = jnp.asarray(batch()[1])
   usual = jax.jit(lambda w, y: w[y] / y.size)
   np.testing.assert_array_equal(

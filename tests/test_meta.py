@@ -1,6 +1,7 @@
 """Meta gradients by both routes and whole steps, against formulas written by hand."""
 
 import functools
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -117,7 +118,6 @@ def weight_player(rate=1e-5, **optimizer):
 def given(name):
   """Returns what the library hands to a method of `meta`."""
   return {
-    'l2rw': {'counts': COUNTS},
     'meta_weight_net': {'counts': COUNTS, 'players': {'weight_net': weight_player()}},
     'meta_reweight': {'class_weights': lambda step: jnp.asarray(CLASS_WEIGHTS)},
   }[name]
@@ -128,10 +128,12 @@ def weighing(name, **options):
   return getattr(meta, name).__wrapped__(**{**given(name), **options})
 
 
+L2RW = {'prior': 'none', 'clip': True, 'normalise': True, 'eps_lr': 1.0}
+
 WEIGHINGS = {
   'multiplicative': ('meta_reweight', {'form': 'multiplicative'}),
   'additive': ('meta_reweight', {'form': 'additive'}),
-  'l2rw': ('l2rw', {}),
+  'l2rw': ('meta_reweight', L2RW),
   'mwn': ('meta_weight_net', {'normalise': True, 'detach': False}),
   'mwn detached': ('meta_weight_net', {'normalise': True, 'detach': True}),
   'mwn mean': ('meta_weight_net', {'normalise': False, 'detach': False}),
@@ -405,14 +407,41 @@ def state_at(step, **params):
 
 
 def test_l2rw_clips_and_normalises():
-  weigh = weighing('l2rw').weigh
-  weights = weigh(jnp.array([-3.0, 1.0, -1.0, 0.0]), None, None, BATCH)
+  weigh = weighing('meta_reweight', **L2RW).weigh
+  gradient = jnp.array([-3.0, 1.0, -1.0, 0.0])
+  weights = weigh(gradient, jnp.ones(4), state_at(0), BATCH)
   np.testing.assert_allclose(weights, 4 * np.array([0.75, 0, 0.25, 0]))
 
 
 def test_l2rw_where_nothing_helps_weighs_nothing():
-  weights = weighing('l2rw').weigh(jnp.ones(4), None, None, BATCH)
+  weigh = weighing('meta_reweight', **L2RW).weigh
+  weights = weigh(jnp.ones(4), jnp.ones(4), state_at(0), BATCH)
   np.testing.assert_array_equal(weights, 0)
+  weights = weigh(None, jnp.ones(4), state_at(0), BATCH)  # no meta batch
+  np.testing.assert_array_equal(weights, 1)
+
+
+SWITCHES = list(itertools.product((False, True), repeat=3))
+
+
+@pytest.mark.parametrize(('from_class_weights', 'clip', 'normalise'), SWITCHES)
+def test_each_switch_does_its_part(from_class_weights, clip, normalise):
+  how = weighing(
+    'meta_reweight',
+    eps_lr=0.5,
+    prior='class_weights' if from_class_weights else 'none',
+    clip=clip,
+    normalise=normalise,
+  )
+  gradient = np.array([2.0, -1.0, 0.0, 4.0])
+  expected = np.maximum(-0.5 * gradient, 0 if clip else -np.inf)
+  if from_class_weights:
+    expected = expected + CLASS_WEIGHTS[:4]
+  if normalise:
+    expected = 4 * expected / np.abs(expected).sum()
+  weights = how.weigh(jnp.asarray(gradient), jnp.ones(4), state_at(0), BATCH)
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+  assert how.mean_one == normalise and how.still != from_class_weights
 
 
 @pytest.mark.parametrize(
@@ -490,7 +519,7 @@ def test_normalised_weights_are_compared_with_normalised_ones():
   np.testing.assert_allclose(means['weight_learned'], [0, np.nan, 0], atol=1e-6)
   np.testing.assert_allclose(means['learned_over_prior'], 0, atol=1e-6)
   np.testing.assert_allclose(means['weight_about'], [0.4, np.nan, 1.6], rtol=1e-6)
-  assert weighing('l2rw').mean_one and weighing('meta_weight_net').mean_one
+  assert weighing('meta_weight_net').mean_one
   assert not weighing('meta_weight_net', normalise=False).mean_one
   assert not weighing('meta_reweight').mean_one
 

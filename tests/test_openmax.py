@@ -1,5 +1,7 @@
 """OpenMax: against SciPy's distances and fits, and a loop that follows the formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,23 @@ def test_distance_makes_nothing_larger_than_its_result(rng):
   jaxpr = jax.make_jaxpr(openmax.distance)(logits, jnp.zeros((32, 32)))
   inner = [v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars]
   assert max(inner) == 32 * 32
+
+
+def test_a_program_has_nothing_of_all_pairs_of_classes_but_the_means():
+  """With B images and C classes it needs O(B C) beside them, not O(C^2)."""
+  classes, images = 1000, 8
+  numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+  logits, means = numbers((images, classes)), numbers((classes, classes))
+  labels, of_class = jax.ShapeDtypeStruct((images,), int), numbers((classes,))
+  tails = openmax.Tails(means, of_class, of_class, of_class, of_class)._replace(
+    fitted=jax.ShapeDtypeStruct((classes,), bool)
+  )
+  for program in (
+    recalibrate.lower(logits, tails),
+    own_distance.lower(logits, labels, means),
+  ):
+    needed = program.compile().memory_analysis().temp_size_in_bytes
+    assert needed < 4 * classes * classes / 10
 
 
 @pytest.mark.parametrize(('shape', 'scale'), [(0.7, 0.3), (1.0, 2.0), (9.0, 1.2)])

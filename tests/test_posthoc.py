@@ -11,10 +11,12 @@ from lt_jax import build, run, sharding
 from lt_jax.config import config_digest
 from lt_jax.errors import UserError
 from lt_jax.evals import openmax
+from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
 from lt_jax.posthoc import (
   adjust_logits,
   choose_tau,
+  fit_openmax,
   tau_norm,
   with_openmax,
 )
@@ -391,6 +393,7 @@ def test_predictions_give_logits_to_the_unknown_class(fitted, rng):
   p = np.exp(expected - expected.max(1, keepdims=True))
   p /= p.sum(1, keepdims=True)
   np.testing.assert_allclose(outputs['known_score'], 1 - p[:, 4], atol=1e-3)
+  np.testing.assert_array_equal(outputs['is_unknown'], expected.argmax(1) == 4)
   strange = 50 * rng.normal(size=images.shape).astype(np.float32)
   score = np.asarray(predict(last, strange)['known_score'])
   assert (score >= 0).all() and (score <= 1).all()
@@ -402,9 +405,33 @@ def test_a_known_score_is_the_share_of_the_known_classes():
   method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
   state = method.init(jax.random.key(0), {'train': {'image': logits}})
   # The unknown logit is 0.
-  score = jax.jit(method.predict)(state, logits)['known_score']
+  outputs = jax.jit(method.predict)(state, logits)
+  score = outputs['known_score']
+  np.testing.assert_array_equal(outputs['is_unknown'], [False, True])
   known = np.exp(logits.astype(np.float64)).sum(1)
   np.testing.assert_allclose(score, known / (known + 1), rtol=1e-4)
+
+
+def test_openmax_is_fitted_by_numbers_of_images_not_rows_of_classes(rng):
+  """What is collected of the training images is (N,), whatever the classes are."""
+  logits = rng.normal(size=(12, 3)).astype(np.float32)
+  label = jnp.asarray(logits.argmax(1))
+  batch, collected = {'label': label, 'mask': jnp.ones(12, bool)}, {}
+  outputs = {'logits': jnp.asarray(logits)}
+
+  def collect(state, split, keep):
+    collected.update(jax.device_get(keep(outputs, batch)))
+    return collected
+
+  survey = Survey(
+    outputs=lambda state, split: outputs,
+    collect=collect,
+    total=lambda state, split, fold: jax.device_get(fold(outputs, batch)),
+  )
+  method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
+  state = method.init(jax.random.key(0), {'train': {'image': logits}})
+  fit_openmax(survey=survey)(state, {})
+  assert {value.shape for value in collected.values()} == {(12,)}
 
 
 @pytest.mark.parametrize(

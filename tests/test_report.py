@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -23,7 +22,18 @@ from configs import cifar10_lt, places_lt
 from lt_jax import report
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
-from lt_jax.report import drawing, figures, page, published, runs, tables
+from lt_jax.report import (
+  across,
+  curves,
+  drawing,
+  figures,
+  grids,
+  learned,
+  page,
+  published,
+  runs,
+  tables,
+)
 
 COUNTS = (200, 90, 30, 8, 3)
 NAMES = ('cat', '<script>alert(1)</script>', 'a & "b"', '$x_1$', 'x|y')
@@ -32,10 +42,12 @@ RUN_FIGURES = set(ALL)
 ARRAYS = {
   'predictions.npz': {'confusion', 'reliability'},
   'open_set.npz': {'open_set'},
-  'weights.npz': {'weights'},
+  'weights.npz': {'weights', 'epsilons'},
   'features.npz': {'features'},
 }
 """file -> the figures that are made of it."""
+
+WEIGHTS = ('prior', 'mean', 'spread', 'learned')
 
 
 def config(recipe='ce', seed=0, **changes):
@@ -105,7 +117,7 @@ def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
     for name, values in {'threshold': falling, **curve}.items()
   }
   np.savez(folder / 'open_set.npz', **scores)
-  vectors = {name: rng.random((4, classes)) for name in ('prior', 'mean', 'spread')}
+  vectors = {name: rng.random((4, classes)) for name in WEIGHTS}
   np.savez(
     folder / 'weights.npz', counts=np.array(counts), step=np.arange(4), **vectors
   )
@@ -477,7 +489,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
   elif damage == 'damaged':
     path.write_bytes(path.read_bytes()[:99])
   else:
-    np.savez(path, other=np.zeros(3))
+    np.savez(path, other=np.zeros(3), learned=np.zeros(3))
   for figure in ARRAYS[name]:
     drawn = drawing.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
     assert drawn.svg == ''
@@ -580,11 +592,11 @@ def test_a_curve_of_one_row_is_a_point(run_folder):
 def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
   folder = write_run(tmp_path / 'run')
   run = runs.Run(folder, 'run')
-  assert figures.stages_of(run) == {'plain': (0, 0), 'second': (20, 20)}
+  assert curves.stages_of(run) == {'plain': (0, 0), 'second': (20, 20)}
   made = config()
   made['stages']['second']['surgeries'].append(['carry', {'fields': ['opt', 'step']}])
   (folder / 'config.json').write_text(json.dumps(made))
-  assert figures.stages_of(runs.Run(folder, 'run'))['second'] == (20, 0)
+  assert curves.stages_of(runs.Run(folder, 'run'))['second'] == (20, 0)
 
 
 def resolved(module, recipe, **changes):
@@ -637,12 +649,6 @@ def test_a_setting_may_begin_with_weights_wherever_they_lie():
   config = resolved(places_lt, 'oltr', init='weights.safetensors')
   assert len(published.beside(config)) == 5
   assert published.beside(resolved(places_lt, 'oltr')) == []
-
-
-def test_published_settings_are_those_of_the_configurations():
-  """Where this fails, lt_jax/report/published.py says what to do."""
-  configs = pathlib.Path(cifar10_lt.__file__).parent
-  assert published.made(os.fspath(configs)) == published.PATH.read_text()
 
 
 def test_text_of_tables_is_escaped():
@@ -752,3 +758,155 @@ def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   found = look_at(linked, tmp_path / 'browser', *flags)
   assert found['problems'] == [] and min(map(min, found['sizes'])) > 50
   assert len(found['sizes']) == len(RUN_FIGURES) + 3
+
+
+def validated(folder, made, test, val):
+  """Writes a run with validation images."""
+  path = write_run(folder, made, test) / 'result.json'
+  result = json.loads(path.read_text()) | {'val': {'accuracy': val}}
+  path.write_text(json.dumps(result))
+
+
+def weighted(beta, gamma, seed):
+  """Returns a config with two keys of a grid, and one that follows the first."""
+  weights = {'name': 'effective_number', 'beta': beta}
+  second = {'class_weights': {'beta': beta}}
+  loss = {'name': 'sigmoid_focal', 'gamma': gamma}
+  return config(
+    'cb_focal', seed, class_weights=weights, loss=loss, stages={'s': second}
+  )
+
+
+def test_values_of_a_grid_are_chosen_by_validation(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, 'FIGURES', {})
+  monkeypatch.setattr(figures, 'COMPARISONS', {})
+  val = {(0.9, 1.0): 0.6, (0.99, 1.0): 0.8, (0.9, 2.0): 0.7, (0.99, 2.0): 0.5}
+  for (beta, gamma), value in val.items():
+    for seed in (0, 1):  # on the test set it would be the other way round
+      folder = tmp_path / f'{beta}-{gamma}/{seed}'
+      validated(folder, weighted(beta, gamma, seed), 1 - value, value + 0.1 * seed)
+  write_run(tmp_path / 'ce')
+  (grid,) = grids.grids(runs.grouped(runs.find(epath.Path(tmp_path)))[0])
+  assert grid.keys == ['class_weights.beta', 'loss.gamma']
+  assert grid.values[grid.chosen] == (0.99, 1.0)
+  page = page_of(tmp_path)
+  assert 'Chosen by validation' in page.text
+  lines = (tmp_path / 'report.md').read_text().splitlines()
+  (chosen,) = [line for line in lines if line.rstrip(' |').endswith('yes')]
+  cells = [cell.strip() for cell in chosen.strip('|').split(' | ')]
+  values = r'class\_weights.beta=0.99, loss.gamma=1'
+  assert cells[:3] == [r'cb\_focal', values, '2']
+  assert cells[3] == tables.percent([0.8, 0.9]) and cells[4] == '20.0 ± 0.0'
+  assert (tmp_path / 'figures/error_by_value.svg').is_file()
+  figure, caption = grids.error_by_value([grid])
+  (axes,) = figure.axes
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['0.9', '0.99']
+  drawn = [c.lines[0] for c in axes.containers if c.get_label().endswith('gamma=1')]
+  errors = np.asarray(drawn[0].get_ydata(), float)  # in the order of beta
+  np.testing.assert_allclose(errors, [60, 80])
+  assert 'class_weights.beta' in caption
+
+
+def test_without_validation_images_nothing_is_chosen(tables_only, tmp_path):
+  for epochs in (10.0, 20.0):
+    write_run(tmp_path / f'{epochs}', config(epochs=epochs))
+  (grid,) = grids.grids(runs.grouped(runs.find(epath.Path(tmp_path)))[0])
+  assert grid.chosen is None and grid.keys == ['epochs']
+  report.write(tmp_path)
+  assert 'yes' not in (tmp_path / 'report.md').read_text()
+
+
+def test_an_epsilon_far_below_the_weights_can_be_seen(run_folder):
+  stored = dict(np.load(run_folder / 'weights.npz'))
+  stored['learned'] = np.tile(1e-6 * np.arange(1.0, 6), (4, 1))
+  stored['prior'] = np.ones((4, 5))
+  np.savez(run_folder / 'weights.npz', **stored)
+  run = runs.Run(run_folder, 'run')
+  figure, caption = learned.epsilons([run])
+  (points,) = [c.lines[0] for c in figure.axes[0].containers]
+  np.testing.assert_allclose(
+    np.asarray(points.get_ydata(), float), stored['learned'][0]
+  )
+  assert 'epsilon is 3.0e-06 of the weight' in caption
+  del stored['learned']
+  np.savez(run_folder / 'weights.npz', **stored)
+  drawn = drawing.draw('epsilons', learned.epsilons, [run], 'page')
+  assert 'of an earlier version' in drawn.caption
+
+
+def scored(folder, recipe, seed, rates, prediction):
+  """Writes a run with an open set: 50 known and 20 open images."""
+  path = write_run(folder, config(recipe, seed)) / 'result.json'
+  result = json.loads(path.read_text())
+  result['test'] |= rates
+  path.write_text(json.dumps(result))
+  data = json.loads((folder / 'data.json').read_text())
+  (folder / 'data.json').write_text(
+    json.dumps(data | {'open_images': {'open_test': 20}})
+  )
+  label = np.repeat(np.arange(5), 10)
+  arrays = {'label': label, 'prediction': prediction, 'confidence': np.ones(50)}
+  np.savez(folder / 'predictions.npz', **arrays)
+
+
+def test_f1_of_the_open_class_follows_from_what_is_told(tmp_path, rng):
+  """By hand, from the images that were rejected."""
+  label = np.append(np.repeat(np.arange(5), 10), np.full(20, -1))
+  prediction, kept = rng.integers(0, 5, 70), rng.uniform(size=70) < 0.6
+  known = label >= 0
+  right = (known & kept & (label == prediction)).sum()
+  accepted = (kept & ~known).sum()
+  rates = {
+    'known_accuracy': right / 50,
+    'open_accuracy': 1 - accepted / 20,
+    'f_measure_oltr2019': 2 * right / (right + (kept & known).sum() + accepted),
+  }
+  scored(tmp_path / 'ce', 'ce', 0, rates, prediction[:50])
+  found = across.open_f1(runs.Run(tmp_path / 'ce', 'ce'), 50)
+  true = (~kept & ~known).sum()
+  expected = 2 * true / (2 * true + (kept & ~known).sum() + (~kept & known).sum())
+  assert found == pytest.approx(expected)
+
+
+def test_gains_are_over_the_plain_network_by_class(tmp_path):
+  label = np.repeat(np.arange(5), 10)
+  worse = np.where(label == 4, 0, label)  # the rarest class is taken for the first
+  low = {'class_accuracy': [1.0, 1, 1, 1, 0], 'open_accuracy': 0.25}
+  high = {'class_accuracy': [0.9, 1, 1, 1, 1.0], 'open_accuracy': 0.75}
+  for seed in (0, 1):
+    scored(tmp_path / f'ce/{seed}', 'ce', seed, low, worse)
+    scored(tmp_path / f'ldam/{seed}', 'ldam', seed, high, label)
+  groups = runs.grouped(runs.find(epath.Path(tmp_path)))[0]
+  figure, caption = across.compare_gains(groups)
+  accuracy, f1 = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+  assert accuracy == ['-10', '+0', '+0', '+0', '+100', '+50']
+  assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F is told of the open class
+  assert [t.get_text() for t in figure.axes[-1].get_xticklabels()][-1] == 'open'
+  assert drawing.draw('gains', across.compare_gains, groups, 'page').svg
+  told = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
+  assert 'no finished run of the plain network' in told
+
+
+def test_seeds_are_a_band_around_the_mean(tmp_path):
+  for seed, accuracy in enumerate((0.5, 0.7)):
+    folder = write_run(tmp_path / f'ce/{seed}', config(seed=seed))
+    lines = (folder / 'metrics.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+      row['accuracy'] = accuracy
+    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    (folder / 'metrics.jsonl').write_text(text)
+  write_run(tmp_path / 'ldam', config('ldam'))
+  groups = runs.grouped(runs.find(epath.Path(tmp_path)))[0]
+  figure, caption = across.compare_training(groups)
+  for axes in figure.axes:
+    mean = axes.lines[0]
+    np.testing.assert_allclose(np.asarray(mean.get_ydata(), float), 60)
+    assert list(mean.get_xdata()) == [10, 20, 30, 40]  # two stages, one after the other
+    (band,) = axes.collections  # of the method with two seeds
+    heights = band.get_paths()[0].vertices[:, 1]
+    spread = np.std([50, 70], ddof=1)
+    np.testing.assert_allclose(
+      [heights.min(), heights.max()], [60 - spread, 60 + spread]
+    )
+    assert len(axes.lines) == 2

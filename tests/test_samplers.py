@@ -39,7 +39,7 @@ def assert_frequencies(sampler, expected, epoch=0):
 
 
 def test_every_sampler_has_options_here():
-  by_order = {'curriculum'}  # of images, which tests/test_saved.py has
+  by_order = {'curriculum'}  # of images, see tests/test_curriculum.py
   assert set(OPTIONS) | by_order == set(samplers.SAMPLERS)
 
 

@@ -5,12 +5,11 @@ import pytest
 
 from lt_jax import build, run
 from lt_jax.config import apply, base_config, open_stages, resolve
-from lt_jax.data import samplers
 from lt_jax.errors import UserError
 from lt_jax.methods import METHODS
 from lt_jax.recipes import apply_recipe
 
-SAVES = ('confidence', 'prediction', 'entropy', 'features')
+SAVES = ('confidence', 'prediction', 'entropy', 'distance', 'features')
 ROW = {
   'domain': 'target',
   'labels': False,
@@ -39,9 +38,12 @@ def config(row=ROW, saves=SAVES, **second):
   }
   apply(made, overrides)
   made = resolve(open_stages(apply_recipe(made, 'source_only')))
-  later = {'streams': {'train': row}, 'sampler': {'name': 'curriculum', 'first': 0.25}}
+  later = {
+    'streams': {'train': row},
+    'sampler': {'name': 'curriculum', 'first': 0.25, 'window': 'expand'},
+  }
   made['stages'] = {
-    'train': {'save_outputs': [f'target/train/{name}' for name in saves]},
+    'train': {'save_outputs': ['features', *(f'target/train/{n}' for n in saves)]},
     'self': {**later, **second},
   }
   made['stage_order'] = ['train', 'self']
@@ -80,7 +82,7 @@ def test_images_come_in_their_order_with_what_was_saved_of_them(finished):
   images = stage.images['target/train']
   place = {row: place for place, row in enumerate(images.rows.tolist())}
   easiest = np.argsort(found['target/train/entropy'], kind='stable')
-  count = -(-len(easiest) // 4)
+  count = len(easiest) // 4
   first = [stream.payload(step) for step in range(len(easiest) // 8)]
   for payload in first:
     at = [place[row] for row in payload['index'].tolist()]
@@ -105,6 +107,17 @@ def test_a_method_is_told_no_counts_of_unlabelled_images(monkeypatch):
   made = config(method={'name': 'spy'})
   counts = build.build(made, devices=1).domains['source'].counts
   assert seen == [[counts.sum() // 3] * 3] and len(set(counts.tolist())) > 1
+
+
+def test_a_distance_from_the_source_is_saved_too(finished):
+  _, found = finished
+  units = {
+    split: x / np.linalg.norm(x, axis=1, keepdims=True)
+    for split in ('', 'target/train/')
+    for x in [found[f'{split}features'].astype(np.float64)]
+  }
+  expected = 1 - units['target/train/'] @ units[''].mean(0)
+  np.testing.assert_allclose(found['target/train/distance'], expected, atol=1e-5)
 
 
 def test_labels_of_the_target_do_not_reach_the_second_stage(finished):
@@ -141,18 +154,3 @@ def test_an_output_that_is_none_is_told_before_training(tmp_path):
   made = config(saves=(*SAVES, 'logit'))
   with pytest.raises(UserError, match="unknown output 'logit'; did you mean 'logits'"):
     run.rehearsed(made, tmp_path)
-
-
-@pytest.mark.parametrize('window', ['expand', 'shift'])
-def test_a_curriculum_serves_the_window_of_its_epoch(rng, window):
-  order = rng.permutation(20)
-  sampler = samplers.curriculum(
-    order, epochs=4, first=0.5, power=0.5, full=0.5, window=window
-  )
-  for epoch in range(4):
-    ratio = 0.5 + 0.5 * min(1, epoch / 2) ** 0.5
-    begin = ratio - 0.5 if window == 'shift' and ratio < 1 else 0
-    shown = order[int(begin * 20) : int(np.ceil(ratio * 20))]
-    served = sampler.indices(1, epoch)
-    assert len(served) == 20 and set(served.tolist()) == set(shown.tolist())
-    assert np.ptp(np.bincount(served)[shown]) <= 1

@@ -250,3 +250,53 @@ def test_cells_come_seed_after_seed(tmp_path):
   assert [(c.method, c.seed) for c in found] == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
   with pytest.raises(UserError, match='--methods must name some'):
     sweep.cells([], ['0'], tmp_path)
+
+
+def test_a_grid_crosses_values_of_keys(tmp_path):
+  grid = sweep.parse_grid(['loss.gamma=0.5,1', 'config.class_weights.beta=0.9,0.99'])
+  found = sweep.cells(['cb_focal'], ['0', '1'], tmp_path, grid)
+  assert len(found) == 8 and len({cell.workdir for cell in found}) == 8
+  assert found[1].workdir.name == '1' and found[1].point == found[0].point
+  assert found[-1].told == 'cb_focal, loss.gamma=1, class_weights.beta=0.99'
+  make = sweep.loader(f'{child.ROOT}/configs/digits_lt.py', 'epochs=6', {})
+  made = sweep.at_point(make('cb_focal'), found[-1].point)
+  assert (made.loss.gamma, made.class_weights.beta) == (1.0, 0.99)
+  point = (('stages.meta.method.clip', 'True'), ('stages.meta.method.prior', 'none'))
+  method = sweep.at_point(make('meta_ce'), point).stages.meta.method
+  assert method.clip is True and method.prior == 'none'
+
+
+@pytest.mark.parametrize(
+  ('grid', 'told'),
+  [
+    ('loss.gamma', 'it must be KEY=VALUE,VALUE, such as loss.gamma=1,2'),
+    ('loss.gamma=1,,2', 'it must be KEY=VALUE,VALUE'),
+    ('loss.gamma=1,1', 'each key and each value must be named once'),
+    ('seed=1,2', 'give --seeds and --methods'),
+  ],
+)
+def test_mistakes_in_a_grid_are_told(grid, told):
+  with pytest.raises(UserError, match=told):
+    sweep.parse_grid([grid])
+
+
+@pytest.mark.parametrize(
+  ('key', 'told'),
+  [('loss.gama', "did you mean 'gamma'"), ('loss.gamma', 'loss.gamma=none')],
+)
+def test_a_grid_of_a_key_that_does_not_fit_is_told(key, told):
+  make = sweep.loader(f'{child.ROOT}/configs/digits_lt.py', '', {})
+  with pytest.raises(UserError, match=told):
+    sweep.at_point(make('cb_focal'), ((key, 'none'),))
+
+
+def test_a_sweep_over_a_grid_leaves_a_run_a_cell(tmp_path):
+  options = ('--grid=loss.gamma=0.5,2', '--grid=class_weights.beta=0.9')
+  code, output = run(tmp_path / 'runs', *options, methods='cb_focal', seeds='0')
+  assert code == 0, output
+  folders = {
+    path.parent.parent.name for path in tmp_path.glob('runs/*/*/*/result.json')
+  }
+  assert folders == {f'loss.gamma={g},class_weights.beta=0.9' for g in ('0.5', '2')}
+  rows = [line for line in output.splitlines() if 'loss.gamma=' in line and '|' in line]
+  assert any(row.rstrip(' |').endswith('yes') for row in rows), output

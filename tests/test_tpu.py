@@ -46,7 +46,7 @@ STAGES = {  # recipe and stage -> its method
   ('crt', 'classifier'): 'supervised',
   ('oltr', 'memory'): 'oltr',
   ('fslwf', 'generator'): 'weight_generator',
-  ('l2rw', 'train'): 'l2rw',
+  ('l2rw', 'train'): 'meta_reweight',
   ('mwn', 'train'): 'meta_weight_net',
   ('meta_ce', 'meta'): 'meta_reweight',
 }

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
@@ -46,6 +47,7 @@ from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods.meta import WEIGHERS
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
@@ -187,12 +189,14 @@ def _build_stage(
   clock = rows[CLOCK]
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
-  method = _method(config, dataset, mesh, rows, learned, progress)
+  method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
   images, evaluated, seen, few = _passes(config, domains, mesh)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
+    net=net,
+    weigh=weigh,
     domain=config['domain'],
     dataset=dataset,
     task=task,
@@ -364,8 +368,12 @@ def _method(
   rows: Mapping[str, Row],
   learned: np.ndarray,
   progress: Callable[[jax.Array], jax.Array],
-) -> Method:
-  """Builds network, optimiser, loss and method, and wraps it."""
+) -> tuple[Method, nn.Module, Callable | None]:
+  """Builds network, optimiser, loss and method, and wraps it.
+
+  Returns:
+    (the method, its network, what it weighs examples by; None if it does not learn to).
+  """
   train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
@@ -397,12 +405,9 @@ def _method(
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
   }
-  method = construct(
-    METHODS,
-    'method',
-    name,
-    _network(config['model'], dataset, config['batch'], micro_batches, mesh),
-    optimizer,
+  net = _network(config['model'], dataset, config['batch'], micro_batches, mesh)
+  made = functools.partial(
+    construct,
     options=options,
     counts=counts,
     **parts,
@@ -423,6 +428,8 @@ def _method(
     base=learned,
     image_shape=dataset.image_shape,
   )
+  method = made(METHODS, 'method', name, net, optimizer)
+  weigh = made(WEIGHERS, 'method', name, net, optimizer) if name in WEIGHERS else None
   for name, wrapper_options in config['wrappers'].items():
     method = construct(
       WRAPPERS,
@@ -435,7 +442,8 @@ def _method(
       pixels={name: row.pixels for name, row in rows.items()},
     )
   # What is traced once for shapes is then not traced again for the program.
-  return Method(*(jax.jit(function, inline=True) for function in method))
+  method = Method(*(jax.jit(function, inline=True) for function in method))
+  return method, net, weigh
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax.config import SOURCE, TARGET, Config
@@ -64,6 +65,9 @@ class Stage(NamedTuple):
   Attributes:
     name: of the stage.
     method: what is trained.
+    net: its network, for who looks into it.
+    weigh: how it weighs examples, see `Reweighted` of `lt_jax.methods.meta`; None if it
+      does not learn to.
     domain: a domain or role whose classes it learns.
     dataset: its data.
     task: what is measured.
@@ -92,6 +96,8 @@ class Stage(NamedTuple):
 
   name: str
   method: Method
+  net: nn.Module
+  weigh: Callable[..., Any] | None
   domain: str
   dataset: Dataset
   task: Task

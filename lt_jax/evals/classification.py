@@ -25,7 +25,8 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   """Returns what every classification metric needs to know of a batch.
 
   Args:
-    outputs: with 'logits' (B, C) and perhaps 'known_score' (B,).
+    outputs: with 'logits' (B, C) and perhaps 'known_score' (B,), and 'is_unknown' (B,)
+      of a method with a rule of its own.
     batch: with 'label' (B,), -1 for an image of no known class; perhaps 'domain' (B,)
       and 'bad' (B,), whether another image stands in for one that cannot be read.
 
@@ -33,7 +34,7 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
     probability), 'known_score' (the method's, or else the confidence), 'energy' (the
     log-sum-exp of the logits, another score of the kind) and 'loss' (the cross-entropy
-    in nats; 0 for label -1).
+    in nats; 0 for label -1); those of the above that there are.
 
   Source of the energy, negated: Liu et al., Energy-based Out-of-distribution Detection,
   arXiv 2010.03759, equation 4 with T = 1.
@@ -44,6 +45,7 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   of_label = jnp.take_along_axis(log_p, jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
   return {
     **{key: batch[key] for key in ('domain', 'bad') if key in batch},
+    **{key: outputs[key] for key in ('is_unknown',) if key in outputs},
     'label': label,
     'prediction': log_p.argmax(axis=-1).astype(jnp.int32),
     'confidence': confidence,
@@ -125,7 +127,8 @@ def across(
     groups: name -> (C,) bool.
 
   Returns:
-    in 'test' those of the method's known score, in 'test_by_energy' of the energy.
+    in 'test' those of the method's known score and of its own rule, if it has one, in
+    'test_by_energy' of the energy.
   """
   if 'open_test' not in records:
     return Across()
@@ -145,6 +148,10 @@ def across(
       groups=groups,
       fixed=open_set.FIXED_THRESHOLD if score == probability else None,
     )
+  if 'is_unknown' in test:
+    both = _joined('is_unknown', test, records['open_test'])
+    ruled = open_set.by_rule(*both, num_classes=num_classes, groups=groups)
+    metrics['test'] |= ruled
   return Across(metrics, thresholds['known_score'], curves)
 
 
@@ -178,6 +185,8 @@ METRICS = {
   'auroc': Metric('open-set AUROC', better=0),
   'f_measure_oltr2019': Metric('open-set F (oltr2019)', better=0),
   'f_measure_oltr2020': Metric('open-set F (oltr2020)', better=0),
+  'f_measure_oltr2019_own_rule': Metric('open-set F (oltr2019), own rule', better=0),
+  'f_measure_oltr2020_own_rule': Metric('open-set F (oltr2020), own rule', better=0),
 }
 
 CLASSIFICATION = Task(record, keep, measure, across, METRICS)

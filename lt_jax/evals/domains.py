@@ -154,9 +154,8 @@ def proxy_a_distance(source: np.ndarray, target: np.ndarray) -> float | None:
 
   Source: Ben-David et al., "Analysis of Representations for Domain Adaptation", NIPS
   2006, and "A theory of learning from different domains", Machine Learning 79, 2010.
-  With support vector machines of several costs as Ganin et al., JMLR 17(59), 2016, who
-  report the lowest error on the held-out half; that is a choice by what is measured, so
-  the cost is chosen without it here.
+  A linear support vector machine, as in Ganin et al., JMLR 17(59), 2016; its cost is
+  chosen within the half that it is fitted to, since the held-out half measures.
   """
   size = min(len(source), len(target)) // 2
   if size < FEWEST_COMPARED // 2:

@@ -259,3 +259,36 @@ def open_set(
     **{f'known_{name}': after[name] for name in ('accuracy', *groups)},
     'threshold': threshold,
   }
+
+
+def by_rule(
+  label: np.ndarray,
+  prediction: np.ndarray,
+  is_unknown: np.ndarray,
+  *,
+  num_classes: int,
+  groups: dict[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns what becomes of a test set where a method itself says what it rejects.
+
+  Args:
+    label: (N,) int, -1 for open images.
+    prediction: (N,) int, before rejection.
+    is_unknown: (N,) bool, what is rejected.
+    num_classes: C.
+    groups: name -> (C,) bool.
+
+  Returns:
+    as `open_set` at a threshold, '_own_rule' behind each name.
+  """
+  found = open_set(
+    label,
+    prediction,
+    np.where(is_unknown, 0.0, 1.0),
+    0.5,
+    num_classes=num_classes,
+    groups=groups,
+    fixed=None,
+  )
+  rule = ('f_measure_', 'open_accuracy', 'known_')
+  return {f'{name}_own_rule': x for name, x in found.items() if name.startswith(rule)}

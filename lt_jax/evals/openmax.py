@@ -7,7 +7,8 @@ logit of the class to an unknown class, the last column of `recalibrate`:
   p = softmax(recalibrate(logits, tails));  known_score = 1 - p[:, C]
 
 The class of an image is the arg max over the first C columns; it is rejected where the
-unknown class wins, or where `known_score` is below a threshold: both are the caller's.
+unknown class wins, which is OpenMax's own rule, or where `known_score` is below a
+threshold. Both are the caller's, and both are scored.
 
 Source: Bendale and Boult, Towards Open Set Deep Networks, CVPR 2016, arXiv 1511.06233,
 algorithms 1 and 2; the authors' code (abhijitbendale/OSDN) and its extreme value

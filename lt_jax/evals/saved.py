@@ -3,14 +3,17 @@
 Labels are not among what it is made of, so that of a target it may be saved too.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lt_jax.errors import lookup
 from lt_jax.evals.collect import Survey
-from lt_jax.method import Outputs, State
+from lt_jax.evals.ordering import distance
+from lt_jax.method import Batch, Outputs, State
 
 
 def prediction(outputs: Outputs) -> jax.Array:
@@ -51,7 +54,11 @@ def saved_output(outputs: Outputs, name: str) -> jax.Array:
   """
   if name in SAVED:
     return SAVED[name](outputs)
-  return lookup({**outputs, **SAVED}, 'output', name)
+  return lookup({**outputs, **SAVED, **SURVEYED}, 'output', name)
+
+
+SURVEYED: dict[str, Callable[..., np.ndarray]] = {'distance': distance}
+"""Name -> (survey, state, split=) -> (N,): what needs more than a batch has."""
 
 
 def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruct:
@@ -66,6 +73,38 @@ def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruc
     UserError: the stage does not see the split, or there is no such output.
   """
   split, name = split_and_name(saved)
-  return jax.eval_shape(
-    lambda outputs: saved_output(outputs, name), survey.outputs(state, split)
-  )
+  outputs = survey.outputs(state, split)
+  if name in SURVEYED:
+    return jax.ShapeDtypeStruct(outputs['logits'].shape[:1], np.float32)
+  return jax.eval_shape(lambda outputs: saved_output(outputs, name), outputs)
+
+
+def collect_saved(
+  survey: Survey, state: State, saved: Sequence[str]
+) -> dict[str, np.ndarray]:
+  """Returns what a stage saves of every image: name -> (N, ...); a pass a split.
+
+  Args:
+    survey: of the stage.
+    state: its final State.
+    saved: as in `save_outputs`.
+  """
+  found = {}
+  of_outputs: dict[str, dict[str, str]] = {}
+  for one in saved:
+    split, name = split_and_name(one)
+    if name in SURVEYED:
+      found[one] = SURVEYED[name](survey, state, split=split).astype(np.float32)
+    else:
+      of_outputs.setdefault(split, {})[one] = name
+  for split, names in of_outputs.items():
+    found |= survey.collect(state, split, functools.partial(_kept, names))
+  return found
+
+
+def _kept(
+  names: Mapping[str, str], outputs: Outputs, batch: Batch
+) -> dict[str, jax.Array]:
+  """Returns what is saved of a batch; nothing of the batch but its outputs is read."""
+  del batch
+  return {saved: saved_output(outputs, name) for saved, name in names.items()}

@@ -12,7 +12,6 @@ from lt_jax.methods.translation import i2i
 
 METHODS = {
   'supervised': supervised,
-  'l2rw': meta.l2rw,
   'meta_weight_net': meta.meta_weight_net,
   'meta_reweight': meta.meta_reweight,
   'oltr': memory.oltr,

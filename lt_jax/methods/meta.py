@@ -39,7 +39,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from lt_jax.class_weights import effective_number, weights_of
+from lt_jax.class_weights import inverse_effective_number, weights_of
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import (
   Batch,
@@ -188,7 +188,7 @@ def by_unrolling(
 ROUTES = {'jvp': by_jvp, 'unrolled': by_unrolling}
 
 
-# What the three methods share.
+# What the methods share.
 
 
 def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
@@ -240,6 +240,19 @@ class Weighing(NamedTuple):
   mean_one: bool = False
 
 
+class Reweighted(NamedTuple):
+  """A method that learns weights, and how it weighs.
+
+  Attributes:
+    method: the method.
+    weigh: (State, batches) -> (weights (B,), those without learning (B,)) that a step
+      would train with.
+  """
+
+  method: Method
+  weigh: Callable[[State, Mapping[str, Batch]], tuple[jax.Array, jax.Array]]
+
+
 def _reweighted(
   weighing: Weighing,
   net: Network,
@@ -251,7 +264,7 @@ def _reweighted(
   virtual: str = 'sgd',
   meta_layers: str = 'all',
   low_memory: bool = False,
-) -> Method:
+) -> Reweighted:
   """Trains a network on losses that are weighed anew at every step.
 
   Args:
@@ -327,7 +340,8 @@ def _reweighted(
       still=weighing.still,
     )
 
-  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+  def weighed(state: State, batches: Mapping[str, Batch]):
+    """Returns the losses, their weights, and the State once players have learned."""
     batch, params = batches['train'], {'net': state.params['net']}
     losses = differentiated(partial(losses_of, state, batch), params)
     due = 'meta' in batches
@@ -335,6 +349,11 @@ def _reweighted(
     if due:
       state = weighing.learn(gradient, state)
     weights = weighing.weigh(gradient, losses.values, state, batch)
+    return losses, weights, state, meta_loss
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    batch, due = batches['train'], 'meta' in batches
+    losses, weights, state, meta_loss = weighed(state, batches)
     grads = losses.pull(weights / len(weights))
     prior = weighing.prior(state, batch)
     state, norms = update(state, grads, optimizer)
@@ -354,7 +373,12 @@ def _reweighted(
     }
     return tick(state.replace(stats=state.stats | {'net': stats})), metrics
 
-  return Method(init, step, predictor(net))
+  def weigh(state: State, batches: Mapping[str, Batch]) -> tuple[jax.Array, jax.Array]:
+    _, weights, state, _ = weighed(state, batches)
+    prior = weighing.prior(state, batches['train'])
+    return weights, prior / prior.mean() if weighing.mean_one else prior
+
+  return Reweighted(Method(init, step, predictor(net)), weigh)
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
@@ -465,60 +489,27 @@ def _check_rate(name: str, rate: float) -> None:
 
 
 def _method(weighing: Callable[..., Weighing]) -> Callable[..., Method]:
-  """Makes a method of a way of weighing; its signature joins both their options."""
+  """Makes a method of a way of weighing; its signature joins both their options.
+
+  Its attribute `weigh` makes what the method weighs by, see `Reweighted`.
+  """
   own = inspect.signature(weighing).parameters
   core = dict(inspect.signature(_reweighted).parameters)
   del core['weighing']
 
-  @functools.wraps(weighing)
-  def method(net: Network, optimizer: Optimizer, loss: Loss, **options: Any) -> Method:
-    here = {name: options.pop(name) for name in own if name in options}
-    return _reweighted(weighing(**here), net, optimizer, loss, **options)
+  def factory(part: str) -> Callable[..., Any]:
+    @functools.wraps(weighing)
+    def made(net: Network, optimizer: Optimizer, loss: Loss, **options: Any) -> Any:
+      here = {name: options.pop(name) for name in own if name in options}
+      whole = _reweighted(weighing(**here), net, optimizer, loss, **options)
+      return getattr(whole, part)
 
-  method.__signature__ = inspect.Signature([*core.values(), *own.values()])
+    made.__signature__ = inspect.Signature([*core.values(), *own.values()])
+    return made
+
+  method = factory('method')
+  method.weigh = factory('weigh')
   return method
-
-
-@_method
-def l2rw(
-  *,
-  counts: np.ndarray,
-) -> Weighing:
-  r"""Learning to reweight: weights by the first meta gradient, clipped and normalised.
-
-  .. math::
-    u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
-    a_i = \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
-
-  of the virtual objective sum_i eps_i l_i, and all zero where no u_i is positive; the
-  training objective is sum_i a_i l_i. As eps is 0, plain descent does not move: theta'
-  is theta, and the virtual learning rate cancels, unless it is 0: then so are the
-  weights, in a step that moves nothing anyway (the first of a linear warm-up). In a
-  step without a meta batch, which is ours, all weigh the same.
-
-  Args:
-    counts: (C,) training images, for the class-balanced weights of the logs.
-
-  Source: Ren et al., Learning to Reweight Examples, arXiv 1803.09050, algorithm 1.
-  """
-
-  def weigh(gradient, losses, state, batch):
-    del state, batch
-    if gradient is None:
-      return jnp.ones_like(losses)
-    wanted = jnp.maximum(-gradient, 0)
-    total = wanted.sum()
-    share = wanted / jnp.where(total == 0, 1, total)
-    return len(share) * share
-
-  return Weighing(
-    variables=lambda state, batch: jnp.zeros(len(batch['label'])),
-    objective=lambda losses, eps, state, batch: jnp.dot(eps, losses),
-    weigh=weigh,
-    prior=_balanced(counts),
-    still=True,
-    mean_one=True,
-  )
 
 
 @_method
@@ -597,52 +588,98 @@ def meta_reweight(
   eps_lr: float = 0.01,
   eps_scale: str = 'absolute',
   form: str = 'additive',
+  prior: str = 'class_weights',
+  clip: bool = False,
+  normalise: bool = False,
 ) -> Weighing:
-  r"""Class weights, and what the meta gradient adds to them example by example.
+  r"""Weights of examples: a prior by class, plus what the meta gradient says.
 
   .. math::
     \text{additive: } F = \sum_i (w_{y_i} + \epsilon_i)\, \ell_i, \qquad
     \text{multiplicative: } F = \frac1B \sum_i w_{y_i} (1 + \epsilon_i)\, \ell_i
 
-  with eps = -tau times the meta gradient at eps = 0, anew in every step, neither
-  clipped nor normalised. The training objective is the mean over the batch of the same
-  weighted losses. tau = 0 is training with the class weights, and so is a step without
-  a meta batch.
+  with eps = -tau times the meta gradient at eps = 0, anew in every step. Training
+  descends the mean over the batch of the same weighted losses. tau = 0 is training with
+  the prior alone, and so is a step without a meta batch.
+
+  Two papers are two settings of it. Jamal et al. keep the class weights as the prior
+  and neither clip nor normalise. Ren et al. ("learning to reweight") have no prior,
+  clip and normalise:
+
+  .. math::
+    u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
+    a_i = B\, \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
+
+  Without a prior eps = 0 leaves theta' = theta under plain descent, and the virtual
+  learning rate, like tau, cancels in the normalisation, unless it is 0: then so are the
+  weights, in a step that moves nothing anyway (the first of a linear warm-up). Without
+  a prior, a step without a meta batch weighs all examples alike; that is ours.
 
   Args:
-    class_weights: step -> (C,), w.
-    eps_lr: tau. With the released constants eps is tiny against w; the logs say how
-      tiny (`learned_over_prior`).
+    class_weights: step -> (C,), w. Without a prior they only serve the logs, which
+      compare the learned weights with them.
+    eps_lr: tau. With the constants of Jamal et al. eps is tiny against w; the logs say
+      how tiny (`learned_over_prior`).
     eps_scale: 'absolute', or 'relative': the gradient is divided by its largest
       absolute entry, so that tau is the largest |eps|. Ours.
-    form: 'additive' is the released code, 'multiplicative' the paper. From the same
-      theta', what they add differs by a factor of w^2 / B.
+    form: 'additive' is the released code of Jamal et al., 'multiplicative' their paper.
+      From the same theta', what they add differs by a factor of w^2 / B.
+    prior: 'class_weights', or 'none': eps is all there is.
+    clip: a negative eps counts as 0.
+    normalise: the weights of a batch are divided by the mean of their absolute values.
+      Of clipped ones that is their mean, as in Ren et al.; of others the sum could be
+      near 0, and this is ours. All stay 0 where all are.
 
-  Source: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
+  Raises:
+    UserError: an unknown option, a rate that is negative, or the multiplicative form
+      without a prior, whose weights would all be 0.
+
+  Sources: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
   Recognition, arXiv 2003.10780, and abdullahjamal/Longtail_DA, where the virtual
-  learning rate drops an epoch later than the other.
+  learning rate drops an epoch later than the other; Ren et al., Learning to Reweight
+  Examples, arXiv 1803.09050, algorithm 1.
   """
   _check_rate('eps_lr', eps_lr)
   inner, outer = lookup(FORMS, 'form', form)
   scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
+  from_nothing = lookup(FROM_NOTHING, 'prior', prior)
+  if from_nothing and form == 'multiplicative':
+    raise UserError("form is 'multiplicative', but with prior='none' weights stay 0")
 
-  def prior(state: State, batch: Batch) -> jax.Array:
+  def balanced(state: State, batch: Batch) -> jax.Array:
     return weights_of(class_weights(state.step), batch['label'])
 
+  def base(state: State, batch: Batch) -> jax.Array:
+    return 0.0 if from_nothing else balanced(state, batch)
+
   def objective(losses, eps, state, batch):
-    return jnp.dot(inner(prior(state, batch), eps), losses)
+    return jnp.dot(inner(base(state, batch), eps), losses)
 
   def weigh(gradient, losses, state, batch):
+    if gradient is None and from_nothing:
+      return jnp.ones_like(losses)
     eps = jnp.zeros_like(losses) if gradient is None else -eps_lr * scale(gradient)
-    return outer(prior(state, batch), eps)
+    weights = outer(base(state, batch), jnp.maximum(eps, 0) if clip else eps)
+    return _mean_one(weights) if normalise else weights
 
   return Weighing(
     variables=lambda state, batch: jnp.zeros(len(batch['label'])),
     objective=objective,
     weigh=weigh,
-    prior=prior,
+    prior=balanced,
+    still=from_nothing,
+    mean_one=normalise,
   )
 
+
+def _mean_one(weights: jax.Array) -> jax.Array:
+  """Divides weights (B,) by the mean of their absolute values; zeros stay zeros."""
+  total = jnp.abs(weights).sum()
+  return len(weights) * (weights / jnp.where(total == 0, 1, total))
+
+
+FROM_NOTHING = {'class_weights': False, 'none': True}
+"""Prior of `meta_reweight` -> whether epsilon is all there is."""
 
 FORMS = {
   'additive': (lambda w, eps: w + eps, lambda w, eps: w + eps),
@@ -661,5 +698,12 @@ EPS_SCALES = {
 
 def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
   """Returns class-balanced weights, with which learned ones are compared."""
-  weights = effective_number(np.maximum(counts, 1))
+  weights = inverse_effective_number(np.maximum(counts, 1))
   return lambda state, batch: weights_of(weights, batch['label'])
+
+
+WEIGHERS = {
+  'meta_weight_net': meta_weight_net.weigh,
+  'meta_reweight': meta_reweight.weigh,
+}
+"""Name of a method that learns weights -> what makes its `Reweighted.weigh`."""

@@ -118,7 +118,7 @@ def class_thresholds(
   Args:
     survey: passes with the stage's own network.
     split: whose images; no label is read.
-    portion: in (0, 1]; 0.2 is what CBST begins with.
+    portion: in (0, 1].
 
   Raises:
     UserError: the portion is out of range, or the method has no thresholds.

@@ -38,7 +38,10 @@ class ModulatedAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps (B, H, W, C), C even, to the same shape."""
+    """Maps (B, H, W, C), C even, to the same shape.
+
+    Leaves s among the intermediates, as 'place' (B, H, W).
+    """
     batch, height, width, channels = x.shape
     dtype = self.dtype or x.dtype
     pixels = x.reshape(batch, height * width, channels)
@@ -67,7 +70,9 @@ class ModulatedAttention(nn.Module):
     place = dense(height * width, inputs=flat.shape[-1], dtype=dtype, name='spatial')(
       flat
     )
-    return (pixels + _softmax(place)[..., None] * attended).reshape(x.shape)
+    share = _softmax(place)
+    self.sow('intermediates', 'place', share.reshape(x.shape[:-1]))
+    return (pixels + share[..., None] * attended).reshape(x.shape)
 
 
 def _softmax(x: jax.Array) -> jax.Array:

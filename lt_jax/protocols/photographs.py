@@ -1,4 +1,4 @@
-"""Photographs: ImageNet-LT, Places-LT and iNaturalist."""
+"""Photographs: ImageNet, ImageNet-LT, Places-LT and iNaturalist."""
 
 from typing import NamedTuple
 
@@ -43,12 +43,42 @@ def _second(overrides: Overrides) -> dict[str, Overrides]:
 NO_SECOND = {'memory': None, 'aware': None}
 """Stages of a protocol for which a second training was never tried."""
 
-_CUI_FOCAL: Overrides = {
-  'loss': {'gamma': 0.5},
-  'class_weights': {'beta': 0.999},
-  'schedule': {'base': 1.6},  # 0.4 for 256 images
-}
-"""What Cui et al. change for class-balanced focal loss on iNaturalist."""
+
+def _cui(focal_rate: float) -> Protocol:
+  """Cui et al., arXiv 1901.05555, and its code for TPUs: 0.1 for 256 images.
+
+  Neither statistics' scales nor the last bias decay. Their resize is bicubic.
+
+  Args:
+    focal_rate: learning rate for 256 images of their class-balanced focal loss.
+  """
+  focal = {
+    'loss': {'gamma': 0.5},
+    'class_weights': {'beta': 0.999},
+    'schedule': {'base': 4 * focal_rate},
+  }
+  return Protocol(
+    {
+      'batch': 1024,
+      'model': {'dtype': 'bfloat16'},
+      'optimizer': {
+        **_sgd(1e-4),
+        'nesterov': True,
+        'weight_decay': ((r'.*norm\d?/.*|net/head/bias', 0.0), ('.*', 1e-4)),
+      },
+      **steps(
+        90,
+        (30, 0.1),
+        (60, 0.01),
+        (80, 1e-3),
+        base=0.4,
+        warmup='linear',
+        warmup_epochs=5,
+      ),
+    },
+    NO_SECOND,
+    {'cb_focal': focal},
+  )
 
 
 PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
@@ -97,31 +127,9 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
       NO_SECOND,
     ),
   },
+  'imagenet': {'cui': _cui(0.2)},
   'inat': {
-    # Cui et al., arXiv 1901.05555, and its code for TPUs: 0.1 for 256 images; neither
-    # statistics' scales nor the last bias decay. Their resize is bicubic.
-    'cui': Protocol(
-      {
-        'batch': 1024,
-        'model': {'dtype': 'bfloat16'},
-        'optimizer': {
-          **_sgd(1e-4),
-          'nesterov': True,
-          'weight_decay': ((r'.*norm\d?/.*|net/head/bias', 0.0), ('.*', 1e-4)),
-        },
-        **steps(
-          90,
-          (30, 0.1),
-          (60, 0.01),
-          (80, 1e-3),
-          base=0.4,
-          warmup='linear',
-          warmup_epochs=5,
-        ),
-      },
-      NO_SECOND,
-      {'cb_focal': _CUI_FOCAL},
-    ),
+    'cui': _cui(0.4),
     # Kang et al., arXiv 1910.09217, the shorter of their two schedules.
     'kang': Protocol(
       {'batch': 512, 'optimizer': _sgd(1e-4), **cosine(90, base=0.2)},
@@ -212,6 +220,7 @@ _PLACES_LT = _own(
   _episodes(novel=80, queries_novel=480, queries_base=240), crt=10.0, lws=5.0
 )
 _INATURALIST = _own({'generator': None}, crt=30.0, lws=5.0)
+_IMAGENET = _own({'generator': None}, crt=10.0, lws=5.0)
 
 
 _INAT = {
@@ -223,6 +232,15 @@ _INAT = {
 
 
 DATASETS = {
+  'imagenet': Photographs(
+    'tfds:imagenet2012',
+    'resnet50',
+    'imagenet',
+    _counts(1000, 1281167, 1300, 732, val=50000),
+    10,
+    {'jitter': 0.0, 'test_split': 'val'},
+    _IMAGENET,
+  ),
   'imagenet_lt': Photographs(
     'tfds:imagenet_lt',
     'resnet10',

@@ -10,12 +10,12 @@ def _resample(start_epoch: float = 0.0) -> Overrides:
   return {'name': 'effective_number', 'beta': BETA, 'start_epoch': start_epoch}
 
 
-def _sigmoid(config: ConfigDict, loss: Overrides) -> Overrides:
+def _sigmoid(config: ConfigDict, loss: Overrides, **weights: Overrides) -> Overrides:
   """Sigmoid losses: the prior as the first bias, and no decay on it."""
   decay = config.optimizer.weight_decay
   return {
     'loss': loss,
-    'class_weights': effective(),
+    **weights,
     'model': {'head_options': {'prior_bias': True}},
     'optimizer': {'weight_decay': (('net/head/bias', 0.0), *decay)},
   }
@@ -37,15 +37,23 @@ def _posthoc(config: ConfigDict) -> Overrides:
   }
 
 
+SIGMOID = {'name': 'sigmoid_cross_entropy'}
+
+
+SIGMOID_FOCAL = {'name': 'sigmoid_focal', 'gamma': 1.0}
+
+
 RECIPES: dict[str, Recipe] = {
   'ce': Recipe(lambda config: {}),
   'focal': Recipe(lambda config: {'loss': {'name': 'softmax_focal', 'gamma': 1.0}}),
   'cb_ce': Recipe(lambda config: {'class_weights': effective()}, paper='cui'),
+  'sigmoid': Recipe(lambda config: _sigmoid(config, SIGMOID), paper='cui'),
+  'sigmoid_focal': Recipe(lambda config: _sigmoid(config, SIGMOID_FOCAL), paper='cui'),
   'cb_sigmoid': Recipe(
-    lambda config: _sigmoid(config, {'name': 'sigmoid_cross_entropy'}), paper='cui'
+    lambda config: _sigmoid(config, SIGMOID, class_weights=effective()), paper='cui'
   ),
   'cb_focal': Recipe(
-    lambda config: _sigmoid(config, {'name': 'sigmoid_focal', 'gamma': 1.0}),
+    lambda config: _sigmoid(config, SIGMOID_FOCAL, class_weights=effective()),
     paper='cui',
   ),
   'ce_drw': Recipe(drw),

@@ -1,5 +1,7 @@
 """Recipes that learn example weights from a balanced meta set, and their controls."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
@@ -19,8 +21,28 @@ def _meta_row(config: ConfigDict) -> Overrides:
   return {'meta': {'split': 'meta', 'batch': config.batch, 'every': 1}}
 
 
+def _reweight(**options: Any) -> Overrides:
+  """The one method of weights that are a prior and an epsilon."""
+  return {
+    'name': 'meta_reweight',
+    'eps_lr': 0.01,
+    'eps_scale': 'absolute',
+    'form': 'additive',
+    'prior': 'class_weights',
+    'clip': False,
+    'normalise': False,
+    **META,
+    **options,
+  }
+
+
 def _l2rw(config: ConfigDict) -> Overrides:
-  return {'method': {'name': 'l2rw', **META}, 'streams': _meta_row(config)}
+  """Learning to Reweight; the class weights are what its logs compare with."""
+  return {
+    'method': _reweight(prior='none', clip=True, normalise=True, eps_lr=1.0),
+    'class_weights': effective(),
+    'streams': _meta_row(config),
+  }
 
 
 def _mwn(config: ConfigDict) -> Overrides:
@@ -61,15 +83,7 @@ def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
 
 def _jamal(config: ConfigDict) -> Overrides:
   """Meta class-weights (Jamal et al.): pre-training, then learned weights."""
-  method = {
-    'name': 'meta_reweight',
-    'eps_lr': 0.01,
-    'eps_scale': 'absolute',
-    'form': 'additive',
-    **META,
-  }
-  second = {'method': method, 'streams': _meta_row(config)}
-  return _two_stages(config, second)
+  return _two_stages(config, {'method': _reweight(), 'streams': _meta_row(config)})
 
 
 def _finetune(config: ConfigDict) -> Overrides:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import matplotlib
 import numpy as np
 
+from lt_jax.report.curves import curve
 from lt_jax.report.domains import Domain, domains
 from lt_jax.report.drawing import (
   CYCLE,
@@ -13,6 +14,7 @@ from lt_jax.report.drawing import (
   MARKER,
   Drawn,
   finished,
+  finite_mean,
   legend,
   line,
   matrix,
@@ -25,10 +27,8 @@ from lt_jax.report.figures import (
   MOST_NAMED,
   SPLITS,
   class_sets,
-  curve,
   drawable,
   each_seed,
-  finite_mean,
   mark_stages,
   plane_of,
   scatter,

@@ -120,6 +120,14 @@ def mean_and_deviation(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | 
   return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
 
 
+def finite_mean(values: np.ndarray) -> np.ndarray:
+  """Returns the means of columns, without what is not a number."""
+  there = np.isfinite(values)
+  count = there.sum(axis=0)
+  total = np.where(there, values, 0).sum(axis=0)
+  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
 def thinned(positions: np.ndarray, most: int) -> np.ndarray:
   """Returns at most some positions, evenly taken."""
   last = len(positions) - 1
@@ -208,16 +216,16 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
   for element in root.iter():
     for key, value in element.attrib.items():
       used |= set(REFERENCE.findall(value))
-      used |= {value[1:]} if key == href else set()
+      used |= {value[1:]} if key == href and value.startswith('#') else set()
   for element in root.iter():
     for key, value in list(element.attrib.items()):
       if key == 'id' and value not in used:
         del element.attrib[key]
       elif key == 'id':
         element.set(key, f'{prefix}-{value}')
-      elif key == href:
+      elif key == href and value.startswith('#'):
         element.set(key, f'#{prefix}-{value[1:]}')
-      else:
+      elif key != href:  # an image is its own data
         value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
         element.set(key, value.replace(INK, 'currentColor'))
   width, height = (float(number) for number in root.get('viewBox').split()[2:])

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 
 from lt_jax.data.longtail import shot_bounds
 from lt_jax.evals.calibration import BINS, calibration
+from lt_jax.report.across import compare_gains, compare_training
+from lt_jax.report.curves import curve, stages_of
 from lt_jax.report.drawing import (
   COLOURS,
   CYCLE,
@@ -21,6 +23,7 @@ from lt_jax.report.drawing import (
   MARKER,
   Drawn,
   finished,
+  finite_mean,
   legend,
   line,
   log_counts,
@@ -31,7 +34,8 @@ from lt_jax.report.drawing import (
   shortened,
   thinned,
 )
-from lt_jax.report.runs import Group, Missing, Run, printable
+from lt_jax.report.learned import epsilons
+from lt_jax.report.runs import Group, Missing, Run
 
 MOST_CLASSES = 50
 """Classes up to which each has a place of its own in a matrix."""
@@ -285,39 +289,6 @@ def each_seed(runs: Sequence[Run]) -> str:
   return '' if len(runs) == 1 else f' A line a seed, the strong one {runs[0].seed}.'
 
 
-def stages_of(run: Run) -> dict[str, tuple[int, int]]:
-  """Returns stage -> (where it begins, what to add to its steps), one after the other.
-
-  A stage counts its steps anew, unless it carries on the clock of the one before.
-  """
-  found, end = {}, 0
-  for stage in dict.fromkeys(row.get('stage') for row in run.rows):
-    surgeries = run.config.get('stages', {}).get(stage, {}).get('surgeries', ())
-    goes_on = any(
-      name == 'carry' and 'step' in options.get('fields', ())
-      for name, options in surgeries
-    )
-    offset = 0 if goes_on else end
-    found[printable(str(stage))] = (end, offset)
-    steps = (row.get('step', 0) for row in run.rows if row.get('stage') == stage)
-    end = offset + max(steps)
-  return found
-
-
-def curve(
-  run: Run, split: str, name: str, scale: float = 1
-) -> tuple[list[float], list[float]]:
-  """Returns steps and values of a metric, NaN where it was not finite."""
-  stages = stages_of(run)
-  points = [
-    (row['step'] + stages[printable(str(row.get('stage')))][1], row[name])
-    for row in run.rows
-    if row.get('split') == split and name in row and 'step' in row
-  ]
-  values = [np.nan if value is None else scale * value for _, value in points]
-  return [step for step, _ in points], values
-
-
 def weights(runs: Sequence[Run]) -> Drawn:
   """Draws the weights that a method has learned: by class, over training."""
   run = runs[0]
@@ -348,14 +319,6 @@ def weights(runs: Sequence[Run]) -> Drawn:
   at_end.legend()
   seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
   return figure, f'Learned weights of examples, by class, over training.{seed}'
-
-
-def finite_mean(values: np.ndarray) -> np.ndarray:
-  """Returns the means of columns, without what is not a number."""
-  there = np.isfinite(values)
-  count = there.sum(axis=0)
-  total = np.where(there, values, 0).sum(axis=0)
-  return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def features(runs: Sequence[Run]) -> Drawn:
@@ -458,6 +421,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'open_set': open_set,
   'training': training,
   'weights': weights,
+  'epsilons': epsilons,
 }
 """name -> figure of seeds of one thing."""
 
@@ -539,5 +503,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
 COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
   'compare_shot_groups': compare_shot_groups,
   'compare_classes': compare_classes,
+  'compare_gains': compare_gains,
+  'compare_training': compare_training,
 }
 """name -> figure of several groups."""

@@ -18,6 +18,8 @@ from lt_jax.report import (
   domains,
   drawing,
   figures,
+  grids,
+  insides,
   selection,
   tables,
 )
@@ -66,9 +68,14 @@ def write(folder: epath.PathLike) -> epath.Path:
   notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   by_domain = domains.domains_table(groups)
-  chosen = selection.selection_table(groups)
+  selected = selection.selection_table(groups)
+  found = grids.grids(groups)
+  chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
   compared = [] if len(groups) == 1 else _compared(groups)
+  if found:
+    figure = grids.error_by_value
+    compared.append(drawing.draw('error_by_value', figure, found, 'page'))
   page = _template().render(
     title=_title(runs, folder, alone),
     facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
@@ -77,14 +84,16 @@ def write(folder: epath.PathLike) -> epath.Path:
     published=published,
     domains=by_domain,
     domain_remarks=domains.remarks(by_domain),
-    selection=chosen,
+    selection=selected,
+    chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone else None,
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [table for table in (results, by_domain, chosen, published) if table.rows]
+  shown = [results, by_domain, selected, chosen, published]
+  shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
@@ -187,6 +196,7 @@ def _section(
   for family in families:
     wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
     wanted |= family.OF_ONE_RUN if alone else {}
+  wanted |= _inside(group.runs[0]) if alone else {}
   drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
   return {
     'group': group,
@@ -194,6 +204,15 @@ def _section(
     'figures': drawn,
     'remark': '' if wanted else REMARK,
     'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
+  }
+
+
+def _inside(run: Run) -> dict[str, Any]:
+  """Returns the figures of what was found in a run, if anybody has looked."""
+  return {
+    name: figure
+    for name, (file, figure) in insides.FIGURES.items()
+    if (run.folder / file).exists()
   }
 
 

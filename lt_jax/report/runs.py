@@ -49,6 +49,7 @@ SHAPES: dict[str, Any] = {
       'accuracy': NUMBER,
       'class_accuracy': (None, [MAYBE]),
     },
+    'val': (None, dict.fromkeys(TITLES, MAYBE)),
     'threshold': (None, {'value': MAYBE}),
     'best_on_test': (None, {'accuracy': NUMBER}),
     'versions': (None, {}),

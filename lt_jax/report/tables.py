@@ -120,7 +120,7 @@ def published_table(groups: Sequence[Group]) -> Table:
           _METRICS.get(row['metric'], TITLES.get(row['metric'], row['metric'])),
           percent(values),
           percent(best) if best else '-',
-          f'{row["value"]:.1f}',
+          _published(row),
           row['source'],
         ]
       )
@@ -134,6 +134,12 @@ def published_table(groups: Sequence[Group]) -> Table:
     'source',
   ]
   return Table(headings, rows, links)
+
+
+def _published(row: published.Row) -> str:
+  """Returns a published number, with what sets it apart from ours."""
+  mark = f' ({row["mark"]})' if 'mark' in row else ''
+  return f'{row["value"]:.1f}{mark}'
 
 
 _METRICS = {

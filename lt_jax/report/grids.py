@@ -1,0 +1,199 @@
+"""Values of config keys that a recipe was run with: which is best by validation.
+
+A recipe with runs of several configurations on the same data is a grid. Its cells are
+groups of seeds; the chosen one has the best mean metric on validation images, the one
+that `config.select` names or else the accuracy. Test images are only told.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lt_jax.config import trained_by
+from lt_jax.evals import TASKS
+from lt_jax.report.drawing import (
+  CYCLE,
+  Drawn,
+  legend,
+  mean_and_deviation,
+  plot,
+)
+from lt_jax.report.runs import Group, Missing, Run, printable
+from lt_jax.report.tables import Table, percent
+
+
+class Grid(NamedTuple):
+  """A recipe's runs of several configurations.
+
+  Attributes:
+    recipe: its name, with that of the data set where there are several.
+    keys: config keys that tell the cells apart.
+    cells: groups that have finished.
+    values: of each cell, the values of the keys.
+    metric: by which a cell is chosen.
+    chosen: the place of the best cell; None without validation images.
+  """
+
+  recipe: str
+  keys: list[str]
+  cells: list[Group]
+  values: list[tuple[Any, ...]]
+  metric: str
+  chosen: int | None
+
+
+def grids(groups: Sequence[Group]) -> list[Grid]:
+  """Returns the grids among groups of runs."""
+  kinds: dict[tuple[str, str], list[Group]] = {}
+  for group in groups:
+    if group.counted:
+      run = group.counted[0]
+      key = (f'{run.config["name"]}: {run.recipe}', run.kind[1])
+      kinds.setdefault(key, []).append(group)
+  return [
+    _grid(printable(name.partition(': ')[2]), cells)
+    for (name, _), cells in kinds.items()
+    if len(cells) > 1
+  ]
+
+
+def _grid(recipe: str, cells: list[Group]) -> Grid:
+  configs = [trained_by(group.counted[0].config) for group in cells]
+  keys = _telling(configs)
+  values = [tuple(config.get(key) for key in keys) for config in configs]
+  split, _, metric = str(configs[0].get('select', '')).partition('/')
+  metric = metric if split == 'val' else 'accuracy'
+  means = [_validated(group, metric) for group in cells]
+  known = [task.metrics[metric] for task in TASKS.values() if metric in task.metrics]
+  better = known[0].better if known else 1
+  whole = None not in means
+  best = int(np.argmax([better * mean for mean in means])) if whole else None
+  return Grid(recipe, keys, cells, values, metric, best)
+
+
+def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
+  """Returns keys that tell configurations apart; of keys that tell the same, one.
+
+  That is the one with the shortest name: what follows another key has a longer one.
+  """
+  found: dict[str, str] = {}
+  differing = {k for config in configs for k in config if k != 'seed'}
+  for key in sorted(differing, key=lambda key: (key.count('.'), len(key), key)):
+    values = [json.dumps(config.get(key)) for config in configs]
+    parts = json.dumps([values.index(value) for value in values])
+    if len(set(values)) > 1:
+      found.setdefault(parts, key)
+  return sorted(found.values())
+
+
+def _validated(group: Group, metric: str) -> float | None:
+  """Returns the mean of a metric on validation images; None if a run has none."""
+  values = [(run.result.get('val') or {}).get(metric) for run in group.counted]
+  return None if None in values else float(np.mean(values))
+
+
+def grids_table(found: Sequence[Grid]) -> Table:
+  """Returns a row a cell: its values, the metric on validation and test images."""
+  rows, links = [], []
+  for grid in found:
+    for place, (cell, values) in enumerate(zip(grid.cells, grid.values, strict=True)):
+      told = ', '.join(
+        f'{k}={_told(v)}' for k, v in zip(grid.keys, values, strict=True)
+      )
+      val, test = (
+        percent(
+          [(run.result.get(split) or {}).get(grid.metric) for run in cell.counted]
+        )
+        for split in ('val', 'test')
+      )
+      mark = 'yes' if place == grid.chosen else ''
+      row = [grid.recipe, printable(told), str(len(cell.counted)), val, test, mark]
+      rows.append(row)
+      links.append(f'#{cell.anchor}')
+  headings = ['method', 'values', 'seeds', 'on validation', 'on test', 'chosen']
+  return Table(headings, rows, links)
+
+
+def _told(value: Any) -> str:
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def error_by_value(found: Sequence[Grid]) -> Drawn:
+  """Draws the error against the values of a number, a line a value of the other keys.
+
+  The number is the one of most values; the recipes that were run over it share a plot.
+  """
+  key, shown = _number(found)
+  places = sorted({grid.values[i][grid.keys.index(key)] for grid, i in _cells(shown)})
+  figure, axes = plot(size=(5.6, 3.4))
+  lines: dict[str, list[tuple[Any, Group, bool]]] = {}
+  for grid, i in _cells(shown):
+    values = dict(zip(grid.keys, grid.values[i], strict=True))
+    x = values.pop(key)
+    told = ', '.join([grid.recipe, *(f'{k}={_told(v)}' for k, v in values.items())])
+    lines.setdefault(told, []).append((x, grid.cells[i], i == grid.chosen))
+  for number, (told, points) in enumerate(lines.items()):
+    colour = CYCLE[number % len(CYCLE)]
+    points.sort(key=lambda point: point[0])
+    x = [places.index(value) for value, _, _ in points]
+    for split, style in SPLITS.items():
+      values = [_errors(group.counted, split) for _, group, _ in points]
+      if any(None in seeds for seeds in values):
+        continue
+      pairs = [mean_and_deviation(seeds) for seeds in values]
+      mean = [mean for mean, _ in pairs]
+      spread = [0 if deviation is None else deviation for _, deviation in pairs]
+      label = printable(told) if split == 'test' else None
+      axes.errorbar(
+        x, mean, spread, color=colour, label=label, capsize=2, markersize=4, **style
+      )
+      for place, value, (_, _, best) in zip(x, mean, points, strict=True):
+        if best and split == 'test':
+          axes.plot(place, value, 'o', color='none', mec=colour, markersize=11)
+  axes.set_xticks(range(len(places)), [_told(value) for value in places])
+  axes.set(xlabel=key, ylabel='error (%)')
+  legend(figure, axes)
+  return figure, (
+    f'Error against {key}: on test images (solid) and on validation images (dashed), '
+    'by which the cells in circles were chosen; mean and deviation over seeds.'
+  )
+
+
+SPLITS = {
+  'test': {'fmt': 'o-', 'elinewidth': 1},
+  'val': {'fmt': '.--', 'elinewidth': 0, 'alpha': 0.5},
+}
+
+
+def _cells(found: Sequence[Grid]) -> list[tuple[Grid, int]]:
+  return [(grid, i) for grid in found for i in range(len(grid.cells))]
+
+
+def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
+  """Returns the key of the number with most values, and the grids that have it.
+
+  Raises:
+    Missing: there is none.
+  """
+  counts: dict[str, int] = {}
+  for grid in found:
+    for key, values in zip(grid.keys, zip(*grid.values, strict=True), strict=True):
+      if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        counts[key] = max(counts.get(key, 0), len(set(values)))
+  if not counts:
+    raise Missing('the runs of a recipe do not differ in a number')
+  key = max(counts, key=lambda name: counts[name])
+  return key, [
+    grid
+    for grid in found
+    if key in grid.keys
+    and all(isinstance(v[grid.keys.index(key)], int | float) for v in grid.values)
+  ]
+
+
+def _errors(runs: Sequence[Run], split: str) -> list[float | None]:
+  """Returns 1 - accuracy in %, of each run."""
+  found = [(run.result.get(split) or {}).get('accuracy') for run in runs]
+  return [None if value is None else 100 * (1 - value) for value in found]

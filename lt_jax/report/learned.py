@@ -1,0 +1,42 @@
+"""Figures of what a method has learned of single examples, from the files of a run."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lt_jax.report.drawing import COLOURS, INK, Drawn, finite_mean, log_counts, plot
+from lt_jax.report.runs import Missing, Run
+
+
+def epsilons(runs: Sequence[Run]) -> Drawn:
+  """Draws what was learned beyond the class-balanced weight, beside that weight.
+
+  Where it is a millionth of the weight it cannot be seen in the weight itself.
+  """
+  run = runs[0]
+  stored = run.arrays('weights.npz')
+  if 'learned' not in stored:
+    raise Missing('weights.npz is of an earlier version, without epsilon')
+  counts, step = stored['counts'], stored['step']
+  order = np.argsort(-counts, kind='stable')
+  tail = slice(-max(1, len(step) // 5), None)
+  learned, spread, prior = (
+    finite_mean(stored[name][tail][:, order]) for name in ('learned', 'spread', 'prior')
+  )
+  figure, (left, right) = plot(1, 2, size=(9, 3.2))
+  left.axhline(0, color=INK, linewidth=0.8)
+  left.errorbar(
+    counts[order], learned, spread, fmt='o', color=COLOURS['few'], markersize=4
+  )
+  left.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3), useMathText=False)
+  right.plot(counts[order], prior, 'o', color=COLOURS['many'], markersize=4)
+  for axes, told in ((left, 'epsilon'), (right, 'class-balanced weight w')):
+    log_counts(axes)
+    axes.set_ylabel(told)
+  left.set_title('mean and deviation of the images of a class')
+  scale = np.nanmean(np.abs(learned)) / np.nanmean(np.abs(prior))
+  seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
+  return figure, (
+    'What was learned beyond the class-balanced weight (left), and that weight, '
+    f'over the last fifth of training: epsilon is {scale:.1e} of the weight.{seed}'
+  )
