@@ -122,23 +122,25 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
 
 
 @pytest.mark.parametrize(
-  ('recipe', 'fault'),
+  ('recipe', 'fault', 'overrides'),
   [
-    ('dann', 'kill_at:31'),
-    pytest.param('cdan', 'kill_at:31', marks=pytest.mark.slow),
-    pytest.param('mcd', 'kill_at:31', marks=pytest.mark.slow),
-    pytest.param('adda', 'kill_in_save:4', marks=pytest.mark.slow),  # second stage
+    ('dann', 'kill_in_save:2', ()),
+    pytest.param(
+      'cdan', 'kill_in_save:2', ('--config.method.largest=8',), marks=pytest.mark.slow
+    ),
+    pytest.param('mcd', 'kill_in_save:2', (), marks=pytest.mark.slow),
+    pytest.param('adda', 'kill_in_save:4', (), marks=pytest.mark.slow),  # second stage
   ],
 )
-def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault):
+def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault, overrides):
   """F1: two streams, two optimisers, and what a method draws once."""
   options = child.two_domains(recipe)
   unbroken, workdir = tmp_path / 'unbroken', tmp_path / 'run'
-  code, output = run(unbroken, **options)
+  code, output = run(unbroken, *overrides, **options)
   assert code == 0, output
-  assert run(workdir, fault=fault, **options)[0] == KILLED
-  code, output = run(workdir, **options)
-  assert code == 0 and 'resuming from' in output, output
+  assert run(workdir, *overrides, fault=fault, **options)[0] == KILLED
+  code, output = run(workdir, *overrides, **options)
+  assert code == 0 and 'resuming from 10' in output, output
   assert result(workdir)['state_sha256'] == result(unbroken)['state_sha256']
   assert rows(workdir) == rows(unbroken)
 
