@@ -89,7 +89,7 @@ def test_images_that_moved_are_evaluated_again(finished, lists):
   root = pathlib.Path(lists['data.dir'])
   moved = root.rename(root.with_name('moved'))
   try:
-    with pytest.raises(UserError, match='the folder of images .* does not exist'):
+    with pytest.raises(UserError, match='give --data_dir='):
       evaluate.evaluate(epath.Path(finished))
     again = evaluate.evaluate(epath.Path(finished), data_dir=str(moved))
   finally:
