@@ -36,7 +36,9 @@ DATA_DIR = commands.path_flag(
   'data_dir', 'Where the data lie, if they have moved, see docs/tools.md.'
 )
 IMAGES = flags.DEFINE_list(
-  'images', [], 'Positions of test images for the maps; by default one of some classes.'
+  'look_at',
+  [],
+  'Positions of test images for the maps; by default one of some classes.',
 )
 
 MOST_BATCHES = 100
@@ -51,7 +53,7 @@ def main() -> None:
   """Looks into the run that the flags name."""
   workdir = files.absolute(WORKDIR.value)
   if not all(text.isdecimal() for text in IMAGES.value):
-    raise UserError(f'--images must be whole numbers: {",".join(IMAGES.value)}')
+    raise UserError(f'--look_at must be whole numbers: {",".join(IMAGES.value)}')
   left = look(workdir, [int(text) for text in IMAGES.value], DATA_DIR.value)
   for name in left:
     print(workdir / name)
@@ -203,7 +205,9 @@ def feature_maps(
   split = stage.images['test']
   places = images or _of_some_classes(found['label'], stage.dataset.counts)
   if max(places) >= len(split.rows):
-    raise UserError(f'--images: {max(places)}; there are {len(split.rows)} test images')
+    raise UserError(
+      f'--look_at: {max(places)}; there are {len(split.rows)} test images'
+    )
   chosen = {name: values[places] for name, values in found.items()}
   return chosen | {'image': np.stack([split.image(split.rows[i]) for i in places])}
 

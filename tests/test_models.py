@@ -438,7 +438,7 @@ def test_glorot_is_uniform_of_both_fans():
 
 
 def test_every_trunk_takes_an_initialisation():
-  for trunk in TRUNKS:
+  for trunk in TRUNKS.keys() - {'identity'}:  # which has no parameters
     net = make_classifier(trunk, 'linear', 3, trunk_options={'init': 'glorot'})
     assert net.trunk.conv.keywords['kernel_init'] is glorot
 
