@@ -51,13 +51,18 @@ def distance(
   return 1 - survey.collect(state, split, keep)['unit'] @ (total / count)
 
 
+def entropy_of(outputs: Outputs) -> jax.Array:
+  """Returns the entropy of the softmax in nats, (B,)."""
+  log_p = jax.nn.log_softmax(outputs['logits'])
+  return -(jnp.exp(log_p) * log_p).sum(-1)
+
+
 def entropy(survey: Survey, state: State, *, split: str = TARGET) -> np.ndarray:
   """The entropy of each prediction, in nats: near is what the network is sure of."""
 
   def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     del batch
-    log_p = jax.nn.log_softmax(outputs['logits'])
-    return {'entropy': -(jnp.exp(log_p) * log_p).sum(-1)}
+    return {'entropy': entropy_of(outputs)}
 
   return survey.collect(state, split, keep)['entropy']
 

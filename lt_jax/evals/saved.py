@@ -12,7 +12,7 @@ import numpy as np
 
 from lt_jax.errors import lookup
 from lt_jax.evals.collect import Survey
-from lt_jax.evals.ordering import distance
+from lt_jax.evals.ordering import distance, entropy_of
 from lt_jax.method import Batch, Outputs, State
 
 
@@ -26,16 +26,10 @@ def confidence(outputs: Outputs) -> jax.Array:
   return jax.nn.softmax(outputs['logits']).max(-1)
 
 
-def entropy(outputs: Outputs) -> jax.Array:
-  """Returns the entropy of the softmax in nats, (B,)."""
-  log_p = jax.nn.log_softmax(outputs['logits'])
-  return -(jnp.exp(log_p) * log_p).sum(-1)
-
-
 SAVED: dict[str, Callable[[Outputs], jax.Array]] = {
   'prediction': prediction,
   'confidence': confidence,
-  'entropy': entropy,
+  'entropy': entropy_of,
 }
 """Name -> outputs -> (B, ...). What the network returns is saved by its own name."""
 

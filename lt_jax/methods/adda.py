@@ -15,7 +15,6 @@ from lt_jax.method import (
   PyTree,
   State,
   check_streams,
-  first_state,
   forward,
   init_net,
   mean_metric,
@@ -26,6 +25,7 @@ from lt_jax.method import (
   update,
 )
 from lt_jax.methods.adversarial import domain_loss, reader
+from lt_jax.methods.pairs import begin
 from lt_jax.optim import Optimizer
 
 SOURCE = 'source_net'
@@ -80,21 +80,21 @@ def adda(
   read = reader('adda', align_on)
   check_streams(streams, 'target')
 
+  begun = begin(
+    net,
+    optimizer,
+    lambda outputs: {'discriminator': read(outputs)},
+    statistics='joint',
+    players=players,
+  )
+
   def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
-    images = batches['train']['image'][:1]
-    params, stats = {}, {}
-    for name, use in (('net', 'init'), (SOURCE, f'init_{SOURCE}')):
-      params[name], stats[name] = init_net(net, named_key(key, use, 0), images)
-    shape = jax.eval_shape(
-      lambda: read(forward(net, params['net'], stats['net'], images, train=False)[0])
+    state = begun(key, batches)
+    own_key = named_key(key, f'init_{SOURCE}', 0)
+    params, stats = init_net(net, own_key, batches['train']['image'])
+    return state.replace(
+      params={**state.params, SOURCE: params}, stats={**state.stats, SOURCE: stats}
     )
-    made = judge.net.init(
-      named_key(key, 'init_discriminator', 0), jnp.zeros(shape.shape, shape.dtype)
-    )
-    params['discriminator'] = made['params']
-    opt = optimizer.init({'net': params['net']})
-    opt |= judge.optimizer.init({'discriminator': made['params']})
-    return first_state(key, params, stats, opt)
 
   def logits(params: PyTree, x: jax.Array) -> jax.Array:
     return judge.net.apply({'params': params}, x)
