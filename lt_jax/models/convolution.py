@@ -75,8 +75,9 @@ def conv(
   stride: int = 1,
   groups: int = 1,
   pad: int | str | None = None,
+  dilation: int = 1,
 ) -> jax.Array:
-  """Convolves with zero padding of (size - 1) / 2 on every side, or of `pad`.
+  """Convolves with zero padding of d (size - 1) / 2 on every side, or of `pad`.
 
   The padding is explicit: 'SAME' pads a strided convolution on one side only, which is
   not what most papers' networks do. Those that come from TensorFlow ask for it.
@@ -87,18 +88,19 @@ def conv(
     stride: in pixels, along both axes.
     groups: the g-th part of the outputs reads only the g-th part of the inputs. With
       groups = C = D, a depthwise convolution, CPUs add up shifted images.
-    pad: pixels of padding on every side, or 'SAME'; None for (size - 1) / 2.
+    pad: pixels of padding on every side, or 'SAME'; None for d (size - 1) / 2.
+    dilation: d, by how many pixels those that a kernel reads are apart.
 
   Returns:
     (B, H', W', D); with the default padding and with 'SAME', H' is ceil(H / stride).
   """
   padding = [
-    _padding(side, size, stride, pad)
+    _padding(side, dilation * (size - 1) + 1, stride, pad)
     for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)
   ]
   shape = {'stride': stride, 'padding': padding}
-  whole = partial(_convolved, groups=groups, **shape)
-  if 1 < groups == x.shape[-1] == kernel.shape[-1]:
+  whole = partial(_convolved, groups=groups, dilation=dilation, **shape)
+  if 1 < groups == x.shape[-1] == kernel.shape[-1] and dilation == 1:
     on_cpu = partial(_shifted_products, **shape)
   elif kernel.shape[:2] == (1, 1) and (stride, groups, pad) == (1, 1, None):
     on_cpu = _pixel_by_pixel
@@ -124,6 +126,7 @@ def _convolved(
   stride: int,
   groups: int,
   padding: Sequence[tuple[int, int]],
+  dilation: int,
 ) -> jax.Array:
   """Convolves by the compiler's own operation."""
   return lax.conv_general_dilated(
@@ -131,6 +134,7 @@ def _convolved(
     kernel,
     window_strides=(stride, stride),
     padding=padding,
+    rhs_dilation=(dilation, dilation),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=groups,
   )
@@ -230,6 +234,7 @@ class Conv(nn.Module):
     groups: equal parts of the channels that do not mix.
     pad: pixels of zero padding on every side, or 'SAME', see `conv`; None keeps the
       size of the image.
+    dilation: by how many pixels those that a kernel reads are apart.
     bias: adds a bias, which begins at zero.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
     dtype: of the computation; None for that of input and kernel. Parameters are
@@ -241,6 +246,7 @@ class Conv(nn.Module):
   stride: int = 1
   groups: int = 1
   pad: int | str | None = None
+  dilation: int = 1
   bias: bool = False
   kernel_init: Callable[..., jax.Array] = kaiming
   dtype: Any = None
@@ -251,7 +257,7 @@ class Conv(nn.Module):
     shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    y = conv(x, kernel, self.stride, self.groups, self.pad)
+    y = conv(x, kernel, self.stride, self.groups, self.pad, self.dilation)
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, (self.features,), jnp.float32)

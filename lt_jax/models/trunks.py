@@ -16,6 +16,7 @@ from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.plain import PLAIN
 from lt_jax.models.planning import value_iteration
 from lt_jax.models.resnet import RESNETS
+from lt_jax.models.segmentation import SEGMENTERS
 from lt_jax.models.taps import tap
 
 
@@ -197,5 +198,6 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   **RESNETS,
   **EFFICIENTNETS,
   **PLAIN,
+  **SEGMENTERS,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""
