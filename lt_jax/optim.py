@@ -332,11 +332,37 @@ def dann(
   return lambda step: (1 + alpha * progress(step)) ** -beta
 
 
+def poly(epoch_steps: Fraction, *, end: float, power: float = 0.9) -> Schedule:
+  r"""Decays by a power of what is left, to 0 at the end and behind it.
+
+  .. math::
+    (1 - t / T)^\kappa
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epoch T; beyond that of the end of training, the rate does not reach 0.
+    power: kappa.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: `end` or the power is not positive.
+
+  Chen et al., DeepLab-v2, arXiv 1606.00915, section 4.1.2, there "poly".
+  """
+  if not end > 0 or not power > 0:
+    raise UserError(f'poly needs end > 0 and power > 0, got {end} and {power}')
+  progress = _ramp(0.0, float(end * epoch_steps))
+  return lambda step: (1 - progress(step)) ** power
+
+
 SCHEDULES = {
   'constant': constant,
   'step_decay': step_decay,
   'cosine': cosine,
   'dann': dann,
+  'poly': poly,
 }
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
-from lt_jax.models import discriminator
+from lt_jax.models import deeplab, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
 from lt_jax.models.heads import HEADS, dense, linear
@@ -25,11 +25,15 @@ from lt_jax.models.weight_net import WeightNet
 NETWORKS = {
   'mlp': discriminator.mlp,
   'image_discriminator': discriminator.image_discriminator,
+  'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
   'linear': linear,
   'weight_net': WeightNet,
 }
 """Networks of further players: name -> options -> a module."""
+
+OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS
+"""Heads that read maps, of networks that give logits of every pixel."""
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 """Types that a network computes in."""
@@ -115,7 +119,7 @@ def make_classifier(
 
   Args:
     trunk: a key of `TRUNKS`.
-    head: a key of `HEADS`, or of `PIXEL_HEADS` if `per_pixel`.
+    head: a key of `HEADS`, or of `OF_PIXELS` if `per_pixel`.
     num_classes: number of known classes.
     attention: puts `ModulatedAttention` over the trunk's map.
     projection: size of the features after a linear layer and ReLU; -1 for as many as
@@ -131,7 +135,7 @@ def make_classifier(
     UserError: an unknown name or option, or parts that a network of pixels lacks.
   """
   norm = functools.partial(BatchNorm, **(batch_norm or {}))
-  heads = HEADS | (PIXEL_HEADS if per_pixel else {})
+  heads = HEADS | (OF_PIXELS if per_pixel else {})
   parts = {
     'trunk': construct(
       TRUNKS, 'trunk', trunk, options=trunk_options or {}, dtype=dtype, norm=norm

@@ -1,7 +1,7 @@
 """The one convolution of the house, and what makes it fast on a CPU."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+
+from lt_jax.errors import UserError
 
 
 def kaiming(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
@@ -100,13 +102,49 @@ def conv(
   ]
   shape = {'stride': stride, 'padding': padding}
   whole = partial(_convolved, groups=groups, dilation=dilation, **shape)
-  if 1 < groups == x.shape[-1] == kernel.shape[-1] and dilation == 1:
-    on_cpu = partial(_shifted_products, **shape)
+  if 1 < groups == x.shape[-1] == kernel.shape[-1]:
+    on_cpu = partial(_shifted_products, dilation=dilation, **shape)
   elif kernel.shape[:2] == (1, 1) and (stride, groups, pad) == (1, 1, None):
     on_cpu = _pixel_by_pixel
   else:
     return _unfused(whole(_unfused(x), kernel))
   return lax.platform_dependent(x, kernel, cpu=on_cpu, default=whole)
+
+
+def dilated(
+  layers: Sequence[Mapping[str, Any]], dilation: int
+) -> Sequence[Mapping[str, Any]]:
+  """Gives up the strides of consecutive convolutions, but not what they see.
+
+  Where a convolution strode, those behind it read pixels that are as much further apart
+  instead. So at every s-th pixel of the larger map, s being the product of the strides,
+  stands what the strided convolutions compute, if the map before has an odd size or is
+  padded evenly; the pixels in between are new.
+
+  Args:
+    layers: attributes of `Conv`, in order.
+    dilation: by how many pixels those that the first one reads are apart.
+
+  Returns:
+    Their attributes, with 'dilation' for 'stride'.
+
+  Source: the "hole algorithm" of Chen et al., arXiv 1412.7062, section 3.1.
+  """
+  found = []
+  for layer in layers:
+    found.append({**layer, 'stride': 1, 'dilation': dilation})
+    dilation *= layer.get('stride', 1)
+  return found
+
+
+def check_output_stride(stride: int) -> None:
+  """Refuses what is no stride of a network whose maps halve five times.
+
+  Raises:
+    UserError: it is not 8, 16 or 32.
+  """
+  if stride not in (8, 16, 32):
+    raise UserError(f'output_stride is {stride}; it must be 8, 16 or 32')
 
 
 def _padding(
@@ -150,7 +188,11 @@ def _pixel_by_pixel(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _shifted_products(
-  x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  padding: Sequence[tuple[int, int]],
+  dilation: int,
 ) -> jax.Array:
   """Convolves every channel by itself: the sum of one shifted image a kernel pixel.
 
@@ -163,12 +205,13 @@ def _shifted_products(
   @partial(jax.checkpoint, prevent_cse=False)
   def convolved(image: jax.Array, kernel: jax.Array) -> jax.Array:
     image = jnp.pad(image, (*padding, (0, 0)))
-    height = 1 + (image.shape[0] - rows) // stride
-    width = 1 + (image.shape[1] - columns) // stride
+    height = 1 + (image.shape[0] - dilation * (rows - 1) - 1) // stride
+    width = 1 + (image.shape[1] - dilation * (columns - 1) - 1) // stride
 
     def product(i: int, j: int) -> jax.Array:
-      end = i + stride * (height - 1) + 1, j + stride * (width - 1) + 1
-      part = lax.slice(image, (i, j, 0), (*end, image.shape[-1]), (stride, stride, 1))
+      y, x = dilation * i, dilation * j
+      end = y + stride * (height - 1) + 1, x + stride * (width - 1) + 1
+      part = lax.slice(image, (y, x, 0), (*end, image.shape[-1]), (stride, stride, 1))
       return part * kernel[i, j][None]
 
     return sum(product(i, j) for i in range(rows) for j in range(columns))

@@ -5,6 +5,7 @@ classifies each pixel of the map on its own. A head of `PIXEL_HEADS` reads the w
 map, so that it sees what surrounds a pixel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,16 +17,7 @@ from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.taps import tap
-
-
-def resize(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Returns maps (B, h, w, C) at another size (H, W), bilinear.
-
-  Pixels are squares whose centres are what is interpolated between, as PyTorch has it
-  with `align_corners=False`.
-  """
-  shape = (len(maps), *size, maps.shape[-1])
-  return jax.image.resize(maps, shape, 'bilinear', antialias=False)
+from lt_jax.models.upsampling import resize
 
 
 class Segmenter(nn.Module):
@@ -37,7 +29,9 @@ class Segmenter(nn.Module):
     trunk: a module from images (B, H, W, C) to a map (B, h, w, D), or to a dict of
       named layers, of which 'features' is such a map.
     head: a module from features of pixels (N, D) to logits (N, number of classes); or,
-      where it has `of_maps`, from the map to logits (B, h, w, number of classes).
+      where it has `of_maps`, from the map to logits (B, h, w, number of classes); or,
+      where it has `of_layers`, from all layers of the trunk and the images' size to
+      outputs, 'logits' (B, H, W, number of classes) among them.
   """
 
   trunk: nn.Module
@@ -55,9 +49,10 @@ class Segmenter(nn.Module):
       **memory: what the head reads beside the features.
 
     Returns:
-      'logits' (B, H, W, number of classes), 'map' (B, h, w, D), the features that they
-      come from, 'features' (B, D), their mean over the pixels, and the other layers
-      that the trunk names, all at least float32.
+      'logits' (B, H, W, number of classes), 'low_logits' (B, h, w, number of classes),
+      which they are resized from, 'map' (B, h, w, D), the features that they come from,
+      'features' (B, D), their mean over the pixels, and the other layers that trunk and
+      head name, all at least float32.
 
     Raises:
       UserError: the trunk does not end in a map.
@@ -65,24 +60,35 @@ class Segmenter(nn.Module):
     x = self.trunk(images, train=train)
     layers = dict(x) if isinstance(x, dict) else {'features': x}
     layers = {name: at_least_float32(layer) for name, layer in layers.items()}
-    features = layers.pop('features')
+    features = layers['features']
     if features.ndim != 4:
       raise UserError(
         'labels of pixels need a trunk that ends in a map of features, such as '
         "model.trunk='small_segmenter'"
       )
-    outputs = self.apply_head(features, train=train, **memory)
-    return layers | {
-      'features': features.mean((1, 2)),
-      'map': features,
-      'logits': resize(outputs['logits'], images.shape[1:3]),
-    }
+    size = images.shape[1:3]
+    if getattr(self.head, 'of_layers', False):
+      outputs = self.head(layers, size, **memory)
+    else:
+      low = self.apply_head(features, train=train, **memory)['logits']
+      outputs = {'logits': resize(low, size), 'low_logits': low}
+    maps = {'features': features.mean((1, 2)), 'map': features}
+    return layers | maps | outputs
 
   def apply_head(
     self, features: jax.Array, *, train: bool, **memory: jax.Array
   ) -> dict[str, jax.Array]:
-    """Maps features (B, h, w, D) to logits of the same size, not that of images."""
+    """Maps features (B, h, w, D) to logits of the same size, not that of images.
+
+    Raises:
+      UserError: the head reads more of the trunk than its features.
+    """
     del train  # no head normalises by the batch
+    if getattr(self.head, 'of_layers', False):
+      raise UserError(
+        'this method applies the head to features alone, but this head reads further '
+        "layers of the trunk: set model.head, such as to 'multi_dilation'"
+      )
     if getattr(self.head, 'of_maps', False):
       return {'features': features, 'logits': self.head(features, **memory)}
     pixels = features.reshape(-1, features.shape[-1])
@@ -139,7 +145,7 @@ def small_segmenter(
 
 def _normal(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
   """Draws from N(0, 0.01^2), as DeepLab begins its head."""
-  return 0.01 * jax.random.normal(key, shape, dtype)
+  return 0.01 * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 class MultiDilation(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
+from lt_jax.models import deeplab, fcn
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.digits import DIGITS
 from lt_jax.models.efficientnet import EFFICIENTNETS
@@ -199,5 +200,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   **EFFICIENTNETS,
   **PLAIN,
   **SEGMENTERS,
+  **deeplab.TRUNKS,
+  **fcn.TRUNKS,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""
