@@ -18,6 +18,8 @@ images, and the tail is what the losses of long tails are for, which count pixel
 
   python -m lt_jax.main --config=configs/scenes.py:balanced_softmax,tail=10 ...
 
+Those of sigmoids (`cb_focal`, ...) need --config.model.head=linear, with its one bias.
+
 Cost: 3,000 steps of 8 images (or 8 + 8) at 64 x 64, some four minutes (or seven) on two
 CPU cores.
 

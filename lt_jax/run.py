@@ -493,7 +493,6 @@ def _banner(
   sizes = _sizes(dataset)
   kind = jax.devices()[0].device_kind
   imbalance = counts.max() / max(counts.min(), 1)
-  noun = 'pixels' if dataset.of_pixels else 'images'
   screen.table(
     f'{config["name"]}: {config["recipe"]}, {_named(seeds or [config["seed"]])}',
     [
@@ -507,7 +506,10 @@ def _banner(
         if name != SOURCE
       ),
       *(('passed over', line) for line in dataset.passed_over),
-      ('classes', f'{len(counts)}, {_some(counts)} {noun}, imbalance {imbalance:.4g}'),
+      (
+        'classes',
+        f'{len(counts)}, {_some(counts)} {dataset.counted}, imbalance {imbalance:.4g}',
+      ),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),
       ('config', f'{config_digest(config)} (seed left out)'),

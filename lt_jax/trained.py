@@ -130,10 +130,15 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       the run's evaluation.
 
   Raises:
-    UserError: there is no such run or State, or it is damaged.
+    UserError: there is no such run or State, it is damaged, or it predicts pixels.
   """
   config = read_config(workdir)
   facts = read_facts(workdir)
+  if facts.get('label_maps'):
+    raise UserError(
+      f'{workdir} predicts a class for every pixel, and this is for one an image: '
+      'lt_jax.evaluate measures it, and its report shows test images'
+    )
   path = workdir / 'result.json'
   result = {}
   if path.exists():

@@ -1,15 +1,21 @@
 """Street scenes: what is drawn, always the same, and a run from end to end."""
 
+import types
+
 import numpy as np
 import pytest
 
 from configs import scenes as config_file
-from lt_jax import build, run
+from lt_jax import build, run, trained
 from lt_jax.config import resolve
 from lt_jax.data import scenes
 from lt_jax.data.masks import VOID
+from lt_jax.doctor import data
+from lt_jax.doctor.case import Missing
 from lt_jax.errors import UserError
 from lt_jax.report.page import write
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 TINY = {'train': 16, 'val': 8, 'test': 8}
 
@@ -92,6 +98,8 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
     assert stored['snow/test/prediction'].shape == (4, 64, 64)
     images = scenes.scenes('snow')['test'].images[:4]
     np.testing.assert_array_equal(stored['snow/test/image'], images)
+  with pytest.raises(UserError, match='predicts a class for every pixel'):
+    trained.open_run(tmp_path)
   page = write(tmp_path).read_text()
   assert 'mIoU' in page and '<h2>By class</h2>' in page and 'something else' not in page
   assert page.count('alt="prediction"') == 4 * 3  # targets, source, snow
@@ -100,7 +108,10 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
 
 @pytest.mark.parametrize('recipe', ['balanced_softmax', 'ldam_drw', 'cb_focal', 'fda'])
 def test_recipes_of_long_tails_and_of_adaptation_learn_by_pixels(recipe):
-  experiment = build.build(config(f'{recipe},train=16'), devices=1)
+  made = config(f'{recipe},train=16')
+  if recipe == 'cb_focal':
+    made['model']['head'] = 'linear'
+  experiment = build.build(made, devices=1)
   stage = experiment.last
   pixels = (
     experiment.domains['source'].splits['train'].source.class_pixels(np.arange(16))
@@ -108,6 +119,16 @@ def test_recipes_of_long_tails_and_of_adaptation_learn_by_pixels(recipe):
   np.testing.assert_array_equal(experiment.dataset.counts, pixels.sum(0))
   assert stage.streams['train'].payload_shapes().keys() == {'index'}
   assert not stage.uses_target_labels
+
+
+def test_the_doctor_counts_pixels():
+  dataset = build.build(config('source_only,train=16'), devices=1).dataset
+  case = types.SimpleNamespace(dataset=dataset)
+  told = [finding.text for finding in data.splits(case)]
+  assert told[0] == 'train: 16 images, 65,536 labelled pixels of 7 of 7 classes'
+  assert not [*data.classes(case)]
+  with pytest.raises(Missing, match='classes are measured each by its IoU'):
+    next(data.balanced_test(case))
 
 
 def test_a_task_and_its_labels_must_fit():

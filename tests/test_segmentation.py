@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lt_jax.errors import UserError
 from lt_jax.evals import TASKS, segmentation
 from lt_jax.evals.calibration import calibration
+from lt_jax.method import Method
+from lt_jax.methods.tiled import starts, tiled
 
 GROUPS = {
   'many': np.array([True, False, False, False]),
@@ -111,6 +114,32 @@ def test_a_picture_shows_every_pixel_of_small_maps(case):
     {'logits': jnp.zeros((1, 2, 2, 4))}, {'label': jnp.zeros((1, 2, 2), jnp.int32)}
   )
   assert (np.asarray(uniform['entropy']) == 255).all()
+
+
+def of_pixels(state, images):
+  """A network that sees one pixel at a time, and says so in two outputs."""
+  return {
+    'logits': images @ state,
+    'low_logits': images,
+    'features': images.mean((1, 2)),
+  }
+
+
+def test_tiles_cover_every_pixel_and_change_nothing_that_is_of_one_pixel():
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 11, 9, 3)))
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)))
+  method = Method(None, None, of_pixels)
+  for size in ({'height': 4, 'width': 6}, {'height': 11, 'width': 9, 'overlap': 0.0}):
+    found = jax.jit(tiled(method, **size).predict)(weights, images)
+    np.testing.assert_allclose(found['logits'], images @ weights, rtol=1e-5, atol=1e-6)
+    assert found['features'].shape == (2, 3)
+  assert starts(11, 4, 0.5) == [0, 2, 4, 5, 7] and starts(8, 4, 0.0) == [0, 4]
+  with pytest.raises(
+    UserError, match='tiles of 6 x 12 pixels are larger than the imag'
+  ):
+    tiled(method, height=12, width=6).predict(weights, images)
+  with pytest.raises(UserError, match='they must be positive'):
+    tiled(method, height=0, width=6)
 
 
 def test_the_headline_is_the_miou_and_a_state_can_be_chosen_by_it():

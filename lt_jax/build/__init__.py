@@ -46,7 +46,7 @@ from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods import METHODS, few_shot, self_training, tiled, translation
 from lt_jax.methods.meta import WEIGHERS
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
@@ -55,7 +55,13 @@ from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
+WRAPPERS = (
+  wrappers.WRAPPERS
+  | posthoc.WRAPPERS
+  | translation.WRAPPERS
+  | shift.WRAPPERS
+  | tiled.WRAPPERS
+)
 
 
 SURGERIES = (

@@ -57,6 +57,11 @@ class Dataset(NamedTuple):
     return self.splits['train'].of_pixels
 
   @property
+  def counted(self) -> str:
+    """What `counts` are of: every image, or every pixel, has a label."""
+    return 'pixels' if self.of_pixels else 'images'
+
+  @property
   def every(self) -> dict[str, Split]:
     """All splits by name, for looking at data rather than learning from them."""
     return {**self.splits, **self.tests}
