@@ -93,7 +93,9 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
     images = scenes.scenes('snow')['test'].images[:4]
     np.testing.assert_array_equal(stored['snow/test/image'], images)
   page = write(tmp_path).read_text()
-  assert 'mIoU' in page
+  assert 'mIoU' in page and '<h2>By class</h2>' in page and 'something else' not in page
+  assert page.count('alt="prediction"') == 4 * 3  # targets, source, snow
+  assert '#46' in page  # the colour of buildings
 
 
 @pytest.mark.parametrize('recipe', ['balanced_softmax', 'ldam_drw', 'cb_focal', 'fda'])

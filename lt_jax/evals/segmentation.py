@@ -234,5 +234,6 @@ SEGMENTATION = Task(
   criteria=label_free.keep_of_pixels,
   picture=picture,
   per_pixel=True,
+  by_class='iou_by_class',
 )
 """The groups of classes are by their training pixels, and their metric is the mIoU."""

@@ -62,6 +62,7 @@ class Task(NamedTuple):
     picture: as `record`, what samples.npz shows of a few test images; None: it shows
       errors on rare classes.
     per_pixel: whether every pixel has a label, and logits.
+    by_class: the metric (C,) of single classes whose mean over them tables have.
   """
 
   record: Record
@@ -73,6 +74,7 @@ class Task(NamedTuple):
   criteria: Record = label_free.keep
   picture: Record | None = None
   per_pixel: bool = False
+  by_class: str = 'class_accuracy'
 
   @property
   def headline(self) -> str:
