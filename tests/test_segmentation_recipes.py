@@ -15,6 +15,8 @@ from lt_jax.recipes import segmentation
 from lt_jax.writers import read_rows
 from tests import child
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 TINY = {'train': 16, 'val': 8, 'test': 8}
 
 
@@ -100,7 +102,6 @@ def _untimed(workdir):
 
 
 def test_advent_runs_from_end_to_end_and_resumes_bit_by_bit(tmp_path):
-  """On eight devices, of which each has one image of either domain."""
   result = assert_resumes('advent', tmp_path)
   assert not result['uses_target_labels']
   assert 0 <= result['test']['miou'] <= 1
