@@ -57,7 +57,7 @@ def _mean_teacher(config: ConfigDict) -> Overrides:
   return {
     **target_stream(config),
     'method': {'name': 'mean_teacher', 'statistics': 'separate'},
-    'alignment': {'name': 'none', 'weight': {'name': 'constant', 'weight': 1.0}},
+    'alignment': {'weight': {'name': 'constant', 'weight': 1.0}},
   }
 
 
