@@ -63,5 +63,6 @@ def get_config(arg: str | None = None):
     },
     net=option.net,
     images=9_400,
+    classes=option.classes,
     steps=option.steps,
   )

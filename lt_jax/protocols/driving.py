@@ -90,6 +90,7 @@ def adaptation(
   steps: int,
   part: float = 1.0,
   window: tuple[int, int] = (512, 1024),
+  classes: int = 19,
 ) -> ConfigDict:
   """Returns the config of a source and its targets, trained as ADVENT is.
 
@@ -104,6 +105,7 @@ def adaptation(
     steps: of the training.
     part: of the decay of the learning rate that is over by then.
     window: (height, width) that recipes have which mix the domains.
+    classes: how many, for plans, which read no data.
   """
   made = lookup(NETS, 'network', net)
   config = apply(
@@ -111,7 +113,13 @@ def adaptation(
     {
       'name': name,
       'task': 'segmentation',
-      'data': {'many_shot': 0, 'few_shot': 0, 'workers': -1, **source},
+      'data': {
+        'many_shot': 0,
+        'few_shot': 0,
+        'workers': -1,
+        'fake': {'classes': classes, 'train': images},
+        **source,
+      },
       'domains': {**targets, **opened},
       'target': tuple(targets),
       'open_domains': tuple(opened),
