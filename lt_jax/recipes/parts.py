@@ -1,7 +1,7 @@
 """What recipes are made of: re-weighting, margins, stages that follow one another."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -76,6 +76,38 @@ TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
 def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   """The surgery that copies parameters, by their paths, from an earlier stage."""
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
+
+
+SHALLOW: dict[str, Overrides] = {
+  'linear_svm': {
+    'wrappers': {'linear_svm': {}},
+    'surgeries': (('linear_svm', {}),),
+  },
+  'nearest_neighbour': {
+    'wrappers': {'nearest_neighbour': {}},
+    'surgeries': (('nearest_neighbour', {}),),
+  },
+}
+"""Classifiers that are fitted to features in a stage of no steps."""
+
+
+def shallow(
+  classifier: str, stage: str, *surgeries: tuple[str, Overrides], **wrappers: Any
+) -> Overrides:
+  """A stage of no steps: the network of another, and a shallow classifier for its head.
+
+  Args:
+    classifier: a key of `SHALLOW`.
+    stage: where the network comes from.
+    *surgeries: what is done to its features first.
+    **wrappers: that have room for that.
+  """
+  own = SHALLOW[classifier]
+  return {
+    'epochs': 0.0,
+    'wrappers': {**wrappers, **own['wrappers']},
+    'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
+  }
 
 
 CLASS_AWARE: Overrides = {
