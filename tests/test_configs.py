@@ -24,9 +24,15 @@ from configs import (
   mnist_mnistm,
   mnist_usps,
   my_images,
+  office31,
+  office_caltech10,
+  pacs,
   places_lt,
   svhn_mnist,
+  synsigns_gtsrb,
+  synth_svhn,
   usps_mnist,
+  visda,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
@@ -74,6 +80,12 @@ WITH_TARGET = {
   'usps_mnist': usps_mnist,
   'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
+  'synth_svhn': synth_svhn,
+  'synsigns_gtsrb': synsigns_gtsrb,
+  'office_caltech10': office_caltech10,
+  'office31': office31,
+  'pacs': pacs,
+  'visda': visda,
 }
 """Configs of a source and a target, which other recipes are for."""
 
