@@ -510,21 +510,23 @@ class Classifier(NamedTuple):
     fit: (features (N, D), labels (N,), number of classes, strengths, weights=) -> one
       for each strength, from features (M, D) to scores (M, C).
     strengths: those that are tried, the simplest first.
+    default: that of examples among which there is nothing to choose by.
   """
 
   fit: Callable[..., list[Any]]
   strengths: tuple[float, ...]
+  default: float
 
 
 COSTS = tuple(10.0**power for power in range(-5, 3))
 PENALTIES = tuple(10.0**power for power in range(6, -3, -1))
 
 CLASSIFIERS = {
-  'svm': Classifier(svm, COSTS),
-  'softmax': Classifier(softmax, COSTS),
-  'ridge': Classifier(ridge, PENALTIES),
-  'class_means': Classifier(class_means, (0.0,)),
-  'neighbours': Classifier(neighbours, (1,)),
+  'svm': Classifier(svm, COSTS, 0.01),
+  'softmax': Classifier(softmax, COSTS, 0.01),
+  'ridge': Classifier(ridge, PENALTIES, 1000.0),
+  'class_means': Classifier(class_means, (0.0,), 0.0),
+  'neighbours': Classifier(neighbours, (1,), 1),
 }
 
 

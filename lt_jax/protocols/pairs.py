@@ -123,8 +123,8 @@ def pair_of_photographs(arg: str | None, pairs: Pairs) -> ConfigDict:
     base_config(),
     {
       'name': pairs.name,
-      'data': place(option.source),
-      'domains': {option.target: place(option.target)},
+      'domains': {name: place(name) for name in pair},
+      'sources': (option.source,),
       'target': (option.target,),
     },
   )
