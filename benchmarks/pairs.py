@@ -1,11 +1,11 @@
 """Tables of pairs of domains: every method from every domain to every other.
 
-  python -m benchmarks.pairs office_caltech10 --workdir=runs/office_caltech10 \
-    --data=office_caltech10_surf.npz
+  python -m benchmarks.pairs office_caltech10 --workdir=runs/office_caltech10
 
-One process, one program for runs of one shape. The same command again runs what is not
-finished. Numbers go to results/NAME.json; with --methods or --seeds, which make another
-table, to WORKDIR/NAME.json.
+of features that are in files, see configs/NAME.py; --features=FILE where they are
+called otherwise. One process, one program for runs of one shape. The same command again
+runs what is not finished. Numbers go to results/NAME.json; with --methods or --seeds,
+which make another table, to WORKDIR/NAME.json.
 """
 
 import argparse
@@ -29,11 +29,13 @@ class Table(NamedTuple):
 
   Attributes:
     domains: their names.
+    features: the file they are in.
     methods: arguments of the config, a recipe first.
     seeds: one of recipes whose result depends on no random number.
   """
 
   domains: tuple[str, ...]
+  features: str
   methods: tuple[str, ...]
   seeds: tuple[int, ...] = (0,)
 
@@ -41,6 +43,7 @@ class Table(NamedTuple):
 TABLES = {
   'office_caltech10': Table(
     ('caltech', 'amazon', 'webcam', 'dslr'),
+    'office_caltech10_surf.npz',
     (
       'nearest_neighbour',
       'sa',
@@ -51,18 +54,22 @@ TABLES = {
       'coral_shallow,classifier=linear_svm',
     ),
   ),
+  'office31': Table(
+    ('amazon', 'dslr', 'webcam'),
+    'office31_lite0.npz',
+    ('source_only', 'dan', 'dann', 'mcc', 'sa', 'target_only'),
+    (0, 1, 2),
+  ),
 }
 
 
-def cell(name, method, pair, seed, data, workdir):
+def cell(name, method, pair, seed, features, workdir):
   """Returns the accuracy on the target of one run, which is made if it is missing."""
   folder = workdir / f'{method}/{"-".join(pair)}/{seed}'
   made = importlib.import_module(f'configs.{name}').get_config(
-    f'{method},source={pair[0]},target={pair[1]}'
+    f'{method},source={pair[0]},target={pair[1]},features={features}'
   )
   made.seed = seed
-  if data:
-    made.data.source = f'npz:{data}'
   path = folder / 'result.json'
   result = json.loads(path.read_text()) if path.exists() else None
   if result is None:
@@ -82,7 +89,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('name', choices=TABLES)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--data', default='', help='the .npz, if it is not here')
+  parser.add_argument('--features', default='', help='the .npz, if it is not here')
   parser.add_argument('--methods', nargs='*', default=None)
   parser.add_argument('--seeds', type=int, nargs='*', default=None)
   given = parser.parse_args()
@@ -93,12 +100,13 @@ def make(given):
   """Runs a table, prints it and writes its numbers."""
   table = TABLES[given.name]
   methods, seeds = given.methods or table.methods, given.seeds or table.seeds
+  features = files.absolute(given.features or table.features)
   pairs = [*itertools.permutations(table.domains, 2)]
   workdir = files.absolute(given.workdir)
   rows = {
     method: {
       '>'.join(pair): [
-        cell(given.name, method, pair, seed, given.data, workdir) for seed in seeds
+        cell(given.name, method, pair, seed, features, workdir) for seed in seeds
       ]
       for pair in pairs
     }
@@ -115,7 +123,7 @@ def make(given):
   folder = ROOT / 'results' if whole else workdir
   path = pathlib.Path(folder) / f'{given.name}.json'
   told = {
-    'command': f'python -m benchmarks.pairs {given.name} --workdir=DIR --data=FILE',
+    'command': f'python -m benchmarks.pairs {given.name} --workdir=DIR',
     'seeds': list(seeds),
     'versions': versions(),
     'rows': {

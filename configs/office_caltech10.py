@@ -5,8 +5,8 @@
 
 Data: the features of Gong et al., histograms of 800 visual words, as one .npz of pairs
 x_DOMAIN (N, 800) and y_DOMAIN, DOMAIN being caltech (1,123 images), amazon (958),
-webcam (295) and dslr (157), with `classes`, in the folder where the command runs, or
-anywhere with --config.data.source=npz:PATH. The authors publish a .mat a domain, `fts`
+webcam (295) and dslr (157), with `classes`: office_caltech10_surf.npz in the folder
+where the command runs, or features=FILE. The authors publish a .mat a domain, `fts`
 and `labels`. As in the literature a histogram is divided by its sum, every feature is
 standardised in each domain by itself, and all images of both domains are used: those of
 the target without labels in training, and all of them to test on.
@@ -28,6 +28,7 @@ Argument: a recipe of no steps (nearest_neighbour, linear_svm, sa, sa_oracle,
   source      caltech (default), amazon, webcam or dslr
   target      amazon (default), likewise
   classifier  of sa and coral_shallow: nearest_neighbour (default) or linear_svm
+  features    the file
   epochs      100, of recipes that train
 """
 
@@ -76,6 +77,7 @@ def get_config(arg: str | None = None):
     source='caltech',
     target='amazon',
     classifier='nearest_neighbour',
+    features='office_caltech10_surf.npz',
     epochs=100.0,
   )
   for name in (option.source, option.target):
@@ -84,19 +86,16 @@ def get_config(arg: str | None = None):
     raise UserError(f'source and target are both {option.source}')
 
   def split(name: str) -> Overrides:
-    return {'train_split': name, 'test_split': name}
+    source = f'npz:{option.features}'
+    return {'source': source, 'train_split': name, 'test_split': name}
 
   config = apply(
     base_config(),
     {
       'name': 'office_caltech10',
-      'data': {
-        'source': 'npz:office_caltech10_surf.npz',
-        'unit': 'l1',
-        'standardise': True,
-        **split(option.source),
-      },
-      'domains': {option.target: split(option.target)},
+      'data': {'unit': 'l1', 'standardise': True},
+      'domains': {name: split(name) for name in (option.source, option.target)},
+      'sources': (option.source,),
       'target': (option.target,),
     },
   )

@@ -104,8 +104,8 @@ def test_traffic_signs_have_the_network_of_the_paper():
   ['sa', pytest.param('coral_shallow,classifier=linear_svm', marks=pytest.mark.slow)],
 )
 def test_stages_of_no_steps_on_features(features, tmp_path, one_device, recipe):
-  made = office_caltech10.get_config(f'{recipe},source=dslr,target=webcam')
-  made.data.source = f'npz:{features}'
+  option = f'source=dslr,target=webcam,features={features}'
+  made = office_caltech10.get_config(f'{recipe},{option}')
   made.eval_batch = 16
   stage = made.stages[made.stage_order[-1]]
   if recipe == 'sa':
@@ -126,7 +126,7 @@ def test_nearest_neighbours_on_real_features_are_the_published_ones(
   path = pathlib.Path(os.environ.get('LT_JAX_DATA', '')) / 'office_caltech10_surf.npz'
   if not path.exists():
     pytest.skip('LT_JAX_DATA names no folder with office_caltech10_surf.npz')
-  made = office_caltech10.get_config('nearest_neighbour,source=dslr,target=webcam')
-  made.data.source = f'npz:{path}'
+  option = f'source=dslr,target=webcam,features={path}'
+  made = office_caltech10.get_config(f'nearest_neighbour,{option}')
   result = run.run(resolve(made), tmp_path)
   assert round(100 * result['test']['accuracy'], 2) == 63.39
