@@ -25,6 +25,8 @@ NAMES = (
   'input_pipeline',
   'memory_head',
   'meta_step',
+  'pairs',
+  'probe',
   'tables',
   'train_step',
   'two_component',
@@ -47,6 +49,7 @@ SMALL = {
   'memory_head': '--sizes 20 --rounds=1',
   'adaptation_step': '--batch=4 --steps=2 --rounds=1',
   'depthwise': '--batch=2 --size=32 --rounds=1',
+  'probe': '--images=60 --features=20 --classes=3 --rounds=1 --within=1e-3',
 }
 
 
