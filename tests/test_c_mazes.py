@@ -12,7 +12,11 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
 
-ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
+ADAPT = [
+  pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
+  for name, recipe in RECIPES.items()
+  if 'target' in recipe.needs
+]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')
 N = 16
 

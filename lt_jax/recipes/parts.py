@@ -1,7 +1,7 @@
 """What recipes are made of: re-weighting, margins, stages that follow one another."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -76,6 +76,18 @@ TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
 def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   """The surgery that copies parameters, by their paths, from an earlier stage."""
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
+
+
+def target_stream(config: ConfigDict, **row: Any) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+    **{key: value for key, value in row.items() if value},
+  }
+  return {'streams': {'target': stream}}
 
 
 CLASS_AWARE: Overrides = {
