@@ -13,6 +13,7 @@ from etils import epath
 import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
+from lt_jax.build.experiment import Left
 from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
@@ -265,6 +266,10 @@ def write_results(
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
     names = test_domains(experiment, stage)
     _write_arrays(stage, workdir, state, evaluated.records, names)
+    _write_borrowed(workdir, records_by_domain(evaluated.records, names))
+    for name, left in stage.reads.items():
+      if left.ordered_by:
+        _write_order(workdir, stage, name, left, experiment.roles[TARGET])
     if translations:
       write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
@@ -383,6 +388,44 @@ def _translations(
     for name, pixels in pictures.items():
       found[f'{split}/{name}'] = pixels.astype(np.uint8)
   return found
+
+
+def _write_borrowed(workdir: epath.Path, domains: Mapping[str, Collected]) -> None:
+  """Writes borrowed.npz, of a method whose features are not all an image's own.
+
+  Args:
+    workdir: the run's folder.
+    domains: name -> records of its test images.
+  """
+  found = {n: one['borrowed'] for n, one in domains.items() if 'borrowed' in one}
+  if found:
+    sizes = [len(share) for share in found.values()]
+    write_npz(
+      workdir / 'borrowed.npz',
+      borrowed=np.concatenate([*found.values()]),
+      domain=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+      domains=np.array([*found]),
+    )
+
+
+def _write_order(
+  workdir: epath.Path, stage: Stage, stream: str, left: Left, names: Sequence[str]
+) -> None:
+  """Writes order.npz: by what a curriculum has ordered its images, and their domains.
+
+  Args:
+    workdir: the run's folder.
+    stage: the last stage.
+    stream: whose images come in an order.
+    left: what it reads.
+    names: the target domains.
+  """
+  path = workdir / 'stages' / left.stage / 'arrays.npz'
+  score = files.read_npz(path)[left.ordered_by]
+  domain = stage.images[stage.trained_on[stream]].domain
+  if domain is None:
+    domain = np.zeros(len(score), np.int32)
+  write_npz(workdir / 'order.npz', score=score, domain=domain, domains=np.array(names))
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_digits,
+  c_digits_small,
+  c_faces,
   c_mazes,
   cifar10_lt,
   cifar100_lt,
@@ -74,6 +77,9 @@ WITH_TARGET = {
   'usps_mnist': usps_mnist,
   'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
+  'c_digits': c_digits,
+  'c_digits_small': c_digits_small,
+  'c_faces': c_faces,
 }
 """Configs of a source and a target, which other recipes are for."""
 

@@ -25,6 +25,7 @@ from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
+from lt_jax.data.resizing import turned
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
 
@@ -215,7 +216,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       of any type, with labels (N,) int, and perhaps class_names (C,) str;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
+      `lists.folder_source`; 'mazes:DOMAIN', see `mazes.maze_images`; or
+      'rotated:DEGREES:SOURCE', the images of another one in memory, turned to the left.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
@@ -473,6 +475,18 @@ def _check_members(
       raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
 
 
+def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
+  """Loads another source in memory, its images turned: '30:npz:mnist.npz'."""
+  degrees, _, spec = argument.partition(':')
+  if not re.fullmatch(r'-?\d{1,3}', degrees) or not spec:
+    raise UserError(
+      f"source 'rotated:{argument}': it is degrees and a source, such as "
+      "'rotated:30:npz:mnist.npz'"
+    )
+  sources = load_source(spec, data_dir)
+  return {name: turned(one, int(degrees), spec) for name, one in sources.items()}
+
+
 def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   """Opens a prepared TFDS data set, without TensorFlow."""
   import tensorflow_datasets as tfds
@@ -583,6 +597,7 @@ SOURCES = {
   'digits_domains': rendered_digits,
   'mazes': maze_images,
   'npz': _npz,
+  'rotated': _rotated,
   'tfds': _tfds,
   'list': list_source,
   'folder': folder_source,

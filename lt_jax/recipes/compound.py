@@ -78,9 +78,7 @@ def _ocda(
   source, slow, steady = (
     ConfigDict({'name': 'constant', 'base': rate}) for rate in (1e-4, 1e-5, 1e-4)
   )
-  rising = ConfigDict(
-    {'name': 'curriculum', 'base': 1e-4, 'end': config.get_ref('epochs')}
-  )
+  rising = ConfigDict({'name': 'curriculum', 'base': 1e-4, 'end': config.epochs})
   decoder = {'name': 'decoder', 'width': 32}
   factor = _stage(
     steady,
