@@ -13,7 +13,6 @@ from etils import epath
 import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
-from lt_jax.build.experiment import Left
 from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
@@ -267,9 +266,7 @@ def write_results(
     names = test_domains(experiment, stage)
     _write_arrays(stage, workdir, state, evaluated.records, names)
     _write_borrowed(workdir, records_by_domain(evaluated.records, names))
-    for name, left in stage.reads.items():
-      if left.ordered_by:
-        _write_order(workdir, stage, name, left, experiment.roles[TARGET])
+    _write_order(workdir, experiment, stage)
     if translations:
       write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
@@ -408,24 +405,26 @@ def _write_borrowed(workdir: epath.Path, domains: Mapping[str, Collected]) -> No
     )
 
 
-def _write_order(
-  workdir: epath.Path, stage: Stage, stream: str, left: Left, names: Sequence[str]
-) -> None:
-  """Writes order.npz: by what a curriculum has ordered its images, and their domains.
+def _write_order(workdir: epath.Path, experiment: Experiment, stage: Stage) -> None:
+  """Writes order.npz, if a curriculum has ordered the target: its scores, by domain.
 
   Args:
     workdir: the run's folder.
+    experiment: whose target it is.
     stage: the last stage.
-    stream: whose images come in an order.
-    left: what it reads.
-    names: the target domains.
   """
-  path = workdir / 'stages' / left.stage / 'arrays.npz'
-  score = files.read_npz(path)[left.ordered_by]
-  domain = stage.images[stage.trained_on[stream]].domain
-  if domain is None:
-    domain = np.zeros(len(score), np.int32)
-  write_npz(workdir / 'order.npz', score=score, domain=domain, domains=np.array(names))
+  for stream, left in stage.reads.items():
+    if not left.ordered_by or stage.trained_on[stream] != f'{TARGET}/train':
+      continue
+    stored = files.read_npz(workdir / 'stages' / left.stage / 'arrays.npz')
+    names = experiment.roles[TARGET]  # in this order, they are one target
+    sizes = [len(experiment.domains[name].splits['train'].rows) for name in names]
+    write_npz(
+      workdir / 'order.npz',
+      score=stored[left.ordered_by],
+      domain=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
+      domains=np.array(names),
+    )
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits_domains
+from lt_jax import build, run, sharding, trained
+from lt_jax.config import resolve
 from lt_jax.errors import UserError
-from lt_jax.method import Player, forward
+from lt_jax.method import Player, forward, named_key
 from lt_jax.methods import METHODS
 from lt_jax.models.decoder import decoder
 from lt_jax.models.discriminator import mlp
 from lt_jax.models.fusion import FORMS, fusion
 from lt_jax.models.heads import linear
 from lt_jax.optim import adam, make_schedule, sgd
+from lt_jax.writers import read_rows
 from tests.test_adaptation import CLASSES, batches_of, close, normalised_net, plain_net
 from tests.test_memory import draw_like, numerical_gradient
 
@@ -251,13 +255,12 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
 
   after, metrics = jax.jit(method.step)(state, batches)
   own = {n: p for n, p in state.params.items() if n in ('decoder', 'domain_classifier')}
-  # Which labels were drawn is not the test's to know: any of these explain the step.
   told = metrics['domain_labels' if oracle else 'confusion'][0]
   trunk = state.params['net']['trunk']
   random = np.zeros(12, int)
   if not oracle:
-    key = METHODS['domain_factor'].__globals__['named_key']
-    drawn = jax.random.randint(key(state.key, 'random_labels', 0), (12,), 0, CLASSES)
+    key = named_key(state.key, 'random_labels', 0)
+    drawn = jax.random.randint(key, (12,), 0, CLASSES)
     # Blocks of two source images and one target image take turns.
     turns = np.arange(12).reshape(4, 3)
     order = np.concatenate([turns[:, :2].ravel(), turns[:, 2]])
@@ -337,8 +340,6 @@ MADE = {
 @functools.cache
 def two_steps(devices, name):
   """The parameters after two steps on some devices."""
-  from lt_jax import sharding
-
   method = MADE[name](normalised_net())
   mesh = sharding.make_mesh(devices)
   batches = batches_of(16, 8)
@@ -425,3 +426,50 @@ def test_features_are_drawn_to_centroids_that_begin_apart():
   expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params['net'], grads)
   close(after.params['net'], expected)
   assert float(jnp.abs(after.params['centroids'] - c).max()) > 1e-4
+
+
+# A run.
+
+
+def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_device):
+  """All stages; and what each hands on to the next."""
+  made = digits_domains.get_config('ocda,epochs=1.0,target=blended+inverted')
+  made.model.trunk, made.model.trunk_options = 'tiny_cnn', {'width': 4}
+  made.evaluate_every_epochs = 100.0
+  result = run.run(resolve(made), tmp_path)
+  assert result['stage'] == 'scheduled' and not result['uses_target_labels']
+  assert set(result['domains']) == {'source', 'blended', 'inverted', 'sketched'}
+  with np.load(tmp_path / 'order.npz') as stored:
+    order = dict(stored)
+  assert order['domains'].tolist() == ['blended', 'inverted']
+  assert np.bincount(order['domain']).tolist() == [600, 600]
+  with np.load(tmp_path / 'stages/domain_factor/arrays.npz') as stored:
+    np.testing.assert_array_equal(order['score'], stored['target/train/distance'])
+  assert np.ptp(order['score']) > 0
+  with np.load(tmp_path / 'borrowed.npz') as stored:
+    share, domain = stored['borrowed'], stored['domain']
+    assert set(stored['domains'].tolist()) == set(result['domains'])
+  assert np.isfinite(share).all() and (share > 0).all() and set(domain) == {0, 1, 2, 3}
+  rows = read_rows(tmp_path / 'metrics.jsonl')
+  assert {row['stage'] for row in rows if row['split'] == 'train'} == {
+    'source',
+    'adversarial',
+    'domain_factor',
+    'scheduled',
+  }
+  with np.load(tmp_path / 'features.npz') as stored:
+    memory = stored['centroids']  # the means of classes, not what was learned
+  experiment = build.build(resolve(made), devices=1)
+  stage = experiment.stages['centroids']
+  split = experiment.dataset.splits['train']
+  opened = trained.open_run(tmp_path)
+  source = {'net': opened.state.params['source_net']}
+  state = opened.state.replace(
+    params=source | {'centroids': jnp.zeros_like(opened.state.params['centroids'])},
+    stats={'net': opened.state.stats['source_net']},
+  )
+  images = experiment.dataset.splits['train'].source.images[split.rows] / 255
+  images = jnp.asarray((images - 0.306) / 0.318, jnp.float32)
+  features = jax.jit(stage.method.predict)(state, images)['features']
+  means = [np.mean(features[split.labels == c], axis=0) for c in range(10)]
+  np.testing.assert_allclose(memory, means, rtol=2e-2, atol=1e-3)  # of float16

@@ -303,6 +303,9 @@ def _seen_as(
   domains: Domains, domain: str, split: str, origin: Stage, stream: str
 ) -> str:
   """Returns what an earlier stage calls a split of images in its passes."""
+  # First by name: where a run is opened without its data, all domains have the same.
+  if domain == TARGET and not domains.is_target(origin.domain):
+    return f'{TARGET}/{split}'
   if domain == origin.domain or domains.dataset(domain) is origin.dataset:
     return split
   if domains.roles[TARGET] and domains.dataset(domain) is domains.dataset(TARGET):
