@@ -15,7 +15,7 @@ from lt_jax.recipes import RECIPES
 ADAPT = [
   pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
   for name, recipe in RECIPES.items()
-  if 'target' in recipe.needs
+  if recipe.needs == ('target',)
 ]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')
 N = 16

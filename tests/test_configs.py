@@ -13,13 +13,17 @@ import pytest
 from configs import (
   c_digits,
   c_digits_small,
+  c_driving,
   c_faces,
   c_mazes,
+  camvid_dusk,
   cifar10_lt,
   cifar100_lt,
   cifar100_open,
+  cityscapes_foggy,
   digits_domains,
   digits_lt,
+  gta5_cityscapes,
   imagenet,
   imagenet_lt,
   inat17,
@@ -28,7 +32,9 @@ from configs import (
   mnist_usps,
   my_images,
   places_lt,
+  scenes,
   svhn_mnist,
+  synthia_cityscapes,
   usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
@@ -80,6 +86,12 @@ WITH_TARGET = {
   'c_digits': c_digits,
   'c_digits_small': c_digits_small,
   'c_faces': c_faces,
+  'scenes': scenes,
+  'camvid_dusk': camvid_dusk,
+  'gta5_cityscapes': gta5_cityscapes,
+  'synthia_cityscapes': synthia_cityscapes,
+  'cityscapes_foggy': cityscapes_foggy,
+  'c_driving': c_driving,
 }
 """Configs of a source and a target, which other recipes are for."""
 

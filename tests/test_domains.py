@@ -15,10 +15,12 @@ from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
 from lt_jax.writers import read_rows
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 ADAPT = [
   pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
   for name, recipe in RECIPES.items()
-  if 'target' in recipe.needs
+  if recipe.needs == ('target',)
 ]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""

@@ -12,6 +12,7 @@ from lt_jax.recipes import (
   losses,
   meta,
   open_world,
+  segmentation,
 )
 from lt_jax.recipes.parts import Recipe
 
@@ -23,6 +24,7 @@ RECIPES: dict[str, Recipe] = {
   **adaptation.RECIPES,
   **compound.RECIPES,
   **label_shift.RECIPES,
+  **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 
