@@ -26,7 +26,7 @@ Argument: a recipe of domain adaptation (see docs/methods.md) and
 """
 
 from lt_jax.config import apply, base_config, parse_arg
-from lt_jax.protocols import Protocol, train_by
+from lt_jax.protocols import Protocol, compound_rates, train_by
 
 OPEN = ('night', 'inverted')
 """Domains that no training image is of."""
@@ -45,7 +45,7 @@ def training(epochs: float) -> Protocol:
       'save_every_epochs': epochs / 5,
       'evaluate_every_epochs': epochs / 5,
     },
-    recipes={'dan': aligned, 'jan': aligned},
+    recipes={'dan': aligned, 'jan': aligned, **compound_rates(10.0)},
   )
 
 

@@ -325,11 +325,13 @@ def open_stages(config: ConfigDict) -> ConfigDict:
 
 
 def _end_with_epochs(part: ConfigDict) -> None:
-  """Lets the end of a schedule follow the epochs, if that is where it is."""
-  schedule = part.get('schedule', {})
-  if 'name' in schedule and repr(schedule.get('end')) == repr(part.epochs):
-    del schedule['end']
-    schedule['end'] = FieldReference(part.get_ref('epochs'))
+  """Lets the ends of schedules follow the epochs, if that is where they are."""
+  players = part.get('players', {}).values()
+  for owner in (part, *players):
+    schedule = owner.get('schedule', {})
+    if 'name' in schedule and repr(schedule.get('end')) == repr(part.epochs):
+      del schedule['end']
+      schedule['end'] = FieldReference(part.get_ref('epochs'))
 
 
 def set_keys(stage: ConfigDict) -> Overrides:

@@ -332,6 +332,47 @@ def dann(
   return lambda step: (1 + alpha * progress(step)) ** -beta
 
 
+def curriculum(
+  epoch_steps: Fraction,
+  *,
+  end: float,
+  first: float = 0.5,
+  power: float = 0.3,
+  full: float = 0.85,
+) -> Schedule:
+  r"""Rises epoch by epoch with the share of its images that a curriculum has opened.
+
+  .. math::
+    r_0 + (1 - r_0) \Big( \frac{e}{0.85\, end} \Big)^{power}
+
+  which is a little more than 1 in the last epochs, as in the authors' code.
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epochs of the training.
+    first: r0, the share in the first epoch.
+    power: how early it opens.
+    full: share of the epochs after which all is open, for 0.85 above.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: a value out of range.
+
+  Liu et al., arXiv 1909.03403, the authors' code; the options are those of
+  `lt_jax.data.samplers.curriculum`.
+  """
+  if not (end > 0 and 0 < first <= 1 and power > 0 and 0 < full <= 1):
+    raise UserError(
+      f'schedule curriculum: end {end} and power {power} must be positive, first '
+      f'{first} and full {full} in (0, 1]'
+    )
+  epochs = range(math.ceil(end))
+  shares = [first + (1 - first) * (e / (full * end)) ** power for e in epochs]
+  return _piecewise(epoch_steps, epochs[1:], shares)
+
+
 def poly(
   epoch_steps: Fraction, *, end: float, power: float = 0.9, part: float = 1.0
 ) -> Schedule:
@@ -368,6 +409,7 @@ SCHEDULES = {
   'step_decay': step_decay,
   'cosine': cosine,
   'dann': dann,
+  'curriculum': curriculum,
   'poly': poly,
 }
 

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_digits,
+  c_digits_small,
   c_driving,
+  c_faces,
   c_mazes,
   camvid_dusk,
   cifar10_lt,
@@ -87,6 +90,9 @@ WITH_TARGET = {
   'usps_mnist': usps_mnist,
   'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
+  'c_digits': c_digits,
+  'c_digits_small': c_digits_small,
+  'c_faces': c_faces,
   'scenes': scenes,
   'camvid_dusk': camvid_dusk,
   'gta5_cityscapes': gta5_cityscapes,

@@ -17,7 +17,11 @@ from lt_jax.writers import read_rows
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
-ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
+ADAPT = [
+  pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
+  for name, recipe in RECIPES.items()
+  if recipe.needs == ('target',)
+]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""
 

@@ -38,11 +38,13 @@ class Left(NamedTuple):
     shapes: name in its arrays.npz -> shape.
     into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
       the streams of several seeds must go on sharing `prepare`.
+    ordered_by: name in its arrays.npz of what orders the images; empty for none.
   """
 
   stage: str
   shapes: dict[str, tuple[int, ...]]
   into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
+  ordered_by: str = ''
 
 
 class Selection(NamedTuple):

@@ -33,6 +33,7 @@ from lt_jax.data.lists import (
 from lt_jax.data.masks import VOID, LabelledRecords, checked_arrays, paired_lists
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
+from lt_jax.data.resizing import turned
 from lt_jax.data.scenes import scenes
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
@@ -226,7 +227,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
       `lists.folder_source`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
-      see `scenes.scenes`; or, with label maps, a key of `layouts.LAYOUTS` with a
+      see `scenes.scenes`; 'rotated:DEGREES:SOURCE', the images of another source in
+      memory, turned to the left; or, with label maps, a key of `layouts.LAYOUTS` with a
       folder, 'list:FOLDER' with lists of two paths a line, see `masks.paired_lists`,
       and 'npz:PATH' with y_SPLIT (N, H, W), void 255.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
@@ -499,6 +501,18 @@ def _check_members(
       raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
 
 
+def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
+  """Loads another source in memory, its images turned: '30:npz:mnist.npz'."""
+  degrees, _, spec = argument.partition(':')
+  if not re.fullmatch(r'-?\d{1,3}', degrees) or not spec:
+    raise UserError(
+      f"source 'rotated:{argument}': it is degrees and a source, such as "
+      "'rotated:30:npz:mnist.npz'"
+    )
+  sources = load_source(spec, data_dir)
+  return {name: turned(one, int(degrees), spec) for name, one in sources.items()}
+
+
 def _check_maps(split: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
   """Raises a ValueError for label maps that do not fit the images."""
   if len(y_shape) == 4 and y_shape[-1] in (3, 4):
@@ -668,6 +682,7 @@ SOURCES = {
   'digits_domains': rendered_digits,
   'mazes': maze_images,
   'npz': _npz,
+  'rotated': _rotated,
   'tfds': _tfds,
   'scenes': scenes,
   'list': _list,

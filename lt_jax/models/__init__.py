@@ -16,6 +16,7 @@ from lt_jax.errors import UserError, construct
 from lt_jax.models import deeplab, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
+from lt_jax.models.fusion import fusion
 from lt_jax.models.heads import HEADS, dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.segmentation import PIXEL_HEADS, Segmenter
@@ -27,6 +28,7 @@ NETWORKS = {
   'image_discriminator': discriminator.image_discriminator,
   'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
+  'fusion': fusion,
   'linear': linear,
   'weight_net': WeightNet,
 }

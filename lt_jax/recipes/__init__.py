@@ -6,6 +6,7 @@ from lt_jax.config import apply
 from lt_jax.errors import lookup
 from lt_jax.recipes import (
   adaptation,
+  compound,
   decoupled,
   label_shift,
   losses,
@@ -21,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
   **open_world.RECIPES,
   **decoupled.RECIPES,
   **adaptation.RECIPES,
+  **compound.RECIPES,
   **label_shift.RECIPES,
   **segmentation.RECIPES,
 }

@@ -10,24 +10,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe, copy, shallow
-
-
-def _target(config: ConfigDict) -> Overrides:
-  """Images of the target beside every batch of the source, as many of them."""
-  stream = {
-    'domain': 'target',
-    'split': 'train',
-    'labels': False,
-    'batch': config.get_ref('batch'),
-  }
-  return {'streams': {'target': stream}}
+from lt_jax.recipes.parts import Recipe, copy, shallow, target_stream
 
 
 def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
   """The one method of alignments, with one of them."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'aligned', 'statistics': statistics},
     'alignment': {'align_on': ('features',), 'weight': ONE, **alignment},
   }
@@ -63,7 +52,7 @@ def _judged(
   """
   discriminator = _beside(config, name='mlp', hidden=hidden)
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': name, 'statistics': 'joint'},
     'alignment': {'name': 'none', 'align_on': (layer,), 'weight': RISING},
     'players': {'discriminator': discriminator},
@@ -73,7 +62,7 @@ def _judged(
 def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
   """Linear heads on a layer, which tell what was done to an image."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {
       'name': 'self_supervised',
       'order': 'alternating',
@@ -108,7 +97,7 @@ def _i2i(config: ConfigDict) -> Overrides:
   players['discriminator'] = _beside(config, name='mlp', hidden=(100,))
   weights = {'identity': 1.0, 'images': 0.1, 'cycle': 1.0, 'translated': 0.1}
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'i2i', **weights},
     'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
     'players': players,
@@ -118,7 +107,7 @@ def _i2i(config: ConfigDict) -> Overrides:
 def _pseudo_label(config: ConfigDict) -> Overrides:
   """The source alone, then with the predictions in the target that it is sure of."""
   self_training = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'pseudo_label', 'statistics': 'joint'},
     'alignment': {'weight': ONE},
     'surgeries': (copy('net/.*', 'source'), ('class_thresholds', {'portion': 0.2})),
@@ -152,7 +141,7 @@ def _adda(
   adam = {'name': 'adam', 'b1': b1}
   schedule = ConfigDict({'name': 'constant', 'base': rate})
   adapt = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'adda', 'threshold': threshold},
     'alignment': {'align_on': (layer,)},
     'players': {
@@ -215,7 +204,7 @@ def _turned(stage: Overrides) -> Overrides:
 def _ada_bn(config: ConfigDict) -> Overrides:
   """The source's network, with batch statistics of the target where it is deployed."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'aligned', 'statistics': 'domain_specific'},
     'epochs': 0.0,
     'surgeries': (
@@ -283,7 +272,10 @@ RECIPES: dict[str, Recipe] = {
     lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
   ),
   'mcd': Recipe(
-    lambda config: {**_target(config), 'method': {'name': 'mcd', 'inner_steps': 4}},
+    lambda config: {
+      **target_stream(config),
+      'method': {'name': 'mcd', 'inner_steps': 4},
+    },
     needs=('target',),
   ),
   'adda': Recipe(
@@ -316,7 +308,7 @@ RECIPES: dict[str, Recipe] = {
   'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
   'i2i': Recipe(_i2i, needs=('target',)),
   'fda': Recipe(
-    lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
+    lambda config: {**target_stream(config), 'wrappers': {'fda': {'beta': 0.09}}},
     needs=('target',),
   ),
   'self_supervised': Recipe(

@@ -208,10 +208,10 @@ def _section(
 
 
 def _inside(run: Run) -> dict[str, Any]:
-  """Returns the figures of what was found in a run, if anybody has looked."""
+  """Returns the figures of files that not every run has."""
   return {
     name: figure
-    for name, (file, figure) in insides.FIGURES.items()
+    for name, (file, figure) in (insides.FIGURES | domain_figures.OF_FILES).items()
     if (run.folder / file).exists()
   }
 
