@@ -94,7 +94,8 @@ def _short_stages(experiment: Experiment) -> Iterator[str]:
   """Warns of a later stage that trains for very few steps."""
   for name, stage in experiment.stages.items():
     steps = stage.plan.steps
-    if stage.surgeries and 0 < steps < FEW_STEPS:
+    taken = stage_config(experiment.config, name)['surgeries']
+    if taken and 0 < steps < FEW_STEPS:
       told = '1 step' if steps == 1 else f'{steps} steps'
       yield (
         f'stage {name!r} trains for {told} only, which is too few for a classifier '
@@ -130,7 +131,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   """Returns of how many images batch statistics are: what sets it -> number."""
   config = stage_config(experiment.config, stage.name)
   kind, devices = config['model']['batch_norm'], experiment.mesh.size
-  if kind == 'frozen' or len(stage.trained_on) < len(stage.streams):
+  if kind in ('frozen', 'recalibrate') or len(stage.trained_on) < len(stage.streams):
     return {}
   parts = config['method'].get('accumulate', 1)
   groups = {'global': 1, 'per_device': devices}.get(kind)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from lt_jax import ours
 from lt_jax.errors import UserError, lookup, suggest
 
 Config = Mapping[str, Any]
@@ -35,6 +36,7 @@ STAGE_KEYS = (
   'streams',
   'shot_groups',
   'save_outputs',
+  'kept_layers',
   'epochs',
   'log_every_steps',
   'save_every_epochs',
@@ -81,6 +83,7 @@ ADDED = (
   'domain',
   'alignment',
   'players',
+  'kept_layers',
 )
 """Keys that older runs lack."""
 
@@ -127,7 +130,7 @@ def base_config() -> ConfigDict:
       'recipe': '',
       'seed': 0,  # initialisation, order and augmentation
       'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
-      'init': '',  # weights the trunk begins with: OWNER/MODEL or FILE.safetensors
+      'init': '',  # weights to begin with: OWNER/MODEL, FILE.safetensors or a workdir
       'data': {
         'source': 'digits',
         'size': 0,  # side that images in memory are brought to; 0: their own
@@ -184,6 +187,7 @@ def base_config() -> ConfigDict:
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
       'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
+      'kept_layers': '',  # of the trunk, such as 'first:2'; the rest is drawn anew
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -199,7 +203,8 @@ def base_config() -> ConfigDict:
         'head': 'linear',
         'head_options': {},
         'dtype': 'float32',
-        'batch_norm': 'global',  # 'per_device', 'frozen', or the size of a ghost batch
+        # 'per_device', 'frozen', 'recalibrate', or the size of a ghost batch
+        'batch_norm': 'global',
       },
       'loss': {'name': 'cross_entropy'},
       'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
@@ -393,6 +398,8 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
 def resolve(config: Any) -> dict[str, Any]:
   """Returns a `ConfigDict` as plain data, just as config.json gives it back.
 
+  Where it begins with weights of ours, the pixels are those that they were trained on.
+
   Raises:
     UserError: a number is not finite.
   """
@@ -405,7 +412,7 @@ def resolve(config: Any) -> dict[str, Any]:
     raise UserError(
       f'{told}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
     )
-  return plain
+  return ours.adopted(plain)
 
 
 def _is_finite(value: Any) -> bool:
