@@ -41,6 +41,16 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
     )
 
 
+def _unused_domains(experiment: Experiment) -> Iterator[str]:
+  """Warns of domains that nothing is done with."""
+  for name in experiment.config['domains']:
+    if name not in experiment.domains:
+      yield (
+        f'domain {name!r} has no role and is not used: name it in sources, target or '
+        'open_domains, or as the domain of a stage'
+      )
+
+
 def _same_names(experiment: Experiment) -> Iterator[str]:
   """Warns of classes of one name in several sources that count as different classes."""
   owners: dict[str, list[str]] = {}
@@ -145,6 +155,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
 CAUTIONS = (
   _one_class,
   _untrained,
+  _unused_domains,
   _same_names,
   _same_data,
   _trained_on_tests,

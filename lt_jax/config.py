@@ -105,6 +105,7 @@ L2RW_COMPARED_WITH = {'name': 'effective_number', 'beta': 0.9999, 'start_epoch':
 
 OWN = (
   'same_classes',
+  'keep_classes',
   'known_classes',
   'profile',
   'n_max',
@@ -138,6 +139,7 @@ def base_config() -> ConfigDict:
         'dir': '',  # of TFDS; its own default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
+        'keep_classes': '',  # a file with a name a line, or NAME+NAME; '': all
         'known_classes': 0,  # classes from this one on are open; 0: all are known
         'profile': 'original',
         'n_max': 0,

@@ -17,6 +17,7 @@ from configs import (
   cifar100_open,
   digits_domains,
   digits_lt,
+  digits_transfer,
   imagenet,
   imagenet_lt,
   inat17,
@@ -26,6 +27,7 @@ from configs import (
   my_images,
   places_lt,
   svhn_mnist,
+  transfer,
   usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
@@ -166,9 +168,13 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
   assert experiment.last.uses_target_labels == (recipe == 'target_only')
 
 
-@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])
+TRANSFER = {'digits_transfer': digits_transfer, 'transfer': transfer}
+"""Configs of a training on a source before that on a target: tests/test_transfer.py."""
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module = WITH_TARGET.get(name) or CONFIGS[name][0]
+  module = (WITH_TARGET | TRANSFER).get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
+from lt_jax.data.digit_tasks import digit_task
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
@@ -67,7 +68,9 @@ class Arrays:
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
   Images are uint8. Features and other arrays are float32, and their own normalisation.
-  Images that are pictures of a world, such as a maze, may have it as `world`.
+  Images that are pictures of a world, such as a maze, may have it as `world`. Further
+  labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
+  missing, or float32, of which NaN is.
   """
 
   images: np.ndarray
@@ -75,6 +78,7 @@ class Arrays:
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
   world: Any = None
+  attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -209,7 +213,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   """Opens a data set.
 
   Args:
-    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'npz:PATH', an archive
+    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'digits_tasks:TASK', see
+      `digit_tasks`; 'npz:PATH', an archive
       of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
       or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
       of any type, with labels (N,) int, and perhaps class_names (C,) str;
@@ -581,6 +586,7 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 SOURCES = {
   'digits': _digits,
   'digits_domains': rendered_digits,
+  'digits_tasks': digit_task,
   'mazes': maze_images,
   'npz': _npz,
   'tfds': _tfds,
