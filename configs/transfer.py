@@ -6,8 +6,9 @@ r"""Specialised pre-training in one run: your source, then your target.
 The stage `source` trains on the source from random weights (or --config.init=WEIGHTS),
 the recipe then fine-tunes on the target. Several sources, with + between them, are one:
 their union, in which classes stay apart unless the sources have the same classes;
---config.stages.source.domain=source1 takes the first alone, source2 the second. So the ablation of sources is one sweep and one table,
-on all classes, on either source, and on the classes that `lt_jax.similarity` kept:
+--config.stages.source.domain=source1 takes the first alone, source2 the second. So the
+ablation of sources is one sweep and one table, on all classes, on either source, and on
+the classes that `lt_jax.similarity` kept:
 
   python -m lt_jax.sweep --methods=ce --workdir=runs/sources \
     --config=configs/transfer.py:source=A+B,target=T,kept=A,keep=keep_classes.txt \
