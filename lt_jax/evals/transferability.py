@@ -161,6 +161,7 @@ def trans_rate(
 
   Source: Huang et al., ICML 2022, arXiv 2106.09362.
   """
+  _one_hot(labels)  # which looks at them
   z = np.asarray(features, np.float64)
   z = z - z.mean(0)
 
