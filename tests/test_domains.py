@@ -15,6 +15,8 @@ from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
 from lt_jax.writers import read_rows
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""

@@ -28,6 +28,8 @@ from lt_jax.optim import constant, sgd
 from lt_jax.surgery import operate
 from lt_jax.train import batches_at
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 CLASSES, WIDTH, IMAGE = 6, 8, (8, 8, 1)
 BASE = np.array([True, True, False, True, True, False])
 

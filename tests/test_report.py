@@ -647,7 +647,7 @@ def test_one_other_key_is_another_setting(change):
 
 def test_a_setting_may_begin_with_weights_wherever_they_lie():
   config = resolved(places_lt, 'oltr', init='weights.safetensors')
-  assert len(published.beside(config)) == 5
+  assert len(published.beside(config)) == 8
   assert published.beside(resolved(places_lt, 'oltr')) == []
 
 

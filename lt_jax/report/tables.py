@@ -145,6 +145,14 @@ def _published(row: published.Row) -> str:
 _METRICS = {
   'error': 'top-1 error',
   'f_measure_oltr2019_at_0.1': 'open-set F (oltr2019) at 0.1',
+  **{
+    f'known_{group}{suffix}': f'{group}-shot beside the open set{told}'
+    for group in ('many', 'medium', 'few')
+    for suffix, told in (
+      ('_at_0.1', ' at 0.1'),
+      ('_own_rule', ', own rule'),
+    )
+  },
 }
 
 
