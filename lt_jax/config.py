@@ -37,6 +37,7 @@ STAGE_KEYS = (
   'shot_groups',
   'save_outputs',
   'kept_layers',
+  'heads',
   'epochs',
   'log_every_steps',
   'save_every_epochs',
@@ -84,6 +85,7 @@ ADDED = (
   'alignment',
   'players',
   'kept_layers',
+  'heads',
 )
 """Keys that older runs lack."""
 
@@ -215,6 +217,7 @@ def base_config() -> ConfigDict:
         'align_on': ('features',),
         'weight': {'name': 'constant', 'weight': 0.0},  # a schedule of progress
       },
+      'heads': {},  # further tasks: name -> kind, outputs, stream
       'players': {},  # networks beside the main one: network, optimizer, schedule
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',

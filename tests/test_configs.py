@@ -17,6 +17,7 @@ from configs import (
   cifar100_open,
   digits_domains,
   digits_lt,
+  digits_multitask,
   digits_transfer,
   imagenet,
   imagenet_lt,
@@ -120,7 +121,7 @@ OFTEN = (
     )
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
-    if 'target' not in made.needs
+    if not {'target', 'heads'} & {*made.needs}
     if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
@@ -168,8 +169,12 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
   assert experiment.last.uses_target_labels == (recipe == 'target_only')
 
 
-TRANSFER = {'digits_transfer': digits_transfer, 'transfer': transfer}
-"""Configs of a training on a source before that on a target: tests/test_transfer.py."""
+TRANSFER = {
+  'digits_multitask': digits_multitask,
+  'digits_transfer': digits_transfer,
+  'transfer': transfer,
+}
+"""Configs with tests of their own: test_transfer.py and test_multitask.py."""
 
 
 @pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER])

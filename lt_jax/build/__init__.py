@@ -48,6 +48,7 @@ from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot, self_training, translation
 from lt_jax.methods.meta import WEIGHERS
+from lt_jax.methods.multitask import make_heads
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
@@ -489,6 +490,7 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    heads=make_heads(config['heads']),
     pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),

@@ -64,7 +64,8 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
   """Returns split -> source of a task; see the table above.
 
   Args:
-    name: a key of `TASKS`.
+    name: a key of `TASKS`; 'TASK,SHARE' gives attributes to this share of the training
+      images only, and to the others -1 or NaN.
     data_dir: of no use here.
 
   Raises:
@@ -74,6 +75,7 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
 
   from lt_jax.data.sources import Arrays
 
+  name, _, share = name.partition(',')
   if not name:
     raise UserError(f"source 'digits_tasks' needs a task: {', '.join(TASKS)}")
   half, groups = lookup(TASKS, 'task of digits', name)
@@ -92,5 +94,9 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
       if of_half == _TARGET
     }
     attributes['ink'] = (data.images[rows].mean((1, 2)) / 16).astype(np.float32)
+    if share and split == 'train':
+      bare = np.random.default_rng(SEED).random(len(rows)) >= float(share)
+      for values in attributes.values():
+        values[bare] = np.nan if values.dtype == np.float32 else -1
     sources[split] = Arrays(images, label, tuple(groups), attributes=attributes)
   return sources

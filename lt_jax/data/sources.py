@@ -217,7 +217,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       `digit_tasks`; 'npz:PATH', an archive
       of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
       or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
-      of any type, with labels (N,) int, and perhaps class_names (C,) str;
+      of any type, with labels (N,) int, and perhaps class_names (C,) str and further
+      labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
       `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
@@ -353,6 +354,9 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
       splits = _npz_splits(present)
       keys = [f'{kind}_{split}' for split in splits for kind in 'xy']
       keys += [key for key in _CLASS_NAMES if key in present][:1]
+      keys += [
+        key for split in splits for key in present if key.startswith(f'y_{split}.')
+      ]
       _check_members(splits, {key: _npz_header(archive, key) for key in keys})
     with np.load(path, allow_pickle=False) as archive:
       arrays = {key: archive[key] for key in keys}
@@ -375,8 +379,29 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
       y, len(y), len(names), f'npz:{path}: y_{split}', is_open=split == 'open'
     )
     images = _checked_arrays(arrays[f'x_{split}'], f'npz:{path}: x_{split}')
-    sources[split] = Arrays(images, y, names, told if split == splits[0] else ())
+    over = told if split == splits[0] else ()
+    attributes = _attributes(arrays, split, len(y), path)
+    sources[split] = Arrays(images, y, names, over, attributes=attributes)
   return sources
+
+
+def _attributes(
+  arrays: Mapping[str, np.ndarray], split: str, length: int, path: str
+) -> dict[str, np.ndarray]:
+  """Returns further labels of a split: those that are called y_SPLIT.NAME."""
+  found = {}
+  for key, values in arrays.items():
+    if key.startswith(f'y_{split}.'):
+      kind = {'i': np.int32, 'u': np.int32, 'b': np.int32, 'f': np.float32}.get(
+        values.dtype.kind
+      )
+      if kind is None or values.shape[:1] != (length,) or values.ndim > 2:
+        raise UserError(
+          f'npz:{path}: {key} must be numbers ({length},) or ({length}, K), got '
+          f'{values.dtype} {values.shape}'
+        )
+      found[key.partition('.')[2]] = values.astype(kind)
+  return found
 
 
 def _npz_splits(present: Collection[str]) -> list[str]:

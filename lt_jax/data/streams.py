@@ -87,8 +87,16 @@ class Split(NamedTuple):
   offset: int = 0
 
   def numbers(self) -> dict[str, np.ndarray]:
-    """Returns what a batch tells of each image: name -> (N,) int32."""
-    return {'label': self.labels.astype(np.int32)} | _domains(self)
+    """Returns what a batch tells of each image: name -> (N, ...).
+
+    The label, the domain where there are several, and attributes of the source.
+    """
+    attributes = getattr(self.source, 'attributes', {})
+    return {
+      **{name: values[self.rows] for name, values in attributes.items()},
+      'label': self.labels.astype(np.int32),
+      **_domains(self),
+    }
 
   def at(self, positions: np.ndarray) -> 'Split':
     """Returns some of its images: those at (M,) positions, in that order."""

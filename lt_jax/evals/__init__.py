@@ -6,10 +6,15 @@ split and returns the records whole. The metrics of `closed_set`, `calibration` 
 """
 
 from lt_jax.evals.classification import CLASSIFICATION
+from lt_jax.evals.multitask import MULTITASK
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.tasks import Task
 
-TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'mazes': MAZES}
+TASKS: dict[str, Task] = {
+  'classification': CLASSIFICATION,
+  'mazes': MAZES,
+  'multitask': MULTITASK,
+}
 
 TITLES = {
   name: metric.title

@@ -5,6 +5,7 @@ from lt_jax.methods.adda import adda
 from lt_jax.methods.adversarial import cdan, dann
 from lt_jax.methods.aligned import aligned
 from lt_jax.methods.mcd import mcd
+from lt_jax.methods.multitask import multitask
 from lt_jax.methods.self_supervised import self_supervised
 from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
@@ -24,4 +25,5 @@ METHODS = {
   'self_supervised': self_supervised,
   'pseudo_label': pseudo_label,
   'i2i': i2i,
+  'multitask': multitask,
 }

@@ -10,6 +10,7 @@ from lt_jax.recipes import (
   label_shift,
   losses,
   meta,
+  multitask,
   open_world,
   transfer,
 )
@@ -23,6 +24,7 @@ RECIPES: dict[str, Recipe] = {
   **adaptation.RECIPES,
   **label_shift.RECIPES,
   **transfer.RECIPES,
+  **multitask.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

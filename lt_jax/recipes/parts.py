@@ -17,7 +17,7 @@ class Recipe(NamedTuple):
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
       which something is chosen; 'target', a domain to adapt to; 'init', weights to
-      begin with, or an earlier stage to take them from.
+      begin with, or an earlier stage to take them from; 'heads', further tasks.
   """
 
   overrides: Callable[[ConfigDict], Overrides]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lt_jax.config import Overrides
 from lt_jax.recipes.parts import Recipe, copy, selected
 
-BUT_TRUNK = r'net/(?!trunk/).*'
+BUT_TRUNK = r'(?!net/trunk/).*'
 
 FROZEN = ((BUT_TRUNK, 1.0), ('.*', 0.0))
 

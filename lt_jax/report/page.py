@@ -20,6 +20,7 @@ from lt_jax.report import (
   figures,
   grids,
   insides,
+  multitask,
   selection,
   tables,
 )
@@ -69,6 +70,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   results, published = tables.results_table(groups), tables.published_table(groups)
   by_domain = domains.domains_table(groups)
   selected = selection.selection_table(groups)
+  tasks = multitask.multitask_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
@@ -85,6 +87,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     domains=by_domain,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
+    tasks=tasks,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
@@ -92,7 +95,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     samples=_samples(runs[0]) if alone else None,
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, selected, chosen, published]
+  shown = [results, by_domain, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
