@@ -19,6 +19,7 @@ from configs import (
   digits_lt,
   digits_multitask,
   digits_transfer,
+  fine_grained,
   imagenet,
   imagenet_lt,
   inat17,
@@ -172,6 +173,7 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
 TRANSFER = {
   'digits_multitask': digits_multitask,
   'digits_transfer': digits_transfer,
+  'fine_grained': fine_grained,
   'transfer': transfer,
 }
 """Configs with tests of their own: test_transfer.py and test_multitask.py."""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import digits_transfer, transfer
+from configs import digits_transfer, fine_grained, transfer
 from lt_jax import build, evaluate, run
 from lt_jax.config import resolve, stage_config
 from lt_jax.data.dataset import load_dataset
@@ -13,6 +13,7 @@ from lt_jax.data.digit_tasks import TASKS, digit_task
 from lt_jax.data.keeping import Kept, class_list, keep_classes
 from lt_jax.data.sources import fingerprint
 from lt_jax.errors import UserError
+from lt_jax.protocols.fine_grained import TARGETS
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -114,3 +115,20 @@ def test_the_sources_of_a_user_build():
   assert [*experiment.stages] == ['source', 'train']
   assert experiment.stages['source'].dataset.counts.sum() == 2000  # of both
   assert experiment.stages['train'].dataset.counts.sum() == 1000
+
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
+  """On generated images of as many classes."""
+  config = fine_grained.get_config(f'frozen,target={target},net=resnet10')
+  config.data.source = 'fake'
+  made = TARGETS[target]
+  config = resolve(config)
+  experiment = build.build(config, devices=1)
+  data = experiment.dataset
+  assert len(data.class_names) == made.classes
+  expected = made.per_class or made.train // made.classes
+  cut = 0 if made.test else min(2000, made.train // made.classes // 5)
+  assert set(data.counts) == {expected - cut}
+  if made.test:
+    assert len(data.tests['test'].rows) == made.test

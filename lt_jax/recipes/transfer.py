@@ -66,9 +66,9 @@ def _layer_decay(config: ConfigDict) -> Overrides:
 
 
 def _chop(config: ConfigDict) -> Overrides:
-  """The first layers are copied, the rest is drawn anew; all are trained."""
-  del config
-  return {'kept_layers': 'first:1'}
+  """The first layers are copied, the rest is drawn anew; all learn at one rate."""
+  optimizer = _rates(config, learning_rate_scale=(('.*', 1.0),))
+  return {'kept_layers': 'first:1', 'optimizer': optimizer}
 
 
 def _l2_sp(config: ConfigDict) -> Overrides:
