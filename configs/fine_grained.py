@@ -28,10 +28,10 @@ fine-tuning is not published, so that no run here is of that setting:
   585 chosen classes 88.76  85.23    97.37  90.58     86.13  88.37    87.89
 
 TLLib's plain fine-tuning of ResNet-50 (protocol=tllib), by its README: cub200 81.8,
-cars 87.8, aircraft 80.1. Caltech by Zeiler and Fergus (ECCV 2014), a softmax on features
-of their network: caltech101 85.4 (30 a class), caltech256 72.6 (60 a class), the mean
-accuracy by class over several draws; ours is the macro accuracy, and --config.data.seed
-makes another draw.
+cars 87.8, aircraft 80.1. Caltech by Zeiler and Fergus (ECCV 2014), a softmax on their
+features: caltech101 85.4 (30 a class), caltech256 72.6 (60 a class), the mean accuracy
+by class over several draws; ours is the macro accuracy, and --config.data.seed makes
+another draw.
 
 Cost: 2,500 steps of 48 images for cub200; not run.
 

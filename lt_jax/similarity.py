@@ -36,9 +36,9 @@ from lt_jax.evals import similarity as measures
 from lt_jax.evals import transferability
 from lt_jax.evals.similarity import Domain, Similarity
 
-SOURCE = flags.DEFINE_list('source', [], 'Data or runs to begin with.')
-TARGET = flags.DEFINE_list('target', [], 'Data or runs that they are to serve.')
-INIT = commands.path_flag('init', 'The network that sees them: a run, or weights.')
+SOURCE = commands.list_flag('source', 'Data or runs to begin with.')
+TARGET = commands.list_flag('target', 'Data or runs that they are to serve.')
+INIT = commands.init_flag()
 NET = flags.DEFINE_string('net', '', 'The trunk of published weights.')
 SIZE = flags.DEFINE_integer('size', 224, 'Pixels that published weights see.')
 RUNS = commands.path_flag('runs', 'A folder of finished runs, which are ranked.')

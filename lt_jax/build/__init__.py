@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from lt_jax import maps, posthoc, shallow, sharding, shift, surgery
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
@@ -46,7 +46,7 @@ from lt_jax.evals.collect import Survey, survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods import METHODS, few_shot, self_training, tiled, translation
 from lt_jax.methods.meta import WEIGHERS
 from lt_jax.methods.multitask import make_heads
 from lt_jax.methods.pairs import as_source
@@ -63,12 +63,22 @@ from lt_jax.optim import (
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
+WRAPPERS = (
+  wrappers.WRAPPERS
+  | posthoc.WRAPPERS
+  | shallow.WRAPPERS
+  | maps.WRAPPERS
+  | translation.WRAPPERS
+  | shift.WRAPPERS
+  | tiled.WRAPPERS
+)
 
 
 SURGERIES = (
   surgery.SURGERIES
   | posthoc.SURGERIES
+  | shallow.SURGERIES
+  | maps.SURGERIES
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
@@ -197,6 +207,7 @@ def _build_stage(
   clock = rows[CLOCK]
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
+  _check_labels(config['task'], task.per_pixel, dataset)
   net = _network(
     config['model'],
     dataset,
@@ -209,7 +220,8 @@ def _build_stage(
   method, weigh = _method(
     config, dataset, net, optimizer, mesh, rows, learned, progress
   )
-  images, evaluated, seen, few = _passes(config, domains, mesh)
+  gives_target_labels = any(row.uses_target_labels for row in rows.values())
+  images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
@@ -226,7 +238,7 @@ def _build_stage(
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
     images=images | dict(row.split for row in rows.values() if row.split),
-    uses_target_labels=any(row.uses_target_labels for row in rows.values()),
+    uses_target_labels=gives_target_labels,
     passes=evaluated,
     compared=_compared(config, domains, mesh),
     survey=stage_survey,
@@ -236,7 +248,13 @@ def _build_stage(
     surgeries=(
       *(
         construct(
-          SURGERIES, 'surgery', name, options=options, survey=stage_survey, base=learned
+          SURGERIES,
+          'surgery',
+          name,
+          options=options,
+          survey=stage_survey,
+          net=net,
+          base=learned,
         )
         for name, options in config['surgeries']
       ),
@@ -246,8 +264,18 @@ def _build_stage(
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
     select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
-    scores=label_free_scores(method, few, mesh),
+    scores=label_free_scores(method, task, few, mesh),
   )
+
+
+def _check_labels(task: str, per_pixel: bool, dataset: Dataset) -> None:
+  """Refuses label maps for a task of whole images, and the reverse."""
+  if per_pixel and not dataset.of_pixels:
+    raise UserError(f'task {task!r} needs label maps, which the data do not have')
+  if dataset.of_pixels and not per_pixel:
+    raise UserError(
+      f"the data have label maps: set task to 'segmentation', not {task!r}"
+    )
 
 
 def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
@@ -266,14 +294,15 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 
 def _passes(
-  config: Config, domains: Domains, mesh: Mesh
+  config: Config, domains: Domains, mesh: Mesh, gives_target_labels: bool
 ) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
 
   The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
-  domain, and training images of targets without their labels. No test image is among
+  domain, and training images of targets. Their labels are there only where a stream of
+  the stage gives labels of a target, which the result tells. No test image is among
   them.
   """
   own, targets = config['domain'], domains.roles[TARGET]
@@ -284,8 +313,9 @@ def _passes(
   if adapts:
     tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
-    unlabelled = Unlabelled(domains.dataset(TARGET).splits['train'])
-    learnt[f'{TARGET}/train'] = TARGET, unlabelled
+    target = domains.dataset(TARGET).splits['train']
+    told = target if gives_target_labels else Unlabelled(target)
+    learnt[f'{TARGET}/train'] = TARGET, told
   else:
     tested |= {n: (own, split) for n, split in dataset.tests.items()}
   for name in domains.roles[OPEN]:
@@ -312,6 +342,8 @@ def _passes(
     }
     some = _few(domains.dataset(TARGET).splits['train'], label_free.MOST)
     few[f'{TARGET}/train'] = make(TARGET, Unlabelled(some))
+  if 'test' not in tested:
+    raise UserError(f'domain {own!r} has no images to test on, and there is no target')
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
   return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
@@ -569,6 +601,7 @@ def _network(
     **options,
     num_classes=len(dataset.class_names),
     batch_norm={'groups': groups, 'frozen': frozen},
+    per_pixel=dataset.of_pixels,
   )
 
 

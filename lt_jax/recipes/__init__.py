@@ -12,6 +12,7 @@ from lt_jax.recipes import (
   meta,
   multitask,
   open_world,
+  segmentation,
   transfer,
 )
 from lt_jax.recipes.parts import Recipe
@@ -25,6 +26,7 @@ RECIPES: dict[str, Recipe] = {
   **label_shift.RECIPES,
   **transfer.RECIPES,
   **multitask.RECIPES,
+  **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

@@ -1,7 +1,7 @@
 """What recipes are made of: re-weighting, margins, stages that follow one another."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -17,7 +17,8 @@ class Recipe(NamedTuple):
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
       which something is chosen; 'target', a domain to adapt to; 'init', weights to
-      begin with, or an earlier stage to take them from; 'heads', further tasks.
+      begin with, or an earlier stage to take them from; 'heads', further tasks;
+      'pixels', labels of each of them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -77,6 +78,50 @@ TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
 def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   """The surgery that copies parameters, by their paths, from an earlier stage."""
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
+
+
+def target_stream(config: ConfigDict, **row: Any) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+    **{key: value for key, value in row.items() if value},
+  }
+  return {'streams': {'target': stream}}
+
+
+SHALLOW: dict[str, Overrides] = {
+  'linear_svm': {
+    'wrappers': {'linear_svm': {}},
+    'surgeries': (('linear_svm', {}),),
+  },
+  'nearest_neighbour': {
+    'wrappers': {'nearest_neighbour': {}},
+    'surgeries': (('nearest_neighbour', {}),),
+  },
+}
+"""Classifiers that are fitted to features in a stage of no steps."""
+
+
+def shallow(
+  classifier: str, stage: str, *surgeries: tuple[str, Overrides], **wrappers: Any
+) -> Overrides:
+  """A stage of no steps: the network of another, and a shallow classifier for its head.
+
+  Args:
+    classifier: a key of `SHALLOW`.
+    stage: where the network comes from.
+    *surgeries: what is done to its features first.
+    **wrappers: that have room for that.
+  """
+  own = SHALLOW[classifier]
+  return {
+    'epochs': 0.0,
+    'wrappers': {**wrappers, **own['wrappers']},
+    'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
+  }
 
 
 CLASS_AWARE: Overrides = {
