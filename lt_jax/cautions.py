@@ -46,6 +46,16 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
     )
 
 
+def _unused_domains(experiment: Experiment) -> Iterator[str]:
+  """Warns of domains that nothing is done with."""
+  for name in experiment.config['domains']:
+    if name not in experiment.domains:
+      yield (
+        f'domain {name!r} has no role and is not used: name it in sources, target or '
+        'open_domains, or as the domain of a stage'
+      )
+
+
 def _same_names(experiment: Experiment) -> Iterator[str]:
   """Warns of classes of one name in several sources that count as different classes."""
   owners: dict[str, list[str]] = {}
@@ -99,7 +109,8 @@ def _short_stages(experiment: Experiment) -> Iterator[str]:
   """Warns of a later stage that trains for very few steps."""
   for name, stage in experiment.stages.items():
     steps = stage.plan.steps
-    if stage.surgeries and 0 < steps < FEW_STEPS:
+    taken = stage_config(experiment.config, name)['surgeries']
+    if taken and 0 < steps < FEW_STEPS:
       told = '1 step' if steps == 1 else f'{steps} steps'
       yield (
         f'stage {name!r} trains for {told} only, which is too few for a classifier '
@@ -135,7 +146,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   """Returns of how many images batch statistics are: what sets it -> number."""
   config = stage_config(experiment.config, stage.name)
   kind, devices = config['model']['batch_norm'], experiment.mesh.size
-  if kind == 'frozen' or len(stage.trained_on) < len(stage.streams):
+  if kind in ('frozen', 'recalibrate') or len(stage.trained_on) < len(stage.streams):
     return {}
   parts = config['method'].get('accumulate', 1)
   groups = {'global': 1, 'per_device': devices}.get(kind)
@@ -149,6 +160,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
 CAUTIONS = (
   _one_class,
   _untrained,
+  _unused_domains,
   _same_names,
   _same_data,
   _trained_on_tests,

@@ -14,7 +14,7 @@ import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
-from lt_jax.config import OPEN, TARGET, config_digest, flatten
+from lt_jax.config import OPEN, SOURCE, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
@@ -131,7 +131,10 @@ def is_test(split: str) -> bool:
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
   """Returns the domains of the split 'test'; none of a run with one domain."""
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  return (targets or (stage.domain,)) if targets or opened else ()
+  if targets or opened:
+    return targets or (stage.domain,)
+  sources = experiment.roles[SOURCE]
+  return sources if stage.domain == SOURCE and len(sources) > 1 else ()
 
 
 def test_rows(

@@ -23,6 +23,9 @@ from configs import (
   cityscapes_foggy,
   digits_domains,
   digits_lt,
+  digits_multitask,
+  digits_transfer,
+  fine_grained,
   gta5_cityscapes,
   imagenet,
   imagenet_lt,
@@ -40,6 +43,7 @@ from configs import (
   synsigns_gtsrb,
   synth_svhn,
   synthia_cityscapes,
+  transfer,
   usps_mnist,
   visda,
 )
@@ -149,7 +153,7 @@ OFTEN = (
     )
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
-    if 'target' not in made.needs
+    if not {'target', 'heads'} & {*made.needs}
     if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
@@ -197,9 +201,18 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
   assert experiment.last.uses_target_labels == (recipe == 'target_only')
 
 
-@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])
+TRANSFER = {
+  'digits_multitask': digits_multitask,
+  'digits_transfer': digits_transfer,
+  'fine_grained': fine_grained,
+  'transfer': transfer,
+}
+"""Configs with tests of their own: test_transfer.py and test_multitask.py."""
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module = WITH_TARGET.get(name) or CONFIGS[name][0]
+  module = (WITH_TARGET | TRANSFER).get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None

@@ -233,7 +233,7 @@ def test_several_sources_tell_the_domain_of_an_image():
   ('change', 'told'),
   [
     ({'target': ['source']}, "domain 'source' is both source and target"),
-    ({'target': []}, "domain 'blended' has no role"),
+    ({'target': []}, 'there is no target domain: set config.target'),
     ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
     ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
     ({'select': 'oracle/accuracy'}, 'never chosen by the labels of a target'),

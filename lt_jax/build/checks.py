@@ -174,6 +174,7 @@ def check_all_is_used(
     'penalty': (config['penalty']['name'], 'none'),
     'alignment': (config['alignment']['name'], 'none'),
     'players': (', '.join(config['players']), ''),
+    'heads': (', '.join(config['heads']), ''),
   }
   for key, (value, neutral) in given.items():
     if key not in asked and value != neutral:

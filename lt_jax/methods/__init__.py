@@ -8,6 +8,7 @@ from lt_jax.methods.aligned import aligned
 from lt_jax.methods.compound import compound, domain_factor
 from lt_jax.methods.mcd import mcd
 from lt_jax.methods.mean_teacher import mean_teacher
+from lt_jax.methods.multitask import multitask
 from lt_jax.methods.self_supervised import self_supervised
 from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
@@ -30,6 +31,7 @@ METHODS = {
   'self_supervised': self_supervised,
   'pseudo_label': pseudo_label,
   'i2i': i2i,
+  'multitask': multitask,
   'advent': advent,
   'mean_teacher': mean_teacher,
 }

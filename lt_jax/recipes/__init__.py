@@ -11,8 +11,10 @@ from lt_jax.recipes import (
   label_shift,
   losses,
   meta,
+  multitask,
   open_world,
   segmentation,
+  transfer,
 )
 from lt_jax.recipes.parts import Recipe
 
@@ -24,6 +26,8 @@ RECIPES: dict[str, Recipe] = {
   **adaptation.RECIPES,
   **compound.RECIPES,
   **label_shift.RECIPES,
+  **transfer.RECIPES,
+  **multitask.RECIPES,
   **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""

@@ -16,7 +16,8 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to;
+      which something is chosen; 'target', a domain to adapt to; 'init', weights to
+      begin with, or an earlier stage to take them from; 'heads', further tasks;
       'pixels', labels of each of them.
   """
 

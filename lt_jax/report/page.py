@@ -18,6 +18,7 @@ from lt_jax.report import (
   figures,
   grids,
   insides,
+  multitask,
   pictures,
   selection,
   tables,
@@ -66,6 +67,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   by_domain = domains.domains_table(groups)
   by_class = tables.classes_table(groups)
   selected = selection.selection_table(groups)
+  tasks = multitask.multitask_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
@@ -83,6 +85,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     classes=by_class,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
+    tasks=tasks,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
@@ -92,7 +95,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, by_class, selected, chosen, published]
+  shown = [results, by_domain, by_class, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
