@@ -16,6 +16,7 @@ from lt_jax import build, checkpoint, files, provenance, sharding
 from lt_jax.build import Experiment, Stage
 from lt_jax.config import SOURCE, TARGET, Config, base_config, resolve
 from lt_jax.data import augment
+from lt_jax.data.attributes import Block
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
@@ -40,6 +41,9 @@ FACTS = {
     'unit': (None, str),
   },
   'threshold': THRESHOLD,
+  'unseen': (None, [str]),
+  'val_classes': (None, [str]),
+  'class_vectors': (None, [int]),
 }
 """What of it a network is built of and used by, see `files.fits`."""
 
@@ -247,7 +251,22 @@ def _shapes_of(facts: Facts) -> Dataset:
     image_shape=shape,
     fingerprint='',
     dtype=dtype,
+    described=_descriptions(facts),
+    unseen=_mask(facts, 'unseen'),
+    val_classes=_mask(facts, 'val_classes'),
   )
+
+
+def _mask(facts: Facts, key: str) -> np.ndarray | None:
+  """Returns (C,) bool, the classes that a fact names; None if there is no such fact."""
+  named = facts.get(key)
+  return np.isin(facts['class_names'], named) if named else None
+
+
+def _descriptions(facts: Facts) -> Block | None:
+  """Returns descriptions of the right shape; what they were is in the State."""
+  shape = facts.get('class_vectors')
+  return Block(np.zeros(shape), ()) if shape else None
 
 
 def restore(

@@ -16,9 +16,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, shift, surgery
+from lt_jax import posthoc, sharding, shift, surgery, zero_shot
 from lt_jax.build.checks import (
   check_all_is_used,
+  check_collapse,
   check_device,
   check_end,
   check_ranges,
@@ -43,6 +44,7 @@ from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, class_names, construct, lookup
 from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import survey
+from lt_jax.evals.tasks import Task
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
@@ -55,7 +57,13 @@ from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
-WRAPPERS = wrappers.WRAPPERS | posthoc.WRAPPERS | translation.WRAPPERS | shift.WRAPPERS
+WRAPPERS = (
+  wrappers.WRAPPERS
+  | posthoc.WRAPPERS
+  | translation.WRAPPERS
+  | shift.WRAPPERS
+  | zero_shot.WRAPPERS
+)
 
 
 SURGERIES = (
@@ -64,6 +72,7 @@ SURGERIES = (
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
+  | zero_shot.SURGERIES
 )
 
 
@@ -182,8 +191,8 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups)
-  task = lookup(TASKS, 'task', config['task'])
+  learned = learned_classes(config['shot_groups'], groups | _fitted(dataset))
+  task = _task(config['task'], dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
@@ -213,7 +222,13 @@ def _build_stage(
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
       construct(
-        SURGERIES, 'surgery', name, options=options, survey=stage_survey, base=learned
+        SURGERIES,
+        'surgery',
+        name,
+        options=options,
+        survey=stage_survey,
+        base=learned,
+        classes=zero_shot.Classes.of(dataset),
       )
       for name, options in config['surgeries']
     ),
@@ -237,7 +252,39 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
     )
     for rule in ('strict', 'inclusive')
   )
-  return strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  unseen = domains.dataset(config['domain']).unseen
+  if unseen is None:
+    return groups
+  of_seen = {name: mask & ~unseen for name, mask in groups.items()}
+  return of_seen | {'seen': ~unseen, 'unseen': unseen}
+
+
+def _fitted(dataset: Dataset) -> dict[str, np.ndarray]:
+  """Returns the seen classes but those of validation, as the group 'fitted'."""
+  if dataset.unseen is None or dataset.val_classes is None:
+    return {}
+  return {'fitted': ~dataset.unseen & ~dataset.val_classes}
+
+
+def _task(name: str, dataset: Dataset) -> Task:
+  """Returns a task, which knows the unseen classes where there are such.
+
+  Raises:
+    UserError: there are unseen classes, and the task has no views by them, or the
+      reverse.
+  """
+  task = lookup(TASKS, 'task', name)
+  if (dataset.unseen is None) != (task.bind is None):
+    raise UserError(
+      f'task {name!r} is for data with unseen classes: set data.unseen'
+      if dataset.unseen is None
+      else f"task is {name!r}, but classes are unseen: set config.task to 'zero_shot'"
+    )
+  if task.bind is None:
+    return task
+  columns = dataset.described.columns if dataset.described else ()
+  return task.bind(dataset.unseen, dataset.class_vectors, columns)
 
 
 def _passes(
@@ -328,9 +375,10 @@ def _few(split: Split, most: int) -> Split:
 def learned_classes(
   names: Sequence[str], groups: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-  """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
+  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes."""
   members = [lookup(groups, 'group of classes', name) for name in names]
-  learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
+  every = groups.get('seen', np.ones_like(groups['many']))
+  learned = np.any(members, axis=0) if members else every
   if not learned.any():
     raise UserError(f'no class is in {" or ".join(names)}')
   return learned
@@ -387,6 +435,7 @@ def _method(
   micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
   check_all_is_used(name, config, WRAPPERS)
+  check_collapse(config)
   parts = {
     'loss': _made(
       'loss',
@@ -440,6 +489,7 @@ def _method(
       counts=counts,
       streams=tuple(rows),
       pixels={name: row.pixels for name, row in rows.items()},
+      unseen=dataset.unseen,
     )
   # What is traced once for shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
@@ -498,6 +548,8 @@ def _network(
   return make_classifier(
     **options,
     num_classes=len(dataset.class_names),
+    class_vectors=dataset.class_vectors,
+    examples=int(dataset.counts.sum()),
     batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
   )
 

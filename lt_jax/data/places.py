@@ -9,7 +9,7 @@ from lt_jax.files import is_remote
 Place = dict[str, str]
 """The config keys data.source and data.dir, as 'source' and 'dir'."""
 
-IN_FILES = ('npz', 'list', 'folder')
+IN_FILES = ('npz', 'list', 'folder', 'xlsa')
 """Kinds of sources that are followed by a path."""
 
 
@@ -36,9 +36,9 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
 
   Args:
     data: has 'source' and 'dir', where they were.
-    data_dir: of 'folder:' and 'npz:' the path; of 'tfds:' the folder of data sets; of
-      'list:' the folder that paths are relative to, with the lists in it if they are
-      no longer where they were.
+    data_dir: of 'folder:', 'npz:' and 'xlsa:' the path; of 'tfds:' the folder of data
+      sets; of 'list:' the folder that paths are relative to, with the lists in it if
+      they are no longer where they were.
 
   Raises:
     UserError: the source has no files.
@@ -48,6 +48,8 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
   match first:
     case 'folder' | 'npz':
       return {'source': f'{first}:{data_dir}', 'dir': ''}
+    case 'xlsa':
+      return {'source': f'xlsa:{data_dir}', 'dir': _absolute(data['dir'])}
     case 'tfds':
       return {'source': data['source'], 'dir': data_dir}
     case 'list':

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
+from lt_jax.data.features import xlsa
 from lt_jax.data.lists import folder_source, list_source
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
@@ -67,7 +68,9 @@ class Arrays:
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
   Images are uint8. Features and other arrays are float32, and their own normalisation.
-  Images that are pictures of a world, such as a maze, may have it as `world`.
+  Images that are pictures of a world, such as a maze, may have it as `world`. Where the
+  files describe their classes and say which are unseen, `described` has the former, see
+  `attributes.Described`, and `unseen` the names of the latter.
   """
 
   images: np.ndarray
@@ -75,6 +78,8 @@ class Arrays:
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
   world: Any = None
+  described: Any = None
+  unseen: tuple[str, ...] = ()
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -215,10 +220,12 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       of any type, with labels (N,) int, and perhaps class_names (C,) str;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
+      `lists.folder_source`; 'xlsa:PATH', features with unseen classes, see
+      `features.xlsa`; or 'mazes:DOMAIN', see `mazes.maze_images`.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
-      paths are relative to; None is that of the lists.
+      paths are relative to; None is that of the lists. Of 'xlsa:' the att_splits.mat
+      if it is not beside the features.
 
   Returns:
     split -> source.
@@ -586,5 +593,6 @@ SOURCES = {
   'tfds': _tfds,
   'list': list_source,
   'folder': folder_source,
+  'xlsa': xlsa,
   'fake': _fake,
 }

@@ -8,8 +8,13 @@ split and returns the records whole. The metrics of `closed_set`, `calibration` 
 from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.tasks import Task
+from lt_jax.evals.zero_shot import ZERO_SHOT
 
-TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'mazes': MAZES}
+TASKS: dict[str, Task] = {
+  'classification': CLASSIFICATION,
+  'mazes': MAZES,
+  'zero_shot': ZERO_SHOT,
+}
 
 TITLES = {
   name: metric.title

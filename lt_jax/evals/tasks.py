@@ -37,11 +37,13 @@ class Across(NamedTuple):
     metrics: places of result.json -> name -> value, beside those of `measure`.
     threshold: of the known score, how it was chosen and its value; None without one.
     curves: score -> arrays by threshold.
+    arrays: name of a file -> what NAME.npz in the run's folder holds.
   """
 
   metrics: dict[str, dict[str, Any]] = {}
   threshold: dict[str, Any] | None = None
   curves: dict[str, dict[str, np.ndarray]] = {}
+  arrays: dict[str, dict[str, np.ndarray]] = {}
 
 
 class Task(NamedTuple):
@@ -57,6 +59,8 @@ class Task(NamedTuple):
     play: (predict, state, domain -> source of its test images) -> domain -> name ->
       value, what needs the network itself rather than records; see `Play`. None for
       nothing.
+    bind: (unseen classes (C,) bool, descriptions (C, A) or None, names of attributes)
+      -> the task for these classes; None of a task for which all classes are alike.
   """
 
   record: Record
@@ -65,6 +69,7 @@ class Task(NamedTuple):
   across: Callable[..., Across]
   metrics: Mapping[str, Metric]
   play: Play | None = None
+  bind: Callable[..., 'Task'] | None = None
 
   @property
   def headline(self) -> str:

@@ -16,7 +16,8 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to.
+      which something is chosen; 'target', a domain to adapt to; 'class_vectors',
+      unseen classes that are described.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
