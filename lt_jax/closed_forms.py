@@ -224,6 +224,10 @@ def logistic(
   with the cross-entropy of a softmax over the outputs, or of a sigmoid for each. b is
   not penalised. The sigmoids do not depend on each other.
 
+  It descends in V = P^{-1} W with :math:`P = (X^\top X / 4 + \lambda I)^{-1/2}`, where
+  the curvature at 0 is the same in all directions, so that it needs some tens of steps
+  and not a thousand.
+
   Args:
     x: (N, D).
     targets: (N, K), one-hot for the softmax.
@@ -237,10 +241,15 @@ def logistic(
 
   examples, width = x.shape
   outputs = targets.shape[1]
+  values, vectors = np.linalg.eigh(x.T @ x)
+  curvature = np.maximum(values, 0) / 4 + penalty
+  scale = (vectors / np.sqrt(curvature)) @ vectors.T
+  square = (vectors / curvature) @ vectors.T
+  z = x @ scale
 
   def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
     weights = flat.reshape(width + 1, outputs)
-    logits = x @ weights[:-1] + weights[-1]
+    logits = z @ weights[:-1] + weights[-1]
     if softmax:
       total = special.logsumexp(logits, axis=1, keepdims=True)
       probability = np.exp(logits - total)
@@ -249,8 +258,9 @@ def logistic(
       probability = special.expit(logits)
       loss = np.logaddexp(0, logits).sum() - (targets * logits).sum()
     error = probability - targets
-    slope = np.vstack([x.T @ error + penalty * weights[:-1], error.sum(0)])
-    loss += penalty / 2 * (weights[:-1] ** 2).sum()
+    decay = penalty * (square @ weights[:-1])
+    slope = np.vstack([z.T @ error + decay, error.sum(0)])
+    loss += (decay * weights[:-1]).sum() / 2
     return loss / examples, slope.ravel() / examples
 
   found = optimize.minimize(
@@ -258,9 +268,9 @@ def logistic(
     np.zeros((width + 1) * outputs),
     jac=True,
     method='L-BFGS-B',
-    options={'maxiter': 1000, 'maxfun': 2000, 'ftol': 1e-12, 'gtol': 1e-7},
+    options={'maxiter': 1000, 'maxfun': 2000, 'ftol': 1e-13, 'gtol': 1e-6},
   ).x.reshape(width + 1, outputs)
-  return found[:-1], found[-1]
+  return scale @ found[:-1], found[-1]
 
 
 def _coded(seen: Seen) -> Params:
@@ -367,7 +377,7 @@ def conse_scores(
   return cosines(kept @ described, described)
 
 
-PENALTIES: dict[str, Any] = {'penalty': (1.0, 10.0, 100.0)}
+PENALTIES: dict[str, Any] = {'penalty': (0.01, 0.1, 1.0, 10.0)}
 
 CODED = ('kernel', 'bias', 'threshold', 'prior')
 

@@ -304,7 +304,7 @@ def _passes(
   learnt = {name: (own, split) for name, split in dataset.splits.items()}
   tested = {n: s for n, s in learnt.items() if n not in ('train', 'meta')}
   if adapts:
-    tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
+    tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
     unlabelled = Unlabelled(domains.dataset(TARGET).splits['train'])
     learnt[f'{TARGET}/train'] = TARGET, unlabelled

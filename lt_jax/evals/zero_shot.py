@@ -189,7 +189,7 @@ def zero_shot_task(
       record, classification.keep(examples, classes)
     ),
     measure=functools.partial(_measure, unseen, vectors),
-    across=functools.partial(_across, unseen, columns),
+    across=functools.partial(_across, unseen, vectors, columns),
     metrics=METRICS,
   )
 
@@ -266,6 +266,7 @@ def _generalised(
 
 def _across(
   unseen: np.ndarray,
+  vectors: np.ndarray | None,
   columns: tuple[str, ...],
   records: Mapping[str, Collected],
   *,
@@ -283,6 +284,8 @@ def _across(
     test['unknown'] = test['open_accuracy']
   curve = seen_unseen_curve(_scores(records['test']), unseen)
   arrays = {'columns': np.array(columns, 'U')}
+  if vectors is not None:
+    arrays['class_vectors'] = vectors.astype(np.float32)
   if curve is not None:
     last = len(curve.gamma) - 1
     shown = np.linspace(0, last, min(CURVE_POINTS, last + 1)).round().astype(int)
