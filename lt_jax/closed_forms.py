@@ -211,28 +211,23 @@ def in_features_scores(
   return cosines(x, described @ params['kernel'].T)
 
 
-# Logistic regressions.
+# Classifiers of attributes and of classes.
 
 
-def logistic(
-  x: np.ndarray, targets: np.ndarray, penalty: float, *, softmax: bool
+def softmax_regression(
+  x: np.ndarray, targets: np.ndarray, penalty: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  r"""Fits logistic regressions by L-BFGS, all outputs in one problem.
+  r"""Fits a softmax to one-hot targets by L-BFGS.
 
   .. math:: \sum_i \ell(x_i W + b, t_i) + \frac{\lambda}{2} |W|^2
 
-  with the cross-entropy of a softmax over the outputs, or of a sigmoid for each. b is
-  not penalised. The sigmoids do not depend on each other.
-
-  It descends in V = P^{-1} W with :math:`P = (X^\top X / 4 + \lambda I)^{-1/2}`, where
-  the curvature at 0 is the same in all directions, so that it needs some tens of steps
-  and not a thousand.
+  b is not penalised. It descends in V = P^{-1} W with :math:`P = (X^\top X / 4 +
+  \lambda I)^{-1/2}`, where the curvature at 0 is much the same in all directions.
 
   Args:
     x: (N, D).
-    targets: (N, K), one-hot for the softmax.
+    targets: (N, K).
     penalty: lambda.
-    softmax: which of the two.
 
   Returns:
     (W (D, K), b (K,)).
@@ -250,17 +245,11 @@ def logistic(
   def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
     weights = flat.reshape(width + 1, outputs)
     logits = z @ weights[:-1] + weights[-1]
-    if softmax:
-      total = special.logsumexp(logits, axis=1, keepdims=True)
-      probability = np.exp(logits - total)
-      loss = total.sum() - (targets * logits).sum()
-    else:
-      probability = special.expit(logits)
-      loss = np.logaddexp(0, logits).sum() - (targets * logits).sum()
-    error = probability - targets
+    total = special.logsumexp(logits, axis=1, keepdims=True)
+    error = np.exp(logits - total) - targets
     decay = penalty * (square @ weights[:-1])
+    loss = total.sum() - (targets * logits).sum() + (decay * weights[:-1]).sum() / 2
     slope = np.vstack([z.T @ error + decay, error.sum(0)])
-    loss += (decay * weights[:-1]).sum() / 2
     return loss / examples, slope.ravel() / examples
 
   found = optimize.minimize(
@@ -273,6 +262,46 @@ def logistic(
   return scale @ found[:-1], found[-1]
 
 
+PLATT_STEPS = 30
+
+
+def platt(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  r"""Fits sigmoids to scores, :math:`p = \sigma(\alpha s + \beta)`, of each column.
+
+  By Newton steps on the log-likelihood, all columns at once. The targets of the n_+
+  positive and n_- negative examples are (n_+ + 1) / (n_+ + 2) and 1 / (n_- + 2), so
+  that the optimum is finite where the scores part the examples.
+
+  Args:
+    scores: (N, K).
+    targets: (N, K) bool.
+
+  Returns:
+    (alpha (K,), beta (K,)).
+
+  Source: Platt, Probabilistic Outputs for Support Vector Machines, 1999; Newton's
+  method, as Lin et al., Machine Learning 68, 2007, do.
+  """
+  from scipy import special
+
+  positive = targets.sum(0)
+  high, low = (positive + 1) / (positive + 2), 1 / (len(targets) - positive + 2)
+  wanted = np.where(targets, high, low)
+  spread = scores.std(0)
+  z = (scores - scores.mean(0)) / np.where(spread > 0, spread, 1)
+  alpha, beta = np.zeros(z.shape[1]), np.log((positive + 1) / (1 + (~targets).sum(0)))
+  for _ in range(PLATT_STEPS):
+    p = special.expit(alpha * z + beta)
+    error, curve = p - wanted, p * (1 - p) + 1e-12
+    g, h = (error * z).sum(0), error.sum(0)
+    a, b, c = (curve * z * z).sum(0) + 1e-9, (curve * z).sum(0), curve.sum(0)
+    determinant = a * c - b * b
+    alpha = alpha - np.clip((c * g - b * h) / determinant, -2, 2)
+    beta = beta - np.clip((a * h - b * g) / determinant, -2, 2)
+  alpha = alpha / np.where(spread > 0, spread, 1)
+  return alpha, beta - alpha * scores.mean(0)
+
+
 def _coded(seen: Seen) -> Params:
   """Returns the threshold of attributes, and their prior among the fitted classes."""
   codes, threshold = binary(seen.raw)
@@ -283,17 +312,27 @@ def _coded(seen: Seen) -> Params:
 
 
 def attribute_classifiers(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
-  """Fits one logistic regression an attribute, to the attributes of each image's class.
+  r"""Fits a probability of each attribute: ridge regression, then a sigmoid.
 
-  Source: Lampert et al., TPAMI 36(3), 2014, section 4, where support vector machines
-  have calibrated probabilities instead.
+  .. math::
+    w_m = (\tilde X^\top \tilde X + \lambda I)^{-1} \tilde X^\top a_m, \qquad
+    p(a_m = 1 \mid x) = \sigma(\alpha_m\, x^\top w_m + \beta_m)
+
+  with features less their mean, and the attributes of each image's class. All
+  attributes share one eigendecomposition.
+
+  Source: Lampert et al., TPAMI 36(3), 2014, section 4, where kernel machines are in the
+  place of the ridge regression.
   """
   codes, _ = binary(seen.raw)
+  wanted = codes[seen.y]
+  centred = seen.x - seen.x.mean(0)
+  values, vectors = np.linalg.eigh(centred.T @ centred)
+  turned = vectors.T @ (centred.T @ wanted)
   for one in sets:
-    kernel, bias = logistic(
-      seen.x, codes[seen.y].astype(np.float64), one['penalty'], softmax=False
-    )
-    yield {'kernel': kernel, 'bias': bias, **_coded(seen)}
+    weights = vectors @ (turned / (np.maximum(values, 0) + one['penalty'])[:, None])
+    alpha, beta = platt(seen.x @ weights, wanted)
+    yield {'kernel': weights * alpha, 'bias': beta, **_coded(seen)}
 
 
 def _attribute_probability(params: Params, x: np.ndarray) -> np.ndarray:
@@ -345,7 +384,7 @@ def seen_classifier(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
   targets = (seen.y[:, None] == places[None]).astype(np.float64)
   classes = len(seen.fitted)
   for one in sets:
-    weights, offsets = logistic(seen.x, targets, one['penalty'], softmax=True)
+    weights, offsets = softmax_regression(seen.x, targets, one['penalty'])
     kernel, bias = np.zeros((seen.x.shape[1], classes)), np.full(classes, -1e9)
     kernel[:, places], bias[places] = weights, offsets
     yield {'kernel': kernel, 'bias': bias, **_coded(seen)}
@@ -379,6 +418,8 @@ def conse_scores(
 
 PENALTIES: dict[str, Any] = {'penalty': (0.01, 0.1, 1.0, 10.0)}
 
+RIDGES: dict[str, Any] = {'penalty': tuple(10.0**power for power in range(-2, 4))}
+
 CODED = ('kernel', 'bias', 'threshold', 'prior')
 
 FORMS: dict[str, ClosedForm] = {
@@ -395,11 +436,11 @@ FORMS: dict[str, ClosedForm] = {
   'sae_features': ClosedForm(
     sae, in_features_scores, {'weight': tuple(10.0**p for p in range(-4, 7))}
   ),
-  'dap': ClosedForm(attribute_classifiers, dap_scores, PENALTIES, CODED),
+  'dap': ClosedForm(attribute_classifiers, dap_scores, RIDGES, CODED),
   'nearest_hamming': ClosedForm(
     attribute_classifiers, hamming_scores, PENALTIES, CODED
   ),
-  'nearest_cosine': ClosedForm(attribute_classifiers, cosine_scores, PENALTIES, CODED),
+  'nearest_cosine': ClosedForm(attribute_classifiers, cosine_scores, RIDGES, CODED),
   'iap': ClosedForm(seen_classifier, iap_scores, PENALTIES, CODED),
   'conse': ClosedForm(seen_classifier, conse_scores, PENALTIES, CODED),
 }

@@ -16,7 +16,7 @@ from configs import xlsa
 from lt_jax import build, run, trained
 from lt_jax.build import checks
 from lt_jax.cautions import cautions
-from lt_jax.closed_forms import FORMS, Seen, logistic
+from lt_jax.closed_forms import FORMS, Seen, softmax_regression
 from lt_jax.config import resolve
 from lt_jax.data.attributes import EMBEDDED, binary, unit_rows
 from lt_jax.errors import UserError
@@ -87,19 +87,37 @@ def test_sae_solves_its_sylvester_equation():
   np.testing.assert_allclose(params['kernel'].T, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize('softmax', [False, True])
-def test_logistic_regressions_are_at_their_minimum(softmax, rng):
+def test_a_softmax_is_at_its_minimum(rng):
   from sklearn.linear_model import LogisticRegression
 
   x, label = rng.normal(size=(60, 4)), rng.integers(0, 3, 60)
   targets = (label[:, None] == np.arange(3)[None]).astype(float)
-  kernel, bias = logistic(x, targets, 2.0, softmax=softmax)
-  columns = [label] if softmax else list(targets.T)
-  for column, ours in zip(columns, [kernel] if softmax else kernel.T, strict=True):
-    model = LogisticRegression(C=0.5, tol=1e-10, max_iter=10000).fit(x, column)
-    expected = model.coef_.T if softmax else model.coef_[0]
-    np.testing.assert_allclose(ours, expected, atol=2e-5)
-  assert bias.shape == (3,)
+  kernel, bias = softmax_regression(x, targets, 2.0)
+  p = np.exp(x @ kernel + bias)
+  p /= p.sum(1, keepdims=True)
+  assert np.abs(x.T @ (p - targets) + 2 * kernel).max() < 1e-4
+  model = LogisticRegression(C=0.5, tol=1e-10, max_iter=10000).fit(x, label)
+  np.testing.assert_allclose(kernel, model.coef_.T, atol=2e-5)
+
+
+def test_attributes_are_ridge_regressions_with_sigmoids():
+  seen = planted()
+  codes = seen.raw > seen.raw.mean()
+  (params,) = FORMS['dap'].fits(seen, [{'penalty': 0.5}])
+  centred = seen.x - seen.x.mean(0)
+  gram = centred.T @ centred + 0.5 * np.eye(mini_zsl.WIDTH)
+  wanted = codes[seen.y].astype(float)
+  ridge = linalg.solve(gram, centred.T @ wanted)
+  for m in range(mini_zsl.ATTRIBUTES):
+    alpha = params['kernel'][:, m] @ ridge[:, m] / (ridge[:, m] @ ridge[:, m])
+    np.testing.assert_allclose(params['kernel'][:, m], alpha * ridge[:, m], atol=1e-9)
+    # The sigmoid is where the likelihood of Platt's targets is stationary.
+    p = 1 / (1 + np.exp(-(seen.x @ params['kernel'][:, m] + params['bias'][m])))
+    has = wanted[:, m] > 0
+    target = np.where(has, (has.sum() + 1) / (has.sum() + 2), 1 / ((~has).sum() + 2))
+    assert abs((p - target).sum()) < 1e-6
+    assert abs(((p - target) * (seen.x @ ridge[:, m])).sum()) < 1e-6
+  np.testing.assert_allclose(params['prior'], codes[seen.fitted].mean(0), atol=1e-12)
 
 
 def loops(form, params, x, described, raw):
