@@ -2,7 +2,7 @@
 # versions of requirements.lock and the project itself, editable.
 #
 #   make demo                          train on the bundled digits and show the table
-#   make test lint                     what CI runs
+#   make test lint docs                what CI runs
 #   make test PYTHON=python3.12 VENV=.venv312      the same with another Python
 #
 # The newest working Python from 3.11 on is taken unless PYTHON names one.
@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-tpu lint bench lock clean
+.PHONY: demo test test-all test-tpu lint docs bench lock clean
 
 demo: $(READY)
 	workdir=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
@@ -32,6 +32,10 @@ test-all: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# A broken link or a reference to nothing fails.
+docs: $(READY)
+	$(RUN) -m zensical build --strict --clean
 
 # Needs no TPU: the real compiler makes programs for one.
 test-tpu:
@@ -55,8 +59,8 @@ $(READY): requirements.lock pyproject.toml
 
 # The lock is universal: one file for every supported Python and platform.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade \
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra docs --upgrade \
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-tpu .pytest_cache .ruff_cache build site *.egg-info

@@ -72,7 +72,8 @@ class Training:
     images = torch.cat([self.source, self.target])
     logits, domains = self.net(images, scale)
     loss = functional.cross_entropy(logits, self.labels)
-    loss = loss + functional.binary_cross_entropy_with_logits(domains, self.domains)
+    # The mean over both domains is half of the paper's sum of two means.
+    loss = loss + 2 * functional.binary_cross_entropy_with_logits(domains, self.domains)
     self.sgd.zero_grad(set_to_none=True)
     loss.backward()
     self.sgd.step()

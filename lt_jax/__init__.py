@@ -1,3 +1,16 @@
 """Long-tailed, open-ended and cross-domain image recognition in JAX/Flax."""
 
 __version__ = '0.1.0'
+
+from typing import Any
+
+_FROM_PYTHON = ('fit', 'load')
+
+
+def __getattr__(name: str) -> Any:
+  """Imports `fit` and `load` when they are asked for, since that imports JAX."""
+  if name not in _FROM_PYTHON:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from lt_jax import notebook
+
+  return getattr(notebook, name)

@@ -45,6 +45,8 @@ class StopRequest:
   def __enter__(self) -> 'StopRequest':
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     heard = [s for s in STOP_SIGNALS if not (nohup and s == signal.SIGHUP)]
+    if threading.current_thread() is not threading.main_thread():
+      heard = []  # Python lets only the main thread handle signals
     self._before = {s: signal.signal(s, self._ask) for s in heard}
     return self
 

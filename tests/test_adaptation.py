@@ -332,7 +332,7 @@ def test_dann_is_a_descent_of_one_player_and_an_ascent_of_the_other():
     labels = batches['train']['label'][:, None]
     of_labels = -jnp.take_along_axis(p, labels, 1).mean()
     (of_source, right), (of_target, also) = domain(source, 0), domain(target, 1)
-    return of_labels, (of_source + of_target) / 2, right + also
+    return of_labels, of_source + of_target, right + also
 
   of_labels, of_domains, right = jax.jit(losses)(state.params)
   first, second = (
@@ -378,7 +378,7 @@ def test_parts_of_adversarial_losses_are_their_formulas(rng):
   log_loss = [
     w * np.log(1 + np.exp(x)) for w, x in zip(weights, of_source, strict=True)
   ]
-  log_loss = np.mean(log_loss) / 2 + np.mean(np.log(1 + np.exp(-of_target))) / 2
+  log_loss = np.mean(log_loss) + np.mean(np.log(1 + np.exp(-of_target)))
   with jax.enable_x64(True):
     for ours, expected in (
       (multilinear(f, p), [np.outer(a, b).ravel() for a, b in zip(f, p, strict=True)]),
@@ -439,7 +439,7 @@ def test_cdan_reverses_what_a_conditioned_discriminator_learns(form):
       d = jax.nn.sigmoid(judge.net.apply({'params': params['discriminator']}, read))
       return -(w * jnp.log(d if label else 1 - d)).sum() / w.sum()
 
-    return (of('train', 0) + of('target', 1)) / 2
+    return of('train', 0) + of('target', 1)
 
   def supervised(params):
     logits = forward(net, params, {}, batches['train']['image'], train=True)[0][
@@ -548,7 +548,7 @@ def test_adda_fools_the_discriminator_that_has_just_learned():
       of_target = target_probability(judge_params, params['net'])
       right = (of_source < 0.5).sum() + (of_target > 0.5).sum()
       loss = -jnp.log(1 - of_source).mean() - jnp.log(of_target).mean()
-      return loss / 2, right
+      return loss, right
 
     (domain, right), grads = jax.value_and_grad(judged, has_aux=True)(
       params['discriminator']

@@ -12,7 +12,7 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
 
-ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
+ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')
 N = 16
 

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_driving,
   c_mazes,
+  camvid_dusk,
   cifar10_lt,
   cifar100_lt,
   cifar100_open,
+  cityscapes_foggy,
   digits_domains,
   digits_lt,
+  gta5_cityscapes,
   imagenet,
   imagenet_lt,
   inat17,
@@ -25,7 +29,9 @@ from configs import (
   mnist_usps,
   my_images,
   places_lt,
+  scenes,
   svhn_mnist,
+  synthia_cityscapes,
   usps_mnist,
 )
 from lt_jax import build, recipes, run, sharding, train
@@ -74,6 +80,12 @@ WITH_TARGET = {
   'usps_mnist': usps_mnist,
   'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
+  'scenes': scenes,
+  'camvid_dusk': camvid_dusk,
+  'gta5_cityscapes': gta5_cityscapes,
+  'synthia_cityscapes': synthia_cityscapes,
+  'cityscapes_foggy': cityscapes_foggy,
+  'c_driving': c_driving,
 }
 """Configs of a source and a target, which other recipes are for."""
 

@@ -35,6 +35,8 @@ from lt_jax.report import figures, runs
 from lt_jax.writers import read_rows
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 class Built:
   """A finished run of two stages, which select their States, and its config."""

@@ -1,6 +1,7 @@
 """The examples of docs/extending.md do what they say."""
 
 import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from lt_jax.losses import alignment
 from tests import tiny
 from tests.test_methods import STEPS, Runner
 
-PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'extending.md'
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / 'docs' / 'extending.md'
 
 
 @pytest.fixture(scope='module')
@@ -129,3 +131,15 @@ def test_the_method_of_two_players_moves_both(examples, monkeypatch):
       lambda a, b: bool((a != b).any()), before.params[player], after.params[player]
     )
     assert any(jax.tree.leaves(moved))
+
+
+def test_maths_of_docstrings_is_made_for_the_site():
+  pytest.importorskip('griffe')
+  markdown = runpy.run_path(str(ROOT / 'docs/site/maths.py'))['markdown']
+  text = 'Half of :math:`x^2`.\n\n.. math::\n  a &= b \\\\\n  c &= d\n\nover all.'
+  assert markdown(text) == (
+    'Half of $x^2$.\n\n\n$$\n\\begin{aligned}\na &= b \\\\\nc &= d\n'
+    '\\end{aligned}\n$$\n\nover all.'
+  )
+  text = (ROOT / 'lt_jax/methods/adversarial.py').read_text()
+  assert '.. math' not in markdown(text) and markdown(text).count('$$') >= 4

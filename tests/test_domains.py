@@ -15,7 +15,9 @@ from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
 from lt_jax.writers import read_rows
 
-ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
+pytestmark = pytest.mark.usefixtures('one_device')
+
+ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""
 

@@ -9,7 +9,7 @@ import pytest
 
 from lt_jax.errors import UserError
 from lt_jax.evals.calibration import calibration
-from lt_jax.evals.classification import across, record
+from lt_jax.evals.classification import across, measure, rank, record
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.open_set import (
   best_threshold,
@@ -34,6 +34,30 @@ def test_record_of_a_batch(rng):
   np.testing.assert_allclose(found['known_score'], p.max(1), rtol=1e-5)
   loss = [-np.log(p[i, y]) if y >= 0 else 0 for i, y in enumerate(label)]
   np.testing.assert_allclose(found['loss'], loss, rtol=1e-5)
+  order = np.argsort(-logits, axis=1)
+  ranks = [
+    list(row).index(y) if y >= 0 else 3 for row, y in zip(order, label, strict=True)
+  ]
+  np.testing.assert_array_equal(found['rank'], ranks)
+
+
+def test_of_equal_logits_the_first_class_is_preferred():
+  nan = np.nan
+  logits = jnp.array([[1.0, 1, 1, 0], [1, 1, 1, 0], [nan, 0, 0, 0], [0, nan, 0, 0]])
+  np.testing.assert_array_equal(rank(logits, jnp.array([0, 2, 0, 0])), [0, 2, 4, 1])
+
+
+def test_five_guesses_where_there_are_more_classes():
+  records = {
+    'label': np.arange(6),
+    'prediction': np.zeros(6, int),
+    'confidence': np.full(6, 0.5),
+    'rank': np.array([0, 4, 5, 1, 2, 9]),
+    'loss': np.zeros(6),
+  }
+  assert measure(records, num_classes=6, groups={})['top5_accuracy'] == 4 / 6
+  records['label'] = np.arange(6) % 5
+  assert 'top5_accuracy' not in measure(records, num_classes=5, groups={})
 
 
 def test_record_keeps_the_methods_own_score():
@@ -214,6 +238,15 @@ def test_open_set_names_both_definitions_and_both_thresholds():
   assert found['known_accuracy'] == 0.25
   assert found['open_auc'] == pytest.approx((1 + 0) / 4)
   assert found['known_many'] == 0.5 and found['known_few'] == 0.0
+  at = open_set(
+    LABEL, PREDICTION, SCORE, 0.1, num_classes=4, groups={'many': MANY, 'few': FEW}
+  )
+  for name in ('open_accuracy', 'known_accuracy', 'known_many', 'known_few'):
+    assert found[f'{name}_at_0.1'] == at[name]
+  assert found['threshold'] == 0.5
+  alone = open_set(LABEL, PREDICTION, SCORE, None, num_classes=4, groups={'many': MANY})
+  assert alone['known_many_at_0.1'] == at['known_many']
+  assert not alone.keys() & {'known_many', 'open_accuracy', 'threshold'}
 
 
 def test_a_rule_of_its_own_is_scored_beside_thresholds():

@@ -28,6 +28,8 @@ from lt_jax.optim import constant, sgd
 from lt_jax.surgery import operate
 from lt_jax.train import batches_at
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 CLASSES, WIDTH, IMAGE = 6, 8, (8, 8, 1)
 BASE = np.array([True, True, False, True, True, False])
 
@@ -422,8 +424,8 @@ def test_another_head_is_told(rng):
 # The novel classes.
 
 
-def plain(key, images):
-  return images.astype(jnp.float32) / 255
+def plain(key, batch):
+  return {**batch, 'image': batch['image'].astype(jnp.float32) / 255}
 
 
 class Novel:

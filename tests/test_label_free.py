@@ -13,6 +13,8 @@ from lt_jax.evals.label_free import Seen, centroid_rule, scores
 from lt_jax.report import selection
 from lt_jax.writers import read_rows
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 
 def records(rng, n=40, classes=3, dims=4, shift=0.0, labelled=False, sharp=1.0):
   """What `keep` would keep of n images."""

@@ -11,6 +11,8 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from tests import mini
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 COUNTS = {'heron': 21, 'kingfisher': 8, 'wren': 5}
 TINY = {
   'model.trunk': 'tiny_cnn',

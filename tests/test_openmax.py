@@ -88,7 +88,7 @@ def test_a_program_has_nothing_of_all_pairs_of_classes_but_the_means():
   classes, images = 1000, 8
   numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
   logits, means = numbers((images, classes)), numbers((classes, classes))
-  labels, of_class = jax.ShapeDtypeStruct((images,), int), numbers((classes,))
+  labels, of_class = jax.ShapeDtypeStruct((images,), np.int32), numbers((classes,))
   tails = openmax.Tails(means, of_class, of_class, of_class, of_class)._replace(
     fitted=jax.ShapeDtypeStruct((classes,), bool)
   )

@@ -15,6 +15,8 @@ from lt_jax.method import Method, State, mean_metric, named_key
 from lt_jax.writers import read_rows
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures('one_device')
+
 SEEDS = (3, 4)
 STEPS = 3
 

@@ -29,7 +29,7 @@ from lt_jax.report import (
   figures,
   grids,
   learned,
-  page,
+  pictures,
   published,
   runs,
   tables,
@@ -314,7 +314,7 @@ def test_what_a_result_warns_of_is_told_once(tables_only, tmp_path):
   ('channels', 'kind'), [(1, 'L'), (2, 'L'), (3, 'RGB'), (4, 'RGB')]
 )
 def test_images_of_any_channels_can_be_shown(channels, kind):
-  uri = page._uri(np.zeros((90, 90, channels), np.uint8))
+  uri = pictures.uri(np.zeros((90, 90, channels), np.uint8))
   image = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
   assert image.mode == kind and image.size == (90, 90)
 
@@ -647,7 +647,7 @@ def test_one_other_key_is_another_setting(change):
 
 def test_a_setting_may_begin_with_weights_wherever_they_lie():
   config = resolved(places_lt, 'oltr', init='weights.safetensors')
-  assert len(published.beside(config)) == 5
+  assert len(published.beside(config)) == 8
   assert published.beside(resolved(places_lt, 'oltr')) == []
 
 

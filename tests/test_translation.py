@@ -197,7 +197,7 @@ def expected_grads(net, players, state, batches):
         jax.nn.sigmoid(players[name].net.apply({'params': params[name]}, v))
         for v in (false, true)
       ]
-      return -(jnp.log(1 - p[0]).mean() + jnp.log(p[1]).mean()) / 2
+      return -(jnp.log(1 - p[0]).mean() + jnp.log(p[1]).mean())
 
     def far(a, b):
       return jnp.abs(a - b).mean()

@@ -28,6 +28,14 @@ def write_npz(path, counts=COUNTS, seed=0):
 
 def config(path, arg, **overrides):
   """Returns the resolved config of a recipe on such a file."""
+  made = unresolved(path, arg)
+  for key, value in overrides.items():
+    made[key] = value
+  return resolve(made)
+
+
+def unresolved(path, arg):
+  """Returns the config of a recipe on such a file, as a config file makes it."""
   made = digits_lt.get_config(arg)
   made.data.update(
     source=f'npz:{path}',
@@ -53,6 +61,4 @@ def config(path, arg, **overrides):
         del stage[key]
     if 'sampler' in stage and stage.sampler.name == 'class_aware':
       stage.sampler.per_class = 2  # so that a batch has every class
-  for key, value in overrides.items():
-    made[key] = value
-  return resolve(made)
+  return made

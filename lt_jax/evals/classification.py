@@ -20,6 +20,8 @@ MOST_LOGITS = 10**8
 
 TOP = 20
 
+TOP_K = 5
+
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   """Returns what every classification metric needs to know of a batch.
@@ -32,9 +34,10 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
   Returns:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
-    probability), 'known_score' (the method's, or else the confidence), 'energy' (the
-    log-sum-exp of the logits, another score of the kind) and 'loss' (the cross-entropy
-    in nats; 0 for label -1); those of the above that there are.
+    probability), 'rank' (of the label, see `rank`), 'known_score' (the method's, or
+    else the confidence), 'energy' (the log-sum-exp of the logits, another score of the
+    kind) and 'loss' (the cross-entropy in nats; 0 for label -1); those of the above
+    that there are.
 
   Source of the energy, negated: Liu et al., Energy-based Out-of-distribution Detection,
   arXiv 2010.03759, equation 4 with T = 1.
@@ -49,10 +52,30 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     'label': label,
     'prediction': log_p.argmax(axis=-1).astype(jnp.int32),
     'confidence': confidence,
+    'rank': rank(outputs['logits'], label),
     'known_score': outputs.get('known_score', confidence),
     'energy': jax.nn.logsumexp(outputs['logits'], axis=-1),
     'loss': jnp.where(label < 0, 0.0, -of_label),
   }
+
+
+def rank(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns how many classes a network prefers to the label: 0 where it is right.
+
+  Of equal logits the first class is preferred, as by the arg max.
+
+  Args:
+    logits: (B, C).
+    label: (B,) int; -1 has the rank C, and so has a label whose logit is NaN.
+
+  Returns:
+    (B,) int32.
+  """
+  classes = jnp.arange(logits.shape[-1])
+  own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=-1)
+  behind = (logits < own) | ((logits == own) & (classes[None] >= label[:, None]))
+  ahead = (~behind).sum(axis=-1, dtype=jnp.int32)
+  return jnp.where(label < 0, len(classes), ahead)
 
 
 def keep(examples: int, classes: int) -> Record:
@@ -100,6 +123,9 @@ def measure(
 ) -> dict[str, Any]:
   """Returns closed-set accuracies, mean loss and ECE of a split of known images.
 
+  With more than five classes also 'top5_accuracy', the share of images whose class is
+  among the five of the greatest logits.
+
   Args:
     records: what `record` keeps.
     num_classes: C.
@@ -109,7 +135,10 @@ def measure(
   found = closed_set(label, prediction, num_classes=num_classes, groups=groups)
   calibrated = calibration(records['confidence'], prediction == label)
   loss = float(records['loss'].mean(dtype=np.float64))
-  return {**found, 'loss': loss, 'ece': calibrated['ece']}
+  top = {}
+  if num_classes > TOP_K:
+    top = {f'top{TOP_K}_accuracy': float((records['rank'] < TOP_K).mean())}
+  return {**found, **top, 'loss': loss, 'ece': calibrated['ece']}
 
 
 def across(
@@ -178,6 +207,7 @@ METRICS = {
   'medium': Metric('medium-shot'),
   'few': Metric('few-shot'),
   'macro_accuracy': Metric('macro accuracy'),
+  f'top{TOP_K}_accuracy': Metric(f'top-{TOP_K} accuracy'),
   'harmonic_mean': Metric('harmonic mean'),
   'worst_class': Metric(),
   'loss': Metric(better=-1),

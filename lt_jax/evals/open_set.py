@@ -231,7 +231,7 @@ def open_set(
     'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; with a threshold
     'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
     accuracies of the known images as 'known_accuracy' and 'known_<group>', and
-    'threshold'; with a fixed one both F-measures again, '_at_0.1' if that is 0.1.
+    'threshold'; with a fixed one all but the last again, '_at_0.1' if that is 0.1.
   """
   known = label >= 0
   found = ranking(known_score[known], known_score[~known])
@@ -239,26 +239,23 @@ def open_set(
     (prediction == label)[known], known_score[known], known_score[~known]
   )
   for suffix, at in (('', threshold), (f'_at_{fixed}', fixed)):
-    if at is not None:
-      for definition in ('oltr2019', 'oltr2020'):
-        found[f'f_measure_{definition}{suffix}'] = f_measure(
-          label, prediction, known_score, at, definition=definition
-        )
-  if threshold is None:
-    return found
-  kept = known_score >= threshold
-  after = closed_set(
-    label[known],
-    np.where(kept, prediction, -1)[known],
-    num_classes=num_classes,
-    groups=groups,
-  )
-  return {
-    **found,
-    'open_accuracy': float((~kept[~known]).mean()),
-    **{f'known_{name}': after[name] for name in ('accuracy', *groups)},
-    'threshold': threshold,
-  }
+    if at is None:
+      continue
+    for definition in ('oltr2019', 'oltr2020'):
+      found[f'f_measure_{definition}{suffix}'] = f_measure(
+        label, prediction, known_score, at, definition=definition
+      )
+    kept = known_score >= at
+    after = closed_set(
+      label[known],
+      np.where(kept, prediction, -1)[known],
+      num_classes=num_classes,
+      groups=groups,
+    )
+    found[f'open_accuracy{suffix}'] = float((~kept[~known]).mean())
+    for name in ('accuracy', *groups):
+      found[f'known_{name}{suffix}'] = after[name]
+  return found if threshold is None else found | {'threshold': threshold}
 
 
 def by_rule(

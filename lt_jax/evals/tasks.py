@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lt_jax.evals import label_free
 from lt_jax.evals.collect import Collected
 from lt_jax.method import Batch, Outputs
 
@@ -61,6 +62,11 @@ class Task(NamedTuple):
       nothing.
     bind: (unseen classes (C,) bool, descriptions (C, A) or None, names of attributes)
       -> the task for these classes; None of a task for which all classes are alike.
+    criteria: as `record`, what label-free criteria are computed from.
+    picture: as `record`, what samples.npz shows of a few test images; None: it shows
+      errors on rare classes.
+    per_pixel: whether every pixel has a label, and logits.
+    by_class: the metric (C,) of single classes whose mean over them tables have.
   """
 
   record: Record
@@ -70,6 +76,10 @@ class Task(NamedTuple):
   metrics: Mapping[str, Metric]
   play: Play | None = None
   bind: Callable[..., 'Task'] | None = None
+  criteria: Record = label_free.keep
+  picture: Record | None = None
+  per_pixel: bool = False
+  by_class: str = 'class_accuracy'
 
   @property
   def headline(self) -> str:

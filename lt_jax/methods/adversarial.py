@@ -66,8 +66,8 @@ def dann(
 
   .. math::
     \min_{f, y}\; L_y - \lambda(p)\, L_d, \qquad \min_d\; L_d, \qquad
-    L_d = \tfrac12 \Big( \frac{1}{S} \sum_{i \in S} \log(1 + e^{z_i})
-      + \frac{1}{T} \sum_{i \in T} \log(1 + e^{-z_i}) \Big)
+    L_d = \frac{1}{S} \sum_{i \in S} \log(1 + e^{z_i})
+      + \frac{1}{T} \sum_{i \in T} \log(1 + e^{-z_i})
 
   with the logits z of being a target image. L_y is the objective of supervised learning
   on the source. The discriminator trains on all of L_d whatever lambda is, so that it
@@ -90,7 +90,8 @@ def dann(
     UserError: no discriminator, no layer that it reads, or unknown statistics.
 
   Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17(59), 2016,
-  arXiv 1505.07818; whose sums over the domains are means here, as in other code.
+  arXiv 1505.07818, equation 9. Other code often takes the mean over both domains, which
+  is half of it: half of lambda, and half of the discriminator's learning rate.
   """
   (judge,) = named_players(players, 'discriminator')
   read = reader('dann', align_on)
@@ -284,7 +285,7 @@ def domain_loss(
   source_weights: jax.Array | float = 1.0,
   target_weights: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the cross-entropy of a discriminator, each domain counting half.
+  """Returns the cross-entropy of a discriminator: the sum of its mean in either domain.
 
   Args:
     of_source: (S,) logits of being a target image.
@@ -297,7 +298,7 @@ def domain_loss(
   """
   source_loss = (source_weights * nn.softplus(of_source)).mean()
   target_loss = (target_weights * nn.softplus(-of_target)).mean()
-  loss = (source_loss + target_loss) / 2
+  loss = source_loss + target_loss
   right = (of_source <= 0).sum() + (of_target > 0).sum()
   images = jnp.float32(len(of_source) + len(of_target))
   metrics = {

@@ -11,6 +11,7 @@ from lt_jax.recipes import (
   losses,
   meta,
   open_world,
+  segmentation,
   zero_shot,
 )
 from lt_jax.recipes.parts import Recipe
@@ -23,6 +24,7 @@ RECIPES: dict[str, Recipe] = {
   **adaptation.RECIPES,
   **label_shift.RECIPES,
   **zero_shot.RECIPES,
+  **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

@@ -1,7 +1,7 @@
 """What recipes are made of: re-weighting, margins, stages that follow one another."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -17,7 +17,7 @@ class Recipe(NamedTuple):
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
       which something is chosen; 'target', a domain to adapt to; 'class_vectors',
-      unseen classes that are described.
+      unseen classes that are described; 'pixels', labels of each of them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -77,6 +77,18 @@ TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
 def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   """The surgery that copies parameters, by their paths, from an earlier stage."""
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
+
+
+def target_stream(config: ConfigDict, **row: Any) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+    **{key: value for key, value in row.items() if value},
+  }
+  return {'streams': {'target': stream}}
 
 
 CLASS_AWARE: Overrides = {
