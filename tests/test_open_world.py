@@ -16,6 +16,7 @@ from configs import digits_zero_shot, open_world
 from lt_jax import build, predict, report, run, trained
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
+from lt_jax.evals.ordering import top_of_class
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ('seen', 'unseen', 'harmonic_mean', 'unknown')
@@ -150,3 +151,42 @@ def test_two_domains_have_the_three_settings():
   stage = build.build(config, devices=1).last
   assert {'test', 'open_test', 'val', 'source/test'} <= set(stage.passes)
   assert set(stage.images['open_test'].labels.tolist()) == {-1}
+
+
+@pytest.mark.slow
+def test_zero_shot_across_domains(tmp_path, one_device):
+  """Pseudo-labels reach unseen classes, and the result has both domains."""
+  made = digits_zero_shot.get_config('zsda,target=inverted,epochs=2')
+  made.model.trunk = 'tiny_cnn'
+  for stage in made.stages.values():
+    if 'align_on' in stage.alignment:
+      stage.alignment.align_on = ('features',)
+  result = run.run(resolve(made), tmp_path)
+  for domain in ('source', 'inverted'):
+    found = result['domains'][domain]
+    assert all(0 <= found[key] <= 1 for key in KEYS[:3]), domain
+  stored = np.load(tmp_path / 'stages' / 'calibrated' / 'arrays.npz')
+  labels = stored['target/train/top_of_class']
+  assert len(labels) == 600 and 0.2 <= (labels >= 0).mean() < 0.25
+  gamma = result['memory']['calibrated_stacking.gamma']
+  assert gamma != 0 and not result['uses_target_labels']
+
+
+def test_labels_of_the_surest_of_every_class():
+  logits = np.zeros((10, 3))
+  logits[:7, 0] = np.arange(1, 8)
+  logits[7:, 2] = [3, 1, 2]
+  survey = type('', (), {'collect': lambda s, state, split, keep: keep(
+    {'logits': logits}, {})})()  # fmt: skip
+  labels = top_of_class(survey, None, split='target/train', portion=0.3)
+  assert labels.tolist() == [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
+
+
+def test_zsda_builds_and_names_no_label_of_the_target():
+  config = resolve(digits_zero_shot.get_config('zsda,target=inverted'))
+  experiment = build.build(config, devices=1)
+  refine = experiment.last
+  assert not any(s.uses_target_labels for s in experiment.stages.values())
+  assert set(refine.reads) == {'target'} and refine.plan.steps > 0
+  with pytest.raises(UserError, match="'class_vectors'|several|there is no target"):
+    build.build(resolve(digits_zero_shot.get_config('zsda')), devices=1)

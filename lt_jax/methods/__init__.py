@@ -8,7 +8,7 @@ from lt_jax.methods.aligned import aligned
 from lt_jax.methods.mcd import mcd
 from lt_jax.methods.mean_teacher import mean_teacher
 from lt_jax.methods.self_supervised import self_supervised
-from lt_jax.methods.self_training import pseudo_label
+from lt_jax.methods.self_training import pseudo_label, saved_label
 from lt_jax.methods.supervised import supervised
 from lt_jax.methods.translation import i2i
 
@@ -25,6 +25,7 @@ METHODS = {
   'adda': adda,
   'self_supervised': self_supervised,
   'pseudo_label': pseudo_label,
+  'saved_label': saved_label,
   'i2i': i2i,
   'advent': advent,
   'mean_teacher': mean_teacher,

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
+from lt_jax.recipes import adaptation
 from lt_jax.recipes.parts import ALL_BUT_HEAD, Recipe, copy
 
 VALIDATE: Overrides = {'shot_groups': ('fitted',)}
@@ -85,6 +86,54 @@ def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
   return Recipe(overrides, needs=('class_vectors',))
 
 
+def _zsda(config: ConfigDict) -> Overrides:
+  """Two towers under DANN; then the surest target images of every class are labels.
+
+  The target's images are of seen and of unseen classes. The labels are those of the
+  calibrated network, so that unseen classes get theirs, and stay as they are.
+  """
+  aligned = adaptation.RECIPES['dann'].overrides(config)
+  gamma = ('choose_gamma', {'stage': 'validate'})
+  calibrated = {
+    'epochs': 0.0,
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (copy('net/.*', 'align'), gamma),
+    'save_outputs': ('target/train/top_of_class',),
+  }
+  target = aligned['streams']['target']
+  refine = {
+    'shot_groups': ('seen', 'unseen'),
+    'epochs': config.get_ref('epochs') * 0.5,
+    'schedule': {'name': 'constant', 'base': config.schedule.get_ref('base') * 0.1},
+    'method': {'name': 'saved_label', 'statistics': 'joint'},
+    'streams': {
+      'target': {
+        **target,
+        'stage': 'calibrated',
+        'arrays': {'pseudo_label': 'top_of_class'},
+      }
+    },
+    'alignment': {'weight': adaptation.ONE},
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (
+      copy('net/.*', 'calibrated'),
+      ('carry', {'fields': ('memory',), 'stage': 'calibrated'}),
+    ),
+  }
+  return {
+    'model': {'head': 'two_tower', 'head_options': {'temperature': 0.1}},
+    'stages': {
+      'validate': {**aligned, **VALIDATE},
+      'align': aligned,
+      'calibrated': calibrated,
+      'refine': refine,
+    },
+    'stage_order': ('validate', 'align', 'calibrated', 'refine'),
+  }
+
+
 SQUARED_DISTANCE = {'name': 'negative_score'}
 
 RECIPES: dict[str, Recipe] = {
@@ -112,4 +161,5 @@ RECIPES: dict[str, Recipe] = {
   'two_tower_distance': _trained(
     SQUARED_DISTANCE, 'two_tower', fixed='classes', distance=True
   ),
+  'zsda': Recipe(_zsda, needs=('target', 'class_vectors')),
 }
