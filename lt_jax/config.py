@@ -117,6 +117,9 @@ OWN = (
   'meta_in_train',
   'open_val_per_class',
   'open_test_per_class',
+  'class_vectors',
+  'unseen',
+  'val_classes',
 )
 """Keys of `data` that a domain does not inherit: those that speak of its classes, draw
 the tail or cut splits off."""
@@ -162,6 +165,10 @@ def base_config() -> ConfigDict:
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'class_vectors': (),  # files that describe classes, see data/attributes.py
+        'unseen': (),  # classes never trained on: names, '@FILE', or (NUMBER,)
+        'val_classes': (),  # seen ones by which is chosen what unseen ones need
+        'pretrain_classes': '',  # file of the classes that `init` has learned
         'same_classes': (),  # (name here, name in the union) where sources differ
         'train_split': 'train',
         'test_split': 'test',

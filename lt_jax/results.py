@@ -66,6 +66,7 @@ class Evaluated(NamedTuple):
     threshold: of the known score, how it was chosen and its value, which is None
       without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
+    arrays: name of a file -> what else is written, see `Across`.
     records: split -> what the task keeps; those of test splits, of every domain, with
       logits and features.
   """
@@ -73,6 +74,7 @@ class Evaluated(NamedTuple):
   metrics: dict[str, dict[str, Any]]
   threshold: dict[str, Any] | None
   curves: dict[str, dict[str, np.ndarray]]
+  arrays: dict[str, dict[str, np.ndarray]]
   records: dict[str, Collected]
 
 
@@ -114,7 +116,7 @@ def evaluate(
   across = task.across(records, num_classes=classes, groups=stage.groups)
   for place, found in across.metrics.items():
     metrics[place] = metrics.get(place, {}) | found
-  return Evaluated(metrics, across.threshold, across.curves, records)
+  return Evaluated(metrics, across.threshold, across.curves, across.arrays, records)
 
 
 def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
@@ -287,6 +289,8 @@ def write_results(
         workdir / 'open_set.npz',
         **{f'{s}/{n}': v for s, c in evaluated.curves.items() for n, v in c.items()},
       )
+    for name, arrays in evaluated.arrays.items():
+      write_npz(workdir / f'{name}.npz', **arrays)
     _write_weights(workdir, stage, stage.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result

@@ -440,7 +440,8 @@ class StageRunner:
         else:
           rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
-    told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    values = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
+    told = ', '.join(f'{k} {value:.4f}' for k, value in values.items())
     if self.stage.scores is not None:
       scores = self.stage.scores(state, self._stop.alone)
       if scores is None:

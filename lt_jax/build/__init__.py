@@ -15,10 +15,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax import maps, posthoc, shallow, sharding, shift, surgery
+from lt_jax import maps, posthoc, shallow, sharding, shift, surgery, zero_shot
 from lt_jax import method as wrappers
 from lt_jax.build.checks import (
   check_all_is_used,
+  check_collapse,
   check_device,
   check_end,
   check_ranges,
@@ -43,6 +44,7 @@ from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, class_names, construct, lookup
 from lt_jax.evals import TASKS, label_free
 from lt_jax.evals.collect import Survey, survey
+from lt_jax.evals.tasks import Task
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
@@ -70,6 +72,7 @@ WRAPPERS = (
   | maps.WRAPPERS
   | translation.WRAPPERS
   | shift.WRAPPERS
+  | zero_shot.WRAPPERS
   | tiled.WRAPPERS
 )
 
@@ -82,6 +85,7 @@ SURGERIES = (
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
+  | zero_shot.SURGERIES
 )
 
 
@@ -200,8 +204,8 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups)
-  task = lookup(TASKS, 'task', config['task'])
+  learned = learned_classes(config['shot_groups'], groups | _fitted(dataset))
+  task = _task(config['task'], dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
@@ -255,6 +259,7 @@ def _build_stage(
           survey=stage_survey,
           net=net,
           base=learned,
+          classes=zero_shot.Classes.of(dataset),
         )
         for name, options in config['surgeries']
       ),
@@ -290,7 +295,39 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
     )
     for rule in ('strict', 'inclusive')
   )
-  return strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  unseen = domains.dataset(config['domain']).unseen
+  if unseen is None:
+    return groups
+  of_seen = {name: mask & ~unseen for name, mask in groups.items()}
+  return of_seen | {'seen': ~unseen, 'unseen': unseen}
+
+
+def _fitted(dataset: Dataset) -> dict[str, np.ndarray]:
+  """Returns the seen classes but those of validation, as the group 'fitted'."""
+  if dataset.unseen is None or dataset.val_classes is None:
+    return {}
+  return {'fitted': ~dataset.unseen & ~dataset.val_classes}
+
+
+def _task(name: str, dataset: Dataset) -> Task:
+  """Returns a task, which knows the unseen classes where there are such.
+
+  Raises:
+    UserError: there are unseen classes, and the task has no views by them, or the
+      reverse.
+  """
+  task = lookup(TASKS, 'task', name)
+  if (dataset.unseen is None) != (task.bind is None):
+    raise UserError(
+      f'task {name!r} is for data with unseen classes: set data.unseen'
+      if dataset.unseen is None
+      else f"task is {name!r}, but classes are unseen: set config.task to 'zero_shot'"
+    )
+  if task.bind is None:
+    return task
+  columns = dataset.described.columns if dataset.described else ()
+  return task.bind(dataset.unseen, dataset.class_vectors, columns)
 
 
 def _passes(
@@ -311,7 +348,7 @@ def _passes(
   learnt = {name: (own, split) for name, split in dataset.splits.items()}
   tested = {n: s for n, s in learnt.items() if n not in ('train', 'meta')}
   if adapts:
-    tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
+    tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
     target = domains.dataset(TARGET).splits['train']
     told = target if gives_target_labels else Unlabelled(target)
@@ -385,9 +422,10 @@ def _few(split: Split, most: int) -> Split:
 def learned_classes(
   names: Sequence[str], groups: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-  """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
+  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes."""
   members = [lookup(groups, 'group of classes', name) for name in names]
-  learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
+  every = groups.get('seen', np.ones_like(groups['many']))
+  learned = np.any(members, axis=0) if members else every
   if not learned.any():
     raise UserError(f'no class is in {" or ".join(names)}')
   return learned
@@ -488,6 +526,7 @@ def _method(
   options = dict(config['method'])
   name = options.pop('name')
   check_all_is_used(name, config, WRAPPERS)
+  check_collapse(config)
   parts = {
     'loss': _made(
       'loss',
@@ -541,6 +580,7 @@ def _method(
       counts=counts,
       streams=tuple(rows),
       pixels={name: row.pixels for name, row in rows.items()},
+      unseen=dataset.unseen,
     )
   # What is traced once for shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
@@ -600,6 +640,8 @@ def _network(
   return make_classifier(
     **options,
     num_classes=len(dataset.class_names),
+    class_vectors=dataset.class_vectors,
+    examples=int(dataset.counts.sum()),
     batch_norm={'groups': groups, 'frozen': frozen},
     per_pixel=dataset.of_pixels,
   )

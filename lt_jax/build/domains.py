@@ -32,6 +32,7 @@ NOT_LOADING = (
   'many_shot',
   'few_shot',
   'same_classes',
+  'pretrain_classes',
   'workers',
   'on_bad_image',
 )

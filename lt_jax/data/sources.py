@@ -23,6 +23,7 @@ from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.digit_tasks import digit_task
+from lt_jax.data.features import xlsa
 from lt_jax.data.layouts import CITYSCAPES_IDS, LAYOUTS, ids_of, layout_source
 from lt_jax.data.lists import (
   find_lists,
@@ -81,7 +82,9 @@ class Arrays:
   Images are uint8. Features and other arrays are float32, and their own normalisation.
   Images that are pictures of a world, such as a maze, may have it as `world`. Further
   labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
-  missing, or float32, of which NaN is.
+  missing, or float32, of which NaN is. Where the files describe their classes and say
+  which are unseen, `described` has the former, see `attributes.Described`, and `unseen`
+  the names of the latter.
   """
 
   images: np.ndarray
@@ -90,6 +93,8 @@ class Arrays:
   passed_over: tuple[str, ...] = ()
   world: Any = None
   attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  described: Any = None
+  unseen: tuple[str, ...] = ()
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -232,14 +237,16 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
+      `lists.folder_source`; 'xlsa:PATH', features with unseen classes, see
+      `features.xlsa`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
       see `scenes.scenes`; 'rotated:DEGREES:SOURCE', the images of another source in
       memory, turned to the left; or, with label maps, a key of `layouts.LAYOUTS` with a
       folder, 'list:FOLDER' with lists of two paths a line, see `masks.paired_lists`,
       and 'npz:PATH' with y_SPLIT (N, H, W), void 255.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
-      paths are relative to; None is that of the lists.
+      paths are relative to; None is that of the lists. Of 'xlsa:' the att_splits.mat
+      if it is not beside the features.
 
   Returns:
     split -> source.
@@ -717,6 +724,7 @@ SOURCES = {
   'scenes': scenes,
   'list': _list,
   'folder': folder_source,
+  'xlsa': xlsa,
   **{name: functools.partial(layout_source, one) for name, one in LAYOUTS.items()},
   'fake': _fake,
 }

@@ -7,6 +7,8 @@ a network returns itself, such as the 'target_logit' of a method with a discrimi
 domains. No label is read.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,39 @@ def entropy_of(outputs: Outputs) -> jax.Array:
 def nearest_first(scores: np.ndarray) -> np.ndarray:
   """Returns positions (N,) int32 by rising score; equal ones in stored order."""
   return np.argsort(scores, kind='stable').astype(np.int32)
+
+
+def top_of_class(
+  survey: Survey, state: State, *, split: str, portion: float = 0.2
+) -> np.ndarray:
+  """Returns a label for the surest predictions of every class, -1 for the others.
+
+  Class by class, so that those of rare classes, and of classes that were never trained
+  on, get their share.
+
+  Args:
+    survey: passes with the network.
+    state: its State.
+    split: whose images; no label is read.
+    portion: of the images that are predicted to be of a class, rounded up.
+
+  Returns:
+    (N,) int.
+
+  Source: Bucher et al., Handling New Target Classes in Semantic Segmentation with
+  Domain Adaptation, arXiv 2004.01130, section 3.3, of pixels; after CBST (Zou et al.,
+  arXiv 1810.07911).
+  """
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    del batch
+    logits = outputs['logits']
+    return {'predicted': logits.argmax(-1), 'sure': jax.nn.softmax(logits).max(-1)}
+
+  found = survey.collect(state, split, keep)
+  labels = np.full(len(found['sure']), -1)
+  for label in np.unique(found['predicted']):
+    rows = np.flatnonzero(found['predicted'] == label)
+    order = rows[np.argsort(-found['sure'][rows], kind='stable')]
+    labels[order[: math.ceil(portion * len(rows))]] = label
+  return labels

@@ -15,6 +15,7 @@ from lt_jax.recipes import (
   open_world,
   segmentation,
   transfer,
+  zero_shot,
 )
 from lt_jax.recipes.parts import Recipe
 
@@ -28,6 +29,7 @@ RECIPES: dict[str, Recipe] = {
   **label_shift.RECIPES,
   **transfer.RECIPES,
   **multitask.RECIPES,
+  **zero_shot.RECIPES,
   **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""

@@ -18,7 +18,8 @@ class Recipe(NamedTuple):
       learned (or that a control trains on); 'held_out', images outside of training by
       which something is chosen; 'target', a domain to adapt to; 'init', weights to
       begin with, or an earlier stage to take them from; 'heads', further tasks;
-      'pixels', labels of each of them.
+      'class_vectors', unseen classes that are described; 'pixels', labels of each of
+      them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]

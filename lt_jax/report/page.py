@@ -22,6 +22,7 @@ from lt_jax.report import (
   pictures,
   selection,
   tables,
+  zero_shot,
 )
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
@@ -195,6 +196,7 @@ def _section(
   shown = group.counted or group.runs
   families = [figures]
   families += [domain_figures] * any(map(domains.domains, shown))
+  families += [zero_shot] * any(map(zero_shot.has_views, shown))
   wanted: dict[str, Any] = {}
   for family in families:
     wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
