@@ -44,7 +44,12 @@ def training(epochs: float) -> Protocol:
       'save_every_epochs': epochs / 4,
       'evaluate_every_epochs': epochs / 4,
       'model': {'trunk': 'lenet'},
-    }
+    },
+    recipes={
+      # What LeNet has not: a second hidden layer, batch normalisation.
+      'dan': {'alignment': {'align_on': ('features', 'logits')}},
+      'ada_bn': {'model': {'trunk': 'digits_cnn'}},
+    },
   )
 
 
