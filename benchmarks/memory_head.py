@@ -199,6 +199,10 @@ def share_of_step(options):
   return report
 
 
+def _scaled(key, batch):
+  return {**batch, 'image': batch['image'].astype(jnp.float32) / 255}
+
+
 class Filling:
   """A pass over small images that adds up features by class, and the bare forward."""
 
@@ -207,9 +211,7 @@ class Filling:
     images = np.random.default_rng(0).integers(0, 256, (examples, 32, 32, 3), np.uint8)
     labels = np.arange(examples, dtype=np.int32) % SPLIT_CLASSES
     split = Split(images, np.arange(examples), labels, {'image': jnp.asarray(images)})
-    self.one_pass = evaluation_pass(
-      split, batch=SPLIT_BATCH, transform=lambda key, x: x.astype(jnp.float32) / 255
-    )
+    self.one_pass = evaluation_pass(split, batch=SPLIT_BATCH, transform=_scaled)
     self.method = make_method('resnet32', SPLIT_CLASSES)
     batch = {'image': jnp.zeros((SPLIT_BATCH, 32, 32, 3))}
     self.state = jax.jit(self.method.init)(jax.random.key(0), {'train': batch})

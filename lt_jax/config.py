@@ -169,6 +169,9 @@ def base_config() -> ConfigDict:
           'open': 0,
           'image_size': 8,  # 0: photographs of many sizes
         },
+        'window': (),  # (height, width) of random crops, where labels are maps
+        'scale': (1.0, 1.0),  # by which images with label maps are resized before
+        'resize_to': (),  # (height, width) of such images before; (): their own
         'image_size': 0,  # of random crops, where images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
         'on_bad_image': 'raise',  # 'skip': another image of its class stands in

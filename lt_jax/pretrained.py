@@ -75,6 +75,9 @@ REASONS = {
 HEAD = ('kernel', 'bias')
 """Parameters of a linear head."""
 
+BOTH = ('weight', 'bias')
+"""Parameters of a layer in PyTorch."""
+
 LEAVES = {
   'kernel': 'weight',
   'scale': 'weight',
@@ -168,7 +171,8 @@ def assign(
   expected = {path: _torch_shape(leaf.shape) for path, leaf in ours.items()}
   if head and _fits(found, expected, heads):
     names |= heads
-  dropped = set(heads.values()) & found.keys() - set(names.values())
+  unused = {f'{layer}.{leaf}' for layer in dialect.hidden.values() for leaf in BOTH}
+  dropped = (set(heads.values()) | unused) & found.keys() - set(names.values())
   _check(
     weights.source,
     {name: _shape_there(dialect, path, expected[path]) for path, name in names.items()},

@@ -46,10 +46,15 @@ PREDICTIONS = (
 OF_A_DOMAIN = ('label', 'prediction', 'confidence')
 """What it holds of a domain that is not among those of the split 'test'."""
 
+OF_PIXELS = ('confusion', 'pixels', 'right', 'confidence')
+"""What it holds where every pixel has a label: of each image, its confusion matrix, and
+its pixels by confidence, see `evals.segmentation.record`."""
+
 FEATURES = 2000
 DOMAIN_FEATURES = 500
 SAMPLES = 64
 TRANSLATED = 16
+SHOWN = 4
 
 
 class Evaluated(NamedTuple):
@@ -225,6 +230,7 @@ def write_results(
   """
   evaluated = evaluate(experiment, stage, state, stop, bad_images)
   translations = _translations(experiment, stage, state)
+  pictures = _pictures(experiment, stage, state)
   rows = read_rows(workdir / 'metrics.jsonl')
   rates = [r['images_per_second'] for r in rows if r.get('images_per_second')]
   events = read_rows(workdir / 'events.jsonl')
@@ -264,7 +270,11 @@ def write_results(
     facts = files.read_json(workdir / 'data.json')
     files.write_json(workdir / 'data.json', facts | {'threshold': evaluated.threshold})
     names = test_domains(experiment, stage)
-    _write_arrays(stage, workdir, state, evaluated.records, names)
+    if pictures:
+      _write_matrices(workdir, evaluated.records, names)
+      write_npz(workdir / 'samples.npz', **pictures)
+    else:
+      _write_arrays(stage, workdir, state, evaluated.records, names)
     if translations:
       write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
@@ -354,6 +364,54 @@ def _write_arrays(
     else np.zeros((0, *stage.dataset.image_shape), split.dtype),
     **{name: test[name][worst] for name in ('label', 'prediction', 'confidence')},
   )
+
+
+def _write_matrices(
+  workdir: epath.Path, records: Mapping[str, Collected], names: Sequence[str]
+) -> None:
+  """Writes predictions.npz where pixels have labels: what each image's were taken for.
+
+  Args:
+    workdir: the run's folder.
+    records: split -> records.
+    names: as for `_write_arrays`.
+  """
+  domains = records_by_domain(records, names) if names else {}
+  test = records['test']
+  found = {name: test[name] for name in (*OF_PIXELS, 'domain') if name in test}
+  if domains:
+    found['domains'] = np.array([*domains])
+  for name, own in domains.items():
+    if name not in names:
+      found |= {f'{name}/{key}': own[key] for key in OF_PIXELS}
+  write_npz(workdir / 'predictions.npz', **found)
+
+
+def _pictures(
+  experiment: Experiment, stage: Stage, state: State
+) -> dict[str, np.ndarray]:
+  """Returns a few test images of every domain, and what a task shows of them.
+
+  Returns:
+    'SPLIT/image' (N, H, W, channels) uint8, and the task's own under such names; {} of
+    a task that shows nothing of this kind.
+  """
+  if stage.task.picture is None:
+    return {}
+  collect = collector(stage.method.predict, stage.task.picture, experiment.mesh)
+  found: dict[str, np.ndarray] = {}
+  for split, one_pass in stage.passes.items():
+    if not is_test(split):
+      continue
+    few = one_pass._replace(batches=1)
+    few = few._replace(examples=min(SHOWN, few.examples))
+    shown = collect(state, few)
+    found |= {f'{split}/{name}': values for name, values in shown.items()}
+    images, height = stage.images[split], shown['label'].shape[1]
+    seen = [images.image(row) for row in images.rows[: few.examples]]
+    step = max(1, len(seen[0]) // height)
+    found[f'{split}/image'] = np.stack([image[::step, ::step] for image in seen])
+  return found
 
 
 def _translations(

@@ -449,7 +449,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   return (files.read_json(path) if path.exists() else {}) | {
     'class_names': list(dataset.class_names),
     'counts': {
-      name: np.bincount(split.labels, minlength=classes).tolist()
+      name: split.counts(classes).tolist()
       for name, split in dataset.every.items()
       if not name.startswith('open')
     },
@@ -458,6 +458,7 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
       for name, split in dataset.every.items()
       if name.startswith('open')
     },
+    'label_maps': dataset.of_pixels,
     'fingerprint': experiment.fingerprint,
     'found': provenance.found(experiment.config),
     'shot_bounds': longtail.shot_bounds(
@@ -505,7 +506,10 @@ def _banner(
         if name != SOURCE
       ),
       *(('passed over', line) for line in dataset.passed_over),
-      ('classes', f'{len(counts)}, {_some(counts)} images, imbalance {imbalance:.4g}'),
+      (
+        'classes',
+        f'{len(counts)}, {_some(counts)} {dataset.counted}, imbalance {imbalance:.4g}',
+      ),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),
       ('config', f'{config_digest(config)} (seed left out)'),

@@ -130,10 +130,15 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       the run's evaluation.
 
   Raises:
-    UserError: there is no such run or State, or it is damaged.
+    UserError: there is no such run or State, it is damaged, or it predicts pixels.
   """
   config = read_config(workdir)
   facts = read_facts(workdir)
+  if facts.get('label_maps'):
+    raise UserError(
+      f'{workdir} predicts a class for every pixel, and this is for one an image: '
+      'lt_jax.evaluate measures it, and its report shows test images'
+    )
   path = workdir / 'result.json'
   result = {}
   if path.exists():
@@ -235,6 +240,10 @@ def _shapes_of(facts: Facts) -> Dataset:
   shape, dtype = tuple(facts['image_shape']), facts.get('image_dtype') or 'uint8'
 
   def split(counts: list[int]) -> Split:
+    if facts.get('label_maps'):  # whose counts are of pixels
+      arrays = {'image': (1, *shape), 'label': (1, *shape[:2])}
+      stored = {k: jax.ShapeDtypeStruct(v, 'uint8') for k, v in arrays.items()}
+      return Split(None, np.arange(1), np.full(1, -1, np.int32), stored)
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     images = jax.ShapeDtypeStruct((len(labels), *shape), dtype)
     return Split(None, np.arange(len(labels)), labels, {'image': images})

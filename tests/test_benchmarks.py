@@ -7,12 +7,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.digests import compared
 from configs import cifar10_lt
 from lt_jax import files
 from lt_jax.config import config_digest, resolve
+from lt_jax.models import make_classifier
 from lt_jax.sweep import _value, at_point, cells, loader, parse_grid
 from tests import child
 
@@ -27,6 +30,7 @@ NAMES = (
   'meta_step',
   'pairs',
   'probe',
+  'segmentation_step',
   'tables',
   'train_step',
   'two_component',
@@ -48,6 +52,7 @@ SMALL = {
   'meta_step': '--net=resnet8 --steps=4 --rounds=1',
   'memory_head': '--sizes 20 --rounds=1',
   'adaptation_step': '--batch=4 --steps=2 --rounds=1',
+  'segmentation_step': '--batch=1 --height=32 --width=48 --steps=2 --rounds=1',
   'depthwise': '--batch=2 --size=32 --rounds=1',
   'probe': '--images=60 --features=20 --classes=3 --rounds=1 --within=1e-3',
 }
@@ -100,6 +105,21 @@ def test_the_networks_of_both_sides_have_one_size(net, expected):
   photographs = net in torch_step.PHOTOGRAPHS
   made = torch_step.photographs(net) if photographs else torch_step.resnet(8)
   assert sum(p.numel() for p in made.parameters()) == expected
+
+
+@pytest.mark.parametrize('network', ['small', 'deeplab_resnet50'])
+def test_networks_of_pixels_have_one_size_on_both_sides(network):
+  pytest.importorskip('torch')
+  from benchmarks import segmentation_step, torch_segmentation_step
+
+  case = segmentation_step.CASES[network]
+  net = make_classifier(num_classes=case.classes, per_pixel=True, **case.parts)
+  shapes = jax.eval_shape(
+    lambda: net.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
+  )['params']
+  made, classes = torch_segmentation_step.NETWORKS[network]
+  theirs = sum(p.numel() for p in made(classes).parameters())
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == theirs
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lt_jax.recipes import RECIPES
 ADAPT = [
   name
   for name, recipe in RECIPES.items()
-  if 'target' in recipe.needs
+  if recipe.needs == ('target',)
   if not name.startswith('finetune_target')  # whose images of the target are cut again
 ]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')

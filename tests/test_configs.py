@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_driving,
   c_mazes,
+  camvid_dusk,
   cifar10_lt,
   cifar100_lt,
   cifar100_open,
+  cityscapes_foggy,
   digits_domains,
   digits_lt,
+  gta5_cityscapes,
   imagenet,
   imagenet_lt,
   inat17,
@@ -28,9 +32,11 @@ from configs import (
   office_caltech10,
   pacs,
   places_lt,
+  scenes,
   svhn_mnist,
   synsigns_gtsrb,
   synth_svhn,
+  synthia_cityscapes,
   usps_mnist,
   visda,
 )
@@ -86,6 +92,12 @@ WITH_TARGET = {
   'office31': office31,
   'pacs': pacs,
   'visda': visda,
+  'scenes': scenes,
+  'camvid_dusk': camvid_dusk,
+  'gta5_cityscapes': gta5_cityscapes,
+  'synthia_cityscapes': synthia_cityscapes,
+  'cityscapes_foggy': cityscapes_foggy,
+  'c_driving': c_driving,
 }
 """Configs of a source and a target, which other recipes are for."""
 

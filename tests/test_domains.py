@@ -17,7 +17,7 @@ from lt_jax.writers import read_rows
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
-ADAPT = [name for name, recipe in RECIPES.items() if 'target' in recipe.needs]
+ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""
 

@@ -424,8 +424,8 @@ def test_another_head_is_told(rng):
 # The novel classes.
 
 
-def plain(key, images):
-  return images.astype(jnp.float32) / 255
+def plain(key, batch):
+  return {**batch, 'image': batch['image'].astype(jnp.float32) / 255}
 
 
 class Novel:
@@ -437,7 +437,7 @@ class Novel:
     rows = np.arange(len(self.labels))
     names = tuple(str(c) for c in range(CLASSES))
     split = Split(Arrays(images, self.labels, names), rows, self.labels, {})
-    self.images = plain(None, jnp.asarray(images))
+    self.images = plain(None, {'image': jnp.asarray(images)})['image']
     self.method = supervised(
       network(), optimizer(), loss, class_weights=None, reduction=None
     )

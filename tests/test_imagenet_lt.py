@@ -236,7 +236,7 @@ def test_a_stand_in_is_the_next_image_of_the_class(damaged):
   step = next(s for s in steps if stream.payload(s)['bad'].any())
   generator = np.random.default_rng((0, zlib.crc32(b'train'), step * 8 + place))
   np.testing.assert_array_equal(
-    found[0]['image'][place], split.augmented(split.rows[1], generator)
+    found[0]['image'][place], split.example(split.rows[1], generator)['image']
   )
   assert 'train' not in experiment.passes
   with pytest.raises(UserError, match=r'n00000000/train_0\.JPEG: a damaged image'):
@@ -255,7 +255,7 @@ def test_training_and_meta_images_are_cropped_by_other_random_numbers(damaged):
     generator = np.random.default_rng((0, zlib.crc32(name.encode()), len(found['bad'])))
     split = experiment.dataset.splits[name]
     np.testing.assert_array_equal(
-      found['image'][0], split.augmented(found['index'][0], generator)
+      found['image'][0], split.example(found['index'][0], generator)['image']
     )
 
 

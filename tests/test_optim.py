@@ -341,6 +341,17 @@ def test_dann_is_the_table_of_its_formula():
   np.testing.assert_allclose(by_step(steps), expected, rtol=1e-5)
 
 
+def test_poly_ends_where_it_is_told_to():
+  """ADVENT's, which stops at 120,000 of 250,000 steps, and one that comes to zero."""
+  learning_rate = make_schedule('poly', 2.5e-4, length=1, batch=1, end=250_000)
+  steps = jnp.asarray([0, 60_000, 120_000, 250_000, 300_000], jnp.int32)
+  expected = 2.5e-4 * np.maximum(0, 1 - np.asarray(steps) / 250_000) ** 0.9
+  np.testing.assert_allclose(learning_rate(steps), expected, rtol=1e-5)
+  np.testing.assert_allclose(learning_rate(steps[2]), 1.39e-4, rtol=1e-2)
+  by_epoch = make_schedule('poly', 1.0, length=100, batch=10, end=2, power=2.0)
+  np.testing.assert_allclose(by_epoch(jnp.int32(5)), 0.75**2, rtol=1e-6)
+
+
 @pytest.mark.parametrize('x64', [False, True])
 @pytest.mark.parametrize(
   'name, options',
@@ -350,6 +361,7 @@ def test_dann_is_the_table_of_its_formula():
     ('step_decay', {'boundaries': (2,), 'factors': (0.5,)}),
     ('cosine', {'end': 3}),
     ('dann', {'end': 3}),
+    ('poly', {'end': 3}),
   ],
 )
 def test_schedules_are_float32_of_the_shape_of_the_step(name, options, x64):
@@ -379,6 +391,7 @@ def test_no_warm_up_starts_at_the_base():
     ('cosine', {'end': 3, 'bgin': 1}, "no option 'bgin'; did you mean 'begin'"),
     ('cosine', {'end': 3, 'begin': 3}, 'end 3 and begin 3'),
     ('dann', {'end': 0}, 'end 0 and alpha 10'),
+    ('poly', {'end': 3, 'power': 0}, 'end > 0 and power > 0, got 3 and 0'),
     ('step_decay', {'boundaries': (3, 2), 'factors': (1, 1)}, 'increasing'),
     ('step_decay', {'boundaries': (3,), 'factors': (1, 1)}, '1 boundaries and 2'),
     ('constant', {'warmup': 'linaer'}, "unknown warm-up 'linaer'; did you mean"),

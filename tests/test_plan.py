@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_lt, imagenet_lt
+from configs import digits_lt, gta5_cityscapes, imagenet_lt
 from lt_jax import plan
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
@@ -197,6 +197,18 @@ def test_only_stages_that_train_are_planned(step):
 def test_devices_that_do_not_divide_the_batch():
   with pytest.raises(UserError, match='does not divide over 3 devices'):
     plan.build_stages(config(), plan.make_mesh(plan.Devices('h100', 3)))
+
+
+def test_a_run_of_label_maps_is_planned_without_them():
+  made = resolve(gta5_cityscapes.get_config('advent,net=small'))
+  stage = plan.build_stages(made, plan.make_mesh(plan.Devices('h100', 1)))['train']
+  shapes = {
+    name: {key: x.shape for key, x in stream.payload_shapes().items() if x.ndim > 1}
+    for name, stream in stage.streams.items()
+  }
+  source = {'image': (1, 720, 1280, 3), 'label': (1, 720, 1280)}
+  assert shapes == {'train': source, 'target': {'image': (1, 512, 1024, 3)}}
+  assert stage.plan.steps == 120_000 and len(stage.dataset.class_names) == 19
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lt_jax.report import (
   figures,
   grids,
   learned,
-  page,
+  pictures,
   published,
   runs,
   tables,
@@ -314,7 +314,7 @@ def test_what_a_result_warns_of_is_told_once(tables_only, tmp_path):
   ('channels', 'kind'), [(1, 'L'), (2, 'L'), (3, 'RGB'), (4, 'RGB')]
 )
 def test_images_of_any_channels_can_be_shown(channels, kind):
-  uri = page._uri(np.zeros((90, 90, channels), np.uint8))
+  uri = pictures.uri(np.zeros((90, 90, channels), np.uint8))
   image = Image.open(io.BytesIO(base64.b64decode(uri.partition(',')[2])))
   assert image.mode == kind and image.size == (90, 90)
 

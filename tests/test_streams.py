@@ -18,8 +18,8 @@ def make_split(rng, arrays=True, count=20):
   return streams.Split(source, rows, source.labels[rows], resident)
 
 
-def plain(key, images):
-  return images.astype(jnp.float32)
+def plain(key, batch):
+  return {**batch, 'image': batch['image'].astype(jnp.float32)}
 
 
 @pytest.mark.parametrize('resident', [True, False])

@@ -9,7 +9,7 @@ import importlib.util
 import jax
 import pytest
 
-from configs import digits_domains, imagenet_lt
+from configs import digits_domains, imagenet_lt, scenes
 from lt_jax import footprint, plan
 from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
@@ -63,6 +63,12 @@ TWO_DOMAINS = {  # likewise, of the embedded pair
   ('i2i', 'train'): 'i2i',
 }
 
+OF_PIXELS = {  # likewise, of the embedded scenes
+  ('minent', 'train'): 'aligned',
+  ('advent', 'train'): 'advent',
+  ('mean_teacher', 'train'): 'mean_teacher',
+}
+
 
 def compiled(recipe, name='train', **overrides):
   """Returns a stage's compiled step on the pod, and its stage."""
@@ -97,7 +103,8 @@ def all_reduces(step):
 
 
 def test_every_method_is_here():
-  assert {*STAGES.values(), *TWO_DOMAINS.values()} == set(METHODS)
+  found = {**STAGES, **TWO_DOMAINS, **OF_PIXELS}.values()
+  assert set(found) == set(METHODS)
 
 
 @pytest.mark.parametrize(('recipe', 'name'), [s for s in STAGES if s[0] != 'ce'])
@@ -114,6 +121,17 @@ def test_a_method_of_two_domains_compiles(recipe, name):
   made.update(batch=64, eval_batch=64)
   made.model.dtype = 'bfloat16'
   step, stage = step_of(resolve(made), name, TWO_DOMAINS[recipe, name])
+  assert set(stage.streams) == {'train', 'target'}
+  assert step.flops > 0 and all_reduces(step)
+
+
+@pytest.mark.parametrize(('recipe', 'name'), OF_PIXELS)
+def test_a_method_of_pixels_compiles(recipe, name):
+  """And no map moves from a chip to another, not where images are mixed either."""
+  made = scenes.get_config(f'{recipe},train=64')
+  made.update(batch=64, eval_batch=64)
+  made.model.dtype = 'bfloat16'
+  step, stage = step_of(resolve(made), name, OF_PIXELS[recipe, name])
   assert set(stage.streams) == {'train', 'target'}
   assert step.flops > 0 and all_reduces(step)
 

@@ -46,7 +46,7 @@ from lt_jax.evals.collect import survey
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
-from lt_jax.methods import METHODS, few_shot, self_training, translation
+from lt_jax.methods import METHODS, few_shot, self_training, tiled, translation
 from lt_jax.methods.meta import WEIGHERS
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
@@ -62,6 +62,7 @@ WRAPPERS = (
   | maps.WRAPPERS
   | translation.WRAPPERS
   | shift.WRAPPERS
+  | tiled.WRAPPERS
 )
 
 
@@ -198,6 +199,7 @@ def _build_stage(
   clock = rows[CLOCK]
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
+  _check_labels(config['task'], task.per_pixel, dataset)
   method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
   gives_target_labels = any(row.uses_target_labels for row in rows.values())
   images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
@@ -237,8 +239,18 @@ def _build_stage(
     epoch_steps=clock.length / clock.batch,
     batch=max(batch_sizes(config).values()),
     select=selection(config['select'], task, dataset, groups, adapts=bool(few)),
-    scores=label_free_scores(method, few, mesh),
+    scores=label_free_scores(method, task, few, mesh),
   )
+
+
+def _check_labels(task: str, per_pixel: bool, dataset: Dataset) -> None:
+  """Refuses label maps for a task of whole images, and the reverse."""
+  if per_pixel and not dataset.of_pixels:
+    raise UserError(f'task {task!r} needs label maps, which the data do not have')
+  if dataset.of_pixels and not per_pixel:
+    raise UserError(
+      f"the data have label maps: set task to 'segmentation', not {task!r}"
+    )
 
 
 def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
@@ -305,6 +317,8 @@ def _passes(
     }
     some = _few(domains.dataset(TARGET).splits['train'], label_free.MOST)
     few[f'{TARGET}/train'] = make(TARGET, Unlabelled(some))
+  if 'test' not in tested:
+    raise UserError(f'domain {own!r} has no images to test on, and there is no target')
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
   return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
@@ -517,6 +531,7 @@ def _network(
     **options,
     num_classes=len(dataset.class_names),
     batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
+    per_pixel=dataset.of_pixels,
   )
 
 

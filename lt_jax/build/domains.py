@@ -12,6 +12,7 @@ from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.domains import (
   check_alike,
+  check_of_pixels,
   have_one_label_space,
   joined,
   seen_through,
@@ -102,11 +103,14 @@ def load_domains(
     check_channels(data, datasets[name].image_shape[-1])
     configs[name] = data | _standard(name, datasets[name], data)
   meet = {name: datasets[name] for name in meeting}
-  if not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
+  of_pixels = any(one.of_pixels for one in meet.values())
+  if of_pixels:
+    check_of_pixels(meet)
+  elif not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
     same = {name: _same_classes(name, configs[name]) for name in meeting}
     meet = united(meet, roles[SOURCE], same)
     datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
-  check_alike(meet)
+  check_alike(meet, sizes=not of_pixels)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
@@ -215,20 +219,25 @@ def make_transforms(data: Config) -> Transforms:
   jitter = data['jitter']
   lookup(augment.PAD_MODES, 'pad_mode', pad_mode)
 
-  def plain(key, images):
+  def plain(key, batch):
     del key
-    return augment.normalise(augment.unit(images, unit), mean, std)
+    images = augment.normalise(augment.unit(batch['image'], unit), mean, std)
+    return {**batch, 'image': images}
 
-  def augmented(key, images):
-    most = augment.white(images)  # before jitter makes floats of them
+  def augmented(key, batch):
+    most = augment.white(batch['image'])  # before jitter makes floats of them
     crop_key, flip_key = jax.random.split(key)
     jitter_key = jax.random.fold_in(key, 1)
     if pad:
-      images = augment.pad_crop(crop_key, images, pad=pad, mode=pad_mode)
+      batch = augment.with_maps(
+        lambda x: augment.pad_crop(crop_key, x, pad=pad, mode=pad_mode), batch
+      )
     if flip:
-      images = augment.flip(flip_key, images)
+      batch = augment.with_maps(lambda x: augment.flip(flip_key, x), batch)
+    images = batch['image']
     if jitter:
       images = augment.colour_jitter(jitter_key, images, strength=jitter)
-    return augment.normalise(augment.unit(images, unit), mean, std, most)
+    images = augment.normalise(augment.unit(images, unit), mean, std, most)
+    return {**batch, 'image': images}
 
   return augmented, plain

@@ -47,7 +47,12 @@ def selection(
       'select: a State is never chosen by the labels of a target, which oracle/ needs'
     )
   if split == TARGET and metric:
-    criterion = lookup(label_free.CRITERIA, 'criterion to select by', metric)
+    criteria = {
+      name: one
+      for name, one in label_free.CRITERIA.items()
+      if not (task.per_pixel and name in label_free.OF_IMAGES)
+    }
+    criterion = lookup(criteria, 'criterion to select by', metric)
     if not adapts:
       raise UserError(f'select is {select!r}, but no target is adapted to')
     if metric in label_free.NEED_VAL and 'val' not in dataset.splits:
@@ -68,12 +73,13 @@ def selection(
 
 
 def label_free_scores(
-  method: Method, passes: Mapping[str, Pass], mesh: Mesh
+  method: Method, task: Task, passes: Mapping[str, Pass], mesh: Mesh
 ) -> Scores | None:
   """Returns the label-free criteria of a State; None where no target is adapted to.
 
   Args:
     method: of the stage.
+    task: what a label is.
     passes: 'target/train', 'train' and perhaps 'val', of a few images each; none where
       no target is adapted to.
     mesh: the devices.
@@ -85,7 +91,7 @@ def label_free_scores(
   if not passes:
     return None
   names = {f'{TARGET}/train': 'target', 'train': 'train', 'val': 'val'}
-  collect = collector(method.predict, label_free.keep, mesh)
+  collect = collector(method.predict, task.criteria, mesh)
 
   def scores(
     state: State, stop: Callable[[], bool]

@@ -148,7 +148,9 @@ def _images(
   dataset = domains.dataset(domain)
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
-  if labelled:
+  if labelled and images.of_pixels:
+    _check_maps(images, stream, learned)
+  elif labelled:
     kept = learned[images.labels]
     places = places[kept]
     images = images._replace(rows=images.rows[kept], labels=images.labels[kept])
@@ -202,6 +204,18 @@ def _images(
     uses_target_labels=of_target and labelled,
     pixels=(data['mean'], data['std']),
   )
+
+
+def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
+  """Refuses images without a label map, and to learn only some of the classes."""
+  if not learned.all():
+    raise UserError('shot_groups is for labels of whole images: set it to ()')
+  source = images.source
+  for row in () if source is None else images.rows:
+    if not source.has_map(row):
+      raise UserError(
+        f'streams.{stream}: {source.where(row)} is an image without a label map'
+      )
 
 
 def _without_counts(dataset: Dataset) -> Dataset:

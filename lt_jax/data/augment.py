@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,22 @@ def pad_crop(
     return lax.dynamic_slice(image, start, (height, width, channels))
 
   return jax.vmap(window)(padded, corners)
+
+
+def with_maps(
+  move: Callable[[jax.Array], jax.Array], batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Moves the pixels of images, and their label maps in the same way.
+
+  Args:
+    move: (B, H, W, channels) -> the same with its pixels elsewhere; new ones are 0.
+    batch: with 'image', and perhaps 'label' (B, H, W) int32. New pixels are -1 there.
+  """
+  moved = {**batch, 'image': move(batch['image'])}
+  label = batch.get('label')
+  if label is not None and label.ndim == 3:
+    moved['label'] = move(label[..., None] + 1)[..., 0] - 1
+  return moved
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:

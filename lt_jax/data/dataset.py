@@ -9,6 +9,7 @@ import numpy as np
 
 from lt_jax.data import generated, longtail
 from lt_jax.data.crops import Crop
+from lt_jax.data.masks import Window
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
 from lt_jax.data.streams import Split
@@ -32,7 +33,8 @@ class Dataset(NamedTuple):
     splits: what a run may learn from: 'train' and, where asked for, 'val', 'meta' and
       'open_val'; open images have label -1.
     tests: what it is evaluated on: 'test' and perhaps 'open_test'.
-    counts: (C,) int, training images of each known class.
+    counts: (C,) int, training images of each known class; its training pixels where
+      labels are maps.
     class_names: names of the C known classes.
     image_shape: (H, W, channels).
     fingerprint: SHA-256 of what is trained and evaluated on.
@@ -48,6 +50,16 @@ class Dataset(NamedTuple):
   fingerprint: str
   passed_over: tuple[str, ...] = ()
   dtype: str = 'uint8'
+
+  @property
+  def of_pixels(self) -> bool:
+    """Whether every pixel has a label, rather than every image."""
+    return self.splits['train'].of_pixels
+
+  @property
+  def counted(self) -> str:
+    """What `counts` are of: every image, or every pixel, has a label."""
+    return 'pixels' if self.of_pixels else 'images'
 
   @property
   def every(self) -> dict[str, Split]:
@@ -80,6 +92,9 @@ def load_dataset(
   fake: Mapping[str, int] | None = None,
   image_size: int = 0,
   resize: int = 0,
+  window: Sequence[int] = (),
+  scale: Sequence[float] = (1.0, 1.0),
+  resize_to: Sequence[int] = (),
 ) -> Dataset:
   """Opens a source and draws the splits of an experiment from it.
 
@@ -114,12 +129,38 @@ def load_dataset(
     image_size: side of the square that images of many sizes are brought to, on the
       host; 0: they have one size.
     resize: their short side in evaluation, before the central square is taken.
+    window: (height, width) of the random windows that are trained on where labels are
+      maps, see `masks.Window`; (): whole images.
+    scale: least and greatest factor by which they are resized before.
+    resize_to: (height, width) that images with label maps are brought to before; ():
+      their own. Their maps are evaluated on as they are.
 
   Raises:
     UserError: the source cannot serve the splits; it names the class.
   """
   sources = _opened(source, dir, fake, size, channels)
   pool = _pool(sources, train_split, source)
+  if hasattr(pool, 'label_map'):
+    _check_whole(
+      source,
+      known_classes=known_classes,
+      imbalance=imbalance - 1,
+      n_max=n_max,
+      test_per_class=test_per_class,
+      val_per_class=val_per_class,
+      meta_per_class=meta_per_class,
+      open_val_per_class=open_val_per_class,
+      open_test_per_class=open_test_per_class,
+      image_size=image_size,
+      resize=resize,
+    )
+    made = functools.partial(_window, window=window, scale=scale, resize_to=resize_to)
+    return _with_maps(sources, pool, source, test_split, made, to_device)
+  if window or tuple(scale) != (1, 1) or resize_to:
+    raise UserError(
+      'data.window, data.scale and data.resize_to are for label maps, which '
+      f'{source!r} does not have'
+    )
   known = _known(known_classes, pool, source)
   from_val = _is_from_val(meta_split, meta_per_class, meta_in_train)
   with class_names(pool.class_names):
@@ -161,6 +202,95 @@ def _opened(
   else:
     sources = load_source(source, data_dir or None)
   return {n: brought_to(s, size, channels, source) for n, s in sources.items()}
+
+
+def _check_whole(source: str, **options: float) -> None:
+  """Refuses what speaks of the labels or the sizes of single images."""
+  for name, value in options.items():
+    if value:
+      raise UserError(
+        f'data.{name} is for images of one class each, but {source!r} has label maps: '
+        'leave it as it is'
+      )
+
+
+def _with_maps(
+  sources: Mapping[str, Any],
+  pool: Any,
+  name: str,
+  test_split: str,
+  window: Callable[[Any, np.ndarray, str], Window | None],
+  to_device: Callable[[np.ndarray], Any],
+) -> Dataset:
+  """Returns the data set of sources with label maps, whose splits are taken whole.
+
+  A source that is only trained on, as GTA5 is, needs no test split.
+
+  Raises:
+    UserError: a split of which no pixel has a class, or images to test on without maps.
+  """
+  used = {'train': pool}
+  if 'val' in sources and test_split != 'val':
+    used['val'] = sources['val']
+  if test_split in sources:
+    used['test'] = sources[test_split]
+  splits = {split: (one, np.arange(len(one))) for split, one in used.items()}
+  for split, (one, rows) in splits.items():
+    labelled = [one.has_map(row) for row in rows]
+    if split != 'train' and not all(labelled):
+      one.label_map(labelled.index(False))  # which says what is missing
+    if any(labelled) and not one.class_pixels(rows).any():
+      raise UserError(f'{name}: every pixel of the split {split!r} is void')
+  crops = {split: window(*part, split) for split, part in splits.items()}
+  made = _dataset(sources, splits, len(pool.class_names), crops['train'], to_device)
+
+  def cropped(parts: Mapping[str, Split]) -> dict[str, Split]:
+    return {split: one._replace(crop=crops[split]) for split, one in parts.items()}
+
+  return made._replace(splits=cropped(made.splits), tests=cropped(made.tests))
+
+
+def _window(
+  source: Any,
+  rows: np.ndarray,
+  split: str,
+  *,
+  window: Sequence[int],
+  scale: Sequence[float],
+  resize_to: Sequence[int],
+) -> Window | None:
+  """Returns how images with label maps are cropped; None if they lie in memory.
+
+  Raises:
+    UserError: sizes that cannot be.
+  """
+  for key, pair in (('window', window), ('resize_to', resize_to)):
+    whole = all(isinstance(side, int) and side > 0 for side in pair)
+    if len(pair) not in (0, 2) or not whole:
+      raise UserError(f'data.{key} is {pair!r}; it must be () or (height, width)')
+  if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+    raise UserError(f'data.scale is {scale!r}; it must be (least, greatest)')
+  if not window and tuple(scale) != (1, 1):
+    raise UserError('data.scale needs data.window, the size of what is trained on')
+  if getattr(source, 'images', None) is not None:
+    if window or resize_to:
+      raise UserError(
+        'images in memory are trained on as they are: set data.window and '
+        'data.resize_to to ()'
+      )
+    return None
+  sizes = source.sizes(rows)
+  canvas = tuple(int(side) for side in sizes.max(0))
+  if (sizes != sizes[:1]).any():
+    other = int(np.argmax((sizes != sizes[:1]).any(1)))
+    told = f'{source.where(0)} and {source.where(other)} differ in size'
+    if split == 'train' and not (window or resize_to):
+      raise UserError(f'{told}: set data.window to (height, width)')
+    if split != 'train' and resize_to:
+      raise UserError(
+        f'{told}, so they are tested on as large as they are: set data.resize_to to ()'
+      )
+  return Window(*(window or (0, 0)), tuple(scale), tuple(resize_to), canvas)
 
 
 def _pool(sources: Mapping[str, Any], train_split: str, name: str) -> Any:
@@ -207,7 +337,7 @@ def _dataset(
   sources: Mapping[str, Any],
   splits: Mapping[str, tuple[Any, np.ndarray]],
   known: int,
-  crop: Crop | None,
+  crop: Crop | Window | None,
   to_device: Callable[[np.ndarray], Any],
 ) -> Dataset:
   """Puts the images in place and makes a data set of (source, rows) by split.
@@ -235,7 +365,7 @@ def _dataset(
   return Dataset(
     splits={name: split for name, split in cut.items() if name not in TESTS},
     tests={name: split for name, split in cut.items() if name in TESTS},
-    counts=np.bincount(train.labels, minlength=known),
+    counts=train.counts(known),
     class_names=tuple(train.source.class_names[:known]),
     image_shape=train.image_shape,
     fingerprint=hashlib.sha256(' '.join(prints).encode()).hexdigest(),
@@ -333,4 +463,6 @@ def _resident(source: Any, to_device: Callable[[np.ndarray], Any]) -> Any:
   images = getattr(source, 'images', None)
   if images is None or images.nbytes > RESIDENT_LIMIT:
     return {}
-  return {'image': to_device(images)}
+  maps = getattr(source, 'maps', None)
+  arrays = {'image': images} if maps is None else {'image': images, 'label': maps}
+  return {name: to_device(values) for name, values in arrays.items()}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data.dataset import Dataset
+from lt_jax.data.masks import Window
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError, lookup, suggest
 
@@ -32,6 +33,8 @@ class Joined:
     self._starts = np.cumsum([0, *(len(part) for part in parts)])
     if all(hasattr(part, 'encoded') for part in parts):
       self.encoded, self.where = self._encoded, self._where
+    if all(hasattr(part, 'label_map') for part in parts):
+      self.label_map, self.class_pixels = self._label_map, self._class_pixels
 
   def __len__(self) -> int:
     """Returns the number of images of all parts."""
@@ -55,6 +58,26 @@ class Joined:
     """Returns what an image is called in messages."""
     part, own = self._at(row)
     return part.where(own)
+
+  def _label_map(self, row: int) -> np.ndarray:
+    """Returns the label map of an image."""
+    part, own = self._at(row)
+    return part.label_map(own)
+
+  def _class_pixels(self, rows: np.ndarray) -> np.ndarray:
+    """Returns (n, C) the pixels of each class in some images."""
+    every = [part.class_pixels(np.arange(len(part))) for part in self.parts]
+    return np.concatenate(every)[rows]
+
+  def has_map(self, row: int) -> bool:
+    """Returns whether an image has a label map."""
+    part, own = self._at(row)
+    return part.has_map(own)
+
+  def check_size(self, row: int, label: np.ndarray, size: tuple[int, int]) -> None:
+    """Refuses a label map that is not as large as its image."""
+    part, own = self._at(row)
+    part.check_size(own, label, size)
 
 
 class _Places(NamedTuple):
@@ -92,11 +115,19 @@ def _compound(splits: Sequence[Split], places: _Places) -> Split:
     rows=np.concatenate(rows),
     labels=np.concatenate([split.labels for split in splits]),
     arrays=places.arrays,
-    crop=splits[0].crop,
+    crop=_one_crop([split.crop for split in splits]),
     domain=np.repeat(
       np.arange(len(splits), dtype=np.int32), [len(own) for own in rows]
     ),
   )
+
+
+def _one_crop(crops: Sequence[Any]) -> Any:
+  """Returns the crop of several domains: of label maps on the largest canvas."""
+  if not isinstance(crops[0], Window):
+    return crops[0]
+  sides = zip(*(one.canvas for one in crops), strict=True)
+  return crops[0]._replace(canvas=tuple(max(side) for side in sides))
 
 
 def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -251,8 +282,26 @@ def fingerprint(domains: Mapping[str, Dataset]) -> str:
   return hashlib.sha256(told.encode()).hexdigest()
 
 
-def check_alike(domains: Mapping[str, Dataset]) -> None:
+def check_of_pixels(domains: Mapping[str, Dataset]) -> None:
+  """Refuses domains of which some have label maps and others labels of images.
+
+  Raises:
+    UserError: it names one of each.
+  """
+  maps = [name for name, dataset in domains.items() if dataset.of_pixels]
+  others = [name for name in domains if name not in maps]
+  if others:
+    raise UserError(
+      f'domain {maps[0]!r} has label maps, but {others[0]!r} has one label an image'
+    )
+
+
+def check_alike(domains: Mapping[str, Dataset], sizes: bool = True) -> None:
   """Refuses domains that meet in one step but differ in classes or in image shape.
+
+  Args:
+    domains: name -> data.
+    sizes: whether height and width must be the same, too.
 
   Raises:
     UserError: it names the first class, or the shapes, that differ.
@@ -266,18 +315,19 @@ def check_alike(domains: Mapping[str, Dataset]) -> None:
           f'domains {first!r} and {name!r} must have the same classes in the same '
           f'order, but class {number} is {ours!r} in one and {theirs!r} in the other'
         )
-    sizes = len(one.class_names), len(other.class_names)
-    if sizes[0] != sizes[1]:
+    classes = len(one.class_names), len(other.class_names)
+    if classes[0] != classes[1]:
       raise UserError(
         f'domains {first!r} and {name!r} must have the same classes, but they have '
-        f'{sizes[0]} and {sizes[1]}'
+        f'{classes[0]} and {classes[1]}'
       )
     if one.dtype != other.dtype:
       raise UserError(
         f'the images of domain {first!r} are {one.dtype}, those of {name!r} '
         f'{other.dtype}'
       )
-    if one.image_shape != other.image_shape:
+    first_size = one.image_shape[0 if sizes else 2 :]
+    if first_size != other.image_shape[0 if sizes else 2 :]:
       raise UserError(
         f'the images of domain {first!r} are {_size(one)}, those of {name!r} '
         f'{_size(other)}: set data.size and data.channels'

@@ -64,6 +64,64 @@ def _photograph(number: int) -> bytes:
   return file.getvalue()
 
 
+SIDES = (240, 320)
+"""Height and width of generated images with label maps."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledPhotographs:
+  """A source of images of one size with label maps, all of them the same.
+
+  Attributes:
+    count: N.
+    class_names: names of classes 0 ... C - 1.
+    image_shape: height and width are those of each file.
+  """
+
+  count: int
+  class_names: tuple[str, ...]
+  image_shape: tuple[None, None, int] = (None, None, 3)
+  passed_over = ()
+
+  def __len__(self) -> int:
+    return self.count
+
+  @property
+  def labels(self) -> np.ndarray:
+    """(N,) int32: no image has one label."""
+    return np.full(self.count, -1, np.int32)
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*SIDES, 3), np.uint8)
+
+  def has_map(self, position: int) -> bool:
+    """Returns whether an image has a label map, as each has."""
+    return True
+
+  def label_map(self, position: int) -> np.ndarray:
+    """Returns bands of all classes, (H, W) uint8."""
+    height, width = SIDES
+    band = np.arange(height) * len(self.class_names) // height
+    return np.repeat(band.astype(np.uint8)[:, None], width, axis=1)
+
+  def class_pixels(self, rows: np.ndarray) -> np.ndarray:
+    """Returns (n, C) int64, the pixels of each class in some images."""
+    pixels = np.bincount(self.label_map(0).reshape(-1), minlength=len(self.class_names))
+    return np.repeat(pixels[None], len(rows), axis=0)
+
+  def sizes(self, rows: np.ndarray) -> np.ndarray:
+    """Returns (n, 2) int, height and width of some images."""
+    return np.repeat(np.array([SIDES]), len(rows), axis=0)
+
+  def where(self, position: int) -> str:
+    """Returns the name of an image."""
+    return f'generated image {position}'
+
+  def identity(self, rows: np.ndarray) -> bytes:
+    """Returns nothing: their number says it all."""
+    return b''
+
+
 def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.ndarray:
   r"""Returns counts from the largest to the smallest class, of a given sum.
 
@@ -112,6 +170,7 @@ def sources(
   test: int = 0,
   open: int = 0,
   image_size: int = 0,
+  label_maps: bool = False,
 ) -> dict[str, Any]:
   """Returns generated splits.
 
@@ -124,6 +183,7 @@ def sources(
     test: test images, likewise.
     open: images of no known class.
     image_size: side of the images; 0: photographs of many sizes.
+    label_maps: gives images a label map instead, and of all splits at least one.
 
   Returns:
     split -> source.
@@ -132,6 +192,9 @@ def sources(
     UserError: there are no such counts.
   """
   names = tuple(str(c) for c in range(classes))
+  if label_maps:
+    numbers = {'train': train, 'val': val or 1, 'test': test or 1}
+    return {k: LabelledPhotographs(count, names) for k, count in numbers.items()}
   counts = class_counts(train, classes, largest, smallest)
   labels = {
     'train': np.repeat(np.arange(classes), counts),

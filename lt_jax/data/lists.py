@@ -164,7 +164,7 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   """
   lists = {
     split: read_list(file, is_open=split == 'open')
-    for split, file in _find_lists(folder).items()
+    for split, file in find_lists(folder).items()
   }
   class_names = _class_names(folder, lists['train'])
   for one in lists.values():
@@ -183,7 +183,7 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   }
 
 
-def _find_lists(folder: str) -> dict[str, str]:
+def find_lists(folder: str) -> dict[str, str]:
   """Returns split -> list file, in the order of `SPLITS`."""
   try:
     names = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
@@ -248,7 +248,7 @@ def read_list(file: str, *, is_open: bool = False) -> ImageList:
   Raises:
     UserError: a line that is not so, naming FILE:LINE.
   """
-  lines = _read_lines(file)
+  lines = read_lines(file)
   paths, labels = [], np.empty(len(lines), np.int32)
   one = ImageList(file, paths, labels)
   for i, line in enumerate(lines):
@@ -270,7 +270,7 @@ def read_list(file: str, *, is_open: bool = False) -> ImageList:
 _LINE = re.compile(r'(.*[^ \t])[ \t]+(-?[0-9]{1,9})')
 
 
-def _read_lines(file: str) -> list[str]:
+def read_lines(file: str) -> list[str]:
   """Returns the lines of a text file, none of them empty."""
   try:
     encoded = pathlib.Path(file).read_bytes()
@@ -287,6 +287,28 @@ def _read_lines(file: str) -> list[str]:
   return lines
 
 
+def names_pairs(file: str) -> bool:
+  """Returns whether a list has two paths a line: of an image and of its label map."""
+  first = read_lines(file)[0]
+  parts = (first.split('\t') if '\t' in first else first.split(' '))[-2:]
+  return (
+    len(parts) == 2
+    and is_image_name(parts[0])
+    and (is_image_name(parts[1]) or parts[1] == '-')
+  )
+
+
+def listed_class_names(folder: str) -> tuple[str, ...]:
+  """Returns the lines of classes.txt, which lists of label maps need."""
+  file = os.path.join(folder, 'classes.txt')
+  if not os.path.exists(file):
+    raise UserError(
+      f'{file} is missing: lists of label maps need the names of the classes, a line '
+      'each, in the order of their ids'
+    )
+  return tuple(read_lines(file))
+
+
 def _class_names(folder: str, train: ImageList) -> tuple[str, ...]:
   """Returns the lines of classes.txt, or else the numbers of the classes."""
   largest = int(train.labels.max())
@@ -298,7 +320,7 @@ def _class_names(folder: str, train: ImageList) -> tuple[str, ...]:
   file = os.path.join(folder, 'classes.txt')
   if not os.path.exists(file):
     return tuple(str(label) for label in range(largest + 1))
-  names = tuple(_read_lines(file))
+  names = tuple(read_lines(file))
   if len(names) != largest + 1:
     raise UserError(
       f'{file} names {len(names)} classes, but the largest label of {train.file} is '

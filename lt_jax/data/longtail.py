@@ -113,10 +113,11 @@ def shot_bounds(counts: np.ndarray, many: float, few: float) -> dict[str, float]
 
   Args:
     counts: (C,) int training images.
-    many: a bound; 0: twice the median of the counts.
+    many: a bound; 0: twice the median of the counts, empty classes left out.
     few: likewise; 0: half the median.
   """
-  median = float(np.median(counts))
+  there = np.asarray(counts)[np.asarray(counts) > 0]
+  median = float(np.median(there)) if there.size else 1.0
   return {'many': many or 2 * median, 'few': few or median / 2}
 
 

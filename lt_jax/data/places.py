@@ -3,13 +3,14 @@
 import os
 from collections.abc import Mapping
 
+from lt_jax.data.layouts import LAYOUTS
 from lt_jax.errors import UserError
 from lt_jax.files import is_remote
 
 Place = dict[str, str]
 """The config keys data.source and data.dir, as 'source' and 'dir'."""
 
-IN_FILES = ('npz', 'list', 'folder')
+IN_FILES = ('npz', 'list', 'folder', *LAYOUTS)
 """Kinds of sources that are followed by a path."""
 
 
@@ -36,9 +37,9 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
 
   Args:
     data: has 'source' and 'dir', where they were.
-    data_dir: of 'folder:' and 'npz:' the path; of 'tfds:' the folder of data sets; of
-      'list:' the folder that paths are relative to, with the lists in it if they are
-      no longer where they were.
+    data_dir: of 'folder:', 'npz:' and layouts the path; of 'tfds:' the folder of data
+      sets; of 'list:' the folder that paths are relative to, with the lists in it if
+      they are no longer where they were.
 
   Raises:
     UserError: the source has no files.
@@ -46,13 +47,13 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
   first, _, path = data['source'].partition(':')
   data_dir = _absolute(data_dir)
   match first:
-    case 'folder' | 'npz':
-      return {'source': f'{first}:{data_dir}', 'dir': ''}
     case 'tfds':
       return {'source': data['source'], 'dir': data_dir}
     case 'list':
       lists = path if data['dir'] and os.path.isdir(path) else data_dir
       return {'source': f'list:{lists}', 'dir': data_dir}
+    case _ if first in IN_FILES:
+      return {'source': f'{first}:{data_dir}', 'dir': ''}
   raise UserError(f'--data_dir: the source {data["source"]!r} has no files')
 
 

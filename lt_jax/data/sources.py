@@ -22,9 +22,18 @@ import numpy as np
 from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
-from lt_jax.data.lists import folder_source, list_source
+from lt_jax.data.layouts import CITYSCAPES_IDS, LAYOUTS, ids_of, layout_source
+from lt_jax.data.lists import (
+  find_lists,
+  folder_source,
+  list_source,
+  listed_class_names,
+  names_pairs,
+)
+from lt_jax.data.masks import VOID, LabelledRecords, checked_arrays, paired_lists
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
+from lt_jax.data.scenes import scenes
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
 
@@ -40,7 +49,8 @@ class Source(Protocol):
   of features and other arrays, where D features are D channels of one pixel; one whose
   images differ in size has `encoded(position)`, the bytes of a file, and
   `where(position)`, its name; one that leaves out part of what is there tells of it in
-  `passed_over`, a tuple of lines.
+  `passed_over`, a tuple of lines. Where every pixel has a label it has what
+  `lt_jax.data.masks` says, too.
 
   Attributes:
     labels: (N,) int32, -1 for images of no known class.
@@ -215,7 +225,10 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       of any type, with labels (N,) int, and perhaps class_names (C,) str;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; or 'mazes:DOMAIN', see `mazes.maze_images`.
+      `lists.folder_source`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
+      see `scenes.scenes`; or, with label maps, a key of `layouts.LAYOUTS` with a
+      folder, 'list:FOLDER' with lists of two paths a line, see `masks.paired_lists`,
+      and 'npz:PATH' with y_SPLIT (N, H, W), void 255.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
       paths are relative to; None is that of the lists.
@@ -358,19 +371,27 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   # Without names the labels tell how many classes there are, but one that is greater
   # than the number of images is a mistake and not a class.
   first = arrays[f'y_{splits[0]}']
-  count = min(int(first.max()) + 1, len(first))
+  if first.ndim > 1:
+    count = int(np.where(first == VOID, -1, first).max()) + 1
+  else:
+    count = min(int(first.max()) + 1, len(first))
   names = next((arrays[key] for key in _CLASS_NAMES if key in arrays), range(count))
   names = tuple(str(name) for name in names)
   others = sorted(present.difference(keys))
   told = (f'members passed over: {", ".join(others)}',) if others else ()
   sources = {}
   for split in splits:
-    y = arrays[f'y_{split}']
+    y, images = arrays[f'y_{split}'], arrays[f'x_{split}']
+    own = told if split == splits[0] else ()
+    if y.ndim > 1:
+      images = images[..., None] if images.ndim == 3 else images
+      sources[split] = checked_arrays(images, y, names, f'npz:{path}: y_{split}', own)
+      continue
     y = _checked_labels(
       y, len(y), len(names), f'npz:{path}: y_{split}', is_open=split == 'open'
     )
-    images = _checked_arrays(arrays[f'x_{split}'], f'npz:{path}: x_{split}')
-    sources[split] = Arrays(images, y, names, told if split == splits[0] else ())
+    images = _checked_arrays(images, f'npz:{path}: x_{split}')
+    sources[split] = Arrays(images, y, names, own)
   return sources
 
 
@@ -456,10 +477,15 @@ def _check_members(
         f'x_{split} has the shape {x_shape}, channels first: store '
         f'x_{split}.transpose(0, 2, 3, 1), which is (N, H, W, channels)'
       )
-    if y_dtype.kind not in 'iu' or y_shape != x_shape[:1]:
+    if len(y_shape) > 2 and y_dtype.kind in 'iu':
+      _check_maps(split, x_shape, y_shape)
+    elif y_dtype.kind not in 'iu' or y_shape != x_shape[:1]:
       raise ValueError(
         f'y_{split} must be whole numbers ({x_shape[0]},), got {y_dtype} {y_shape}'
       )
+  of_pixels = {len(headers[f'y_{split}'][0]) > 1 for split in splits}
+  if len(of_pixels) > 1:
+    raise ValueError('some splits have label maps and others one label an image')
   first, *others = (f'x_{split}' for split in splits)
   for other in others:
     one, two = headers[first], headers[other]
@@ -471,6 +497,28 @@ def _check_members(
     shape, dtype = headers.get(key, ((1,), np.dtype('U')))
     if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
       raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
+
+
+def _check_maps(split: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
+  """Raises a ValueError for label maps that do not fit the images."""
+  if len(y_shape) == 4 and y_shape[-1] in (3, 4):
+    raise ValueError(
+      f'y_{split} has the shape {y_shape}, maps in colours: one of ids is expected, '
+      f'{x_shape[:3]}'
+    )
+  if y_shape != x_shape[:3]:
+    raise ValueError(
+      f'y_{split} has label maps {y_shape}, which must be as large as the images: '
+      f'{x_shape[:3]}'
+    )
+
+
+def _list(folder: str, data_dir: str | None) -> dict[str, Source]:
+  """Opens lists of images with labels, or with label maps."""
+  lists = find_lists(folder)
+  if not names_pairs(lists['train']):
+    return list_source(folder, data_dir)
+  return paired_lists(lists, data_dir or folder, listed_class_names(folder))
 
 
 def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
@@ -486,6 +534,8 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
       f'{name}{where}'
     )
   features = dict(builder.info.features)
+  if 'segmentation_label' in features:
+    return _tfds_maps(builder)
   image, label = features.get('image'), features.get('label')
   if not (
     isinstance(image, tfds.features.Image)
@@ -517,6 +567,41 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
     for split, data in splits.items()
   }
   return {split: _in_memory_if_small(source) for split, source in sources.items()}
+
+
+def _tfds_maps(builder: Any) -> dict[str, Source]:
+  """Opens a prepared TFDS data set of label maps, which is Cityscapes.
+
+  Its maps hold the ids of the label files, not train ids.
+  """
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  if builder.info.name != 'cityscapes':
+    raise UserError(
+      f'tfds:{builder.info.name}: of label maps only those of cityscapes are known'
+    )
+  raw = tfds.decode.DeserializeMethod.RAW_BYTES
+  ids = ids_of(tuple(CITYSCAPES_IDS), CITYSCAPES_IDS, 34)
+  sources = {}
+  for split, data in builder.as_data_source(deserialize_method=raw).items():
+    records = data.data_source
+
+    def features(position: int, records: Any = records) -> Mapping[str, Any]:
+      example = tf_example_pb2.Example.FromString(records[position])
+      return example.features.feature
+
+    if str(split) != 'test':  # whose maps are blank
+      sources[_SPLIT_NAMES.get(str(split), str(split))] = LabelledRecords(
+        name=f'tfds:{builder.info.full_name}/{split}',
+        size=builder.info.splits[split].num_bytes,
+        folder=str(builder.data_path),
+        features=features,
+        keys=('image_left', 'segmentation_label'),
+        count=len(records),
+        ids=ids,
+      )
+  return sources
 
 
 def tfds_builder(name: str, **options: Any) -> Any:
@@ -584,7 +669,9 @@ SOURCES = {
   'mazes': maze_images,
   'npz': _npz,
   'tfds': _tfds,
-  'list': list_source,
+  'scenes': scenes,
+  'list': _list,
   'folder': folder_source,
+  **{name: functools.partial(layout_source, one) for name, one in LAYOUTS.items()},
   'fake': _fake,
 }

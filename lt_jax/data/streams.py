@@ -13,16 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data.crops import Crop
+from lt_jax.data.longtail import label_counts
+from lt_jax.data.masks import VOID, Window
 from lt_jax.data.samplers import Sampler, batch_indices
 from lt_jax.errors import UserError
 
 PyTree = Any
 Batch = dict[str, jax.Array]
-Transform = Callable[[jax.Array, jax.Array], jax.Array]
-"""(key, images as they are stored) -> float32: augmentation and normalisation."""
+Transform = Callable[[jax.Array, Batch], Batch]
+"""(key, batch with images as they are stored) -> batch with float32 ones: augmentation
+and normalisation. What moves pixels moves label maps with them."""
 Payload = Mapping[str, np.ndarray]
 """What the device is given of a batch, batch first: the rows of this process."""
 
@@ -71,9 +75,12 @@ class Split(NamedTuple):
     source: random access: `len(source)`, `source[i]` an image; of another type than
       uint8 it says so as `dtype`.
     rows: (N,) int, their positions in the source.
-    labels: (N,) int32, -1 for images of no known class.
-    arrays: the source's images in device memory, or {} to stream them from the host.
-    crop: what brings encoded images of any size to one; None where they have one size.
+    labels: (N,) int32, -1 for images of no known class, and for all where labels are
+      maps (`of_pixels`).
+    arrays: the source's images in device memory, with their label maps if they have
+      such; or {} to stream them from the host.
+    crop: what brings encoded images of any size to one, a `Window` if they have label
+      maps; None where they have one size.
     domain: (N,) int32, which of several domains each is of; None: they are of one.
     offset: where in `arrays` the first image of the source is.
   """
@@ -82,13 +89,34 @@ class Split(NamedTuple):
   rows: np.ndarray
   labels: np.ndarray
   arrays: PyTree
-  crop: Crop | None = None
+  crop: Crop | Window | None = None
   domain: np.ndarray | None = None
   offset: int = 0
 
+  labelled = True
+
+  @property
+  def of_pixels(self) -> bool:
+    """Whether every pixel has a label, rather than every image."""
+    return hasattr(self.source, 'label_map') or 'label' in self.arrays
+
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32."""
-    return {'label': self.labels.astype(np.int32)} | _domains(self)
+    own = {} if self.of_pixels else {'label': self.labels.astype(np.int32)}
+    return own | _domains(self)
+
+  def counts(self, num_classes: int) -> np.ndarray:
+    """Returns (C,) int, the images of each class; or its pixels, if they have labels.
+
+    Those of label maps in files are counted when they are first asked for.
+    """
+    if self.of_pixels:
+      return self.class_pixels().sum(0)
+    return label_counts(self.labels, num_classes)
+
+  def class_pixels(self) -> np.ndarray:
+    """Returns (N, C) int64, the pixels of each class in each image with a label map."""
+    return self.source.class_pixels(self.rows)
 
   def at(self, positions: np.ndarray) -> 'Split':
     """Returns some of its images: those at (M,) positions, in that order."""
@@ -99,11 +127,22 @@ class Split(NamedTuple):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, channels) of what evaluation and training see."""
+    """(H, W, channels) of what training sees, and evaluation without label maps."""
+    return self.shapes(training=True)['image'].shape
+
+  def shapes(self, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes and types of what `example` returns."""
     height, width, channels = self.source.image_shape
-    return (
-      (*(self.crop.size,) * 2, channels) if self.crop else (height, width, channels)
-    )
+    canvas = height, width
+    if isinstance(self.crop, Window):
+      height, width = self.crop.shape(training)
+      canvas = (height, width) if training else self.crop.canvas
+    elif self.crop:
+      height = width = self.crop.size
+    found = {'image': jax.ShapeDtypeStruct((height, width, channels), self.dtype)}
+    if self.labelled and self.of_pixels:
+      found['label'] = jax.ShapeDtypeStruct(canvas, np.uint8)
+    return found
 
   @property
   def dtype(self) -> np.dtype:
@@ -112,19 +151,34 @@ class Split(NamedTuple):
 
   def image(self, row: int) -> np.ndarray:
     """Returns the image at a position of the source as evaluation sees it."""
-    row = int(row)
-    if self.crop is None:
-      return self.source[row]
-    return self.crop.evaluation(self.source.encoded(row), self.source.where(row))
+    return self.example(row)['image']
 
-  def augmented(self, row: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns it as training sees it, as far as that is done on the host."""
-    row = int(row)
-    if self.crop is None:
-      return self.source[row]
-    return self.crop.training(
-      self.source.encoded(row), self.source.where(row), generator
-    )
+  def example(
+    self, row: int, generator: np.random.Generator | None = None
+  ) -> dict[str, np.ndarray]:
+    """Returns an image, and its label map if it is to be had.
+
+    Args:
+      row: position in the source.
+      generator: random numbers: it is as training sees it, as far as that is done on
+        the host. None: as evaluation sees it.
+
+    Returns:
+      'image' (H, W, channels) and perhaps 'label' (H, W) uint8.
+    """
+    row, source, crop = int(row), self.source, self.crop
+    with_map = self.labelled and self.of_pixels
+    if isinstance(crop, Window):
+      if generator is None:
+        return crop.evaluation(source, row, with_map)
+      return crop.training(source, row, generator, with_map)
+    if crop is None:
+      label = {'label': source.label_map(row)} if with_map else {}
+      return {'image': source[row]} | label
+    encoded, where = source.encoded(row), source.where(row)
+    if generator is None:
+      return {'image': crop.evaluation(encoded, where)}
+    return {'image': crop.training(encoded, where, generator)}
 
 
 class Unlabelled:
@@ -133,17 +187,21 @@ class Unlabelled:
   def __init__(self, split: Split):
     self.source = split.source
     self.rows, self.domain = split.rows, split.domain
-    self.arrays, self.crop = split.arrays, split.crop
-    self.offset = split.offset
+    self.arrays = {k: v for k, v in split.arrays.items() if k == 'image'}
+    self.crop, self.offset = split.crop, split.offset
+
+  labelled = False
 
   def numbers(self) -> dict[str, np.ndarray]:
     """Returns what a batch tells of each image: name -> (N,) int32; no label."""
     return _domains(self)
 
+  of_pixels = Split.of_pixels
   image_shape = Split.image_shape
+  shapes = Split.shapes
   dtype = Split.dtype
   image = Split.image
-  augmented = Split.augmented
+  example = Split.example
 
 
 def _domains(split: Split | Unlabelled) -> dict[str, np.ndarray]:
@@ -182,14 +240,19 @@ def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Bat
   """Returns the `prepare` of a transform; cached, so that passes share programs."""
 
   def prepare(arrays, payload, key):
-    images = arrays['image'][payload['index']] if arrays else payload['image']
-    return {**payload, 'image': transform(key, images)}
+    stored = {name: values[payload['index']] for name, values in arrays.items()}
+    batch = {**payload, **stored}
+    if 'label' in batch and batch['label'].dtype == jnp.uint8:  # a map
+      label = batch['label']
+      batch['label'] = jnp.where(label == VOID, -1, label.astype(jnp.int32))
+    return transform(key, batch)
 
   return prepare
 
 
-Read = Callable[[int, int], tuple[np.ndarray, bool]]
-"""(place in the stream, position in the split) -> (image, whether it is a stand-in)."""
+Read = Callable[[int, int], tuple[Mapping[str, np.ndarray], bool]]
+"""(place in the stream, position in the split) -> (what `Split.example` returns,
+whether it is a stand-in)."""
 
 
 def _stream(
@@ -200,6 +263,7 @@ def _stream(
   batch: int,
   transform: Transform,
   workers: int,
+  training: bool,
   beside: Mapping[str, np.ndarray] | None = None,
 ) -> Stream:
   """Returns the stream of the examples at some positions.
@@ -211,6 +275,7 @@ def _stream(
     batch: B.
     transform: what is done on the device.
     workers: of a host stream.
+    training: whether examples are as training sees them.
     beside: name -> (N, ...), what batches tell besides of each image.
   """
   # Which rows are ours is found out here: where Grain makes the payloads, there is no
@@ -228,8 +293,11 @@ def _stream(
     if resident:
       return made
     where = zip(step * batch + places, chosen, strict=True)
-    images, stand_ins = zip(*(read(*at) for at in where), strict=True)
-    return {**made, 'image': _stacked(images, rows), 'bad': np.array(stand_ins)}
+    examples, stand_ins = zip(*(read(*at) for at in where), strict=True)
+    stacked = {
+      name: _stacked([one[name] for one in examples], rows) for name in examples[0]
+    }
+    return {**made, **stacked, 'bad': np.array(stand_ins)}
 
   shapes = {'index': jax.ShapeDtypeStruct((batch,), np.int32)} | {
     name: jax.ShapeDtypeStruct((batch, *of_all.shape[1:]), of_all.dtype)
@@ -238,9 +306,10 @@ def _stream(
   if resident:
     return Stream(split.arrays, payload, _prepare(transform), shapes=shapes)
   shapes |= {
-    'image': jax.ShapeDtypeStruct((batch, *split.image_shape), split.dtype),
-    'bad': jax.ShapeDtypeStruct((batch,), np.bool_),
+    name: jax.ShapeDtypeStruct((batch, *one.shape), one.dtype)
+    for name, one in split.shapes(training).items()
   }
+  shapes['bad'] = jax.ShapeDtypeStruct((batch,), np.bool_)
   return Stream({}, payload, _prepare(transform), workers=workers, shapes=shapes)
 
 
@@ -317,7 +386,7 @@ def train_stream(
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
     generator = np.random.default_rng((*drawn_by, int(place)))
-    return split.augmented(split.rows[position], generator), False
+    return split.example(split.rows[position], generator), False
 
   return _stream(
     split,
@@ -326,6 +395,7 @@ def train_stream(
     batch=batch,
     transform=transform,
     workers=workers,
+    training=True,
     beside=beside,
   )
 
@@ -352,7 +422,7 @@ def evaluation_pass(
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
     del place
-    return split.image(split.rows[position]), False
+    return split.example(split.rows[position]), False
 
   examples = len(split.rows)
   ours = process_rows(range(batch))
@@ -364,6 +434,7 @@ def evaluation_pass(
     batch=batch,
     transform=transform,
     workers=workers,
+    training=False,
   )
 
   def payload(step: int) -> dict[str, np.ndarray]:

@@ -51,6 +51,9 @@ def splits(case: Case) -> Findings:
   dataset = case.dataset
   for name, split in dataset.every.items():
     labels, classes = split.labels, len(dataset.class_names)
+    if split.of_pixels:
+      yield _of_pixels(name, split, classes)
+      continue
     beyond = (labels < -1) | (labels >= classes)
     beyond |= (labels == -1) != name.startswith('open')
     if beyond.any():
@@ -60,6 +63,15 @@ def splits(case: Case) -> Findings:
     yield ok(f'{name}: {len(labels):,} images{told}')
   for line in dataset.passed_over:
     yield odd(line)
+
+
+def _of_pixels(name: str, split: Split, classes: int) -> Finding:
+  """Says how many images and labelled pixels there are; maps were read when opened."""
+  counts = split.counts(classes)
+  return ok(
+    f'{name}: {len(split.rows):,} images, {counts.sum():,} labelled pixels of '
+    f'{(counts > 0).sum()} of {classes} classes'
+  )
 
 
 def readable(case: Case) -> Findings:
@@ -278,12 +290,16 @@ def classes(case: Case) -> Findings:
     if empty.size:
       first = dataset.class_names[empty[0]]
       level = wrong if name == 'train' else odd
-      yield level(f'classes without images in {name}: {empty.size}, such as {first!r}')
+      told = f'classes without {dataset.counted} in {name}'
+      yield level(f'{told}: {empty.size}, such as {first!r}')
 
 
 def _per_class(dataset: Dataset, name: str) -> np.ndarray:
-  """Returns (C,) the images of each class in a split."""
-  return longtail.label_counts(dataset.every[name].labels, len(dataset.class_names))
+  """Returns (C,) the images, or pixels, of each class in a split; 0 without it."""
+  classes = len(dataset.class_names)
+  if name not in dataset.every:
+    return np.zeros(classes, int)
+  return dataset.every[name].counts(classes)
 
 
 def tail(case: Case) -> Findings:
@@ -291,9 +307,10 @@ def tail(case: Case) -> Findings:
   counts, data = case.dataset.counts, case.config['data']
   ordered = np.sort(counts)[::-1]
   yield ok(
-    f'training images a class: most {ordered[0]:,}, median {np.median(ordered):,g}, '
-    f'fewest {ordered[-1]:,}; imbalance {ordered[0] / max(ordered[-1], 1):,.4g}, Gini '
-    f'coefficient {_gini(counts):.3f}; the tail is {_shape(ordered)}'
+    f'training {case.dataset.counted} a class: most {ordered[0]:,}, median '
+    f'{np.median(ordered):,g}, fewest {ordered[-1]:,}; imbalance '
+    f'{ordered[0] / max(ordered[-1], 1):,.4g}, Gini coefficient {_gini(counts):.3f}; '
+    f'the tail is {_shape(ordered)}'
   )
   stated = longtail.class_counts(
     data['profile'], len(counts), data['n_max'], data['imbalance']
@@ -342,7 +359,8 @@ def shots(case: Case) -> Findings:
   groups = longtail.shot_groups(counts, many, few)
   many, few = longtail.shot_bounds(counts, many, few).values()
   told = ', '.join(f'{mask.sum()} {name}' for name, mask in groups.items())
-  yield ok(f'classes with over {many:g}, between, and under {few:g} images: {told}')
+  noun = case.dataset.counted
+  yield ok(f'classes with over {many:g}, between, and under {few:g} {noun}: {told}')
   for name, mask in groups.items():
     if not mask.any():
       yield odd(f'no class is {name}-shot: metrics of that group will be empty')
@@ -350,6 +368,8 @@ def shots(case: Case) -> Findings:
 
 def balanced_test(case: Case) -> Findings:
   """Tells whether accuracy over images is that over classes."""
+  if case.dataset.of_pixels:
+    raise Missing('every pixel has a label, and classes are measured each by its IoU')
   counts = _per_class(case.dataset, 'test')
   there = counts[counts > 0]
   if there.size and there.max() > 1.1 * there.min():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from lt_jax.config import TARGET
-from lt_jax.data import augment, longtail
+from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
 from lt_jax.doctor.case import Case, Findings, each, odd, ok, some, wrong
@@ -28,11 +28,12 @@ def told(case: Case) -> Findings:
       f'{split} {len(images.rows):,} ({_per_class(images, len(dataset.class_names))})'
       for split, images in dataset.every.items()
     )
-    yield ok(f'{role} {name!r}: {shape}; images (of a class): {splits}')
+    noun = 'pixels of a class' if dataset.of_pixels else 'of a class'
+    yield ok(f'{role} {name!r}: {shape}; images ({noun}): {splits}')
 
 
 def _per_class(split: Split, classes: int) -> str:
-  counts = longtail.label_counts(split.labels, classes)
+  counts = split.counts(classes)
   return f'{counts.min():,} to {counts.max():,}'
 
 

@@ -296,7 +296,7 @@ def _decode_rate(split: Split) -> float:
 
   def make(row: int) -> None:
     with contextlib.suppress(UserError):  # of damaged ones others tell
-      split.augmented(row, generator)
+      split.example(row, generator)
 
   for row in rows[:16]:  # the first ones import decoders
     make(row)

@@ -2,19 +2,26 @@
 
 A task says what is recorded and measured; `lt_jax.evals.collect` runs a pass over a
 split and returns the records whole. The metrics of `closed_set`, `calibration` and
-`open_set` are then exact functions of (N,) arrays, whatever the batch or the devices.
+`open_set` are then exact functions of (N,) arrays, and those of `segmentation` of sums
+of confusion matrices, whatever the batch or the devices.
 """
 
 from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.evals.rollouts import MAZES
+from lt_jax.evals.segmentation import SEGMENTATION
 from lt_jax.evals.tasks import Task
 
-TASKS: dict[str, Task] = {'classification': CLASSIFICATION, 'mazes': MAZES}
+TASKS: dict[str, Task] = {
+  'classification': CLASSIFICATION,
+  'mazes': MAZES,
+  'segmentation': SEGMENTATION,
+}
 
 TITLES = {
-  name: metric.title
+  name: task.metrics[name].title
+  for only_headlines in (True, False)
   for task in TASKS.values()
-  for name, metric in task.metrics.items()
-  if metric.title
+  for name in ([task.headline] if only_headlines else task.metrics)
+  if task.metrics[name].title
 }
-"""What tables show of a result, by the names in result.json."""
+"""What tables show of a result, by the names in result.json; headlines first."""

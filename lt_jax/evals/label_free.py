@@ -22,7 +22,7 @@ class Seen(NamedTuple):
   """What criteria are computed from.
 
   Attributes:
-    target: records of `keep` for the target's training images.
+    target: records of `keep`, or of `keep_of_pixels`, for the target's training images.
     train: the same of the source's training images.
     val: the same of the source's validation images, with 'label' (N,); None without.
   """
@@ -41,12 +41,28 @@ def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   return kept | {key: batch[key] for key in ('label',) if key in batch}
 
 
+def keep_of_pixels(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  """Returns means over the pixels of an image, for logits (B, H, W, C).
+
+  Returns:
+    'entropy' (B,), 'probability' (B, C) and 'features' (B, D).
+  """
+  del batch
+  log_p = jax.nn.log_softmax(outputs['logits'].astype(jnp.float32))
+  p = jnp.exp(log_p)
+  return {
+    'entropy': -(p * log_p).sum(-1).mean((1, 2)),
+    'probability': p.mean((1, 2)),
+    'features': outputs['features'].astype(jnp.float32),
+  }
+
+
 def entropy(seen: Seen) -> float:
   """Returns the mean entropy of the target's predictions, in nats; less is better.
 
   It prefers a network that gives every image the same class with confidence.
   """
-  return float(_entropy(_log_p(seen)).mean())
+  return float(_predictions(seen)[0].mean())
 
 
 def information(seen: Seen) -> float:
@@ -59,19 +75,19 @@ def information(seen: Seen) -> float:
   Source: Krause, Perona, Gomes, Discriminative Clustering by Regularized Information
   Maximization, NIPS 2010.
   """
-  log_p = _log_p(seen)
-  mean = np.exp(log_p).mean(axis=0)
-  return float(_entropy(np.log(np.maximum(mean, 1e-30))) - _entropy(log_p).mean())
+  entropies, p = _predictions(seen)
+  mean = p.mean(axis=0)
+  return float(_entropy(np.log(np.maximum(mean, 1e-30))) - entropies.mean())
 
 
-def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float:
+def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float | None:
   r"""Returns soft neighbourhood density: how many alike an image has; more is better.
 
   .. math::
     \frac1N \sum_i H(P_{i\cdot}), \qquad
     P_{ij} \propto \exp(f_i^\top f_j / \tau), \; j \ne i
 
-  with the softmax outputs f, of unit length.
+  with the softmax outputs f, of unit length. None where every pixel has an output.
 
   Args:
     seen: what a network says.
@@ -79,6 +95,8 @@ def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float:
 
   Source: Saito et al., Tune It the Right Way, ICCV 2021, arXiv 2108.10860.
   """
+  if 'log_p' not in seen.target:
+    return None
   p = np.exp(_log_p(seen))
   f = p / np.linalg.norm(p, axis=1, keepdims=True)
   logits = f @ f.T / temperature
@@ -101,12 +119,12 @@ def deep_embedded(seen: Seen) -> float | None:
     \eta = -\operatorname{cov}(wl, w) / \operatorname{var}(w)
 
   w comes from a logistic regression that tells the domains' training images apart.
-  None without validation images.
+  None without validation images, and where every pixel has a label.
 
   Source: deep embedded validation, You et al., Towards Accurate Model Selection in
   Deep Unsupervised Domain Adaptation, ICML 2019, algorithm 1.
   """
-  if seen.val is None:
+  if seen.val is None or 'log_p' not in seen.val:
     return None
   from sklearn.linear_model import LogisticRegression
 
@@ -176,10 +194,28 @@ NEED_VAL = ('deep_embedded',)
 """Criteria that need validation images of the source."""
 
 
+OF_IMAGES = ('soft_neighbours', 'deep_embedded')
+"""Criteria that need one prediction an image."""
+
+
 def scores(seen: Seen) -> dict[str, float]:
   """Returns every criterion that can be had, by name."""
   found = {name: one.score(seen) for name, one in CRITERIA.items()}
   return {name: value for name, value in found.items() if value is not None}
+
+
+def _predictions(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+  """Returns entropies (N,) and probabilities (N, C) in the target, as means of pixels.
+
+  With one prediction an image they are those of the prediction.
+  """
+  if 'log_p' not in seen.target:
+    return tuple(seen.target[name].astype(np.float64) for name in PIXEL_MEANS)
+  log_p = _log_p(seen)
+  return _entropy(log_p), np.exp(log_p)
+
+
+PIXEL_MEANS = ('entropy', 'probability')
 
 
 def _log_p(seen: Seen) -> np.ndarray:

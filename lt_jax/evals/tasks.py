@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lt_jax.evals import label_free
 from lt_jax.evals.collect import Collected
 from lt_jax.method import Batch, Outputs
 
@@ -57,6 +58,11 @@ class Task(NamedTuple):
     play: (predict, state, domain -> source of its test images) -> domain -> name ->
       value, what needs the network itself rather than records; see `Play`. None for
       nothing.
+    criteria: as `record`, what label-free criteria are computed from.
+    picture: as `record`, what samples.npz shows of a few test images; None: it shows
+      errors on rare classes.
+    per_pixel: whether every pixel has a label, and logits.
+    by_class: the metric (C,) of single classes whose mean over them tables have.
   """
 
   record: Record
@@ -65,6 +71,10 @@ class Task(NamedTuple):
   across: Callable[..., Across]
   metrics: Mapping[str, Metric]
   play: Play | None = None
+  criteria: Record = label_free.keep
+  picture: Record | None = None
+  per_pixel: bool = False
+  by_class: str = 'class_accuracy'
 
   @property
   def headline(self) -> str:

@@ -28,7 +28,11 @@ PENALTIES = {'none': None} | metric.PENALTIES
 
 
 def make_loss(
-  name: str, counts: np.ndarray, classes: np.ndarray | None = None, **options: Any
+  name: str,
+  counts: np.ndarray,
+  classes: np.ndarray | None = None,
+  auxiliary: float = 0.0,
+  **options: Any,
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]:
   """Returns a loss of every label: of a network's outputs and a batch.
 
@@ -36,6 +40,7 @@ def make_loss(
     name: a key of `LOSSES`.
     counts: (C,) training images of each class, for those losses that ask for them.
     classes: (C,) bool, those that are learned; the others are no answer, see `only`.
+    auxiliary: weight of the same loss of outputs['auxiliary_logits'], which is added.
     **options: of the loss, such as `gamma`.
 
   Returns:
@@ -51,8 +56,7 @@ def make_loss(
   if 'counts' in inspect.signature(per_example).parameters:
     options['counts'] = check_counts(counts, what)
 
-  def loss(outputs, batch):
-    logits, labels = outputs['logits'], batch['label']
+  def loss_of(logits, labels):
     chex.assert_shape(labels, logits.shape[:-1])
     logits, each = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if classes is not None:
@@ -60,6 +64,13 @@ def make_loss(
     # Any class will do where there is none: its loss is not looked at.
     losses = per_example(logits, jnp.maximum(each, 0), **options)
     return jnp.where(each >= 0, losses, 0).reshape(labels.shape)
+
+  def loss(outputs, batch):
+    value = loss_of(outputs['logits'], batch['label'])
+    if auxiliary:
+      other = lookup(outputs, 'layer of this network', 'auxiliary_logits')
+      value += auxiliary * loss_of(other, batch['label'])
+    return value
 
   return loss
 

@@ -11,6 +11,7 @@ of a few (S + T, S + T) and (D, D).
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -279,6 +280,9 @@ def _gaussians(denominators: Sequence[jax.Array | float]) -> Kernel:
 
 # What only the target's predictions say.
 
+LEVELS = (1.0, 0.2)
+"""Weights of a network's logits and of its auxiliary ones, in ADVENT's code."""
+
 
 def entropy(source: Outputs, target: Outputs) -> jax.Array:
   r"""Mean entropy of the target's predictions, in nats.
@@ -288,7 +292,7 @@ def entropy(source: Outputs, target: Outputs) -> jax.Array:
 
   Args:
     source: not used.
-    target: with 'logits' (T, C).
+    target: with 'logits' (T, ..., C), of images or of their pixels.
 
   Returns:
     () entropy, between 0 and log C.
@@ -296,7 +300,7 @@ def entropy(source: Outputs, target: Outputs) -> jax.Array:
   Grandvalet and Bengio, NIPS 2004.
   """
   del source
-  return _entropies(layer(target, 'logits')).mean()
+  return _entropies(scores(target, 'logits')).mean()
 
 
 def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Array:
@@ -312,7 +316,7 @@ def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Ar
 
   Args:
     source: not used.
-    target: with 'logits' (T, C).
+    target: with 'logits' (T, ..., C), of images or of their pixels, each a prediction.
     temperature: of the softmax.
 
   Returns:
@@ -322,7 +326,8 @@ def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Ar
   arXiv 1912.03699.
   """
   del source
-  logits = layer(target, 'logits') / temperature
+  logits = scores(target, 'logits') / temperature
+  logits = logits.reshape(-1, logits.shape[-1])
   sure = 1 + jnp.exp(-lax.stop_gradient(_entropies(logits)))
   weights = len(sure) * sure / sure.sum()
   p = jax.nn.softmax(logits)
@@ -333,8 +338,157 @@ def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Ar
   return (shares.sum() - jnp.trace(shares)) / len(shares)
 
 
+def minent(
+  source: Outputs,
+  target: Outputs,
+  *,
+  layers: Sequence[str],
+  counts: np.ndarray,
+  weights: Sequence[float] = LEVELS,
+  hardest: float = 1.0,
+  prior: float = 0.0,
+  mu: float = 0.5,
+) -> jax.Array:
+  r"""MinEnt: the mean entropy of the target's predictions, as a share of log C.
+
+  .. math::
+    \sum_l w_l \Big( \frac{1}{N} \sum_n \sum_c I_{nc} + b\, H \Big), \qquad
+    I_{nc} = \frac{-p_{nc} \log p_{nc}}{\log C}
+
+  over the N pixels of all images, or those of each image alone whose entropy is highest
+  (ties count), and the layers l of logits. H is `class_prior`.
+
+  Args:
+    source: not used.
+    target: with the layers, each of logits (T, ..., C).
+    layers: names of layers of logits, such as 'logits' and 'auxiliary_logits'.
+    counts: (C,) labels of each class in the source, of which the prior is made.
+    weights: w, of the layers in their order.
+    hardest: the share of an image's pixels that count, in (0, 1].
+    prior: b. The paper does not give it.
+    mu: see `class_prior`.
+
+  Returns:
+    () between 0 and the sum of the weights, the prior left out.
+
+  Raises:
+    UserError: no such layers, fewer weights than layers, or a share out of range.
+
+  Vu et al., "ADVENT: Adversarial Entropy Minimization for Domain Adaptation in Semantic
+  Segmentation", CVPR 2019, arXiv 1811.12833, equations 1 to 3; `hardest` is its "ER".
+  """
+  if not 0 < hardest <= 1:
+    raise UserError(f'minent: hardest must be more than 0 and at most 1, got {hardest}')
+  total = jnp.float32(0)
+  for name, weight in levels('minent', layers, weights):
+    logits = scores(target, name)
+    entropies = self_information(logits).sum(-1).reshape(len(logits), -1)
+    total += weight * _mean_of_largest(entropies, hardest)
+  if prior:
+    total += prior * class_prior(
+      source, target, layers=layers, counts=counts, weights=weights, mu=mu
+    )
+  return total
+
+
+def class_prior(
+  source: Outputs,
+  target: Outputs,
+  *,
+  layers: Sequence[str],
+  counts: np.ndarray,
+  weights: Sequence[float] = LEVELS,
+  mu: float = 0.5,
+) -> jax.Array:
+  r"""By how much the shares of classes in an image fall below those in the source.
+
+  .. math::
+    \sum_l w_l \frac{1}{T} \sum_i \sum_c
+    \max\Big(0,\ \mu\, q_c - \frac{1}{N} \sum_n p_{inc}\Big)
+
+  with the shares q of the classes among the source's labels. It keeps the entropy from
+  being lowered by giving up rare classes.
+
+  Args:
+    source: not used.
+    target: with the layers, each of logits (T, ..., C).
+    layers: names of layers of logits.
+    counts: (C,) labels of each class in the source.
+    weights: w, of the layers in their order.
+    mu: how much of a class's share is asked for, in [0, 1].
+
+  Returns:
+    () at least 0.
+
+  Raises:
+    UserError: no such layers, or fewer weights than layers.
+
+  Vu et al., arXiv 1811.12833, equation 9.
+  """
+  del source
+  shares = np.asarray(counts, np.float64) / np.sum(counts)
+  total = jnp.float32(0)
+  for name, weight in levels('class_prior', layers, weights):
+    p = jax.nn.softmax(scores(target, name))
+    found = p.reshape(len(p), -1, p.shape[-1]).mean(1)
+    wanted = jnp.asarray(mu * shares, p.dtype)[None]
+    total += weight * jnp.maximum(0, wanted - found).sum(-1).mean()
+  return total
+
+
+def levels(
+  what: str, layers: Sequence[str], weights: Sequence[float]
+) -> list[tuple[str, float]]:
+  """Returns layers of logits with their weights, of which there may be more.
+
+  Raises:
+    UserError: there are fewer weights than layers.
+  """
+  if len(layers) > len(weights):
+    raise UserError(
+      f'{what} has {len(weights)} weights for the {len(layers)} layers of '
+      'alignment.align_on: give each its own'
+    )
+  return list(zip(layers, weights, strict=False))
+
+
+def scores(outputs: Outputs, name: str) -> jax.Array:
+  """Returns a layer of logits (B, ..., C), at least float32.
+
+  Raises:
+    UserError: the network has no such layer.
+  """
+  x = lookup(outputs, 'layer of this network', name)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def self_information(logits: jax.Array) -> jax.Array:
+  r"""Returns -p log p / log C of each class: the terms of the normalised entropy.
+
+  From the logarithm of the softmax: finite, with finite gradients, for any logits.
+
+  Args:
+    logits: (..., C).
+
+  Returns:
+    (..., C), at least 0; they sum to at most 1.
+  """
+  log_p = jax.nn.log_softmax(logits)
+  return -jnp.exp(log_p) * log_p / math.log(logits.shape[-1])
+
+
+def _mean_of_largest(values: jax.Array, share: float) -> jax.Array:
+  """Returns the mean of the largest values (B, N) of each row, rounded up, and ties."""
+  count = math.ceil(share * values.shape[1])
+  if count == values.shape[1]:
+    return values.mean()
+  least = jnp.sort(lax.stop_gradient(values), axis=1)[:, -count][:, None]
+  chosen = (values >= least).astype(values.dtype)
+  return ((values * chosen).sum(1) / chosen.sum(1)).mean()
+
+
 def _entropies(logits: jax.Array) -> jax.Array:
-  """Returns the entropy (B,) of each prediction, in nats."""
+  """Returns the entropy (...) of each prediction, in nats."""
   log_p = jax.nn.log_softmax(logits)
   return -(jnp.exp(log_p) * log_p).sum(-1)
 
@@ -355,6 +509,8 @@ ALIGNMENTS = {
   'joint_mmd': joint_mmd,
   'entropy': entropy,
   'mcc': mcc,
+  'minent': minent,
+  'class_prior': class_prior,
 }
 
 

@@ -2,9 +2,11 @@
 
 from lt_jax.methods import few_shot, memory, meta
 from lt_jax.methods.adda import adda
+from lt_jax.methods.advent import advent
 from lt_jax.methods.adversarial import cdan, dann
 from lt_jax.methods.aligned import aligned
 from lt_jax.methods.mcd import mcd
+from lt_jax.methods.mean_teacher import mean_teacher
 from lt_jax.methods.self_supervised import self_supervised
 from lt_jax.methods.self_training import pseudo_label
 from lt_jax.methods.supervised import supervised
@@ -24,4 +26,6 @@ METHODS = {
   'self_supervised': self_supervised,
   'pseudo_label': pseudo_label,
   'i2i': i2i,
+  'advent': advent,
+  'mean_teacher': mean_teacher,
 }

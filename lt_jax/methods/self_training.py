@@ -75,7 +75,7 @@ def pseudo_label(
     labelled = (labels >= 0).sum(dtype=jnp.float32)
     metrics = {
       'pseudo_loss': mean_metric(mean),
-      'labelled': (labelled, jnp.float32(len(labels))),
+      'labelled': (labelled, jnp.float32(labels.size)),
     }
     return alignment_weight(step) * mean, metrics
 
@@ -91,11 +91,11 @@ def confident(logits: jax.Array, thresholds: jax.Array) -> jax.Array:
   """Returns the predicted class where it is probable enough, else -1.
 
   Args:
-    logits: (B, C).
+    logits: (..., C).
     thresholds: (C,), on the probability of a prediction of each class.
 
   Returns:
-    (B,) int32.
+    (...) int32.
   """
   predicted, confidence = _predicted(logits)
   return jnp.where(confidence >= thresholds[predicted], predicted, -1)

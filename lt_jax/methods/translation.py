@@ -116,24 +116,26 @@ def fda(
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     batch = batches['train']
     source, target = (
-      _raw(batches[name]['image'], *pixels[name]) for name in ('train', 'target')
+      raw(batches[name]['image'], *pixels[name]) for name in ('train', 'target')
     )
     # Neighbours in a batch stay neighbours, and so on their device.
     chosen = np.arange(len(source)) * len(target) // len(source)
     styled = low_amplitudes(source, target[chosen], beta=beta)
-    images = _normalised(styled, *pixels['target'])
+    images = normalised(styled, *pixels['target'])
     return method.step(state, {**batches, 'train': {**batch, 'image': images}})
 
   return method._replace(step=step)
 
 
-def _raw(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def raw(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """Returns images (B, H, W, C) as they were before `normalised`, white being 1."""
   return images * _channels(std) + _channels(mean)
 
 
-def _normalised(
+def normalised(
   images: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
+  """Returns (x - mean) / std of images (B, H, W, C) of which white is 1."""
   return (images - _channels(mean)) / _channels(std)
 
 
@@ -305,8 +307,8 @@ def i2i(
     z = joined(outputs, align_on)
     drawn = [play(name, state.params, z) for name in DECODERS]
     return outputs | {
-      'as_source': _raw(drawn[0], *pixels['train']),
-      'as_target': _raw(drawn[1], *pixels['target']),
+      'as_source': raw(drawn[0], *pixels['train']),
+      'as_target': raw(drawn[1], *pixels['target']),
     }
 
   init = begin(net, optimizer, reads, statistics='joint', players=players)

@@ -13,22 +13,27 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
-from lt_jax.models import discriminator
+from lt_jax.models import deeplab, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
 from lt_jax.models.heads import HEADS, dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
+from lt_jax.models.segmentation import PIXEL_HEADS, Segmenter
 from lt_jax.models.trunks import TRUNKS
 from lt_jax.models.weight_net import WeightNet
 
 NETWORKS = {
   'mlp': discriminator.mlp,
   'image_discriminator': discriminator.image_discriminator,
+  'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
   'linear': linear,
   'weight_net': WeightNet,
 }
 """Networks of further players: name -> options -> a module."""
+
+OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS
+"""Heads that read maps, of networks that give logits of every pixel."""
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 """Types that a network computes in."""
@@ -108,12 +113,13 @@ def make_classifier(
   batch_norm: Mapping[str, Any] | None = None,
   trunk_options: Mapping[str, Any] | None = None,
   head_options: Mapping[str, Any] | None = None,
-) -> Classifier:
-  """Returns a classifier by the names of its parts.
+  per_pixel: bool = False,
+) -> Classifier | Segmenter:
+  """Returns a network by the names of its parts.
 
   Args:
     trunk: a key of `TRUNKS`.
-    head: a key of `HEADS`.
+    head: a key of `HEADS`, or of `OF_PIXELS` if `per_pixel`.
     num_classes: number of known classes.
     attention: puts `ModulatedAttention` over the trunk's map.
     projection: size of the features after a linear layer and ReLU; -1 for as many as
@@ -123,16 +129,28 @@ def make_classifier(
     batch_norm: attributes of `BatchNorm`, such as {'groups': 8}.
     trunk_options: attributes of the trunk, such as {'width': 4}.
     head_options: attributes of the head, such as {'scale': 30.0}.
+    per_pixel: whether it gives logits of every pixel, and not of whole images.
 
   Raises:
-    UserError: an unknown name or option.
+    UserError: an unknown name or option, or parts that a network of pixels lacks.
   """
   norm = functools.partial(BatchNorm, **(batch_norm or {}))
-  return Classifier(
-    trunk=construct(
+  heads = HEADS | (OF_PIXELS if per_pixel else {})
+  parts = {
+    'trunk': construct(
       TRUNKS, 'trunk', trunk, options=trunk_options or {}, dtype=dtype, norm=norm
     ),
-    head=construct(HEADS, 'head', head, num_classes, options=head_options or {}),
+    'head': construct(heads, 'head', head, num_classes, options=head_options or {}),
+  }
+  if per_pixel:
+    if attention or projection:
+      raise UserError(
+        'model.attention and model.projection are for labels of whole images: set them '
+        'to False and 0'
+      )
+    return Segmenter(**parts)
+  return Classifier(
+    **parts,
     attention=ModulatedAttention(dtype) if attention else None,
     projection=projection,
   )

@@ -1,7 +1,7 @@
 """The one convolution of the house, and what makes it fast on a CPU."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
+
+from lt_jax.errors import UserError
 
 
 def kaiming(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
@@ -75,8 +77,9 @@ def conv(
   stride: int = 1,
   groups: int = 1,
   pad: int | str | None = None,
+  dilation: int = 1,
 ) -> jax.Array:
-  """Convolves with zero padding of (size - 1) / 2 on every side, or of `pad`.
+  """Convolves with zero padding of d (size - 1) / 2 on every side, or of `pad`.
 
   The padding is explicit: 'SAME' pads a strided convolution on one side only, which is
   not what most papers' networks do. Those that come from TensorFlow ask for it.
@@ -87,24 +90,61 @@ def conv(
     stride: in pixels, along both axes.
     groups: the g-th part of the outputs reads only the g-th part of the inputs. With
       groups = C = D, a depthwise convolution, CPUs add up shifted images.
-    pad: pixels of padding on every side, or 'SAME'; None for (size - 1) / 2.
+    pad: pixels of padding on every side, or 'SAME'; None for d (size - 1) / 2.
+    dilation: d, by how many pixels those that a kernel reads are apart.
 
   Returns:
     (B, H', W', D); with the default padding and with 'SAME', H' is ceil(H / stride).
   """
   padding = [
-    _padding(side, size, stride, pad)
+    _padding(side, dilation * (size - 1) + 1, stride, pad)
     for side, size in zip(x.shape[1:3], kernel.shape[:2], strict=True)
   ]
   shape = {'stride': stride, 'padding': padding}
-  whole = partial(_convolved, groups=groups, **shape)
+  whole = partial(_convolved, groups=groups, dilation=dilation, **shape)
   if 1 < groups == x.shape[-1] == kernel.shape[-1]:
-    on_cpu = partial(_shifted_products, **shape)
+    on_cpu = partial(_shifted_products, dilation=dilation, **shape)
   elif kernel.shape[:2] == (1, 1) and (stride, groups, pad) == (1, 1, None):
     on_cpu = _pixel_by_pixel
   else:
     return _unfused(whole(_unfused(x), kernel))
   return lax.platform_dependent(x, kernel, cpu=on_cpu, default=whole)
+
+
+def dilated(
+  layers: Sequence[Mapping[str, Any]], dilation: int
+) -> Sequence[Mapping[str, Any]]:
+  """Gives up the strides of consecutive convolutions, but not what they see.
+
+  Where a convolution strode, those behind it read pixels that are as much further apart
+  instead. So at every s-th pixel of the larger map, s being the product of the strides,
+  stands what the strided convolutions compute, if the map before has an odd size or is
+  padded evenly; the pixels in between are new.
+
+  Args:
+    layers: attributes of `Conv`, in order.
+    dilation: by how many pixels those that the first one reads are apart.
+
+  Returns:
+    Their attributes, with 'dilation' for 'stride'.
+
+  Source: the "hole algorithm" of Chen et al., arXiv 1412.7062, section 3.1.
+  """
+  found = []
+  for layer in layers:
+    found.append({**layer, 'stride': 1, 'dilation': dilation})
+    dilation *= layer.get('stride', 1)
+  return found
+
+
+def check_output_stride(stride: int) -> None:
+  """Refuses what is no stride of a network whose maps halve five times.
+
+  Raises:
+    UserError: it is not 8, 16 or 32.
+  """
+  if stride not in (8, 16, 32):
+    raise UserError(f'output_stride is {stride}; it must be 8, 16 or 32')
 
 
 def _padding(
@@ -124,6 +164,7 @@ def _convolved(
   stride: int,
   groups: int,
   padding: Sequence[tuple[int, int]],
+  dilation: int,
 ) -> jax.Array:
   """Convolves by the compiler's own operation."""
   return lax.conv_general_dilated(
@@ -131,6 +172,7 @@ def _convolved(
     kernel,
     window_strides=(stride, stride),
     padding=padding,
+    rhs_dilation=(dilation, dilation),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=groups,
   )
@@ -146,7 +188,11 @@ def _pixel_by_pixel(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _shifted_products(
-  x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tuple[int, int]]
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  padding: Sequence[tuple[int, int]],
+  dilation: int,
 ) -> jax.Array:
   """Convolves every channel by itself: the sum of one shifted image a kernel pixel.
 
@@ -159,12 +205,13 @@ def _shifted_products(
   @partial(jax.checkpoint, prevent_cse=False)
   def convolved(image: jax.Array, kernel: jax.Array) -> jax.Array:
     image = jnp.pad(image, (*padding, (0, 0)))
-    height = 1 + (image.shape[0] - rows) // stride
-    width = 1 + (image.shape[1] - columns) // stride
+    height = 1 + (image.shape[0] - dilation * (rows - 1) - 1) // stride
+    width = 1 + (image.shape[1] - dilation * (columns - 1) - 1) // stride
 
     def product(i: int, j: int) -> jax.Array:
-      end = i + stride * (height - 1) + 1, j + stride * (width - 1) + 1
-      part = lax.slice(image, (i, j, 0), (*end, image.shape[-1]), (stride, stride, 1))
+      y, x = dilation * i, dilation * j
+      end = y + stride * (height - 1) + 1, x + stride * (width - 1) + 1
+      part = lax.slice(image, (y, x, 0), (*end, image.shape[-1]), (stride, stride, 1))
       return part * kernel[i, j][None]
 
     return sum(product(i, j) for i in range(rows) for j in range(columns))
@@ -230,6 +277,7 @@ class Conv(nn.Module):
     groups: equal parts of the channels that do not mix.
     pad: pixels of zero padding on every side, or 'SAME', see `conv`; None keeps the
       size of the image.
+    dilation: by how many pixels those that a kernel reads are apart.
     bias: adds a bias, which begins at zero.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
     dtype: of the computation; None for that of input and kernel. Parameters are
@@ -241,6 +289,7 @@ class Conv(nn.Module):
   stride: int = 1
   groups: int = 1
   pad: int | str | None = None
+  dilation: int = 1
   bias: bool = False
   kernel_init: Callable[..., jax.Array] = kaiming
   dtype: Any = None
@@ -251,7 +300,7 @@ class Conv(nn.Module):
     shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    y = conv(x, kernel, self.stride, self.groups, self.pad)
+    y = conv(x, kernel, self.stride, self.groups, self.pad, self.dilation)
     if self.bias:
       zeros = nn.initializers.zeros
       bias = self.param('bias', zeros, (self.features,), jnp.float32)

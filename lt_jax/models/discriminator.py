@@ -1,10 +1,13 @@
-"""Domain classifiers: from a layer, or an image, to which domain an image is of."""
+"""Domain classifiers: from a layer, a map or an image to the domain an image is of."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
 
+from lt_jax.errors import UserError
 from lt_jax.models.convolution import Conv
 from lt_jax.models.heads import dense
 
@@ -57,3 +60,69 @@ class ImageDiscriminator(nn.Module):
 def image_discriminator(*, width: int = 16) -> ImageDiscriminator:
   """Returns a discriminator of images, of a width."""
   return ImageDiscriminator(width)
+
+
+class PatchDiscriminator(nn.Module):
+  """Five 4x4 convolutions with stride 2, leaky ReLU between them: a logit a patch.
+
+  The channels are w, 2w, 4w, 8w and 1; each logit sees 94 x 94 pixels of the map.
+
+  Attributes:
+    width: w.
+
+  Source: Tsai et al. (AdaptSegNet), arXiv 1802.10349, section 4.2, after DCGAN (Radford
+  et al., arXiv 1511.06434), without batch normalisation; ADVENT (Vu et al., arXiv
+  1811.12833) has the same.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, maps: jax.Array) -> jax.Array:
+    """Maps (B, H, W, C) to logits (B, H / 32, W / 32) of being a target image's patch.
+
+    Raises:
+      UserError: these are no maps, or of less than 32 pixels a side.
+    """
+    if maps.ndim != 4 or min(maps.shape[1:3]) < 32:
+      raise UserError(
+        'the patch discriminator reads maps of at least 32 x 32 pixels, such as logits '
+        f'of every pixel, not {maps.shape[1:-1]}: name another layer '
+        '(config.alignment.align_on) or images that are larger'
+      )
+    x = maps
+    for number, features in enumerate((1, 2, 4, 8), 1):
+      x = _halved(features * self.width, f'conv{number}')(x)
+      x = nn.leaky_relu(x, 0.2)
+    return _halved(1, 'conv5')(x)[..., 0]
+
+
+def _halved(features: int, name: str) -> Conv:
+  """Returns a convolution to half the size, whose weights begin as PyTorch's do."""
+  return Conv(
+    features,
+    size=4,
+    stride=2,
+    pad=1,
+    bias=True,
+    kernel_init=uniform_by_inputs,
+    name=name,
+  )
+
+
+def uniform_by_inputs(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+  """Draws from U(-1 / sqrt(n), 1 / sqrt(n)), n being the numbers an output sums up.
+
+  Args:
+    key: random key.
+    shape: (..., inputs, outputs), spatial axes first.
+    dtype: of the kernel.
+  """
+  bound = 1 / math.sqrt(math.prod(shape[:-1]))
+  draw = jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound)
+  return draw.reshape(shape)
+
+
+def patch_discriminator(*, width: int = 64) -> PatchDiscriminator:
+  """Returns a discriminator of maps, of a width."""
+  return PatchDiscriminator(width)

@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from lt_jax.errors import lookup
-from lt_jax.models.convolution import INITIALISERS, Conv
+from lt_jax.models.convolution import INITIALISERS, Conv, check_output_stride
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.taps import tap
 
@@ -52,6 +52,7 @@ class InvertedResidual(nn.Module):
   Attributes:
     stage: whose block it is.
     stride: of the depthwise convolution.
+    dilation: of the depthwise convolution.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
@@ -60,6 +61,7 @@ class InvertedResidual(nn.Module):
 
   stage: Stage
   stride: int
+  dilation: int
   conv: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
 
@@ -75,6 +77,7 @@ class InvertedResidual(nn.Module):
       inside,
       size=self.stage.size,
       stride=self.stride,
+      dilation=self.dilation,
       groups=inside,
       pad='SAME',
       name='depthwise_conv',
@@ -95,6 +98,9 @@ class EfficientNetLite(nn.Module):
     stages: such as `B0`.
     first: channels after the first convolution.
     last: channels after the last one.
+    output_stride: pixels of the image a pixel of the map; below 32, the last stages
+      read pixels that are further apart instead of striding, see
+      `lt_jax.models.convolution.dilated`.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
@@ -108,6 +114,7 @@ class EfficientNetLite(nn.Module):
   stages: Sequence[Stage] = B0
   first: int = 32
   last: int = 1280
+  output_stride: int = 32
   conv: Callable[..., nn.Module] = Conv
   norm: Callable[..., nn.Module] = BatchNorm
 
@@ -117,13 +124,21 @@ class EfficientNetLite(nn.Module):
     x = self.conv(self.first, stride=2, pad='SAME', name='stem_conv')(images)
     x = nn.relu6(self.norm(name='stem_norm')(x, train=train))
     x = tap(self, 'stem', x)
+    reached, dilation = 2, 1
     for number, stage in enumerate(self.stages, 1):
       for block in range(1, stage.blocks + 1):
         name = f'stage{number}_block{block}'
         stride = stage.stride if block == 1 else 1
+        stays = reached * stride > self.output_stride
         shape = {'conv': self.conv, 'norm': self.norm, 'name': name}
-        x = InvertedResidual(stage, stride, **shape)(x, train=train)
+        x = InvertedResidual(stage, 1 if stays else stride, dilation, **shape)(
+          x, train=train
+        )
         x = tap(self, name, x)
+        if stays:
+          dilation *= stride
+        else:
+          reached *= stride
     x = self.conv(self.last, size=1, name='last_conv')(x)
     x = nn.relu6(self.norm(name='last_norm')(x, train=train))
     return tap(self, 'last', x)
@@ -131,6 +146,7 @@ class EfficientNetLite(nn.Module):
 
 def efficientnet_lite0(
   *,
+  output_stride: int = 32,
   init: str = 'kaiming_fan_out',
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
@@ -140,9 +156,11 @@ def efficientnet_lite0(
   It normalises with TensorFlow's epsilon of 0.001. Its running averages move by a tenth
   a step, like those of all trunks here, and not by a hundredth.
   """
+  check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
-  return EfficientNetLite(conv=conv, norm=partial(norm, epsilon=1e-3))
+  norm = partial(norm, epsilon=1e-3)
+  return EfficientNetLite(output_stride=output_stride, conv=conv, norm=norm)
 
 
 EFFICIENTNETS = {'efficientnet_lite0': efficientnet_lite0}

@@ -239,16 +239,43 @@ class VGG(nn.Module):
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     """Maps (B, H, W, C) images to 'fc6', 'fc7' and 'features', each (B, hidden)."""
     x = images
-    for stage, (convolutions, features) in enumerate(self.stages, 1):
-      for place in range(1, convolutions + 1):
-        x = self.conv(features, bias=True, name=f'conv{stage}_{place}')(x)
-        if self.normalised:
-          x = self.norm(name=f'norm{stage}_{place}')(x, train=train)
-        x = nn.relu(x)
-      x = max_pool(x)
+    for stage, shape in enumerate(self.stages, 1):
+      x = max_pool(convolve_stage(self, x, stage, shape, train=train))
       _check_size(images, x)
       x = tap(self, f'conv{stage}', x)
     return hidden_layers(self, x, self.side, self.hidden)
+
+
+def convolve_stage(
+  trunk: nn.Module,
+  x: jax.Array,
+  stage: int,
+  shape: tuple[int, int],
+  *,
+  train: bool,
+  pad: int | None = None,
+  dilation: int = 1,
+) -> jax.Array:
+  """Applies the convolutions of a stage of VGG, as layers of a trunk.
+
+  Args:
+    trunk: whose layers they become: its `conv`, and its `norm` where it is
+      `normalised`.
+    x: (B, H, W, C).
+    stage: its number, from 1.
+    shape: number of convolutions and their channels.
+    train: normalises by the batch.
+    pad: pixels around the first one's input; None keeps the size of the map.
+    dilation: by how many pixels those that a kernel reads are apart.
+  """
+  convolutions, features = shape
+  for place in range(1, convolutions + 1):
+    around = {'pad': pad if place == 1 else None, 'dilation': dilation}
+    x = trunk.conv(features, bias=True, **around, name=f'conv{stage}_{place}')(x)
+    if trunk.normalised:
+      x = trunk.norm(name=f'norm{stage}_{place}')(x, train=train)
+    x = nn.relu(x)
+  return x
 
 
 def _check_size(images: jax.Array, x: jax.Array) -> None:

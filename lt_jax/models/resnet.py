@@ -8,7 +8,12 @@ import jax
 from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
-from lt_jax.models.convolution import INITIALISERS, Conv
+from lt_jax.models.convolution import (
+  INITIALISERS,
+  Conv,
+  check_output_stride,
+  dilated,
+)
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.taps import tap
 
@@ -78,10 +83,13 @@ class Style(NamedTuple):
 STYLES = {
   'torch': Style(lambda branch: branch, (1, 1)),
   'caffe': Style(lambda branch: partial(stride_first, branch), (0, 1)),
+  'deeplab': Style(lambda branch: partial(stride_first, branch), (1, 2)),
 }
 """name -> style. Weights of one have the names and shapes of the other.
 
 Caffe rounds the size of its maximum up, which is what a row after the last one gives.
+'deeplab' is what codes for PyTorch made of Caffe's DeepLab-v2 (ADVENT's, for one): it
+adds a row before as PyTorch does, and rounds up as Caffe does.
 Pixels are part of a style too: weights as published for Caffe expect BGR from 0 to 255
 less (103.939, 116.779, 123.68); converters can move that into the first kernel, and the
 file for PyTorch that Liu et al. (1904.05160) begin Places-LT from has it moved: RGB,
@@ -100,6 +108,8 @@ class Block(nn.Module):
     branch: (width, stride) -> convolutions, such as `basic`.
     width: of the branch.
     stride: of the branch and the shortcut.
+    dilation: 0 strides; otherwise the block keeps the size of the map, of which it
+      reads pixels that are so far apart, see `dilated`.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
   """
@@ -107,6 +117,7 @@ class Block(nn.Module):
   branch: Branch
   width: int
   stride: int
+  dilation: int
   conv: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
 
@@ -114,13 +125,17 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     """Maps (B, H, W, C) to (B, H / stride, W / stride, C'), rounded up."""
     y = x
-    for place, layer in enumerate(self.branch(self.width, self.stride), start=1):
+    layers = self.branch(self.width, self.stride)
+    if self.dilation:
+      layers = dilated(layers, self.dilation)
+    for place, layer in enumerate(layers, start=1):
       if place > 1:
         y = nn.relu(y)
       y = self.conv(**layer, name=f'conv{place}')(y)
       y = self.norm(name=f'norm{place}')(y, train=train)
     if x.shape != y.shape:
-      shape = {'features': y.shape[-1], 'size': 1, 'stride': self.stride}
+      stride = 1 if self.dilation else self.stride
+      shape = {'features': y.shape[-1], 'size': 1, 'stride': stride}
       x = self.conv(**shape, name='shortcut_conv')(x)
       x = self.norm(name='shortcut_norm')(x, train=train)
     return nn.relu(x + y)
@@ -138,6 +153,9 @@ class ResNet(nn.Module):
     blocks: number of blocks, a stage.
     width: w.
     pool: rows, and columns, that the first maximum adds before and after its input.
+    output_stride: pixels of the image a pixel of the map; below 32, the last stages
+      read pixels that are further apart instead of striding, see `dilated`.
+    also: stages whose maps are given too, such as 'stage3'.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
@@ -152,33 +170,49 @@ class ResNet(nn.Module):
   blocks: Sequence[int]
   width: int
   pool: tuple[int, int] = (1, 1)
+  output_stride: int = 32
+  also: Sequence[str] = ()
   conv: Callable[..., nn.Module] = Conv
   norm: Callable[..., nn.Module] = BatchNorm
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(
+    self, images: jax.Array, *, train: bool
+  ) -> jax.Array | dict[str, jax.Array]:
     """Maps (B, H, W, C) images to (B, H / 32, W / 32, C'), rounded up.
 
     C' is 8 w of basic blocks and 32 w of bottlenecks. With nothing added before the
-    maximum, an odd map is rounded down there.
+    maximum, an odd map is rounded down there. Where other stages' maps are asked for, a
+    dict has them beside this one, 'features'.
     """
     x = self.conv(self.width, size=7, stride=2, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=(self.pool, self.pool))
     x = tap(self, 'stem', x)
+    reached, dilation, maps = 4, 1, {}
     for stage, blocks in enumerate(self.blocks):
       for block in range(blocks):
         name = f'stage{stage + 1}_block{block + 1}'
+        stride = 2 if stage > 0 and block == 0 else 1
+        stays = reached * stride > self.output_stride or dilation > 1
         x = Block(
           self.branch,
           self.width * 2**stage,
-          stride=2 if stage > 0 and block == 0 else 1,
+          stride=stride,
+          dilation=dilation if stays else 0,
           conv=self.conv,
           norm=self.norm,
           name=name,
         )(x, train=train)
         x = tap(self, name, x)
-    return x
+        reached, dilation = (
+          (reached, dilation * stride) if stays else (reached * stride, dilation)
+        )
+      maps[f'stage{stage + 1}'] = x
+    if not self.also:
+      return x
+    others = {name: lookup(maps, 'stage', name) for name in self.also}
+    return {'features': x, **others}
 
 
 def resnet(
@@ -188,15 +222,26 @@ def resnet(
   *,
   width: int = 64,
   style: str = 'torch',
+  output_stride: int = 32,
+  also: Sequence[str] = (),
   init: str = 'kaiming_fan_out',
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> ResNet:
   """Returns a `ResNet`, its style and its initialisation by their names."""
   adapt, pool = lookup(STYLES, 'style', style)
+  check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
-  conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
-  return ResNet(adapt(branch), tuple(blocks), width, pool, conv, norm)
+  return ResNet(
+    adapt(branch),
+    tuple(blocks),
+    width,
+    pool,
+    output_stride,
+    tuple(also),
+    conv=partial(Conv, kernel_init=kernel_init, dtype=dtype),
+    norm=norm,
+  )
 
 
 RESNETS: dict[str, Callable[..., ResNet]] = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
+from lt_jax.models import deeplab, fcn
 from lt_jax.models.convolution import INITIALISERS, Conv
 from lt_jax.models.digits import DIGITS
 from lt_jax.models.efficientnet import EFFICIENTNETS
@@ -16,6 +17,7 @@ from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.plain import PLAIN
 from lt_jax.models.planning import value_iteration
 from lt_jax.models.resnet import RESNETS
+from lt_jax.models.segmentation import SEGMENTERS
 from lt_jax.models.taps import tap
 
 
@@ -197,5 +199,8 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
   **RESNETS,
   **EFFICIENTNETS,
   **PLAIN,
+  **SEGMENTERS,
+  **deeplab.TRUNKS,
+  **fcn.TRUNKS,
 }
 """name -> (init, dtype, norm, ...) -> a trunk."""

@@ -11,6 +11,7 @@ from lt_jax.recipes import (
   losses,
   meta,
   open_world,
+  segmentation,
 )
 from lt_jax.recipes.parts import Recipe
 
@@ -21,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
   **decoupled.RECIPES,
   **adaptation.RECIPES,
   **label_shift.RECIPES,
+  **segmentation.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe, copy, shallow
+from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow
 
 
 def _target(config: ConfigDict) -> Overrides:
@@ -194,7 +194,8 @@ def subspaces(
     choose_by: of the surgery 'align_subspaces'.
     **stage: what else it sets.
   """
-  align = 'align_subspaces', {'choose_by': choose_by}
+  judge = SHALLOW[classifier]['judge']
+  align = 'align_subspaces', {'choose_by': choose_by, 'classifier': judge}
   return _turned(shallow(classifier, 'source', align, aligned_subspaces={})) | stage
 
 

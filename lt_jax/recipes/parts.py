@@ -16,7 +16,8 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to.
+      which something is chosen; 'target', a domain to adapt to;
+      'pixels', labels of each of them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -80,15 +81,21 @@ def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
 
 SHALLOW: dict[str, Overrides] = {
   'linear_svm': {
+    'judge': 'svm',
     'wrappers': {'linear_svm': {}},
     'surgeries': (('linear_svm', {}),),
   },
   'nearest_neighbour': {
+    'judge': 'neighbours',
     'wrappers': {'nearest_neighbour': {}},
     'surgeries': (('nearest_neighbour', {}),),
   },
 }
-"""Classifiers that are fitted to features in a stage of no steps."""
+"""Classifiers that are fitted to features in a stage of no steps.
+
+'judge' is the key of `lt_jax.classifiers.CLASSIFIERS` by which something is chosen for
+one, the others are keys of a stage.
+"""
 
 
 def shallow(
@@ -108,6 +115,18 @@ def shallow(
     'wrappers': {**wrappers, **own['wrappers']},
     'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
   }
+
+
+def target_stream(config: ConfigDict, **row: Any) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+    **{key: value for key, value in row.items() if value},
+  }
+  return {'streams': {'target': stream}}
 
 
 CLASS_AWARE: Overrides = {

@@ -165,7 +165,7 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
   """
   groups = [group for group in groups if group.counted]
   ranked = sorted(
-    groups, key=lambda g: -np.mean([r.result['test']['accuracy'] for r in g.counted])
+    groups, key=lambda g: -np.mean([r.result['test'][r.headline] for r in g.counted])
   )
   shown = [group for group in groups if group in ranked[:MOST_LINES]]
   figure, panels = plot(2, size=(7, 5), sharex=True)
@@ -189,7 +189,9 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
   if not drawn:
     raise Missing('metrics.jsonl has no accuracy of any method')
   for axes, split in zip(panels, ('training', 'test'), strict=True):
-    axes.set(ylabel=f'{split} accuracy (%)', ylim=(None, 102))
+    per_pixel = split == 'test' and shown[0].counted[0].task.per_pixel
+    told = 'mIoU' if per_pixel else 'accuracy'
+    axes.set(ylabel=f'{split} {told} (%)', ylim=(None, 102))
   panels[-1].set_xlabel('step')
   legend(figure, panels[-1] if panels[-1].lines else panels[0])
   fewer = f' The {MOST_LINES} of highest accuracy.' * (len(shown) < len(groups))
@@ -201,6 +203,8 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
 
 def _band(runs: Sequence[Run], split: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns steps that all seeds have, and their accuracies (R, S) in %."""
-  found = [dict(zip(*curve(run, split, 'accuracy', 100), strict=True)) for run in runs]
+  found = [
+    dict(zip(*curve(run, split, run.logged(split), 100), strict=True)) for run in runs
+  ]
   steps = sorted(functools.reduce(set.intersection, map(set, found)))
   return np.array(steps), np.array([[one[s] for s in steps] for one in found])

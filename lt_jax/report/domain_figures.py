@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import matplotlib
 import numpy as np
 
+from lt_jax.evals import TITLES
 from lt_jax.report.curves import curve
 from lt_jax.report.domains import Domain, domains
 from lt_jax.report.drawing import (
@@ -82,7 +83,8 @@ def domain_classes(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of each class, or block of classes, in each domain."""
   runs = finished(runs)
   shown, parts = domains(runs[0]), _blocks(runs[0].counts)
-  rows = [finite_mean(_metric(runs, domain, 'class_accuracy')) for domain in shown]
+  by_class = runs[0].task.by_class
+  rows = [finite_mean(_metric(runs, domain, by_class)) for domain in shown]
   cells = [[finite_mean(row[part][:, None])[0] for part in parts] for row in rows]
   names, told = _block_names(runs[0], parts)
   figure, axes = plot(size=(9, 1.5 + 0.28 * len(shown)))
@@ -93,8 +95,8 @@ def domain_classes(runs: Sequence[Run]) -> Drawn:
   axes.set_xlabel(told)
   mean = f' Mean of {len(runs)} seeds.' if len(runs) > 1 else ''
   return figure, (
-    'Test accuracy of each class in each domain in %, the class that is most frequent '
-    f'in training first.{mean}'
+    f'Test {runs[0].measure} of each class in each domain in %, the class that is most '
+    f'frequent in training first.{mean}'
   )
 
 
@@ -107,7 +109,7 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
   width = 0.8 / len(shown)
   for number, (domain, colour) in enumerate(colours_of(shown).items()):
     values = np.stack(
-      [_metric(runs, domain, name) for name in (*there, 'accuracy')], axis=1
+      [_metric(runs, domain, name) for name in (*there, runs[0].headline)], axis=1
     )
     mean, deviation = mean_and_deviation(values)
     place = np.arange(len(there) + 1) - 0.4 + width * (number + 0.5)
@@ -125,14 +127,15 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
   sizes['all'] = len(runs[0].counts)
   told = [f'{n}\n{size} class{"es" * (size > 1)}' for n, size in sizes.items()]
   axes.set_xticks(np.arange(len(told)), told)
-  axes.set(ylabel='test accuracy (%)', ylim=(0, 103))
+  axes.set(ylabel=f'test {runs[0].measure} (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
   legend(figure, axes, 3)
-  return figure, f'Accuracy by shot group in each domain.{seeds(runs)}'
+  told = f'By shot group in each domain, the test {runs[0].measure}.'
+  return figure, told + seeds(runs)
 
 
 def predicted(run: Run) -> Iterator[tuple[Domain, np.ndarray, np.ndarray]]:
-  """Yields each domain with label and prediction of its test images, (N,) each.
+  """Yields each domain with (C,) how often each class is true, and is predicted.
 
   Raises:
     Missing: predictions.npz is not there, damaged, or of an earlier version.
@@ -141,16 +144,20 @@ def predicted(run: Run) -> Iterator[tuple[Domain, np.ndarray, np.ndarray]]:
   if 'domains' not in stored:
     raise Missing(EARLIER.format('predictions.npz'))
   numbers = {name: number for number, name in enumerate(stored['domains'].tolist())}
+  keys = ('confusion',) if run.task.per_pixel else ('label', 'prediction')
   for domain in domains(run):
-    label, prediction = stored['label'], stored['prediction']
-    if f'{domain.name}/label' in stored:
-      label, prediction = (
-        stored[f'{domain.name}/{key}'] for key in ('label', 'prediction')
-      )
+    found = [stored[key] for key in keys]
+    if f'{domain.name}/{keys[0]}' in stored:
+      found = [stored[f'{domain.name}/{key}'] for key in keys]
     elif 'domain' in stored:
       own = stored['domain'] == numbers[domain.name]
-      label, prediction = label[own], prediction[own]
-    yield domain, label, prediction
+      found = [values[own] for values in found]
+    if run.task.per_pixel:
+      matrix = found[0].sum(0, dtype=np.int64)
+      yield domain, matrix.sum(1), matrix.sum(0)
+    else:
+      true, taken = (np.bincount(x, minlength=len(run.counts)) for x in found)
+      yield domain, true, taken
 
 
 def domain_predictions(runs: Sequence[Run]) -> Drawn:
@@ -160,11 +167,11 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
   """
   runs = finished(runs)
   run = runs[0]
-  classes, parts = len(run.counts), _blocks(run.counts)
+  parts = _blocks(run.counts)
   share: dict[Domain, np.ndarray] = {}
   for one in runs:
     for domain, *both in predicted(one):
-      counted = np.stack([np.bincount(x, minlength=classes) for x in both])
+      counted = np.stack(both)
       share[domain] = share.get(domain, 0) + counted / counted.sum(1, keepdims=True)
   drawn = list(share)[:MOST_PANELS]
   columns = 2 if len(drawn) == 4 else min(3, len(drawn))
@@ -198,7 +205,7 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
     axes.remove()
     panels.flat[number - columns].tick_params(labelbottom=True)
   for axes in panels[:, 0]:
-    axes.set_ylabel('test images (%)')
+    axes.set_ylabel(f'test {run.counted} (%)')
   figure.supxlabel(told, fontsize='medium')
   legend(figure, panels[0, 0])
   left = len(share) - len(drawn)
@@ -235,7 +242,7 @@ def domain_training(runs: Sequence[Run]) -> Drawn:
     first = run is runs[0]
     alpha = 1 if first else 0.4
     for split, (title, colour) in _curves(run, shown).items():
-      points = curve(run, split, 'accuracy', 100)
+      points = curve(run, split, run.logged(split), 100)
       style = {} if split == 'train' else MARKER
       label = title if first and points[0] else None
       line(accuracy, *points, **style, color=colour, alpha=alpha, label=label)
@@ -243,7 +250,8 @@ def domain_training(runs: Sequence[Run]) -> Drawn:
       points = curve(run, 'train', 'domain_accuracy', 100)
       line(axes, *points, color=SPLITS['train'], alpha=alpha)
   told = mark_stages(panels[:, 0], runs[0])
-  accuracy.set(ylabel='accuracy (%)', ylim=(-3, 103))
+  told_by = 'accuracy, mIoU' if runs[0].task.per_pixel else 'accuracy'
+  accuracy.set(ylabel=f'{told_by} (%)', ylim=(-3, 103))
   panels[-1, 0].set_xlabel('step')
   legend(figure, accuracy, 3)
   judge = ''
@@ -320,7 +328,8 @@ def compare_domains(groups: Sequence[Group]) -> Drawn:
   for domain, colour in colours_of(shown).items():
     there = [g for g in groups if all(domain in domains(run) for run in g.counted)]
     pairs = [
-      mean_and_deviation(_metric(group.counted, domain, 'accuracy')) for group in there
+      mean_and_deviation(_metric(g.counted, domain, g.counted[0].headline))
+      for g in there
     ]
     axes.errorbar(
       [mean for mean, _ in pairs],
@@ -333,10 +342,11 @@ def compare_domains(groups: Sequence[Group]) -> Drawn:
       label=_title(domain),
     )
   axes.set_yticks(place, [short_label(group.label) for group in groups])
-  axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
+  measure = TITLES[groups[0].counted[0].headline]
+  axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes, 3)
   return figure, (
-    'Test accuracy in each domain; mean and standard deviation over seeds.'
+    f'Test {measure} in each domain; mean and standard deviation over seeds.'
   )
 
 

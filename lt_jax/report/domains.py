@@ -10,8 +10,8 @@ from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
 UNITS = (
-  'Test accuracy in % in each domain; other test metrics are those of the target, or '
-  'means over targets.'
+  'Test accuracy in % in each domain, of label maps the mIoU; other test metrics are '
+  'those of the target, or means over targets.'
 )
 
 DISTANCE = (
@@ -91,7 +91,7 @@ def _accuracies(group: Group, domain: Domain) -> str:
 
 
 def _accuracy(run: Run, name: str) -> float | None:
-  return (run.result['domains'].get(name) or {}).get('accuracy')
+  return (run.result['domains'].get(name) or {}).get(run.headline)
 
 
 def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, list[str]]:
@@ -105,7 +105,7 @@ def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, lis
     title: [
       percent(
         [
-          ((run.result.get('domain_means') or {}).get(key) or {}).get('accuracy')
+          ((run.result.get('domain_means') or {}).get(key) or {}).get(run.headline)
           for run in group.counted
         ]
       )
@@ -192,7 +192,7 @@ def _beside(
 
 
 def _headline(group: Group) -> float:
-  return float(np.mean([run.result['test']['accuracy'] for run in group.counted]))
+  return float(np.mean([run.result['test'][run.headline] for run in group.counted]))
 
 
 def _worse(group: Group, control: Group) -> list[str]:

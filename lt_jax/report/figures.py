@@ -46,8 +46,12 @@ FEWEST_NEIGHBOURS = 30
 
 
 def _class_accuracy(runs: Sequence[Run]) -> np.ndarray:
-  """Returns (R, C) test accuracies in %, NaN of a class without test images."""
-  return 100 * np.array([run.test('class_accuracy') for run in runs], np.float64)
+  """Returns (R, C) test accuracies, or IoU, in %, NaN of a class that has none."""
+  return 100 * np.array([run.test(run.task.by_class) for run in runs], np.float64)
+
+
+def _capital(text: str) -> str:
+  return text[:1].upper() + text[1:]
 
 
 def class_accuracy(runs: Sequence[Run]) -> Drawn:
@@ -80,7 +84,7 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
     ticks = [f'{shortened(names[c])}\n{counts[c]}' for c in order]
     turned = max(len(names[c]) for c in order) * len(order) > 90
     axes.set_xticks(np.arange(len(order)), ticks, rotation=45 if turned else 0)
-    axes.set_xlabel('class, and its training images')
+    axes.set_xlabel(f'class, and its training {runs[0].counted}')
   else:
     width = max(3, len(order) // 10)
     kernel = np.ones(width) / width
@@ -92,16 +96,18 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
       label=f'mean of {width} neighbours',
     )
     log_counts(axes)
-  axes.set(ylabel='test accuracy (%)', ylim=(-3, 103))
+  measure = runs[0].measure
+  axes.set(ylabel=f'test {measure} (%)', ylim=(-3, 103))
   legend(figure, axes)
-  return figure, 'Accuracy of each class against class frequency.' + seeds(runs)
+  told = f'{_capital(measure)} of each class against class frequency.'
+  return figure, told + seeds(runs)
 
 
 def shot_groups(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of many-, medium- and few-shot classes, and of all."""
   runs = finished(runs)
   masks = runs[0].groups | {'all': np.ones(len(runs[0].counts), bool)}
-  test = [run.result['test'] | {'all': run.test('accuracy')} for run in runs]
+  test = [run.result['test'] | {'all': run.test(run.headline)} for run in runs]
   there = [name for name in masks if all(t.get(name) is not None for t in test)]
   mean, deviation = mean_and_deviation(
     [[100 * t[name] for name in there] for t in test]
@@ -115,18 +121,20 @@ def shot_groups(runs: Sequence[Run]) -> Drawn:
     f'{n if n == "all" else n + "-shot"}\n{masks[n].sum()} classes' for n in there
   ]
   axes.set_xticks(place, told)
-  axes.set(ylabel='test accuracy (%)', ylim=(0, 103))
+  measure = runs[0].measure
+  axes.set(ylabel=f'test {measure} (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
   data = runs[0].config['data']
   bounds = shot_bounds(runs[0].counts, data['many_shot'], data['few_shot'])
   return figure, (
-    f'Accuracy by shot group: many-shot classes have more than {bounds["many"]:g} '
-    f'training images, few-shot ones less than {bounds["few"]:g}.{seeds(runs)}'
+    f'{_capital(measure)} by shot group: many-shot classes have more than '
+    f'{bounds["many"]:g} training {runs[0].counted}, few-shot ones less than '
+    f'{bounds["few"]:g}.{seeds(runs)}'
   )
 
 
 def confusion(runs: Sequence[Run]) -> Drawn:
-  """Draws what test images of each class, or block of classes, were taken for."""
+  """Draws what images, or pixels, of each class or block of classes were taken for."""
   runs = finished(runs)
   counts = runs[0].counts
   classes = len(counts)
@@ -136,8 +144,12 @@ def confusion(runs: Sequence[Run]) -> Drawn:
   block[order] = np.arange(classes) * blocks // classes
   cells = np.zeros((blocks, blocks))
   for run in runs:
-    label, prediction, _ = run.predicted
-    np.add.at(cells, (block[label], block[prediction]), 1)
+    if run.task.per_pixel:
+      whole = run.arrays('predictions.npz')['confusion'].sum(0, dtype=np.int64)
+      np.add.at(cells, (block[:, None], block[None]), whole)
+    else:
+      label, prediction, _ = run.predicted
+      np.add.at(cells, (block[label], block[prediction]), 1)
   share = 100 * cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
   figure, axes = plot(size=(5.6, 4.6))
   matrix(axes, share, numbers=blocks <= 12)
@@ -163,11 +175,7 @@ def confusion(runs: Sequence[Run]) -> Drawn:
 def reliability(runs: Sequence[Run]) -> Drawn:
   """Draws accuracy against confidence, and how many images have which."""
   runs = finished(runs)
-  label, prediction, confidence = (
-    np.concatenate(parts)
-    for parts in zip(*(run.predicted for run in runs), strict=True)
-  )
-  bins = calibration(np.clip(confidence, 1e-9, 1), prediction == label)
+  bins = _reliability_bins(runs)
   figure, (upper, lower) = plot(2, size=(5.6, 4.6), sharex=True, height_ratios=(3, 1))
   centres = (np.arange(BINS) + 0.5) * 100 / BINS
   upper.plot((0, 100), (0, 100), '--', color=INK, linewidth=0.8, label='calibrated')
@@ -181,9 +189,9 @@ def reliability(runs: Sequence[Run]) -> Drawn:
   )
   upper.set(ylabel='test accuracy (%)', xlim=(0, 100), ylim=(0, 103))
   upper.legend(loc='upper left')
-  share = 100 * bins['bin_count'] / len(label)
+  share = 100 * bins['bin_count'] / max(bins['bin_count'].sum(), 1)
   lower.bar(centres, share, 92 / BINS, color=COLOURS['all'])
-  lower.set(xlabel='confidence (%)', ylabel='images (%)')
+  lower.set(xlabel='confidence (%)', ylabel=f'{runs[0].counted} (%)')
   mean, deviation = mean_and_deviation([100 * run.test('ece') for run in runs])
   spread = '' if deviation is None else f' ± {deviation:.1f}'
   pooled = f' {len(runs)} seeds together.' if len(runs) > 1 else ''
@@ -191,6 +199,23 @@ def reliability(runs: Sequence[Run]) -> Drawn:
     f'Reliability: the expected calibration error is {mean:.1f}{spread} % '
     f'({BINS} bins).{pooled}'
   )
+
+
+def _reliability_bins(runs: Sequence[Run]) -> dict[str, np.ndarray]:
+  """Returns 'bin_count' and 'bin_accuracy' of the test images of all runs together."""
+  if runs[0].task.per_pixel:
+    stored = [run.arrays('predictions.npz') for run in runs]
+    pixels, right = (
+      sum(one[name].sum(0, dtype=np.float64) for one in stored)
+      for name in ('pixels', 'right')
+    )
+    accuracy = np.divide(right, pixels, out=np.zeros_like(right), where=pixels > 0)
+    return {'bin_count': pixels, 'bin_accuracy': accuracy}
+  label, prediction, confidence = (
+    np.concatenate(parts)
+    for parts in zip(*(run.predicted for run in runs), strict=True)
+  )
+  return calibration(np.clip(confidence, 1e-9, 1), prediction == label)
 
 
 SCORES = {'known_score': 'the method’s score', 'energy': 'energy of the logits'}
@@ -262,17 +287,22 @@ def training(runs: Sequence[Run]) -> Drawn:
       if split != 'train':
         style |= MARKER
       line(loss, *curve(run, split, 'loss'), **style)
-      line(accuracy, *curve(run, split, 'accuracy', 100), **style)
+      line(accuracy, *curve(run, split, run.logged(split), 100), **style)
     line(rate, *curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
   told = mark_stages(panels, runs[0])
   loss.set_ylabel('loss (nats)')
   legend(figure, loss)
-  accuracy.set(ylabel='accuracy (%)', ylim=(0, 103))
+  accuracy.set(ylabel=_logged(runs[0]), ylim=(0, 103))
   rate.set(ylabel='learning rate', xlabel='step')
   return figure, (
     'Training. Of training images the loss is the one that is minimised, with weights '
     f'and margins; of the others it is the cross-entropy.{told}{each_seed(runs)}'
   )
+
+
+def _logged(run: Run) -> str:
+  """Returns what an axis of the metrics in the log is called."""
+  return 'accuracy, mIoU (%)' if run.task.per_pixel else 'accuracy (%)'
 
 
 def mark_stages(panels: Sequence[Axes], run: Run) -> str:
@@ -435,8 +465,10 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   figure, axes = plot(size=(5.6, 0.9 + 0.26 * len(groups)))
   place = np.arange(len(groups))
   for name in ('many', 'medium', 'few', 'all'):
-    key = 'accuracy' if name == 'all' else name
-    found = [[r.result['test'].get(key) for r in g.counted] for g in groups]
+    found = [
+      [r.result['test'].get(r.headline if name == 'all' else name) for r in g.counted]
+      for g in groups
+    ]
     there = np.array([None not in values for values in found])
     if not there.any():
       continue
@@ -456,9 +488,11 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
       label=name if name == 'all' else f'{name}-shot',
     )
   axes.set_yticks(place, [short_label(group.label) for group in groups])
-  axes.set(xlabel='test accuracy (%)', ylim=(len(groups) - 0.5, -0.5))
+  measure = groups[0].counted[0].measure
+  axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes)
-  return figure, 'Accuracy by shot group; mean and standard deviation over seeds.'
+  told = 'by shot group; mean and standard deviation over seeds.'
+  return figure, f'{_capital(measure)} {told}'
 
 
 def short_label(label: str) -> str:
@@ -482,7 +516,8 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   matrix(axes, shown, numbers=True)
   if len(parts) == len(order):
     ticks = [shortened(names[c]) + f'\n{counts[0, c]}' * same for c in order]
-    axes.set_xlabel('class' + ', and its training images' * same)
+    counted = groups[0].counted[0].counted
+    axes.set_xlabel('class' + f', and its training {counted}' * same)
   else:
     numbers = counts[0, order] if same else np.arange(1, len(order) + 1)
     ticks = [f'{part[0]} to {part[-1]}' for part in np.array_split(numbers, len(parts))]
@@ -491,7 +526,8 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   turned = max(map(len, ticks)) * len(ticks) > 100
   axes.set_xticks(np.arange(len(ticks)), ticks, rotation=90 if turned else 0)
   axes.set_yticks(np.arange(len(groups)), [short_label(g.label) for g in groups])
-  caption = 'Test accuracy of each class in %, the most frequent first.'
+  measure = groups[0].counted[0].measure
+  caption = f'Test {measure} of each class in %, the most frequent first.'
   if not same:
     caption += (
       ' The methods were trained on different numbers of images of a class, which are '

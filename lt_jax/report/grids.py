@@ -64,7 +64,8 @@ def _grid(recipe: str, cells: list[Group]) -> Grid:
   keys = _telling(configs)
   values = [tuple(config.get(key) for key in keys) for config in configs]
   split, _, metric = str(configs[0].get('select', '')).partition('/')
-  metric = metric if split == 'val' else 'accuracy'
+  headline = cells[0].counted[0].headline
+  metric = metric if split == 'val' else headline
   means = [_validated(group, metric) for group in cells]
   known = [task.metrics[metric] for task in TASKS.values() if metric in task.metrics]
   better = known[0].better if known else 1
@@ -194,6 +195,6 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
 
 
 def _errors(runs: Sequence[Run], split: str) -> list[float | None]:
-  """Returns 1 - accuracy in %, of each run."""
-  found = [(run.result.get(split) or {}).get('accuracy') for run in runs]
+  """Returns 1 - accuracy, or 1 - mIoU, in %, of each run."""
+  found = [(run.result.get(split) or {}).get(run.headline) for run in runs]
   return [None if value is None else 100 * (1 - value) for value in found]

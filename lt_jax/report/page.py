@@ -1,7 +1,5 @@
 """The page: what was read, counted and drawn, through one template."""
 
-import base64
-import io
 import json
 import os
 import urllib.parse
@@ -20,6 +18,7 @@ from lt_jax.report import (
   figures,
   grids,
   insides,
+  pictures,
   selection,
   tables,
 )
@@ -32,9 +31,6 @@ REMARK = 'There are many methods: the report of a method’s own folder has its 
 
 MOST_SAMPLES = 32
 MOST_TRANSLATIONS = 6
-THUMBNAIL = 128
-"""Pixels of the longer side."""
-
 STANDALONE = (
   '<style>svg{color:#24292f}'
   '@media(prefers-color-scheme:dark){svg{color:#d7dde3}}</style>'
@@ -68,6 +64,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   by_domain = domains.domains_table(groups)
+  by_class = tables.classes_table(groups)
   selected = selection.selection_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
@@ -83,16 +80,19 @@ def write(folder: epath.PathLike) -> epath.Path:
     results=results,
     published=published,
     domains=by_domain,
+    classes=by_class,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
     sections=sections,
-    samples=_samples(runs[0]) if alone else None,
+    samples=_samples(runs[0]) if alone and runs[0].task.picture is None else None,
+    pictures=pictures.rows(runs[0]) if alone else [],
+    colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, selected, chosen, published]
+  shown = [results, by_domain, by_class, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
@@ -239,7 +239,7 @@ def _samples(run: Run) -> dict[str, Any]:
       'missing': '',
       'images': [
         {
-          'uri': _uri(image),
+          'uri': pictures.uri(image),
           'label': names[label],
           'prediction': names[prediction],
           'confidence': f'{100 * confidence:.0f}',
@@ -258,27 +258,9 @@ def _translations(run: Run) -> list[dict[str, str]]:
   try:
     stored = run.arrays('translations.npz')
     return [
-      {'uri': _uri(image), 'name': name.replace('_', ' ')}
+      {'uri': pictures.uri(image), 'name': name.replace('_', ' ')}
       for name in sorted(stored)
       for image in stored[name][:MOST_TRANSLATIONS]
     ]
   except (Missing, OSError, *drawing.OTHER_CONTENTS):
     return []
-
-
-def _uri(pixels: np.ndarray) -> str:
-  """Returns an image (H, W, channels) uint8 as a data URI, at most a thumbnail.
-
-  Of RGBA the transparency is dropped; of other channels the first is shown.
-  """
-  from PIL import Image
-
-  colour = pixels.shape[-1] in (3, 4)
-  image = Image.fromarray(
-    np.ascontiguousarray(pixels[..., :3] if colour else pixels[..., 0])
-  )
-  image.thumbnail((THUMBNAIL, THUMBNAIL))
-  kind = 'png' if max(image.size) < THUMBNAIL // 2 else 'jpeg'
-  buffer = io.BytesIO()
-  image.save(buffer, format=kind)
-  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'

@@ -14,7 +14,8 @@ from lt_jax import files, provenance
 from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
-from lt_jax.evals import TITLES
+from lt_jax.evals import CLASSIFICATION, TASKS, TITLES
+from lt_jax.evals.tasks import Task
 from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.writers import (
   count_rows,
@@ -46,16 +47,16 @@ SHAPES: dict[str, Any] = {
   'result.json': {
     'test': {
       **dict.fromkeys(TITLES, MAYBE),
-      'accuracy': NUMBER,
       'class_accuracy': (None, [MAYBE]),
+      'iou_by_class': (None, [MAYBE]),
     },
     'val': (None, dict.fromkeys(TITLES, MAYBE)),
     'threshold': (None, {'value': MAYBE}),
-    'best_on_test': (None, {'accuracy': NUMBER}),
+    'best_on_test': (None, {}),
     'versions': (None, {}),
     'warnings': (None, [str]),
-    'domains': (None, {str: {'accuracy': NUMBER}}),
-    'domain_means': (None, {str: {'accuracy': NUMBER}}),
+    'domains': (None, {str: {}}),
+    'domain_means': (None, {str: {}}),
     'a_distance': (None, {str: MAYBE}),
     'wall_seconds': MAYBE,
   },
@@ -94,6 +95,7 @@ class Run:
     if self.config:
       self._check_provenance()
       self.config = upgraded(self.config)
+      self._check_headline()
     if self._damaged:
       self.result = {}
     self.state = printable('; '.join(self._damaged) or self._progress())
@@ -123,6 +125,40 @@ class Run:
     fingerprint = self.data.get('fingerprint')
     if fingerprint and self.result.get('fingerprint', fingerprint) != fingerprint:
       self._damaged.append('data.json was changed after training')
+
+  def _check_headline(self) -> None:
+    """Notes a result without the number that a run is told by."""
+    means = ('domains', 'domain_means')
+    places = [p for key in means for p in (self.result.get(key) or {}).values()]
+    places += [
+      self.result[key] for key in ('test', 'best_on_test') if self.result.get(key)
+    ]
+    if not all(fits(place, {self.headline: NUMBER}) for place in places):
+      self._damaged.append('result.json is damaged')
+
+  @property
+  def task(self) -> Task:
+    """What a label of the run is, and what is measured."""
+    return TASKS.get(self.config.get('task'), CLASSIFICATION)
+
+  @property
+  def headline(self) -> str:
+    """The metric that it is told by, such as 'accuracy'."""
+    return self.task.headline
+
+  @property
+  def measure(self) -> str:
+    """What figures call the metric of its classes."""
+    return 'IoU' if self.task.per_pixel else 'accuracy'
+
+  @property
+  def counted(self) -> str:
+    """What is counted: a label is of each of them."""
+    return 'pixels' if self.task.per_pixel else 'images'
+
+  def logged(self, split: str) -> str:
+    """Returns the metric that tells of a split in the log."""
+    return 'accuracy' if split == 'train' else self.headline
 
   def _progress(self) -> str:
     """Says how far the run has come, by its files."""
@@ -212,6 +248,8 @@ class Run:
       Missing: the file is not there, damaged, or of a version that left no predictions.
     """
     stored = self.arrays('predictions.npz')
+    if self.task.per_pixel:
+      raise Missing('every pixel has a label, and those of single pixels are not kept')
     if 'label' in stored and 'prediction' not in stored:
       raise Missing(
         'predictions.npz is of an earlier version; the command of the run, given '

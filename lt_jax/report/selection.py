@@ -1,5 +1,6 @@
 """What the ways to choose a State of a run are worth, beside the last and the best."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,17 @@ def selection_table(groups: Sequence[Group]) -> Table:
   `oracle` is the best on test images, which nobody can choose. What is between needs no
   label of the target.
   """
-  rules = {'last': _last, 'val/accuracy': _best_by('val', 'accuracy', 1)}
+  counted = [run for group in groups for run in group.counted]
+  headline = counted[0].headline if counted else 'accuracy'
+  rules = {'last': _last, f'val/{headline}': _best_by('val', headline, 1)}
   rules |= {
     f'target/{name}': _best_by('target', name, criterion.better)
     for name, criterion in CRITERIA.items()
   }
-  rules |= {'centroid rule': _by_centroids, 'oracle': _best_by('test', 'accuracy', 1)}
+  rules |= {
+    'centroid rule': functools.partial(_by_centroids, headline),
+    'oracle': _best_by('test', headline, 1),
+  }
   rows, links = [], []
   for group in groups:
     chosen = [_chosen(run, rules) for run in group.counted]
@@ -51,7 +57,7 @@ def _chosen(
     return {}
   steps = {rule: choose(rows) for rule, choose in rules.items()}
   return {
-    rule: rows['test'].get(step, {}).get('accuracy') for rule, step in steps.items()
+    rule: rows['test'].get(step, {}).get(run.headline) for rule, step in steps.items()
   }
 
 
@@ -69,12 +75,12 @@ def _best_by(split: str, metric: str, better: int) -> Callable[[Rows], int | Non
   return choose
 
 
-def _by_centroids(rows: Rows) -> int | None:
+def _by_centroids(headline: str, rows: Rows) -> int | None:
   """The rule of Sun et al., see `lt_jax.evals.label_free.centroid_rule`."""
   both = {
-    step: (1 - rows['val'][step]['accuracy'], row['centroid_distance'])
+    step: (1 - rows['val'][step][headline], row['centroid_distance'])
     for step, row in rows['target'].items()
-    if 'accuracy' in rows['val'].get(step, {}) and 'centroid_distance' in row
+    if headline in rows['val'].get(step, {}) and 'centroid_distance' in row
   }
   if not both:
     return None

@@ -87,6 +87,26 @@ def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
   )
 
 
+def classes_table(groups: Sequence[Group]) -> Table:
+  """Returns a row a method with the test IoU of each class in %, where pixels have one.
+
+  Of several seeds it is the mean; a class that is nowhere in a run has none there.
+  """
+  found = [
+    group for group in groups if group.counted and group.counted[0].task.per_pixel
+  ]
+  names = found[0].counted[0].class_names if found else []
+  rows, links = [], []
+  for group in found:
+    runs = [run for run in group.counted if run.class_names == names]
+    values = [run.result['test'][run.task.by_class] for run in runs]
+    if len(runs) == len(group.counted):
+      shown = [percent([one[c] for one in values]) for c in range(len(names))]
+      rows.append([group.label, *shown])
+      links.append(f'#{group.anchor}')
+  return Table(['IoU by class', *names], rows, links)
+
+
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
   """Returns the metrics that any run has, with their titles."""
   there = {name for run in runs if run.result for name in run.result['test']}

@@ -1,0 +1,262 @@
+"""Self-training by a teacher: an average of the network labels its target images."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import nn
+
+from lt_jax.data.augment import colour_jitter
+from lt_jax.errors import UserError, lookup
+from lt_jax.method import (
+  Batch,
+  Method,
+  Metrics,
+  Network,
+  PyTree,
+  State,
+  check_streams,
+  forward,
+  mean_metric,
+  named_key,
+  predictor,
+  tick,
+)
+from lt_jax.methods.pairs import (
+  STATISTICS,
+  begin,
+  forward_pair,
+  held,
+  update_all,
+)
+from lt_jax.methods.supervised import Loss, Objective
+from lt_jax.methods.translation import Pixels, normalised, raw
+from lt_jax.optim import Optimizer
+
+
+def by_share(sure: jax.Array) -> jax.Array:
+  """Every pixel counts, as much as is sure of the batch: DAFormer's form."""
+  return jnp.full(sure.shape, sure.astype(jnp.float32).mean())
+
+
+def by_pixel(sure: jax.Array) -> jax.Array:
+  """Pixels that are sure count, and no others."""
+  return sure.astype(jnp.float32)
+
+
+TRUST: dict[str, Callable[[jax.Array], jax.Array]] = {
+  'share': by_share,
+  'pixel': by_pixel,
+}
+"""name -> (T, ...) bool, whether a label is sure, to weights of the same shape."""
+
+
+class Mixed(NamedTuple):
+  """What the student is trained on beside the source.
+
+  Attributes:
+    image: (T, H, W, channels), normalised as the target's images are.
+    label: (T, ...) int32.
+    weight: (T, ...) float32.
+  """
+
+  image: jax.Array
+  label: jax.Array
+  weight: jax.Array
+
+
+def mean_teacher(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  loss: Loss,
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  pixels: Mapping[str, Pixels],
+  statistics: str = 'separate',
+  decay: float = 0.999,
+  threshold: float = 0.968,
+  trust: str = 'share',
+  mix: bool = True,
+  jitter: float = 0.2,
+) -> Method:
+  r"""Supervised learning on the source, and on what a teacher says of the target.
+
+  .. math::
+    L_y + \frac{\lambda(p)}{N} \sum_n q_n\, \ell(\tilde x, \tilde y)_n, \qquad
+    \hat y_n = \arg\max_c \bar p_n(c), \qquad
+    \bar\theta_t = a_t \bar\theta_{t-1} + (1 - a_t)\, \theta_t, \quad
+    a_t = \min\big(1 - \tfrac{1}{t + 1},\, a\big)
+
+  over the N labels of a batch of the target. The teacher, of parameters and statistics
+  that are averages of the network's, labels target images as they are. The student
+  sees them changed: the pixels of half of the classes of a source image, drawn anew in
+  every step, are pasted on each, with their true labels, and its colours are jittered.
+  Nothing moves, so that labels stay where they are. q is 1 where a pixel is pasted;
+  elsewhere it is the share of the batch of which the teacher is surer than the
+  threshold ('share'), or 1 where it is and 0 where it is not ('pixel').
+
+  The teacher begins as what the network is in the first step, whatever surgery has made
+  it. The network predicts, not its teacher. 'labelled' is the share that is sure.
+
+  Args:
+    net: returns a dict with 'logits' (B, ..., C).
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    loss: (outputs, batch) -> (T, ...), of labels of which -1 counts for nothing.
+    alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
+    streams: names of the streams, of which it reads 'target'.
+    pixels: stream -> (mean, std) by which its images are normalised.
+    statistics: how the source and the changed images meet in batch normalisation, a key
+      of `lt_jax.methods.pairs.STATISTICS`.
+    decay: a, in [0, 1).
+    threshold: of the probability of the teacher's label.
+    trust: a key of `TRUST`.
+    mix: pastes pixels of the source; only where labels are of pixels. Images of both
+      domains then have one size.
+    jitter: strength of the changes of colour, see `colour_jitter`; 0 for none, as of
+      images that have not three channels.
+
+  Raises:
+    UserError: a number is out of range, no target, or an unknown name.
+
+  The teacher: Tarvainen and Valpola, "Mean teachers are better role models", NIPS 2017,
+  arXiv 1703.01780. Pasted classes: Tranheden et al., DACS, WACV 2021, arXiv 2007.08702.
+  The whole: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, without its blur, its
+  distance from features of ImageNet, and its sampling of rare classes, which is a
+  sampler's work; there the colours of four batches in five are changed.
+  """
+  check_streams(streams, 'target')
+  lookup(STATISTICS, 'kind of batch statistics', statistics)
+  weigh = lookup(TRUST, 'way to trust a teacher', trust)
+  for name, number in (('decay', decay), ('threshold', threshold)):
+    if not 0 <= number < 1:
+      raise UserError(f'mean_teacher: {name} must be in [0, 1), got {number}')
+  begun = begin(net, optimizer, lambda outputs: {}, statistics=statistics, players={})
+
+  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    state = begun(key, batches)
+    first = jax.tree.map(jnp.zeros_like, _average_of(state))
+    return state.replace(memory={'teacher': first, 'updates': jnp.int32(0)})
+
+  def taught(state: State) -> State:
+    """Moves the teacher to where the network has come."""
+    t = state.memory['updates'].astype(jnp.float32)
+    a = jnp.minimum(1 - 1 / (t + 1), decay)
+    teacher = jax.tree.map(
+      lambda old, new: (a * old + (1 - a) * new).astype(old.dtype),
+      state.memory['teacher'],
+      _average_of(state),
+    )
+    memory = {'teacher': teacher, 'updates': state.memory['updates'] + 1}
+    return state.replace(memory=memory)
+
+  def mixed(state: State, batches: Mapping[str, Batch]) -> tuple[Mixed, jax.Array]:
+    """What the student sees, and where the teacher is sure."""
+    source, images = batches['train'], batches['target']['image']
+    teacher = state.memory['teacher']
+    outputs, _ = forward(net, teacher['params'], teacher['stats'], images, train=False)
+    p = nn.softmax(outputs['logits'])
+    label, sure = p.argmax(-1).astype(jnp.int32), p.max(-1) >= threshold
+    seen = Mixed(raw(images, *pixels['target']), label, weigh(sure))
+    if mix:
+      _check_pixels(source, images, label)
+      # Neighbours in a batch stay neighbours, and so on their device.
+      chosen = np.arange(len(images)) * len(source['image']) // len(images)
+      given = source['label'][chosen]
+      pasted = Mixed(
+        raw(source['image'][chosen], *pixels['train']),
+        given,
+        jnp.ones_like(seen.weight),
+      )
+      drawn_by = named_key(state.key, 'mixed_classes', state.step)
+      mask = half_of_classes(drawn_by, given, p.shape[-1])
+      seen = Mixed(
+        *(
+          jnp.where(mask[..., None] if ours.ndim > mask.ndim else mask, theirs, ours)
+          for ours, theirs in zip(seen, pasted, strict=True)
+        )
+      )
+    image = seen.image
+    if jitter:
+      colours = named_key(state.key, 'jitter', state.step)
+      image = colour_jitter(colours, 255 * image, strength=jitter) / 255
+    return seen._replace(image=normalised(image, *pixels['target'])), sure
+
+  def objectives(
+    params: PyTree, state: State, batch: Batch, seen: Mixed
+  ) -> tuple[jax.Array, tuple[PyTree, Metrics]]:
+    params = held(params, optimizer, {})
+    source, target, stats = forward_pair(
+      net,
+      params['net'],
+      state.stats,
+      batch['image'],
+      seen.image,
+      statistics=statistics,
+    )
+    value, metrics = objective(source, batch, state.step)
+    pseudo = (seen.weight * loss(target, {'label': seen.label})).mean()
+    metrics |= {'loss': mean_metric(value), 'pseudo_loss': mean_metric(pseudo)}
+    return value + alignment_weight(state.step) * pseudo, (stats, metrics)
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    state = taught(state)
+    seen, sure = mixed(state, batches)
+    grads, (stats, metrics) = jax.grad(objectives, has_aux=True)(
+      state.params, state, batches['train'], seen
+    )
+    state, norms = update_all(state, grads, optimizer, {})
+    labelled = sure.sum(dtype=jnp.float32), jnp.float32(sure.size)
+    metrics |= {'labelled': labelled} | norms
+    return tick(state.replace(stats=stats)), metrics
+
+  return Method(init, step, predictor(net))
+
+
+def _average_of(state: State) -> PyTree:
+  """Returns what a teacher is an average of."""
+  return {'params': state.params['net'], 'stats': state.stats['net']}
+
+
+def _check_pixels(source: Batch, images: jax.Array, label: jax.Array) -> None:
+  """Refuses what cannot be mixed: labels of images, images of two sizes."""
+  if label.ndim != 3:
+    raise UserError(
+      'mean_teacher mixes images by labels of pixels, and these are labels of whole '
+      'images: set method.mix to False'
+    )
+  sizes = [x.shape[1:3] for x in (source['image'], images)]
+  if sizes[0] != sizes[1]:
+    raise UserError(
+      f'mean_teacher mixes images of one size, not of {sizes[0]} and {sizes[1]}: crop '
+      'both domains alike, or set method.mix to False'
+    )
+
+
+def half_of_classes(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
+  """Returns where an image shows one of half of its classes, rounded up, at random.
+
+  Args:
+    key: random key.
+    labels: (B, H, W) int, -1 where there is none, which is never chosen.
+    classes: C.
+
+  Returns:
+    (B, H, W) bool.
+
+  Source: ClassMix, Olsson et al., arXiv 2007.07936, algorithm 1; codes that build on it
+  also draw the pixels without a label as a class.
+  """
+  image = jnp.arange(len(labels))[:, None, None]
+  present = jnp.zeros((len(labels), classes), bool)
+  present = present.at[image, labels].set(
+    True, mode='drop', wrap_negative_indices=False
+  )
+  draws = jax.random.uniform(key, present.shape)
+  order = jnp.where(present, draws, jnp.inf).argsort(axis=1).argsort(axis=1)
+  chosen = order < (present.sum(1, keepdims=True) + 1) // 2
+  return chosen[image, jnp.maximum(labels, 0)] & (labels >= 0)

@@ -1,0 +1,187 @@
+"""Networks that give logits of every pixel: a trunk, a head, and how they are joined.
+
+Any trunk that ends in a map of features serves, and any head of `HEADS`, which then
+classifies each pixel of the map on its own. A head of `PIXEL_HEADS` reads the whole
+map, so that it sees what surrounds a pixel.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lt_jax.errors import UserError, lookup
+from lt_jax.models.convolution import INITIALISERS, Conv
+from lt_jax.models.normalisation import BatchNorm, at_least_float32
+from lt_jax.models.taps import tap
+from lt_jax.models.upsampling import resize
+
+
+class Segmenter(nn.Module):
+  """A trunk and a head, and logits at the size of the images.
+
+  Its parameters are {'trunk': ..., 'head': ...}.
+
+  Attributes:
+    trunk: a module from images (B, H, W, C) to a map (B, h, w, D), or to a dict of
+      named layers, of which 'features' is such a map.
+    head: a module from features of pixels (N, D) to logits (N, number of classes); or,
+      where it has `of_maps`, from the map to logits (B, h, w, number of classes); or,
+      where it has `of_layers`, from all layers of the trunk and the images' size to
+      outputs, 'logits' (B, H, W, number of classes) among them.
+  """
+
+  trunk: nn.Module
+  head: nn.Module
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool, **memory: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Maps images to outputs.
+
+    Args:
+      images: (B, H, W, C).
+      train: normalises by the batch.
+      **memory: what the head reads beside the features.
+
+    Returns:
+      'logits' (B, H, W, number of classes), 'low_logits' (B, h, w, number of classes),
+      which they are resized from, 'map' (B, h, w, D), the features that they come from,
+      'features' (B, D), their mean over the pixels, and the other layers that trunk and
+      head name, all at least float32.
+
+    Raises:
+      UserError: the trunk does not end in a map.
+    """
+    x = self.trunk(images, train=train)
+    layers = dict(x) if isinstance(x, dict) else {'features': x}
+    layers = {name: at_least_float32(layer) for name, layer in layers.items()}
+    features = layers['features']
+    if features.ndim != 4:
+      raise UserError(
+        'labels of pixels need a trunk that ends in a map of features, such as '
+        "model.trunk='small_segmenter'"
+      )
+    size = images.shape[1:3]
+    if getattr(self.head, 'of_layers', False):
+      outputs = self.head(layers, size, **memory)
+    else:
+      low = self.apply_head(features, train=train, **memory)['logits']
+      outputs = {'logits': resize(low, size), 'low_logits': low}
+    maps = {'features': features.mean((1, 2)), 'map': features}
+    return layers | maps | outputs
+
+  def apply_head(
+    self, features: jax.Array, *, train: bool, **memory: jax.Array
+  ) -> dict[str, jax.Array]:
+    """Maps features (B, h, w, D) to logits of the same size, not that of images.
+
+    Raises:
+      UserError: the head reads more of the trunk than its features.
+    """
+    del train  # no head normalises by the batch
+    if getattr(self.head, 'of_layers', False):
+      raise UserError(
+        'this method applies the head to features alone, but this head reads further '
+        "layers of the trunk: set model.head, such as to 'multi_dilation'"
+      )
+    if getattr(self.head, 'of_maps', False):
+      return {'features': features, 'logits': self.head(features, **memory)}
+    pixels = features.reshape(-1, features.shape[-1])
+    logits = self.head(pixels, **memory)
+    return {
+      'features': features,
+      'logits': logits.reshape(*features.shape[:-1], logits.shape[-1]),
+    }
+
+
+class SmallSegmenter(nn.Module):
+  """Five 3x3 convolutions to an output stride of 4, each normalised, then relu.
+
+  With w, 2w, 4w, 4w and 4w channels; the first two have stride 2, the last two read
+  pixels that are 2 and 4 apart. For images of 64 to some 300 pixels, on CPUs: with
+  w = 16 it has 0.1 million parameters and takes some 7,000 multiplications a pixel.
+
+  Attributes:
+    width: w.
+    conv: a constructor like `Conv`.
+    norm: a constructor like `BatchNorm`.
+
+  Taps: 'conv1' to 'conv5'.
+  """
+
+  width: int
+  conv: Callable[..., nn.Module] = Conv
+  norm: Callable[..., nn.Module] = BatchNorm
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps (B, H, W, C) images to (B, H / 4, W / 4, 4 width), rounded up."""
+    x, w = images, self.width
+    layers = ((w, 2, 1), (2 * w, 2, 1), (4 * w, 1, 1), (4 * w, 1, 2), (4 * w, 1, 4))
+    for number, (features, stride, dilation) in enumerate(layers, 1):
+      x = self.conv(features, stride=stride, dilation=dilation, name=f'conv{number}')(x)
+      x = nn.relu(self.norm(name=f'norm{number}')(x, train=train))
+      x = tap(self, f'conv{number}', x)
+    return x
+
+
+def small_segmenter(
+  *,
+  width: int = 16,
+  init: str = 'kaiming',
+  dtype: Any = None,
+  norm: Callable[..., nn.Module] = BatchNorm,
+) -> SmallSegmenter:
+  """Returns a `SmallSegmenter`, its initialisation by its name."""
+  kernel_init = lookup(INITIALISERS, 'initialisation', init)
+  conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
+  return SmallSegmenter(width, conv, norm)
+
+
+def _normal(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+  """Draws from N(0, 0.01^2), as DeepLab begins its head."""
+  return 0.01 * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+class MultiDilation(nn.Module):
+  """The sum of 3x3 convolutions with a bias, which read pixels at several distances.
+
+  Attributes:
+    num_classes: C.
+    dilations: the distances in pixels of the map.
+
+  Source: the head of DeepLab-v2, Chen et al., arXiv 1606.00915, section 3.2, in the
+  form without hidden layers, whose dilations are 6, 12, 18 and 24.
+  """
+
+  num_classes: int
+  dilations: Sequence[int]
+  of_maps = True
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Maps (B, h, w, D) to (B, h, w, C)."""
+    conv = partial(Conv, self.num_classes, bias=True, kernel_init=_normal)
+    return sum(
+      conv(dilation=dilation, name=f'dilation{dilation}')(features)
+      for dilation in self.dilations
+    )
+
+
+def multi_dilation(
+  num_classes: int, *, dilations: Sequence[int] = (1, 2, 4, 6)
+) -> MultiDilation:
+  """Returns a `MultiDilation` head; its attributes are the arguments."""
+  return MultiDilation(num_classes, tuple(dilations))
+
+
+SEGMENTERS: dict[str, Callable[..., nn.Module]] = {'small_segmenter': small_segmenter}
+"""Trunks that are made for labels of pixels."""
+
+PIXEL_HEADS: dict[str, Callable[..., nn.Module]] = {'multi_dilation': multi_dilation}
+"""Heads that read a map, and not each of its pixels on its own."""

@@ -1,0 +1,130 @@
+"""Scenes of streets: a labelled source, targets to adapt to, and their networks."""
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides, apply, base_config
+from lt_jax.errors import lookup
+from lt_jax.protocols import Protocol, train_by
+
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+"""What ImageNet's weights of torchvision and timm expect."""
+
+
+def _deeplab(trunk: str, auxiliary: str = '') -> Overrides:
+  """DeepLab-v2 as ADVENT has it: its head ten times as fast, its affines frozen."""
+  rates = (('net/head/.*', 10.0), ('.*', 1.0))
+  if trunk != 'deeplab_vgg16':  # which has no normalisation
+    rates = (('net/trunk/.*norm.*', 0.0), *rates)
+  found: Overrides = {
+    'data': IMAGENET,
+    'model': {'trunk': trunk, 'head': 'deeplab'},
+    'optimizer': {'learning_rate_scale': rates},
+    'schedule': {'base': 2.5e-4},
+  }
+  if auxiliary:
+    found['model'] |= {
+      'trunk_options': {'also': (auxiliary,)},
+      'head_options': {'auxiliary': auxiliary},
+    }
+    found['loss'] = {'name': 'cross_entropy', 'auxiliary': 0.1}
+  return found
+
+
+def _small(trunk: str, **options: int) -> Overrides:
+  """A trunk for CPUs under a head of small dilations, all of it equally fast."""
+  return {
+    'data': IMAGENET,
+    'model': {'trunk': trunk, 'trunk_options': options, 'head': 'multi_dilation'},
+    'schedule': {'base': 0.01},
+  }
+
+
+NETS: Mapping[str, Overrides] = {
+  'resnet101': _deeplab('deeplab_resnet101', 'stage3'),
+  'resnet50': _deeplab('deeplab_resnet50', 'stage3'),
+  'vgg16': _deeplab('deeplab_vgg16'),
+  'vgg16_bn': _deeplab('deeplab_vgg16_bn'),
+  'small': _small('small_segmenter'),
+  'lite0': _small('efficientnet_lite0', output_stride=16),
+}
+"""What a config calls a network -> its overrides."""
+
+
+def _vu(epochs: float, part: float, window: tuple[int, int]) -> Protocol:
+  """Vu et al., arXiv 1811.12833: one image of each domain a step, whole.
+
+  What mixes images of the domains needs them of one size, and has windows.
+  """
+  windows = {'data': {'window': window}}
+  return Protocol(
+    {
+      'batch': 1,
+      'eval_batch': 1,
+      'epochs': epochs,
+      'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 5e-4),)},
+      'schedule': {
+        'name': 'poly',
+        'base': 2.5e-4,
+        'end': epochs,
+        'power': 0.9,
+        'part': part,
+      },
+      'save_every_epochs': epochs / 60,
+      'evaluate_every_epochs': epochs / 60,
+    },
+    recipes={'fda': windows, 'mean_teacher': windows},
+  )
+
+
+def adaptation(
+  recipe: str,
+  *,
+  name: str,
+  source: Overrides,
+  targets: Mapping[str, Overrides],
+  opened: Mapping[str, Overrides] = {},
+  net: str,
+  images: int,
+  steps: int,
+  part: float = 1.0,
+  window: tuple[int, int] = (512, 1024),
+  classes: int = 19,
+) -> ConfigDict:
+  """Returns the config of a source and its targets, trained as ADVENT is.
+
+  Args:
+    recipe: what is learned.
+    name: of the config.
+    source: keys of `data` of the labelled images.
+    targets: name -> keys of `data` that differ from the source's.
+    opened: the same of open domains.
+    net: a key of `NETS`.
+    images: training images of the source.
+    steps: of the training.
+    part: of the decay of the learning rate that is over by then.
+    window: (height, width) that recipes have which mix the domains.
+    classes: how many, for plans, which read no data.
+  """
+  made = lookup(NETS, 'network', net)
+  config = apply(
+    base_config(),
+    {
+      'name': name,
+      'task': 'segmentation',
+      'data': {
+        'many_shot': 0,
+        'few_shot': 0,
+        'workers': -1,
+        'fake': {'classes': classes, 'train': images},
+        **source,
+      },
+      'domains': {**targets, **opened},
+      'target': tuple(targets),
+      'open_domains': tuple(opened),
+    },
+  )
+  # An epoch begins at the next whole step.
+  protocol = _vu((steps - 0.5) / images, part, window)
+  return train_by(config, recipe, protocol, Protocol(made))

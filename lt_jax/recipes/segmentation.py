@@ -1,0 +1,75 @@
+"""Recipes of adaptation for labels of pixels: by entropy, by what is predicted.
+
+Their weights are ADVENT's, for images of a million pixels and 19 classes. Where the
+network has an auxiliary output (`model.head_options.auxiliary`) it is adapted too.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes.parts import Recipe, target_stream
+
+
+def _on_logits(config: ConfigDict, name: str, **options: Any) -> Overrides:
+  """An alignment of the logits, and of the auxiliary ones where there are any."""
+  auxiliary = config.model.head_options.get('auxiliary')
+  layers = ('logits', 'auxiliary_logits') if auxiliary else ('logits',)
+  weight = {'name': 'constant', 'weight': 1e-3}
+  return {'name': name, 'align_on': layers, 'weight': weight, **options}
+
+
+def _minent(config: ConfigDict, **options: Any) -> Overrides:
+  """The least entropy of the target's pixels."""
+  return {
+    **target_stream(config),
+    'method': {'name': 'aligned', 'statistics': 'separate'},
+    'alignment': _on_logits(config, 'minent', **options),
+  }
+
+
+def _advent(
+  config: ConfigDict, *, shown: str = 'self_information', alignment: str = 'none'
+) -> Overrides:
+  """A discriminator a layer of logits, whose rate decays as the network's does."""
+  align = _on_logits(config, alignment)
+  schedule = {key: config.schedule.get_ref(key) for key in config.schedule}
+  judges = ('discriminator', 'auxiliary_discriminator')[: len(align['align_on'])]
+  players = {
+    judge: {
+      'network': {'name': 'patch_discriminator', 'width': 64},
+      'optimizer': {'name': 'adam', 'b1': 0.9, 'b2': 0.99},
+      'schedule': {**schedule, 'base': 1e-4},
+    }
+    for judge in judges
+  }
+  return {
+    **target_stream(config),
+    'method': {'name': 'advent', 'statistics': 'separate', 'shown': shown},
+    'alignment': align,
+    'players': players,
+  }
+
+
+def _mean_teacher(config: ConfigDict) -> Overrides:
+  """A teacher's labels on images into which the source is mixed."""
+  return {
+    **target_stream(config),
+    'method': {'name': 'mean_teacher', 'statistics': 'separate'},
+    'alignment': {'weight': {'name': 'constant', 'weight': 1.0}},
+  }
+
+
+NEEDS = ('target', 'pixels')
+
+RECIPES: dict[str, Recipe] = {
+  'minent': Recipe(_minent, needs=NEEDS),
+  'minent_cp': Recipe(lambda config: _minent(config, prior=1.0), needs=NEEDS),
+  'advent': Recipe(_advent, needs=NEEDS),
+  'advent_cp': Recipe(
+    lambda config: _advent(config, alignment='class_prior'), needs=NEEDS
+  ),
+  'adapt_seg': Recipe(lambda config: _advent(config, shown='softmax'), needs=NEEDS),
+  'mean_teacher': Recipe(_mean_teacher, needs=NEEDS),
+}

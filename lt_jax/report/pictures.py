@@ -1,0 +1,82 @@
+"""Pictures on the page: images as data URIs, and label maps in colours of classes."""
+
+import base64
+import io
+
+import numpy as np
+
+from lt_jax.data.masks import VOID
+from lt_jax.data.palettes import palette
+from lt_jax.report.drawing import OTHER_CONTENTS
+from lt_jax.report.runs import Missing, Run, printable
+
+THUMBNAIL = 256
+"""Pixels of the longer side of a label map, and twice those of other images."""
+
+SHOWN = ('image', 'label', 'prediction', 'entropy')
+
+
+def rows(run: Run) -> list[dict[str, object]]:
+  """Returns a row a test image: itself, its labels, the prediction and its entropy.
+
+  Returns:
+    rows of 'domain' and 'images', each with 'uri' and 'name'; none where a run's task
+    shows no label maps, or its file is not there.
+  """
+  if run.task.picture is None:
+    return []
+  try:
+    stored, found = run.arrays('samples.npz'), []
+    colours = _colours(run)
+    splits = [name.removesuffix('/image') for name in stored if name.endswith('/image')]
+    for split in splits:
+      for i in range(len(stored[f'{split}/image'])):
+        images = {name: stored[f'{split}/{name}'][i] for name in SHOWN}
+        for name in ('label', 'prediction'):
+          images[name] = colours[images[name]]
+        images['entropy'] = np.repeat(images['entropy'][..., None], 3, axis=2)
+        shown = [{'uri': uri(x, THUMBNAIL), 'name': n} for n, x in images.items()]
+        domain = split.removesuffix('test').rstrip('/') or 'target'
+        found.append({'domain': printable(domain), 'images': shown})
+    return found
+  except (Missing, OSError, *OTHER_CONTENTS):
+    return []
+
+
+def legend(run: Run) -> list[dict[str, str]]:
+  """Returns the colour of each class, as HTML has it."""
+  if run.task.picture is None:
+    return []
+  colours = _colours(run)
+  return [
+    {'name': name, 'value': '#{:02x}{:02x}{:02x}'.format(*colours[number])}
+    for number, name in enumerate(run.class_names)
+  ]
+
+
+def _colours(run: Run) -> np.ndarray:
+  """Returns (256, 3) uint8, the colour of each id; void is black."""
+  known = palette(run.data.get('class_names', ()))
+  return np.concatenate([known, np.zeros((VOID + 1 - len(known), 3), np.uint8)])
+
+
+def uri(pixels: np.ndarray, side: int = THUMBNAIL // 2) -> str:
+  """Returns an image (H, W, channels) uint8 as a data URI, at most a thumbnail.
+
+  Of RGBA the transparency is dropped; of other channels the first is shown.
+
+  Args:
+    pixels: the image.
+    side: most pixels of its longer side.
+  """
+  from PIL import Image
+
+  colour = pixels.shape[-1] in (3, 4)
+  image = Image.fromarray(
+    np.ascontiguousarray(pixels[..., :3] if colour else pixels[..., 0])
+  )
+  image.thumbnail((side, side))
+  kind = 'png' if max(image.size) <= side // 2 else 'jpeg'
+  buffer = io.BytesIO()
+  image.save(buffer, format=kind)
+  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'

@@ -1,0 +1,145 @@
+"""Configs of real label maps: they build on miniatures in the real layouts, and run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import (
+  c_driving,
+  camvid_dusk,
+  cityscapes_foggy,
+  gta5_cityscapes,
+  synthia_cityscapes,
+)
+from lt_jax import build, run, train
+from lt_jax.config import resolve
+from tests import trees
+from tests.test_masks import archive
+
+
+def foggy(root):
+  trees.cityscapes(root)
+  ending = '_leftImg8bit_foggy_beta_0.02.png'
+  trees.cityscapes(root, 'leftImg8bit_foggy', ending)
+
+
+def bdd100k(root):
+  trees.bdd100k(root)
+  names = {'snowy': 'snowy', 'partly cloudy': 'cloudy', 'overcast': 'overcast'}
+  rows = []
+  for told, name in names.items():
+    trees.photograph(root / 'images' / '100k' / 'train' / f'{name}.jpg')
+    trees.photograph(root / 'images' / '10k' / 'val' / f'{name}_val.jpg')
+    mask = root / 'labels' / 'sem_seg' / 'masks' / 'val' / f'{name}_val.png'
+    trees.save(mask, trees.ids(values=(0, 1, 18, 255)))
+    rows += [(name, told), (f'{name}_val', told)]
+  told = [{'name': f'{n}.jpg', 'attributes': {'weather': w}} for n, w in rows]
+  (root / 'labels' / 'more_train.json').write_text(json.dumps(told))
+
+
+CONFIGS = {
+  'gta5_cityscapes': (
+    gta5_cityscapes,
+    {'source': trees.gta5, 'cityscapes': trees.cityscapes},
+  ),
+  'synthia_cityscapes': (
+    synthia_cityscapes,
+    {'source': trees.synthia, 'cityscapes': trees.cityscapes},
+  ),
+  'cityscapes_foggy': (cityscapes_foggy, {'source': foggy, 'foggy': foggy}),
+  'c_driving': (
+    c_driving,
+    {
+      'source': trees.gta5,
+      **dict.fromkeys(('rainy', 'snowy', 'cloudy', 'overcast'), bdd100k),
+    },
+  ),
+}
+
+
+def config(name, arg, folder, **changes):
+  """Returns a config on miniatures, whose images become larger, to be seen as maps."""
+  module, writers = CONFIGS[name]
+  made = module.get_config(arg)
+  for number, write in enumerate(dict.fromkeys(writers.values())):
+    write(folder / str(number))
+    for domain in (d for d, w in writers.items() if w is write):
+      data = made.data if domain == 'source' else made.domains[domain]
+      kind = data.source.partition(':')[0]
+      data.source = f'{kind}:{folder / str(number)}'
+  for data in (made.data, *made.domains.values()):
+    if data.get('resize_to'):
+      data.resize_to = (40, 56) if data is made.data else (32, 48)
+  made.data.workers = 0
+  made.update(changes)
+  return resolve(made)
+
+
+@pytest.mark.parametrize(
+  ('name', 'arg'),
+  [
+    ('gta5_cityscapes', 'advent,net=resnet50'),
+    ('synthia_cityscapes', 'minent_cp,net=small'),
+    ('synthia_cityscapes', 'source_only,classes=13,net=lite0'),
+    ('cityscapes_foggy', 'target_only,net=vgg16'),
+    ('c_driving', 'adapt_seg'),
+  ],
+)
+def test_a_config_builds_on_a_miniature_in_the_real_layout(tmp_path, name, arg):
+  made = config(name, arg, tmp_path)
+  experiment = build.build(made, devices=1)
+  stage = experiment.last
+  train.state_shapes(stage.method, stage.streams)
+  batch = {name: stream.payload(0) for name, stream in stage.streams.items()}
+  by_target = arg.startswith('target_only')
+  size = (40, 56)
+  assert batch['train']['image'].shape == (1, *size, 3)
+  assert batch['train']['label'].shape == (1, *size)
+  assert stage.uses_target_labels == by_target
+  if 'target' in batch:
+    assert 'label' not in batch['target']
+    assert batch['target']['image'].shape == (1, 32, 48, 3)
+  for split, one in stage.passes.items():
+    payload, shapes = one.stream.payload(0), one.stream.shapes
+    assert {n: x.shape for n, x in payload.items()} == {
+      n: x.shape for n, x in shapes.items()
+    }, split
+  assert stage.passes['test'].stream.shapes['label'].shape == (1, 12, 16)
+
+
+def test_weathers_are_one_target_and_overcast_is_open(tmp_path):
+  made = config('c_driving', 'source_only,net=small', tmp_path)
+  experiment = build.build(made, devices=1)
+  assert experiment.roles['target'] == ('rainy', 'snowy', 'cloudy')
+  assert experiment.roles['open'] == ('overcast',)
+  names = ('rainy', 'snowy', 'cloudy', 'overcast')
+  tested = {n: len(experiment.domains[n].tests['test'].rows) for n in names}
+  assert tested == {'rainy': 2, 'snowy': 1, 'cloudy': 2, 'overcast': 2}
+  joint = experiment.last.images['test']
+  assert joint.domain.tolist() == [0, 0, 1, 2, 2] and joint.of_pixels
+  np.testing.assert_array_equal(joint.class_pixels().sum(1) > 0, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gta5_cityscapes', 'c_driving'])
+def test_a_miniature_goes_through_a_config_from_end_to_end(tmp_path, name):
+  made = config(
+    name, 'advent,net=small,steps=100000', tmp_path / 'data', save_every_epochs=10.0
+  )
+  made |= {'evaluate_every_epochs': 10.0, 'log_every_steps': 2}
+  result = run.run(made, tmp_path / 'run')
+  assert len(result['test']['iou_by_class']) == 19
+  assert 0 <= result['test']['miou'] <= 1
+
+
+def test_day_and_dusk_from_archives(tmp_path):
+  made = camvid_dusk.get_config('minent')
+  made.data.source = archive(tmp_path / 'day.npz')
+  made.domains.dusk.source = archive(tmp_path / 'dusk.npz')
+  made.batch = 2
+  stage = build.build(resolve(made), devices=1).last
+  assert stage.streams['train'].payload_shapes().keys() == {'index'}
+  state = train.state_shapes(stage.method, stage.streams)
+  assert jax.tree.leaves(state.params)
