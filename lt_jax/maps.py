@@ -179,27 +179,28 @@ def align_subspaces(
   *,
   survey: Survey,
   choose_by: str = 'source',
+  classifier: str = 'svm',
   folds: int = 2,
-  cost: float = 1.0,
 ) -> Surgery:
   """Aligns the subspaces of source and target, see `subspace_maps`.
 
-  The dimension is the one of 'aligned_subspaces' at which a linear support vector
-  machine is best, the least of equals.
+  The dimension is the one of 'aligned_subspaces' at which a classifier of its default
+  strength is best, the least of equals.
 
   Args:
     survey: passes with the stage's own network.
     choose_by: 'source': by folds of the source's labelled images, in the aligned
       subspace. 'oracle': by the labels of the target's training images, which a stream
       of the stage must give; an upper bound, and no method.
+    classifier: a key of `classifiers.CLASSIFIERS`.
     folds: of the source.
-    cost: of the machine's errors.
 
   Raises:
-    UserError: the stage is not wrapped in 'aligned_subspaces', a dimension that the
-      data do not support, or labels that are hidden.
+    UserError: an unknown name, a stage that is not wrapped in 'aligned_subspaces', a
+      dimension that the data do not support, or labels that are hidden.
   """
   choose = lookup({'source': _by_source, 'oracle': _by_target}, 'choose_by', choose_by)
+  kind = lookup(classifiers.CLASSIFIERS, 'classifier', classifier)
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     check_wrapped(fresh, 'subspaces', 'aligned_subspaces')
@@ -214,7 +215,7 @@ def align_subspaces(
       dimensions = np.asarray(room['dimensions']).tolist()
       _check_supported(dimensions[-1], axes)
       maps = [subspace_maps(*axes, dimension) for dimension in dimensions]
-      accuracy = np.array([choose(pair, x, labels, seen, folds, cost) for pair in maps])
+      accuracy = np.array([choose(pair, kind, x, labels, seen, folds) for pair in maps])
       best = int(np.argmax(accuracy))
       source, target = maps[best]
       return {
@@ -257,20 +258,22 @@ def _check_supported(largest: int, axes: Sequence[Axes]) -> None:
       )
 
 
-def _by_source(maps, x, labels, seen, folds, cost) -> float:
+def _by_source(maps, kind, x, labels, seen, folds) -> float:
   """Returns the accuracy on the source, by folds."""
   del seen
   mapped = maps[0](x).astype(np.float32)
   classes, labels = np.unique(labels, return_inverse=True)
-  fold, right = classifiers.folds_of(labels, folds), np.zeros(len(labels), np.int64)
+  fold, found = classifiers.folds_of(labels, folds), np.zeros(len(labels), np.int64)
   for number in range(folds):
-    out = fold == number
-    (machine,) = classifiers.svm(mapped, labels, len(classes), (cost,), weights=~out)
-    right[out] = machine(mapped[out]).argmax(1)
-  return classifiers.per_class_accuracy(right, labels)
+    out, one = fold == number, (kind.default,)
+    (fitted,) = kind.fit(
+      mapped, labels, len(classes), one, weights=1.0 * (fold != number)
+    )
+    found[out] = fitted(mapped[out]).argmax(1)
+  return classifiers.per_class_accuracy(found, labels)
 
 
-def _by_target(maps, x, labels, seen, folds, cost) -> float:
+def _by_target(maps, kind, x, labels, seen, folds) -> float:
   """Returns the accuracy on the target's labelled images."""
   del folds
   if 'label' not in seen:
@@ -281,8 +284,8 @@ def _by_target(maps, x, labels, seen, folds, cost) -> float:
   mapped = maps[0](x).astype(np.float32)
   target = maps[1](seen['features']).astype(np.float32)
   classes = int(max(labels.max(), seen['label'].max())) + 1
-  (machine,) = classifiers.svm(mapped, labels, classes, (cost,))
-  return classifiers.per_class_accuracy(machine(target).argmax(1), seen['label'])
+  (fitted,) = kind.fit(mapped, labels, classes, (kind.default,))
+  return classifiers.per_class_accuracy(fitted(target).argmax(1), seen['label'])
 
 
 # Covariances.

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe, copy, shallow, target_stream
+from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow, target_stream
 
 
 def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
@@ -183,7 +183,8 @@ def subspaces(
     choose_by: of the surgery 'align_subspaces'.
     **stage: what else it sets.
   """
-  align = 'align_subspaces', {'choose_by': choose_by}
+  judge = SHALLOW[classifier]['judge']
+  align = 'align_subspaces', {'choose_by': choose_by, 'classifier': judge}
   return _turned(shallow(classifier, 'source', align, aligned_subspaces={})) | stage
 
 

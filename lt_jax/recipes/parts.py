@@ -95,15 +95,21 @@ def target_stream(config: ConfigDict, **row: Any) -> Overrides:
 
 SHALLOW: dict[str, Overrides] = {
   'linear_svm': {
+    'judge': 'svm',
     'wrappers': {'linear_svm': {}},
     'surgeries': (('linear_svm', {}),),
   },
   'nearest_neighbour': {
+    'judge': 'neighbours',
     'wrappers': {'nearest_neighbour': {}},
     'surgeries': (('nearest_neighbour', {}),),
   },
 }
-"""Classifiers that are fitted to features in a stage of no steps."""
+"""Classifiers that are fitted to features in a stage of no steps.
+
+'judge' is the key of `lt_jax.classifiers.CLASSIFIERS` by which something is chosen for
+one, the others are keys of a stage.
+"""
 
 
 def shallow(
