@@ -45,7 +45,12 @@ def training(epochs: float) -> Protocol:
       'evaluate_every_epochs': epochs / 4,
       'model': {'trunk': 'lenet'},
     },
-    recipes=compound_rates(10.0),
+    recipes={
+      # What LeNet has not: a second hidden layer, batch normalisation.
+      'dan': {'alignment': {'align_on': ('features', 'logits')}},
+      'ada_bn': {'model': {'trunk': 'digits_cnn'}},
+      **compound_rates(10.0),
+    },
   )
 
 

@@ -10,12 +10,15 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from lt_jax import footprint
+from lt_jax import footprint, shallow
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
 from lt_jax.config import SOURCE, TARGET, stage_config
 from lt_jax.errors import UserError
 from lt_jax.train import state_shapes
+
+FITS = (*shallow.SURGERIES, 'nearest_class_mean')
+"""Surgeries that fit a classifier, so that a stage of no steps is one of training."""
 
 
 def cautions(experiment: Experiment) -> list[str]:
@@ -33,7 +36,9 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
   """Warns where the last stage has learned nothing, and took nothing over."""
   trained = bool(experiment.config['init'])
   for stage in experiment.stages.values():
-    trained = bool(stage.plan.steps) or (trained and bool(stage.surgeries))
+    surgeries = stage_config(experiment.config, stage.name)['surgeries']
+    fits = any(name in FITS for name, _ in surgeries)
+    trained = bool(stage.plan.steps) or fits or (trained and bool(surgeries))
   if not trained:
     yield (
       f'the result is of an untrained network: stage {stage.name!r} makes no step '

@@ -31,17 +31,24 @@ from configs import (
   mnist_mnistm,
   mnist_usps,
   my_images,
+  office31,
+  office_caltech10,
+  pacs,
   places_lt,
   scenes,
   svhn_mnist,
+  synsigns_gtsrb,
+  synth_svhn,
   synthia_cityscapes,
   usps_mnist,
+  visda,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
 from lt_jax.config import ADDED, base_config, resolve, stage_config, upgraded
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
+from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
 from lt_jax.optim import (
   as_rules,
@@ -92,6 +99,12 @@ WITH_TARGET = {
   'synthia_cityscapes': synthia_cityscapes,
   'cityscapes_foggy': cityscapes_foggy,
   'c_driving': c_driving,
+  'synth_svhn': synth_svhn,
+  'synsigns_gtsrb': synsigns_gtsrb,
+  'office_caltech10': office_caltech10,
+  'office31': office31,
+  'pacs': pacs,
+  'visda': visda,
 }
 """Configs of a source and a target, which other recipes are for."""
 
@@ -737,7 +750,9 @@ def test_batch_statistics_by_name(monkeypatch, kind, groups):
     build, 'make_classifier', lambda *args, **options: seen.update(options)
   )
   config = resolve(digits_lt.get_config('ce'))
-  data = dataset.Dataset({}, {}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
+  labels = np.arange(8)
+  splits = {'train': Split(None, labels, labels, {})}
+  data = dataset.Dataset(splits, {}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
   mesh = sharding.make_mesh(8)
   build._network({**config['model'], 'batch_norm': kind}, data, 64, 1, mesh)
   assert seen['batch_norm'] == {'groups': groups, 'frozen': False}

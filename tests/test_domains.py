@@ -25,7 +25,11 @@ ADAPT = [
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""
 
-LABELLED = ('target_only',)
+LABELLED = (
+  'target_only',
+  'sa_oracle',
+  *(f'finetune_target_{images}' for images in (1, 5, 10)),
+)
 
 
 def config(recipe, options='epochs=1.0', **changes):
@@ -41,12 +45,13 @@ def config(recipe, options='epochs=1.0', **changes):
 
 
 def permuted(experiment, seed=0):
-  """Returns the data sets with the target's training labels in another order."""
+  """Returns the data sets with the labels of the target in another order."""
   rng, datasets = np.random.default_rng(seed), dict(experiment.domains)
   for name in experiment.roles['target']:
-    train_split = datasets[name].splits['train']
-    labels = rng.permutation(train_split.labels)
-    splits = datasets[name].splits | {'train': train_split._replace(labels=labels)}
+    splits = {
+      split: images._replace(labels=rng.permutation(images.labels))
+      for split, images in datasets[name].splits.items()
+    }
     datasets[name] = datasets[name]._replace(splits=splits)
   return datasets
 

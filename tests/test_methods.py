@@ -213,6 +213,8 @@ REPEATS = (
   'openmax',
   'crt_las',
   'ncm',
+  'linear_svm',
+  'nearest_neighbour',
 )
 """Recipes with method and head of another one; their losses have tests of their own."""
 

@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from lt_jax import maps, posthoc, shallow, sharding, shift, surgery
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, shift, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_device,
@@ -58,6 +58,8 @@ from lt_jax.train import Plan, state_shapes
 WRAPPERS = (
   wrappers.WRAPPERS
   | posthoc.WRAPPERS
+  | shallow.WRAPPERS
+  | maps.WRAPPERS
   | translation.WRAPPERS
   | shift.WRAPPERS
   | tiled.WRAPPERS
@@ -67,6 +69,8 @@ WRAPPERS = (
 SURGERIES = (
   surgery.SURGERIES
   | posthoc.SURGERIES
+  | shallow.SURGERIES
+  | maps.SURGERIES
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
@@ -197,7 +201,8 @@ def _build_stage(
   progress = _progress(_first_step(config, earlier), plan.steps)
   _check_labels(config['task'], task.per_pixel, dataset)
   method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
-  images, evaluated, seen, few = _passes(config, domains, mesh)
+  gives_target_labels = any(row.uses_target_labels for row in rows.values())
+  images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
@@ -211,7 +216,7 @@ def _build_stage(
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
     images=images | dict(row.split for row in rows.values() if row.split),
-    uses_target_labels=any(row.uses_target_labels for row in rows.values()),
+    uses_target_labels=gives_target_labels,
     passes=evaluated,
     compared=_compared(config, domains, mesh),
     survey=stage_survey,
@@ -220,7 +225,13 @@ def _build_stage(
     start=None if earlier else _start(config, method, streams),
     surgeries=tuple(
       construct(
-        SURGERIES, 'surgery', name, options=options, survey=stage_survey, base=learned
+        SURGERIES,
+        'surgery',
+        name,
+        options=options,
+        survey=stage_survey,
+        net=net,
+        base=learned,
       )
       for name, options in config['surgeries']
     ),
@@ -258,14 +269,15 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 
 def _passes(
-  config: Config, domains: Domains, mesh: Mesh
+  config: Config, domains: Domains, mesh: Mesh, gives_target_labels: bool
 ) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
 
   The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
-  domain, and training images of targets without their labels. No test image is among
+  domain, and training images of targets. Their labels are there only where a stream of
+  the stage gives labels of a target, which the result tells. No test image is among
   them.
   """
   own, targets = config['domain'], domains.roles[TARGET]
@@ -276,8 +288,9 @@ def _passes(
   if adapts:
     tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
-    unlabelled = Unlabelled(domains.dataset(TARGET).splits['train'])
-    learnt[f'{TARGET}/train'] = TARGET, unlabelled
+    target = domains.dataset(TARGET).splits['train']
+    told = target if gives_target_labels else Unlabelled(target)
+    learnt[f'{TARGET}/train'] = TARGET, told
   else:
     tested |= {n: (own, split) for n, split in dataset.tests.items()}
   for name in domains.roles[OPEN]:

@@ -153,13 +153,16 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
 def as_source(state: State) -> State:
   """Returns the State that predicts images of the source.
 
-  Where each domain has statistics of its own, those of the source take the place of
-  the target's, by which the network is deployed. An average of parameters
+  Where each domain has statistics of its own, or a map of features
+  (`lt_jax.maps`), those of the source, called NAME_source, take the place of the
+  target's, by which the network is deployed. An average of parameters
   (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
   """
-  if 'net_source' not in state.stats:
-    return state
-  return state.replace(stats={**state.stats, 'net': state.stats['net_source']})
+
+  def of_source(tree: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {name: tree.get(f'{name}_source', value) for name, value in tree.items()}
+
+  return state.replace(stats=of_source(state.stats), memory=of_source(state.memory))
 
 
 class Term(NamedTuple):

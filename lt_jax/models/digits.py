@@ -18,19 +18,21 @@ from lt_jax.models.taps import tap
 
 
 class Convolution(NamedTuple):
-  """A convolution of 5x5 pixels, ReLU, and a maximum over squares of pixels.
+  """A convolution, ReLU, and a maximum over squares of pixels.
 
   Attributes:
     features: channels that come out.
     pool: side of the squares, 2 or 3, which are 2 pixels apart; 0 for no maximum.
+    size: side of the kernel.
   """
 
   features: int
   pool: int = 2
+  size: int = 5
 
 
 class DigitsNet(nn.Module):
-  """Convolutions of 5x5 pixels, then hidden linear layers, all with bias and ReLU.
+  """Convolutions, then hidden linear layers, all with bias and ReLU.
 
   Attributes:
     convolutions: from the images on.
@@ -53,7 +55,7 @@ class DigitsNet(nn.Module):
     """Maps (B, H, W, C) images to 'conv', 'fc1', ... and 'features', each (B, D)."""
     del train  # nothing here depends on it
     x = images
-    for number, (features, pool) in enumerate(self.convolutions, 1):
+    for number, (features, pool, size) in enumerate(self.convolutions, 1):
       if not self.padded and min(x.shape[1:3]) < 6:
         raise UserError(
           f'images of {images.shape[1]} x {images.shape[2]} pixels are too small for '
@@ -61,8 +63,8 @@ class DigitsNet(nn.Module):
         )
       x = self.conv(
         features,
-        size=5,
-        pad=2 if self.padded else 0,
+        size=size,
+        pad=size // 2 if self.padded else 0,
         bias=True,
         name=f'conv{number}',
       )(x)
@@ -165,6 +167,14 @@ svhn_dann = partial(
 )
 """Their SVHN network, figure 4b, without its dropout: 'conv' (B, 8192)."""
 
+gtsrb_dann = partial(
+  _net, (Convolution(96), Convolution(144, size=3), Convolution(256)), (512,)
+)
+"""Their GTSRB network, figure 4c, for 40 pixels: 'conv' (B, 1024).
+
+Quoted from memory, unverified.
+"""
+
 lenet = partial(_net, (Convolution(20), Convolution(50)), (500,))
 """LeNet as Caffe has it, for 28 pixels: 'conv' (B, 800), 'features' (B, 500).
 
@@ -174,6 +184,7 @@ The network of Tzeng et al. (ADDA), arXiv 1702.05464. LeCun et al., Proc. IEEE 1
 DIGITS = {
   'mnist_dann': mnist_dann,
   'svhn_dann': svhn_dann,
+  'gtsrb_dann': gtsrb_dann,
   'lenet': lenet,
   'dtn': dtn,
 }

@@ -68,7 +68,7 @@ def train_by(
     UserError: an unknown recipe, or one with a stage that a protocol does not have.
   """
   own = [p.training['epochs'] for p in protocols if 'epochs' in p.training][-1]
-  scale = (epochs or own) / own
+  scale = epochs / own if epochs else 1.0
   for protocol in protocols:
     apply(config, scaled(protocol.training, scale))
   apply_recipe(config, recipe)

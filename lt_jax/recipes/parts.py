@@ -91,6 +91,38 @@ def target_stream(config: ConfigDict, **row: Any) -> Overrides:
   return {'streams': {'target': stream}}
 
 
+SHALLOW: dict[str, Overrides] = {
+  'linear_svm': {
+    'wrappers': {'linear_svm': {}},
+    'surgeries': (('linear_svm', {}),),
+  },
+  'nearest_neighbour': {
+    'wrappers': {'nearest_neighbour': {}},
+    'surgeries': (('nearest_neighbour', {}),),
+  },
+}
+"""Classifiers that are fitted to features in a stage of no steps."""
+
+
+def shallow(
+  classifier: str, stage: str, *surgeries: tuple[str, Overrides], **wrappers: Any
+) -> Overrides:
+  """A stage of no steps: the network of another, and a shallow classifier for its head.
+
+  Args:
+    classifier: a key of `SHALLOW`.
+    stage: where the network comes from.
+    *surgeries: what is done to its features first.
+    **wrappers: that have room for that.
+  """
+  own = SHALLOW[classifier]
+  return {
+    'epochs': 0.0,
+    'wrappers': {**wrappers, **own['wrappers']},
+    'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
+  }
+
+
 CLASS_AWARE: Overrides = {
   'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
   # Consecutive images are of one class: statistics of a part of the batch would be of a
