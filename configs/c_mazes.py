@@ -17,7 +17,7 @@ There is no published number. Liu et al., Open Compound Domain Adaptation
 (arXiv 1909.03403), report on mazes that were never released; these are our own.
 
 Cost: 1,563 steps of 64 images, or 64 + 64; `source_only` takes some two minutes on two
-CPU cores.
+CPU cores, `ocda` with its four stages several times as long.
 
 Argument: a recipe of domain adaptation (see docs/methods.md) and
   target      tinted+textured+outlined (default), or any of the domains, joined by +
