@@ -10,13 +10,16 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from lt_jax import footprint
+from lt_jax import footprint, shallow
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
 from lt_jax.config import SOURCE, TARGET, stage_config
 from lt_jax.data.attributes import names_of_words, words_of
 from lt_jax.errors import UserError
 from lt_jax.train import state_shapes
+
+FITS = (*shallow.SURGERIES, 'nearest_class_mean')
+"""Surgeries that fit a classifier, so that a stage of no steps is one of training."""
 
 
 def cautions(experiment: Experiment) -> list[str]:
@@ -34,14 +37,26 @@ def _untrained(experiment: Experiment) -> Iterator[str]:
   """Warns where the last stage has learned nothing, and took nothing over."""
   trained = bool(experiment.config['init'])
   for number, stage in enumerate(experiment.stages.values()):
+    surgeries = stage_config(experiment.config, stage.name)['surgeries']
+    fits = any(name in FITS for name, _ in surgeries)
     # The surgeries of a first stage inherit nothing, so they fit something to data.
-    fits = bool(stage.surgeries) and (trained or not number)
+    fits |= bool(stage.surgeries) and (trained or not number)
     trained = bool(stage.plan.steps) or fits
   if not trained:
     yield (
       f'the result is of an untrained network: stage {stage.name!r} makes no step '
       '(see epochs) and inherits nothing from another stage'
     )
+
+
+def _unused_domains(experiment: Experiment) -> Iterator[str]:
+  """Warns of domains that nothing is done with."""
+  for name in experiment.config['domains']:
+    if name not in experiment.domains:
+      yield (
+        f'domain {name!r} has no role and is not used: name it in sources, target or '
+        'open_domains, or as the domain of a stage'
+      )
 
 
 def _same_names(experiment: Experiment) -> Iterator[str]:
@@ -97,7 +112,8 @@ def _short_stages(experiment: Experiment) -> Iterator[str]:
   """Warns of a later stage that trains for very few steps."""
   for name, stage in experiment.stages.items():
     steps = stage.plan.steps
-    if stage.surgeries and 0 < steps < FEW_STEPS:
+    taken = stage_config(experiment.config, name)['surgeries']
+    if taken and 0 < steps < FEW_STEPS:
       told = '1 step' if steps == 1 else f'{steps} steps'
       yield (
         f'stage {name!r} trains for {told} only, which is too few for a classifier '
@@ -159,7 +175,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   """Returns of how many images batch statistics are: what sets it -> number."""
   config = stage_config(experiment.config, stage.name)
   kind, devices = config['model']['batch_norm'], experiment.mesh.size
-  if kind == 'frozen' or len(stage.trained_on) < len(stage.streams):
+  if kind in ('frozen', 'recalibrate') or len(stage.trained_on) < len(stage.streams):
     return {}
   parts = config['method'].get('accumulate', 1)
   groups = {'global': 1, 'per_device': devices}.get(kind)
@@ -173,6 +189,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
 CAUTIONS = (
   _one_class,
   _untrained,
+  _unused_domains,
   _same_names,
   _same_data,
   _trained_on_tests,

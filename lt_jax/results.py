@@ -14,7 +14,7 @@ import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
-from lt_jax.config import OPEN, TARGET, config_digest, flatten
+from lt_jax.config import OPEN, SOURCE, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
@@ -133,7 +133,10 @@ def is_test(split: str) -> bool:
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
   """Returns the domains of the split 'test'; none of a run with one domain."""
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  return (targets or (stage.domain,)) if targets or opened else ()
+  if targets or opened:
+    return targets or (stage.domain,)
+  sources = experiment.roles[SOURCE]
+  return sources if stage.domain == SOURCE and len(sources) > 1 else ()
 
 
 def test_rows(
@@ -277,6 +280,8 @@ def write_results(
       write_npz(workdir / 'samples.npz', **pictures)
     else:
       _write_arrays(stage, workdir, state, evaluated.records, names)
+    _write_borrowed(workdir, records_by_domain(evaluated.records, names))
+    _write_order(workdir, experiment, stage)
     if translations:
       write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
@@ -445,6 +450,46 @@ def _translations(
     for name, pixels in pictures.items():
       found[f'{split}/{name}'] = pixels.astype(np.uint8)
   return found
+
+
+def _write_borrowed(workdir: epath.Path, domains: Mapping[str, Collected]) -> None:
+  """Writes borrowed.npz, of a method whose features are not all an image's own.
+
+  Args:
+    workdir: the run's folder.
+    domains: name -> records of its test images.
+  """
+  found = {n: one['borrowed'] for n, one in domains.items() if 'borrowed' in one}
+  if found:
+    sizes = [len(share) for share in found.values()]
+    write_npz(
+      workdir / 'borrowed.npz',
+      borrowed=np.concatenate([*found.values()]),
+      domain=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+      domains=np.array([*found]),
+    )
+
+
+def _write_order(workdir: epath.Path, experiment: Experiment, stage: Stage) -> None:
+  """Writes order.npz, if a curriculum has ordered the target: its scores, by domain.
+
+  Args:
+    workdir: the run's folder.
+    experiment: whose target it is.
+    stage: the last stage.
+  """
+  for stream, left in stage.reads.items():
+    if not left.ordered_by or stage.trained_on[stream] != f'{TARGET}/train':
+      continue
+    stored = files.read_npz(workdir / 'stages' / left.stage / 'arrays.npz')
+    names = experiment.roles[TARGET]  # in this order, they are one target
+    sizes = [len(experiment.domains[name].splits['train'].rows) for name in names]
+    write_npz(
+      workdir / 'order.npz',
+      score=stored[left.ordered_by],
+      domain=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
+      domains=np.array(names),
+    )
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:

@@ -12,7 +12,12 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
 
-ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
+ADAPT = [
+  pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
+  for name, recipe in RECIPES.items()
+  if recipe.needs == ('target',)
+  if not name.startswith('finetune_target')  # whose images of the target are cut again
+]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')
 N = 16
 

@@ -17,11 +17,19 @@ from lt_jax.writers import read_rows
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
-ADAPT = [name for name, recipe in RECIPES.items() if recipe.needs == ('target',)]
+ADAPT = [
+  pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
+  for name, recipe in RECIPES.items()
+  if recipe.needs == ('target',)
+]
 NETS = {'dan': 'mnist_dann'}
 """Recipes that compare layers which LeNet does not have."""
 
-LABELLED = ('target_only',)
+LABELLED = (
+  'target_only',
+  'sa_oracle',
+  *(f'finetune_target_{images}' for images in (1, 5, 10)),
+)
 
 
 def config(recipe, options='epochs=1.0', **changes):
@@ -37,12 +45,13 @@ def config(recipe, options='epochs=1.0', **changes):
 
 
 def permuted(experiment, seed=0):
-  """Returns the data sets with the target's training labels in another order."""
+  """Returns the data sets with the labels of the target in another order."""
   rng, datasets = np.random.default_rng(seed), dict(experiment.domains)
   for name in experiment.roles['target']:
-    train_split = datasets[name].splits['train']
-    labels = rng.permutation(train_split.labels)
-    splits = datasets[name].splits | {'train': train_split._replace(labels=labels)}
+    splits = {
+      split: images._replace(labels=rng.permutation(images.labels))
+      for split, images in datasets[name].splits.items()
+    }
     datasets[name] = datasets[name]._replace(splits=splits)
   return datasets
 
@@ -224,7 +233,7 @@ def test_several_sources_tell_the_domain_of_an_image():
   ('change', 'told'),
   [
     ({'target': ['source']}, "domain 'source' is both source and target"),
-    ({'target': []}, "domain 'blended' has no role"),
+    ({'target': []}, 'there is no target domain: set config.target'),
     ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
     ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
     ({'select': 'oracle/accuracy'}, 'never chosen by the labels of a target'),

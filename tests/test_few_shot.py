@@ -437,7 +437,7 @@ class Novel:
     rows = np.arange(len(self.labels))
     names = tuple(str(c) for c in range(CLASSES))
     split = Split(Arrays(images, self.labels, names), rows, self.labels, {})
-    self.images = plain(None, jnp.asarray(images))
+    self.images = plain(None, {'image': jnp.asarray(images)})['image']
     self.method = supervised(
       network(), optimizer(), loss, class_weights=None, reduction=None
     )

@@ -112,7 +112,7 @@ def test_the_report_compares_what_rules_choose():
     | {name: values[i] for name, values in scored.items()}
     for i in range(2)
   ]
-  one = types.SimpleNamespace(rows=rows, result={'stage': 'train'})
+  one = types.SimpleNamespace(rows=rows, result={'stage': 'train'}, headline='accuracy')
   group = types.SimpleNamespace(counted=[one], label='dann', anchor='dann')
   found = selection.selection_table([group])
   cells = dict(zip(found.headings, found.rows[0], strict=True))

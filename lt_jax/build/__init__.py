@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from lt_jax import maps, posthoc, shallow, sharding, shift, surgery, zero_shot
 from lt_jax import method as wrappers
-from lt_jax import posthoc, sharding, shift, surgery, zero_shot
 from lt_jax.build.checks import (
   check_all_is_used,
   check_collapse,
@@ -43,23 +43,33 @@ from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, class_names, construct, lookup
 from lt_jax.evals import TASKS, label_free
-from lt_jax.evals.collect import survey
+from lt_jax.evals.collect import Survey, survey
 from lt_jax.evals.tasks import Task
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot, self_training, tiled, translation
 from lt_jax.methods.meta import WEIGHERS
+from lt_jax.methods.multitask import make_heads
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
-from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
+from lt_jax.models.layers import Layer, chopped, trunk_layers
+from lt_jax.optim import (
+  Optimizer,
+  as_rules,
+  make_optimizer,
+  make_schedule,
+  per_parameter,
+)
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = (
   wrappers.WRAPPERS
   | posthoc.WRAPPERS
+  | shallow.WRAPPERS
+  | maps.WRAPPERS
   | translation.WRAPPERS
   | shift.WRAPPERS
   | zero_shot.WRAPPERS
@@ -70,6 +80,8 @@ WRAPPERS = (
 SURGERIES = (
   surgery.SURGERIES
   | posthoc.SURGERIES
+  | shallow.SURGERIES
+  | maps.SURGERIES
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
@@ -200,13 +212,28 @@ def _build_stage(
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
   _check_labels(config['task'], task.per_pixel, dataset)
-  method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
-  images, evaluated, seen, few = _passes(config, domains, mesh)
+  net = _network(
+    config['model'],
+    dataset,
+    config['batch'],
+    config['method'].get('accumulate', 1),
+    mesh,
+  )
+  layers = functools.cache(lambda: trunk_layers(net, dataset.image_shape))
+  optimizer = _optimizer(config, clock, layers)
+  method, weigh = _method(
+    config, dataset, net, optimizer, mesh, rows, learned, progress
+  )
+  gives_target_labels = any(row.uses_target_labels for row in rows.values())
+  images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
     name=name,
     method=method,
     net=net,
+    optimizer=optimizer,
+    layers=layers,
+    drawn=chopped(layers(), config['kept_layers']) if config['kept_layers'] else (),
     weigh=weigh,
     domain=config['domain'],
     dataset=dataset,
@@ -215,24 +242,28 @@ def _build_stage(
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
     images=images | dict(row.split for row in rows.values() if row.split),
-    uses_target_labels=any(row.uses_target_labels for row in rows.values()),
+    uses_target_labels=gives_target_labels,
     passes=evaluated,
     compared=_compared(config, domains, mesh),
     survey=stage_survey,
     reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
-    start=None if earlier else _start(config, method, streams),
-    surgeries=tuple(
-      construct(
-        SURGERIES,
-        'surgery',
-        name,
-        options=options,
-        survey=stage_survey,
-        base=learned,
-        classes=zero_shot.Classes.of(dataset),
-      )
-      for name, options in config['surgeries']
+    start=None if earlier else _start(config, dataset, method, streams),
+    surgeries=(
+      *(
+        construct(
+          SURGERIES,
+          'surgery',
+          name,
+          options=options,
+          survey=stage_survey,
+          net=net,
+          base=learned,
+          classes=zero_shot.Classes.of(dataset),
+        )
+        for name, options in config['surgeries']
+      ),
+      *_beginning(config, dataset, net, layers, stage_survey, mesh),
     ),
     plan=plan,
     epoch_steps=clock.length / clock.batch,
@@ -300,14 +331,15 @@ def _task(name: str, dataset: Dataset) -> Task:
 
 
 def _passes(
-  config: Config, domains: Domains, mesh: Mesh
+  config: Config, domains: Domains, mesh: Mesh, gives_target_labels: bool
 ) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
   """Returns what a stage is evaluated on, as images and as passes, and what it may see.
 
   The last is a few of the images that it may see, if it adapts to a target.
 
   A surgery is given the latter: training and validation images of the stage's own
-  domain, and training images of targets without their labels. No test image is among
+  domain, and training images of targets. Their labels are there only where a stream of
+  the stage gives labels of a target, which the result tells. No test image is among
   them.
   """
   own, targets = config['domain'], domains.roles[TARGET]
@@ -318,8 +350,9 @@ def _passes(
   if adapts:
     tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
-    unlabelled = Unlabelled(domains.dataset(TARGET).splits['train'])
-    learnt[f'{TARGET}/train'] = TARGET, unlabelled
+    target = domains.dataset(TARGET).splits['train']
+    told = target if gives_target_labels else Unlabelled(target)
+    learnt[f'{TARGET}/train'] = TARGET, told
   else:
     tested |= {n: (own, split) for n, split in dataset.tests.items()}
   for name in domains.roles[OPEN]:
@@ -408,12 +441,44 @@ def learned_classes(
   return learned
 
 
+def _beginning(
+  config: Config,
+  dataset: Dataset,
+  net: nn.Module,
+  layers: Callable[[], tuple[Layer, ...]],
+  stage_survey: Survey,
+  mesh: Mesh,
+) -> list[surgery.Surgery]:
+  """Returns what is done to the first State last, whatever its weights are from."""
+  found = []
+  if config['kept_layers']:
+    found.append(
+      surgery.keep_layers(
+        kept=config['kept_layers'],
+        net=net,
+        image_shape=dataset.image_shape,
+        layers=layers(),
+      )
+    )
+  if config['model']['batch_norm'] == 'recalibrate':
+    model = {**config['model'], 'batch_norm': 'global'}
+    live = _network(model, dataset, config['batch'], 1, mesh)
+    found.append(surgery.recalibrate(survey=stage_survey, net=live))
+  if config['optimizer'].get('anchored'):
+    found.append(surgery.anchor())
+  return found
+
+
 def _start(
-  config: Config, method: Method, streams: Mapping[str, Stream]
+  config: Config, dataset: Dataset, method: Method, streams: Mapping[str, Stream]
 ) -> Callable | None:
-  """Returns what puts published weights into a State; None: random ones will do."""
+  """Returns what puts given weights into a State; None: random ones will do."""
   if config['init']:
-    return functools.partial(surgery.start_from, source=config['init'])
+    return functools.partial(
+      surgery.start_from, source=config['init'], class_names=dataset.class_names
+    )
+  if config['kept_layers'] or config['optimizer'].get('anchored'):
+    return _refuse_random
   key = 'learning_rate_scale'
   rules = as_rules(key, config['optimizer'].get(key, ()))
   if all(rate for _, rate in rules):
@@ -427,36 +492,48 @@ def _start(
 def _refuse_random(state: State) -> NoReturn:
   """Raises a `UserError`: what is not trained must come from somewhere."""
   raise UserError(
-    'not all of the trunk is trained (optimizer.learning_rate_scale), so it cannot '
-    'begin at random: give --config.init=FILE.safetensors or --config.init=OWNER/MODEL '
-    'such as timm/resnet152.tv_in1k'
+    'part of the trunk is kept (optimizer.learning_rate_scale, optimizer.anchored, '
+    'kept_layers), so it cannot begin at random: give --config.init=FILE.safetensors, '
+    '--config.init=OWNER/MODEL such as timm/resnet152.tv_in1k, or --config.init=WORKDIR'
+  )
+
+
+def _optimizer(
+  config: Config, clock: Row, layers: Callable[[], tuple[Layer, ...]]
+) -> Optimizer:
+  """Builds the optimiser of the network."""
+  size = {'length': clock.length, 'batch': clock.batch}
+  schedule = _made('schedule', make_schedule, config['schedule'], **size)
+  return _made(
+    'optimizer',
+    make_optimizer,
+    config['optimizer'],
+    learning_rate=schedule,
+    layers=lambda: [layer.pattern for layer in layers()],
   )
 
 
 def _method(
   config: Config,
   dataset: Dataset,
+  net: nn.Module,
+  optimizer: Optimizer,
   mesh: Mesh,
   rows: Mapping[str, Row],
   learned: np.ndarray,
   progress: Callable[[jax.Array], jax.Array],
-) -> tuple[Method, nn.Module, Callable | None]:
-  """Builds network, optimiser, loss and method, and wraps it.
+) -> tuple[Method, Callable | None]:
+  """Builds loss and method, and wraps it.
 
   Returns:
-    (the method, its network, what it weighs examples by; None if it does not learn to).
+    (the method, what it weighs examples by; None if it does not learn to).
   """
   train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
-  schedule = _made('schedule', make_schedule, config['schedule'], **size)
-  optimizer = _made(
-    'optimizer', make_optimizer, config['optimizer'], learning_rate=schedule
-  )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
   options = dict(config['method'])
-  micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
   check_all_is_used(name, config, WRAPPERS)
   check_collapse(config)
@@ -478,7 +555,6 @@ def _method(
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
   }
-  net = _network(config['model'], dataset, config['batch'], micro_batches, mesh)
   made = functools.partial(
     construct,
     options=options,
@@ -495,6 +571,7 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    heads=make_heads(config['heads']),
     pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),
@@ -517,7 +594,7 @@ def _method(
     )
   # What is traced once for shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
-  return method, net, weigh
+  return method, weigh
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
@@ -561,20 +638,21 @@ def _network(
   micro, kind = batch // accumulate, options.pop('batch_norm')
   if batch % accumulate:
     raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')
-  groups = {'global': 1, 'frozen': 1, 'per_device': mesh.size}.get(kind)
+  frozen = kind in ('frozen', 'recalibrate')
+  groups = 1 if frozen else {'global': 1, 'per_device': mesh.size}.get(kind)
   if str(kind).isdigit() and int(kind) and micro % int(kind) == 0:
     groups = micro // int(kind)
   if groups is None or micro % groups:
     raise UserError(
-      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen' or a "
-      f'ghost batch size that divides the batch of {micro}'
+      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen', "
+      f"'recalibrate' or a ghost batch size that divides the batch of {micro}"
     )
   return make_classifier(
     **options,
     num_classes=len(dataset.class_names),
     class_vectors=dataset.class_vectors,
     examples=int(dataset.counts.sum()),
-    batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
+    batch_norm={'groups': groups, 'frozen': frozen},
     per_pixel=dataset.of_pixels,
   )
 

@@ -158,7 +158,7 @@ def check_device(device: str) -> None:
 def check_collapse(config: Config) -> None:
   """Refuses to draw two free networks together, with nothing that keeps them apart."""
   free = config['model']['head_options'].get('fixed', 'none') == 'none'
-  attracts = config['loss']['name'] == 'negative_score'
+  attracts = config['loss'].get('name') == 'negative_score'
   if attracts and config['model']['head'] == 'two_tower' and free:
     raise UserError(
       "loss 'negative_score' only draws an image and its class together: with both "
@@ -187,6 +187,7 @@ def check_all_is_used(
     'penalty': (config['penalty']['name'], 'none'),
     'alignment': (config['alignment']['name'], 'none'),
     'players': (', '.join(config['players']), ''),
+    'heads': (', '.join(config['heads']), ''),
   }
   for key, (value, neutral) in given.items():
     if key not in asked and value != neutral:

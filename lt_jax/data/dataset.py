@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.data import generated, longtail
+from lt_jax.data import generated, keeping, longtail
 from lt_jax.data.attributes import Block, chosen_classes, class_vectors
 from lt_jax.data.crops import Crop
+from lt_jax.data.keeping import class_list
 from lt_jax.data.masks import Window
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
@@ -89,6 +90,7 @@ def load_dataset(
   channels: int = 0,
   seed: int = 0,
   subset: str = 'seeded',
+  keep_classes: str = '',
   known_classes: int = 0,
   profile: str = 'original',
   n_max: int = 0,
@@ -123,6 +125,8 @@ def load_dataset(
     channels: likewise; grey is repeated.
     seed: of splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
+    keep_classes: the classes that are used, as if there were no others: a file with a
+      name a line, or names with + between them; empty: all.
     known_classes: classes from this one on form the open set; 0: all are known.
     profile: a key of `longtail.PROFILES`.
     n_max: images of the largest class; stated, never derived from the source.
@@ -162,6 +166,10 @@ def load_dataset(
     UserError: the source cannot serve the splits; it names the class.
   """
   sources = _opened(source, dir, fake, size, channels)
+  if keep_classes and any(hasattr(one, 'label_map') for one in sources.values()):
+    raise UserError(f'data.keep_classes is for labels of images, unlike {source!r}')
+  if keep_classes:
+    sources = keeping.keep_classes(sources, class_list(keep_classes), source)
   pool = _pool(sources, train_split, source)
   if hasattr(pool, 'label_map'):
     _check_whole(

@@ -37,13 +37,15 @@ class Survey(NamedTuple):
       the state may be shapes too.
     collect: (state, split, keep) -> name -> (N, ...) NumPy, for `keep` (outputs, batch)
       -> arrays with the batch first.
-    total: (state, split, fold) -> a pytree of NumPy arrays, for `fold` (outputs, batch)
-      -> sums over the batch. It must leave out rows where batch['mask'] is false.
+    total: (state, split, fold, apply) -> a pytree of NumPy arrays, for `fold` (outputs,
+      batch) -> sums over the batch. It must leave out rows where batch['mask'] is
+      false. `apply`, (state, images) -> outputs, takes the place of the method's
+      `predict` where it is given.
   """
 
   outputs: Callable[[State, str], Outputs]
   collect: Callable[[State, str, Callable], Collected]
-  total: Callable[[State, str, Callable], PyTree]
+  total: Callable[..., PyTree]
 
 
 @functools.lru_cache(maxsize=8)
@@ -202,7 +204,9 @@ def survey(
   def collect(state: State, split: str, keep: Callable) -> Collected:
     return collector(predict, keep, mesh)(state, the(split), lambda: bool(look()))
 
-  def totals(state: State, split: str, fold: Callable) -> PyTree:
-    return total(predict, fold, mesh, state, the(split), look)
+  def totals(
+    state: State, split: str, fold: Callable, apply: Callable = predict
+  ) -> PyTree:
+    return total(apply, fold, mesh, state, the(split), look)
 
   return Survey(outputs, collect, totals)

@@ -1,20 +1,20 @@
 """How far each image of a target is from the source: the order of a curriculum.
 
-A score is a function (survey, state, *, split, ...) -> (N,), the smaller the nearer, of
-the images of a split in stored order. `nearest_first` of it is what
-`lt_jax.data.samplers.curriculum` takes. No label is read.
+A score is one number an image, the smaller the nearer, of the images of a split in
+stored order: a stage saves it (`lt_jax.evals.saved`), and `nearest_first` of it is what
+`lt_jax.data.samplers.curriculum` takes. It is the distance or the entropy here, or what
+a network returns itself, such as the 'target_logit' of a method with a discriminator of
+domains. No label is read.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.evals.collect import Survey
-from lt_jax.losses.alignment import joined
-from lt_jax.method import Batch, Outputs, Player, State
+from lt_jax.method import Batch, Outputs, State
 from lt_jax.models.heads import unit
 
 TARGET = 'target/train'
@@ -53,48 +53,9 @@ def distance(
 
 
 def entropy_of(outputs: Outputs) -> jax.Array:
-  """Returns the entropy of the softmax in nats, (B,)."""
+  """Returns the entropy of the softmax in nats, (B,): near is what is sure."""
   log_p = jax.nn.log_softmax(outputs['logits'])
   return -(jnp.exp(log_p) * log_p).sum(-1)
-
-
-def entropy(survey: Survey, state: State, *, split: str = TARGET) -> np.ndarray:
-  """The entropy of each prediction, in nats: near is what the network is sure of."""
-
-  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    del batch
-    return {'entropy': entropy_of(outputs)}
-
-  return survey.collect(state, split, keep)['entropy']
-
-
-def discriminator(
-  survey: Survey,
-  state: State,
-  *,
-  players: Mapping[str, Player],
-  align_on: Sequence[str],
-  split: str = TARGET,
-) -> np.ndarray:
-  """The logit of a discriminator of being a target image: near is what deceives it.
-
-  Args:
-    survey: passes with the network whose layers it reads.
-    state: with the parameters of both.
-    players: with 'discriminator', a network from (B, D) to logits (B,).
-    align_on: names of the layers that it reads.
-    split: the images that are scored.
-  """
-
-  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    del batch
-    net, params = players['discriminator'].net, state.params['discriminator']
-    return {'logit': net.apply({'params': params}, joined(outputs, align_on))}
-
-  return survey.collect(state, split, keep)['logit']
-
-
-SCORES = {'distance': distance, 'entropy': entropy, 'discriminator': discriminator}
 
 
 def nearest_first(scores: np.ndarray) -> np.ndarray:

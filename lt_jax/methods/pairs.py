@@ -153,13 +153,16 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
 def as_source(state: State) -> State:
   """Returns the State that predicts images of the source.
 
-  Where each domain has statistics of its own, those of the source take the place of
-  the target's, by which the network is deployed. An average of parameters
+  Where each domain has statistics of its own, or a map of features
+  (`lt_jax.maps`), those of the source, called NAME_source, take the place of the
+  target's, by which the network is deployed. An average of parameters
   (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
   """
-  if 'net_source' not in state.stats:
-    return state
-  return state.replace(stats={**state.stats, 'net': state.stats['net_source']})
+
+  def of_source(tree: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {name: tree.get(f'{name}_source', value) for name, value in tree.items()}
+
+  return state.replace(stats=of_source(state.stats), memory=of_source(state.memory))
 
 
 class Term(NamedTuple):
@@ -172,17 +175,20 @@ class Term(NamedTuple):
       'net'.
     draws: (key, outputs) -> what is kept in `State.memory` under these names, and given
       to `value` among the parameters: drawn once, or put there by a surgery.
+    tells: (params, outputs) -> what predictions have beside the network's outputs, with
+      the parameters that `value` is given.
   """
 
   value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
   reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
   draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {}
+  tells: Callable[[PyTree, Outputs], Outputs] = lambda params, outputs: {}
 
 
 def begin(
   net: Network,
   optimizer: Optimizer,
-  reads: Callable[[Outputs], dict[str, jax.Array]],
+  reads: Callable[[Outputs], dict[str, PyTree]],
   *,
   statistics: str,
   players: Mapping[str, Player],
@@ -208,13 +214,41 @@ def begin(
     params, opt = {'net': params}, optimizer.init({'net': params})
     for name, shape in jax.eval_shape(reads, outputs).items():
       own_key = named_key(key, f'init_{name}', 0)
-      made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
+      read = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
+      made = players[name].net.init(own_key, read)
       own = {name: made['params']}
       params, opt = params | own, opt | players[name].optimizer.init(own)
     state = first_state(key, params, first_stats(stats, statistics), opt)
     return state.replace(memory=draws(named_key(key, 'draws', 0), outputs))
 
   return init
+
+
+def beside(
+  init: Callable[[jax.Array, Mapping[str, Batch]], State],
+  net: Network,
+  *names: str,
+) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
+  """Returns an `init` with further networks of the same shape, which nothing moves.
+
+  Surgeries fill them.
+
+  Args:
+    init: of the others.
+    net: the network.
+    *names: of the further ones in `params` and `stats`.
+  """
+
+  def extended(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    state, images = init(key, batches), batches['train']['image']
+    for name in names:
+      params, stats = init_net(net, named_key(key, f'init_{name}', 0), images)
+      state = state.replace(
+        params={**state.params, name: params}, stats={**state.stats, name: stats}
+      )
+    return state
+
+  return extended
 
 
 def held(
@@ -301,4 +335,10 @@ def adapt(
     players=players,
     draws=term.draws,
   )
-  return Method(init, step, predictor(net))
+  deployed = predictor(net)
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    outputs = deployed(state, images)
+    return outputs | term.tells(state.memory | state.params, outputs)
+
+  return Method(init, step, predict)

@@ -17,6 +17,7 @@ from lt_jax.errors import UserError, construct
 from lt_jax.models import deeplab, described, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
+from lt_jax.models.fusion import fusion
 from lt_jax.models.heads import HEADS as PLAIN_HEADS
 from lt_jax.models.heads import dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
@@ -29,6 +30,7 @@ NETWORKS = {
   'image_discriminator': discriminator.image_discriminator,
   'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
+  'fusion': fusion,
   'linear': linear,
   'weight_net': WeightNet,
 }

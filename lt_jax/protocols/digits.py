@@ -7,7 +7,7 @@ from lt_jax.data.longtail import class_counts
 from lt_jax.protocols import Protocol, train_by
 
 
-def _ganin(epochs: float) -> Protocol:
+def ganin(epochs: float) -> Protocol:
   """Ganin et al., arXiv 1505.07818: momentum, and a rate that falls with progress."""
   return Protocol(
     {
@@ -46,6 +46,7 @@ def pair(
   n_max: tuple[int, int] = (500, 500),
   net: str = 'mnist_dann',
   size: int = 28,
+  classes: int = 10,
 ) -> ConfigDict:
   """Returns the config of a source and one target; the options are in the config file.
 
@@ -59,6 +60,7 @@ def pair(
       a long tail.
     net: the trunk.
     size: side that all images are brought to.
+    classes: how many there are.
   """
   recipe, option = parse_arg(
     arg,
@@ -72,7 +74,7 @@ def pair(
   domain = name.rpartition('_')[2]
   own = tail(n_max[0], option.imbalance)
   if own:
-    images = int(class_counts(num_classes=10, **own).sum())
+    images = int(class_counts(num_classes=classes, **own).sum())
   epochs = (option.steps - 0.5) * 64 / images  # an epoch begins at the next whole step
   config = apply(
     base_config(),
@@ -84,7 +86,7 @@ def pair(
         'channels': 3,
         'mean': (0.5,),
         'std': (0.5,),
-        'fake': {'image_size': size, 'train': images, 'largest': images // 10},
+        'fake': {'image_size': size, 'train': images, 'largest': images // classes},
         **own,
       },
       'domains': {
@@ -99,4 +101,4 @@ def pair(
       'evaluate_every_epochs': epochs / 5,
     },
   )
-  return train_by(config, recipe, _ganin(epochs))
+  return train_by(config, recipe, ganin(epochs))

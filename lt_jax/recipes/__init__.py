@@ -6,12 +6,15 @@ from lt_jax.config import apply
 from lt_jax.errors import lookup
 from lt_jax.recipes import (
   adaptation,
+  compound,
   decoupled,
   label_shift,
   losses,
   meta,
+  multitask,
   open_world,
   segmentation,
+  transfer,
   zero_shot,
 )
 from lt_jax.recipes.parts import Recipe
@@ -22,7 +25,10 @@ RECIPES: dict[str, Recipe] = {
   **open_world.RECIPES,
   **decoupled.RECIPES,
   **adaptation.RECIPES,
+  **compound.RECIPES,
   **label_shift.RECIPES,
+  **transfer.RECIPES,
+  **multitask.RECIPES,
   **zero_shot.RECIPES,
   **segmentation.RECIPES,
 }

@@ -4,29 +4,19 @@ They name roles, never data sets. `source_only` and `target_only` are the two en
 between which an adapted network is expected.
 """
 
+import functools
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe, copy
-
-
-def _target(config: ConfigDict) -> Overrides:
-  """Images of the target beside every batch of the source, as many of them."""
-  stream = {
-    'domain': 'target',
-    'split': 'train',
-    'labels': False,
-    'batch': config.get_ref('batch'),
-  }
-  return {'streams': {'target': stream}}
+from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow, target_stream
 
 
 def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
   """The one method of alignments, with one of them."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'aligned', 'statistics': statistics},
     'alignment': {'align_on': ('features',), 'weight': ONE, **alignment},
   }
@@ -62,7 +52,7 @@ def _judged(
   """
   discriminator = _beside(config, name='mlp', hidden=hidden)
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': name, 'statistics': 'joint'},
     'alignment': {'name': 'none', 'align_on': (layer,), 'weight': RISING},
     'players': {'discriminator': discriminator},
@@ -72,7 +62,7 @@ def _judged(
 def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
   """Linear heads on a layer, which tell what was done to an image."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {
       'name': 'self_supervised',
       'order': 'alternating',
@@ -107,7 +97,7 @@ def _i2i(config: ConfigDict) -> Overrides:
   players['discriminator'] = _beside(config, name='mlp', hidden=(100,))
   weights = {'identity': 1.0, 'images': 0.1, 'cycle': 1.0, 'translated': 0.1}
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'i2i', **weights},
     'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
     'players': players,
@@ -117,15 +107,12 @@ def _i2i(config: ConfigDict) -> Overrides:
 def _pseudo_label(config: ConfigDict) -> Overrides:
   """The source alone, then with the predictions in the target that it is sure of."""
   self_training = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'pseudo_label', 'statistics': 'joint'},
     'alignment': {'weight': ONE},
     'surgeries': (copy('net/.*', 'source'), ('class_thresholds', {'portion': 0.2})),
   }
-  return {
-    'stages': {'source': {}, 'self_training': self_training},
-    'stage_order': ('source', 'self_training'),
-  }
+  return after_source('self_training', self_training)
 
 
 def _adda(
@@ -154,7 +141,7 @@ def _adda(
   adam = {'name': 'adam', 'b1': b1}
   schedule = ConfigDict({'name': 'constant', 'base': rate})
   adapt = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'adda', 'threshold': threshold},
     'alignment': {'align_on': (layer,)},
     'players': {
@@ -181,11 +168,103 @@ def _adda(
   }
 
 
+def after_source(name: str, stage: Overrides) -> Overrides:
+  """The config's own training on the source, then another stage."""
+  return {'stages': {'source': {}, name: stage}, 'stage_order': ('source', name)}
+
+
+def subspaces(
+  classifier: str = 'linear_svm', choose_by: str = 'source', **stage: Any
+) -> Overrides:
+  """The stage of subspace alignment, on the features that a stage 'source' leaves.
+
+  Args:
+    classifier: a key of `parts.SHALLOW`, fitted to the source in the aligned subspace.
+    choose_by: of the surgery 'align_subspaces'.
+    **stage: what else it sets.
+  """
+  judge = SHALLOW[classifier]['judge']
+  align = 'align_subspaces', {'choose_by': choose_by, 'classifier': judge}
+  return _turned(shallow(classifier, 'source', align, aligned_subspaces={})) | stage
+
+
+def coral_shallow(classifier: str = 'linear_svm') -> Overrides:
+  """The stage of CORAL on features that a stage 'source' leaves."""
+  return _turned(shallow(classifier, 'source', ('coral', {}), aligned_features={}))
+
+
+def _turned(stage: Overrides) -> Overrides:
+  """A stage whose machine does not standardise: features are mixed by a map."""
+  surgeries = tuple(
+    (name, {**options, 'standardise': False} if name == 'linear_svm' else options)
+    for name, options in stage['surgeries']
+  )
+  return stage | {'surgeries': surgeries}
+
+
+def _ada_bn(config: ConfigDict) -> Overrides:
+  """The source's network, with batch statistics of the target where it is deployed."""
+  return {
+    **target_stream(config),
+    'method': {'name': 'aligned', 'statistics': 'domain_specific'},
+    'epochs': 0.0,
+    'surgeries': (
+      copy('net/.*', 'source'),
+      copy('net_source/(.*)', 'source', source=r'net/\1'),
+      ('recalibrate', {'split': 'target/train'}),
+    ),
+  }
+
+
+def _finetune_target(config: ConfigDict, images: int) -> Overrides:
+  """The source's network, trained on with a few labelled images of the target.
+
+  They are taken out of its unlabelled ones. A hundred epochs at a tenth of the rate are
+  ours.
+
+  Args:
+    config: of the first stage.
+    images: labelled images a class.
+  """
+  finetune = {
+    'streams': {'train': {'domain': 'target', 'split': 'meta', 'labels': True}},
+    'batch': min(config.batch, 10 * images),  # ten classes have as many
+    'epochs': 100.0,
+    'save_every_epochs': 50.0,
+    'evaluate_every_epochs': 50.0,
+    'schedule': {'name': 'constant', 'base': config.schedule.get_ref('base') * 0.1},
+    'surgeries': (copy('net/.*', 'source'),),
+  }
+  labelled = {name: {'meta_per_class': images} for name in config.target}
+  return {'domains': labelled, **after_source('finetune', finetune)}
+
+
+ORACLE = {'streams': {'train': {'domain': 'target', 'labels': True}}}
+"""Of a stage of no steps: its surgeries see labels of the target."""
+
+
 RECIPES: dict[str, Recipe] = {
   'source_only': Recipe(lambda config: {}, needs=('target',)),
   'target_only': Recipe(
     lambda config: {'streams': {'train': {'domain': 'target', 'labels': True}}},
     needs=('target',),
+  ),
+  **{
+    f'finetune_target_{images}': Recipe(
+      functools.partial(_finetune_target, images=images), needs=('target',)
+    )
+    for images in (1, 5, 10)
+  },
+  'ada_bn': Recipe(
+    lambda config: after_source('ada_bn', _ada_bn(config)), needs=('target',)
+  ),
+  'sa': Recipe(lambda config: after_source('sa', subspaces()), needs=('target',)),
+  'sa_oracle': Recipe(
+    lambda config: after_source('sa', subspaces(choose_by='oracle', **ORACLE)),
+    needs=('target',),
+  ),
+  'coral_shallow': Recipe(
+    lambda config: after_source('coral', coral_shallow()), needs=('target',)
   ),
   'dann': Recipe(
     lambda config: _judged(config, 'dann', (100,), 'conv'), needs=('target',)
@@ -194,7 +273,10 @@ RECIPES: dict[str, Recipe] = {
     lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
   ),
   'mcd': Recipe(
-    lambda config: {**_target(config), 'method': {'name': 'mcd', 'inner_steps': 4}},
+    lambda config: {
+      **target_stream(config),
+      'method': {'name': 'mcd', 'inner_steps': 4},
+    },
     needs=('target',),
   ),
   'adda': Recipe(
@@ -227,7 +309,7 @@ RECIPES: dict[str, Recipe] = {
   'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
   'i2i': Recipe(_i2i, needs=('target',)),
   'fda': Recipe(
-    lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
+    lambda config: {**target_stream(config), 'wrappers': {'fda': {'beta': 0.09}}},
     needs=('target',),
   ),
   'self_supervised': Recipe(

@@ -11,6 +11,7 @@ from lt_jax.recipes.parts import (
   HEAD_ONLY,
   Recipe,
   copy,
+  shallow,
   then,
 )
 
@@ -76,6 +77,11 @@ def _ncm(config: ConfigDict) -> Overrides:
   return then(config, 'train', ('ncm', posthoc))
 
 
+def _shallow(config: ConfigDict, classifier: str) -> Overrides:
+  """A classifier that is fitted to the first stage's features without a step."""
+  return then(config, 'train', (classifier, shallow(classifier, 'train')))
+
+
 RECIPES: dict[str, Recipe] = {
   'crt': Recipe(_crt, paper='kang'),
   'lws': Recipe(_lws, paper='kang'),
@@ -84,4 +90,8 @@ RECIPES: dict[str, Recipe] = {
   ),
   'tau_norm': Recipe(_tau_norm, paper='kang', needs=('held_out',)),
   'ncm': Recipe(_ncm, paper='kang'),
+  'linear_svm': Recipe(lambda config: _shallow(config, 'linear_svm'), paper='kang'),
+  'nearest_neighbour': Recipe(
+    lambda config: _shallow(config, 'nearest_neighbour'), paper='kang'
+  ),
 }

@@ -16,8 +16,10 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to; 'class_vectors',
-      unseen classes that are described; 'pixels', labels of each of them.
+      which something is chosen; 'target', a domain to adapt to; 'init', weights to
+      begin with, or an earlier stage to take them from; 'heads', further tasks;
+      'class_vectors', unseen classes that are described; 'pixels', labels of each of
+      them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -89,6 +91,44 @@ def target_stream(config: ConfigDict, **row: Any) -> Overrides:
     **{key: value for key, value in row.items() if value},
   }
   return {'streams': {'target': stream}}
+
+
+SHALLOW: dict[str, Overrides] = {
+  'linear_svm': {
+    'judge': 'svm',
+    'wrappers': {'linear_svm': {}},
+    'surgeries': (('linear_svm', {}),),
+  },
+  'nearest_neighbour': {
+    'judge': 'neighbours',
+    'wrappers': {'nearest_neighbour': {}},
+    'surgeries': (('nearest_neighbour', {}),),
+  },
+}
+"""Classifiers that are fitted to features in a stage of no steps.
+
+'judge' is the key of `lt_jax.classifiers.CLASSIFIERS` by which something is chosen for
+one, the others are keys of a stage.
+"""
+
+
+def shallow(
+  classifier: str, stage: str, *surgeries: tuple[str, Overrides], **wrappers: Any
+) -> Overrides:
+  """A stage of no steps: the network of another, and a shallow classifier for its head.
+
+  Args:
+    classifier: a key of `SHALLOW`.
+    stage: where the network comes from.
+    *surgeries: what is done to its features first.
+    **wrappers: that have room for that.
+  """
+  own = SHALLOW[classifier]
+  return {
+    'epochs': 0.0,
+    'wrappers': {**wrappers, **own['wrappers']},
+    'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
+  }
 
 
 CLASS_AWARE: Overrides = {

@@ -18,6 +18,7 @@ from lt_jax.report import (
   figures,
   grids,
   insides,
+  multitask,
   pictures,
   selection,
   tables,
@@ -67,6 +68,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   by_domain = domains.domains_table(groups)
   by_class = tables.classes_table(groups)
   selected = selection.selection_table(groups)
+  tasks = multitask.multitask_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
@@ -84,6 +86,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     classes=by_class,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
+    tasks=tasks,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
@@ -93,7 +96,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, by_class, selected, chosen, published]
+  shown = [results, by_domain, by_class, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
@@ -210,10 +213,10 @@ def _section(
 
 
 def _inside(run: Run) -> dict[str, Any]:
-  """Returns the figures of what was found in a run, if anybody has looked."""
+  """Returns the figures of files that not every run has."""
   return {
     name: figure
-    for name, (file, figure) in insides.FIGURES.items()
+    for name, (file, figure) in (insides.FIGURES | domain_figures.OF_FILES).items()
     if (run.folder / file).exists()
   }
 

@@ -1,0 +1,215 @@
+"""What features of a layer are good for: probes by few images a class, and retrieval.
+
+Arrays in, numbers out; which network and which layer the features are of is the
+caller's business, see `lt_jax.probe`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_jax import classifiers
+from lt_jax.errors import UserError, lookup
+
+
+def pooled(x: jax.Array, budget: int) -> jax.Array:
+  """Returns a layer as vectors of at most so many values, if it has not more channels.
+
+  A map is averaged over squares, as few and as large as the budget asks for; where it
+  does not divide, the squares overlap by a pixel.
+
+  Args:
+    x: (B, H, W, C), or (B, D), which stays as it is.
+    budget: the most values; 0: the map is flattened whole.
+
+  Returns:
+    (B, D) float32.
+  """
+  if x.ndim == 4:
+    height, width, channels = x.shape[1:]
+    if budget and height * width * channels > budget:
+      side = max(1, math.isqrt(budget // channels))
+      rows, columns = (_averages(min(side, n), n) for n in (height, width))
+      x = jnp.einsum('rh,bhwc,sw->brsc', rows, x.astype(jnp.float32), columns)
+    x = x.reshape(len(x), -1)
+  return x.astype(jnp.float32)
+
+
+def _averages(parts: int, size: int) -> np.ndarray:
+  """Returns (parts, size), whose rows average parts of an axis."""
+  found = np.zeros((parts, size), np.float32)
+  for i in range(parts):
+    first, last = i * size // parts, -(-(i + 1) * size // parts)
+    found[i, first:last] = 1 / (last - first)
+  return found
+
+
+def places_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+  """Returns the place (N,) of each image in a random order of its class.
+
+  Those of place less than k are k images a class, and among those of any larger k.
+  """
+  rng, found = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
+  for label in np.unique(labels):
+    own = np.flatnonzero(labels == label)
+    found[rng.permutation(own)] = np.arange(len(own))
+  return found
+
+
+class Images(NamedTuple):
+  """Features of some images.
+
+  Attributes:
+    features: (N, D).
+    labels: (N,).
+  """
+
+  features: np.ndarray
+  labels: np.ndarray
+
+
+class Draws(NamedTuple):
+  """How often, and of how many images, a probe is fitted.
+
+  Attributes:
+    shots: images a class; 0: all there are.
+    draws: how many times they are drawn; all there are, once.
+    folds: by which strengths are chosen, on the first draw.
+    seed: of the first draw.
+  """
+
+  shots: Sequence[int] = (0,)
+  draws: int = 5
+  folds: int = 3
+  seed: int = 0
+
+
+def probe(
+  name: str,
+  train: Images,
+  test: Images,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+  draws: Draws,
+) -> list[dict[str, Any]]:
+  """Fits a classifier to few images a class, and measures it.
+
+  Features are brought to mean 0 and deviation 1 by the images that it is fitted to.
+
+  Args:
+    name: a key of `classifiers.CLASSIFIERS`.
+    train: images to draw from.
+    test: images to measure on.
+    num_classes: C.
+    groups: name -> (C,) bool, classes whose accuracy is told besides.
+    draws: how.
+
+  Returns:
+    for each number of images a class: 'shots', 'strength' that was chosen, 'accuracy'
+    of each draw (the mean over classes), 'groups' likewise by name, and 'by_class', the
+    mean over draws, None of a class without test images.
+  """
+  found = []
+  for shots in draws.shots:
+    strength: float | None = None
+    rows = []
+    for draw in range(draws.draws if shots else 1):
+      place = places_in_class(train.labels, draws.seed + draw)
+      used = place < (shots or len(place))
+      x, labels = train.features[used], train.labels[used]
+      scale = classifiers.scaling(x)
+      fitted = classifiers.chosen(
+        name,
+        scale(x),
+        labels,
+        num_classes,
+        strengths=_strengths(name, labels) if strength is None else (strength,),
+        folds=min(draws.folds, len(labels)),
+      )
+      strength = fitted.strength
+      predicted = np.argmax(fitted.classifier(scale(test.features)), axis=1)
+      rows.append(_by_class(predicted, test.labels, num_classes))
+    by_class = np.array(rows)
+    found.append(
+      {
+        'shots': shots,
+        'strength': strength,
+        'accuracy': [_mean(row) for row in by_class],
+        'groups': {
+          group: [_mean(row[members]) for row in by_class]
+          for group, members in groups.items()
+        },
+        'by_class': [_mean(column) for column in by_class.T],
+      }
+    )
+  return found
+
+
+def _strengths(name: str, labels: np.ndarray) -> tuple[float, ...]:
+  """Returns those that are tried; of one image a class none can be held out."""
+  kind = lookup(classifiers.CLASSIFIERS, 'classifier', name)
+  return kind.strengths if np.bincount(labels).max() > 1 else (kind.default,)
+
+
+def _by_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+  """Returns the share of each class that is right (C,); NaN of one without images."""
+  counts = np.bincount(labels, minlength=classes)
+  right = np.bincount(labels, predicted == labels, minlength=classes)
+  return np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
+
+
+def _mean(values: np.ndarray) -> float | None:
+  """Returns the mean of what is a number; None of nothing."""
+  known = values[np.isfinite(values)]
+  return float(known.mean()) if len(known) else None
+
+
+def retrieval(
+  queries: Images, gallery: Images, ranks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+  r"""Measures how well images of a class are found by the cosine of features.
+
+  .. math:: AP = \frac{1}{R} \sum_{k} \mathrm{rel}(k) \frac{1}{k} \sum_{j \le k}
+    \mathrm{rel}(j)
+
+  with rel(k) 1 where the k-th image is of the query's class, of which there are R in
+  the gallery. Features are centred by the gallery.
+
+  Args:
+    queries: images that are looked for.
+    gallery: images among which.
+    ranks: the k of recall@k.
+
+  Returns:
+    'recall@k', the share of queries with an image of their class among the first k,
+    and 'mean_average_precision'; of queries whose class is in the gallery.
+
+  Raises:
+    UserError: no query has its class in the gallery.
+  """
+  centre = gallery.features.mean(0)
+
+  def unit(x: np.ndarray) -> np.ndarray:
+    x = x - centre
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+  kept = np.isin(queries.labels, gallery.labels)
+  if not kept.any():
+    raise UserError('retrieval: no query is of a class that is in the gallery')
+  theirs = unit(gallery.features)
+  first, precision = [], []
+  for part in np.array_split(np.flatnonzero(kept), -(-kept.sum() // 500)):
+    order = np.argsort(-unit(queries.features[part]) @ theirs.T, axis=1, kind='stable')
+    relevant = gallery.labels[order] == queries.labels[part][:, None]
+    first.append(relevant.argmax(1))
+    so_far = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
+    precision.append((so_far * relevant).sum(1) / relevant.sum(1))
+  first = np.concatenate(first)
+  return {
+    **{f'recall@{k}': float((first < k).mean()) for k in ranks},
+    'mean_average_precision': float(np.concatenate(precision).mean()),
+  }

@@ -1,0 +1,377 @@
+"""What each layer of a network is good for: probes of its features, layer by layer.
+
+  python -m lt_jax.probe --workdir=runs/ldam_drw/1
+  python -m lt_jax.probe --config=my_images:net=efficientnet_lite0,data=photos \
+    --init=timm/tf_efficientnet_lite0.in1k --shots=1,5,15,30 --out=probes/photos
+
+Of a run, or of published weights on the data of a config. Features of every layer are
+averaged to --budget values at most and kept in the folder `features` of --out, by the
+weights, the layer, the preprocessing and the images that they are of: the same command
+again fits classifiers only. They learn from so many training images of each class,
+drawn --draws times, the fewer among the more; what is told is the mean accuracy over
+classes on the test images.
+
+Leaves probe.json, probe.md and probe.svg in --out, which is the run's folder `probe` by
+default. --retrieval measures besides how well test images find training images of their
+class. --save=FILE.npz writes features of one layer, of every domain, as a file that
+`npz:` reads; domains of an earlier file stay. Nothing is trained and no number of the
+run changes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lt_jax import build, commands, evaluate, files, sharding, train, trained
+from lt_jax.build import Experiment, Stage
+from lt_jax.build.experiment import PREPROCESSING
+from lt_jax.cautions import cautions
+from lt_jax.classifiers import CLASSIFIERS
+from lt_jax.config import resolve
+from lt_jax.data.streams import Pass, Split, evaluation_pass
+from lt_jax.errors import UserError, lookup
+from lt_jax.evals import probing
+from lt_jax.evals.collect import collector
+from lt_jax.method import State
+from lt_jax.models.taps import tap_shapes, tapped
+from lt_jax.report import drawing
+from lt_jax.report.page import STANDALONE
+from lt_jax.writers import write_npz
+
+WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()
+DATA_DIR = commands.data_dir_flag()
+INIT = commands.init_flag()
+OUT = commands.out_flag()
+SAVE = commands.path_flag('save', 'An .npz for the features of one layer.')
+LAYERS = flags.DEFINE_list('layers', [], 'Those to probe; by default all.')
+KINDS = flags.DEFINE_list('classifiers', list(CLASSIFIERS), 'Those to fit.')
+SHOTS = flags.DEFINE_list('shots', ['0'], 'Images a class; 0: all there are.')
+DRAWS = flags.DEFINE_integer('draws', 5, 'How often they are drawn.')
+FOLDS = flags.DEFINE_integer('folds', 3, 'Folds by which strengths are chosen.')
+BUDGET = flags.DEFINE_integer('budget', 2048, 'Most values of a layer; 0: all of them.')
+RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Measures retrieval as well.')
+
+
+class Network(NamedTuple):
+  """A network with its data.
+
+  Attributes:
+    experiment: its data and devices.
+    stage: whose network it is.
+    state: its State.
+  """
+
+  experiment: Experiment
+  stage: Stage
+  state: State
+
+
+def main() -> None:
+  """Probes what the flags name."""
+  if not all(text.isdecimal() for text in SHOTS.value):
+    raise UserError(f'--shots must be whole numbers: {",".join(SHOTS.value)}')
+  for name in KINDS.value:
+    lookup(CLASSIFIERS, 'classifier', name)
+  if min(DRAWS.value, FOLDS.value - 1) < 1 or BUDGET.value < 0:
+    raise UserError('--draws must be 1 or more, --folds 2 or more, --budget 0 or more')
+  network = opened()
+  layers = chosen_layers(network, LAYERS.value)
+  if SAVE.value:
+    return save(network, layers, epath.Path(SAVE.value), BUDGET.value)
+  out = _folder()
+  for line in cautions(network.experiment):
+    print(f'warning: {line}')
+  draws = probing.Draws([int(text) for text in SHOTS.value], DRAWS.value, FOLDS.value)
+  found = probe(network, layers, KINDS.value, draws, out, BUDGET.value, RETRIEVAL.value)
+  files.write_json(out / 'probe.json', found)
+  (out / 'probe.md').write_text(table(found))
+  (out / 'probe.svg').write_text(figure(found))
+  print(table(found))
+  print(out / 'probe.json')
+
+
+def _folder() -> epath.Path:
+  """Returns the folder to write in, which is made."""
+  if OUT.value is None and WORKDIR.value is None:
+    raise UserError('--out is missing: the folder to write')
+  out = files.absolute(OUT.value or f'{WORKDIR.value}/probe')
+  out.mkdir(parents=True, exist_ok=True)
+  return out
+
+
+def opened() -> Network:
+  """Opens the run, or the config with weights, that the flags name.
+
+  Raises:
+    UserError: neither is named, or both, or the network would be a random one.
+  """
+  if (WORKDIR.value is None) == (CONFIG.value is None):
+    raise UserError('give either --workdir=RUN, or --config with --init=WEIGHTS')
+  if WORKDIR.value is not None:
+    workdir = files.absolute(WORKDIR.value)
+    experiment = evaluate.with_data(workdir, DATA_DIR.value)
+    stage = experiment.last
+    state = trained.restore(workdir, stage, experiment.mesh, None).state
+    return Network(experiment, stage, state)
+  config = resolve(CONFIG.value)
+  if INIT.value:
+    config['init'] = INIT.value
+  experiment = build.build(config)
+  stage = next(iter(experiment.stages.values()))
+  state = train.initial_state(
+    stage.method, stage.streams, jax.random.key(config['seed']), experiment.mesh
+  )
+  if stage.start is not None:
+    state, _ = stage.start(state)
+  elif jax.tree.leaves(state.params['net'].get('trunk', {})):
+    raise UserError('the network would be a random one: give --init=WEIGHTS')
+  state = sharding.put_replicated(experiment.mesh, jax.device_get(state))
+  return Network(experiment, stage, state)
+
+
+WHOLE = 'features'
+"""What the head reads, the one layer of a network whose trunk has no taps."""
+
+
+def chosen_layers(network: Network, names: Sequence[str]) -> list[str]:
+  """Returns the layers to probe, in order.
+
+  Raises:
+    UserError: one does not exist; it names the near miss.
+  """
+  stage, own = network.stage, network.state
+  shape = (1, *stage.dataset.image_shape)
+  images = jax.ShapeDtypeStruct(shape, np.float32)
+  known = tap_shapes(stage.net, own.params['net'], own.stats['net'], images)
+  known = {**known, WHOLE: None}
+  for name in names:
+    lookup(known, 'layer', name)
+  taken = names or [name for name in known if name != WHOLE or len(known) == 1]
+  return [name for name in known if name in taken]
+
+
+def features(
+  network: Network, one_pass: Pass, layers: Sequence[str], budget: int
+) -> dict[str, np.ndarray]:
+  """Returns layer -> (N, D) of the images of a pass, and 'label' (N,)."""
+  net = network.stage.net
+
+  def predict(state: State, images: jax.Array) -> dict[str, jax.Array]:
+    found = tapped(net, state.params['net'], state.stats['net'], images)
+    if WHOLE in layers:
+      found[WHOLE] = network.stage.method.predict(state, images)['features']
+    return found
+
+  def keep(outputs, batch) -> dict[str, jax.Array]:
+    kept = {name: probing.pooled(outputs[name], budget) for name in layers}
+    return kept | {'label': batch['label']}
+
+  return collector(predict, keep, network.experiment.mesh)(network.state, one_pass)
+
+
+def _pass(network: Network, domain: str, split: Split) -> Pass:
+  """Returns a pass over images of a domain, as the run evaluates them."""
+  experiment = network.experiment
+  data = experiment.data[domain]
+  return evaluation_pass(
+    split,
+    batch=sharding.round_up(experiment.config['eval_batch'], experiment.mesh.size),
+    transform=build.domains.make_transforms(data)[1],
+    workers=build.streams.workers(data['workers']),
+  )
+
+
+def cached(
+  network: Network, layers: Sequence[str], split: str, folder: epath.Path, budget: int
+) -> dict[str, probing.Images]:
+  """Returns layer -> features of a split of the stage's own domain, kept in files.
+
+  Args:
+    network: the network.
+    layers: their names.
+    split: 'train' or 'test'.
+    folder: of the files.
+    budget: most values of a layer.
+  """
+  stage = network.stage
+  told = {
+    'weights': _digest(network.state),
+    'images': f'{stage.dataset.fingerprint} {split}',
+    'preprocessing': {
+      key: network.experiment.data[stage.domain][key] for key in PREPROCESSING
+    },
+    'budget': budget,
+  }
+  text = json.dumps(told, sort_keys=True, default=list)
+  paths = {
+    name: folder / f'{hashlib.sha256(f"{text} {name}".encode()).hexdigest()[:16]}.npz'
+    for name in layers
+  }
+  missing = [name for name, path in paths.items() if not path.exists()]
+  if missing:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = stage.dataset.every[split]
+    found = features(network, _pass(network, stage.domain, images), missing, budget)
+    for name in missing:
+      write_npz(paths[name], features=found[name], labels=found['label'])
+  read = {name: files.read_npz(path) for name, path in paths.items()}
+  return {n: probing.Images(one['features'], one['labels']) for n, one in read.items()}
+
+
+def _digest(state: State) -> str:
+  """Returns a digest of what computes features: all of the network but its head."""
+  net = {name: part for name, part in state.params['net'].items() if name != 'head'}
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get((net, state.stats['net']))):
+    digest.update(np.ascontiguousarray(leaf))
+  return digest.hexdigest()
+
+
+def probe(
+  network: Network,
+  layers: Sequence[str],
+  kinds: Sequence[str],
+  draws: probing.Draws,
+  out: epath.Path,
+  budget: int = 2048,
+  retrieves: bool = False,
+) -> dict[str, Any]:
+  """Probes layers; what it returns is plain data.
+
+  Args:
+    network: the network.
+    layers: their names.
+    kinds: keys of `CLASSIFIERS`.
+    draws: how images are drawn.
+    out: the folder for features.
+    budget: most values of a layer.
+    retrieves: whether retrieval is measured too.
+  """
+  classes = network.stage.dataset.class_names
+  groups = {name: network.stage.groups[name] for name in ('many', 'medium', 'few')}
+  counts = network.stage.dataset.counts
+  for shots in draws.shots:
+    short = [name for name, count in zip(classes, counts, strict=True) if count < shots]
+    if len(short) == len(classes):
+      raise UserError(f'no class has {shots} training images; {counts.max()} at most')
+    if short:
+      print(
+        f'{len(short)} classes have fewer than {shots} images, such as {short[0]!r}'
+      )
+  sets = {
+    split: cached(network, layers, split, out / 'features', budget)
+    for split in ('train', 'test')
+  }
+  found: dict[str, Any] = {'classes': list(classes), 'layers': {}}
+  for layer in layers:
+    own, held_out = sets['train'][layer], sets['test'][layer]
+    rows = {
+      kind: probing.probe(kind, own, held_out, len(classes), groups, draws)
+      for kind in kinds
+    }
+    print(f'{layer}: {own.features.shape[1]} values', flush=True)
+    told = {'values': own.features.shape[1], 'classifiers': rows}
+    if retrieves:
+      told['retrieval'] = probing.retrieval(held_out, own)
+    found['layers'][layer] = told
+  return found
+
+
+def save(
+  network: Network, layers: Sequence[str], path: epath.Path, budget: int
+) -> None:
+  """Writes the features of one layer, of every domain, as `npz:` reads them.
+
+  Raises:
+    UserError: several layers, or a file with features of another size.
+  """
+  if len(layers) != 1:
+    raise UserError(f'--save is of one layer: set --layers; {", ".join(layers)}')
+  made: dict[str, np.ndarray] = {}
+  for domain, dataset in network.experiment.domains.items():
+    parts = [dataset.splits['train']]
+    test = dataset.tests.get('test')
+    if test is not None and not _same_images(parts[0], test):
+      parts.append(test)
+    names = [domain] if len(parts) == 1 else [f'{domain}_train', f'{domain}_test']
+    for name, split in zip(names, parts, strict=True):
+      found = features(network, _pass(network, domain, split), layers, budget)
+      made |= {f'x_{name}': found[layers[0]], f'y_{name}': found['label']}
+  made['class_names'] = np.array(network.stage.dataset.class_names)
+  earlier = files.read_npz(path) if path.exists() else {}
+  widths = {v.shape[1] for k, v in (earlier | made).items() if k.startswith('x_')}
+  if len(widths) > 1:
+    raise UserError(f'{path} has features of another size: save to another file')
+  write_npz(path, **earlier | made)
+  print(path)
+
+
+def _same_images(one: Split, other: Split) -> bool:
+  """Returns whether two splits are the same images, as where all are tested on."""
+  return one.source is other.source and np.array_equal(one.rows, other.rows)
+
+
+def percent(values: Sequence[float | None]) -> str:
+  """Returns the mean in %, and the deviation over draws if there are several."""
+  known = [100 * value for value in values if value is not None]
+  if not known:
+    return 'n/a'
+  spread = f' ± {np.std(known, ddof=1):.1f}' if len(known) > 1 else ''
+  return f'{np.mean(known):.1f}{spread}'
+
+
+def table(found: Mapping[str, Any]) -> str:
+  """Returns a table in Markdown: a row a layer, a column a classifier and number."""
+  columns = _columns(found)
+  heads = ['layer', 'values', *columns]
+  rows = [
+    [layer, str(told['values']), *(cells[i] for cells in columns.values())]
+    for i, (layer, told) in enumerate(found['layers'].items())
+  ]
+  told = [heads, ['---'] * len(heads), *rows]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in told) + '\n'
+
+
+def _columns(found: Mapping[str, Any]) -> dict[str, list[str]]:
+  """Returns title -> cells, a layer each."""
+  columns: dict[str, list[str]] = {}
+  for told in found['layers'].values():
+    for kind, rows in told['classifiers'].items():
+      for row in rows:
+        shots = f', {row["shots"]} a class' if row['shots'] else ''
+        columns.setdefault(f'{kind}{shots}', []).append(percent(row['accuracy']))
+        if not row['shots']:
+          for group, values in row['groups'].items():
+            if any(value is not None for value in values):
+              columns.setdefault(f'{kind}, {group}', []).append(percent(values))
+    for name, value in told.get('retrieval', {}).items():
+      columns.setdefault(name.replace('_', ' '), []).append(percent([value]))
+  return columns
+
+
+def figure(found: Mapping[str, Any]) -> str:
+  """Draws accuracy by layer, of the most images a class, a line a classifier: SVG."""
+  layers = [*found['layers']]
+  with matplotlib.rc_context(drawing.STYLE):
+    drawn, axes = drawing.plot()
+    for kind in found['layers'][layers[0]]['classifiers']:
+      rows = [found['layers'][layer]['classifiers'][kind][-1] for layer in layers]
+      values = [100 * np.mean(row['accuracy']) for row in rows]
+      spread = [100 * np.std(row['accuracy']) for row in rows]
+      axes.errorbar(range(len(layers)), values, spread, marker='o', ms=3, label=kind)
+    axes.set_xticks(range(len(layers)), layers, rotation=60, ha='right')
+    axes.set_ylabel('mean accuracy over classes, %')
+    drawing.legend(drawn, axes)
+    text = drawing.svg(drawn, 'probe', 'Accuracy by layer')
+  return text.replace('>', f'>{STANDALONE}', 1)
+
+
+if __name__ == '__main__':
+  commands.launch(main)
