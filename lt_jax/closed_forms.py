@@ -257,7 +257,7 @@ def softmax_regression(
     np.zeros((width + 1) * outputs),
     jac=True,
     method='L-BFGS-B',
-    options={'maxiter': 1000, 'maxfun': 2000, 'ftol': 1e-13, 'gtol': 1e-6},
+    options={'maxiter': 300, 'ftol': 1e-11, 'gtol': 1e-6},
   ).x.reshape(width + 1, outputs)
   return scale @ found[:-1], found[-1]
 
@@ -416,7 +416,7 @@ def conse_scores(
   return cosines(kept @ described, described)
 
 
-PENALTIES: dict[str, Any] = {'penalty': (0.01, 0.1, 1.0, 10.0)}
+PENALTIES: dict[str, Any] = {'penalty': (0.1, 1.0, 10.0)}
 
 RIDGES: dict[str, Any] = {'penalty': tuple(10.0**power for power in range(-2, 4))}
 

@@ -471,6 +471,20 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
   }
 
 
+def _unseen(dataset: Dataset) -> list[tuple[str, str]]:
+  """Returns a row of the banner that names unseen classes and those of validation."""
+  if dataset.unseen is None:
+    return []
+  masks = {'unseen': dataset.unseen, 'validation': dataset.val_classes}
+  told = {
+    kind: [n for n, m in zip(dataset.class_names, mask, strict=True) if m]
+    for kind, mask in masks.items()
+    if mask is not None
+  }
+  parts = (f'{len(names)} {kind} ({", ".join(names)})' for kind, names in told.items())
+  return [('apart', '; '.join(parts))]
+
+
 def _described(dataset: Dataset) -> dict[str, Any]:
   """Returns what data.json tells of unseen classes and of descriptions."""
   found: dict[str, Any] = {}
@@ -512,6 +526,7 @@ def _banner(
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
       ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
+      *_unseen(dataset),
       *(
         (f'{role} {name}', _sizes(experiment.domains[name]))
         for role, members in experiment.roles.items()

@@ -204,7 +204,7 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups | _fitted(dataset))
+  learned = learned_classes(config['shot_groups'], groups, dataset)
   task = _task(config['task'], dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
@@ -420,9 +420,19 @@ def _few(split: Split, most: int) -> Split:
 
 
 def learned_classes(
-  names: Sequence[str], groups: Mapping[str, np.ndarray]
+  names: Sequence[str], groups: Mapping[str, np.ndarray], dataset: Dataset
 ) -> np.ndarray:
-  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes."""
+  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes.
+
+  Args:
+    names: of groups, among them 'fitted', the seen classes but those of validation.
+    groups: of a stage.
+    dataset: of the stage.
+
+  Raises:
+    UserError: there is no such group, or it has no class.
+  """
+  groups = {**groups, **_fitted(dataset)}
   members = [lookup(groups, 'group of classes', name) for name in names]
   every = groups.get('seen', np.ones_like(groups['many']))
   learned = np.any(members, axis=0) if members else every

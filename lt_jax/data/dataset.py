@@ -375,14 +375,11 @@ class _Views(NamedTuple):
     digest = hashlib.sha256(told.encode())
     if self.described is not None:
       digest.update(self.described.vectors.tobytes())
-    held_out = int(self.unseen[dataset.tests['test'].labels].sum())
-    line = f'{self.unseen.sum()} classes are unseen; {held_out} test images are of them'
     return dataset._replace(
       described=self.described,
       unseen=self.unseen[:known] if self.unseen.any() else None,
       val_classes=self.val_classes[:known] if self.val_classes.any() else None,
       fingerprint=digest.hexdigest(),
-      passed_over=(*dataset.passed_over, *([line] if self.unseen.any() else [])),
     )
 
 
