@@ -1,12 +1,14 @@
-"""A step of DANN on digits, beside the same step written plainly in PyTorch.
+"""Steps of adaptation on digits, beside the same steps written plainly in PyTorch.
 
   python -m benchmarks.adaptation_step [--torch_python=PATH] [--json=FILE]
 
-The paper's MNIST network and domain classifier, 64 images of either domain of 28 x 28
-x 3 pixels, SGD with momentum, both schedules. Beside it the same network trained on the
-source alone, and its step with Deep CORAL. PyTorch runs in its usual layout and in
-channels-last. Sides take turns within one run; medians over the rounds are shown, of
-times and of ratios within a round.
+DANN's MNIST network, 64 images of either domain of 28 x 28 x 3 pixels: DANN with the
+paper's domain classifier; DAN, whose multi-kernel MMD compares 768 numbers of the
+convolutions, or 2,048 features; and the last stage of OCDA, with memory, features of
+the domain and two updates. The first two by SGD with momentum and both schedules, OCDA
+by Adam. Beside them the network trained on the source alone, and with Deep CORAL.
+PyTorch runs in its usual layout and in channels-last. Sides take turns within one run;
+medians over the rounds are shown, of times and of ratios within a round.
 """
 
 import argparse
@@ -25,49 +27,98 @@ from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Player
 from lt_jax.methods import METHODS
+from lt_jax.methods.supervised import make_objective
 from lt_jax.models import NETWORKS, make_classifier
 from lt_jax.optim import make_optimizer, make_schedule
 
 TRAINING = 5000
 """Steps of a whole training, by which the schedules go."""
 
+COUNTS = np.ones(10)
+
+WEIGHT = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
+
 
 def progress(step):
   return jnp.minimum(jnp.asarray(step, jnp.float32) / TRAINING, 1)
 
 
-def make_methods():
-  """Returns the methods that are timed, by name."""
+SUPERVISED = {
+  'loss': make_loss('cross_entropy', counts=COUNTS),
+  'class_weights': lambda step: jnp.ones(10),
+  'reduction': REDUCTIONS['mean'],
+  'penalty': None,
+}
+
+TWO_DOMAINS = {
+  'objective': make_objective(**SUPERVISED),
+  'streams': ('train', 'target'),
+}
+
+
+def network(**model):
+  """The network and its optimiser."""
   schedule = make_schedule('dann', 0.01, length=1, batch=1, end=TRAINING)
-  optimizer = make_optimizer('sgd', schedule, momentum=0.9)
-  given = (
-    make_classifier('mnist_dann', 'linear', 10),
+  return (
+    make_classifier('mnist_dann', 'linear', 10, **model),
+    make_optimizer('sgd', schedule, momentum=0.9),
+  )
+
+
+def aligned(name, layer, **model):
+  """The method of an alignment of one layer."""
+  alignment = make_alignment(
+    name, align_on=(layer,), weight=WEIGHT, counts=COUNTS, progress=progress
+  )
+  return METHODS['aligned'](*network(**model), alignment=alignment, **TWO_DOMAINS)
+
+
+def dann():
+  """DANN."""
+  net, optimizer = network()
+  return METHODS['dann'](
+    net,
     optimizer,
-    make_loss('cross_entropy', counts=np.ones(10)),
+    players={'discriminator': Player(NETWORKS['mlp'](hidden=(100,)), optimizer)},
+    align_on=('conv',),
+    alignment_weight=make_weight(WEIGHT, progress),
+    **TWO_DOMAINS,
   )
-  shared = {
-    'class_weights': lambda step: jnp.ones(10),
-    'reduction': REDUCTIONS['mean'],
-  }
-  weight = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
-  coral = make_alignment(
-    'coral',
+
+
+def ocda():
+  """The last stage of OCDA, in which every step moves everybody."""
+
+  def adam(rate):
+    return make_optimizer('adam', make_schedule('constant', rate, length=1, batch=1))
+
+  return METHODS['compound'](
+    make_classifier('mnist_dann', 'cosine_squash', 10),
+    adam(1e-4),
+    players={
+      'discriminator': Player(NETWORKS['mlp'](hidden=(500, 500)), adam(1e-4)),
+      'fusion': Player(NETWORKS['fusion'](form='paper'), adam(1e-5)),
+    },
     align_on=('logits',),
-    weight=weight,
-    counts=np.ones(10),
-    progress=progress,
+    streams=('train', 'target'),
+    counts=COUNTS,
+    threshold=0.0,
   )
+
+
+def make_methods():
+  """Returns the methods that are timed, by name; those of `COMPARED` beside PyTorch."""
   return {
-    'source only': METHODS['supervised'](*given, **shared),
-    'deep_coral': METHODS['aligned'](*given, alignment=coral, **shared),
-    'dann': METHODS['dann'](
-      *given,
-      players={'discriminator': Player(NETWORKS['mlp'](hidden=(100,)), optimizer)},
-      align_on=('conv',),
-      alignment_weight=make_weight(weight, progress),
-      **shared,
-    ),
+    'source only': METHODS['supervised'](*network(), **SUPERVISED),
+    'deep_coral': aligned('coral', 'logits'),
+    'dann': dann(),
+    'dan_768': aligned('mmd', 'conv'),
+    'dan_2048': aligned('mmd', 'features', projection=2048),
+    'ocda': ocda(),
   }
+
+
+COMPARED = ('dann', 'dan_768', 'dan_2048', 'ocda')
 
 
 class Side:
@@ -108,11 +159,14 @@ class Torch:
     ready = self.process.stdout.readline().split()
     if not ready:
       raise SystemExit(f'{python} cannot run torch_adaptation_step.py')
-    self.version, self.params = ready[2], int(ready[4])
+    self.version = ready[2]
+    self.params = {
+      name: int(count) for name, count in (one.split('=') for one in ready[4:])
+    }
 
-  def run(self, steps, kind):
-    """Seconds of so many steps of a kind."""
-    self.process.stdin.write(f'{kind} {steps}\n')
+  def run(self, steps, method, layout):
+    """Seconds of so many steps of a method."""
+    self.process.stdin.write(f'{method} {layout} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
 
@@ -136,32 +190,37 @@ def main():
   }
   ours = {name: Side(method, batches) for name, method in make_methods().items()}
   sides = {name: side.run for name, side in ours.items()}
+  beside = dict.fromkeys(ours, 'dann')  # which side another one is compared with
   python = find_torch(options.torch_python)
   if python:
     torch = Torch(python, options.batch)
-    assert torch.params == ours['dann'].params, (torch.params, ours['dann'].params)
-    for kind, text in (('plain', ''), ('channels_last', ', channels last')):
-      name = f'PyTorch {torch.version}{text}'
-      sides[name] = lambda steps, kind=kind: torch.run(steps, kind)
+    for name in COMPARED:
+      counts = torch.params[name], ours[name].params
+      assert counts[0] == counts[1], (name, *counts)
+      for layout, told in (('plain', ''), ('channels_last', ', channels last')):
+        side = f'{name}, PyTorch {torch.version}{told}'
+        sides[side] = lambda steps, at=(name, layout): torch.run(steps, *at)
+        beside[side] = name
   seconds = timing.in_turn(sides, options.rounds, options.steps)
   kind = jax.devices()[0].device_kind
   print(
-    f'DANN on MNIST, {ours["dann"].params:,} parameters, {options.batch} + '
-    f'{options.batch} images, JAX {jax.__version__} on {kind}; {options.rounds} rounds '
-    f'of {options.steps} steps in turn'
+    f'adaptation on MNIST, {options.batch} + {options.batch} images, JAX '
+    f'{jax.__version__} on {kind}; {options.rounds} rounds of {options.steps} steps in '
+    'turn'
   )
   table = {}
   for name, taken in seconds.items():
-    median = statistics.median(taken)
-    over_dann = timing.ratio(taken, seconds['dann'])
-    table[name] = {'seconds_per_step': median, 'over_dann': over_dann}
-    print(f'  {name:32s}{1e3 * median:9.2f} ms a step   {over_dann:6.3f} of dann')
+    median, base = statistics.median(taken), beside[name]
+    over = timing.ratio(taken, seconds[base])
+    table[name] = {'seconds_per_step': median, 'beside': base, 'ratio': over}
+    print(f'  {name:40s}{1e3 * median:9.2f} ms a step   {over:6.3f} of {base}')
   report = {
     'batch': options.batch,
     'rounds': options.rounds,
     'steps': options.steps,
     **timing.facts(),
-    'compile_seconds': ours['dann'].compile_seconds,
+    'compile_seconds': {name: side.compile_seconds for name, side in ours.items()},
+    'parameters': {name: side.params for name, side in ours.items()},
     'sides': table,
   }
   timing.write_report(options.json, report)

@@ -44,7 +44,15 @@ TABLES = {
   'office_caltech10': Table(
     ('caltech', 'amazon', 'webcam', 'dslr'),
     'office_caltech10_surf.npz',
-    ('nearest_neighbour', 'sa', 'sa_oracle', 'coral_shallow', 'linear_svm'),
+    (
+      'nearest_neighbour',
+      'sa',
+      'sa_oracle',
+      'coral_shallow',
+      'linear_svm',
+      'sa,classifier=linear_svm',
+      'coral_shallow,classifier=linear_svm',
+    ),
   ),
   'office31': Table(
     ('amazon', 'dslr', 'webcam'),

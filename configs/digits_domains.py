@@ -26,7 +26,7 @@ Argument: a recipe of domain adaptation (see docs/methods.md) and
 """
 
 from lt_jax.config import apply, base_config, parse_arg
-from lt_jax.protocols import Protocol, train_by
+from lt_jax.protocols import Protocol, compound_rates, train_by
 from lt_jax.protocols.digits import tail
 
 OPEN = 'sketched'
@@ -49,6 +49,7 @@ def training(epochs: float) -> Protocol:
       # What LeNet has not: a second hidden layer, batch normalisation.
       'dan': {'alignment': {'align_on': ('features', 'logits')}},
       'ada_bn': {'model': {'trunk': 'digits_cnn'}},
+      **compound_rates(10.0),
     },
   )
 

@@ -14,6 +14,7 @@ from lt_jax import footprint, shallow
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
 from lt_jax.config import SOURCE, TARGET, stage_config
+from lt_jax.data.attributes import names_of_words, words_of
 from lt_jax.errors import UserError
 from lt_jax.train import state_shapes
 
@@ -35,15 +36,27 @@ def _one_class(experiment: Experiment) -> Iterator[str]:
 def _untrained(experiment: Experiment) -> Iterator[str]:
   """Warns where the last stage has learned nothing, and took nothing over."""
   trained = bool(experiment.config['init'])
-  for stage in experiment.stages.values():
+  for number, stage in enumerate(experiment.stages.values()):
     surgeries = stage_config(experiment.config, stage.name)['surgeries']
     fits = any(name in FITS for name, _ in surgeries)
-    trained = bool(stage.plan.steps) or fits or (trained and bool(surgeries))
+    # The surgeries of a first stage inherit nothing, so they fit something to data.
+    fits |= bool(stage.surgeries) and (trained or not number)
+    trained = bool(stage.plan.steps) or fits
   if not trained:
     yield (
       f'the result is of an untrained network: stage {stage.name!r} makes no step '
       '(see epochs) and inherits nothing from another stage'
     )
+
+
+def _unused_domains(experiment: Experiment) -> Iterator[str]:
+  """Warns of domains that nothing is done with."""
+  for name in experiment.config['domains']:
+    if name not in experiment.domains:
+      yield (
+        f'domain {name!r} has no role and is not used: name it in sources, target or '
+        'open_domains, or as the domain of a stage'
+      )
 
 
 def _same_names(experiment: Experiment) -> Iterator[str]:
@@ -99,12 +112,39 @@ def _short_stages(experiment: Experiment) -> Iterator[str]:
   """Warns of a later stage that trains for very few steps."""
   for name, stage in experiment.stages.items():
     steps = stage.plan.steps
-    if stage.surgeries and 0 < steps < FEW_STEPS:
+    taken = stage_config(experiment.config, name)['surgeries']
+    if taken and 0 < steps < FEW_STEPS:
       told = '1 step' if steps == 1 else f'{steps} steps'
       yield (
         f'stage {name!r} trains for {told} only, which is too few for a classifier '
         f'trained from scratch: raise config.stages.{name}.epochs'
       )
+
+
+def _pretrain_classes(experiment: Experiment) -> Iterator[str]:
+  """Warns of unseen classes that the weights, or the features, may have seen."""
+  dataset = experiment.dataset
+  if dataset.unseen is None:
+    return
+  unseen = [
+    name for name, mask in zip(dataset.class_names, dataset.unseen, strict=True) if mask
+  ]
+  path = experiment.config['data']['pretrain_classes']
+  outside = experiment.config['init'] or dataset.dtype != 'uint8'
+  if not path:
+    if outside:
+      yield (
+        'not checked: whether the unseen classes are among those that the weights or '
+        'features were pre-trained on; name these in a file, data.pretrain_classes'
+      )
+    return
+  known = names_of_words(path)
+  both = [name for name in unseen if words_of(name) in known]
+  if both:
+    yield (
+      f'{len(both)} of {len(unseen)} unseen classes are in {path}, so pre-training has '
+      f'seen them: {", ".join(both)}'
+    )
 
 
 def _no_threshold(experiment: Experiment) -> Iterator[str]:
@@ -135,7 +175,7 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
   """Returns of how many images batch statistics are: what sets it -> number."""
   config = stage_config(experiment.config, stage.name)
   kind, devices = config['model']['batch_norm'], experiment.mesh.size
-  if kind == 'frozen' or len(stage.trained_on) < len(stage.streams):
+  if kind in ('frozen', 'recalibrate') or len(stage.trained_on) < len(stage.streams):
     return {}
   parts = config['method'].get('accumulate', 1)
   groups = {'global': 1, 'per_device': devices}.get(kind)
@@ -149,11 +189,13 @@ def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]
 CAUTIONS = (
   _one_class,
   _untrained,
+  _unused_domains,
   _same_names,
   _same_data,
   _trained_on_tests,
   _short_stages,
   _no_threshold,
+  _pretrain_classes,
   _batch_statistics,
 )
 

@@ -21,7 +21,7 @@ import functools
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,6 +217,39 @@ class Checkpoints:
       )
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
+
+  def arrays(self, prefixes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns arrays of the State that counts, by their paths, without its structure.
+
+    That is the selected State, where one was selected, or else the newest one that is
+    whole.
+
+    Args:
+      prefixes: of the paths that are wanted, such as 'params.net.'.
+
+    Raises:
+      UserError: there is no State that is whole.
+    """
+    best, places = self._manifest('best'), []
+    if best:
+      places.append((self._directory / 'best' / str(best['step']), best))
+    for step in reversed(self.steps()):
+      places.append((self._directory / str(step), self._manifest(str(step))))
+    for directory, manifest in places:
+      if manifest and _damage(directory, manifest) is None:
+        stored = self._checkpointer.metadata(directory).item_metadata.tree
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+          name: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=here)
+          for name, x in stored.items()
+        }
+        leaves = self._checkpointer.restore(directory, wanted)
+        return {
+          name: np.asarray(leaf)
+          for name, leaf in leaves.items()
+          if name.startswith(tuple(prefixes))
+        }
+    raise UserError(f'{self._directory} holds no checkpoint that is whole')
 
   def amend(self, step: int, **facts: Any) -> None:
     """Has the manifests of a step and of the selected state tell other facts.

@@ -87,6 +87,17 @@ def out_flag() -> Flag:
   return path_flag('out', 'The file to write.')
 
 
+def init_flag() -> Flag:
+  """Returns the flag --init."""
+  told = 'The network that looks: the folder of a run, or published weights.'
+  return _shared('init', flags.DEFINE_string, '', told)
+
+
+def list_flag(name: str, told: str) -> Flag:
+  """Returns a flag that takes several values, with commas between them."""
+  return _shared(name, flags.DEFINE_list, [], told)
+
+
 def tracker_flag() -> Flag:
   """Returns the flag --tracker."""
   told = 'Logs to wandb or trackio as well.'

@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from lt_jax import ours
 from lt_jax.errors import UserError, lookup, suggest
 
 Config = Mapping[str, Any]
@@ -35,6 +36,8 @@ STAGE_KEYS = (
   'streams',
   'shot_groups',
   'save_outputs',
+  'kept_layers',
+  'heads',
   'epochs',
   'log_every_steps',
   'save_every_epochs',
@@ -81,6 +84,8 @@ ADDED = (
   'domain',
   'alignment',
   'players',
+  'kept_layers',
+  'heads',
 )
 """Keys that older runs lack."""
 
@@ -102,6 +107,7 @@ L2RW_COMPARED_WITH = {'name': 'effective_number', 'beta': 0.9999, 'start_epoch':
 
 OWN = (
   'same_classes',
+  'keep_classes',
   'known_classes',
   'profile',
   'n_max',
@@ -111,6 +117,9 @@ OWN = (
   'meta_in_train',
   'open_val_per_class',
   'open_test_per_class',
+  'class_vectors',
+  'unseen',
+  'val_classes',
 )
 """Keys of `data` that a domain does not inherit: those that speak of its classes, draw
 the tail or cut splits off."""
@@ -127,7 +136,7 @@ def base_config() -> ConfigDict:
       'recipe': '',
       'seed': 0,  # initialisation, order and augmentation
       'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
-      'init': '',  # weights the trunk begins with: OWNER/MODEL or FILE.safetensors
+      'init': '',  # weights to begin with: OWNER/MODEL, FILE.safetensors or a workdir
       'data': {
         'source': 'digits',
         'size': 0,  # side that images in memory are brought to; 0: their own
@@ -135,6 +144,7 @@ def base_config() -> ConfigDict:
         'dir': '',  # of TFDS; its own default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
+        'keep_classes': '',  # a file with a name a line, or NAME+NAME; '': all
         'known_classes': 0,  # classes from this one on are open; 0: all are known
         'profile': 'original',
         'n_max': 0,
@@ -155,6 +165,10 @@ def base_config() -> ConfigDict:
         'pad_mode': 'zero',
         'flip': False,
         'jitter': 0.0,  # of brightness, contrast and saturation
+        'class_vectors': (),  # files that describe classes, see data/attributes.py
+        'unseen': (),  # classes never trained on: names, '@FILE', or (NUMBER,)
+        'val_classes': (),  # seen ones by which is chosen what unseen ones need
+        'pretrain_classes': '',  # file of the classes that `init` has learned
         'same_classes': (),  # (name here, name in the union) where sources differ
         'train_split': 'train',
         'test_split': 'test',
@@ -187,6 +201,7 @@ def base_config() -> ConfigDict:
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
       'shot_groups': (),  # whose classes are learned; none: all classes are
       'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
+      'kept_layers': '',  # of the trunk, such as 'first:2'; the rest is drawn anew
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -202,7 +217,8 @@ def base_config() -> ConfigDict:
         'head': 'linear',
         'head_options': {},
         'dtype': 'float32',
-        'batch_norm': 'global',  # 'per_device', 'frozen', or the size of a ghost batch
+        # 'per_device', 'frozen', 'recalibrate', or the size of a ghost batch
+        'batch_norm': 'global',
       },
       'loss': {'name': 'cross_entropy'},
       'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
@@ -211,6 +227,7 @@ def base_config() -> ConfigDict:
         'align_on': ('features',),
         'weight': {'name': 'constant', 'weight': 0.0},  # a schedule of progress
       },
+      'heads': {},  # further tasks: name -> kind, outputs, stream
       'players': {},  # networks beside the main one: network, optimizer, schedule
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',
@@ -325,11 +342,13 @@ def open_stages(config: ConfigDict) -> ConfigDict:
 
 
 def _end_with_epochs(part: ConfigDict) -> None:
-  """Lets the end of a schedule follow the epochs, if that is where it is."""
-  schedule = part.get('schedule', {})
-  if 'name' in schedule and repr(schedule.get('end')) == repr(part.epochs):
-    del schedule['end']
-    schedule['end'] = FieldReference(part.get_ref('epochs'))
+  """Lets the ends of schedules follow the epochs, if that is where they are."""
+  players = part.get('players', {}).values()
+  for owner in (part, *players):
+    schedule = owner.get('schedule', {})
+    if 'name' in schedule and repr(schedule.get('end')) == repr(part.epochs):
+      del schedule['end']
+      schedule['end'] = FieldReference(part.get_ref('epochs'))
 
 
 def set_keys(stage: ConfigDict) -> Overrides:
@@ -396,6 +415,8 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
 def resolve(config: Any) -> dict[str, Any]:
   """Returns a `ConfigDict` as plain data, just as config.json gives it back.
 
+  Where it begins with weights of ours, the pixels are those that they were trained on.
+
   Raises:
     UserError: a number is not finite.
   """
@@ -408,7 +429,7 @@ def resolve(config: Any) -> dict[str, Any]:
     raise UserError(
       f'{told}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
     )
-  return plain
+  return ours.adopted(plain)
 
 
 def _is_finite(value: Any) -> bool:

@@ -124,6 +124,10 @@ def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> fl
   return float(np.max(off))  # which is no number where one of them is none
 
 
+OF_CLASSES = ('unseen', 'val_classes', 'class_vectors')
+"""Facts that there are where classes are described."""
+
+
 def facts(network: Trained) -> dict[str, Any]:
   """Returns what a person or a program must know to use a network; plain data."""
   return {
@@ -133,6 +137,7 @@ def facts(network: Trained) -> dict[str, Any]:
     'preprocessing': network.facts['preprocessing'],
     'threshold': network.facts.get('threshold'),
     'counts': network.facts['counts'],
+    **{name: network.facts[name] for name in OF_CLASSES if name in network.facts},
     'recipe': network.config['recipe'],
     'seed': network.config['seed'],
     'stage': network.stage.name,

@@ -21,7 +21,7 @@ player. A step calls `update` once for each optimiser, then `tick` once.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,6 +187,37 @@ def update(
     'learning_rate': mean_metric(optimizer.learning_rate(state.step)),
   }
   return state.replace(params=state.params | params, opt=state.opt | opt), metrics
+
+
+def update_where(
+  state: State,
+  grads: Mapping[str, PyTree],
+  optimizer: Optimizer,
+  chosen: Callable[[str, Sequence[str]], bool],
+) -> tuple[State, Metrics]:
+  """Moves some parameters of some players; the others keep their optimiser state too.
+
+  Args:
+    state: before the update.
+    grads: player -> gradients; those of parameters that do not move are not used.
+    optimizer: of these players.
+    chosen: (player, path within it, such as ('head', 'kernel')) -> whether it moves.
+
+  Returns:
+    (state, the metrics of `update`).
+  """
+  moved, metrics = update(state, grads, optimizer)
+
+  def pick(path: tuple, before: jax.Array, after: jax.Array) -> jax.Array:
+    player, *inside = (
+      key.key for key in path if isinstance(key, jax.tree_util.DictKey)
+    )
+    return after if chosen(player, inside) else before
+
+  return moved.replace(
+    params=jax.tree.map_with_path(pick, state.params, moved.params),
+    opt=jax.tree.map_with_path(pick, state.opt, moved.opt),
+  ), metrics
 
 
 def tick(state: State) -> State:

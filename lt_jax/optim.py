@@ -9,6 +9,8 @@ that some of them can be updated and the others stay exactly as they are.
 What depends on the parameter (weight decay, learning-rate multipliers, freezing) is a
 list of rules `(pattern, value)` over paths 'player/...', of which the first full match
 wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`. A number alone is the rule for all.
+Two things more serve fine-tuning: rates that fall from layer to layer towards the
+images (`layer_decay`), and decay towards where a parameter began (`anchored`).
 
 A schedule is base * warm-up(step) * decay(step), and speaks in epochs: epoch e begins
 at step ceil(e L / B), for L examples an epoch in batches of B.
@@ -30,6 +32,8 @@ from lt_jax.errors import UserError, construct, lookup
 
 PyTree = Any
 Rules = Iterable[tuple[str, float]]
+Layers = Callable[[], Sequence[str]]
+"""Patterns of parameter paths, a layer each, from the images on: see `layer_rules`."""
 Schedule = Callable[[jax.Array], jax.Array]
 
 
@@ -48,6 +52,9 @@ class Optimizer(NamedTuple):
     learning_rate: step -> () float32, before the multipliers of single parameters.
     held: {player: params} -> the same values, with no gradient through the frozen
       ones: what is behind them is then not differentiated at all.
+    rates: {player: params} -> what the learning rate of each is multiplied by, as
+      floats of their structure; 0 for the frozen ones.
+    anchored: {player: params} -> whether each decays towards where it began.
   """
 
   init: Callable[[Players], dict[str, PyTree]]
@@ -56,6 +63,8 @@ class Optimizer(NamedTuple):
   ]
   learning_rate: Schedule
   held: Callable[[Players], dict[str, PyTree]]
+  rates: Callable[[Players], dict[str, PyTree]]
+  anchored: Callable[[Players], dict[str, PyTree]]
 
 
 def per_parameter(rules: Rules, params: PyTree, *, some: bool = False) -> PyTree:
@@ -119,6 +128,29 @@ def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
   return tuple((pattern, number) for pattern, number in rules)
 
 
+def layer_rules(layers: Sequence[str], decay: float) -> Rules:
+  r"""Returns rules for rates that fall by a factor from layer to layer.
+
+  .. math:: \sigma_l = d^{L - l}, \qquad l = 0 \dots L - 1
+
+  for L layers from the images on, and 1 for everything else, such as the head. So the
+  last layer has d and the first d^L.
+
+  Args:
+    layers: patterns, a layer each.
+    decay: d, in (0, 1].
+
+  Raises:
+    UserError: d is out of range.
+
+  Source: layer-wise decay as timm groups it, where the head is the last group.
+  """
+  if not 0 < decay <= 1:
+    raise UserError(f'layer_decay is {decay}; it must be above 0 and at most 1')
+  scaled = [(p, decay ** (len(layers) - i)) for i, p in enumerate(layers)]
+  return (*scaled, ('.*', 1.0))
+
+
 def sgd(
   learning_rate: Schedule,
   *,
@@ -127,6 +159,9 @@ def sgd(
   weight_decay: Rules = (('.*', 0.0),),
   decoupled: bool = False,
   learning_rate_scale: Rules = (('.*', 1.0),),
+  layer_decay: float = 1.0,
+  anchored: str = '',
+  layers: Layers = tuple,
 ) -> Optimizer:
   r"""Stochastic gradient descent with momentum, as PyTorch defines it.
 
@@ -144,18 +179,22 @@ def sgd(
     weight_decay: rules for lambda.
     decoupled: decay outside the momentum, scaled by the learning rate.
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no buffer.
+    layer_decay: multiplies sigma by the rules of `layer_rules`.
+    anchored: pattern of the parameters that decay towards where they began, lambda
+      (p - p_0), and not towards 0; empty for none. The surgery 'anchor' sets p_0.
+    layers: what `layer_decay` counts.
 
   Returns:
     The optimiser; `init` raises `UserError` where rules and parameters do not fit each
     other.
 
   Nesterov's form: Sutskever et al., ICML 2013, as in torch.optim.SGD. Decoupled decay:
-  Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101.
+  Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101. Decay towards the start: Li et
+  al., ICML 2018, arXiv 1802.01483 (L2-SP).
   """
   direction = optax.trace(momentum, nesterov) if momentum else optax.identity()
-  return _optimizer(
-    direction, learning_rate, weight_decay, decoupled, learning_rate_scale
-  )
+  rules = _Rules(weight_decay, learning_rate_scale, layer_decay, anchored, layers)
+  return _optimizer(direction, learning_rate, rules, decoupled)
 
 
 def adam(
@@ -167,6 +206,9 @@ def adam(
   weight_decay: Rules = (('.*', 0.0),),
   decoupled: bool = False,
   learning_rate_scale: Rules = (('.*', 1.0),),
+  layer_decay: float = 1.0,
+  anchored: str = '',
+  layers: Layers = tuple,
 ) -> Optimizer:
   r"""Adam; AdamW with `decoupled`.
 
@@ -188,6 +230,9 @@ def adam(
     weight_decay: rules for lambda.
     decoupled: leaves lambda p out of d and adds it to the update.
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no moments.
+    layer_decay: as for `sgd`.
+    anchored: as for `sgd`.
+    layers: as for `sgd`.
 
   Returns:
     The optimiser; `init` raises `UserError` where rules and parameters do not fit each
@@ -206,26 +251,30 @@ def adam(
     return moments.update(grads, state._replace(count=step), params)
 
   direction = optax.GradientTransformationExtraArgs(moments.init, update)
-  return _optimizer(
-    direction, learning_rate, weight_decay, decoupled, learning_rate_scale
-  )
+  rules = _Rules(weight_decay, learning_rate_scale, layer_decay, anchored, layers)
+  return _optimizer(direction, learning_rate, rules, decoupled)
 
 
 OPTIMIZERS = {'sgd': sgd, 'adam': adam}
 
 
-def make_optimizer(name: str, learning_rate: Schedule, **options: Any) -> Optimizer:
+def make_optimizer(
+  name: str, learning_rate: Schedule, layers: Layers = tuple, **options: Any
+) -> Optimizer:
   """Returns an optimiser by name.
 
   Args:
     name: a key of `OPTIMIZERS`.
     learning_rate: step -> learning rate, see `make_schedule`.
+    layers: what the option `layer_decay` counts.
     **options: of the optimiser, such as `momentum`.
 
   Raises:
     UserError: an unknown name or option.
   """
-  return construct(OPTIMIZERS, 'optimizer', name, learning_rate, options=options)
+  return construct(
+    OPTIMIZERS, 'optimizer', name, learning_rate, options=options, layers=layers
+  )
 
 
 def epoch_start(epoch: float, length: int, batch: int) -> int:
@@ -332,6 +381,47 @@ def dann(
   return lambda step: (1 + alpha * progress(step)) ** -beta
 
 
+def curriculum(
+  epoch_steps: Fraction,
+  *,
+  end: float,
+  first: float = 0.5,
+  power: float = 0.3,
+  full: float = 0.85,
+) -> Schedule:
+  r"""Rises epoch by epoch with the share of its images that a curriculum has opened.
+
+  .. math::
+    r_0 + (1 - r_0) \Big( \frac{e}{0.85\, end} \Big)^{power}
+
+  which is a little more than 1 in the last epochs, as in the authors' code.
+
+  Args:
+    epoch_steps: steps an epoch, may be fractional.
+    end: epochs of the training.
+    first: r0, the share in the first epoch.
+    power: how early it opens.
+    full: share of the epochs after which all is open, for 0.85 above.
+
+  Returns:
+    step -> float32 multiplier.
+
+  Raises:
+    UserError: a value out of range.
+
+  Liu et al., arXiv 1909.03403, the authors' code; the options are those of
+  `lt_jax.data.samplers.curriculum`.
+  """
+  if not (end > 0 and 0 < first <= 1 and power > 0 and 0 < full <= 1):
+    raise UserError(
+      f'schedule curriculum: end {end} and power {power} must be positive, first '
+      f'{first} and full {full} in (0, 1]'
+    )
+  epochs = range(math.ceil(end))
+  shares = [first + (1 - first) * (e / (full * end)) ** power for e in epochs]
+  return _piecewise(epoch_steps, epochs[1:], shares)
+
+
 def poly(
   epoch_steps: Fraction, *, end: float, power: float = 0.9, part: float = 1.0
 ) -> Schedule:
@@ -368,6 +458,7 @@ SCHEDULES = {
   'step_decay': step_decay,
   'cosine': cosine,
   'dann': dann,
+  'curriculum': curriculum,
   'poly': poly,
 }
 
@@ -453,34 +544,109 @@ def make_schedule(
   return lambda step: base * rise(step) * decay(step)
 
 
+class _Rules(NamedTuple):
+  """What depends on the parameter, as `sgd` is given it."""
+
+  weight_decay: Rules
+  learning_rate_scale: Rules
+  layer_decay: float
+  anchored: str
+  layers: Layers
+
+  def checked(self) -> '_Rules':
+    """Returns them in full."""
+    if self.anchored:
+      _compile(self.anchored)
+    return self._replace(
+      weight_decay=as_rules('weight_decay', self.weight_decay),
+      learning_rate_scale=as_rules('learning_rate_scale', self.learning_rate_scale),
+    )
+
+  def decays(self, params: PyTree, *, some: bool) -> PyTree:
+    """Returns lambda of each parameter."""
+    return per_parameter(self.weight_decay, params, some=some)
+
+  def rates(self, params: PyTree, *, some: bool) -> PyTree:
+    """Returns sigma of each parameter."""
+    rates = per_parameter(self.learning_rate_scale, params, some=some)
+    if self.layer_decay == 1:
+      return rates
+    layers = layer_rules(self.layers(), self.layer_decay)
+    return jax.tree.map(
+      lambda a, b: a * b, rates, per_parameter(layers, params, some=True)
+    )
+
+  def is_anchored(self, params: PyTree, *, some: bool) -> PyTree:
+    """Returns whether each parameter decays towards where it began."""
+    if not self.anchored:
+      return jax.tree.map(lambda _: False, params)
+    rules = ((self.anchored, 1.0), ('.*', 0.0))
+    return jax.tree.map(bool, per_parameter(rules, params, some=some))
+
+
+class Anchored(NamedTuple):
+  """The state of an optimiser with parameters that decay towards where they began.
+
+  Attributes:
+    direction: of the optimiser itself.
+    start: p_0 of these parameters; other leaves are missing.
+  """
+
+  direction: PyTree
+  start: PyTree
+
+
+def anchored_here(opt: Players, params: Players) -> dict[str, PyTree]:
+  """Returns optimiser states for which the parameters begin where they are now."""
+
+  def here(own: PyTree, now: PyTree) -> PyTree:
+    if not isinstance(own, Anchored):
+      return own
+    start = jax.tree.map(
+      lambda p, s: s if s is None else p, now, own.start, is_leaf=lambda x: x is None
+    )
+    return own._replace(start=start)
+
+  return {player: here(own, params[player]) for player, own in opt.items()}
+
+
 def _optimizer(
   direction: optax.GradientTransformation,
   learning_rate: Schedule,
-  weight_decay: Rules,
+  rules: _Rules,
   decoupled: bool,
-  learning_rate_scale: Rules,
 ) -> Optimizer:
   """Puts decay before or after a direction, and the learning rate last."""
   direction = optax.with_extra_args_support(direction)
-  weight_decay = as_rules('weight_decay', weight_decay)
-  learning_rate_scale = as_rules('learning_rate_scale', learning_rate_scale)
+  rules = rules.checked()
 
   def trained_only(scales: PyTree) -> optax.GradientTransformationExtraArgs:
     return optax.masked(direction, jax.tree.map(bool, scales))
 
   def init(params: Players) -> dict[str, PyTree]:
-    per_parameter(weight_decay, params)
-    scales = per_parameter(learning_rate_scale, params)
-    return {
+    rules.decays(params, some=False)
+    scales = rules.rates(params, some=False)
+    check_trains(scales)
+    anchors = rules.is_anchored(params, some=False)
+    opt = {
       player: trained_only(scales[player]).init(own) for player, own in params.items()
     }
+    if not rules.anchored:
+      return opt
+    start = jax.tree.map(lambda p, held: p if held else None, dict(params), anchors)
+    return {player: Anchored(own, start[player]) for player, own in opt.items()}
 
   def update(
     grads: Players, opt: Players, params: Players, step: jax.Array
   ) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     params = {player: params[player] for player in grads}
-    decays = per_parameter(weight_decay, params, some=True)
-    scales = per_parameter(learning_rate_scale, params, some=True)
+    decays = rules.decays(params, some=True)
+    scales = rules.rates(params, some=True)
+    away = params
+    if rules.anchored:
+      start = {player: opt[player].start for player in params}
+      away = jax.tree.map(lambda p, s: p if s is None else p - s, params, start)
+      opt = {player: own.direction for player, own in opt.items()}
 
     def decayed(update, param, decay):
       return update + decay * param if decay else update
@@ -491,21 +657,45 @@ def _optimizer(
 
     rate = learning_rate(step)
     if not decoupled:
-      grads = jax.tree.map(decayed, dict(grads), params, decays)
+      grads = jax.tree.map(decayed, dict(grads), away, decays)
     updates, opt_after = {}, {}
     for player in params:
       updates[player], opt_after[player] = trained_only(scales[player]).update(
         grads[player], opt[player], params[player], step=step
       )
     if decoupled:
-      updates = jax.tree.map(decayed, updates, params, decays)
+      updates = jax.tree.map(decayed, updates, away, decays)
+    if rules.anchored:
+      opt_after = {
+        player: Anchored(opt_after[player], start[player]) for player in start
+      }
     return jax.tree.map(moved, params, updates, scales), opt_after
 
   def held(params: Players) -> dict[str, PyTree]:
-    scales = per_parameter(learning_rate_scale, params, some=True)
+    scales = rules.rates(params, some=True)
     return jax.tree.map(lambda p, s: p if s else lax.stop_gradient(p), params, scales)
 
-  return Optimizer(init, update, learning_rate, held)
+  return Optimizer(
+    init,
+    update,
+    learning_rate,
+    held,
+    lambda params: rules.rates(params, some=True),
+    lambda params: rules.is_anchored(params, some=True),
+  )
+
+
+def check_trains(scales: PyTree) -> None:
+  """Refuses rules by which nothing at all is trained.
+
+  Raises:
+    UserError: every rate is 0.
+  """
+  if not any(jax.tree.leaves(scales)):
+    raise UserError(
+      'optimizer.learning_rate_scale trains nothing: every parameter has the rate 0; '
+      "end the list with ('.*', 1.0), or give some pattern a rate above 0"
+    )
 
 
 def _compile(pattern: str) -> re.Pattern:

@@ -6,6 +6,10 @@ IMAGES are image files, folders (all images below them, hidden ones left out) an
 @FILE has a path a line, relative to the current folder, as on the command line. A row a
 image is written, of the State that the run's result is of. The run's folder is enough:
 its training data are not read.
+
+A network that knows classes by descriptions takes new ones without any training:
+--class_vectors=FILE, a CSV file with a row NAME,NUMBER,... for each, as long as those
+that it was trained with (several files as in training, with commas between them).
 """
 
 import csv
@@ -25,6 +29,7 @@ from etils import epath
 from lt_jax import commands, files, sharding, trained
 from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
+from lt_jax.data.attributes import read_descriptions
 from lt_jax.data.lists import SUFFIXES, find_images, passed_over_line, read_file
 from lt_jax.data.streams import Pass, Stream
 from lt_jax.errors import UserError, lookup
@@ -36,6 +41,9 @@ from lt_jax.writers import Screen
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
 TOP = flags.DEFINE_integer('top', 5, 'How many classes of an image are told.')
+CLASS_VECTORS = flags.DEFINE_list(
+  'class_vectors', [], 'Files that describe classes which the network has never seen.'
+)
 ON_BAD = flags.DEFINE_enum(
   'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to leave out damaged images.'
 )
@@ -53,6 +61,7 @@ def main(*images: str) -> None:
     top=TOP.value,
     which=WHICH.value,
     on_bad_image=ON_BAD.value,
+    class_vectors=CLASS_VECTORS.value,
   )
 
 
@@ -64,6 +73,7 @@ def predict(
   top: int = 5,
   which: str | None = None,
   on_bad_image: str = 'raise',
+  class_vectors: Sequence[str] = (),
 ) -> int:
   """Predicts images and writes a CSV file, whole or not at all.
 
@@ -79,6 +89,7 @@ def predict(
     top: how many classes of an image are told.
     which: 'last' or 'best'; None for the State that the run's result is of.
     on_bad_image: 'raise', or 'skip' leaves out what cannot be read.
+    class_vectors: files that describe further classes, see `Trained.with_classes`.
 
   Returns:
     The number of images predicted.
@@ -100,6 +111,8 @@ def predict(
     raise UserError(f'--out is {out}, which is among the images and lists')
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
+  if class_vectors:
+    network = network.with_classes(read_descriptions(class_vectors))
   channels = network.facts['image_shape'][-1]
   if network.dtype != np.uint8:
     raise UserError(

@@ -47,7 +47,7 @@ from lt_jax.writers import write_npz
 
 WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()
 DATA_DIR = commands.data_dir_flag()
-INIT = flags.DEFINE_string('init', '', 'Published weights, with --config.')
+INIT = commands.init_flag()
 OUT = commands.out_flag()
 SAVE = commands.path_flag('save', 'An .npz for the features of one layer.')
 LAYERS = flags.DEFINE_list('layers', [], 'Those to probe; by default all.')

@@ -27,6 +27,9 @@ DATA_KEYS = (
   'image_shape',
   'image_dtype',
   'preprocessing',
+  'unseen',
+  'val_classes',
+  'class_vectors',
 )
 """Keys of data.json that describe the data; others say where they lie, or results."""
 

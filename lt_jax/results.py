@@ -14,7 +14,7 @@ import lt_jax
 from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
-from lt_jax.config import OPEN, TARGET, config_digest, flatten
+from lt_jax.config import OPEN, SOURCE, TARGET, config_digest, flatten
 from lt_jax.evals import TITLES
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
@@ -66,6 +66,7 @@ class Evaluated(NamedTuple):
     threshold: of the known score, how it was chosen and its value, which is None
       without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
+    arrays: name of a file -> what else is written, see `Across`.
     records: split -> what the task keeps; those of test splits, of every domain, with
       logits and features.
   """
@@ -73,6 +74,7 @@ class Evaluated(NamedTuple):
   metrics: dict[str, dict[str, Any]]
   threshold: dict[str, Any] | None
   curves: dict[str, dict[str, np.ndarray]]
+  arrays: dict[str, dict[str, np.ndarray]]
   records: dict[str, Collected]
 
 
@@ -114,7 +116,7 @@ def evaluate(
   across = task.across(records, num_classes=classes, groups=stage.groups)
   for place, found in across.metrics.items():
     metrics[place] = metrics.get(place, {}) | found
-  return Evaluated(metrics, across.threshold, across.curves, records)
+  return Evaluated(metrics, across.threshold, across.curves, across.arrays, records)
 
 
 def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
@@ -131,7 +133,10 @@ def is_test(split: str) -> bool:
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
   """Returns the domains of the split 'test'; none of a run with one domain."""
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  return (targets or (stage.domain,)) if targets or opened else ()
+  if targets or opened:
+    return targets or (stage.domain,)
+  sources = experiment.roles[SOURCE]
+  return sources if stage.domain == SOURCE and len(sources) > 1 else ()
 
 
 def test_rows(
@@ -275,6 +280,8 @@ def write_results(
       write_npz(workdir / 'samples.npz', **pictures)
     else:
       _write_arrays(stage, workdir, state, evaluated.records, names)
+    _write_borrowed(workdir, records_by_domain(evaluated.records, names))
+    _write_order(workdir, experiment, stage)
     if translations:
       write_npz(workdir / 'translations.npz', **translations)
     if evaluated.curves:
@@ -282,6 +289,8 @@ def write_results(
         workdir / 'open_set.npz',
         **{f'{s}/{n}': v for s, c in evaluated.curves.items() for n, v in c.items()},
       )
+    for name, arrays in evaluated.arrays.items():
+      write_npz(workdir / f'{name}.npz', **arrays)
     _write_weights(workdir, stage, stage.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
@@ -441,6 +450,46 @@ def _translations(
     for name, pixels in pictures.items():
       found[f'{split}/{name}'] = pixels.astype(np.uint8)
   return found
+
+
+def _write_borrowed(workdir: epath.Path, domains: Mapping[str, Collected]) -> None:
+  """Writes borrowed.npz, of a method whose features are not all an image's own.
+
+  Args:
+    workdir: the run's folder.
+    domains: name -> records of its test images.
+  """
+  found = {n: one['borrowed'] for n, one in domains.items() if 'borrowed' in one}
+  if found:
+    sizes = [len(share) for share in found.values()]
+    write_npz(
+      workdir / 'borrowed.npz',
+      borrowed=np.concatenate([*found.values()]),
+      domain=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+      domains=np.array([*found]),
+    )
+
+
+def _write_order(workdir: epath.Path, experiment: Experiment, stage: Stage) -> None:
+  """Writes order.npz, if a curriculum has ordered the target: its scores, by domain.
+
+  Args:
+    workdir: the run's folder.
+    experiment: whose target it is.
+    stage: the last stage.
+  """
+  for stream, left in stage.reads.items():
+    if not left.ordered_by or stage.trained_on[stream] != f'{TARGET}/train':
+      continue
+    stored = files.read_npz(workdir / 'stages' / left.stage / 'arrays.npz')
+    names = experiment.roles[TARGET]  # in this order, they are one target
+    sizes = [len(experiment.domains[name].splits['train'].rows) for name in names]
+    write_npz(
+      workdir / 'order.npz',
+      score=stored[left.ordered_by],
+      domain=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
+      domains=np.array(names),
+    )
 
 
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:

@@ -467,7 +467,34 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
     'image_shape': list(dataset.image_shape),
     'image_dtype': dataset.dtype,
     'preprocessing': experiment.preprocessing,
+    **_described(dataset),
   }
+
+
+def _unseen(dataset: Dataset) -> list[tuple[str, str]]:
+  """Returns a row of the banner that names unseen classes and those of validation."""
+  if dataset.unseen is None:
+    return []
+  masks = {'unseen': dataset.unseen, 'validation': dataset.val_classes}
+  told = {
+    kind: [n for n, m in zip(dataset.class_names, mask, strict=True) if m]
+    for kind, mask in masks.items()
+    if mask is not None
+  }
+  parts = (f'{len(names)} {kind} ({", ".join(names)})' for kind, names in told.items())
+  return [('apart', '; '.join(parts))]
+
+
+def _described(dataset: Dataset) -> dict[str, Any]:
+  """Returns what data.json tells of unseen classes and of descriptions."""
+  found: dict[str, Any] = {}
+  for key in ('unseen', 'val_classes'):
+    mask = getattr(dataset, key)
+    if mask is not None:
+      found[key] = [n for n, m in zip(dataset.class_names, mask, strict=True) if m]
+  if dataset.class_vectors is not None:
+    found['class_vectors'] = list(dataset.class_vectors.shape)
+  return found
 
 
 def _banner(
@@ -492,13 +519,14 @@ def _banner(
     a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
   sizes = _sizes(dataset)
   kind = jax.devices()[0].device_kind
-  imbalance = counts.max() / max(counts.min(), 1)
+  imbalance = counts.max() / counts[counts > 0].min(initial=counts.max())
   screen.table(
     f'{config["name"]}: {config["recipe"]}, {_named(seeds or [config["seed"]])}',
     [
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
       ('batch', f'{config["batch"]} ({a_device})'),
       ('images', sizes),
+      *_unseen(dataset),
       *(
         (f'{role} {name}', _sizes(experiment.domains[name]))
         for role, members in experiment.roles.items()

@@ -19,6 +19,7 @@ from lt_jax.errors import UserError, class_names
 from lt_jax.evals.collect import collector
 from lt_jax.evals.saved import collect_saved
 from lt_jax.method import State, named_key
+from lt_jax.parts import parts
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -184,6 +185,7 @@ class StageRunner:
       profile_dir=os.fspath(self._folder / 'profile'),
     )
     self._announce(step, restored)
+    self._tell_parts(shapes)
     if restored is not None and jax.process_index() == 0:
       self._checkpoints.amend(step, **self._origin)
     self._metrics = MetricWriter(
@@ -327,6 +329,20 @@ class StageRunner:
       f'of {self.stage.epoch_steps:.4g} steps; {told}'
     )
 
+  def _tell_parts(self, shapes: State) -> None:
+    """Writes parameters.json: what is trained, at which rate; shows what is unusual."""
+    rows = parts(self.stage, shapes)
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      files.write_json(self._folder / 'parameters.json', [r._asdict() for r in rows])
+    if any(row.differs for row in rows):
+      trained = sum(row.parameters for row in rows if row.trained)
+      total = sum(row.parameters for row in rows)
+      self._screen.table(
+        f'stage {self.stage.name} trains {trained:,} of {total:,} parameters',
+        [(row.part, row.told) for row in rows],
+      )
+
   def _first_call(self, compile_seconds: float) -> None:
     self._events(
       'first_step',
@@ -424,7 +440,8 @@ class StageRunner:
         else:
           rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
-    told = ', '.join(f'{k} {v[headline]:.4f}' for k, v in rows.items())
+    values = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
+    told = ', '.join(f'{k} {value:.4f}' for k, value in values.items())
     if self.stage.scores is not None:
       scores = self.stage.scores(state, self._stop.alone)
       if scores is None:

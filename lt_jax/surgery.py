@@ -19,8 +19,12 @@ from jax import lax
 
 from lt_jax.errors import ClassError, UserError, suggest
 from lt_jax.evals.collect import Survey
-from lt_jax.method import Batch, State
+from lt_jax.inherited import inherit
+from lt_jax.method import Batch, Network, State, init_net, named_key
 from lt_jax.models.heads import centred_unit
+from lt_jax.models.layers import Layer, chopped
+from lt_jax.optim import anchored_here
+from lt_jax.ours import origin
 from lt_jax.pretrained import pretrained
 
 PyTree = Any
@@ -55,24 +59,91 @@ def copy(*, pattern: str, stage: str, source: str = r'\g<0>') -> Surgery:
   return surgery
 
 
-def start_from(state: State, *, source: str) -> tuple[State, dict[str, Any]]:
-  """Takes the trunk of a network from published weights.
+def start_from(
+  state: State, *, source: str, class_names: Sequence[str]
+) -> tuple[State, dict[str, Any]]:
+  """Takes the trunk of a network from published weights, or from a run of ours.
 
   Args:
     state: of the network, or its shapes, which are then checked alone.
-    source: a `.safetensors` file, or a model such as 'timm/resnet50.tv_in1k'.
+    source: a `.safetensors` file, a model such as 'timm/resnet50.tv_in1k', or the
+      folder of a run, whose head is taken too if it has the same classes.
+    class_names: of the network's classes.
 
   Returns:
-    (state, what was taken, see `pretrained.Report`).
+    (state, what was taken, see `pretrained.Report`; 'head' says what became of it).
 
   Raises:
     UserError: there are no such weights, or they are of another network.
   """
-  params, stats, report = pretrained(source, state.params['net'], state.stats['net'])
-  state = state.replace(
+  net = state.params['net'], state.stats['net']
+  if found := origin(source):
+    params, stats, report = inherit(found, *net, class_names)
+    told = report._asdict()
+  else:
+    params, stats, report = pretrained(source, *net)
+    told = {
+      **report._asdict(),
+      'head': f'fresh: {len(class_names)} classes',
+    }
+  return _with_net(state, params, stats), told
+
+
+def keep_layers(
+  *, kept: str, net: Network, image_shape: Sequence[int], layers: Sequence[Layer]
+) -> Surgery:
+  """Draws all layers of the trunk anew but the first ones, or the last ones.
+
+  With the first ones kept, the head and what else follows the trunk is drawn anew too.
+
+  Args:
+    kept: which keep the weights that the surgeries before left, see
+      `models.layers.chopped`.
+    net: the stage's network.
+    image_shape: (H, W, channels).
+    layers: of its trunk.
+
+  Raises:
+    UserError: there are no such layers.
+
+  Source: Yosinski et al., NIPS 2014, arXiv 1411.1792, who copy the first n layers.
+  """
+  names = chopped(layers, kept)
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    params, stats = fresh.params['net'], fresh.stats['net']
+    if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct):
+      return fresh
+    key = named_key(fresh.key, 'kept layers', 0)
+    drawn = jax.jit(functools.partial(init_net, net))(key, jnp.zeros((1, *image_shape)))
+
+    def with_drawn(own: PyTree, anew: PyTree) -> PyTree:
+      # What comes after layers that know nothing yet begins anew with them.
+      rest = anew if names and kept.startswith('first') else own
+      trunk = {
+        k: (anew if k in names else own)['trunk'][k] for k in own.get('trunk', ())
+      }
+      return {**rest, 'trunk': trunk} if trunk else rest
+
+    return _with_net(fresh, with_drawn(params, drawn[0]), with_drawn(stats, drawn[1]))
+
+  return surgery
+
+
+def anchor() -> Surgery:
+  """Tells the optimiser that parameters begin where they are now, see `optim`."""
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    return fresh.replace(opt=anchored_here(fresh.opt, fresh.params))
+
+  return surgery
+
+
+def _with_net(state: State, params: PyTree, stats: PyTree) -> State:
+  """Returns a State with other parameters and statistics of its network."""
+  return state.replace(
     params={**state.params, 'net': params}, stats={**state.stats, 'net': stats}
   )
-  return state, report._asdict()
 
 
 def carry(*, fields: Sequence[str], stage: str) -> Surgery:

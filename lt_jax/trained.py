@@ -16,6 +16,7 @@ from lt_jax import build, checkpoint, files, provenance, sharding
 from lt_jax.build import Experiment, Stage
 from lt_jax.config import SOURCE, TARGET, Config, base_config, resolve
 from lt_jax.data import augment
+from lt_jax.data.attributes import Block, Described
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
@@ -40,6 +41,9 @@ FACTS = {
     'unit': (None, str),
   },
   'threshold': THRESHOLD,
+  'unseen': (None, [str]),
+  'val_classes': (None, [str]),
+  'class_vectors': (None, [int]),
 }
 """What of it a network is built of and used by, see `files.fits`."""
 
@@ -95,6 +99,41 @@ class Trained(NamedTuple):
     """
     chosen = self.facts.get('threshold')
     return chosen['value'] if chosen else None
+
+  def with_classes(self, described: Described) -> 'Trained':
+    """Returns the network with further classes, known by their descriptions alone.
+
+    Nothing is trained. A class that it has under the same name is described anew.
+
+    Args:
+      described: names and descriptions, as long as those it was trained with.
+
+    Raises:
+      UserError: the network does not read descriptions, or others.
+    """
+    head = self.state.stats['net'].get('head', {})
+    if 'class_vectors' not in head:
+      raise UserError(
+        f'the network of recipe {self.config["recipe"]!r} reads no descriptions of '
+        'classes, so that none can be added'
+      )
+    rows = dict(zip(self.class_names, np.asarray(head['class_vectors']), strict=True))
+    width = next(iter(rows.values())).size
+    if described.vectors.shape[1] != width:
+      raise UserError(
+        f'classes are described by {described.vectors.shape[1]} numbers, but the '
+        f'network was trained with {width}'
+      )
+    rows |= dict(zip(described.names, described.vectors, strict=True))
+    vectors = sharding.put_replicated(
+      self.mesh, np.stack([*rows.values()]).astype(np.float32)
+    )
+    net = {**self.state.stats['net'], 'head': {**head, 'class_vectors': vectors}}
+    stats = {**self.state.stats, 'net': net}
+    return self._replace(
+      facts={**self.facts, 'class_names': [*rows]},
+      state=self.state.replace(stats=stats),
+    )
 
   def predict(self, state: State, images: jax.Array) -> Outputs:
     """Predicts images as they are stored; pure.
@@ -256,7 +295,22 @@ def _shapes_of(facts: Facts) -> Dataset:
     image_shape=shape,
     fingerprint='',
     dtype=dtype,
+    described=_descriptions(facts),
+    unseen=_mask(facts, 'unseen'),
+    val_classes=_mask(facts, 'val_classes'),
   )
+
+
+def _mask(facts: Facts, key: str) -> np.ndarray | None:
+  """Returns (C,) bool, the classes that a fact names; None if there is no such fact."""
+  named = facts.get(key)
+  return np.isin(facts['class_names'], named) if named else None
+
+
+def _descriptions(facts: Facts) -> Block | None:
+  """Returns descriptions of the right shape; what they were is in the State."""
+  shape = facts.get('class_vectors')
+  return Block(np.zeros(shape), ()) if shape else None
 
 
 def restore(

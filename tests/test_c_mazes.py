@@ -13,7 +13,7 @@ from lt_jax.errors import UserError
 from lt_jax.recipes import RECIPES
 
 ADAPT = [
-  name
+  pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
   for name, recipe in RECIPES.items()
   if recipe.needs == ('target',)
   if not name.startswith('finetune_target')  # whose images of the target are cut again

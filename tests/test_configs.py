@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from configs import (
+  c_digits,
+  c_digits_small,
   c_driving,
+  c_faces,
   c_mazes,
   camvid_dusk,
   cifar10_lt,
@@ -20,6 +23,9 @@ from configs import (
   cityscapes_foggy,
   digits_domains,
   digits_lt,
+  digits_multitask,
+  digits_transfer,
+  fine_grained,
   gta5_cityscapes,
   imagenet,
   imagenet_lt,
@@ -37,6 +43,7 @@ from configs import (
   synsigns_gtsrb,
   synth_svhn,
   synthia_cityscapes,
+  transfer,
   usps_mnist,
   visda,
 )
@@ -45,6 +52,7 @@ from lt_jax.build import checks
 from lt_jax.config import ADDED, base_config, resolve, stage_config, upgraded
 from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
+from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
 from lt_jax.optim import (
   as_rules,
@@ -86,18 +94,21 @@ WITH_TARGET = {
   'usps_mnist': usps_mnist,
   'svhn_mnist': svhn_mnist,
   'c_mazes': c_mazes,
-  'synth_svhn': synth_svhn,
-  'synsigns_gtsrb': synsigns_gtsrb,
-  'office_caltech10': office_caltech10,
-  'office31': office31,
-  'pacs': pacs,
-  'visda': visda,
+  'c_digits': c_digits,
+  'c_digits_small': c_digits_small,
+  'c_faces': c_faces,
   'scenes': scenes,
   'camvid_dusk': camvid_dusk,
   'gta5_cityscapes': gta5_cityscapes,
   'synthia_cityscapes': synthia_cityscapes,
   'cityscapes_foggy': cityscapes_foggy,
   'c_driving': c_driving,
+  'synth_svhn': synth_svhn,
+  'synsigns_gtsrb': synsigns_gtsrb,
+  'office_caltech10': office_caltech10,
+  'office31': office31,
+  'pacs': pacs,
+  'visda': visda,
 }
 """Configs of a source and a target, which other recipes are for."""
 
@@ -142,7 +153,7 @@ OFTEN = (
     )
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
-    if 'target' not in made.needs
+    if not {'target', 'heads', 'class_vectors'} & {*made.needs}
     if name not in ('inat17', 'imagenet')  # as inat18
   ],
 )
@@ -190,9 +201,18 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
   assert experiment.last.uses_target_labels == (recipe == 'target_only')
 
 
-@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET])
+TRANSFER = {
+  'digits_multitask': digits_multitask,
+  'digits_transfer': digits_transfer,
+  'fine_grained': fine_grained,
+  'transfer': transfer,
+}
+"""Configs with tests of their own: test_transfer.py and test_multitask.py."""
+
+
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module = WITH_TARGET.get(name) or CONFIGS[name][0]
+  module = (WITH_TARGET | TRANSFER).get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None
@@ -743,7 +763,9 @@ def test_batch_statistics_by_name(monkeypatch, kind, groups):
     build, 'make_classifier', lambda *args, **options: seen.update(options)
   )
   config = resolve(digits_lt.get_config('ce'))
-  data = dataset.Dataset({}, {}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
+  labels = np.arange(8)
+  splits = {'train': Split(None, labels, labels, {})}
+  data = dataset.Dataset(splits, {}, np.ones(8), tuple('01234567'), (8, 8, 1), '')
   mesh = sharding.make_mesh(8)
   build._network({**config['model'], 'batch_norm': kind}, data, 64, 1, mesh)
   assert seen['batch_norm'] == {'groups': groups, 'frozen': False}

@@ -8,9 +8,8 @@ import pytest
 from lt_jax.data.samplers import batch_indices, curriculum, offered
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
-from lt_jax.evals.ordering import SCORES, nearest_first
-from lt_jax.method import Player, first_state
-from lt_jax.models.discriminator import mlp
+from lt_jax.evals.ordering import distance, entropy_of, nearest_first
+from lt_jax.optim import make_schedule
 
 EPOCHS, IMAGES = 200, 1000
 
@@ -45,6 +44,18 @@ def ranks(sampler, order, epoch, seed=0):
 @pytest.mark.parametrize(('epoch', 'ratio'), RATIOS.items())
 def test_it_opens_as_the_released_code_does(epoch, ratio):
   assert round(offered(epoch, 170, first=0.5, power=0.3), 3) == ratio
+
+
+@pytest.mark.parametrize('batch', [1, 64])
+def test_a_rate_rises_as_it_opens(batch):
+  """Epoch by epoch, wherever in an epoch a step is."""
+  rate = make_schedule('curriculum', 2.0, length=640, batch=batch, end=EPOCHS)
+  steps = 640 // batch
+  for epoch, ratio in RATIOS.items():
+    for step in (epoch * steps, (epoch + 1) * steps - 1):
+      assert round(float(rate(step)) / 2, 3) == ratio
+  with pytest.raises(UserError, match='schedule curriculum: end 0'):
+    make_schedule('curriculum', 1.0, length=1, batch=1, end=0)
 
 
 @pytest.mark.parametrize('window', ['shift', 'expand'])
@@ -83,6 +94,29 @@ def test_it_is_a_pure_function_that_leaves_the_order_alone(order):
   assert not np.array_equal(sampler.indices(8, 0), first[0])
   at = [batch_indices(sampler, 7, 64, step) for step in range(16)]
   np.testing.assert_array_equal(np.concatenate(at)[:IMAGES], first[0])
+
+
+def test_an_epoch_can_be_of_another_length(order):
+  """As long as that of the stage: some of the window, or some of it twice."""
+  for length in (300, 1600):
+    sampler = curriculum(order, epochs=EPOCHS, positions=length, first=0.5)
+    seen = ranks(sampler, order, 0)
+    assert len(seen) == sampler.length == length
+    assert seen.max() < 500
+    assert np.bincount(seen).max() == -(-length // 500)
+
+
+@pytest.mark.parametrize(('epoch', 'share'), [(1, 0.83), (10, 0.73), (50, 0.66)])
+def test_shuffled_in_place_ranks_leak_as_in_the_released_code(order, epoch, share):
+  """Of a window, how many images are its own; a copy of the order keeps all of them."""
+  sampler = curriculum(order, epochs=EPOCHS, in_place=True)
+  ratio = 0.5 + 0.5 * (epoch / 170) ** 0.3
+  first, last = int((ratio - 0.5) * IMAGES), int(ratio * IMAGES)
+  seen = np.unique(ranks(sampler, order, epoch))
+  own = ((first <= seen) & (seen < last)).mean()
+  assert abs(own - share) < 0.03
+  again = curriculum(order, epochs=EPOCHS, in_place=True)
+  np.testing.assert_array_equal(sampler.indices(3, epoch), again.indices(3, epoch))
 
 
 def test_an_epoch_is_shuffled(order):
@@ -140,9 +174,6 @@ def survey(splits):
 
 
 def test_scores_are_their_formulas(splits, survey):
-  judge = Player(mlp(hidden=()), None)
-  weights = {'kernel': jnp.arange(7.0)[:, None] - 3, 'bias': jnp.asarray([0.5])}
-  state = first_state(None, {'discriminator': {'logit': weights}}, {}, {})
   source, target = (
     {name: np.asarray(x, np.float64) for name, x in splits[split].items()}
     for split in ('train', 'target/train')
@@ -151,23 +182,16 @@ def test_scores_are_their_formulas(splits, survey):
   def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
+  expected = [
+    1 - np.mean([unit(f) @ unit(s) for s in source['features'][:-1]])
+    for f in target['features']
+  ]
+  found = distance(survey, None, split='target/train')
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
   p = np.exp(target['logits'])
   p /= p.sum(-1, keepdims=True)
-  layers = np.concatenate([target['features'], target['logits']], 1)
-  expected = {
-    'distance': [
-      1 - np.mean([unit(f) @ unit(s) for s in source['features'][:-1]])
-      for f in target['features']
-    ],
-    'entropy': -(p * np.log(p)).sum(-1),
-    'discriminator': layers @ (np.arange(7) - 3) + 0.5,
-  }
-  assert expected.keys() == SCORES.keys()
-  context = {'players': {'discriminator': judge}, 'align_on': ('features', 'logits')}
-  for name, score in SCORES.items():
-    given = context if name == 'discriminator' else {}
-    found = score(survey, state, **given)
-    np.testing.assert_allclose(found, expected[name], rtol=1e-5, err_msg=name)
+  found = entropy_of(splits['target/train'])
+  np.testing.assert_allclose(found, -(p * np.log(p)).sum(-1), rtol=1e-5)
 
 
 def test_the_nearest_come_first_and_equal_ones_as_they_are_stored():

@@ -130,6 +130,7 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
     ),
     pytest.param('mcd', 'kill_in_save:2', (), marks=pytest.mark.slow),
     pytest.param('adda', 'kill_in_save:4', (), marks=pytest.mark.slow),  # second stage
+    pytest.param('ocda', 'kill_in_save:9', (), marks=pytest.mark.slow),  # the last one
   ],
 )
 def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault, overrides):

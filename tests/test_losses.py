@@ -77,6 +77,17 @@ def reference_temperature(z, y, gamma):
   return reference_cross_entropy(cooled, y)
 
 
+def reference_ranking(z, y, margin):
+  """Returns how far each other class comes up to the right one."""
+  return [max(0.0, margin + v - z[y]) for c, v in enumerate(z) if c != y]
+
+
+def reference_ale(z, y, margin):
+  found = reference_ranking(z, y, margin)
+  rank = sum(v > 0 for v in found)
+  return sum(found) * sum(1 / i for i in range(1, rank + 1)) / max(rank, 1)
+
+
 LDAM_MARGINS = [0.4 * (2 / n) ** 0.25 for n in COUNTS.tolist()]
 
 # (loss, options, the same for one example in plain Python floats)
@@ -122,6 +133,11 @@ CASES = [
     {'max_margin': 0.4, 'scale': 10.0},
     lambda z, y: reference_margin(z, y, 10, LDAM_MARGINS),
   ),
+  ('devise', {}, lambda z, y: sum(reference_ranking(z, y, 0.1))),
+  ('devise', {'margin': 2}, lambda z, y: sum(reference_ranking(z, y, 2))),
+  ('sje', {}, lambda z, y: max(reference_ranking(z, y, 1))),
+  ('ale', {}, lambda z, y: reference_ale(z, y, 1)),
+  ('negative_score', {}, lambda z, y: -z[y]),
   ('uniform_margin', {}, lambda z, y: reference_margin(z, y, 30, [0.5] * CLASSES)),
 ]
 every_loss = pytest.mark.parametrize(
@@ -202,7 +218,7 @@ def test_float32(name, options, reference):
   np.testing.assert_allclose(np.dot(values, mask), total, rtol=2e-5)
   grads = np.asarray(grads)
   assert not grads[mask == 0].any()
-  assert grads[mask > 0].any(axis=1).all()
+  assert grads[(mask > 0) & (expected != 0)].any(axis=1).all()  # no margin violated: 0
 
   rows = 1e4 * np.array([[1, -1, 0, -1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
   extreme = np.concatenate([rows, -rows, 0 * rows[:1]]).astype(np.float32)

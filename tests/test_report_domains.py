@@ -251,6 +251,40 @@ def test_curves_are_of_source_targets_and_open_domains(tmp_path):
   assert judge.lines[0].get_ydata()[-2:] == pytest.approx([90, 80])
 
 
+def test_an_order_and_what_is_borrowed_are_shown_by_domain(by_domain_only, tmp_path):
+  """Of a run that has left them: which domain comes first, and which borrows more."""
+  folder = write_run(tmp_path / 'run')
+  targets = np.array(['photo', 'inverted'])
+  score = np.r_[np.linspace(0, 1, 40), np.linspace(1.5, 2, 40)]
+  np.savez(
+    folder / 'order.npz', score=score, domain=np.repeat([0, 1], 40), domains=targets
+  )
+  every = np.array([*targets, 'source', 'sketch'])
+  np.savez(
+    folder / 'borrowed.npz',
+    borrowed=np.repeat(np.arange(4.0), 10),
+    domain=np.repeat(np.arange(4), 10),
+    domains=every,
+  )
+  run = runs.Run(epath.Path(folder), 'run')
+  figure, _ = domain_figures.domain_order([run])
+  left, right = figure.axes
+  assert [one.get_label() for one in left.patches] == [
+    'photo (target)',
+    'inverted (target)',
+  ]
+  shares = [one.get_data().values for one in right.patches]
+  np.testing.assert_allclose(shares, [[100] * 5 + [0] * 5, [0] * 5 + [100] * 5])
+  figure, _ = domain_figures.domain_borrowed([run])
+  (axes,) = figure.axes
+  assert [text.get_text() for text in axes.get_yticklabels()][0] == 'source'
+  medians = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == 'o']
+  assert medians == [2, 0, 1, 3]  # source, both targets, the open domain
+  plain.page_of(folder)
+  drawn = {path.stem for path in (folder / 'figures').iterdir()}
+  assert drawn == {*ALL, *domain_figures.OF_FILES}
+
+
 @pytest.mark.parametrize('name', ['features.npz', 'predictions.npz'])
 def test_files_of_an_earlier_version_cost_their_figure_alone(tmp_path, name):
   folder = write_run(tmp_path / 'run')

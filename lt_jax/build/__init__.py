@@ -15,10 +15,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax import maps, posthoc, shallow, sharding, shift, surgery
+from lt_jax import maps, posthoc, shallow, sharding, shift, surgery, zero_shot
 from lt_jax import method as wrappers
 from lt_jax.build.checks import (
   check_all_is_used,
+  check_collapse,
   check_device,
   check_end,
   check_ranges,
@@ -42,16 +43,25 @@ from lt_jax.data.domains import fingerprint
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled, evaluation_pass
 from lt_jax.errors import UserError, class_names, construct, lookup
 from lt_jax.evals import TASKS, label_free
-from lt_jax.evals.collect import survey
+from lt_jax.evals.collect import Survey, survey
+from lt_jax.evals.tasks import Task
 from lt_jax.losses import REDUCTIONS, make_loss, make_penalty
 from lt_jax.losses.alignment import make_alignment, make_weight
 from lt_jax.method import Method, State
 from lt_jax.methods import METHODS, few_shot, self_training, tiled, translation
 from lt_jax.methods.meta import WEIGHERS
+from lt_jax.methods.multitask import make_heads
 from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
-from lt_jax.optim import as_rules, make_optimizer, make_schedule, per_parameter
+from lt_jax.models.layers import Layer, chopped, trunk_layers
+from lt_jax.optim import (
+  Optimizer,
+  as_rules,
+  make_optimizer,
+  make_schedule,
+  per_parameter,
+)
 from lt_jax.players import make_players
 from lt_jax.train import Plan, state_shapes
 
@@ -62,6 +72,7 @@ WRAPPERS = (
   | maps.WRAPPERS
   | translation.WRAPPERS
   | shift.WRAPPERS
+  | zero_shot.WRAPPERS
   | tiled.WRAPPERS
 )
 
@@ -74,6 +85,7 @@ SURGERIES = (
   | few_shot.SURGERIES
   | self_training.SURGERIES
   | shift.SURGERIES
+  | zero_shot.SURGERIES
 )
 
 
@@ -192,15 +204,26 @@ def _build_stage(
 ) -> Stage:
   """Builds one stage from its merged config."""
   dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups)
-  task = lookup(TASKS, 'task', config['task'])
+  learned = learned_classes(config['shot_groups'], groups, dataset)
+  task = _task(config['task'], dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
   plan = _plan(config, clock)
   progress = _progress(_first_step(config, earlier), plan.steps)
   _check_labels(config['task'], task.per_pixel, dataset)
-  method, net, weigh = _method(config, dataset, mesh, rows, learned, progress)
+  net = _network(
+    config['model'],
+    dataset,
+    config['batch'],
+    config['method'].get('accumulate', 1),
+    mesh,
+  )
+  layers = functools.cache(lambda: trunk_layers(net, dataset.image_shape))
+  optimizer = _optimizer(config, clock, layers)
+  method, weigh = _method(
+    config, dataset, net, optimizer, mesh, rows, learned, progress
+  )
   gives_target_labels = any(row.uses_target_labels for row in rows.values())
   images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
@@ -208,6 +231,9 @@ def _build_stage(
     name=name,
     method=method,
     net=net,
+    optimizer=optimizer,
+    layers=layers,
+    drawn=chopped(layers(), config['kept_layers']) if config['kept_layers'] else (),
     weigh=weigh,
     domain=config['domain'],
     dataset=dataset,
@@ -222,18 +248,22 @@ def _build_stage(
     survey=stage_survey,
     reads={name: row.left for name, row in rows.items() if row.left},
     save_outputs=tuple(config['save_outputs']),
-    start=None if earlier else _start(config, method, streams),
-    surgeries=tuple(
-      construct(
-        SURGERIES,
-        'surgery',
-        name,
-        options=options,
-        survey=stage_survey,
-        net=net,
-        base=learned,
-      )
-      for name, options in config['surgeries']
+    start=None if earlier else _start(config, dataset, method, streams),
+    surgeries=(
+      *(
+        construct(
+          SURGERIES,
+          'surgery',
+          name,
+          options=options,
+          survey=stage_survey,
+          net=net,
+          base=learned,
+          classes=zero_shot.Classes.of(dataset),
+        )
+        for name, options in config['surgeries']
+      ),
+      *_beginning(config, dataset, net, layers, stage_survey, mesh),
     ),
     plan=plan,
     epoch_steps=clock.length / clock.batch,
@@ -265,7 +295,39 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
     )
     for rule in ('strict', 'inclusive')
   )
-  return strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  groups = strict | {f'{name}_inclusive': mask for name, mask in inclusive.items()}
+  unseen = domains.dataset(config['domain']).unseen
+  if unseen is None:
+    return groups
+  of_seen = {name: mask & ~unseen for name, mask in groups.items()}
+  return of_seen | {'seen': ~unseen, 'unseen': unseen}
+
+
+def _fitted(dataset: Dataset) -> dict[str, np.ndarray]:
+  """Returns the seen classes but those of validation, as the group 'fitted'."""
+  if dataset.unseen is None or dataset.val_classes is None:
+    return {}
+  return {'fitted': ~dataset.unseen & ~dataset.val_classes}
+
+
+def _task(name: str, dataset: Dataset) -> Task:
+  """Returns a task, which knows the unseen classes where there are such.
+
+  Raises:
+    UserError: there are unseen classes, and the task has no views by them, or the
+      reverse.
+  """
+  task = lookup(TASKS, 'task', name)
+  if (dataset.unseen is None) != (task.bind is None):
+    raise UserError(
+      f'task {name!r} is for data with unseen classes: set data.unseen'
+      if dataset.unseen is None
+      else f"task is {name!r}, but classes are unseen: set config.task to 'zero_shot'"
+    )
+  if task.bind is None:
+    return task
+  columns = dataset.described.columns if dataset.described else ()
+  return task.bind(dataset.unseen, dataset.class_vectors, columns)
 
 
 def _passes(
@@ -286,7 +348,7 @@ def _passes(
   learnt = {name: (own, split) for name, split in dataset.splits.items()}
   tested = {n: s for n, s in learnt.items() if n not in ('train', 'meta')}
   if adapts:
-    tested['test'] = TARGET, domains.dataset(TARGET).tests['test']
+    tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
     target = domains.dataset(TARGET).splits['train']
     told = target if gives_target_labels else Unlabelled(target)
@@ -358,22 +420,65 @@ def _few(split: Split, most: int) -> Split:
 
 
 def learned_classes(
-  names: Sequence[str], groups: Mapping[str, np.ndarray]
+  names: Sequence[str], groups: Mapping[str, np.ndarray], dataset: Dataset
 ) -> np.ndarray:
-  """Returns (C,) bool, the classes of some shot groups; of none: all classes."""
+  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes.
+
+  Args:
+    names: of groups, among them 'fitted', the seen classes but those of validation.
+    groups: of a stage.
+    dataset: of the stage.
+
+  Raises:
+    UserError: there is no such group, or it has no class.
+  """
+  groups = {**groups, **_fitted(dataset)}
   members = [lookup(groups, 'group of classes', name) for name in names]
-  learned = np.any(members, axis=0) if members else np.ones_like(groups['many'])
+  every = groups.get('seen', np.ones_like(groups['many']))
+  learned = np.any(members, axis=0) if members else every
   if not learned.any():
     raise UserError(f'no class is in {" or ".join(names)}')
   return learned
 
 
+def _beginning(
+  config: Config,
+  dataset: Dataset,
+  net: nn.Module,
+  layers: Callable[[], tuple[Layer, ...]],
+  stage_survey: Survey,
+  mesh: Mesh,
+) -> list[surgery.Surgery]:
+  """Returns what is done to the first State last, whatever its weights are from."""
+  found = []
+  if config['kept_layers']:
+    found.append(
+      surgery.keep_layers(
+        kept=config['kept_layers'],
+        net=net,
+        image_shape=dataset.image_shape,
+        layers=layers(),
+      )
+    )
+  if config['model']['batch_norm'] == 'recalibrate':
+    model = {**config['model'], 'batch_norm': 'global'}
+    live = _network(model, dataset, config['batch'], 1, mesh)
+    found.append(maps.recalibrate(survey=stage_survey, net=live, split='train'))
+  if config['optimizer'].get('anchored'):
+    found.append(surgery.anchor())
+  return found
+
+
 def _start(
-  config: Config, method: Method, streams: Mapping[str, Stream]
+  config: Config, dataset: Dataset, method: Method, streams: Mapping[str, Stream]
 ) -> Callable | None:
-  """Returns what puts published weights into a State; None: random ones will do."""
+  """Returns what puts given weights into a State; None: random ones will do."""
   if config['init']:
-    return functools.partial(surgery.start_from, source=config['init'])
+    return functools.partial(
+      surgery.start_from, source=config['init'], class_names=dataset.class_names
+    )
+  if config['kept_layers'] or config['optimizer'].get('anchored'):
+    return _refuse_random
   key = 'learning_rate_scale'
   rules = as_rules(key, config['optimizer'].get(key, ()))
   if all(rate for _, rate in rules):
@@ -387,38 +492,51 @@ def _start(
 def _refuse_random(state: State) -> NoReturn:
   """Raises a `UserError`: what is not trained must come from somewhere."""
   raise UserError(
-    'not all of the trunk is trained (optimizer.learning_rate_scale), so it cannot '
-    'begin at random: give --config.init=FILE.safetensors or --config.init=OWNER/MODEL '
-    'such as timm/resnet152.tv_in1k'
+    'part of the trunk is kept (optimizer.learning_rate_scale, optimizer.anchored, '
+    'kept_layers), so it cannot begin at random: give --config.init=FILE.safetensors, '
+    '--config.init=OWNER/MODEL such as timm/resnet152.tv_in1k, or --config.init=WORKDIR'
+  )
+
+
+def _optimizer(
+  config: Config, clock: Row, layers: Callable[[], tuple[Layer, ...]]
+) -> Optimizer:
+  """Builds the optimiser of the network."""
+  size = {'length': clock.length, 'batch': clock.batch}
+  schedule = _made('schedule', make_schedule, config['schedule'], **size)
+  return _made(
+    'optimizer',
+    make_optimizer,
+    config['optimizer'],
+    learning_rate=schedule,
+    layers=lambda: [layer.pattern for layer in layers()],
   )
 
 
 def _method(
   config: Config,
   dataset: Dataset,
+  net: nn.Module,
+  optimizer: Optimizer,
   mesh: Mesh,
   rows: Mapping[str, Row],
   learned: np.ndarray,
   progress: Callable[[jax.Array], jax.Array],
-) -> tuple[Method, nn.Module, Callable | None]:
-  """Builds network, optimiser, loss and method, and wraps it.
+) -> tuple[Method, Callable | None]:
+  """Builds loss and method, and wraps it.
 
   Returns:
-    (the method, its network, what it weighs examples by; None if it does not learn to).
+    (the method, what it weighs examples by; None if it does not learn to).
   """
   train = rows[CLOCK]
   counts = train.dataset.counts
   size = {'length': train.length, 'batch': train.batch}
-  schedule = _made('schedule', make_schedule, config['schedule'], **size)
-  optimizer = _made(
-    'optimizer', make_optimizer, config['optimizer'], learning_rate=schedule
-  )
   weights = dict(config['class_weights'])
   start_step = train.steps(weights.pop('start_epoch', 0))
   options = dict(config['method'])
-  micro_batches = options.get('accumulate', 1)
   name = options.pop('name')
   check_all_is_used(name, config, WRAPPERS)
+  check_collapse(config)
   parts = {
     'loss': _made(
       'loss',
@@ -437,7 +555,6 @@ def _method(
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
   }
-  net = _network(config['model'], dataset, config['batch'], micro_batches, mesh)
   made = functools.partial(
     construct,
     options=options,
@@ -454,6 +571,7 @@ def _method(
     align_on=tuple(config['alignment']['align_on']),
     alignment_weight=make_weight(config['alignment']['weight'], progress),
     players=make_players(config['players'], **size),
+    heads=make_heads(config['heads']),
     pixels={name: row.pixels for name, row in rows.items()},
     progress=progress,
     streams=tuple(config['streams']),
@@ -472,10 +590,11 @@ def _method(
       counts=counts,
       streams=tuple(rows),
       pixels={name: row.pixels for name, row in rows.items()},
+      unseen=dataset.unseen,
     )
   # What is traced once for shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
-  return method, net, weigh
+  return method, weigh
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
@@ -519,18 +638,21 @@ def _network(
   micro, kind = batch // accumulate, options.pop('batch_norm')
   if batch % accumulate:
     raise UserError(f'batch {batch} does not divide into {accumulate} micro-batches')
-  groups = {'global': 1, 'frozen': 1, 'per_device': mesh.size}.get(kind)
+  frozen = kind in ('frozen', 'recalibrate')
+  groups = 1 if frozen else {'global': 1, 'per_device': mesh.size}.get(kind)
   if str(kind).isdigit() and int(kind) and micro % int(kind) == 0:
     groups = micro // int(kind)
   if groups is None or micro % groups:
     raise UserError(
-      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen' or a "
-      f'ghost batch size that divides the batch of {micro}'
+      f"model.batch_norm is {kind!r}; it can be 'global', 'per_device', 'frozen', "
+      f"'recalibrate' or a ghost batch size that divides the batch of {micro}"
     )
   return make_classifier(
     **options,
     num_classes=len(dataset.class_names),
-    batch_norm={'groups': groups, 'frozen': kind == 'frozen'},
+    class_vectors=dataset.class_vectors,
+    examples=int(dataset.counts.sum()),
+    batch_norm={'groups': groups, 'frozen': frozen},
     per_pixel=dataset.of_pixels,
   )
 

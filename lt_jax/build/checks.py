@@ -155,6 +155,19 @@ def check_device(device: str) -> None:
     )
 
 
+def check_collapse(config: Config) -> None:
+  """Refuses to draw two free networks together, with nothing that keeps them apart."""
+  free = config['model']['head_options'].get('fixed', 'none') == 'none'
+  attracts = config['loss'].get('name') == 'negative_score'
+  if attracts and config['model']['head'] == 'two_tower' and free:
+    raise UserError(
+      "loss 'negative_score' only draws an image and its class together: with both "
+      'sides of two_tower free, constants are as good as anything, and training '
+      "collapses: set model.head_options.fixed to 'classes' or 'images', or take a "
+      'loss that compares classes, such as cross_entropy'
+    )
+
+
 def check_all_is_used(
   name: str, config: Config, wrappers: Mapping[str, Callable]
 ) -> None:
@@ -174,6 +187,7 @@ def check_all_is_used(
     'penalty': (config['penalty']['name'], 'none'),
     'alignment': (config['alignment']['name'], 'none'),
     'players': (', '.join(config['players']), ''),
+    'heads': (', '.join(config['heads']), ''),
   }
   for key, (value, neutral) in given.items():
     if key not in asked and value != neutral:

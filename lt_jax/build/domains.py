@@ -32,6 +32,7 @@ NOT_LOADING = (
   'many_shot',
   'few_shot',
   'same_classes',
+  'pretrain_classes',
   'workers',
   'on_bad_image',
 )
@@ -143,18 +144,17 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
       if name != SOURCE:
         lookup(config['domains'], 'domain', name)
       seen[name] = role
-  for name in config['domains']:
-    if name not in (*seen, *_of_stages(config)):
-      raise UserError(
-        f'domain {name!r} has no role: name it in sources, target or open_domains'
-      )
   return roles
 
 
 def _of_stages(config: Config) -> list[str]:
-  """Returns the domains that stages are trained on."""
-  stages = config['stages'].values()
-  return [config['domain'], *(s['domain'] for s in stages if 'domain' in s)]
+  """Returns the domains that stages and their streams are of, each by its name."""
+  stages = [config, *config['stages'].values()]
+  names = [stage['domain'] for stage in stages if 'domain' in stage]
+  for stage in stages:
+    rows = stage.get('streams', {}).values()
+    names += [row['domain'] for row in rows if row.get('domain') in config['domains']]
+  return list(dict.fromkeys(names))
 
 
 def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
 from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
+from lt_jax.models.layers import Layer
+from lt_jax.optim import Optimizer
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan
 
@@ -38,11 +40,13 @@ class Left(NamedTuple):
     shapes: name in its arrays.npz -> shape.
     into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
       the streams of several seeds must go on sharing `prepare`.
+    ordered_by: name in its arrays.npz of what orders the images; empty for none.
   """
 
   stage: str
   shapes: dict[str, tuple[int, ...]]
   into: Callable[[Stream, Mapping[str, np.ndarray], Callable], Stream]
+  ordered_by: str = ''
 
 
 class Selection(NamedTuple):
@@ -66,6 +70,9 @@ class Stage(NamedTuple):
     name: of the stage.
     method: what is trained.
     net: its network, for who looks into it.
+    optimizer: what trains it.
+    layers: () -> the layers of its trunk, from the images on.
+    drawn: names of parameters of the trunk that are drawn anew in the beginning.
     weigh: how it weighs examples, see `Reweighted` of `lt_jax.methods.meta`; None if it
       does not learn to.
     domain: a domain or role whose classes it learns.
@@ -97,6 +104,9 @@ class Stage(NamedTuple):
   name: str
   method: Method
   net: nn.Module
+  optimizer: Optimizer
+  layers: Callable[[], tuple[Layer, ...]]
+  drawn: tuple[str, ...]
   weigh: Callable[..., Any] | None
   domain: str
   dataset: Dataset

@@ -23,6 +23,7 @@ from lt_jax.data.reading import usable_cores
 from lt_jax.data.samplers import SAMPLERS, Sampler, deferred, instance
 from lt_jax.data.streams import Split, Stream, Unlabelled, train_stream
 from lt_jax.errors import UserError, class_names, construct, lookup, named_class
+from lt_jax.evals.ordering import nearest_first
 from lt_jax.evals.saved import saved_shape, split_and_name
 from lt_jax.methods.translation import Pixels
 from lt_jax.optim import epoch_start
@@ -80,8 +81,10 @@ def make_rows(
   """
   if CLOCK not in config['streams']:
     raise UserError(f'streams has no {CLOCK!r}, whose epochs the stage is counted in')
-  return {
-    name: construct(
+
+  def made(name: str, clock: Row | None) -> Row:
+    row = config['streams'][name]
+    return construct(
       STREAMS,
       'stream',
       row.get('name', 'images'),
@@ -91,8 +94,12 @@ def make_rows(
       stream=name,
       learned=learned,
       earlier=earlier,
+      clock=clock,
     )
-    for name, row in config['streams'].items()
+
+  clock = made(CLOCK, None)
+  return {
+    name: clock if name == CLOCK else made(name, clock) for name in config['streams']
   }
 
 
@@ -103,6 +110,7 @@ def _images(
   stream: str,
   learned: np.ndarray,
   earlier: Mapping[str, Stage],
+  clock: Row | None,
   domain: str = '',
   split: str = 'train',
   batch: int = 0,
@@ -122,6 +130,7 @@ def _images(
     stream: the name of the row.
     learned: (C,) bool, the classes that are learned; images of others are left out.
     earlier: the stages before.
+    clock: the stream whose epochs are those of the stage; None: this one.
     domain: whose images, a domain or a role; empty: the stage's.
     split: which of them, 'train' or 'meta' (of a source).
     batch: images a step; 0: `config.batch`.
@@ -172,10 +181,12 @@ def _images(
     reads.check(stream, {'image', 'index', 'bad', *drawn.numbers()})
   own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
   data = domains.data[domain]
+  # So many as the stage reads in one of its epochs.
+  positions = math.ceil(clock.length * batch / (clock.batch * every)) if clock else 0
 
   def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
     with class_names(dataset.class_names):
-      sampling = _sampler(own, drawn, order, batch, config['epochs'], stream)
+      sampling = _sampler(own, drawn, order, batch, config['epochs'], positions, stream)
     return sampling.length, train_stream(
       drawn,
       sampling,
@@ -200,7 +211,7 @@ def _images(
     batch,
     dataset if labelled else _without_counts(dataset),
     (named, drawn),
-    left=reads and Left(stage, reads.shapes(), into),
+    left=reads and Left(stage, reads.shapes(), into, reads.ordered_by()),
     uses_target_labels=of_target and labelled,
     pixels=(data['mean'], data['std']),
   )
@@ -255,6 +266,10 @@ class _Reads(NamedTuple):
           'image; it must have one'
         )
 
+  def ordered_by(self) -> str:
+    """Returns under which name the stage saves the order; empty for none."""
+    return self._key(self.order) if self.order else ''
+
   def _key(self, output: str) -> str:
     """Returns under which name the stage saves an output of these images."""
     for saved in self.origin.save_outputs:
@@ -295,13 +310,16 @@ class _Reads(NamedTuple):
     }
     if not self.order:
       return beside, None
-    return beside, np.argsort(found[self._key(self.order)][self.places], kind='stable')
+    return beside, nearest_first(found[self._key(self.order)][self.places])
 
 
 def _seen_as(
   domains: Domains, domain: str, split: str, origin: Stage, stream: str
 ) -> str:
   """Returns what an earlier stage calls a split of images in its passes."""
+  # First by name: where a run is opened without its data, all domains have the same.
+  if domain == TARGET and not domains.is_target(origin.domain):
+    return f'{TARGET}/{split}'
   if domain == origin.domain or domains.dataset(domain) is origin.dataset:
     return split
   if domains.roles[TARGET] and domains.dataset(domain) is domains.dataset(TARGET):
@@ -413,13 +431,17 @@ def _sampler(
   order: np.ndarray | None,
   batch: int,
   epochs: float,
+  positions: int,
   stream: str,
 ) -> Sampler:
-  """Builds a sampler; before its start, a whole epoch, instance sampling serves."""
+  """Builds a sampler; before its start, a whole epoch, instance sampling serves.
+
+  A curriculum goes by the epochs of the stage, however many images the stream has.
+  """
   options = dict(options)
   start = options.pop('start_epoch', 0)
   name = options.pop('name')
-  positions = images = np.arange(len(split.rows))
+  stored = images = np.arange(len(split.rows))
   asked = inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters
   if ('order' in asked) != (order is not None):
     raise UserError(
@@ -435,8 +457,15 @@ def _sampler(
       )
     images = split.labels
   sampler = construct(
-    SAMPLERS, 'sampler', name, images, options=options, batch=batch, epochs=epochs
+    SAMPLERS,
+    'sampler',
+    name,
+    images,
+    options=options,
+    batch=batch,
+    epochs=epochs,
+    positions=positions,
   )
   if not start:
     return sampler
-  return deferred(instance(positions), sampler, switch_epoch=math.ceil(start))
+  return deferred(instance(stored), sampler, switch_epoch=math.ceil(start))

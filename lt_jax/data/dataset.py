@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.data import generated, longtail
+from lt_jax.data import generated, keeping, longtail
+from lt_jax.data.attributes import Block, chosen_classes, class_vectors
 from lt_jax.data.crops import Crop
+from lt_jax.data.keeping import class_list
 from lt_jax.data.masks import Window
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
@@ -40,6 +42,10 @@ class Dataset(NamedTuple):
     fingerprint: SHA-256 of what is trained and evaluated on.
     passed_over: lines that tell of what the source has but the run does not use.
     dtype: of the images, 'uint8' or, of features and other arrays, 'float32'.
+    described: descriptions of the C classes; None without any.
+    unseen: (C,) bool, classes that have only test images; None: there are no such.
+    val_classes: (C,) bool, seen classes by which what is chosen for unseen ones is
+      chosen; None likewise.
   """
 
   splits: dict[str, Split]
@@ -50,6 +56,14 @@ class Dataset(NamedTuple):
   fingerprint: str
   passed_over: tuple[str, ...] = ()
   dtype: str = 'uint8'
+  described: Block | None = None
+  unseen: np.ndarray | None = None
+  val_classes: np.ndarray | None = None
+
+  @property
+  def class_vectors(self) -> np.ndarray | None:
+    """(C, A) float64, the descriptions of the classes; None without any."""
+    return None if self.described is None else self.described.vectors
 
   @property
   def of_pixels(self) -> bool:
@@ -76,6 +90,7 @@ def load_dataset(
   channels: int = 0,
   seed: int = 0,
   subset: str = 'seeded',
+  keep_classes: str = '',
   known_classes: int = 0,
   profile: str = 'original',
   n_max: int = 0,
@@ -92,6 +107,9 @@ def load_dataset(
   fake: Mapping[str, int] | None = None,
   image_size: int = 0,
   resize: int = 0,
+  class_vectors: Sequence[str] = (),
+  unseen: Sequence[str | int] = (),
+  val_classes: Sequence[str | int] = (),
   window: Sequence[int] = (),
   scale: Sequence[float] = (1.0, 1.0),
   resize_to: Sequence[int] = (),
@@ -107,6 +125,8 @@ def load_dataset(
     channels: likewise; grey is repeated.
     seed: of splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
+    keep_classes: the classes that are used, as if there were no others: a file with a
+      name a line, or names with + between them; empty: all.
     known_classes: classes from this one on form the open set; 0: all are known.
     profile: a key of `longtail.PROFILES`.
     n_max: images of the largest class; stated, never derived from the source.
@@ -129,6 +149,13 @@ def load_dataset(
     image_size: side of the square that images of many sizes are brought to, on the
       host; 0: they have one size.
     resize: their short side in evaluation, before the central square is taken.
+    class_vectors: files that describe the known classes, see `attributes`; none: the
+      source's own, if it has such.
+    unseen: classes of which no image is trained or validated on, see
+      `attributes.chosen_classes`; none: those that the source says are unseen. Where
+      test images come from the split that is trained on, they are those of these
+      classes alone.
+    val_classes: seen classes that stand in for unseen ones where something is chosen.
     window: (height, width) of the random windows that are trained on where labels are
       maps, see `masks.Window`; (): whole images.
     scale: least and greatest factor by which they are resized before.
@@ -139,6 +166,10 @@ def load_dataset(
     UserError: the source cannot serve the splits; it names the class.
   """
   sources = _opened(source, dir, fake, size, channels)
+  if keep_classes and any(hasattr(one, 'label_map') for one in sources.values()):
+    raise UserError(f'data.keep_classes is for labels of images, unlike {source!r}')
+  if keep_classes:
+    sources = keeping.keep_classes(sources, class_list(keep_classes), source)
   pool = _pool(sources, train_split, source)
   if hasattr(pool, 'label_map'):
     _check_whole(
@@ -153,6 +184,9 @@ def load_dataset(
       open_test_per_class=open_test_per_class,
       image_size=image_size,
       resize=resize,
+      class_vectors=len(class_vectors),
+      unseen=len(unseen),
+      val_classes=len(val_classes),
     )
     made = functools.partial(_window, window=window, scale=scale, resize_to=resize_to)
     return _with_maps(sources, pool, source, test_split, made, to_device)
@@ -163,11 +197,13 @@ def load_dataset(
     )
   known = _known(known_classes, pool, source)
   from_val = _is_from_val(meta_split, meta_per_class, meta_in_train)
-  with class_names(pool.class_names):
-    counts = longtail.class_counts(profile, known, n_max, imbalance)
+  views = _views(pool, known, class_vectors, unseen, val_classes, seed)
+  seen = ~views.unseen
+  counts = _train_counts(pool, seen[:known], profile, n_max, imbalance)
   if counts is None and meta_in_train:  # the rest may be nothing: they are put back
     taken = test_per_class + val_per_class + meta_per_class
     counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)
+    counts *= seen[:known]
   draw = functools.partial(
     longtail.draw_splits, subset=subset, seed=seed, class_names=pool.class_names
   )
@@ -179,18 +215,22 @@ def load_dataset(
     val_per_class=val_per_class,
     meta_per_class=0 if from_val else meta_per_class,
     train_counts=counts,
+    unseen=views.unseen,
     open_val_per_class=open_val_per_class,
     open_test_per_class=open_test_per_class,
     source=source,
   )
   if meta_in_train:
     drawn = _with_meta(drawn)
-  splits = _own_splits(sources, known, source, test_split, bool(test_per_class))
+  splits = _own_splits(sources, known, source, test_split, bool(test_per_class), seen)
+  if test_split == train_split and not seen.all() and not test_per_class:
+    test, rows = splits['test']
+    splits['test'] = test, rows[~seen[test.labels[rows]]]
   if from_val:
     splits |= _meta_from_val(splits, known, meta_per_class, draw, source)
   splits |= {name: (pool, rows) for name, rows in drawn.items()}
   crop = _crop(pool, source, image_size, resize)
-  return _dataset(sources, splits, known, crop, to_device)
+  return views.of(_dataset(sources, splits, known, crop, to_device), known)
 
 
 def _opened(
@@ -314,6 +354,73 @@ def _known(known_classes: int, pool: Any, name: str) -> int:
   return known
 
 
+class _Views(NamedTuple):
+  """What is known of classes beyond their images.
+
+  Attributes:
+    described: of the known ones; None for nothing.
+    unseen: (C,) bool over all classes, the open ones too.
+    val_classes: likewise.
+  """
+
+  described: Block | None
+  unseen: np.ndarray
+  val_classes: np.ndarray
+
+  def of(self, dataset: Dataset, known: int) -> Dataset:
+    """Returns a data set with these views of its known classes."""
+    if self.described is None and not self.unseen.any():
+      return dataset
+    told = f'{dataset.fingerprint} unseen {self.unseen} validated {self.val_classes}'
+    digest = hashlib.sha256(told.encode())
+    if self.described is not None:
+      digest.update(self.described.vectors.tobytes())
+    return dataset._replace(
+      described=self.described,
+      unseen=self.unseen[:known] if self.unseen.any() else None,
+      val_classes=self.val_classes[:known] if self.val_classes.any() else None,
+      fingerprint=digest.hexdigest(),
+    )
+
+
+def _views(
+  pool: Any,
+  known: int,
+  vectors: Sequence[str],
+  unseen: Sequence[str | int],
+  val_classes: Sequence[str | int],
+  seed: int,
+) -> _Views:
+  """Returns what a config, or else the source, says of classes."""
+  names = tuple(pool.class_names)
+  is_known = np.arange(len(names)) < known
+  own, block = getattr(pool, 'described', None), None
+  if vectors:
+    block = class_vectors(vectors, names[:known])
+  elif own is not None:
+    block = Block(own.vectors[:known], own.columns)
+  unseen = unseen or getattr(pool, 'unseen', ())
+  is_unseen = chosen_classes('unseen', unseen, names, is_known, seed)
+  images = np.bincount(pool.labels, minlength=len(names)) > 0
+  learnt = is_known & images & ~is_unseen
+  return _Views(
+    block, is_unseen, chosen_classes('val_classes', val_classes, names, learnt, seed)
+  )
+
+
+def _train_counts(
+  pool: Any, seen: np.ndarray, profile: str, n_max: int, imbalance: float
+) -> np.ndarray | None:
+  """Returns (known,) training images by a profile over the seen classes; see there."""
+  with class_names([pool.class_names[c] for c in np.flatnonzero(seen)]):
+    counts = longtail.class_counts(profile, int(seen.sum()), n_max, imbalance)
+  if counts is None or seen.all():
+    return counts
+  of_all = np.zeros(len(seen), counts.dtype)
+  of_all[seen] = counts
+  return of_all
+
+
 def _is_from_val(meta_split: str, meta_per_class: int, meta_in_train: bool) -> bool:
   """Returns whether the meta images are taken from those for validation."""
   if meta_split not in ('train', 'val'):
@@ -383,7 +490,12 @@ def _passed_over(sources: Mapping[str, Any], used: Sequence[Any]) -> tuple[str, 
 
 
 def _own_splits(
-  sources: dict[str, Any], known: int, name: str, test_split: str, cut: bool
+  sources: dict[str, Any],
+  known: int,
+  name: str,
+  test_split: str,
+  cut: bool,
+  seen: np.ndarray,
 ) -> dict[str, Any]:
   """Returns the splits that the source has beside 'train', open classes apart.
 
@@ -393,13 +505,15 @@ def _own_splits(
     name: of the source.
     test_split: the split that is tested on.
     cut: the test set is cut from the training images instead.
+    seen: (C,) bool; of other classes there are only test images.
 
   Returns:
     'val', 'test' and 'open_test', as far as there are such -> (source, rows).
   """
   splits = {}
   if 'val' in sources and (cut or test_split != 'val'):
-    splits['val'] = (sources['val'], np.flatnonzero(sources['val'].labels < known))
+    val = sources['val']
+    splits['val'] = (val, np.flatnonzero((val.labels < known) & seen[val.labels]))
   if not cut:
     if test_split not in sources:
       has_val = 'val' in sources

@@ -248,6 +248,11 @@ def _relabelled(
   domain: str, dataset: Dataset, names: Sequence[str], union: Mapping[str, int]
 ) -> Dataset:
   """Returns a data set whose classes have new names, at their places in a union."""
+  if dataset.described is not None or dataset.unseen is not None:
+    raise UserError(
+      f'domain {domain!r}: class_vectors and unseen are of one set of classes, but the '
+      'sources have several'
+    )
   for ours, name in zip(dataset.class_names, names, strict=True):
     if name not in union:
       raise UserError(

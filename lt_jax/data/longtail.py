@@ -184,6 +184,7 @@ def draw_splits(
   val_per_class: int = 0,
   meta_per_class: int = 0,
   train_counts: np.ndarray | None = None,
+  unseen: np.ndarray | None = None,
   open_val_per_class: int = 0,
   open_test_per_class: int = 0,
   subset: str = 'seeded',
@@ -205,6 +206,8 @@ def draw_splits(
     val_per_class: validation images of each known class.
     meta_per_class: images of each known class kept for a meta objective.
     train_counts: (known,) int, see `class_counts`; None takes all that are left.
+    unseen: (C,) bool, classes of which only test images are taken, and which need have
+      none in the pool; None: there are no such.
     open_val_per_class: open validation images of each open class.
     open_test_per_class: open test images of each open class.
     subset: 'seeded' draws at random, 'stored' takes images as they come in the pool.
@@ -224,18 +227,19 @@ def draw_splits(
   known = num_classes if known_classes is None else known_classes
   if not 0 < known <= num_classes:
     raise UserError(f'known_classes must be 1 to {num_classes}, got {known}')
-  there = _supply(labels, num_classes, class_names, source)
+  seen = np.ones(num_classes, bool) if unseen is None else ~unseen
+  there = _supply(labels, num_classes, class_names, source, seen)
 
   is_known = np.arange(num_classes) < known
   asked = {  # split -> (C,) images, in the sequence in which they are taken
     'test': test_per_class * is_known,
-    'val': val_per_class * is_known,
-    'meta': meta_per_class * is_known,
+    'val': val_per_class * (is_known & seen),
+    'meta': meta_per_class * (is_known & seen),
     'open_val': open_val_per_class * ~is_known,
     'open_test': open_test_per_class * ~is_known,
   }
   if train_counts is None:
-    train_counts = np.maximum(there - sum(asked.values()), 1)[:known]
+    train_counts = np.maximum(there - sum(asked.values()), 1)[:known] * seen[:known]
   if len(train_counts) != known:
     raise UserError(f'{len(train_counts)} class counts for {known} known classes')
   asked['train'] = np.pad(train_counts, (0, num_classes - known))
@@ -252,18 +256,23 @@ def draw_splits(
 
 
 def _supply(
-  labels: np.ndarray, num_classes: int, class_names: Sequence[str], source: str
+  labels: np.ndarray,
+  num_classes: int,
+  class_names: Sequence[str],
+  source: str,
+  needed: np.ndarray,
 ) -> np.ndarray:
-  """Returns (C,) the images of each class; none may be empty."""
+  """Returns (C,) the images of each class; none that is needed may be empty."""
   there = np.bincount(labels, minlength=num_classes)
   if len(there) > num_classes:
     raise UserError(
       f'{source}: label {len(there) - 1} in a pool of {num_classes} classes'
     )
-  if not there.all():
+  filled = (there > 0) | ~needed
+  if not filled.all():
     from_one = not there[0] and there[1:].all()
     hint = '; labels must start at 0, these start at 1' if from_one else ''
-    empty = named_class(np.argmin(there), class_names)
+    empty = named_class(np.argmin(filled), class_names)
     raise UserError(f'{source}: {empty} has no images{hint}')
   return there
 

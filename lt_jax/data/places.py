@@ -10,7 +10,7 @@ from lt_jax.files import is_remote
 Place = dict[str, str]
 """The config keys data.source and data.dir, as 'source' and 'dir'."""
 
-IN_FILES = ('npz', 'list', 'folder', *LAYOUTS)
+IN_FILES = ('npz', 'list', 'folder', 'xlsa', *LAYOUTS)
 """Kinds of sources that are followed by a path."""
 
 
@@ -37,9 +37,9 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
 
   Args:
     data: has 'source' and 'dir', where they were.
-    data_dir: of 'folder:', 'npz:' and layouts the path; of 'tfds:' the folder of data
-      sets; of 'list:' the folder that paths are relative to, with the lists in it if
-      they are no longer where they were.
+    data_dir: of 'folder:', 'npz:', 'xlsa:' and layouts the path; of 'tfds:' the folder
+      of data sets; of 'list:' the folder that paths are relative to, with the lists in
+      it if they are no longer where they were.
 
   Raises:
     UserError: the source has no files.
@@ -47,6 +47,10 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
   first, _, path = data['source'].partition(':')
   data_dir = _absolute(data_dir)
   match first:
+    case 'folder' | 'npz':
+      return {'source': f'{first}:{data_dir}', 'dir': ''}
+    case 'xlsa':
+      return {'source': f'xlsa:{data_dir}', 'dir': _absolute(data['dir'])}
     case 'tfds':
       return {'source': data['source'], 'dir': data_dir}
     case 'list':

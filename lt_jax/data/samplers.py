@@ -331,28 +331,33 @@ def curriculum(
   order: np.ndarray,
   *,
   epochs: float,
+  positions: int = 0,
   window: str = 'shift',
   first: float = 0.5,
   power: float = 0.3,
   full: float = 0.85,
+  in_place: bool = False,
 ) -> Sampler:
   """Near images first: each epoch offers a window of an order, then all images.
 
-  The images of the window are dealt in random order, lap after lap, until the epoch
-  has as many as there are images in all: no epoch is shorter than another.
+  The images of the window are dealt in random order, lap after lap, until the epoch has
+  as many positions as every other.
 
   Args:
-    order: (N,) int, positions of the images, the nearest first. It is never changed;
-      the authors' sampler shuffles it in place, by which near and far images mix from
-      epoch to epoch.
+    order: (N,) int, positions of the images, the nearest first. It is never changed.
     epochs: of the run.
+    positions: L, of an epoch; 0: N.
     window: a key of `WINDOWS`.
     first: share of the images that the first window has.
     power: how early the window opens, see `offered`.
     full: share of the epochs after which every image is offered.
+    in_place: every window is shuffled where it lies in the order, as by the authors'
+      sampler, so that near and far images mix from epoch to epoch: by the hundredth a
+      third of the images of a window are not its own. Each epoch then repeats the
+      shuffles of all before it.
 
   Returns:
-    A sampler with L = N.
+    A sampler with L positions an epoch.
 
   Raises:
     UserError: the order is no permutation, an option is out of range, or the first
@@ -378,17 +383,27 @@ def curriculum(
     raise UserError(
       f"sampler 'curriculum': first {first} of {length} images is less than one image"
     )
+  dealt_out = positions or length
 
-  def indices(seed: int, epoch: int) -> np.ndarray:
+  def window_of(epoch: int) -> slice:
     share = offered(epoch, full * epochs, first=first, power=power)
     window_at = place(share, first) if share < 1 else (0.0, 1.0)
     start, end = (int(part * length) for part in window_at)
-    images = order[start : max(end, start + 1)]  # whatever the rounding
-    laps = np.tile(images, (-(-length // len(images)), 1))
-    dealt = _generator('curriculum', seed, epoch).permuted(laps, axis=1)
-    return dealt.ravel()[:length]
+    return slice(start, max(end, start + 1))  # whatever the rounding
 
-  return Sampler(length, indices)
+  def mixed(seed: int, epoch: int) -> np.ndarray:
+    found = order.copy()
+    for earlier in range(epoch):
+      _generator('in place', seed, earlier).shuffle(found[window_of(earlier)])
+    return found
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    images = (mixed(seed, epoch) if in_place else order)[window_of(epoch)]
+    laps = np.tile(images, (-(-dealt_out // len(images)), 1))
+    dealt = _generator('curriculum', seed, epoch).permuted(laps, axis=1)
+    return dealt.ravel()[:dealt_out]
+
+  return Sampler(dealt_out, indices)
 
 
 SAMPLERS = {

@@ -22,6 +22,8 @@ import numpy as np
 from etils import epath
 
 from lt_jax.data.crops import DECODE_ERRORS
+from lt_jax.data.digit_tasks import digit_task
+from lt_jax.data.features import xlsa
 from lt_jax.data.layouts import CITYSCAPES_IDS, LAYOUTS, ids_of, layout_source
 from lt_jax.data.lists import (
   find_lists,
@@ -33,6 +35,7 @@ from lt_jax.data.lists import (
 from lt_jax.data.masks import VOID, LabelledRecords, checked_arrays, paired_lists
 from lt_jax.data.mazes import maze_images
 from lt_jax.data.rendered import rendered_digits
+from lt_jax.data.resizing import turned
 from lt_jax.data.scenes import scenes
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
@@ -77,7 +80,11 @@ class Arrays:
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
   Images are uint8. Features and other arrays are float32, and their own normalisation.
-  Images that are pictures of a world, such as a maze, may have it as `world`.
+  Images that are pictures of a world, such as a maze, may have it as `world`. Further
+  labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
+  missing, or float32, of which NaN is. Where the files describe their classes and say
+  which are unseen, `described` has the former, see `attributes.Described`, and `unseen`
+  the names of the latter.
   """
 
   images: np.ndarray
@@ -85,6 +92,9 @@ class Arrays:
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
   world: Any = None
+  attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  described: Any = None
+  unseen: tuple[str, ...] = ()
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -219,19 +229,24 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   """Opens a data set.
 
   Args:
-    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'npz:PATH', an archive
+    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'digits_tasks:TASK', see
+      `digit_tasks`; 'npz:PATH', an archive
       of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
       or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
-      of any type, with labels (N,) int, and perhaps class_names (C,) str;
+      of any type, with labels (N,) int, and perhaps class_names (C,) str and further
+      labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
-      see `scenes.scenes`; or, with label maps, a key of `layouts.LAYOUTS` with a
+      `lists.folder_source`; 'xlsa:PATH', features with unseen classes, see
+      `features.xlsa`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
+      see `scenes.scenes`; 'rotated:DEGREES:SOURCE', the images of another source in
+      memory, turned to the left; or, with label maps, a key of `layouts.LAYOUTS` with a
       folder, 'list:FOLDER' with lists of two paths a line, see `masks.paired_lists`,
       and 'npz:PATH' with y_SPLIT (N, H, W), void 255.
     data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
       variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
-      paths are relative to; None is that of the lists.
+      paths are relative to; None is that of the lists. Of 'xlsa:' the att_splits.mat
+      if it is not beside the features.
 
   Returns:
     split -> source.
@@ -361,6 +376,9 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
       splits = _npz_splits(present)
       keys = [f'{kind}_{split}' for split in splits for kind in 'xy']
       keys += [key for key in _CLASS_NAMES if key in present][:1]
+      keys += [
+        key for split in splits for key in present if key.startswith(f'y_{split}.')
+      ]
       _check_members(splits, {key: _npz_header(archive, key) for key in keys})
     with np.load(path, allow_pickle=False) as archive:
       arrays = {key: archive[key] for key in keys}
@@ -391,8 +409,28 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
       y, len(y), len(names), f'npz:{path}: y_{split}', is_open=split == 'open'
     )
     images = _checked_arrays(images, f'npz:{path}: x_{split}')
-    sources[split] = Arrays(images, y, names, own)
+    attributes = _attributes(arrays, split, len(y), path)
+    sources[split] = Arrays(images, y, names, own, attributes=attributes)
   return sources
+
+
+def _attributes(
+  arrays: Mapping[str, np.ndarray], split: str, length: int, path: str
+) -> dict[str, np.ndarray]:
+  """Returns further labels of a split: those that are called y_SPLIT.NAME."""
+  found = {}
+  for key, values in arrays.items():
+    if key.startswith(f'y_{split}.'):
+      kind = {'i': np.int32, 'u': np.int32, 'b': np.int32, 'f': np.float32}.get(
+        values.dtype.kind
+      )
+      if kind is None or values.shape[:1] != (length,) or values.ndim > 2:
+        raise UserError(
+          f'npz:{path}: {key} must be numbers ({length},) or ({length}, K), got '
+          f'{values.dtype} {values.shape}'
+        )
+      found[key.partition('.')[2]] = values.astype(kind)
+  return found
 
 
 def _npz_splits(present: Collection[str]) -> list[str]:
@@ -497,6 +535,18 @@ def _check_members(
     shape, dtype = headers.get(key, ((1,), np.dtype('U')))
     if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
       raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
+
+
+def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
+  """Loads another source in memory, its images turned: '30:npz:mnist.npz'."""
+  degrees, _, spec = argument.partition(':')
+  if not re.fullmatch(r'-?\d{1,3}', degrees) or not spec:
+    raise UserError(
+      f"source 'rotated:{argument}': it is degrees and a source, such as "
+      "'rotated:30:npz:mnist.npz'"
+    )
+  sources = load_source(spec, data_dir)
+  return {name: turned(one, int(degrees), spec) for name, one in sources.items()}
 
 
 def _check_maps(split: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
@@ -666,12 +716,15 @@ _SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
 SOURCES = {
   'digits': _digits,
   'digits_domains': rendered_digits,
+  'digits_tasks': digit_task,
   'mazes': maze_images,
   'npz': _npz,
+  'rotated': _rotated,
   'tfds': _tfds,
   'scenes': scenes,
   'list': _list,
   'folder': folder_source,
+  'xlsa': xlsa,
   **{name: functools.partial(layout_source, one) for name, one in LAYOUTS.items()},
   'fake': _fake,
 }

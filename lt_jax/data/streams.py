@@ -101,8 +101,15 @@ class Split(NamedTuple):
     return hasattr(self.source, 'label_map') or 'label' in self.arrays
 
   def numbers(self) -> dict[str, np.ndarray]:
-    """Returns what a batch tells of each image: name -> (N,) int32."""
-    own = {} if self.of_pixels else {'label': self.labels.astype(np.int32)}
+    """Returns what a batch tells of each image: name -> (N, ...).
+
+    The label if images have one, the domain where there are several, and attributes of
+    the source.
+    """
+    attributes = getattr(self.source, 'attributes', {})
+    own = {name: values[self.rows] for name, values in attributes.items()}
+    if not self.of_pixels:
+      own['label'] = self.labels.astype(np.int32)
     return own | _domains(self)
 
   def counts(self, num_classes: int) -> np.ndarray:

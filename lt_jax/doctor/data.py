@@ -286,7 +286,10 @@ def classes(case: Case) -> Findings:
   if doubled:
     yield odd(f'names of two classes: {len(doubled)}, such as {doubled[0]!r}')
   for name in ('train', 'test'):
-    empty = np.flatnonzero(_per_class(dataset, name) == 0)
+    expected = (
+      ~dataset.unseen if name == 'train' and dataset.unseen is not None else True
+    )
+    empty = np.flatnonzero((_per_class(dataset, name) == 0) & expected)
     if empty.size:
       first = dataset.class_names[empty[0]]
       level = wrong if name == 'train' else odd

@@ -184,7 +184,8 @@ def _guess(case: Case, name: str) -> float | None:
   others = any(config[key]['name'] != value for key, value in plain.items())
   if others or config['reduction'] != 'mean':
     return None
-  learned = build.learned_classes(config['shot_groups'], case.experiment.groups)
+  stage = case.experiment.stages[name]
+  learned = build.learned_classes(config['shot_groups'], stage.groups, stage.dataset)
   return math.log(max(learned.sum(), 2))
 
 

@@ -7,13 +7,17 @@ of confusion matrices, whatever the batch or the devices.
 """
 
 from lt_jax.evals.classification import CLASSIFICATION
+from lt_jax.evals.multitask import MULTITASK
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.segmentation import SEGMENTATION
 from lt_jax.evals.tasks import Task
+from lt_jax.evals.zero_shot import ZERO_SHOT
 
 TASKS: dict[str, Task] = {
   'classification': CLASSIFICATION,
   'mazes': MAZES,
+  'multitask': MULTITASK,
+  'zero_shot': ZERO_SHOT,
   'segmentation': SEGMENTATION,
 }
 

@@ -96,6 +96,7 @@ def _keep(all_logits: bool) -> Record:
     logits = outputs['logits']
     found = {
       **record(outputs, batch),
+      **{key: outputs[key] for key in ('borrowed',) if key in outputs},
       'features': half(outputs['features']),
     }
     if all_logits:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lt_jax.errors import lookup
 from lt_jax.evals.collect import Survey
-from lt_jax.evals.ordering import distance, entropy_of
+from lt_jax.evals.ordering import distance, entropy_of, top_of_class
 from lt_jax.method import Batch, Outputs, State
 
 
@@ -51,7 +51,10 @@ def saved_output(outputs: Outputs, name: str) -> jax.Array:
   return lookup({**outputs, **SAVED, **SURVEYED}, 'output', name)
 
 
-SURVEYED: dict[str, Callable[..., np.ndarray]] = {'distance': distance}
+SURVEYED: dict[str, Callable[..., np.ndarray]] = {
+  'distance': distance,
+  'top_of_class': top_of_class,
+}
 """Name -> (survey, state, split=) -> (N,): what needs more than a batch has."""
 
 

@@ -38,11 +38,13 @@ class Across(NamedTuple):
     metrics: places of result.json -> name -> value, beside those of `measure`.
     threshold: of the known score, how it was chosen and its value; None without one.
     curves: score -> arrays by threshold.
+    arrays: name of a file -> what NAME.npz in the run's folder holds.
   """
 
   metrics: dict[str, dict[str, Any]] = {}
   threshold: dict[str, Any] | None = None
   curves: dict[str, dict[str, np.ndarray]] = {}
+  arrays: dict[str, dict[str, np.ndarray]] = {}
 
 
 class Task(NamedTuple):
@@ -58,6 +60,8 @@ class Task(NamedTuple):
     play: (predict, state, domain -> source of its test images) -> domain -> name ->
       value, what needs the network itself rather than records; see `Play`. None for
       nothing.
+    bind: (unseen classes (C,) bool, descriptions (C, A) or None, names of attributes)
+      -> the task for these classes; None of a task for which all classes are alike.
     criteria: as `record`, what label-free criteria are computed from.
     picture: as `record`, what samples.npz shows of a few test images; None: it shows
       errors on rare classes.
@@ -71,6 +75,7 @@ class Task(NamedTuple):
   across: Callable[..., Across]
   metrics: Mapping[str, Metric]
   play: Play | None = None
+  bind: Callable[..., 'Task'] | None = None
   criteria: Record = label_free.keep
   picture: Record | None = None
   per_pixel: bool = False

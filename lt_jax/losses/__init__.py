@@ -21,9 +21,9 @@ import numpy as np
 
 from lt_jax.class_weights import check_counts, weights_of
 from lt_jax.errors import check_options, lookup
-from lt_jax.losses import classification, margin, metric
+from lt_jax.losses import classification, margin, metric, ranking
 
-LOSSES = classification.LOSSES | margin.LOSSES
+LOSSES = classification.LOSSES | margin.LOSSES | ranking.LOSSES
 PENALTIES = {'none': None} | metric.PENALTIES
 
 

@@ -1,6 +1,6 @@
 """Adversarial discriminative adaptation: a network of its own for the target."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,20 @@ from lt_jax.method import (
   Method,
   Metrics,
   Network,
+  Outputs,
   Player,
   PyTree,
   State,
   check_streams,
   forward,
-  init_net,
   mean_metric,
-  named_key,
   named_players,
   predictor,
   tick,
   update,
 )
-from lt_jax.methods.adversarial import domain_loss, reader
-from lt_jax.methods.pairs import begin
+from lt_jax.methods.adversarial import domain_loss, reader, target_logit
+from lt_jax.methods.pairs import begin, beside
 from lt_jax.optim import Optimizer
 
 SOURCE = 'source_net'
@@ -46,8 +45,7 @@ def adda(
   inverted labels, against the new D:
 
   .. math::
-    \min_D\; -\tfrac12 E_s \log(1 - D(M_s(x)))
-      - \tfrac12 E_t \log D(M_t(x)), \qquad
+    \min_D\; -E_s \log(1 - D(M_s(x))) - E_t \log D(M_t(x)), \qquad
     \min_{M_t}\; -E_t \log(1 - D(M_t(x)))
 
   with the probability D of being a target image. It is the second stage of two. The
@@ -68,6 +66,9 @@ def adda(
     threshold: the target network moves only in steps in which the accuracy of the
       discriminator, before its update, is above it; 'moved' is their share. 0 for none.
 
+  Returns:
+    The method, whose outputs have 'target_logit', (B,), of being a target image.
+
   Raises:
     UserError: no discriminator, or no layer that it reads.
 
@@ -80,25 +81,6 @@ def adda(
   read = reader('adda', align_on)
   check_streams(streams, 'target')
 
-  begun = begin(
-    net,
-    optimizer,
-    lambda outputs: {'discriminator': read(outputs)},
-    statistics='joint',
-    players=players,
-  )
-
-  def init(key: jax.Array, batches: Mapping[str, Batch]) -> State:
-    state = begun(key, batches)
-    own_key = named_key(key, f'init_{SOURCE}', 0)
-    params, stats = init_net(net, own_key, batches['train']['image'])
-    return state.replace(
-      params={**state.params, SOURCE: params}, stats={**state.stats, SOURCE: stats}
-    )
-
-  def logits(params: PyTree, x: jax.Array) -> jax.Array:
-    return judge.net.apply({'params': params}, x)
-
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     batch, images = batches['train'], batches['target']['image']
     of_source, _ = forward(
@@ -106,36 +88,116 @@ def adda(
     )
 
     def encode(params: PyTree) -> tuple[jax.Array, PyTree]:
-      held = optimizer.held({'net': params})['net']
+      held = optimizer.held(params)['net']
       outputs, stats = forward(net, held, state.stats['net'], images, train=True)
       return read(outputs), stats
 
-    target, pull, stats = jax.vjp(encode, state.params['net'], has_aux=True)
-    source = read(of_source)
+    state, stats, metrics = deceive(
+      state,
+      read(of_source),
+      encode,
+      moved=('net',),
+      judge=judge,
+      move=lambda state, grads: update(state, grads, optimizer),
+      threshold=threshold,
+    )
+    metrics['accuracy'] = accuracy(of_source, batch)
+    return tick(state.replace(stats={**state.stats, 'net': stats})), metrics
 
-    def judged(params: PyTree):
-      return domain_loss(logits(params, source), logits(params, target))
+  init = begin(
+    net,
+    optimizer,
+    lambda outputs: {'discriminator': read(outputs)},
+    statistics='joint',
+    players=players,
+  )
+  return Method(beside(init, net, SOURCE), step, told(predictor(net), judge, read))
 
-    grads, metrics = jax.grad(judged, has_aux=True)(state.params['discriminator'])
-    state, _ = update(state, {'discriminator': grads}, judge.optimizer)
 
-    def fooled(x: jax.Array) -> jax.Array:
-      return nn.softplus(logits(state.params['discriminator'], x)).mean()
+def told(
+  predict: Callable[[State, jax.Array], Outputs],
+  judge: Player,
+  read: Callable[[Outputs], jax.Array],
+) -> Callable[[State, jax.Array], Outputs]:
+  """Returns a `predict` whose outputs have 'target_logit' too.
 
-    loss, back = jax.value_and_grad(fooled)(target)
-    (grads,) = pull(back)
-    after, norms = update(state, {'net': grads}, optimizer)
-    if threshold:
-      right, judged_images = metrics['domain_accuracy']
-      moves = right > threshold * judged_images
-      # Both are computed: XLA:CPU has no fast path for convolutions inside a branch.
-      after = jax.tree.map(lambda new, old: jnp.where(moves, new, old), after, state)
-      metrics['moved'] = mean_metric(moves.astype(jnp.float32))
-    labels = batch['label']
-    correct = (of_source['logits'].argmax(-1) == labels).sum(dtype=jnp.float32)
-    metrics['accuracy'] = (correct, (labels >= 0).sum(dtype=jnp.float32))
-    stats = {**state.stats, 'net': stats}
-    metrics |= {'loss': mean_metric(loss), **norms}
-    return tick(after.replace(stats=stats)), metrics
+  Args:
+    predict: of the network.
+    judge: the discriminator.
+    read: outputs -> what it reads.
+  """
 
-  return Method(init, step, predictor(net))
+  def extended(state: State, images: jax.Array) -> Outputs:
+    outputs = predict(state, images)
+    return outputs | target_logit(judge, state.params, read(outputs))
+
+  return extended
+
+
+def deceive(
+  state: State,
+  source: jax.Array,
+  encode: Callable[[dict[str, PyTree]], tuple[jax.Array, PyTree]],
+  *,
+  moved: Sequence[str],
+  judge: Player,
+  move: Callable[[State, dict[str, PyTree]], tuple[State, Metrics]],
+  threshold: float,
+) -> tuple[State, PyTree, Metrics]:
+  """Moves a discriminator, then the target's players by inverted labels.
+
+  Args:
+    state: before both updates.
+    source: (S, D), what the discriminator reads of source images.
+    encode: {player: params} -> (what it reads of target images (T, D), anything else).
+    moved: the players of the target.
+    judge: the discriminator, the player 'discriminator'.
+    move: (state, {player: gradients}) -> (state, metrics), of these players.
+    threshold: they move only where the discriminator, before its update, was right more
+      often; 0: always.
+
+  Returns:
+    (state, the other result of `encode`, metrics).
+  """
+
+  def logits(params: PyTree, x: jax.Array) -> jax.Array:
+    return judge.net.apply({'params': params}, x)
+
+  own = {name: state.params[name] for name in moved}
+  target, pull, rest = jax.vjp(encode, own, has_aux=True)
+
+  def judged(params: PyTree):
+    return domain_loss(logits(params, source), logits(params, target))
+
+  grads, metrics = jax.grad(judged, has_aux=True)(state.params['discriminator'])
+  state, _ = update(state, {'discriminator': grads}, judge.optimizer)
+
+  def fooled(x: jax.Array) -> jax.Array:
+    return nn.softplus(logits(state.params['discriminator'], x)).mean()
+
+  loss, back = jax.value_and_grad(fooled)(target)
+  (grads,) = pull(back)
+  after, norms = move(state, grads)
+  if threshold:
+    right, judged_images = metrics['domain_accuracy']
+    after, moves = moved_if(right > threshold * judged_images, after, state)
+    metrics['moved'] = moves
+  return after, rest, metrics | {'loss': mean_metric(loss), **norms}
+
+
+def moved_if(
+  moves: jax.Array, after: State, before: State
+) -> tuple[State, tuple[jax.Array, jax.Array]]:
+  """Returns one of two States, and whether it is the former as a metric.
+
+  Both are computed: XLA:CPU has no fast path for convolutions inside a branch.
+  """
+  state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), after, before)
+  return state, mean_metric(moves.astype(jnp.float32))
+
+
+def accuracy(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns how often a network is right about a labelled batch, as a metric."""
+  labels = batch['label']
+  correct = (outputs['logits'].argmax(-1) == labels).sum(dtype=jnp.float32)
+  return correct, (labels >= 0).sum(dtype=jnp.float32)

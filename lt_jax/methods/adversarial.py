@@ -86,6 +86,9 @@ def dann(
     statistics: how the domains meet in batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
 
+  Returns:
+    The method, whose outputs have 'target_logit' (B,), of being a target image.
+
   Raises:
     UserError: no discriminator, no layer that it reads, or unknown statistics.
 
@@ -108,7 +111,11 @@ def dann(
     net,
     optimizer,
     objective,
-    Term(confusion, lambda outputs: {'discriminator': read(outputs)}),
+    Term(
+      confusion,
+      lambda outputs: {'discriminator': read(outputs)},
+      tells=lambda params, outputs: target_logit(judge, params, read(outputs)),
+    ),
     statistics=statistics,
     players=players,
   )
@@ -205,7 +212,14 @@ def cdan(
     net,
     optimizer,
     objective,
-    Term(confusion, reads, draws),
+    Term(
+      confusion,
+      reads,
+      draws,
+      lambda params, outputs: target_logit(
+        judge, params, conditioned(params, outputs)[0]
+      ),
+    ),
     statistics=statistics,
     players=players,
   )
@@ -237,6 +251,17 @@ def _judged(
   layers = grad_reverse(together(source, target), scale)
   logits = judge.net.apply({'params': params['discriminator']}, layers)
   return apart(logits, len(source))
+
+
+def target_logit(judge: Player, params: PyTree, read: jax.Array) -> Outputs:
+  """Returns 'target_logit' (B,): what a discriminator says, to order target images by.
+
+  Args:
+    judge: the discriminator.
+    params: of all players.
+    read: (B, D), what it reads.
+  """
+  return {'target_logit': judge.net.apply({'params': params['discriminator']}, read)}
 
 
 FACTORS = ('features', 'predictions')

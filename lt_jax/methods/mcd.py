@@ -1,6 +1,6 @@
 """Maximum classifier discrepancy: two heads that disagree where the target is new."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from lt_jax.method import (
   predictor,
   tick,
   update,
+  update_where,
 )
 from lt_jax.methods.supervised import Objective
 from lt_jax.optim import Optimizer
@@ -156,17 +157,9 @@ def discrepancy(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _move(state: State, grads: PyTree, optimizer: Optimizer, *, heads: bool) -> State:
-  """Moves both heads, or all but them; the others keep their optimiser state too."""
-  moved, _ = update(state, grads, optimizer)
+  """Moves both heads, or all but them."""
 
-  def chosen(path: tuple, before: jax.Array, after: jax.Array) -> jax.Array:
-    player, *inside = (
-      key.key for key in path if isinstance(key, jax.tree_util.DictKey)
-    )
-    is_head = player == SECOND or HEAD in inside[:1]
-    return after if is_head == heads else before
+  def chosen(player: str, inside: Sequence[str]) -> bool:
+    return (player == SECOND or HEAD in inside[:1]) == heads
 
-  return moved.replace(
-    params=jax.tree.map_with_path(chosen, state.params, moved.params),
-    opt=jax.tree.map_with_path(chosen, state.opt, moved.opt),
-  )
+  return update_where(state, grads, optimizer, chosen)[0]

@@ -164,14 +164,9 @@ def mean_teacher(
     seen = Mixed(raw(images, *pixels['target']), label, weigh(sure))
     if mix:
       _check_pixels(source, images, label)
-      # Neighbours in a batch stay neighbours, and so on their device.
-      chosen = np.arange(len(images)) * len(source['image']) // len(images)
-      given = source['label'][chosen]
-      pasted = Mixed(
-        raw(source['image'][chosen], *pixels['train']),
-        given,
-        jnp.ones_like(seen.weight),
-      )
+      given, image = (_as_many(source[key], len(images)) for key in ('label', 'image'))
+      image = raw(image, *pixels['train'])
+      pasted = Mixed(image, given, jnp.ones_like(seen.weight))
       drawn_by = named_key(state.key, 'mixed_classes', state.step)
       mask = half_of_classes(drawn_by, given, p.shape[-1])
       seen = Mixed(
@@ -237,6 +232,13 @@ def _check_pixels(source: Batch, images: jax.Array, label: jax.Array) -> None:
     )
 
 
+def _as_many(x: jax.Array, count: int) -> jax.Array:
+  """Returns a batch (S, ...) as one of another size, neighbours staying neighbours."""
+  if len(x) == count:  # and no image leaves its device
+    return x
+  return x[np.arange(count) * len(x) // count]
+
+
 def half_of_classes(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
   """Returns where an image shows one of half of its classes, rounded up, at random.
 
@@ -251,12 +253,10 @@ def half_of_classes(key: jax.Array, labels: jax.Array, classes: int) -> jax.Arra
   Source: ClassMix, Olsson et al., arXiv 2007.07936, algorithm 1; codes that build on it
   also draw the pixels without a label as a class.
   """
-  image = jnp.arange(len(labels))[:, None, None]
-  present = jnp.zeros((len(labels), classes), bool)
-  present = present.at[image, labels].set(
-    True, mode='drop', wrap_negative_indices=False
-  )
+  # Compared rather than looked up, by which images would leave their devices.
+  shown = labels[..., None] == jnp.arange(classes)[None, None, None]
+  present = shown.any((1, 2))
   draws = jax.random.uniform(key, present.shape)
   order = jnp.where(present, draws, jnp.inf).argsort(axis=1).argsort(axis=1)
   chosen = order < (present.sum(1, keepdims=True) + 1) // 2
-  return chosen[image, jnp.maximum(labels, 0)] & (labels >= 0)
+  return (shown & chosen[:, None, None]).any(-1)

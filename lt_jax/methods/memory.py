@@ -117,6 +117,82 @@ def oltr(
     UserError: an unknown form.
   """
   discriminate = lookup(FORMS, 'form of the centroid loss', form)
+  return _with_centroids(
+    net,
+    optimizer,
+    loss,
+    class_weights=class_weights,
+    reduction=reduction,
+    weight=weight,
+    discriminate=discriminate,
+    reads=lambda centroids: {'centroids': centroids},
+    first=lambda key, size: jnp.zeros(size, jnp.float32),
+  )
+
+
+def centroid_loss(
+  net: Network,
+  optimizer: Optimizer,
+  loss: Loss,
+  *,
+  class_weights: Callable[[jax.Array], jax.Array],
+  reduction: Callable[[jax.Array], jax.Array],
+  weight: float = 0.1,
+  form: str = 'released',
+) -> Method:
+  r"""Supervised learning whose features are drawn to a centroid of their class.
+
+  The objective is that of `oltr`, of a network whose head does not read the centroids.
+
+  Args:
+    net: returns a dict with 'logits' and 'features'.
+    optimizer: of {'net': params, 'centroids': (C, D)}.
+    loss: (outputs, batch) -> (B,).
+    class_weights: step -> (C,).
+    reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
+    weight: lambda.
+    form: 'released', the authors' code, or 'paper'; they differ in form and constants.
+
+  Raises:
+    UserError: an unknown form.
+
+  Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv 1909.03403: its first
+  stage. Lambda is that of the authors' code, and so is where the centroids begin, at
+  draws from N(0, 1): from zero they would draw all features together.
+  """
+  discriminate = lookup(FORMS, 'form of the centroid loss', form)
+  return _with_centroids(
+    net,
+    optimizer,
+    loss,
+    class_weights=class_weights,
+    reduction=reduction,
+    weight=weight,
+    discriminate=discriminate,
+    reads=lambda centroids: {},
+    first=lambda key, size: jax.random.normal(key, size),
+  )
+
+
+def _with_centroids(
+  net: Network,
+  optimizer: Optimizer,
+  loss: Loss,
+  *,
+  class_weights: Callable[[jax.Array], jax.Array],
+  reduction: Callable[[jax.Array], jax.Array],
+  weight: float,
+  discriminate: Discrimination,
+  reads: Callable[[jax.Array], dict[str, jax.Array]],
+  first: Callable[[jax.Array, tuple[int, int]], jax.Array],
+) -> Method:
+  """Returns a method that learns centroids.
+
+  The arguments are those of `oltr`, and
+    discriminate: an entry of `FORMS`.
+    reads: centroids -> what the head is given of them.
+    first: (key, (C, D)) -> centroids in the beginning.
+  """
 
   def init(key: jax.Array, batches) -> State:
     images = batches['train']['image'][:1]
@@ -125,7 +201,8 @@ def oltr(
       lambda: forward(net, net_params, net_stats, images, train=False)[0]
     )
     size = (shapes['logits'].shape[-1], shapes['features'].shape[-1])
-    params = {'net': net_params, 'centroids': jnp.zeros(size, jnp.float32)}
+    own_key = named_key(key, 'init_centroids', 0)
+    params = {'net': net_params, 'centroids': first(own_key, size)}
     return first_state(key, params, {'net': net_stats}, optimizer.init(params))
 
   def objective(params: PyTree, stats: PyTree, batch: Batch, coefficients: jax.Array):
@@ -137,7 +214,7 @@ def oltr(
       stats['net'],
       batch['image'],
       train=True,
-      centroids=centroids,
+      **reads(centroids),
     )
     losses = loss(outputs, batch)
     apart, extra = discriminate(outputs['features'], batch['label'], centroids)
@@ -169,7 +246,7 @@ def oltr(
       state.stats['net'],
       images,
       train=False,
-      centroids=state.params['centroids'],
+      **reads(state.params['centroids']),
     )[0]
 
   return Method(init, step, predict)

@@ -175,17 +175,20 @@ class Term(NamedTuple):
       'net'.
     draws: (key, outputs) -> what is kept in `State.memory` under these names, and given
       to `value` among the parameters: drawn once, or put there by a surgery.
+    tells: (params, outputs) -> what predictions have beside the network's outputs, with
+      the parameters that `value` is given.
   """
 
   value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
   reads: Callable[[Outputs], dict[str, jax.Array]] = lambda outputs: {}
   draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {}
+  tells: Callable[[PyTree, Outputs], Outputs] = lambda params, outputs: {}
 
 
 def begin(
   net: Network,
   optimizer: Optimizer,
-  reads: Callable[[Outputs], dict[str, jax.Array]],
+  reads: Callable[[Outputs], dict[str, PyTree]],
   *,
   statistics: str,
   players: Mapping[str, Player],
@@ -211,13 +214,41 @@ def begin(
     params, opt = {'net': params}, optimizer.init({'net': params})
     for name, shape in jax.eval_shape(reads, outputs).items():
       own_key = named_key(key, f'init_{name}', 0)
-      made = players[name].net.init(own_key, jnp.zeros(shape.shape, shape.dtype))
+      read = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
+      made = players[name].net.init(own_key, read)
       own = {name: made['params']}
       params, opt = params | own, opt | players[name].optimizer.init(own)
     state = first_state(key, params, first_stats(stats, statistics), opt)
     return state.replace(memory=draws(named_key(key, 'draws', 0), outputs))
 
   return init
+
+
+def beside(
+  init: Callable[[jax.Array, Mapping[str, Batch]], State],
+  net: Network,
+  *names: str,
+) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
+  """Returns an `init` with further networks of the same shape, which nothing moves.
+
+  Surgeries fill them.
+
+  Args:
+    init: of the others.
+    net: the network.
+    *names: of the further ones in `params` and `stats`.
+  """
+
+  def extended(key: jax.Array, batches: Mapping[str, Batch]) -> State:
+    state, images = init(key, batches), batches['train']['image']
+    for name in names:
+      params, stats = init_net(net, named_key(key, f'init_{name}', 0), images)
+      state = state.replace(
+        params={**state.params, name: params}, stats={**state.stats, name: stats}
+      )
+    return state
+
+  return extended
 
 
 def held(
@@ -304,4 +335,10 @@ def adapt(
     players=players,
     draws=term.draws,
   )
-  return Method(init, step, predictor(net))
+  deployed = predictor(net)
+
+  def predict(state: State, images: jax.Array) -> Outputs:
+    outputs = deployed(state, images)
+    return outputs | term.tells(state.memory | state.params, outputs)
+
+  return Method(init, step, predict)

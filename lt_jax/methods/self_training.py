@@ -10,15 +10,20 @@ import numpy as np
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
 from lt_jax.method import (
+  Batch,
   Method,
+  Metrics,
   Network,
   Outputs,
   PyTree,
   State,
   check_streams,
   mean_metric,
+  predictor,
+  tick,
+  update,
 )
-from lt_jax.methods.pairs import Term, adapt
+from lt_jax.methods.pairs import Term, adapt, begin, forward_pair
 from lt_jax.methods.supervised import Loss, Objective
 from lt_jax.optim import Optimizer
 from lt_jax.surgery import Surgery, put
@@ -85,6 +90,75 @@ def pseudo_label(
 
   term = Term(value, draws=draws)
   return adapt(net, optimizer, objective, term, statistics=statistics)
+
+
+def saved_label(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  loss: Loss,
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  statistics: str = 'joint',
+) -> Method:
+  r"""Supervised learning on the source, and on target images that a stage has labelled.
+
+  .. math:: L_y + \frac{\lambda(p)}{T} \sum_{i \in T} \ell(x_i, \hat y_i)
+
+  The stream 'target' has 'pseudo_label' (T,), what an earlier stage saved of its
+  images; -1 counts for nothing. The labels stay as they are.
+
+  Args:
+    net: returns a dict with 'logits' and 'features'.
+    optimizer: of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    loss: (outputs, batch) -> (T,).
+    alignment_weight: step -> lambda.
+    streams: names of the streams, of which it reads 'target'.
+    statistics: how the domains meet in batch normalisation, see `pseudo_label`.
+
+  Raises:
+    UserError: unknown statistics, or no target.
+  """
+  check_streams(streams, 'target')
+
+  def value(params: PyTree, state: State, batches: Mapping[str, Batch]):
+    net_params = optimizer.held(params)['net']
+    batch, target = batches['train'], batches['target']
+    if 'pseudo_label' not in target:
+      raise UserError(
+        "saved_label reads 'pseudo_label' of the stream 'target': set its stage and "
+        'arrays'
+      )
+    of_source, of_target, stats = forward_pair(
+      net,
+      net_params,
+      state.stats,
+      batch['image'],
+      target['image'],
+      statistics=statistics,
+    )
+    own, metrics = objective(of_source, batch, state.step)
+    labels = target['pseudo_label'].astype(jnp.int32)
+    mean = loss(of_target, {'label': labels}).mean()
+    labelled = (labels >= 0).sum(dtype=jnp.float32)
+    metrics |= {
+      'loss': mean_metric(own),
+      'pseudo_loss': mean_metric(mean),
+      'labelled': (labelled, jnp.float32(len(labels))),
+    }
+    return own + alignment_weight(state.step) * mean, (stats, metrics)
+
+  def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
+    grads, (stats, metrics) = jax.grad(value, has_aux=True)(
+      state.params, state, batches
+    )
+    state, norms = update(state, grads, optimizer)
+    return tick(state.replace(stats=stats)), metrics | norms
+
+  init = begin(net, optimizer, lambda outputs: {}, statistics=statistics, players={})
+  return Method(init, step, predictor(net))
 
 
 def confident(logits: jax.Array, thresholds: jax.Array) -> jax.Array:

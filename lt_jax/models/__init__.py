@@ -10,13 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
-from lt_jax.models import deeplab, discriminator, fcn
+from lt_jax.models import deeplab, described, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
-from lt_jax.models.heads import HEADS, dense, linear
+from lt_jax.models.fusion import fusion
+from lt_jax.models.heads import HEADS as PLAIN_HEADS
+from lt_jax.models.heads import dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
 from lt_jax.models.segmentation import PIXEL_HEADS, Segmenter
 from lt_jax.models.trunks import TRUNKS
@@ -27,10 +30,14 @@ NETWORKS = {
   'image_discriminator': discriminator.image_discriminator,
   'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
+  'fusion': fusion,
   'linear': linear,
   'weight_net': WeightNet,
 }
 """Networks of further players: name -> options -> a module."""
+
+HEADS = PLAIN_HEADS | described.HEADS
+"""Heads that read features of an image."""
 
 OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS
 """Heads that read maps, of networks that give logits of every pixel."""
@@ -48,7 +55,8 @@ class Classifier(nn.Module):
   Attributes:
     trunk: a module from images (B, H, W, C) to a map (B, H', W', C'), or to a dict of
       named layers, each (B, D), one of which is called 'features'.
-    head: a module from features (B, D) to logits (B, number of classes).
+    head: a module from features (B, D) to logits (B, number of classes), or to a dict
+      of these and other outputs.
     attention: a module from maps to maps; None for none.
     projection: features D, of a linear layer and ReLU after the mean over the pixels,
       or on the trunk's 'features'; -1 for as many as before, 0 for no such layer.
@@ -99,7 +107,9 @@ class Classifier(nn.Module):
   ) -> dict[str, jax.Array]:
     """Maps features (B, D) to outputs, as the whole network does after its trunk."""
     del train  # no head normalises by the batch
-    return {'features': features, 'logits': self.head(features, **memory)}
+    found = self.head(features, **memory)
+    named = found if isinstance(found, dict) else {'logits': found}
+    return {'features': features, **named}
 
 
 def make_classifier(
@@ -113,6 +123,8 @@ def make_classifier(
   batch_norm: Mapping[str, Any] | None = None,
   trunk_options: Mapping[str, Any] | None = None,
   head_options: Mapping[str, Any] | None = None,
+  class_vectors: np.ndarray | None = None,
+  examples: int = 0,
   per_pixel: bool = False,
 ) -> Classifier | Segmenter:
   """Returns a network by the names of its parts.
@@ -129,6 +141,8 @@ def make_classifier(
     batch_norm: attributes of `BatchNorm`, such as {'groups': 8}.
     trunk_options: attributes of the trunk, such as {'width': 4}.
     head_options: attributes of the head, such as {'scale': 30.0}.
+    class_vectors: (C, A) descriptions of the classes, for heads that read them.
+    examples: training images, for heads that keep one parameter for each.
     per_pixel: whether it gives logits of every pixel, and not of whole images.
 
   Raises:
@@ -140,7 +154,15 @@ def make_classifier(
     'trunk': construct(
       TRUNKS, 'trunk', trunk, options=trunk_options or {}, dtype=dtype, norm=norm
     ),
-    'head': construct(heads, 'head', head, num_classes, options=head_options or {}),
+    'head': construct(
+      heads,
+      'head',
+      head,
+      num_classes,
+      options=head_options or {},
+      class_vectors=class_vectors,
+      examples=examples,
+    ),
   }
   if per_pixel:
     if attention or projection:

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from lt_jax.errors import UserError, lookup
 from lt_jax.models.convolution import INITIALISERS, Conv, max_pool
+from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.taps import tap
 
 
@@ -101,6 +102,60 @@ def _net(
   return DigitsNet(convolutions, hidden, padded, conv, dense)
 
 
+class DTN(nn.Module):
+  """Three convolutions of 5x5 pixels with stride 2, then a linear layer, normalised.
+
+  Its features end in batch normalisation, without a ReLU: those of OCDA, which a cosine
+  classifier reads. In CyCADA a ReLU and a dropout of one half follow. The dropout of
+  whole channels before every ReLU (0.1, 0.3, 0.5) is left out.
+
+  Attributes:
+    widths: channels of the convolutions.
+    size: of the features.
+    conv: a constructor like `Conv`.
+    dense: a constructor like `nn.Dense`.
+    norm: a constructor like `BatchNorm`.
+
+  Taps: every convolution.
+
+  Hoffman et al., "CyCADA", ICML 2018, arXiv 1711.03213, whose code has it; Liu et al.,
+  arXiv 1909.03403.
+  """
+
+  widths: Sequence[int] = (64, 128, 256)
+  size: int = 512
+  conv: Callable[..., nn.Module] = Conv
+  dense: Callable[..., nn.Module] = nn.Dense
+  norm: Callable[..., nn.Module] = BatchNorm
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Maps (B, H, W, C) images to 'conv' and 'features', each (B, D)."""
+    x = images
+    for number, width in enumerate(self.widths, 1):
+      x = self.conv(width, size=5, stride=2, bias=True, name=f'conv{number}')(x)
+      x = nn.relu(self.norm(name=f'norm{number}')(x, train=train))
+      x = tap(self, f'conv{number}', x)
+    layers = {'conv': x.reshape(len(x), -1)}
+    x = self.dense(self.size, name='fc1')(layers['conv'])
+    return layers | {'features': self.norm(name='norm_fc1')(x, train=train)}
+
+
+def dtn(
+  *,
+  widths: Sequence[int] = (64, 128, 256),
+  size: int = 512,
+  init: str = 'glorot',
+  dtype: Any = None,
+  norm: Callable[..., nn.Module] = BatchNorm,
+) -> DTN:
+  """Returns a `DTN`, its initialisation by its name: Xavier, uniform here."""
+  kernel_init = lookup(INITIALISERS, 'initialisation', init)
+  shared = {'kernel_init': kernel_init, 'dtype': dtype}
+  conv, dense = partial(Conv, **shared), partial(nn.Dense, **shared)
+  return DTN(tuple(widths), size, conv, dense, norm)
+
+
 mnist_dann = partial(_net, (Convolution(32), Convolution(48)), (100, 100))
 """The MNIST network of Ganin et al., arXiv 1505.07818, figure 4a: 'conv' (B, 768)."""
 
@@ -131,4 +186,5 @@ DIGITS = {
   'svhn_dann': svhn_dann,
   'gtsrb_dann': gtsrb_dann,
   'lenet': lenet,
+  'dtn': dtn,
 }

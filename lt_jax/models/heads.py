@@ -20,14 +20,14 @@ TINY = 1e-12
 """Least squared norm of a vector that has a direction."""
 
 
-def _norm(v: jax.Array, axis: int) -> jax.Array:
+def norm(v: jax.Array, axis: int) -> jax.Array:
   """Returns |v|, at least 1e-6, whose gradient is 0 and not NaN where v is 0."""
   return jnp.sqrt(jnp.maximum((v * v).sum(axis, keepdims=True), TINY))
 
 
 def unit(v: jax.Array, axis: int = -1) -> jax.Array:
   """Returns v / |v| along an axis; 0 where v is 0, with a finite gradient."""
-  return v / _norm(v, axis)
+  return v / norm(v, axis)
 
 
 def log_prior_bias(num_classes: int) -> float:
@@ -224,7 +224,7 @@ class CosineSquash(nn.Module):
     """Maps (B, D) to (B, C)."""
     kernel = _kernel(self, features, uniform_by_fan_in)
     v = at_least_float32(features)
-    return self.scale * product(v / (1 + _norm(v, -1)), unit(kernel, axis=0))
+    return self.scale * product(v / (1 + norm(v, -1)), unit(kernel, axis=0))
 
 
 class MetaEmbedding(nn.Module):
@@ -274,7 +274,7 @@ class MetaEmbedding(nn.Module):
     selection = jnp.tanh(dense(v.shape[-1], inputs=v.shape[-1], name='selector')(v))
     squares = (memory * memory).sum(-1)[None]
     nearest = jnp.argmin(squares - 2 * product(v, memory.T), axis=-1)
-    reachability = self.reach / _norm(v - memory[nearest], axis=-1)
+    reachability = self.reach / norm(v - memory[nearest], axis=-1)
     embedding = reachability * (v + selection * read)
     self.sow('intermediates', 'hallucination', hallucination)
     self.sow('intermediates', 'read', read)

@@ -7,7 +7,7 @@ from lt_jax.data.longtail import class_counts
 from lt_jax.protocols import Protocol, train_by
 
 
-def _ganin(epochs: float) -> Protocol:
+def ganin(epochs: float) -> Protocol:
   """Ganin et al., arXiv 1505.07818: momentum, and a rate that falls with progress."""
   return Protocol(
     {
@@ -101,4 +101,4 @@ def pair(
       'evaluate_every_epochs': epochs / 5,
     },
   )
-  return train_by(config, recipe, _ganin(epochs))
+  return train_by(config, recipe, ganin(epochs))

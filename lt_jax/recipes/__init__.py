@@ -6,12 +6,17 @@ from lt_jax.config import apply
 from lt_jax.errors import lookup
 from lt_jax.recipes import (
   adaptation,
+  compound,
   decoupled,
   label_shift,
   losses,
   meta,
+  multitask,
   open_world,
   segmentation,
+  tail_shift,
+  transfer,
+  zero_shot,
 )
 from lt_jax.recipes.parts import Recipe
 
@@ -21,8 +26,13 @@ RECIPES: dict[str, Recipe] = {
   **open_world.RECIPES,
   **decoupled.RECIPES,
   **adaptation.RECIPES,
+  **compound.RECIPES,
   **label_shift.RECIPES,
+  **transfer.RECIPES,
+  **multitask.RECIPES,
+  **zero_shot.RECIPES,
   **segmentation.RECIPES,
+  **tail_shift.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

@@ -10,24 +10,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow
+from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow, target_stream
 
 
-def _target(config: ConfigDict) -> Overrides:
-  """Images of the target beside every batch of the source, as many of them."""
-  stream = {
-    'domain': 'target',
-    'split': 'train',
-    'labels': False,
-    'batch': config.get_ref('batch'),
-  }
-  return {'streams': {'target': stream}}
-
-
-def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
+def aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
   """The one method of alignments, with one of them."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'aligned', 'statistics': statistics},
     'alignment': {'align_on': ('features',), 'weight': ONE, **alignment},
   }
@@ -53,7 +42,7 @@ def _beside(config: ConfigDict, **network: Any) -> Overrides:
   }
 
 
-def _judged(
+def judged(
   config: ConfigDict, name: str, hidden: tuple[int, ...], layer: str
 ) -> Overrides:
   """Adversarial training against a discriminator that reads one layer.
@@ -63,17 +52,17 @@ def _judged(
   """
   discriminator = _beside(config, name='mlp', hidden=hidden)
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': name, 'statistics': 'joint'},
     'alignment': {'name': 'none', 'align_on': (layer,), 'weight': RISING},
     'players': {'discriminator': discriminator},
   }
 
 
-def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
+def self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
   """Linear heads on a layer, which tell what was done to an image."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {
       'name': 'self_supervised',
       'order': 'alternating',
@@ -108,7 +97,7 @@ def _i2i(config: ConfigDict) -> Overrides:
   players['discriminator'] = _beside(config, name='mlp', hidden=(100,))
   weights = {'identity': 1.0, 'images': 0.1, 'cycle': 1.0, 'translated': 0.1}
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'i2i', **weights},
     'alignment': {'name': 'none', 'align_on': ('conv',), 'weight': RISING},
     'players': players,
@@ -118,7 +107,7 @@ def _i2i(config: ConfigDict) -> Overrides:
 def _pseudo_label(config: ConfigDict) -> Overrides:
   """The source alone, then with the predictions in the target that it is sure of."""
   self_training = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'pseudo_label', 'statistics': 'joint'},
     'alignment': {'weight': ONE},
     'surgeries': (copy('net/.*', 'source'), ('class_thresholds', {'portion': 0.2})),
@@ -152,7 +141,7 @@ def _adda(
   adam = {'name': 'adam', 'b1': b1}
   schedule = ConfigDict({'name': 'constant', 'base': rate})
   adapt = {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'adda', 'threshold': threshold},
     'alignment': {'align_on': (layer,)},
     'players': {
@@ -216,7 +205,7 @@ def _turned(stage: Overrides) -> Overrides:
 def _ada_bn(config: ConfigDict) -> Overrides:
   """The source's network, with batch statistics of the target where it is deployed."""
   return {
-    **_target(config),
+    **target_stream(config),
     'method': {'name': 'aligned', 'statistics': 'domain_specific'},
     'epochs': 0.0,
     'surgeries': (
@@ -278,13 +267,16 @@ RECIPES: dict[str, Recipe] = {
     lambda config: after_source('coral', coral_shallow()), needs=('target',)
   ),
   'dann': Recipe(
-    lambda config: _judged(config, 'dann', (100,), 'conv'), needs=('target',)
+    lambda config: judged(config, 'dann', (100,), 'conv'), needs=('target',)
   ),
   'cdan': Recipe(
-    lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
+    lambda config: judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
   ),
   'mcd': Recipe(
-    lambda config: {**_target(config), 'method': {'name': 'mcd', 'inner_steps': 4}},
+    lambda config: {
+      **target_stream(config),
+      'method': {'name': 'mcd', 'inner_steps': 4},
+    },
     needs=('target',),
   ),
   'adda': Recipe(
@@ -296,35 +288,35 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'deep_coral': Recipe(
-    lambda config: _aligned(config, name='coral', align_on=('logits',)),
+    lambda config: aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
   ),
   'dan': Recipe(
-    lambda config: _aligned(
+    lambda config: aligned(
       config, name='mmd', align_on=('fc1', 'features', 'logits'), weight=RISING
     ),
     needs=('target',),
   ),
   'jan': Recipe(
-    lambda config: _aligned(config, name='joint_mmd', weight=RISING),
+    lambda config: aligned(config, name='joint_mmd', weight=RISING),
     needs=('target',),
   ),
   'entropy': Recipe(
-    lambda config: _aligned(config, name='entropy', weight={**ONE, 'weight': 0.1}),
+    lambda config: aligned(config, name='entropy', weight={**ONE, 'weight': 0.1}),
     needs=('target',),
   ),
-  'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'mcc': Recipe(lambda config: aligned(config, name='mcc'), needs=('target',)),
   'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
   'i2i': Recipe(_i2i, needs=('target',)),
   'fda': Recipe(
-    lambda config: {**_target(config), 'wrappers': {'fda': {'beta': 0.09}}},
+    lambda config: {**target_stream(config), 'wrappers': {'fda': {'beta': 0.09}}},
     needs=('target',),
   ),
   'self_supervised': Recipe(
-    lambda config: _self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
+    lambda config: self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
   ),
   'self_supervised_photos': Recipe(
-    lambda config: _self_supervised(config, 'features', rotation=4, location=4, flip=2),
+    lambda config: self_supervised(config, 'features', rotation=4, location=4, flip=2),
     needs=('target',),
   ),
 }

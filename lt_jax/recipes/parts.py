@@ -16,8 +16,10 @@ class Recipe(NamedTuple):
     paper: the protocol of its own paper, which a config uses where it has that one.
     needs: what the config must supply: 'meta', a balanced set by which weights are
       learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to;
-      'pixels', labels of each of them.
+      which something is chosen; 'target', a domain to adapt to; 'init', weights to
+      begin with, or an earlier stage to take them from; 'heads', further tasks;
+      'class_vectors', unseen classes that are described; 'pixels', labels of each of
+      them.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -79,6 +81,18 @@ def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
 
 
+def target_stream(config: ConfigDict, **row: Any) -> Overrides:
+  """Images of the target beside every batch of the source, as many of them."""
+  stream = {
+    'domain': 'target',
+    'split': 'train',
+    'labels': False,
+    'batch': config.get_ref('batch'),
+    **{key: value for key, value in row.items() if value},
+  }
+  return {'streams': {'target': stream}}
+
+
 SHALLOW: dict[str, Overrides] = {
   'linear_svm': {
     'judge': 'svm',
@@ -115,18 +129,6 @@ def shallow(
     'wrappers': {**wrappers, **own['wrappers']},
     'surgeries': (copy('net/.*', stage), *surgeries, *own['surgeries']),
   }
-
-
-def target_stream(config: ConfigDict, **row: Any) -> Overrides:
-  """Images of the target beside every batch of the source, as many of them."""
-  stream = {
-    'domain': 'target',
-    'split': 'train',
-    'labels': False,
-    'batch': config.get_ref('batch'),
-    **{key: value for key, value in row.items() if value},
-  }
-  return {'streams': {'target': stream}}
 
 
 CLASS_AWARE: Overrides = {

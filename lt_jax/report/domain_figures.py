@@ -318,6 +318,68 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
 OF_ONE_RUN = {'domain_features': domain_features}
 
 
+def domain_order(runs: Sequence[Run]) -> Drawn:
+  """Draws which target domains a curriculum has offered first."""
+  stored = runs[0].arrays('order.npz')
+  score, domain = stored['score'], stored['domain']
+  shown = _colours_by_name(runs[0])
+  places = np.argsort(np.argsort(score, kind='stable'), kind='stable')
+  rank = (places + 0.5) / len(score)
+  figure, (left, right) = plot(1, 2, size=(9, 3))
+  edges = np.linspace(score.min(), score.max() + 1e-9, 41)
+  tenths = np.linspace(0, 1, 11)
+  for number, name in enumerate(stored['domains'].tolist()):
+    own, (title, colour) = domain == number, shown[name]
+    share = np.histogram(score[own], edges)[0] / max(own.sum(), 1)
+    left.stairs(100 * share, edges, color=colour, label=title)
+    there = [np.histogram(rank[x], tenths)[0] for x in (own, np.ones(len(own), bool))]
+    right.stairs(100 * there[0] / np.maximum(there[1], 1), 100 * tenths, color=colour)
+  left.set(xlabel='score', ylabel='images of the domain (%)')
+  right.set(xlabel='place in the order (%)', ylabel='share of the images (%)')
+  right.set_ylim(-3, 103)
+  legend(figure, left)
+  return figure, (
+    'The order of the target by the score that its curriculum went by, the least '
+    'first: the score of each domain (left), and of which domain the images in each '
+    'tenth of the order are (right). No domain was told in training.'
+  )
+
+
+def domain_borrowed(runs: Sequence[Run]) -> Drawn:
+  """Draws how much of its features each domain takes from elsewhere."""
+  stored = runs[0].arrays('borrowed.npz')
+  shown, names = _colours_by_name(runs[0]), stored['domains'].tolist()
+  order = [name for name in shown if name in names]
+  figure, axes = plot(size=(5.6, 1.1 + 0.3 * len(order)))
+  parts = [stored['borrowed'][stored['domain'] == names.index(name)] for name in order]
+  ends = [np.quantile(part, (0.05, 0.25, 0.5, 0.75, 0.95)) for part in parts]
+  for place, (name, q) in enumerate(zip(order, ends, strict=True)):
+    colour = shown[name][1]
+    axes.plot(q[[0, 4]], [place] * 2, color=colour, linewidth=1)
+    axes.plot(q[[1, 3]], [place] * 2, color=colour, linewidth=5, alpha=0.5)
+    axes.plot(q[2], place, 'o', color=colour, markersize=5)
+  axes.set_yticks(range(len(order)), [shown[name][0] for name in order])
+  axes.set(xlabel='|added| / |own feature|', ylim=(len(order) - 0.5, -0.5))
+  return figure, (
+    'How much memory and domain add to the features of test images, over the length of '
+    'the image’s own feature: median, quartiles, and 5 to 95 %, by domain. Far domains '
+    'are meant to borrow more.'
+  )
+
+
+def _colours_by_name(run: Run) -> dict[str, tuple[str, str | tuple]]:
+  """Returns name of a domain -> (its title, its colour)."""
+  coloured = colours_of(domains(run)).items()
+  return {domain.name: (_title(domain), colour) for domain, colour in coloured}
+
+
+OF_FILES = {
+  'domain_order': ('order.npz', domain_order),
+  'domain_borrowed': ('borrowed.npz', domain_borrowed),
+}
+"""Name -> (file, figure): of a run that has left the file."""
+
+
 def compare_domains(groups: Sequence[Group]) -> Drawn:
   """Draws the accuracy of each method in each domain, a row each."""
   groups = [group for group in groups if any(map(domains, group.counted))]

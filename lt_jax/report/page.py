@@ -18,9 +18,11 @@ from lt_jax.report import (
   figures,
   grids,
   insides,
+  multitask,
   pictures,
   selection,
   tables,
+  zero_shot,
 )
 from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
 
@@ -66,6 +68,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   by_domain = domains.domains_table(groups)
   by_class = tables.classes_table(groups)
   selected = selection.selection_table(groups)
+  tasks = multitask.multitask_table(groups)
   found = grids.grids(groups)
   chosen = grids.grids_table(found)
   sections = [_section(group, folder, alone, len(groups)) for group in groups]
@@ -83,6 +86,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     classes=by_class,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
+    tasks=tasks,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
@@ -92,7 +96,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, by_class, selected, chosen, published]
+  shown = [results, by_domain, by_class, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
@@ -192,6 +196,7 @@ def _section(
   shown = group.counted or group.runs
   families = [figures]
   families += [domain_figures] * any(map(domains.domains, shown))
+  families += [zero_shot] * any(map(zero_shot.has_views, shown))
   wanted: dict[str, Any] = {}
   for family in families:
     wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
@@ -208,10 +213,10 @@ def _section(
 
 
 def _inside(run: Run) -> dict[str, Any]:
-  """Returns the figures of what was found in a run, if anybody has looked."""
+  """Returns the figures of files that not every run has."""
   return {
     name: figure
-    for name, (file, figure) in insides.FIGURES.items()
+    for name, (file, figure) in (insides.FIGURES | domain_figures.OF_FILES).items()
     if (run.folder / file).exists()
   }
 

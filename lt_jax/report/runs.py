@@ -29,6 +29,7 @@ from lt_jax.writers import (
 
 ONLY = {
   'open_set.npz': ', which only runs with an open set leave',
+  'zero_shot.npz': ', which only runs with unseen classes leave',
   'weights.npz': ', which only methods that learn the weights of examples leave',
 }
 
@@ -287,7 +288,9 @@ class Run:
   def groups(self) -> dict[str, np.ndarray]:
     """'many', 'medium' and 'few' -> (C,) bool."""
     data = self.config['data']
-    return shot_groups(self.counts, data['many_shot'], data['few_shot'])
+    groups = shot_groups(self.counts, data['many_shot'], data['few_shot'])
+    seen = ~np.isin(self.class_names, self.data.get('unseen', []))
+    return {name: mask & seen for name, mask in groups.items()}
 
 
 def _is_before_end(series: str) -> bool:

@@ -1,0 +1,102 @@
+"""Tasks of transfer made of scikit-learn's digits: nothing is downloaded.
+
+The 1,797 digits are split into two halves once. One half serves the source tasks, the
+other the target tasks, so that no digit is in a source and in a target. A task has 8x8
+grey images and its own classes.
+
+| task | half | classes |
+|---|---|---|
+| `round` | source | 0, 3, 6, 8, 9 |
+| `straight` | source | 1, 2, 4, 5, 7 |
+| `digits` | source | all ten |
+| `fine` | target | all ten |
+| `coarse` | target | `round` against `straight` |
+| `parity` | target | even against odd |
+| `one` | target | 1 against the even digits |
+
+Beside its label each image has all of these as attributes, and `ink`, the mean of its
+pixels in [0, 1], for learning several at once.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from lt_jax.errors import UserError, lookup
+
+ROUND = (0, 3, 6, 8, 9)
+STRAIGHT = (1, 2, 4, 5, 7)
+EVEN = (0, 2, 4, 6, 8)
+
+SEED = 20
+TEST_SHARE = 1 / 3
+
+_SOURCE, _TARGET = 0, 1
+
+Groups = dict[str, tuple[int, ...]]
+
+
+def _each(digits: tuple[int, ...]) -> Groups:
+  return {str(digit): (digit,) for digit in digits}
+
+
+TASKS: dict[str, tuple[int, Groups]] = {
+  'round': (_SOURCE, _each(ROUND)),
+  'straight': (_SOURCE, _each(STRAIGHT)),
+  'digits': (_SOURCE, _each(tuple(range(10)))),
+  'fine': (_TARGET, _each(tuple(range(10)))),
+  'coarse': (_TARGET, {'round': ROUND, 'straight': STRAIGHT}),
+  'parity': (_TARGET, {'even': EVEN, 'odd': (1, 3, 5, 7, 9)}),
+  'one': (_TARGET, {'even': EVEN, 'one': (1,)}),
+}
+"""name -> (half, class -> its digits)."""
+
+
+def labels_of(groups: Groups, digits: np.ndarray) -> np.ndarray:
+  """Returns (N,) int32, the class of each digit; -1 of those that are in none."""
+  label = np.full(10, -1, np.int32)
+  for number, members in enumerate(groups.values()):
+    label[list(members)] = number
+  return label[digits]
+
+
+def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
+  """Returns split -> source of a task; see the table above.
+
+  Args:
+    name: a key of `TASKS`; 'TASK,SHARE' gives attributes to this share of the training
+      images only, and to the others -1 or NaN.
+    data_dir: of no use here.
+
+  Raises:
+    UserError: there is no such task.
+  """
+  from sklearn.datasets import load_digits
+
+  from lt_jax.data.sources import Arrays
+
+  name, _, share = name.partition(',')
+  if not name:
+    raise UserError(f"source 'digits_tasks' needs a task: {', '.join(TASKS)}")
+  half, groups = lookup(TASKS, 'task of digits', name)
+  data = load_digits()
+  order = np.random.default_rng(SEED).permutation(len(data.target))
+  mine = np.array_split(order, 2)[half]
+  tested = int(len(mine) * TEST_SHARE)
+  sources = {}
+  for split, rows in (('train', mine[tested:]), ('test', mine[:tested])):
+    label = labels_of(groups, data.target[rows])
+    rows, label = rows[label >= 0], label[label >= 0]
+    images = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)[..., None]
+    attributes = {
+      task: labels_of(own, data.target[rows])
+      for task, (of_half, own) in TASKS.items()
+      if of_half == _TARGET
+    }
+    attributes['ink'] = (data.images[rows].mean((1, 2)) / 16).astype(np.float32)
+    if share and split == 'train':
+      bare = np.random.default_rng(SEED).random(len(rows)) >= float(share)
+      for values in attributes.values():
+        values[bare] = np.nan if values.dtype == np.float32 else -1
+    sources[split] = Arrays(images, label, tuple(groups), attributes=attributes)
+  return sources

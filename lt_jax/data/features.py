@@ -1,0 +1,236 @@
+"""Features of images in files: those of Xian et al., and a file of one's own.
+
+An xlsa folder has res101.mat (features, one column an image, and labels from 1) and
+att_splits.mat (descriptions of classes, and which images are for what, from 1).
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lt_jax.data.attributes import (
+  ATT_SPLITS,
+  Described,
+  class_vectors,
+  described_by,
+  words_of,
+)
+from lt_jax.data.mat import read_mat
+from lt_jax.errors import UserError, named_class
+
+PARTS = ('trainval_loc', 'test_seen_loc', 'test_unseen_loc')
+"""The proposed split: positions of images from 1, three parts without overlap."""
+
+
+class Features(NamedTuple):
+  """What a file of features holds.
+
+  Attributes:
+    x: (N, D) float32.
+    label: (N,) int, from 0.
+    names: of the classes; () where the file has none.
+  """
+
+  x: np.ndarray
+  label: np.ndarray
+  names: tuple[str, ...]
+
+
+def xlsa(path: str, splits: str | None) -> dict[str, Any]:
+  """Opens features with the proposed split, unseen classes and descriptions.
+
+  Args:
+    path: a folder with res101.mat and att_splits.mat; or a file of features, .mat, or
+      .npz with 'features' (N, D), 'labels' (N,) from 0 and perhaps 'classes' (C,),
+      whose classes may be in any order.
+    splits: the att_splits.mat; None: in the folder, or in that of the file.
+
+  Returns:
+    'train', the seen classes' images to learn from; 'test', those of seen and of unseen
+    classes; and 'all', every image, of which a split by class can be made: the standard
+    one is data.train_split='all', data.test_split='all' and its data.unseen.
+
+  Raises:
+    UserError: a file that is missing or wrong, parts that overlap, or images of unseen
+      classes among those to learn from.
+  """
+  from lt_jax.data.sources import Arrays
+
+  features = os.path.join(path, 'res101.mat') if os.path.isdir(path) else path
+  beside = os.path.join(os.path.dirname(features), 'att_splits.mat')
+  splits = splits or beside
+  variables = read_mat(splits, ATT_SPLITS)
+  described = described_by(splits, variables)
+  found = _read_features(features)
+  names = _class_names(features, found, described)
+  if found.names:  # the order of the descriptions is another
+    described = Described(names, class_vectors((splits,), names).vectors)
+  parts = _parts(splits, variables, len(found.x))
+  label = _checked(features, found.label, len(names))
+  unseen = _unseen(splits, parts, label, names)
+  images = found.x[:, None, None]
+  both = np.sort(np.concatenate([parts['test_seen_loc'], parts['test_unseen_loc']]))
+  told = tuple(
+    f'{os.path.basename(p)}: SHA-256 {digest(p)}' for p in (features, splits)
+  )
+
+  def part(rows: np.ndarray, lines: tuple[str, ...] = ()) -> Arrays:
+    classes = described._replace(names=names)
+    return Arrays(
+      images[rows], label[rows], names, lines, described=classes, unseen=unseen
+    )
+
+  return {
+    'train': part(parts['trainval_loc'], told),
+    'test': part(both),
+    'all': part(np.arange(len(images)), told),
+  }
+
+
+def digest(path: str) -> str:
+  """Returns the SHA-256 of a file: there are two versions of the proposed split."""
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _read_features(path: str) -> Features:
+  """Reads features, with labels from 0."""
+  if path.endswith('.npz'):
+    return _read_npz(path)
+  found = read_mat(path, ('features', 'labels'))
+  if set(found) != {'features', 'labels'}:
+    raise UserError(f"{path} needs 'features' (D, N) and 'labels' (N, 1)")
+  label = found['labels'].ravel()
+  if label.min(initial=1) < 1:
+    raise UserError(f'{path}: labels must start at 1, but one is {label.min()}')
+  return Features(found['features'].T.astype(np.float32), label.astype(int) - 1, ())
+
+
+def _read_npz(path: str) -> Features:
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      x, label = archive['features'], archive['labels']
+      names = archive['classes'] if 'classes' in archive.files else ()
+  except (OSError, ValueError, KeyError, EOFError) as error:
+    raise UserError(f'{path}: {" ".join(str(error).split())}') from None
+  return Features(x.astype(np.float32), label.astype(int), tuple(map(str, names)))
+
+
+def _checked(path: str, label: np.ndarray, classes: int) -> np.ndarray:
+  if label.size and not 0 <= label.min() <= label.max() < classes:
+    raise UserError(f'{path}: labels go up to {label.max() + 1}, but {classes} classes')
+  return label.astype(np.int32)
+
+
+def _class_names(path: str, found: Features, described: Described) -> tuple[str, ...]:
+  """Returns the names of classes, in the order of the labels."""
+  classes = len(described.vectors)
+  if found.names and not described.names:
+    raise UserError(f'{path} names its classes, but the descriptions do not')
+  names = found.names or described.names or tuple(map(str, range(classes)))
+  theirs = {words_of(name) for name in described.names}
+  for name in found.names:
+    if words_of(name) not in theirs:
+      raise UserError(f'{path}: its class {name!r} has no description')
+  return names
+
+
+def _parts(
+  path: str, variables: Mapping[str, np.ndarray], images: int
+) -> dict[str, np.ndarray]:
+  """Returns the parts of the proposed split as positions from 0, without overlap."""
+  parts = {}
+  taken = np.zeros(images, np.int64)
+  for name in PARTS:
+    if name not in variables:
+      raise UserError(f'{path} has no {name!r}')
+    rows = variables[name].ravel().astype(np.int64) - 1
+    if rows.size and not 0 <= rows.min() <= rows.max() < images:
+      raise UserError(
+        f'{path}: {name} goes from {rows.min() + 1} to {rows.max() + 1}, but there are '
+        f'{images} images'
+      )
+    np.add.at(taken, rows, 1)
+    parts[name] = np.sort(rows)
+  if (taken > 1).any():
+    image = int(np.argmax(taken > 1)) + 1
+    raise UserError(f'{path}: the parts of the split overlap: image {image} is in two')
+  return parts
+
+
+def _unseen(
+  path: str,
+  parts: Mapping[str, np.ndarray],
+  label: np.ndarray,
+  names: tuple[str, ...],
+) -> tuple[str, ...]:
+  """Returns the names of the unseen classes; none may be among training images."""
+  unseen = np.unique(label[parts['test_unseen_loc']])
+  for part in PARTS[:2]:
+    both = np.intersect1d(unseen, label[parts[part]])
+    if both.size:
+      raise UserError(
+        f'{path}: {named_class(both[0], names)} is unseen, but {part} has images of it'
+      )
+  return tuple(names[c] for c in unseen)
+
+
+def make_split(
+  path: str,
+  features: np.ndarray,
+  labels: np.ndarray,
+  vectors: np.ndarray,
+  unseen: np.ndarray,
+  *,
+  class_names: tuple[str, ...],
+  test_share: float = 0.2,
+  seed: int = 0,
+) -> None:
+  """Writes features of one's own as a file that `npz:` and `data.class_vectors` read.
+
+  A share of the images of every seen class, drawn at random, and all of unseen classes
+  are the test images.
+
+  Args:
+    path: of the `.npz` to write.
+    features: (N, D) numbers.
+    labels: (N,) int, from 0.
+    vectors: (C, A) descriptions.
+    unseen: (C,) bool.
+    class_names: (C,) names; those of unseen ones go into `data.unseen`.
+    test_share: of the images of seen classes.
+    seed: of the draw.
+
+  Raises:
+    UserError: sizes that do not fit, or a seen class without images for both.
+  """
+  labels, unseen = np.asarray(labels), np.asarray(unseen, bool)
+  sizes = {len(vectors), len(unseen), len(class_names)}
+  if len(features) != len(labels) or len(sizes) > 1:
+    raise UserError(
+      f'make_split: {len(features)} features and {len(labels)} labels, '
+      f'{len(vectors)} vectors, {len(unseen)} flags and {len(class_names)} names'
+    )
+  order = np.random.default_rng(seed).permutation(len(labels))
+  is_test = unseen[labels]
+  for c in np.flatnonzero(~unseen):
+    of_class = order[labels[order] == c]
+    count = round(test_share * len(of_class))
+    if not 0 < count < len(of_class):
+      told = named_class(c, class_names)
+      raise UserError(
+        f'make_split: {told} has {len(of_class)} images, too few to split'
+      )
+    is_test[of_class[:count]] = True
+  np.savez(
+    path,
+    x_train=features[~is_test],
+    y_train=labels[~is_test],
+    x_test=features[is_test],
+    y_test=labels[is_test],
+    class_names=np.array(class_names),
+    class_vectors=np.asarray(vectors, np.float64),
+  )

@@ -1,0 +1,166 @@
+"""Several tasks an image: each is measured by what its kind is measured by.
+
+Softmax by accuracy, sigmoid by the mean over its labels of the 11-point average
+precision of VOC 2007, regression by the coefficient of determination; of all of these
+more is better, so their mean is a number to choose by.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lt_jax.evals import classification
+from lt_jax.evals.collect import Collected
+from lt_jax.evals.tasks import Metric, Record, Task
+from lt_jax.losses.tasks import KINDS
+from lt_jax.method import Batch, Outputs
+
+
+def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  """Returns what classification records, and outputs and labels of every other task.
+
+  Args:
+    outputs: with 'KIND/NAME' (B, K) of the other tasks.
+    batch: with 'NAME' of those whose images these are.
+  """
+  return classification.record(outputs, batch) | _others(outputs, batch)
+
+
+def _others(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  found = {}
+  for key, value in outputs.items():
+    kind, _, name = key.partition('/')
+    if kind in KINDS and name in batch:
+      found |= {f'{key}/output': value, f'{key}/label': batch[name]}
+  return found
+
+
+@functools.cache
+def _kept(inner: Record) -> Record:
+  return lambda outputs, batch: inner(outputs, batch) | _others(outputs, batch)
+
+
+def keep(examples: int, classes: int) -> Record:
+  """Returns what is kept of a test split, see `classification.keep`."""
+  return _kept(classification.keep(examples, classes))
+
+
+def accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+  """Returns the share of images (N,) with a label whose class is the arg max."""
+  valid = labels >= 0
+  right = outputs[valid].argmax(-1) == labels[valid]
+  return {'accuracy': float(right.mean()) if valid.any() else None}
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
+  r"""Returns the 11-point average precision of one label.
+
+  .. math:: \frac1{11} \sum_{t \in \{0, 0.1, \dots, 1\}} \max_{r \ge t} p(r)
+
+  Args:
+    scores: (N,).
+    labels: (N,) int, 1 or 0, -1 for images that do not count.
+
+  Returns:
+    None where no image has the label.
+
+  Source: Everingham et al., IJCV 88, 2010, section 4.2.
+  """
+  valid = labels >= 0
+  scores, positive = scores[valid], labels[valid] == 1
+  if not positive.any():
+    return None
+  hits = positive[np.argsort(-scores, kind='stable')].cumsum()
+  precision = hits / np.arange(1, len(hits) + 1)
+  # Recall in whole tenths, which floats would not hold exactly.
+  best = [
+    precision[10 * hits >= tenth * hits[-1]].max(initial=0.0) for tenth in range(11)
+  ]
+  return float(np.mean(best))
+
+
+def mean_average_precision(
+  outputs: np.ndarray, labels: np.ndarray
+) -> dict[str, float | None]:
+  """Returns the mean of `average_precision` over labels (N, K)."""
+  labels = labels.reshape(outputs.shape)
+  found = [average_precision(s, y) for s, y in zip(outputs.T, labels.T, strict=True)]
+  there = [value for value in found if value is not None]
+  return {'map': float(np.mean(there)) if there else None}
+
+
+def determination(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+  """Returns R^2 over all numbers, and the root of the mean squared error."""
+  outputs, labels = (
+    x.astype(np.float64).reshape(len(x), -1) for x in (outputs, labels)
+  )
+  valid = np.isfinite(labels)
+  if not valid.any():
+    return {'r2': None, 'rmse': None}
+  error = float(((outputs - labels)[valid] ** 2).mean())
+  spread = float(labels[valid].var())
+  return {'r2': 1 - error / spread if spread else None, 'rmse': error**0.5}
+
+
+MEASURES: dict[str, Callable[..., dict[str, float | None]]] = {
+  'softmax': accuracy,
+  'sigmoid': mean_average_precision,
+  'regression': determination,
+}
+"""Kind -> measures, of which the first one counts."""
+
+
+def measure(
+  records: Collected, *, num_classes: int, groups: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Returns what classification measures, and of each other task its measures.
+
+  They are called NAME_MEASURE; 'task_mean' is the mean of the first of each task, the
+  classes' accuracy among them, None where one has none.
+  """
+  found = classification.measure(records, num_classes=num_classes, groups=groups)
+  firsts = [found['accuracy']]
+  for key in records:
+    kind, _, rest = key.partition('/')
+    if kind in MEASURES and rest.endswith('/output'):
+      name = rest.removesuffix('/output')
+      values = MEASURES[kind](records[key], records[f'{kind}/{name}/label'])
+      firsts.append(next(iter(values.values())))
+      found |= {f'{name}_{what}': value for what, value in values.items()}
+  mean = None if None in firsts else float(np.mean(firsts))
+  return found | {'task_mean': mean}
+
+
+MULTITASK = Task(
+  record,
+  keep,
+  measure,
+  classification.across,
+  {**classification.METRICS, 'task_mean': Metric('mean over tasks')},
+)
+
+
+def relative_gain(
+  together: Mapping[str, float], alone: Mapping[str, float], better: Mapping[str, int]
+) -> float | None:
+  r"""Returns the mean relative gain of learning together.
+
+  .. math:: \frac1K \sum_k (\pm)_k \frac{M_k - M_k^{single}}{M_k^{single}}
+
+  Args:
+    together: task -> measure.
+    alone: task -> measure of a network that learned this task alone.
+    better: task -> 1 if more is better, -1 if less is.
+
+  Returns:
+    None where a control is missing, or is not positive.
+
+  Source: Maninis et al., CVPR 2019, arXiv 1904.08918, equation 3.
+  """
+  if together.keys() != alone.keys() or not all(v and v > 0 for v in alone.values()):
+    return None
+  gains = [better[k] * (together[k] - v) / v for k, v in alone.items()]
+  return float(np.mean(gains))

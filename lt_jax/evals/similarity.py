@@ -1,0 +1,368 @@
+r"""How near the classes of a source are to those of a target, and which serve it best.
+
+A domain is the mean feature of each class and a weight, its number of images. The
+distance of two domains is the least cost of moving the one's weight onto the other's,
+over Euclidean distances of means: the earth mover's distance, here exact.
+
+Source: Cui et al., CVPR 2018, arXiv 1806.06193, sections 3.2 and 4, and the authors'
+demonstration.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lt_jax.errors import UserError, lookup
+
+GAMMA = 0.01
+MIN_IMAGES = 200
+
+MOST_WITHOUT_POT = 40_000
+"""Pairs of classes up to which SciPy's linear programme stands in for POT."""
+
+MOST_ITERATIONS = 10_000_000
+
+
+class Domain(NamedTuple):
+  """The classes of a data set as points with weights.
+
+  Attributes:
+    name: of the data set.
+    classes: their names.
+    means: (K, D) float64, the mean feature of each.
+    counts: (K,) images of each.
+  """
+
+  name: str
+  classes: tuple[str, ...]
+  means: np.ndarray
+  counts: np.ndarray
+
+  @property
+  def weights(self) -> np.ndarray:
+    """(K,) shares of the images."""
+    return self.counts / self.counts.sum()
+
+
+class Similarity(NamedTuple):
+  """How a source and a target compare.
+
+  Attributes:
+    emd: the earth mover's distance.
+    similarity: exp(-gamma emd).
+    flow: (Ks, Kt), how much of the weight of a source class goes to a target class.
+  """
+
+  emd: float
+  similarity: float
+  flow: np.ndarray
+
+
+def domain(
+  name: str,
+  features: np.ndarray,
+  labels: np.ndarray,
+  classes: Sequence[str],
+  min_images: int = 0,
+) -> Domain:
+  """Returns the domain of labelled features.
+
+  Args:
+    name: of the data set.
+    features: (N, D).
+    labels: (N,) int, -1 for images of no class.
+    classes: names of the C classes.
+    min_images: classes with fewer are left out.
+
+  Raises:
+    UserError: a feature is not finite, or no class is left.
+  """
+  rows = np.flatnonzero(labels >= 0)
+  values = np.asarray(features, np.float64).reshape(len(features), -1)
+  bad = ~np.isfinite(values).all(1)
+  if bad.any():
+    raise UserError(f'{name}: the features of image {bad.argmax()} are not finite')
+  counts = np.bincount(labels[rows], minlength=len(classes))
+  sums = np.zeros((len(classes), values.shape[1]))
+  np.add.at(sums, labels[rows], values[rows])
+  kept = np.flatnonzero(counts >= max(1, min_images))
+  if not len(kept):
+    raise UserError(
+      f'{name}: no class has {min_images} images (the largest has {counts.max()}): '
+      'lower --min_images'
+    )
+  return Domain(
+    name,
+    tuple(classes[k] for k in kept),
+    sums[kept] / counts[kept, None],
+    counts[kept],
+  )
+
+
+def joined(name: str, domains: Sequence[Domain]) -> Domain:
+  """Returns several domains as one: their classes and numbers of images together."""
+  return Domain(
+    name,
+    tuple(f'{one.name}/{label}' for one in domains for label in one.classes),
+    np.concatenate([one.means for one in domains]),
+    np.concatenate([one.counts for one in domains]),
+  )
+
+
+def distances(source: Domain, target: Domain) -> np.ndarray:
+  """Returns the Euclidean distances of class means, (Ks, Kt).
+
+  Raises:
+    UserError: the features have different sizes.
+  """
+  from scipy.spatial.distance import cdist
+
+  widths = source.means.shape[1], target.means.shape[1]
+  if widths[0] != widths[1]:
+    raise UserError(
+      f'{source.name} has {widths[0]} features an image and {target.name} {widths[1]}: '
+      'they must be of one network'
+    )
+  return cdist(source.means, target.means)
+
+
+def solver() -> str:
+  """Returns what solves transport problems here: 'POT VERSION' or 'SciPy'."""
+  try:
+    import ot
+  except ImportError:
+    return 'SciPy'
+  return f'POT {ot.__version__}'
+
+
+def transport(
+  supply: np.ndarray,
+  demand: np.ndarray,
+  cost: np.ndarray,
+  most_iterations: int = MOST_ITERATIONS,
+) -> tuple[float, np.ndarray]:
+  """Returns (least cost, plan) of moving a supply onto a demand.
+
+  By POT's network simplex, which is exact. Without POT by SciPy's linear programme,
+  exact too, which is for small problems.
+
+  Args:
+    supply: (S,), sums to one.
+    demand: (T,), sums to one.
+    cost: (S, T) of a unit.
+    most_iterations: of POT.
+
+  Raises:
+    UserError: it did not converge, or POT is needed and not there.
+  """
+  supply, demand = (np.asarray(x, np.float64) / np.sum(x) for x in (supply, demand))
+  cost = np.ascontiguousarray(cost, np.float64)
+  try:
+    import ot
+  except ImportError:
+    return _linear_programme(supply, demand, cost)
+  # Where it gives up POT warns and returns a cost that is too small.
+  plan, log = ot.emd(supply, demand, cost, numItermax=most_iterations, log=True)
+  if log['warning'] is not None:
+    raise UserError(
+      f'the earth mover’s distance of {cost.shape[0]} and {cost.shape[1]} classes did '
+      f'not converge in {most_iterations} iterations: {log["warning"]}'
+    )
+  return float(log['cost']), plan
+
+
+def _linear_programme(
+  supply: np.ndarray, demand: np.ndarray, cost: np.ndarray
+) -> tuple[float, np.ndarray]:
+  """Returns what `transport` does, by SciPy."""
+  from scipy import sparse
+  from scipy.optimize import linprog
+
+  rows, columns = cost.shape
+  if cost.size > MOST_WITHOUT_POT:
+    raise UserError(
+      f"{rows} and {columns} classes are many: pip install 'lt_jax[similarity]', which "
+      'is the exact and fast solver POT'
+    )
+  sums = sparse.vstack(
+    [
+      sparse.kron(sparse.eye(rows), np.ones((1, columns))),
+      sparse.kron(np.ones((1, rows)), sparse.eye(columns)),
+    ]
+  ).tocsr()
+  # One of the sums follows from the others, and rounding would contradict it.
+  found = linprog(
+    cost.ravel(), A_eq=sums[:-1], b_eq=np.concatenate([supply, demand])[:-1]
+  )
+  if found.status:
+    raise UserError(f'the earth mover’s distance did not converge: {found.message}')
+  return float(found.fun), found.x.reshape(cost.shape)
+
+
+def similarity(source: Domain, target: Domain, gamma: float = GAMMA) -> Similarity:
+  r"""Returns how similar a source is to a target.
+
+  .. math:: \exp(-\gamma\, \mathrm{EMD}(S, T))
+
+  Args:
+    source: S.
+    target: T.
+    gamma: a scale; it changes no order. 0.01 fits the features of the paper.
+
+  Raises:
+    UserError: gamma is not positive; or as for `transport`.
+  """
+  if not gamma > 0 or not np.isfinite(gamma):
+    raise UserError(f'gamma is {gamma}; it must be positive and finite')
+  cost = distances(source, target)
+  emd, flow = transport(source.weights, target.weights, cost)
+  return Similarity(emd, float(np.exp(-gamma * emd)), flow)
+
+
+def class_distances(source: Domain, target: Domain) -> np.ndarray:
+  r"""Returns the distance of each source class alone from a target, (Ks,).
+
+  One class must ship all its weight, so nothing is left to optimise:
+
+  .. math:: \mathrm{EMD}(\{s_i\}, T) = \sum_j w_j |s_i - t_j|
+  """
+  return distances(source, target) @ target.weights
+
+
+def _nearest_to_all(source: Domain, target: Domain) -> np.ndarray:
+  """Returns scores of the paper's rule: the distance to the whole target."""
+  return class_distances(source, target)
+
+
+def _nearest_to_any(source: Domain, target: Domain) -> np.ndarray:
+  """Returns the rank of each class among the nearest of a target class, at best.
+
+  Serves a target of several groups, whose middle the paper's rule would favour. Ours.
+  """
+  cost = distances(source, target)
+  rank = cost.argsort(0, kind='stable').argsort(0, kind='stable')
+  best = rank.min(1)
+  tie = cost.min(1)
+  return best + tie / (1 + tie.max())
+
+
+def _mass_that_is_shipped(source: Domain, target: Domain) -> np.ndarray:
+  """Returns minus the weight that a class ships where all supplies are free.
+
+  Then each target class takes all from its nearest source class. Classes that ship
+  nothing follow by their distance. Ours.
+  """
+  cost = distances(source, target)
+  shipped = np.zeros(len(cost))
+  np.add.at(shipped, cost.argmin(0), target.weights)
+  tie = cost.min(1)
+  return np.where(shipped > 0, -shipped, tie / (1 + tie.max()))
+
+
+RULES = {
+  'greedy': _nearest_to_all,
+  'per_target_class': _nearest_to_any,
+  'transport': _mass_that_is_shipped,
+}
+"""name -> (source, target) -> (Ks,) scores, of which the least are chosen."""
+
+
+def select(
+  source: Domain, targets: Sequence[Domain], most: Sequence[int], rule: str = 'greedy'
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Returns the source classes that serve some targets best.
+
+  Args:
+    source: the classes to choose from.
+    targets: what they are for.
+    most: how many for each target, or one number for all; more than there are: all.
+    rule: a key of `RULES`; 'greedy' is the paper's.
+
+  Returns:
+    ((M,) positions, ascending, each once; target -> (Ks,) scores, the less the better).
+
+  Raises:
+    UserError: an unknown rule, or not one number a target.
+  """
+  score = lookup(RULES, 'rule of selection', rule)
+  if len(most) == 1:
+    most = [*most] * len(targets)
+  if len(most) != len(targets) or min(most) < 1:
+    raise UserError(
+      f'{len(targets)} targets need as many numbers of classes, each at least 1, or '
+      f'one for all, got {", ".join(map(str, most))}'
+    )
+  scores = {target.name: score(source, target) for target in targets}
+  chosen = {
+    int(place)
+    for target, k in zip(targets, most, strict=True)
+    for place in np.argsort(scores[target.name], kind='stable')[:k]
+  }
+  return np.array(sorted(chosen)), scores
+
+
+def correlations(
+  similar: Sequence[float], accuracy: Sequence[float], target: Sequence[str]
+) -> dict[str, Any]:
+  """Returns how well similarity tells which source is best, target by target.
+
+  Accuracies of different targets are not comparable, so what is pooled over targets
+  without more says little, or the opposite: it stands here as a warning.
+
+  Args:
+    similar: of each pair of a source and a target.
+    accuracy: of each pair.
+    target: of each pair.
+
+  Returns:
+    'by_target': target -> Pearson's r over its sources; 'best': of how many targets the
+    most similar source is the best one; 'centred': r and Spearman's rho after the mean
+    of each target is taken off; 'pooled': the same without. None where a value is not
+    defined.
+  """
+  similar, accuracy = (np.asarray(x, np.float64) for x in (similar, accuracy))
+  groups = {name: np.array(target) == name for name in dict.fromkeys(target)}
+  centred = [x.copy() for x in (similar, accuracy)]
+  for own in groups.values():
+    for x in centred:
+      x[own] -= x[own].mean()
+  return {
+    'by_target': {
+      name: _pearson(similar[own], accuracy[own]) for name, own in groups.items()
+    },
+    'best': sum(
+      similar[own].argmax() == accuracy[own].argmax() for own in groups.values()
+    ),
+    'targets': len(groups),
+    'centred': {'pearson': _pearson(*centred), 'spearman': _spearman(*centred)},
+    'pooled': {
+      'pearson': _pearson(similar, accuracy),
+      'spearman': _spearman(similar, accuracy),
+    },
+  }
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+  if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    return None
+  return float(np.corrcoef(x, y)[0, 1])
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
+  from scipy.stats import rankdata
+
+  return _pearson(rankdata(x), rankdata(y))
+
+
+def matrix(
+  sources: Mapping[str, Domain],
+  targets: Mapping[str, Domain],
+  gamma: float = GAMMA,
+) -> dict[tuple[str, str], Similarity]:
+  """Returns (source, target) -> similarity of every pair."""
+  return {
+    (s, t): similarity(source, target, gamma)
+    for s, source in sources.items()
+    for t, target in targets.items()
+  }

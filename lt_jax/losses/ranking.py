@@ -1,0 +1,97 @@
+"""Ranking losses over classes: how far wrong ones come up to the right one.
+
+Source of the form: Akata et al., Label-Embedding for Image Classification, arXiv
+1503.08677. All are functions of logits (B, C) and labels (B,) that return (B,); a class
+that is not learned has the logit -1e9 and never counts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lt_jax.losses.classification import one_hot_targets
+
+
+def _violations(logits: jax.Array, labels: jax.Array, margin: float) -> jax.Array:
+  """Returns [margin + z_c - z_y]_+ (B, C), 0 of the class y itself."""
+  targets = one_hot_targets(logits, labels)
+  right = (targets * logits).sum(-1, keepdims=True)
+  return (1 - targets) * jax.nn.relu(margin + logits - right)
+
+
+def devise(logits: jax.Array, labels: jax.Array, *, margin: float = 0.1) -> jax.Array:
+  r"""Sums the violations of all other classes.
+
+  .. math:: \ell = \sum_{c \neq y} [\, m + z_c - z_y \,]_+
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    margin: m.
+
+  Source: Frome et al., DeViSE, NIPS 2013, equation 1; its code stops at the first
+  violation in a random order.
+  """
+  return _violations(logits, labels, margin).sum(-1)
+
+
+def sje(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+  r"""Takes the largest violation.
+
+  .. math:: \ell = \max_{c \neq y} [\, m + z_c - z_y \,]_+
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    margin: m.
+
+  Source: Akata et al., Evaluation of Output Embeddings for Fine-Grained Image
+  Classification, arXiv 1409.8403, equation 4.
+  """
+  return _violations(logits, labels, margin).max(-1)
+
+
+def ale(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
+  r"""Weighs the violations by the rank of the right class.
+
+  .. math::
+    \ell = \frac{\beta_r}{r} \sum_{c \neq y} [\, m + z_c - z_y \,]_+, \qquad
+    \beta_r = \sum_{i=1}^{r} \frac{1}{i}
+
+  r is the number of classes that violate the margin: all scores are there, so it is
+  exact and needs no sampling. The weight is constant for the gradient.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+    margin: m.
+
+  Source: Akata et al., arXiv 1503.08677, equation 12, after the WSABIE of Weston et
+  al., 2010.
+  """
+  violations = _violations(logits, labels, margin)
+  rank = (violations > 0).sum(-1)
+  sums = jnp.cumsum(1 / jnp.arange(1, logits.shape[-1] + 1, dtype=logits.dtype))
+  weight = sums[jnp.maximum(rank, 1) - 1] / jnp.maximum(rank, 1)
+  return lax.stop_gradient(weight) * violations.sum(-1)
+
+
+def negative_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  r"""Returns minus the right class's score, :math:`\ell = -z_y`.
+
+  Of scores that are negative squared distances it is the squared distance from an image
+  to its class, which says nothing of other classes: one side must be fixed.
+
+  Args:
+    logits: (B, C).
+    labels: (B,) int.
+  """
+  return -(one_hot_targets(logits, labels) * logits).sum(-1)
+
+
+LOSSES = {
+  'devise': devise,
+  'sje': sje,
+  'ale': ale,
+  'negative_score': negative_score,
+}

@@ -1,0 +1,77 @@
+"""Losses of further tasks of an image: means over the labels that are there.
+
+A kind of task is a function (outputs (B, K), labels) -> (losses, valid), both (B,) or
+(B, K). What is not labelled is masked before any logarithm, so it has neither a loss
+nor a gradient, whatever its label is.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def softmax(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of one class of K.
+
+  Args:
+    logits: (B, K).
+    labels: (B,) int, -1 where there is none.
+  """
+  valid = labels >= 0
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits, jnp.maximum(labels, 0)
+  )
+  return losses, valid
+
+
+def sigmoid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Binary cross-entropy of each of K labels.
+
+  Args:
+    logits: (B, K).
+    labels: (B, K) int, 1 or 0, -1 where it is not known.
+  """
+  labels = labels.reshape(logits.shape)
+  valid = labels >= 0
+  target = jnp.where(valid, labels, 0).astype(logits.dtype)
+  return optax.sigmoid_binary_cross_entropy(logits, target), valid
+
+
+def regression(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Squared error of each of K numbers.
+
+  Args:
+    outputs: (B, K).
+    labels: (B, K) or (B,) float, NaN where it is not known.
+  """
+  labels = labels.reshape(outputs.shape).astype(outputs.dtype)
+  valid = jnp.isfinite(labels)
+  return (outputs - jnp.where(valid, labels, 0)) ** 2, valid
+
+
+class Kind(NamedTuple):
+  """A kind of task.
+
+  Attributes:
+    losses: see the module.
+    half: whether its uncertain loss is halved, as that of a Gaussian is.
+  """
+
+  losses: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+  half: bool = False
+
+
+KINDS: dict[str, Kind] = {
+  'softmax': Kind(softmax),
+  'sigmoid': Kind(sigmoid),
+  'regression': Kind(regression, half=True),
+}
+
+
+def mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
+  """Returns the mean over what is valid, () float32; 0 where nothing is."""
+  total = jnp.where(valid, losses, 0).astype(jnp.float32).sum()
+  return total / jnp.maximum(valid.sum(), 1)

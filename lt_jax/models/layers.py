@@ -1,0 +1,112 @@
+"""The layers of a trunk in their order, from the images on, by their parameters.
+
+What fine-tuning counts: rates that fall towards the images, layers that keep the
+weights they begin with. A layer is a stage of blocks where the trunk has stages, else a
+convolution or linear layer; normalisation belongs to what is before it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lt_jax.errors import UserError, suggest
+
+_NORM = re.compile(r'(\w+_)?norm\d*(_\d+)?')
+_BLOCK = re.compile(r'(stage\d+)_block\d+')
+
+
+class Layer(NamedTuple):
+  """A layer of a trunk.
+
+  Attributes:
+    name: such as 'stem' or 'stage2'.
+    units: name of a convolution, linear layer or block -> names of its parameters.
+  """
+
+  name: str
+  units: dict[str, tuple[str, ...]]
+
+  @property
+  def pattern(self) -> str:
+    """A regular expression for the whole paths of its parameters."""
+    return pattern(name for names in self.units.values() for name in names)
+
+
+def pattern(names: Iterable[str]) -> str:
+  """Returns a regular expression for the paths of a trunk's parameters by name."""
+  return f'net/trunk/(?:{"|".join(map(re.escape, names))})(?:/.*)?'
+
+
+def trunk_layers(net: nn.Module, image_shape: Sequence[int]) -> tuple[Layer, ...]:
+  """Returns the layers of a classifier's trunk, from the images on.
+
+  Args:
+    net: a `Classifier`; nothing is computed.
+    image_shape: (H, W, channels).
+
+  Returns:
+    The layers; none of a trunk without parameters.
+  """
+  names: list[str] = []
+
+  def run(key, images):
+    params = net.init(key, images, train=False)['params']
+    names.extend(params.get('trunk', {}))  # a dict in the order of the calls
+    return params
+
+  jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, *image_shape)))
+  units: dict[str, list[str]] = {}
+  for name in names:
+    if _NORM.fullmatch(name) and units:
+      units[[*units][-1]].append(name)
+    else:
+      units['stem' if name == 'conv' else name.removesuffix('_conv')] = [name]
+  layers: dict[str, dict[str, tuple[str, ...]]] = {}
+  for unit, parameters in units.items():
+    block = _BLOCK.fullmatch(unit)
+    layers.setdefault(block[1] if block else unit, {})[unit] = tuple(parameters)
+  return tuple(Layer(name, inside) for name, inside in layers.items())
+
+
+def chopped(layers: Sequence[Layer], kept: str) -> tuple[str, ...]:
+  """Returns the names of a trunk's parameters that are not kept.
+
+  Args:
+    layers: of the trunk.
+    kept: 'first:N' or 'last:N', so many layers; or 'first:NAME', up to a layer or a
+      block of that name, or 'last:NAME', from it on.
+
+  Raises:
+    UserError: it is something else, or there is no such layer.
+  """
+  units = {unit: names for layer in layers for unit, names in layer.units.items()}
+  order = [*units]
+  end, _, place = str(kept).partition(':')
+  if end not in ('first', 'last') or not place:
+    raise UserError(
+      f"kept_layers is {kept!r}; it is such as 'first:2', 'last:1' or 'first:NAME'"
+    )
+  if place.isdecimal():
+    if not 1 <= int(place) <= len(layers):
+      told = ', '.join(layer.name for layer in layers) or 'none'
+      raise UserError(
+        f'kept_layers is {kept!r}; the trunk has {len(layers)} layers: {told}'
+      )
+    chosen = layers[: int(place)] if end == 'first' else layers[-int(place) :]
+    inside = {unit for layer in chosen for unit in layer.units}
+  else:
+    spans = {unit: (i, i) for i, unit in enumerate(order)}
+    for layer in layers:
+      places = [order.index(unit) for unit in layer.units]
+      spans.setdefault(layer.name, (places[0], places[-1]))
+    if place not in spans:
+      raise UserError(f'kept_layers: no layer {place!r}{suggest(place, spans)}')
+    first, last = spans[place]
+    inside = set(order[: last + 1] if end == 'first' else order[first:])
+  return tuple(
+    name for unit, names in units.items() if unit not in inside for name in names
+  )

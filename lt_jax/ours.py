@@ -1,0 +1,132 @@
+"""What a run of ours, or an export of it, gives to others: preprocessing and classes.
+
+A source of weights is ours if it is the folder of a run, or a .safetensors file that
+`lt_jax.export` wrote. `lt_jax.inherited` takes the weights themselves.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lt_jax.errors import UserError
+
+PIXELS = ('mean', 'std', 'unit')
+"""Keys of data that belong to weights: what they expect of a pixel."""
+
+MOST_HEADER = 2**24
+"""Bytes of the longest header of an export, which holds every class name."""
+
+
+class Origin(NamedTuple):
+  """What a run, or an export of it, tells of its weights.
+
+  Attributes:
+    source: the folder or file.
+    trunk: the name of the trunk.
+    class_names: of the last stage.
+    pixels: `PIXELS` of data.
+    stage: the last stage, whose State it is.
+    is_file: whether it is an export.
+  """
+
+  source: str
+  trunk: str
+  class_names: tuple[str, ...]
+  pixels: dict[str, Any]
+  stage: str
+  is_file: bool
+
+
+def origin(source: str) -> Origin | None:
+  """Returns what a source of weights tells of itself; None if it is not ours.
+
+  Args:
+    source: a folder, a file, or a model such as 'timm/resnet18.tv_in1k'.
+
+  Raises:
+    UserError: it is a damaged run, or one that is not there yet.
+  """
+  path = epath.Path(source).expanduser()
+  try:
+    if path.is_dir():
+      return _of_run(source, path)
+    if source.endswith('.safetensors') and path.is_file():
+      return _of_export(source, _header(path))
+  except OSError as error:
+    raise UserError(f'{source} cannot be read: {error.strerror or error}') from None
+  return None
+
+
+def adopted(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a resolved config whose pixels are those of the weights it begins with.
+
+  Only weights of ours tell; of others, and without any, the config says.
+
+  Raises:
+    UserError: as for `origin`.
+  """
+  found = origin(config['init']) if config['init'] else None
+  pixels = found.pixels if found else {}
+  return {**config, 'data': {**config['data'], **pixels}}
+
+
+def _of_run(source: str, path: epath.Path) -> Origin:
+  """Returns what the files of a run tell."""
+  config, facts = (_json(path / name, source) for name in ('config.json', 'data.json'))
+  return _origin(source, config, facts, is_file=False)
+
+
+def _of_export(source: str, header: Mapping[str, str]) -> Origin | None:
+  """Returns what the header of an export tells; None of another file."""
+  if not {'config', 'class_names', 'preprocessing'} <= header.keys():
+    return None
+  try:
+    told = {key: json.loads(header[key]) for key in ('class_names', 'preprocessing')}
+    return _origin(source, json.loads(header['config']), told, is_file=True)
+  except ValueError as error:
+    raise UserError(f'{source}: its header is damaged: {error}') from None
+
+
+def _origin(
+  source: str, config: Mapping[str, Any], facts: Mapping[str, Any], is_file: bool
+) -> Origin:
+  try:
+    stage = config['stage_order'][-1]
+    own = config['stages'].get(stage, {}).get('model', {})
+    return Origin(
+      source=source,
+      trunk=own.get('trunk') or config['model']['trunk'],
+      class_names=tuple(facts['class_names']),
+      pixels={
+        k: facts['preprocessing'][k] for k in PIXELS if k in facts['preprocessing']
+      },
+      stage=stage,
+      is_file=is_file,
+    )
+  except (KeyError, TypeError, IndexError, AttributeError) as error:
+    raise UserError(f'{source} is no whole run: {error!r} is missing') from None
+
+
+def _json(path: epath.Path, source: str) -> dict[str, Any]:
+  if not path.exists():
+    raise UserError(f'{source} is a folder, but no run: it has no {path.name}')
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'{path} is damaged: {error}') from None
+  if not isinstance(found, dict):
+    raise UserError(f'{path} is damaged')
+  return found
+
+
+def _header(path: epath.Path) -> dict[str, str]:
+  """Returns the metadata of a .safetensors file; {} of what is none."""
+  with path.open('rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    text = file.read(size) if size <= MOST_HEADER else b''
+  try:
+    return json.loads(text or b'{}').get('__metadata__', {})
+  except (ValueError, AttributeError):
+    return {}

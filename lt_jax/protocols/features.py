@@ -1,0 +1,30 @@
+"""Features from files: networks of one layer, for classes that are unseen."""
+
+from lt_jax.config import Overrides
+from lt_jax.protocols import Protocol
+
+HELD_OUT: Overrides = {'data': {'val_per_class': 15}}
+"""By which gamma is chosen after a training; closed forms set their own apart."""
+
+TRAINED = ('devise', 'sje', 'ale', 'two_tower', 'two_tower_distance')
+
+
+def training(epochs: float) -> Protocol:
+  """Returns how features are trained on; closed forms need none of it.
+
+  Args:
+    epochs: of a training.
+  """
+  return Protocol(
+    {
+      'batch': 64,
+      'eval_batch': 1024,
+      'epochs': epochs,
+      'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 1e-4),)},
+      'schedule': {'name': 'cosine', 'base': 0.1, 'end': epochs},
+      'save_every_epochs': epochs,
+      'evaluate_every_epochs': epochs,
+      'model': {'trunk': 'identity'},
+    },
+    recipes=dict.fromkeys(TRAINED, HELD_OUT),
+  )

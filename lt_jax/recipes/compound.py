@@ -1,0 +1,142 @@
+"""Recipes of open compound domain adaptation, and what becomes of it without a part.
+
+The stages and their rates are those of the authors' code, in which all are long:
+`lt_jax.methods.compound` tells what they are. All but the last are the same in every
+recipe here, so that a difference is one of the last stage; the oracle alone has other
+domain features too.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes.parts import Recipe, copy, target_stream
+
+ADAM: Overrides = {'name': 'adam', 'weight_decay': (('.*', 0.0),)}
+
+NETWORK_ONLY = copy('net/.*', 'source')
+
+
+def _player(network: Overrides, schedule: ConfigDict, share: float = 1.0) -> Overrides:
+  """A player whose learning rate is a share of its stage's."""
+  follows = {key: schedule.get_ref(key) for key in schedule}
+  return {
+    'network': network,
+    'optimizer': {'name': 'adam'},
+    'schedule': {**follows, 'base': schedule.get_ref('base') * share},
+  }
+
+
+def _stage(schedule: ConfigDict, **changes: Any) -> Overrides:
+  """A stage by Adam, whose last State counts."""
+  return {'optimizer': ADAM, 'schedule': schedule, 'select': 'last', **changes}
+
+
+def _enriched(config: ConfigDict, form: str, schedule: ConfigDict, **changes: Any):
+  """A copy of the source's network is adapted, its features enriched by a fusion."""
+  return _stage(
+    schedule,
+    **{
+      **target_stream(config),
+      'method': {'name': 'compound', 'threshold': 0.6},
+      'alignment': {'align_on': ('logits',)},
+      'players': {
+        'discriminator': _player({'name': 'mlp', 'hidden': (500, 500)}, schedule),
+        'fusion': _player({'name': 'fusion', 'form': form}, schedule, 0.1),
+      },
+      'surgeries': (
+        NETWORK_ONLY,
+        copy('source_net/(.*)', 'source', source=r'net/\1'),
+        copy('fusion/classifier/(.*)', 'source', source=r'net/head/\1'),
+        copy('centroids', 'centroids'),
+      ),
+      **changes,
+    },
+  )
+
+
+def _ocda(
+  config: ConfigDict,
+  *,
+  form: str = 'paper',
+  near_first: bool = True,
+  oracle: bool = False,
+  repo_quirks: bool = False,
+) -> Overrides:
+  """The stages, see `lt_jax.methods.compound`.
+
+  Args:
+    config: every stage but the second is as long as its training.
+    form: of the fusion of the last stage, a key of `lt_jax.models.fusion.FORMS`.
+    near_first: the last stage offers near images first; else all in random order.
+    oracle: domain features are learned by domain labels of the target.
+    repo_quirks: reproduces of the authors' code that the sampler shuffles the order in
+      place, and that the last stage moves the network at a tenth of its rate. Only the
+      fusion's domain gate, which stays at its first rate there, rises with the others.
+  """
+  source, slow, steady = (
+    ConfigDict({'name': 'constant', 'base': rate}) for rate in (1e-4, 1e-5, 1e-4)
+  )
+  rising = ConfigDict({'name': 'curriculum', 'base': 1e-4, 'end': config.epochs})
+  decoder = {'name': 'decoder', 'width': 32}
+  factor = _stage(
+    steady,
+    **target_stream(config, domain_labels=oracle),
+    method={'name': 'domain_factor', 'confusion': 1.0, 'reconstruction': 10.0},
+    players={'decoder': _player(decoder, steady)},
+    save_outputs=('target/train/distance',),
+    surgeries=(
+      copy('net/.*', 'adversarial'),
+      copy('class_net/(.*)', 'adversarial', source=r'net/\1'),
+    ),
+  )
+  if oracle:
+    domains = {'name': 'linear', 'num_classes': 1 + len(config.target)}
+    factor['players']['domain_classifier'] = _player(domains, steady)
+  last = _enriched(config, form, rising)
+  if form != 'selector':
+    own = copy('domain_net/(.*)', 'domain_factor', source=r'net/\1')
+    last['surgeries'] += (own,)
+  if near_first:
+    last['streams']['target'] |= {
+      'stage': 'domain_factor',
+      'order': 'distance',
+      'sampler': {'name': 'curriculum', 'window': 'shift', 'in_place': repo_quirks},
+    }
+  if repo_quirks:
+    last['optimizer'] = {**ADAM, 'learning_rate_scale': (('.*', 0.1),)}
+  centroids = {'method': {'name': 'centroid_loss', 'weight': 0.1, 'form': 'released'}}
+  means = (copy('.*', 'source'), ('class_means', {}))
+  stages = {
+    'source': _stage(source, **centroids),
+    'centroids': {**centroids, 'epochs': 0.0, 'surgeries': means},
+    'adversarial': _enriched(config, 'selector', slow),
+    'domain_factor': factor,
+    'scheduled': last,
+  }
+  return {
+    'model': {'head': 'cosine_squash', 'head_options': {'scale': 16.0}},
+    'stages': stages,
+    'stage_order': tuple(stages),
+  }
+
+
+RECIPES: dict[str, Recipe] = {
+  'ocda': Recipe(_ocda, needs=('target',)),
+  'ocda_released': Recipe(
+    lambda config: _ocda(config, form='released', repo_quirks=True), needs=('target',)
+  ),
+  'ocda_no_memory': Recipe(
+    lambda config: _ocda(config, form='domain'), needs=('target',)
+  ),
+  'ocda_no_indicator': Recipe(
+    lambda config: _ocda(config, form='selector'), needs=('target',)
+  ),
+  'ocda_random_order': Recipe(
+    lambda config: _ocda(config, near_first=False), needs=('target',)
+  ),
+  'ocda_oracle_domains': Recipe(
+    lambda config: _ocda(config, oracle=True), needs=('target',)
+  ),
+}

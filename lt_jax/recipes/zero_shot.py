@@ -1,0 +1,165 @@
+"""Recipes of zero-shot learning: classes that have a description and no image.
+
+What is chosen, hyper-parameters and gamma, is chosen by validation classes, with a
+network that has not learned from them: a stage 'validate' trains it without them, where
+there is anything to train. The last stage makes no step.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
+from lt_jax.recipes import adaptation
+from lt_jax.recipes.parts import ALL_BUT_HEAD, Recipe, copy
+
+VALIDATE: Overrides = {'shot_groups': ('fitted',)}
+"""A training on the seen classes but those of validation."""
+
+
+def _stacked(*values: str) -> Overrides:
+  return {'calibrated_stacking': {'values': values}}
+
+
+def _closed_form(form: str, head: str, *values: str, **options: Any) -> Recipe:
+  """Returns the recipe of a closed form.
+
+  Args:
+    form: the method.
+    head: what it fits.
+    *values: its hyper-parameters, which the result tells.
+    **options: of the head, and 'most' of the surgery.
+  """
+  most = options.pop('most', 0)
+
+  def overrides(config: ConfigDict) -> Overrides:
+    held_out = 'val' if config.data.val_per_class else ''
+    fit = {'form': form, 'held_out': held_out, 'most': most}
+    last = {
+      'epochs': 0.0,
+      'model': {'head': head, 'head_options': options},
+      'wrappers': _stacked(*values),
+      'select': 'last',
+    }
+    if config.model.trunk == 'identity':  # features that nothing trains
+      return {
+        'stages': {'fit': {**last, 'surgeries': (('closed_form', fit),)}},
+        'stage_order': ('fit',),
+      }
+    fit = 'closed_form', {**fit, 'search': 'validate'}
+    return {
+      'stages': {
+        'validate': VALIDATE,
+        'train': {},
+        'fit': {**last, 'surgeries': (copy(ALL_BUT_HEAD, 'train'), fit)},
+      },
+      'stage_order': ('validate', 'train', 'fit'),
+    }
+
+  return Recipe(overrides, needs=('class_vectors',))
+
+
+def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
+  """Returns the recipe of a method that descends a loss.
+
+  Args:
+    loss: its name and options.
+    head: of the network.
+    **options: of the head.
+  """
+
+  def overrides(config: ConfigDict) -> Overrides:
+    del config
+    last = {
+      'epochs': 0.0,
+      'wrappers': _stacked(),
+      'select': 'last',
+      'surgeries': (copy('net/.*', 'train'), ('choose_gamma', {'stage': 'validate'})),
+    }
+    return {
+      'loss': loss,
+      'model': {'head': head, 'head_options': options},
+      'stages': {'validate': VALIDATE, 'train': {}, 'calibrated': last},
+      'stage_order': ('validate', 'train', 'calibrated'),
+    }
+
+  return Recipe(overrides, needs=('class_vectors',))
+
+
+def _zsda(config: ConfigDict) -> Overrides:
+  """Two towers under DANN; then the surest target images of every class are labels.
+
+  The target's images are of seen and of unseen classes. The labels are those of the
+  calibrated network, so that unseen classes get theirs, and stay as they are.
+  """
+  aligned = adaptation.RECIPES['dann'].overrides(config)
+  gamma = ('choose_gamma', {'stage': 'validate'})
+  calibrated = {
+    'epochs': 0.0,
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (copy('net/.*', 'align'), gamma),
+    'save_outputs': ('target/train/top_of_class',),
+  }
+  target = aligned['streams']['target']
+  refine = {
+    'shot_groups': ('seen', 'unseen'),
+    'epochs': config.get_ref('epochs') * 0.5,
+    'schedule': {'name': 'constant', 'base': config.schedule.get_ref('base') * 0.1},
+    'method': {'name': 'saved_label', 'statistics': 'joint'},
+    'streams': {
+      'target': {
+        **target,
+        'stage': 'calibrated',
+        'arrays': {'pseudo_label': 'top_of_class'},
+      }
+    },
+    'alignment': {'weight': adaptation.ONE},
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (
+      copy('net/.*', 'calibrated'),
+      ('carry', {'fields': ('memory',), 'stage': 'calibrated'}),
+    ),
+  }
+  return {
+    'model': {'head': 'two_tower', 'head_options': {'temperature': 0.1}},
+    'stages': {
+      'validate': {**aligned, **VALIDATE},
+      'align': aligned,
+      'calibrated': calibrated,
+      'refine': refine,
+    },
+    'stage_order': ('validate', 'align', 'calibrated', 'refine'),
+  }
+
+
+SQUARED_DISTANCE = {'name': 'negative_score'}
+
+RECIPES: dict[str, Recipe] = {
+  'eszsl': _closed_form('eszsl', 'compatibility', 'g', 'l'),
+  'kernel_eszsl': _closed_form(
+    'kernel_eszsl', 'kernel_compatibility', 'width', 'g', 'l', most=4000
+  ),
+  'sae': _closed_form('sae', 'compatibility', 'weight', similarity='attributes'),
+  'sae_features': _closed_form(
+    'sae_features', 'compatibility', 'weight', similarity='features'
+  ),
+  'dap': _closed_form('dap', 'attributes', 'penalty', rule='dap'),
+  'nearest_hamming': _closed_form(
+    'nearest_hamming', 'attributes', 'penalty', rule='hamming'
+  ),
+  'nearest_attributes': _closed_form(
+    'nearest_cosine', 'attributes', 'penalty', rule='cosine'
+  ),
+  'iap': _closed_form('iap', 'seen_classes', 'penalty', rule='iap'),
+  'conse': _closed_form('conse', 'seen_classes', 'penalty', rule='conse', top=10),
+  'devise': _trained({'name': 'devise', 'margin': 0.1}, 'compatibility'),
+  'sje': _trained({'name': 'sje', 'margin': 1.0}, 'compatibility'),
+  'ale': _trained({'name': 'ale', 'margin': 1.0}, 'compatibility'),
+  'two_tower': _trained({'name': 'cross_entropy'}, 'two_tower', temperature=0.1),
+  'two_tower_distance': _trained(
+    SQUARED_DISTANCE, 'two_tower', fixed='classes', distance=True
+  ),
+  'zsda': Recipe(_zsda, needs=('target', 'class_vectors')),
+}

@@ -1,0 +1,309 @@
+r"""Which source serves a target: python -m lt_jax.similarity --source=... --target=...
+
+  python -m lt_jax.similarity --out=found --init=runs/pretrained --min_images=1 \
+    --source=folder:animals,folder:plants --target=folder:birds --k=100
+
+compares every source with every target, and their union, by the features of one
+network: the folder of a run, an export, or published weights with --net. Sources and
+targets are data ('folder:DIR', 'tfds:NAME', 'npz:FILE', ...), folders of runs, whose
+training images are meant, or 'npz:' files of features, which need no network. It takes
+the K source classes nearest to each target, and writes into the folder
+
+  similarity.json      distances, similarities, scores by class, what was taken
+  keep_classes.txt     the classes of the source, for data.keep_classes; of several
+                       sources keep_classes_1.txt and so on, in their order
+  similarity.html      the matrix, what serves what, similarity against accuracy
+
+--accuracy=FILE.csv has rows source,target,accuracy where accuracies are known.
+
+  python -m lt_jax.similarity --out=found --runs=runs --target=folder:birds
+
+ranks finished runs as beginnings for the target, by scores of transferability.
+"""
+
+import csv
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from lt_jax import commands, files
+from lt_jax.errors import UserError, lookup
+from lt_jax.evals import similarity as measures
+from lt_jax.evals import transferability
+from lt_jax.evals.similarity import Domain, Similarity
+
+SOURCE = commands.list_flag('source', 'Data or runs to begin with.')
+TARGET = commands.list_flag('target', 'Data or runs that they are to serve.')
+INIT = commands.init_flag()
+NET = flags.DEFINE_string('net', '', 'The trunk of published weights.')
+SIZE = flags.DEFINE_integer('size', 224, 'Pixels that published weights see.')
+RUNS = commands.path_flag('runs', 'A folder of finished runs, which are ranked.')
+ACCURACY = commands.path_flag('accuracy', 'Rows source,target,accuracy.')
+GAMMA = flags.DEFINE_float('gamma', measures.GAMMA, 'Scale of the similarity.')
+MIN_IMAGES = flags.DEFINE_integer(
+  'min_images', measures.MIN_IMAGES, 'Source classes with fewer images are left out.'
+)
+K = flags.DEFINE_list('k', ['200'], 'Classes for each target, or one number for all.')
+RULE = flags.DEFINE_string('rule', 'greedy', ', '.join(measures.RULES) + '.')
+OUT = commands.out_flag()
+
+UNION = 'union'
+
+
+def main() -> None:
+  """Compares, or ranks, what the flags name."""
+  from lt_jax.report.similarity import page
+
+  if not TARGET.value:
+    raise UserError('--target is missing: data, or a run, that is to be served')
+  if not (SOURCE.value or RUNS.value):
+    raise UserError('--source is missing; or give --runs, a folder of finished runs')
+  lookup(measures.RULES, 'rule of selection', RULE.value)
+  folder = files.make_workdir(OUT.value)
+  found: dict[str, Any] = {}
+  if RUNS.value:
+    found['runs'] = ranked(epath.Path(RUNS.value), TARGET.value)
+    for target, rows in found['runs'].items():
+      print(f'\n{target}')
+      for row in rows:
+        scores = ', '.join(f'{k} {v:.4g}' for k, v in row['scores'].items())
+        print(f'  {row["run"]}: {scores}' + f'  {row["note"]}' * bool(row['note']))
+  if SOURCE.value:
+    found |= _compared_by_flags(folder)
+  files.write_json(folder / 'similarity.json', found)
+  files.write_atomically(folder / 'similarity.html', page(found))
+  print(f'\n{folder / "similarity.html"}')
+
+
+def _compared_by_flags(folder: epath.Path) -> dict[str, Any]:
+  """Compares what the flags name; leaves the lists of classes."""
+  from lt_jax import features
+
+  network = None
+  if INIT.value:
+    network = features.network(INIT.value, NET.value, SIZE.value)
+  every = {
+    name: features.seen(name, network) for name in (*SOURCE.value, *TARGET.value)
+  }
+  if not all(k.isdecimal() for k in K.value):
+    raise UserError(f'--k must be whole numbers: {",".join(K.value)}')
+  for line in leaks(every, SOURCE.value, TARGET.value):
+    print(f'warning: {line}')
+
+  def domain(name: str, min_images: int) -> Domain:
+    one = every[name]
+    return measures.domain(name, one.features, one.labels, one.class_names, min_images)
+
+  sources = {name: domain(name, MIN_IMAGES.value) for name in SOURCE.value}
+  targets = {name: domain(name, 0) for name in TARGET.value}
+  found = compared(
+    sources,
+    targets,
+    gamma=GAMMA.value,
+    most=[int(k) for k in K.value],
+    rule=RULE.value,
+    accuracy=read_accuracy(ACCURACY.value) if ACCURACY.value else {},
+  )
+  found |= {
+    'features': network.name if network else 'as stored',
+    'min_images': MIN_IMAGES.value,
+    'leaks': leaks(every, SOURCE.value, TARGET.value),
+    'transferability': {name: scores(every[name]) for name in TARGET.value},
+  }
+  names = [f'_{i + 1}' for i in range(len(sources))] if len(sources) > 1 else ['']
+  for suffix, kept in zip(names, found['kept'].values(), strict=True):
+    text = ''.join(f'{name}\n' for name in kept)
+    files.write_atomically(folder / f'keep_classes{suffix}.txt', text)
+  for pair in found['pairs']:
+    print(
+      f'{pair["source"]} -> {pair["target"]}: EMD {pair["emd"]:.4f}, similarity '
+      f'{pair["similarity"]:.4f}'
+    )
+  kept = {name: len(names) for name, names in found['kept'].items()}
+  print(
+    ', '.join(f'{count} classes of {name} are kept' for name, count in kept.items())
+  )
+  return found
+
+
+def compared(
+  sources: Mapping[str, Domain],
+  targets: Mapping[str, Domain],
+  *,
+  gamma: float = measures.GAMMA,
+  most: Sequence[int] = (200,),
+  rule: str = 'greedy',
+  accuracy: Mapping[tuple[str, str], float] | None = None,
+) -> dict[str, Any]:
+  """Returns what similarity.json holds of sources and targets.
+
+  Args:
+    sources: name -> domain; of several their union is compared too.
+    targets: name -> domain.
+    gamma: of the similarity.
+    most: classes to take for each target, or one number.
+    rule: how they are taken, see `measures.RULES`.
+    accuracy: (source, target) -> accuracy, where it is known.
+
+  Raises:
+    UserError: as for `measures.similarity` and `measures.select`.
+  """
+  pool = measures.joined(UNION, [*sources.values()])
+  rows = {**sources, UNION: pool} if len(sources) > 1 else dict(sources)
+  pairs = measures.matrix(rows, targets, gamma)
+  chosen, by_class = measures.select(pool, [*targets.values()], most, rule)
+  kept = {name: [] for name in sources}
+  owners = [(name, label) for name, one in sources.items() for label in one.classes]
+  for place in chosen:
+    name, label = owners[place]
+    kept[name].append(label)
+  known = {pair: value for pair, value in (accuracy or {}).items() if pair in pairs}
+  return {
+    'gamma': gamma,
+    'solver': measures.solver(),
+    'rule': rule,
+    'k': list(most),
+    'pairs': [
+      {
+        'source': s,
+        'target': t,
+        'emd': one.emd,
+        'similarity': one.similarity,
+        'accuracy': known.get((s, t)),
+      }
+      for (s, t), one in pairs.items()
+    ],
+    'classes': [f'{name}/{label}' for name, label in owners],
+    'by_class': {name: values.tolist() for name, values in by_class.items()},
+    'kept': kept,
+    'flows': [_flow(rows[s], targets[t], one) for (s, t), one in pairs.items()],
+    'correlations': _correlations(pairs, known),
+  }
+
+
+def _flow(source: Domain, target: Domain, found: Similarity, most: int = 60) -> dict:
+  """Returns the largest parts of what a source ships to a target."""
+  order = np.argsort(-found.flow, axis=None, kind='stable')[:most]
+  places = [divmod(int(place), found.flow.shape[1]) for place in order]
+  return {
+    'source': source.name,
+    'target': target.name,
+    'links': [
+      {
+        'from': source.classes[i],
+        'to': target.classes[j],
+        'share': float(found.flow[i, j]),
+      }
+      for i, j in places
+      if found.flow[i, j] > 0
+    ],
+  }
+
+
+def _correlations(
+  pairs: Mapping[tuple[str, str], Similarity], known: Mapping[tuple[str, str], float]
+) -> dict[str, Any] | None:
+  """Returns how similarity and accuracy go together; None without accuracies."""
+  if len(known) < 2:
+    return None
+  return measures.correlations(
+    [pairs[pair].similarity for pair in known],
+    [*known.values()],
+    [target for _, target in known],
+  )
+
+
+def read_accuracy(path: str) -> dict[tuple[str, str], float]:
+  """Returns (source, target) -> accuracy of a CSV file of such rows.
+
+  Raises:
+    UserError: there is no such file, or a row is none.
+  """
+  try:
+    with open(path, newline='') as file:
+      rows = [row for row in csv.reader(file) if row]
+  except OSError as error:
+    raise UserError(f'--accuracy: {path}: {error.strerror}') from None
+  found = {}
+  for number, row in enumerate(rows, start=1):
+    try:
+      source, target, value = (part.strip() for part in row)
+      found[source, target] = float(value)
+    except ValueError:
+      if number > 1:  # which may be a heading
+        raise UserError(
+          f'{path}, line {number}: {",".join(row)!r} is not source,target,accuracy'
+        ) from None
+  return found
+
+
+def leaks(
+  every: Mapping[str, Any], sources: Sequence[str], targets: Sequence[str]
+) -> list[str]:
+  """Returns a line of every source and target that have images in common."""
+  found = []
+  for s, t in itertools.product(sources, targets):
+    both = set(every[s].digests) & set(every[t].digests)
+    if both and s != t:
+      found.append(
+        f'{s} and {t} have {len(both)} images in common: what is learned from the one '
+        'knows them in the other'
+      )
+  return found
+
+
+def scores(seen: Any) -> dict[str, float]:
+  """Returns the transferability of a network to labelled images that it has seen."""
+  rows = np.flatnonzero(seen.labels >= 0)
+  labels = np.unique(seen.labels[rows], return_inverse=True)[1]
+  found = {
+    name: score(seen.features[rows], labels)
+    for name, score in transferability.OF_FEATURES.items()
+  }
+  if seen.probabilities is not None:
+    found |= {
+      name: score(seen.probabilities[rows], labels)
+      for name, score in transferability.OF_PROBABILITIES.items()
+    }
+  return found
+
+
+def ranked(folder: epath.Path, targets: Sequence[str]) -> dict[str, Any]:
+  """Returns target -> runs below a folder, the best beginning first.
+
+  By the first of `transferability.OF_FEATURES`; of the runs that cannot look at the
+  target, which come last, 'note' says why.
+
+  Raises:
+    UserError: there is no finished run.
+  """
+  from lt_jax import features
+  from lt_jax.report.runs import find
+
+  finished = [run for run in find(folder) if run.result]
+  if not finished:
+    raise UserError(f'{folder} holds no finished run')
+  first = next(iter(transferability.OF_FEATURES))
+  table: dict[str, list[dict[str, Any]]] = {target: [] for target in targets}
+  for run in finished:
+    for target in targets:
+      row = {'run': run.name, 'recipe': run.recipe, 'scores': {}, 'note': ''}
+      try:
+        network = features.network(str(run.folder))
+        row['scores'] = scores(features.seen(target, network))
+      except UserError as error:
+        row['note'] = str(error)
+      table[target].append(row)
+  for rows in table.values():
+    rows.sort(key=lambda row: -row['scores'].get(first, -np.inf))
+    if not any(row['scores'] for row in rows):
+      raise UserError(f'no run can look at the target: {rows[0]["note"]}')
+  return table
+
+
+if __name__ == '__main__':
+  commands.launch(main, 'out')

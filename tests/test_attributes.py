@@ -1,0 +1,316 @@
+"""Descriptions of classes from files, and what is refused; which classes are unseen."""
+
+import numpy as np
+import pytest
+from scipy import io
+
+from lt_jax.data.attributes import (
+  EMBEDDED,
+  chosen_classes,
+  class_vectors,
+  filled,
+  read_descriptions,
+  unit_rows,
+  words_of,
+)
+from lt_jax.data.dataset import load_dataset
+from lt_jax.data.features import make_split
+from lt_jax.data.mat import read_mat
+from lt_jax.data.sources import load_source
+from lt_jax.errors import UserError
+from tests import mini_zsl
+
+NAMES = ('zebra', 'polar+bear', 'blue_whale')
+VECTORS = np.array([[1.0, 0.0, 2.0, 1.0], [0.0, 1.0, 2.0, 3.0], [2.0, 2.0, 0.0, 1.0]])
+
+
+def write_csv(path, names=NAMES, vectors=VECTORS):
+  rows = [
+    ','.join([name, *map(str, row)]) for name, row in zip(names, vectors, strict=True)
+  ]
+  path.write_text('\n'.join(['class,a,b,c,d', *rows]))
+  return str(path)
+
+
+def test_the_four_formats_say_the_same(tmp_path):
+  turned = [2, 0, 1]
+  np.savez(
+    tmp_path / 'a.npz',
+    class_vectors=VECTORS[turned],
+    class_names=np.array(NAMES)[turned],
+  )
+  io.savemat(
+    tmp_path / 'a.mat',
+    {'att': VECTORS.T, 'allclasses_names': mini_zsl.cells(NAMES)},
+  )
+  files = [write_csv(tmp_path / 'a.csv'), f'{tmp_path}/a.npz', f'{tmp_path}/a.mat']
+  for file in files:
+    np.testing.assert_array_equal(class_vectors([file], NAMES).vectors, VECTORS)
+  assert class_vectors(files[:1], NAMES).columns == ('a', 'b', 'c', 'd')
+  # Blocks weigh the same, whatever their size.
+  both = class_vectors(files[:2], NAMES).vectors
+  expected = VECTORS / np.sqrt((VECTORS**2).sum(1, keepdims=True))
+  np.testing.assert_allclose(both, np.hstack([expected, expected]), rtol=1e-15)
+  # Other spellings of the same words.
+  spelt = class_vectors(files[:1], ('Zebra', '07.Polar_Bear', 'blue-whale')).vectors
+  np.testing.assert_array_equal(spelt, VECTORS)
+
+
+@pytest.mark.parametrize('first', ['', '5 2\n'], ids=['glove', 'word2vec'])
+def test_word_vectors_are_averaged_over_the_words_of_a_name(tmp_path, first):
+  path = tmp_path / 'words.txt'
+  path.write_text(first + 'Bear 1 3\nbear 9 0\npolar 3 1\nwhale 0 2\nblue 6 0\n')
+  found = class_vectors([str(path)], NAMES[1:]).vectors
+  half = np.sqrt(0.5)
+  expected = [[half, half], [3 / np.sqrt(10), 1 / np.sqrt(10)]]
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  with pytest.raises(UserError, match=r'no vector of 2 words of class names: emu, ze'):
+    class_vectors([str(path)], ('zebra', 'blue+emu'))
+
+
+def test_digits_have_ten_codes():
+  codes = EMBEDDED['seven_segments'].vectors
+  assert codes.shape == (10, 7) and len(np.unique(codes, axis=0)) == 10
+  assert codes.sum(1).tolist() == [6, 2, 5, 5, 4, 5, 6, 3, 7, 6]
+
+
+def test_missing_attributes_take_the_mean_of_the_others():
+  found = filled(np.array([[-1.0, 2.0], [3.0, 4.0], [5.0, -1.0]]))
+  np.testing.assert_array_equal(found, [[4, 2], [3, 4], [5, 3]])
+  signed = np.array([[-1.0, 2.0], [-0.5, 4.0]])
+  np.testing.assert_array_equal(filled(signed), signed)
+
+
+def npz(path, **arrays):
+  np.savez(path, **arrays)
+  return str(path)
+
+
+def bad(tmp_path, **changes):
+  return npz(tmp_path / 'bad.npz', **({'class_vectors': VECTORS} | changes))
+
+
+WRONG = {
+  'missing class': (
+    lambda p: write_csv(p / 'w.csv', NAMES[:2], VECTORS[:2]),
+    r"no description of class 2 \('blue_whale'\)",
+  ),
+  'same': (
+    lambda p: bad(p, class_vectors=VECTORS[[0, 1, 0]]),
+    r"class 0 \('zebra'\) and class 2 .* same description",
+  ),
+  'transposed': (
+    lambda p: bad(p, class_vectors=VECTORS.T),
+    'are 4 x 3, but there are 3 classes; they seem to be transposed',
+  ),
+  'nan': (
+    lambda p: bad(p, class_vectors=VECTORS + np.where(np.eye(3, 4, 1) > 0, np.nan, 0)),
+    "attribute 1 of 'zebra' is nan",
+  ),
+  'no file': (lambda p: f'{p}/none.csv', 'there is no file'),
+  'ending': (lambda p: f'{p}/none.xls', r'end in \.npz, \.csv, \.mat'),
+  'objects': (
+    lambda p: bad(p, class_vectors=np.array([None, 1], object)),
+    'Object arrays cannot be loaded|pickle',
+  ),
+  'text': (lambda p: write_csv(p / 'w.csv', NAMES, [['x', 1], [1, 2], [2, 3]]), "'x'"),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_wrong_descriptions_are_one_line(tmp_path, name):
+  make, told = WRONG[name]
+  with pytest.raises(UserError, match=told) as error:
+    class_vectors([make(tmp_path)], NAMES)
+  assert '\n' not in str(error.value)
+
+
+def test_a_file_for_new_classes_must_name_them(tmp_path):
+  described = read_descriptions([write_csv(tmp_path / 'new.csv')])
+  assert described.names == NAMES
+  np.testing.assert_array_equal(described.vectors, VECTORS)
+  with pytest.raises(UserError, match='does not name its classes'):
+    read_descriptions([bad(tmp_path)])
+
+
+# Which classes.
+
+
+def test_classes_are_chosen_by_name_file_or_number(tmp_path):
+  among = np.array([True, True, True, False])
+  names = ('a', 'b+c', '2', 'open')
+  assert chosen_classes('unseen', ['B_c'], names, among, 0).tolist() == [0, 1, 0, 0]
+  (tmp_path / 'list.txt').write_text('a\n2\n')
+  found = chosen_classes('unseen', [f'@{tmp_path}/list.txt'], names, among, 0)
+  assert found.tolist() == [1, 0, 1, 0]
+  drawn = [chosen_classes('unseen', [2], names, among, seed) for seed in range(20)]
+  assert all(mask.sum() == 2 and not mask[3] for mask in drawn)
+  assert len({mask.tobytes() for mask in drawn}) == 3
+  for given, told in (
+    (['d'], "no class 'd'"),
+    (['open'], 'is unseen, or has no images'),
+    ([3], 'asks for 3 of 3'),
+    (['a', 'b+c', '2'], 'names every class'),
+    ('a', 'must be a list'),
+    ([1, 'a'], 'must be names, or one number'),
+  ):
+    with pytest.raises(UserError, match=told):
+      chosen_classes('unseen', given, names, among, 0)
+
+
+def test_words_of_names():
+  assert words_of('002.Laysan_Albatross') == ('laysan', 'albatross')
+  assert words_of('persian+cat') == ('persian', 'cat') and words_of('7') == ('7',)
+
+
+def digits(**changes):
+  options = {
+    'unseen': ('3', '8'),
+    'val_classes': ('0',),
+    'class_vectors': ('seven_segments',),
+    'test_per_class': 20,
+    'val_per_class': 10,
+    'meta_per_class': 5,
+  }
+  return load_dataset('digits', to_device=lambda x: x, **(options | changes))
+
+
+def test_no_image_of_an_unseen_class_is_learned_from():
+  found = digits(profile='exponential', n_max=80, imbalance=8.0)
+  unseen = np.isin(np.arange(10), (3, 8))
+  for name, split in found.splits.items():
+    assert not unseen[split.labels].any(), name
+  assert np.bincount(found.tests['test'].labels).tolist() == [20] * 10
+  assert found.counts[[3, 8]].tolist() == [0, 0]
+  tail = found.counts[~unseen]
+  assert tail.tolist() == [int(80 * (1 / 8) ** (c / 7)) for c in range(8)]
+  assert found.unseen.tolist() == unseen.tolist()
+  assert found.val_classes.tolist() == (np.arange(10) == 0).tolist()
+  np.testing.assert_array_equal(found.class_vectors, EMBEDDED['seven_segments'].vectors)
+  plain = digits(unseen=(), val_classes=(), class_vectors=())
+  assert plain.unseen is None and plain.class_vectors is None
+  assert len({plain.fingerprint, found.fingerprint, digits().fingerprint}) == 3
+  with pytest.raises(UserError, match=r"val_classes: class 3 \('3'\)|class 3"):
+    digits(val_classes=('3',))
+
+
+# The files of Xian et al.
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return mini_zsl.write(tmp_path_factory.mktemp('xlsa') / 'MINI')
+
+
+def test_xlsa_from_one_on(folder):
+  sources = load_source(f'xlsa:{folder}')
+  x, label, attributes = mini_zsl.planted()
+  for name, split in sources.items():
+    assert split.class_names == mini_zsl.NAMES, name
+  unseen = np.isin(label, mini_zsl.UNSEEN)
+  np.testing.assert_array_equal(sources['all'].labels, label)
+  np.testing.assert_allclose(sources['all'].images[:, 0, 0], x, rtol=1e-6)
+  assert not np.isin(sources['train'].labels, mini_zsl.UNSEEN).any()
+  assert len(sources['train']) == 9 * 15 and len(sources['test']) == 9 * 5 + 60
+  assert any('SHA-256' in line for line in sources['train'].passed_over)
+  found = load_dataset(f'xlsa:{folder}', to_device=lambda x: x)
+  np.testing.assert_array_equal(np.flatnonzero(found.unseen), mini_zsl.UNSEEN)
+  np.testing.assert_allclose(found.class_vectors, attributes)
+  # The standard split: by classes alone, and no seen class is tested on.
+  standard = {'train_split': 'all', 'test_split': 'all'}
+  found = load_dataset(
+    f'xlsa:{folder}', to_device=lambda x: x, unseen=('animal_0',), **standard
+  )
+  assert set(found.tests['test'].labels) == {0}
+  assert len(found.splits['train'].rows) == 11 * 20 and unseen.any()
+
+
+def test_classes_in_another_order_are_matched_by_name(folder, tmp_path):
+  x, label, attributes = mini_zsl.planted()
+  order = np.random.default_rng(1).permutation(mini_zsl.CLASSES)
+  place = np.argsort(order)
+  np.savez(
+    tmp_path / 'features.npz',
+    features=x.astype(np.float16),
+    labels=place[label],
+    classes=np.array(mini_zsl.NAMES)[order],
+  )
+  found = load_dataset(
+    f'xlsa:{tmp_path}/features.npz',
+    dir=f'{folder}/att_splits.mat',
+    to_device=lambda x: x,
+  )
+  np.testing.assert_allclose(found.class_vectors, attributes[order])
+  assert {found.class_names[c] for c in np.flatnonzero(found.unseen)} == {
+    mini_zsl.NAMES[c] for c in mini_zsl.UNSEEN
+  }
+
+
+def first(*rows):
+  return np.array(rows)[:, None]
+
+
+MAT = {
+  'overlap': ({'test_seen_loc': first(1, 2)}, 'parts of the split overlap|is unseen'),
+  'beyond': ({'test_seen_loc': first(1000)}, 'but there are 240 images'),
+  'from 0': ({'test_seen_loc': first(0)}, 'goes from 0'),
+  'struct': ({'extra': {'a': 1}}, "'extra' is a struct; only arrays of numbers"),
+  'cell of numbers': (
+    {'allclasses_names': mini_zsl.cells([1.0] * 12)},
+    "cell 0 of 'allclasses_names' is no string",
+  ),
+  'no part': ({'test_seen_loc': None}, "has no 'test_seen_loc'"),
+}
+
+
+@pytest.mark.parametrize('name', MAT)
+def test_wrong_splits_are_one_line(tmp_path, name):
+  changes, told = MAT[name]
+  mini_zsl.write(tmp_path, **changes)
+  with pytest.raises(UserError, match=told) as error:
+    load_source(f'xlsa:{tmp_path}')
+  assert '\n' not in str(error.value)
+
+
+def test_unseen_classes_in_training_are_refused(tmp_path):
+  _, label, _ = mini_zsl.planted()
+  one = np.flatnonzero(label == mini_zsl.UNSEEN[0])
+  mini_zsl.write(
+    tmp_path, test_seen_loc=first(one[0] + 1), test_unseen_loc=first(one[1] + 1)
+  )
+  with pytest.raises(UserError, match=r"\('animal_3'\) is unseen, but test_seen_loc"):
+    load_source(f'xlsa:{tmp_path}')
+
+
+def test_other_matlab_files_are_refused(tmp_path):
+  new = tmp_path / 'new.mat'
+  new.write_bytes(b'MATLAB 7.3 MAT-file, Platform: GLNXA64' + bytes(200))
+  with pytest.raises(UserError, match="version 7.3, which is not read: .*'-v7'"):
+    read_mat(str(new), ('att',))
+  new.write_bytes(b'what is this' * 40)
+  with pytest.raises(UserError, match='is no MATLAB file that can be read'):
+    read_mat(str(new), ('att',))
+  io.savemat(new, {'att': np.zeros((3000, 3000))}, do_compression=True)
+  with pytest.raises(UserError, match='over 200 times its size'):
+    read_mat(str(new), ('att',))
+
+
+def test_a_split_of_ones_own(tmp_path):
+  x, label, attributes = mini_zsl.planted()
+  unseen = np.isin(np.arange(mini_zsl.CLASSES), mini_zsl.UNSEEN)
+  path = str(tmp_path / 'own.npz')
+  make_split(path, x, label, attributes, unseen, class_names=mini_zsl.NAMES)
+  found = load_dataset(
+    f'npz:{path}',
+    to_device=lambda x: x,
+    class_vectors=(path,),
+    unseen=tuple(mini_zsl.NAMES[c] for c in mini_zsl.UNSEEN),
+  )
+  assert found.counts.tolist() == [0 if u else 16 for u in unseen]
+  tested = np.bincount(found.tests['test'].labels)
+  assert tested.tolist() == [20 if u else 4 for u in unseen]
+  np.testing.assert_allclose(
+    unit_rows(found.class_vectors)[0], unit_rows(attributes)[0]
+  )
+  with pytest.raises(UserError, match='too few to split'):
+    make_split(path, x[:3], label[:3], attributes, unseen, class_names=mini_zsl.NAMES)
