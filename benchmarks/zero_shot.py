@@ -6,7 +6,7 @@ Features of the size of AwA2's (23,527 x 2,048, and 85 attributes of 40 seen cla
 are drawn at random. A closed form is timed with its whole grid, as a run searches it,
 and beside it the formula with one solve for each set of hyper-parameters; both in this
 process, alternating, the best of `--rounds`. An epoch of `ale` is the compiled step on
-features in device memory, with its rate in images and in gigabytes of features a second.
+features in device memory, with its rate in images and gigabytes of features a second.
 """
 
 import argparse
