@@ -35,7 +35,10 @@ from lt_jax.recipes import RECIPES
 from lt_jax.report import runs as read
 from lt_jax.sweep import cells, loader, parse_grid
 
-ONE_DOMAIN = [name for name, made in RECIPES.items() if 'target' not in made.needs]
+ONE_DOMAIN = [
+  name for name, made in RECIPES.items() if {'meta', 'held_out'}.issuperset(made.needs)
+]
+"""Recipes that learn from one data set alone."""
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -93,6 +96,12 @@ TABLES = {
       '--config.stages.meta.method.eps_scale=relative',
       '--config.stages.meta.method.eps_lr=0.5',
     ),
+  ),
+  # The tail as a shift: the balanced set without labels, and its controls.
+  'digits_lt_tail_shift': Sweep(
+    'digits_lt.py',
+    'ce,ce_plus_meta,meta_ce,tail_mmd,tail_dann,tail_self_supervised,tail_mmd_meta',
+    '0,1,2,3,4',
   ),
   # The best class-balanced loss, by validation images.
   'digits_lt_cb_focal': Sweep('digits_lt.py', 'cb_focal', '0,1,2,3,4', (GAMMAS, BETAS)),

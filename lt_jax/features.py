@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from lt_jax import export, ours, trained
+from lt_jax.build.domains import NOT_LOADING
 from lt_jax.config import SOURCE, domain_data
 from lt_jax.data import augment
 from lt_jax.data.crops import Crop
@@ -29,25 +30,7 @@ from lt_jax.pretrained import pretrained
 
 BATCH = 64
 
-SPLITTING = (
-  'size',
-  'channels',
-  'image_size',
-  'resize',
-  'mean',
-  'std',
-  'standardise',
-  'unit',
-  'pad',
-  'pad_mode',
-  'flip',
-  'jitter',
-  'many_shot',
-  'few_shot',
-  'same_classes',
-  'workers',
-  'on_bad_image',
-)
+SIZES = ('size', 'channels', 'image_size', 'resize')
 """Keys of a run's data that a network of another run has an answer of its own for."""
 
 
@@ -195,7 +178,8 @@ def _images(spec: str, net: Network | None, split: str) -> Split:
         raise UserError(f'{spec} was trained on several sources: name them one by one')
       name = sources[0]
     data = domain_data(config, name)
-    options = {k: v for k, v in data.items() if k not in SPLITTING}
+    aside = (*NOT_LOADING, *SIZES)
+    options = {key: value for key, value in data.items() if key not in aside}
   try:
     dataset = _load(options, net, photographs=False)
   except UserError as error:

@@ -678,7 +678,13 @@ def two_steps(devices, statistics='', groups=1, name='dann', **options):
   return jax.device_get(state.params), step.as_text()
 
 
-@pytest.mark.parametrize('statistics', STATISTICS)
+@pytest.mark.parametrize(
+  'statistics',
+  [
+    pytest.param(name, marks=() if name == 'joint' else pytest.mark.slow)
+    for name in STATISTICS
+  ],
+)
 def test_eight_devices_are_one(statistics):
   one, many = (two_steps(devices, statistics)[0] for devices in (1, 8))
   close(many, one, rtol=2e-3, atol=2e-5)

@@ -190,9 +190,18 @@ def check_what_it_leaves(folder, result):
     assert last[split] == pytest.approx(told['accuracy'])
 
 
-def test_the_headline_is_the_mean_over_the_targets(tmp_path):
-  made = config('source_only', 'epochs=1.0,target=blended+inverted')
-  result = run.run(made, tmp_path)
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(config, folder, result) of a short run with two targets."""
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  for name in ('blended', 'inverted'):
+    made['domains'][name]['mean'] = [0.4]
+  folder = tmp_path_factory.mktemp('domains')
+  return made, folder, run.run(made, folder)
+
+
+def test_the_headline_is_the_mean_over_the_targets(finished):
+  _, folder, result = finished
   domains = result['domains']
   assert set(domains) == {'source', 'blended', 'inverted', 'sketched'}
   targets = [domains[name]['accuracy'] for name in ('blended', 'inverted')]
@@ -203,8 +212,8 @@ def test_the_headline_is_the_mean_over_the_targets(tmp_path):
   assert not result['uses_target_labels']
   assert set(result['a_distance']) == {'blended', 'inverted'}
   assert all(0 <= value <= 2 for value in result['a_distance'].values())
-  check_what_it_leaves(tmp_path, result)
-  (found,) = runs.find(tmp_path)
+  check_what_it_leaves(folder, result)
+  (found,) = runs.find(folder)
   assert found.state == 'finished'  # the files of the run agree with each other
 
 
@@ -277,12 +286,9 @@ def test_classes_that_do_not_agree_are_named():
     build.build(config('dann'), datasets=experiment.domains | {'blended': wrong})
 
 
-def test_the_network_predicts_as_the_first_target_is_normalised(tmp_path):
-  made = config('dann', 'epochs=1.0,target=blended+inverted')
-  for name in ('blended', 'inverted'):
-    made['domains'][name]['mean'] = [0.4]
-  run.run(made, tmp_path)
-  network = trained.open_run(tmp_path)
+def test_the_network_predicts_as_the_first_target_is_normalised(finished):
+  made, folder, _ = finished
+  network = trained.open_run(folder)
   assert network.facts['preprocessing']['mean'] == [0.4]
   images = build.build(made).domains['inverted'].tests['test'].source.images
   outputs = network.stage.method.predict(network.state, np.float32(images[:4]) / 255)

@@ -383,12 +383,14 @@ def train(steps, devices):
   return np.array(losses), len(traces)
 
 
+@pytest.mark.slow
 def test_fifty_episodes_lower_the_loss_in_one_program():
   losses, traces = train(50, devices=1)
   assert traces == 1
   assert losses[-10:].mean() < 0.6 * losses[:10].mean()
 
 
+@pytest.mark.slow
 def test_two_devices_do_what_one_does():
   """A sharded scatter of generated weights, and a mean over sharded queries."""
   alone, together = train(50, devices=1)[0][:5], train(5, devices=2)[0]

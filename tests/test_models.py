@@ -306,6 +306,7 @@ def test_per_device_statistics_need_no_communication(groups, reductions):
 # Autodiff.
 
 
+@pytest.mark.slow
 def test_forward_over_reverse_is_reverse_over_reverse(rng, images):
   """Hessian times vector, by both routes, and the slope by either mode."""
   net = small('cosine_squash', batch_norm={'groups': 2})

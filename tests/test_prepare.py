@@ -161,6 +161,7 @@ def test_a_full_disk_can_pass(lists, tmp_path, monkeypatch):
   assert prepare.convert(f'list:{folder}', **options)['train'] == 1015
 
 
+@pytest.mark.slow
 def test_a_disk_that_labels_fill_can_pass(lists, tmp_path, monkeypatch):
   folder, root = map(str, lists)
   options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}

@@ -122,7 +122,13 @@ def outputs_of(name):
   return load, run
 
 
-@pytest.mark.parametrize('name', golden.NETWORKS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name.startswith('resnext') else ())
+    for name in golden.NETWORKS
+  ],
+)
 def test_every_stage_is_that_of_pytorch(name, stored):
   load, run = outputs_of(name)
   for key, found in run(load(state_shapes(stored, name)), golden.images()).items():

@@ -283,7 +283,9 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('sign', ['TERM', 'EARLY', 'KILL'])
+@pytest.mark.parametrize(
+  'sign', ['TERM', pytest.param('EARLY', marks=pytest.mark.slow), 'KILL']
+)
 def test_signals(sign, tmp_path):
   """Workers outlive a signal to all processes, but not their parent."""
   done = run_script(tmp_path, PARENT, sign)

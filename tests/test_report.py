@@ -245,6 +245,7 @@ def test_what_no_text_can_hold_is_replaced(tmp_path):
   assert '\ufffd\ufffd[31m' in text and '漢字' in text and '\x1b' not in text
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_page(run_folder):
   first = report.write(run_folder).read_bytes()
   assert report.write(run_folder).read_bytes() == first

@@ -121,7 +121,13 @@ def expected_step(net, state, batches, tasks, order, weight):
   return params
 
 
-@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize(
+  'order',
+  [
+    pytest.param(order, marks=pytest.mark.slow if order == 'summed' else ())
+    for order in ORDERS
+  ],
+)
 def test_a_step_is_the_formula(order):
   net, batches, tasks = plain_net(), batches_of(8, 4), {'flip': 2}
   method = made(
@@ -172,6 +178,7 @@ def two_steps(devices):
   return jax.device_get((state.params, state.stats))
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
   close(two_steps(8), two_steps(1), rtol=2e-3, atol=2e-5)
 

@@ -121,6 +121,7 @@ def two_steps(devices):
   return jax.device_get((state.params, metrics['labelled']))
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one():
   close(two_steps(8), two_steps(1), rtol=2e-3, atol=2e-5)
   assert two_steps(1)[1][0] > 0

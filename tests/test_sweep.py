@@ -93,7 +93,16 @@ def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
   assert code == 0 and output.count('is finished: ') == 2
 
 
-@pytest.mark.parametrize('torn', [b'{"te', b'{}', b'{"test": 1}', b'\xff\xfe'])
+@pytest.mark.parametrize(
+  'torn',
+  [
+    b'{"te',
+    *(
+      pytest.param(torn, marks=pytest.mark.slow)
+      for torn in (b'{}', b'{"test": 1}', b'\xff\xfe')
+    ),
+  ],
+)
 def test_a_torn_result_is_written_anew(swept, tmp_path, torn):
   workdir = shutil.copytree(swept[0] / 'ce' / '0', tmp_path / 'runs' / 'ce' / '0')
   (workdir / 'result.json').write_bytes(torn)

@@ -307,7 +307,13 @@ def test_a_network_of_timm_that_pads_otherwise_is_not_downloaded():
 # Parts.
 
 
-@pytest.mark.parametrize(('size', 'stride', 'side'), [(3, 2, 7), (3, 1, 4), (5, 2, 6)])
+@pytest.mark.parametrize(
+  ('size', 'stride', 'side'),
+  [
+    (3, 2, 7),
+    *(pytest.param(*x, marks=pytest.mark.slow) for x in ((3, 1, 4), (5, 2, 6))),
+  ],
+)
 def test_a_depthwise_convolution_by_either_form(rng, size, stride, side):
   """Padded as in TensorFlow; values, both derivatives, and second ones."""
   x = rng.normal(size=(2, side, side + 1, 3))

@@ -14,6 +14,7 @@ from lt_jax.recipes import (
   multitask,
   open_world,
   segmentation,
+  tail_shift,
   transfer,
   zero_shot,
 )
@@ -31,6 +32,7 @@ RECIPES: dict[str, Recipe] = {
   **multitask.RECIPES,
   **zero_shot.RECIPES,
   **segmentation.RECIPES,
+  **tail_shift.RECIPES,
 }
 """Name -> recipe; a family is a file."""
 

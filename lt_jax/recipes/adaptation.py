@@ -13,7 +13,7 @@ from lt_jax.config import Overrides
 from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow, target_stream
 
 
-def _aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
+def aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
   """The one method of alignments, with one of them."""
   return {
     **target_stream(config),
@@ -42,7 +42,7 @@ def _beside(config: ConfigDict, **network: Any) -> Overrides:
   }
 
 
-def _judged(
+def judged(
   config: ConfigDict, name: str, hidden: tuple[int, ...], layer: str
 ) -> Overrides:
   """Adversarial training against a discriminator that reads one layer.
@@ -59,7 +59,7 @@ def _judged(
   }
 
 
-def _self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
+def self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
   """Linear heads on a layer, which tell what was done to an image."""
   return {
     **target_stream(config),
@@ -267,10 +267,10 @@ RECIPES: dict[str, Recipe] = {
     lambda config: after_source('coral', coral_shallow()), needs=('target',)
   ),
   'dann': Recipe(
-    lambda config: _judged(config, 'dann', (100,), 'conv'), needs=('target',)
+    lambda config: judged(config, 'dann', (100,), 'conv'), needs=('target',)
   ),
   'cdan': Recipe(
-    lambda config: _judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
+    lambda config: judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
   ),
   'mcd': Recipe(
     lambda config: {
@@ -288,24 +288,24 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'deep_coral': Recipe(
-    lambda config: _aligned(config, name='coral', align_on=('logits',)),
+    lambda config: aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
   ),
   'dan': Recipe(
-    lambda config: _aligned(
+    lambda config: aligned(
       config, name='mmd', align_on=('fc1', 'features', 'logits'), weight=RISING
     ),
     needs=('target',),
   ),
   'jan': Recipe(
-    lambda config: _aligned(config, name='joint_mmd', weight=RISING),
+    lambda config: aligned(config, name='joint_mmd', weight=RISING),
     needs=('target',),
   ),
   'entropy': Recipe(
-    lambda config: _aligned(config, name='entropy', weight={**ONE, 'weight': 0.1}),
+    lambda config: aligned(config, name='entropy', weight={**ONE, 'weight': 0.1}),
     needs=('target',),
   ),
-  'mcc': Recipe(lambda config: _aligned(config, name='mcc'), needs=('target',)),
+  'mcc': Recipe(lambda config: aligned(config, name='mcc'), needs=('target',)),
   'pseudo_label': Recipe(_pseudo_label, needs=('target',)),
   'i2i': Recipe(_i2i, needs=('target',)),
   'fda': Recipe(
@@ -313,10 +313,10 @@ RECIPES: dict[str, Recipe] = {
     needs=('target',),
   ),
   'self_supervised': Recipe(
-    lambda config: _self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
+    lambda config: self_supervised(config, 'conv', digit_rotation=4), needs=('target',)
   ),
   'self_supervised_photos': Recipe(
-    lambda config: _self_supervised(config, 'features', rotation=4, location=4, flip=2),
+    lambda config: self_supervised(config, 'features', rotation=4, location=4, flip=2),
     needs=('target',),
   ),
 }

@@ -16,12 +16,12 @@ META = {
 """Options of every method that learns weights."""
 
 
-def _meta_row(config: ConfigDict) -> Overrides:
+def meta_row(config: ConfigDict) -> Overrides:
   """A second stream: batches of the balanced meta set."""
   return {'meta': {'split': 'meta', 'batch': config.batch, 'every': 1}}
 
 
-def _reweight(**options: Any) -> Overrides:
+def reweight(**options: Any) -> Overrides:
   """The one method of weights that are a prior and an epsilon."""
   return {
     'name': 'meta_reweight',
@@ -39,9 +39,9 @@ def _reweight(**options: Any) -> Overrides:
 def _l2rw(config: ConfigDict) -> Overrides:
   """Learning to Reweight; the class weights are what its logs compare with."""
   return {
-    'method': _reweight(prior='none', clip=True, normalise=True, eps_lr=1.0),
+    'method': reweight(prior='none', clip=True, normalise=True, eps_lr=1.0),
     'class_weights': effective(),
-    'streams': _meta_row(config),
+    'streams': meta_row(config),
   }
 
 
@@ -61,11 +61,11 @@ def _mwn(config: ConfigDict) -> Overrides:
   return {
     'method': method,
     'players': {'weight_net': weight_net},
-    'streams': _meta_row(config),
+    'streams': meta_row(config),
   }
 
 
-def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
+def two_stages(config: ConfigDict, second: Overrides) -> Overrides:
   """Training without weights up to `defer_epoch`; then the same run, changed."""
   goes_on = (
     ('copy', {'pattern': '.*', 'stage': 'pretrain'}),
@@ -83,7 +83,7 @@ def _two_stages(config: ConfigDict, second: Overrides) -> Overrides:
 
 def _jamal(config: ConfigDict) -> Overrides:
   """Meta class-weights (Jamal et al.): pre-training, then learned weights."""
-  return _two_stages(config, {'method': _reweight(), 'streams': _meta_row(config)})
+  return two_stages(config, {'method': reweight(), 'streams': meta_row(config)})
 
 
 def _finetune(config: ConfigDict) -> Overrides:
@@ -117,7 +117,7 @@ RECIPES: dict[str, Recipe] = {
     lambda config: margin('ldam') | _jamal(config), paper='jamal', needs=('meta',)
   ),
   'meta_ce_control': Recipe(
-    lambda config: _two_stages(config, {}), paper='jamal', needs=('meta',)
+    lambda config: two_stages(config, {}), paper='jamal', needs=('meta',)
   ),
   'cb_finetune': Recipe(_finetune, paper='jamal', needs=('meta',)),
   'ce_plus_meta': Recipe(

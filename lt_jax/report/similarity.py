@@ -113,7 +113,7 @@ def _flow(shown: Sequence[Found]) -> Drawn:
     align = 'right' if side == 'left' else 'left'
     for name, height in zip(names, heights[side], strict=True):
       axes.text(
-        place, height, shortened(name), ha=align, va='center', color=INK, fontsize=8
+        place, height, _class(name), ha=align, va='center', color=INK, fontsize=8
       )
   axes.set(xlim=(-0.45, 1.45), ylim=(1.05, -0.05), xticks=[], yticks=[])
   axes.grid(visible=False)
@@ -149,3 +149,9 @@ def _accuracy(shown: Sequence[Found]) -> Drawn:
 
 def _short(name: str) -> str:
   return shortened(name.rstrip('/').rpartition('/')[2].rpartition(':')[2] or name)
+
+
+def _class(name: str) -> str:
+  """Returns what a class of one of several sources is called beside an axis."""
+  source, _, label = name.rpartition('/')
+  return shortened(f'{_short(source)}/{label}' if source else label)
