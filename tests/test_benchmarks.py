@@ -34,6 +34,7 @@ NAMES = (
   'tables',
   'train_step',
   'two_component',
+  'zero_shot',
 )
 
 
@@ -54,6 +55,7 @@ SMALL = {
   'adaptation_step': '--batch=4 --steps=2 --rounds=1',
   'segmentation_step': '--batch=1 --height=32 --width=48 --steps=2 --rounds=1',
   'depthwise': '--batch=2 --size=32 --rounds=1',
+  'zero_shot': '--images=200 --features=12 --rounds=1',
   'probe': '--images=60 --features=20 --classes=3 --rounds=1 --within=1e-3',
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import (
+  awa1,
   c_digits,
   c_digits_small,
   c_driving,
@@ -25,6 +26,7 @@ from configs import (
   digits_lt,
   digits_multitask,
   digits_transfer,
+  digits_zero_shot,
   fine_grained,
   gta5_cityscapes,
   imagenet,
@@ -36,6 +38,7 @@ from configs import (
   my_images,
   office31,
   office_caltech10,
+  open_world,
   pacs,
   places_lt,
   scenes,
@@ -46,6 +49,7 @@ from configs import (
   transfer,
   usps_mnist,
   visda,
+  xlsa,
 )
 from lt_jax import build, recipes, run, sharding, train
 from lt_jax.build import checks
@@ -86,6 +90,14 @@ CONFIGS = {
   'inat18': (inat18, ',net=resnet10'),
   'my_images': (my_images, ''),
 }
+
+DESCRIBED = {
+  'awa1': awa1,
+  'digits_zero_shot': digits_zero_shot,
+  'open_world': open_world,
+  'xlsa': xlsa,
+}
+"""Configs with unseen classes, which other recipes are for."""
 
 WITH_TARGET = {
   'digits_domains': digits_domains,
@@ -210,9 +222,9 @@ TRANSFER = {
 """Configs with tests of their own: test_transfer.py and test_multitask.py."""
 
 
-@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER])
+@pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER, *DESCRIBED])
 def test_a_config_says_what_it_claims_costs_and_runs(name):
-  module = (WITH_TARGET | TRANSFER).get(name) or CONFIGS[name][0]
+  module = (WITH_TARGET | TRANSFER | DESCRIBED).get(name) or CONFIGS[name][0]
   for part in ('Cost:', 'ublished', f'--config=configs/{name}.py'):
     assert part in module.__doc__
   assert inspect.signature(module.get_config).parameters['arg'].default is None
