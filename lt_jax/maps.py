@@ -371,7 +371,7 @@ def recalibrate(*, survey: Survey, net: Network, split: str = TARGET) -> Surgery
 
   Args:
     survey: passes with the stage's own network.
-    net: the network.
+    net: the same network, which normalises by the batch in training.
     split: whose images; their labels are not read.
 
   Raises:

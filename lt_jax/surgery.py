@@ -20,7 +20,7 @@ from jax import lax
 from lt_jax.errors import ClassError, UserError, suggest
 from lt_jax.evals.collect import Survey
 from lt_jax.inherited import inherit
-from lt_jax.method import Batch, Network, State, forward, init_net, named_key
+from lt_jax.method import Batch, Network, State, init_net, named_key
 from lt_jax.models.heads import centred_unit
 from lt_jax.models.layers import Layer, chopped
 from lt_jax.optim import anchored_here
@@ -126,48 +126,6 @@ def keep_layers(
       return {**rest, 'trunk': trunk} if trunk else rest
 
     return _with_net(fresh, with_drawn(params, drawn[0]), with_drawn(stats, drawn[1]))
-
-  return surgery
-
-
-def recalibrate(*, survey: Survey, net: Network, split: str = 'train') -> Surgery:
-  """Measures the batch statistics anew, on a whole split.
-
-  They become the mean of the statistics of its whole batches, of `eval_batch` images
-  without augmentation, each by the network as the surgeries before left it.
-
-  Args:
-    survey: passes with the stage's own network.
-    net: the same network, but normalising by the batch in training.
-    split: whose images.
-
-  Raises:
-    UserError: the split has not one whole batch.
-  """
-
-  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
-    params, stats = fresh.params['net'], fresh.stats['net']
-    if not stats or isinstance(jax.tree.leaves(stats)[0], jax.ShapeDtypeStruct):
-      return fresh
-    # From zero, one update is (1 - momentum) times the statistics of the batch.
-    zero = jax.tree.map(jnp.zeros_like, stats)
-    one = jax.tree.map(jnp.ones_like, stats)
-
-    def fold(outputs, batch):
-      del outputs
-      images, whole = batch['image'], batch['mask'].all().astype(jnp.float32)
-      from_zero = forward(net, params, zero, images, train=True)[1]
-      from_one = forward(net, params, one, images, train=True)[1]
-      measured = jax.tree.map(lambda a, b: a / (1 - (b - a)), from_zero, from_one)
-      return jax.tree.map(lambda x: x * whole, measured), whole
-
-    total, count = survey.total(fresh, split, fold)
-    if not count:
-      raise UserError(
-        f'model.batch_norm is recalibrate, but {split} has not one whole batch of '
-        'eval_batch images: lower config.eval_batch'
-      )
-    return _with_net(fresh, params, jax.tree.map(lambda x: x / count, total))
 
   return surgery
 

@@ -59,7 +59,7 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
   ):
     config_file.make('configs/digits_l.py')
   with pytest.raises(UserError, match=r'known: .*places_lt, .*\. A config .* without '):
-    config_file.make('zzz.py:ce')
+    config_file.make('nothing_here.py:ce')
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ KINDS = (
   r'(events|metrics)\.jsonl',
   r'(predictions|features|samples)\.npz',
   r'stages/\w+/metrics/\w+\.npz',
+  r'stages/\w+/parameters\.json',
   r'stages/\w+/checkpoints/manifests/(\d+|best)\.json',
   r'stages/\w+/checkpoints/(best/)?\d+/.*',
   r'tensorboard/\w+/events\.out\.tfevents\..*',

@@ -158,7 +158,7 @@ def test_the_surgery_estimates_with_the_network_of_an_earlier_stage():
   np.testing.assert_allclose(found, wanted, atol=1e-4)
   assert np.abs(wanted - shares).max() > 0.01
   with pytest.raises(UserError, match="no wrapper 'label_shift'"):
-    estimate(first, {'source': first})
+    estimate(fresh.replace(memory={}), {'source': first})
 
 
 def test_bbse_of_a_stage_takes_hard_predictions_and_validation_images(rng):

@@ -463,7 +463,7 @@ def _beginning(
   if config['model']['batch_norm'] == 'recalibrate':
     model = {**config['model'], 'batch_norm': 'global'}
     live = _network(model, dataset, config['batch'], 1, mesh)
-    found.append(surgery.recalibrate(survey=stage_survey, net=live))
+    found.append(maps.recalibrate(survey=stage_survey, net=live, split='train'))
   if config['optimizer'].get('anchored'):
     found.append(surgery.anchor())
   return found
