@@ -416,7 +416,7 @@ def conse_scores(
   return cosines(kept @ described, described)
 
 
-PENALTIES: dict[str, Any] = {'penalty': (0.1, 1.0, 10.0)}
+PENALTIES: dict[str, Any] = {'penalty': (1.0, 10.0, 100.0)}
 
 RIDGES: dict[str, Any] = {'penalty': tuple(10.0**power for power in range(-2, 4))}
 

@@ -152,8 +152,10 @@ RECIPES: dict[str, Recipe] = {
   'nearest_attributes': _closed_form(
     'nearest_cosine', 'attributes', 'penalty', rule='cosine'
   ),
-  'iap': _closed_form('iap', 'seen_classes', 'penalty', rule='iap'),
-  'conse': _closed_form('conse', 'seen_classes', 'penalty', rule='conse', top=10),
+  'iap': _closed_form('iap', 'seen_classes', 'penalty', rule='iap', most=4000),
+  'conse': _closed_form(
+    'conse', 'seen_classes', 'penalty', rule='conse', top=10, most=4000
+  ),
   'devise': _trained({'name': 'devise', 'margin': 0.1}, 'compatibility'),
   'sje': _trained({'name': 'sje', 'margin': 1.0}, 'compatibility'),
   'ale': _trained({'name': 'ale', 'margin': 1.0}, 'compatibility'),
