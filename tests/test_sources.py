@@ -128,6 +128,13 @@ def test_npz_of_features_and_of_other_splits(tmp_path):
       },
       r'x_train has the shape \(6, 3, 8, 9\), channels first.*transpose\(0, 2, 3, 1\)',
     ),
+    (
+      {
+        key: np.zeros((n, 3, 8, 8), np.float32)
+        for key, n in (('x_train', 6), ('x_test', 3))
+      },
+      r'x_train has the shape \(6, 3, 8, 8\), channels first.*transpose\(0, 2, 3, 1\)',
+    ),
   ],
 )
 def test_npz_faults_name_file_and_member(tmp_path, changes, message):

@@ -510,7 +510,7 @@ def _check_members(
         f'x_{split} must be uint8 or float images (N, H, W) or (N, H, W, channels), or '
         f'features (N, D), got {x_dtype} {x_shape}'
       )
-    if image and len(x_shape) == 4 and x_shape[1] in _PIL_MODES and x_shape[3] > 4:
+    if _channels_first(x_shape, image):
       raise ValueError(
         f'x_{split} has the shape {x_shape}, channels first: store '
         f'x_{split}.transpose(0, 2, 3, 1), which is (N, H, W, channels)'
@@ -535,6 +535,18 @@ def _check_members(
     shape, dtype = headers.get(key, ((1,), np.dtype('U')))
     if dtype.kind != 'U' or len(shape) != 1 or not shape[0]:
       raise ValueError(f'{key} must be strings (C,), got {dtype} {shape}')
+
+
+def _channels_first(shape: tuple[int, ...], image: bool) -> bool:
+  """Returns whether an array seems to be images (N, channels, H, W).
+
+  Args:
+    shape: of the array.
+    image: whether it is uint8; other arrays seem so only if they are square.
+  """
+  if len(shape) != 4 or shape[1] not in _PIL_MODES or shape[3] <= 4:
+    return False
+  return image or shape[2] == shape[3]
 
 
 def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
