@@ -68,6 +68,7 @@ def assert_same_run(workdir, unbroken):
         np.testing.assert_array_equal(found[name], expected[name])
 
 
+@pytest.mark.slow
 def test_kill_9_by_the_shell_at_three_random_moments(tmp_path, unbroken):
   """F1: the command itself, killed from outside and started again."""
   workdir = tmp_path / 'run'

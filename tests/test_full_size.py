@@ -97,8 +97,16 @@ def test_labels_are_scanned_once(inat, tmp_path):
   np.testing.assert_array_equal(first.counts, second.counts)
 
 
-@pytest.mark.parametrize('images', ['standard', '256'])
-@pytest.mark.parametrize('lists', ['standard', '256'])
+@pytest.mark.parametrize(
+  ('lists', 'images'),
+  [
+    ('standard', '256'),
+    *(
+      pytest.param(*pair, marks=pytest.mark.slow)
+      for pair in (('standard', 'standard'), ('256', 'standard'), ('256', '256'))
+    ),
+  ],
+)
 def test_places_in_both_spellings(tmp_path, lists, images):
   folder, root = mini.write_places(
     tmp_path, np.random.default_rng(0), lists=lists, images=images

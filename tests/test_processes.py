@@ -122,6 +122,7 @@ def test_one_is_killed_and_the_other_ends(tmp_path, alone):
   assert_same(workdir, alone)
 
 
+@pytest.mark.slow
 def test_one_hangs_and_the_other_gives_up(tmp_path):
   codes, words = run(tmp_path / 'run', faults=('give_up_after:5', 'hang_at:32'))
   assert codes[0] == 75

@@ -33,7 +33,7 @@ def values(workers, first, last, **options):
     return {step: int(read('train', step)['x'][0, 0]) for step in steps}
 
 
-@pytest.mark.parametrize('workers', [None, 0, 2])
+@pytest.mark.parametrize('workers', [None, 0, pytest.param(2, marks=pytest.mark.slow)])
 def test_payloads_are_those_of_their_steps(workers):
   assert values(workers, 3, 12) == {step: step for step in range(3, 12)}
 
@@ -43,7 +43,7 @@ def test_a_stream_that_is_not_always_there(workers):
   assert values(workers, 5, 21, every=4) == {8: 8, 12: 12, 16: 16, 20: 20}
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_is_read_beyond_the_last_step(workers):
   assert values(workers, 0, 1) == {0: 0}
   with reading.reading({'train': stream(workers)}, 7, 7):
@@ -57,6 +57,7 @@ def test_steps_out_of_order_are_a_mistake():
       read('train', 2)
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_context():
   with reading.reading({'train': stream(2)}, 0, 100) as read:
     read('train', 0)
@@ -93,6 +94,7 @@ def test_a_killed_worker_is_told():
   assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_an_error_that_cannot_be_sent_is_told_all_the_same():
   class Held(Exception):
     def __init__(self, what):
@@ -161,7 +163,7 @@ def test_a_reader_that_does_not_close_is_left_and_its_processes_killed(monkeypat
     close()
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stalled_worker_is_given_up(workers, monkeypatch):
   def stalled(step):
     if step == 1:
@@ -219,7 +221,7 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('workers', ['0', '1'])
+@pytest.mark.parametrize('workers', ['0', pytest.param('1', marks=pytest.mark.slow)])
 def test_a_read_that_never_ends_does_not_keep_the_process(workers, tmp_path):
   done = run_script(tmp_path, HUNG, workers)
   assert done.returncode == 75

@@ -77,6 +77,7 @@ def test_what_is_finished_is_not_run_again(swept):
   assert (workdir / 'ce' / '0' / 'events.jsonl').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
   workdir, _ = swept
   code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
