@@ -390,7 +390,8 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   # than the number of images is a mistake and not a class.
   first = arrays[f'y_{splits[0]}']
   if first.ndim > 1:
-    count = int(np.where(first == VOID, -1, first).max()) + 1
+    known = first[first != VOID]
+    count = int(known.max()) + 1 if known.size else 0
   else:
     count = min(int(first.max()) + 1, len(first))
   names = next((arrays[key] for key in _CLASS_NAMES if key in arrays), range(count))
