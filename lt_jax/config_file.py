@@ -105,7 +105,9 @@ def loader(name: str) -> Callable[..., ConfigDict]:
       config = module.get_config(*argument)
     if not isinstance(config, ConfigDict):
       found = type(config).__name__
-      raise UserError(f'{path}: get_config must return a ConfigDict; it returns {found}')
+      raise UserError(
+        f'{path}: get_config must return a ConfigDict; it returns {found}'
+      )
     return config
 
   return get_config

@@ -69,7 +69,10 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
     ('import lt_jaxx\n', ":1: ModuleNotFoundError: No module named 'lt_jaxx'"),
     ('\n\nx = (\n', ':3: SyntaxError: '),
     ('import json\ndef get_config():\n  json.loads("")\n', ':3: JSONDecodeError: Exp'),
-    ('def get_config():\n  return {}\n', ': get_config must return a ConfigDict; it returns dict'),
+    (
+      'def get_config():\n  return {}\n',
+      ': get_config must return a ConfigDict; it returns dict',
+    ),
     ('x = 1\n', ' defines no function get_config'),
   ],
 )
