@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from lt_jax import classifiers
 from lt_jax.results import versions
+from lt_jax.surgeries import classifiers
 
 
 def problem(images, features, classes):

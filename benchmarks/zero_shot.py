@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import linalg
 
-from lt_jax.closed_forms import FORMS, Seen
 from lt_jax.data.attributes import unit_rows
 from lt_jax.losses import make_loss
+from lt_jax.surgeries.closed_forms import FORMS, Seen
 
 ATTRIBUTES, CLASSES, BATCH = 85, 40, 64
 

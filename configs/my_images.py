@@ -27,7 +27,7 @@ Argument: a recipe (see docs/methods.md) and
 """
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
-from lt_jax.dialects import pixels
+from lt_jax.pretrained.dialects import pixels
 from lt_jax.protocols import Protocol, cosine, train_by
 from lt_jax.protocols.cutting import cut
 

@@ -34,7 +34,7 @@ Argument: a recipe (see docs/methods.md; `ce` fine-tunes everything) and
 """
 
 from lt_jax.config import apply, base_config, parse_arg
-from lt_jax.dialects import pixels
+from lt_jax.pretrained.dialects import pixels
 from lt_jax.protocols import Protocol, cosine
 from lt_jax.protocols.cutting import cut
 from lt_jax.protocols.transfer import transferred

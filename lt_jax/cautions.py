@@ -10,12 +10,13 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from lt_jax import footprint, shallow
+from lt_jax import footprint
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
 from lt_jax.config import SOURCE, TARGET, stage_config
 from lt_jax.data.attributes import names_of_words, words_of
 from lt_jax.errors import UserError
+from lt_jax.surgeries import shallow
 from lt_jax.train import state_shapes
 
 FITS = (*shallow.SURGERIES, 'nearest_class_mean')

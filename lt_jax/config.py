@@ -17,8 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from lt_jax import ours
 from lt_jax.errors import UserError, lookup, suggest
+from lt_jax.pretrained import ours
 
 Config = Mapping[str, Any]
 Overrides = dict[str, Any]

@@ -150,4 +150,6 @@ def _errors_name_the_line(path: str) -> Iterator[None]:
       frames = traceback.extract_tb(error.__traceback__)
       lines = [frame.lineno for frame in frames if frame.filename == path]
       place = f'{path}:{lines[-1]}' if lines else path
-    raise UserError(f'{place}: {type(error).__name__}: {error}') from error
+    # The text of a syntax error would say the place again.
+    told = getattr(error, 'msg', error)
+    raise UserError(f'{place}: {type(error).__name__}: {told}') from error

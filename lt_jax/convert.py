@@ -16,7 +16,7 @@ from typing import Any
 from lt_jax import commands
 from lt_jax.errors import UserError
 from lt_jax.files import check_out, write_atomically
-from lt_jax.pretrained import MOST_BYTES
+from lt_jax.pretrained.published import MOST_BYTES
 
 SOURCE = commands.path_flag('source', 'The file of PyTorch.')
 OUT = commands.out_flag()

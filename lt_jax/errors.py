@@ -14,6 +14,9 @@ T = TypeVar('T')
 WRONG_INPUT, DIVERGED, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 3, 75, 130, 143
 """Exit codes of a command, see `lt_jax.commands`."""
 
+MOST_SUGGESTED = 6
+"""How many names a message suggests at most."""
+
 
 class UserError(ValueError):
   """A mistake in what the user gave, told in one line; the command exits with 2.
@@ -57,17 +60,19 @@ def one_line(text: object) -> str:
 def suggest(name: str, known: Iterable[str]) -> str:
   """Returns "; did you mean X?" for a near miss, else the list of known names.
 
-  Names that begin with what was typed come before those that look like it, whatever
-  the case.
+  Names that begin with what was typed come first, then the one that looks most like
+  it, then those that contain it, whatever the case.
   """
   known = [str(k) for k in known]
   typed, folded = str(name).casefold(), {k.casefold(): k for k in known}
   near = [k for k in known if k.casefold().startswith(typed)]
-  if not 1 <= len(near) <= 3:
+  if not 1 <= len(near) <= MOST_SUGGESTED:
     near = [folded[k] for k in difflib.get_close_matches(typed, folded, n=1)]
-  told = ' or '.join(map(repr, near))
+  if not near and len(typed) > 3:
+    near = [k for k in known if typed in k.casefold()][:MOST_SUGGESTED]
   if near:
-    return f'; did you mean {told}?'
+    *others, last = map(repr, near)
+    return f'; did you mean {", ".join(others)}{" or " * bool(others)}{last}?'
   return f'; known: {", ".join(known)}' if known else ''
 
 

@@ -4,6 +4,9 @@ Reads config.json, not Python, and the newest checkpoint that passes every check
 nothing and leaves the run's own files alone. Writes evaluation.json.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from absl import flags
 from etils import epath
 
@@ -12,7 +15,6 @@ from lt_jax import (
   checkpoint,
   commands,
   files,
-  posthoc,
   provenance,
   results,
   trained,
@@ -21,6 +23,7 @@ from lt_jax.build import Experiment
 from lt_jax.cautions import cautions
 from lt_jax.errors import UserError
 from lt_jax.stage import BadImages
+from lt_jax.surgeries import posthoc
 from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
@@ -121,12 +124,23 @@ def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
   """
   config = trained.read_config(workdir)
   facts = trained.read_facts(workdir)
-  with trained.building():
+  with trained.building(), _naming(data_dir):
     placed = provenance.located(config, facts.get('found'), data_dir)
     experiment = build.build({**placed, 'device': 'any'})
   if facts['fingerprint'] != experiment.fingerprint:
     raise UserError(f'the data have changed since {workdir} was trained')
   return experiment
+
+
+@contextlib.contextmanager
+def _naming(data_dir: str | None) -> Iterator[None]:
+  """Has a `UserError` name the data that were given, if any."""
+  try:
+    yield
+  except UserError as error:
+    if data_dir is None or data_dir in str(error):
+      raise
+    raise UserError(f'--data_dir={data_dir}: {error}') from error
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lt_jax import export, ours, trained
+from lt_jax import export, trained
 from lt_jax.build.domains import NOT_LOADING
 from lt_jax.config import SOURCE, domain_data
 from lt_jax.data import augment
@@ -22,11 +22,12 @@ from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import load_dataset
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.streams import Split
-from lt_jax.dialects import pixels
 from lt_jax.errors import UserError, class_names
 from lt_jax.method import forward
 from lt_jax.models import make_classifier
-from lt_jax.pretrained import pretrained
+from lt_jax.pretrained import ours
+from lt_jax.pretrained.dialects import pixels
+from lt_jax.pretrained.published import pretrained
 
 BATCH = 64
 

@@ -118,12 +118,12 @@ def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
   rules = [('.*', rule) if isinstance(rule, Real) else rule for rule in rules]
   for rule in rules:
     match rule:
-      case [str(), Real()]:
+      case [str(), Real() as number] if math.isfinite(number):
         pass
       case _:
         raise UserError(
-          f'{key} is {value!r}; it must be a number or pairs of a pattern and a '
-          "number, such as (('net/head/bias', 0.0), ('.*', 2e-4))"
+          f'optimizer.{key} is {value!r}; it must be a finite number or pairs of a '
+          "pattern and a number, such as (('net/head/bias', 0.0), ('.*', 2e-4))"
         )
   return tuple((pattern, number) for pattern, number in rules)
 

@@ -33,7 +33,6 @@ from lt_jax import build, commands, evaluate, files, sharding, train, trained
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.experiment import PREPROCESSING
 from lt_jax.cautions import cautions
-from lt_jax.classifiers import CLASSIFIERS
 from lt_jax.config import resolve
 from lt_jax.data.streams import Pass, Split, evaluation_pass
 from lt_jax.errors import UserError, lookup
@@ -43,6 +42,7 @@ from lt_jax.method import State
 from lt_jax.models.taps import tap_shapes, tapped
 from lt_jax.report import drawing
 from lt_jax.report.page import STANDALONE
+from lt_jax.surgeries.classifiers import CLASSIFIERS
 from lt_jax.writers import write_npz
 
 WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()

@@ -533,7 +533,7 @@ def _banner(
         for name in members
         if name != SOURCE
       ),
-      *(('passed over', line) for line in dataset.passed_over),
+      *(('note', line) for line in dataset.passed_over),
       (
         'classes',
         f'{len(counts)}, {_some(counts)} {dataset.counted}, imbalance {imbalance:.4g}',

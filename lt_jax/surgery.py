@@ -19,13 +19,13 @@ from jax import lax
 
 from lt_jax.errors import ClassError, UserError, suggest
 from lt_jax.evals.collect import Survey
-from lt_jax.inherited import inherit
 from lt_jax.method import Batch, Network, State, init_net, named_key
 from lt_jax.models.heads import centred_unit
 from lt_jax.models.layers import Layer, chopped
 from lt_jax.optim import anchored_here
-from lt_jax.ours import origin
-from lt_jax.pretrained import pretrained
+from lt_jax.pretrained.inherited import inherit
+from lt_jax.pretrained.ours import origin
+from lt_jax.pretrained.published import pretrained
 
 PyTree = Any
 Surgery = Callable[[State, Mapping[str, State]], State]
@@ -71,7 +71,7 @@ def start_from(
     class_names: of the network's classes.
 
   Returns:
-    (state, what was taken, see `pretrained.Report`; 'head' says what became of it).
+    (state, what was taken, see `published.Report`; 'head' says what became of it).
 
   Raises:
     UserError: there are no such weights, or they are of another network.

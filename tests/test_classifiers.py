@@ -6,8 +6,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
-from lt_jax import classifiers
 from lt_jax.errors import UserError
+from lt_jax.surgeries import classifiers
 
 N, D, C = 120, 12, 4
 

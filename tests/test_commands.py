@@ -58,6 +58,8 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
     UserError, match=r"digits_l.py; did you mean 'digits_lt'\? A config"
   ):
     config_file.make('configs/digits_l.py')
+  with pytest.raises(UserError, match="did you mean 'digits_domains', 'digits_lt', "):
+    config_file.make('digits')
   with pytest.raises(UserError, match=r'known: .*places_lt, .*\. A config .* without '):
     config_file.make('nothing_here.py:ce')
 
@@ -67,7 +69,7 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
   [
     ('def get_config():\n  return 1 / 0\n', ':2: ZeroDivisionError: division by'),
     ('import lt_jaxx\n', ":1: ModuleNotFoundError: No module named 'lt_jaxx'"),
-    ('\n\nx = (\n', ':3: SyntaxError: '),
+    ('\n\nx = (\n', ":3: SyntaxError: '(' was never closed"),
     ('import json\ndef get_config():\n  json.loads("")\n', ':3: JSONDecodeError: Exp'),
     (
       'def get_config():\n  return {}\n',
@@ -82,6 +84,7 @@ def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, told):
   with pytest.raises(UserError) as error:
     config_file.make(str(path))
   assert str(error.value).startswith(f'{path}{told}')
+  assert str(error.value).count('own.py') == 1
 
 
 @pytest.mark.parametrize(

@@ -714,11 +714,12 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'log_every_steps': 0}, 'log_every_steps is 0'),
     ({'keep_checkpoints': -1}, 'keep_checkpoints is -1'),
     ({'seed': -1}, 'seed is -1'),
+    ({'seed': 2**31}, 'seed is 2147483648; it must be from 0 to 2147483647'),
     ({'method.accumulate': 0}, 'method.accumulate is 0'),
     ({'streams.meta': {'split': 'meta'}}, "does not read the stream 'meta'"),
     ({'data.test_per_class': -5}, 'data.test_per_class is -5'),
     ({'data.pad': -1}, 'data.pad is -1'),
-    ({'data.mean': [0.5, 0.5]}, 'must be 1 or 1 numbers'),
+    ({'data.mean': [0.5, 0.5]}, 'must be one number, as the images have 1 channel$'),
     ({'data.std': [0.0]}, 'must be positive'),
     ({'select': 'val/class_accuracy'}, "unknown metric to select by 'class_accuracy'"),
     ({'wrappers': {'ema': {'decay': 1.5}}}, 'decay must be in'),
@@ -729,11 +730,20 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'surgeries': [['copy', 'train']]}, 'each must be a name and its options'),
     (
       {'optimizer.weight_decay': ['x']},
-      r"weight_decay is \['x'\]; it must be a nu",
+      r"optimizer.weight_decay is \['x'\]; it must be a finite nu",
+    ),
+    ({'optimizer.weight_decay': [['.*', 1e999]]}, 'weight_decay is .*a finite number'),
+    (
+      {'class_weights': {'name': 'effective_number', 'beta': 1.5}},
+      'class_weights.beta is 1.5; it must be from 0 to 1',
+    ),
+    (
+      {'select': 'val/accuracy', 'data.val_per_class': 0},
+      "select is 'val/accuracy', but there are no val.* data.val_per_class above 0",
     ),
     (
       {'optimizer.weight_decay': [['.*']]},
-      'weight_decay is .*; it must be a number',
+      'weight_decay is .*; it must be a finite number',
     ),
     (
       {'optimizer.learning_rate_scale': 'x'},
@@ -749,7 +759,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'schedule.factors': ['x', 2]}, "factors: one of it is 'x'; it must be a number"),
     ({'schedule': {'name': 'constant'}}, "schedule is {'name': 'constant'}: .*'base'"),
     ({'loss': {}}, "loss is {}: .*'name'"),
-    ({'data.mean': ['x']}, 'must be 1 or 1 numbers'),
+    ({'data.mean': ['x']}, 'must be one number, as the images have 1 channel$'),
     ({'data.n_max': 900}, 'digits: class 0: .* images asked'),
   ],
 )

@@ -1,16 +1,17 @@
-"""Messages name classes: wherever it is noticed, by number and by name."""
+"""Messages: classes are named by number and name, and near misses are suggested."""
 
 import numpy as np
 import pytest
 from etils import epath
 
-from lt_jax import build, posthoc, run, stage
+from lt_jax import build, run, stage
 from lt_jax.class_weights import make_class_weights
 from lt_jax.data.episodes import episodes
 from lt_jax.data.samplers import SAMPLERS
-from lt_jax.errors import ClassError, UserError, class_names
+from lt_jax.errors import ClassError, UserError, class_names, suggest
 from lt_jax.evals.openmax import fit_tails
-from lt_jax.losses import make_loss
+from lt_jax.losses import LOSSES, make_loss
+from lt_jax.surgeries import posthoc
 from lt_jax.surgery import _means
 from tests import tiny
 
@@ -65,3 +66,18 @@ def test_a_stage_that_begins_knows_the_names(named_npz, tmp_path, monkeypatch):
   monkeypatch.setattr(stage, 'operate', operate)
   with pytest.raises(UserError, match=r"class 3 \('dog'\) has no image in val"):
     run.run(tiny.config(named_npz, 'ce'), epath.Path(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+  ('typed', 'known', 'told'),
+  [
+    ('ldm', LOSSES, "; did you mean 'ldam'?"),
+    ('LDAM', LOSSES, "; did you mean 'ldam'?"),
+    ('focal', LOSSES, "; did you mean 'softmax_focal' or 'sigmoid_focal'?"),
+    ('ab', ['abc', 'abd', 'abe'], "; did you mean 'abc', 'abd' or 'abe'?"),
+    ('xyz', ['abc', 'abd'], '; known: abc, abd'),
+    ('xyz', [], ''),
+  ],
+)
+def test_near_misses_are_suggested(typed, known, told):
+  assert suggest(typed, known) == told

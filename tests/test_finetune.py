@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import build, export, method, ours, run, surgery, train
+from lt_jax import (
+  build,
+  export,
+  method,
+  run,
+  surgery,
+  train,
+)
 from lt_jax.config import base_config, resolve
 from lt_jax.errors import UserError
 from lt_jax.models import make_classifier
 from lt_jax.models.layers import chopped, trunk_layers
 from lt_jax.models.taps import tapped
 from lt_jax.optim import make_optimizer
+from lt_jax.pretrained import ours
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('one_device')

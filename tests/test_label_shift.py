@@ -12,7 +12,7 @@ from lt_jax.data.longtail import class_counts
 from lt_jax.errors import UserError
 from lt_jax.evals.label_shift import bbse, confusion, em
 from lt_jax.method import Method, State
-from lt_jax.shift import ESTIMATORS, label_shift
+from lt_jax.surgeries.shift import ESTIMATORS, label_shift
 
 SOURCE = np.array([0.5, 0.3, 0.2])
 TARGET = np.array([0.1, 0.3, 0.6])

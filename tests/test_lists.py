@@ -104,6 +104,11 @@ def test_paths_with_blanks_unicode_and_windows_line_ends(tmp_path):
       ['c.png 1', 'd.png 2'],
       r':2: label 2, but .*train.txt has labels up to 1',
     ),
+    (
+      'train',
+      ['a.png 1', 'b.png 2', 'e.png 2'],
+      ': labels must start at 0; these start at 1',
+    ),
     ('val', ['c.png -1'], ':1: label -1: it must not be negative'),
     ('open', ['c.png -1', 'd.png 0'], ':2: label 0: in an open list all are -1'),
     ('open', ['c.png -2'], ':1: label -2: in an open list all are -1'),

@@ -10,13 +10,14 @@ from flax import linen as nn
 from sklearn.decomposition import PCA
 
 from configs import digits_domains
-from lt_jax import build, maps, shallow, train
+from lt_jax import build, train
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
 from lt_jax.methods.pairs import as_source
 from lt_jax.models.normalisation import BatchNorm
+from lt_jax.surgeries import maps, shallow
 from lt_jax.surgery import copy
 
 D, C = 6, 3

@@ -58,6 +58,14 @@ def test_what_has_no_files_has_not_moved():
     places.moved({'source': 'digits', 'dir': ''}, '/new')
 
 
+def test_what_is_wrong_with_moved_data_names_them():
+  told = 'data.mean is (0.5, 0.5, 0.5); it must be one number'
+  for given, whole in (('/new', f'--data_dir=/new: {told}'), (None, told)):
+    with pytest.raises(UserError) as error, evaluate._naming(given):
+      raise UserError(told)
+    assert str(error.value) == whole
+
+
 def test_a_bucket_is_where_it_is():
   data = {'source': 'tfds:cifar10', 'dir': 'gs://bucket/data'}
   assert places.place(data) == data and not places.gone(data)

@@ -13,7 +13,7 @@ from lt_jax.errors import UserError
 from lt_jax.evals import openmax
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
-from lt_jax.posthoc import (
+from lt_jax.surgeries.posthoc import (
   adjust_logits,
   choose_tau,
   fit_openmax,

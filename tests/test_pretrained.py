@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lt_jax import convert, pretrained
+from lt_jax import convert
 from lt_jax.errors import UserError
 from lt_jax.models import Classifier, make_classifier
 from lt_jax.models.heads import linear
 from lt_jax.models.resnet import RESNETS, basic, bottleneck, resnet
+from lt_jax.pretrained import published
 from tests.golden import resnet_torch as golden
 
 TRUNKS = {**RESNETS, 'caffe': functools.partial(resnet, bottleneck, (1, 2, 1, 1))}
@@ -40,7 +41,7 @@ def zeros(shapes):
 
 
 def weights(tensors):
-  return pretrained.Weights(tensors, 'FILE', '', '', (), ())
+  return published.Weights(tensors, 'FILE', '', '', (), ())
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +91,7 @@ def outputs_of(name):
 
   def load(shapes):
     tensors = {key: golden.tensor(key, shape) for key, shape in shapes}
-    params, stats, report = pretrained.assign(
+    params, stats, report = published.assign(
       weights(tensors), *map(zeros, shapes_of(net)), head=True
     )
     assert report.fresh == report.dropped == ()
@@ -155,7 +156,7 @@ def test_pytorch_computes_what_is_stored(stored):
 def test_a_head_is_taken_where_it_fits_and_is_wanted(classes, head, taken):
   """Of shapes, as in a rehearsal, which are checked and stay what they are."""
   shapes = shapes_of(TINY)
-  params, stats, report = pretrained.assign(
+  params, stats, report = published.assign(
     weights(tiny_state(classes)), *shapes, head=head
   )
   assert (params, stats) == shapes
@@ -178,7 +179,7 @@ def test_a_file_with_any_prefix_and_type(tmp_path, prefix, dtype):
   path.write_bytes(
     made({prefix + k: v if v.ndim == 0 else v.astype(dtype) for k, v in state.items()})
   )
-  params, stats, report = pretrained.pretrained(
+  params, stats, report = published.pretrained(
     str(path), *map(zeros, shapes_of(TINY)), head=True
   )
   block = params['trunk']['stage2_block1']
@@ -191,7 +192,7 @@ def test_a_file_with_any_prefix_and_type(tmp_path, prefix, dtype):
   ):
     np.testing.assert_array_equal(ours, theirs.astype(dtype).astype(np.float32))
     assert ours.dtype == np.float32
-  assert report._replace(loaded=0) == pretrained.Report(
+  assert report._replace(loaded=0) == published.Report(
     source=str(path),
     revision='',
     sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -211,7 +212,7 @@ def test_what_is_beside_the_trunk_stays(tmp_path):
   net = make_classifier('resnet10', trunk_options={'width': 4}, **options)
   params, stats = zeros(shapes_of(net))
   save_file(tiny_state(), tmp_path / 'w.safetensors')
-  moved, _, report = pretrained.pretrained(
+  moved, _, report = published.pretrained(
     str(tmp_path / 'w.safetensors'), params, stats, head=True
   )
   assert report.dropped == ('fc.bias', 'fc.weight')
@@ -231,7 +232,7 @@ def test_another_network_is_named_and_counted(stored):
   }
   shapes = shapes_of(make_classifier('resnet50', 'linear', 10))
   with pytest.raises(UserError) as error:
-    pretrained.assign(weights(tensors), *shapes)
+    published.assign(weights(tensors), *shapes)
   line = str(error.value)
   # ResNet-50 has 53 convolutions and as many norms of 4 arrays, ResNet-18 20 of each.
   missing = 5 * (53 - 20)
@@ -241,10 +242,10 @@ def test_another_network_is_named_and_counted(stored):
   assert f'({missing} missing, ' in line and '\n' not in line
   shapes = shapes_of(make_classifier('resnet32', 'linear', 10))
   with pytest.raises(UserError, match="'layer1.2.conv1.weight' is missing"):
-    pretrained.assign(weights(tensors), *shapes)
+    published.assign(weights(tensors), *shapes)
   shapes = shapes_of(make_classifier('digits_cnn', 'linear', 10))
   with pytest.raises(UserError, match='no published weights are known'):
-    pretrained.assign(weights(tensors), *shapes)
+    published.assign(weights(tensors), *shapes)
 
 
 def change(name, value):
@@ -275,7 +276,7 @@ def test_weights_that_do_not_fit_are_refused(edit, message):
   state = tiny_state()
   edit(state)
   with pytest.raises(UserError, match=message) as error:
-    pretrained.assign(weights(state), *shapes_of(TINY))
+    published.assign(weights(state), *shapes_of(TINY))
   assert len(str(error.value)) < 300 and str(error.value).isprintable()
 
 
@@ -319,7 +320,7 @@ GOOD = made({'a': np.arange(6, dtype=np.float32).reshape(2, 3)})
 def test_a_good_file_is_read(tmp_path):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(GOOD)
-  found = pretrained.load(str(path))
+  found = published.load(str(path))
   np.testing.assert_array_equal(found.tensors['a'], [[0, 1, 2], [3, 4, 5]])
 
 
@@ -358,7 +359,7 @@ def test_a_file_that_lies_is_refused(tmp_path, data, message):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(data)
   with pytest.raises(UserError, match=message) as error:
-    pretrained.load(str(path))
+    published.load(str(path))
   line = str(error.value)
   assert line.startswith(str(path)) and line.isprintable()
   assert len(line) < len(str(path)) + 250
@@ -369,7 +370,7 @@ def test_a_file_is_refused_by_its_size_before_it_is_read(tmp_path):
   path.write_bytes(GOOD)
   os.truncate(path, 2**42)  # takes no space
   with pytest.raises(UserError, match='4398046511104 bytes, more than any weights'):
-    pretrained.load(str(path))
+    published.load(str(path))
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -377,7 +378,7 @@ def test_what_is_no_file_is_refused(tmp_path):
   (tmp_path / 'folder.safetensors').mkdir()
   for name in ('pipe', 'folder', 'absent'):
     with pytest.raises(UserError, match='there is no file'):
-      pretrained.load(str(tmp_path / f'{name}.safetensors'))
+      published.load(str(tmp_path / f'{name}.safetensors'))
 
 
 class Hostile:
@@ -409,14 +410,14 @@ def test_nothing_is_unpickled(tmp_path, name, message):
     else:
       pickle.dump(Hostile(mark), file)
   with pytest.raises(UserError, match=message):
-    pretrained.load(str(path))
+    published.load(str(path))
   assert not mark.exists()
 
 
 @pytest.mark.parametrize('name', ['resnet50', '', 'a/b/c', '/timm/resnet50', 'a b/c'])
 def test_a_name_that_means_nothing(name):
   with pytest.raises(UserError, match='no .safetensors file, and no OWNER/MODEL'):
-    pretrained.load(name)
+    published.load(name)
 
 
 # Downloads, with no network.
@@ -467,7 +468,7 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
   hub.answers = [LocalEntryNotFoundError(), str(path), str(path)]
   for revision, expected in ((None, 2), ('main', 3)):
     name = 'timm/resnet18.tv_in1k' + (f'@{revision}' if revision else '')
-    found = pretrained.load(name)
+    found = published.load(name)
     assert (found.source, found.revision) == (name, '5f1c0ffee')
     assert found.mean == (0.485, 0.456, 0.406) and found.std == (0.229, 0.224, 0.225)
     assert len(hub.asked) == expected
@@ -480,7 +481,7 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
     True,
   ]
   hub.answers = [str(path)]
-  assert pretrained.load('timm/resnet18.a1_in1k').mean == ()
+  assert published.load('timm/resnet18.a1_in1k').mean == ()
 
 
 @pytest.mark.parametrize(
@@ -494,7 +495,7 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
 def test_a_download_that_cannot_be(hub, error, message):
   hub.answers = [LocalEntryNotFoundError(), error]
   with pytest.raises(UserError, match=f'^timm/resnet50.tv_in1k: {message}') as raised:
-    pretrained.load('timm/resnet50.tv_in1k')
+    published.load('timm/resnet50.tv_in1k')
   address = (
     'https://huggingface.co/timm/resnet50.tv_in1k/resolve/main/model.safetensors'
   )
@@ -504,13 +505,13 @@ def test_a_download_that_cannot_be(hub, error, message):
 def test_a_download_that_may_succeed_later(hub):
   hub.answers = [LocalEntryNotFoundError(), HfHubHTTPError('503\nbusy')]
   with pytest.raises(OSError, match=r"not downloaded: 'HfHubHTTPError: 503\\nbusy'"):
-    pretrained.load('someone/model')
+    published.load('someone/model')
 
 
 def test_a_network_we_do_not_have_is_not_downloaded(hub):
   """Of timm's, some have our names and shapes, but pool otherwise."""
   with pytest.raises(UserError, match="network of timm 'resnetaa50'; did you mean"):
-    pretrained.load('timm/resnetaa50.a1h_in1k')
+    published.load('timm/resnetaa50.a1h_in1k')
   assert hub.asked == []
 
 
@@ -519,7 +520,7 @@ def test_without_the_package(monkeypatch):
   with pytest.raises(
     UserError, match='downloading needs pip install .*; or fetch https'
   ):
-    pretrained.load('timm/resnet50.tv_in1k')
+    published.load('timm/resnet50.tv_in1k')
 
 
 def test_the_real_package_without_a_network(tmp_path, monkeypatch):
@@ -527,9 +528,9 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
   with pytest.raises(UserError, match='there is no network to download it'):
-    pretrained.load('timm/resnet50.tv_in1k')
+    published.load('timm/resnet50.tv_in1k')
   with pytest.raises(UserError, match='that is no name of a model'):
-    pretrained.load('timm--/resnet50--a')
+    published.load('timm--/resnet50--a')
 
 
 # The converter.
@@ -573,7 +574,7 @@ def test_a_file_of_pytorch_is_converted(tmp_path, wrapper):
   source = (tmp_path / 'w.pth').rename(tmp_path / f'w-{digest[:8]}.pth')
   out = tmp_path / 'w.safetensors'
   assert convert.convert(str(source), str(out)) == len(state)
-  params, _, report = pretrained.pretrained(
+  params, _, report = published.pretrained(
     str(out), *map(zeros, shapes_of(TINY)), head=True
   )
   assert report.fresh == () and np.all(params['trunk']['norm']['scale'] == 1)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_jax import pretrained
 from lt_jax.errors import UserError
 from lt_jax.models import make_classifier
 from lt_jax.models.convolution import Conv, conv, dilated, kaiming
@@ -19,6 +18,7 @@ from lt_jax.models.efficientnet import EfficientNetLite, Stage
 from lt_jax.models.fcn import FullyConvolutionalVGG, fcn
 from lt_jax.models.resnet import basic, bottleneck, resnet
 from lt_jax.models.segmentation import Segmenter
+from lt_jax.pretrained import published
 from tests.golden import resnet_torch
 from tests.golden import segmentation_torch as golden
 
@@ -63,8 +63,8 @@ def loaded(name, net, tensors):
   )
   if name != 'discriminator':
     trunk = {k: value for k, value in tensors.items() if not k.startswith('head.')}
-    weights = pretrained.Weights(trunk, 'FILE', '', '', (), ())
-    params, stats, report = pretrained.assign(weights, params, stats)
+    weights = published.Weights(trunk, 'FILE', '', '', (), ())
+    params, stats, report = published.assign(weights, params, stats)
     assert all(path.startswith('head/') for path in report.fresh)
     assert not report.dropped
 
@@ -282,8 +282,8 @@ def test_weights_of_vgg_fit_a_trunk_without_hidden_layers(stored):
   shapes = jax.eval_shape(
     functools.partial(net.init, train=False), jax.random.key(0), images
   )
-  weights = pretrained.Weights(tensors | beside, 'FILE', '', '', (), ())
-  report = pretrained.assign(weights, shapes['params'], shapes['batch_stats'])[2]
+  weights = published.Weights(tensors | beside, 'FILE', '', '', (), ())
+  report = published.assign(weights, shapes['params'], shapes['batch_stats'])[2]
   assert set(report.dropped) == set(beside)
   assert report.loaded == sum('num_batches' not in key for key in tensors)
 

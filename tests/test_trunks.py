@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lt_jax import pretrained
-from lt_jax.dialects import LITE
 from lt_jax.errors import UserError
 from lt_jax.models import Classifier, make_classifier
 from lt_jax.models.convolution import Conv, conv, kaiming
@@ -22,6 +20,8 @@ from lt_jax.models.heads import linear
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.plain import STYLES, VGG, AlexNet, adaptive_mean, response_norm
 from lt_jax.models.taps import tap_shapes, tapped
+from lt_jax.pretrained import published
+from lt_jax.pretrained.dialects import LITE
 from tests.golden import resnet_torch
 from tests.golden import trunks_torch as golden
 
@@ -173,8 +173,8 @@ def shapes_by_name(name):
 
 def assigned(name, tensors):
   """Returns (params, stats, report) of a network with tensors loaded."""
-  weights = pretrained.Weights(tensors, 'FILE', '', '', (), ())
-  return pretrained.assign(weights, *map(zeros, shapes_by_name(name)), head=True)
+  weights = published.Weights(tensors, 'FILE', '', '', (), ())
+  return published.assign(weights, *map(zeros, shapes_by_name(name)), head=True)
 
 
 @pytest.mark.parametrize('name', golden.NETWORKS)
@@ -295,13 +295,13 @@ def test_alexnet_of_another_style(stored):
 def test_pixels_that_a_model_expects(model, mean, monkeypatch, tmp_path):
   path = tmp_path / 'model.safetensors'
   path.write_bytes(b'\2\0\0\0\0\0\0\0{}')
-  monkeypatch.setattr(pretrained, '_download', lambda source: (str(path), 'r'))
-  assert pretrained.load(model).mean == mean
+  monkeypatch.setattr(published, '_download', lambda source: (str(path), 'r'))
+  assert published.load(model).mean == mean
 
 
 def test_a_network_of_timm_that_pads_otherwise_is_not_downloaded():
   with pytest.raises(UserError, match="'efficientnet_lite0'; did you mean 'tf_effic"):
-    pretrained._download('timm/efficientnet_lite0.ra_in1k')
+    published._download('timm/efficientnet_lite0.ra_in1k')
 
 
 # Parts.
@@ -467,7 +467,7 @@ def test_published_weights_name_photographs():
     ]
   )
   net = make_classifier('efficientnet_lite0', 'linear', 1000)
-  params, stats, report = pretrained.pretrained(
+  params, stats, report = published.pretrained(
     str(path), *map(zeros, shapes_of(net, 224, 224)), head=True
   )
   assert report.fresh == report.dropped == ()

@@ -16,7 +16,6 @@ from configs import xlsa
 from lt_jax import build, run, trained
 from lt_jax.build import checks
 from lt_jax.cautions import cautions
-from lt_jax.closed_forms import FORMS, Seen, softmax_regression
 from lt_jax.config import resolve
 from lt_jax.data.attributes import EMBEDDED, binary, unit_rows
 from lt_jax.errors import UserError
@@ -30,7 +29,8 @@ from lt_jax.evals.zero_shot import (
 )
 from lt_jax.losses import make_loss
 from lt_jax.models import HEADS, make_classifier
-from lt_jax.zero_shot import Classes, best_gamma, choose
+from lt_jax.surgeries.closed_forms import FORMS, Seen, softmax_regression
+from lt_jax.surgeries.zero_shot import Classes, best_gamma, choose
 from tests import mini_zsl
 
 UNSEEN = np.isin(np.arange(mini_zsl.CLASSES), mini_zsl.UNSEEN)

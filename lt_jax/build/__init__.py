@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax import maps, posthoc, shallow, sharding, shift, surgery, zero_shot
 from lt_jax import method as wrappers
+from lt_jax import sharding, surgery
 from lt_jax.build.checks import (
   check_all_is_used,
   check_collapse,
@@ -63,6 +63,7 @@ from lt_jax.optim import (
   per_parameter,
 )
 from lt_jax.players import make_players
+from lt_jax.surgeries import maps, posthoc, shallow, shift, zero_shot
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = (

@@ -42,6 +42,7 @@ RANGES = {
   'defer_epoch': (0, 1e9),
   'sampler.start_epoch': (0, 1e9),
   'class_weights.start_epoch': (0, 1e9),
+  'class_weights.beta': (0, 1),
   'schedule.base': (0, 1e30),
   'method.weight': (0, 1e30),
   'penalty.weight': (0, 1e30),
@@ -56,7 +57,7 @@ def check_ranges(config: Config) -> None:
     value = flat.get(key, least)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # NaN is in no range
-      raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:g}')
+      raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:.10g}')
 
 
 def check_surgeries(surgeries: Any) -> None:
@@ -119,9 +120,10 @@ def check_channels(data: Config, channels: int) -> None:
       isinstance(value, int | float) for value in values
     )
     if not numbers or len(values) not in (1, channels):
+      many = f'one number or {channels} numbers' if channels > 1 else 'one number'
       raise UserError(
-        f'data.{key} is {values!r}; it must be 1 or {channels} numbers, as the images '
-        f'have {channels} channels'
+        f'data.{key} is {values!r}; it must be {many}, as the images have {channels} '
+        f'channel{"s" * (channels > 1)}'
       )
   if not all(value > 0 for value in data['std']):
     raise UserError(f'data.std is {data["std"]!r}; it must be positive')

@@ -56,7 +56,10 @@ def selection(
     if not adapts:
       raise UserError(f'select is {select!r}, but no target is adapted to')
     if metric in label_free.NEED_VAL and 'val' not in dataset.splits:
-      raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+      raise UserError(
+        f'select is {select!r}, but there are no validation images: set '
+        'data.val_per_class above 0'
+      )
     return Selection(split, metric, criterion.better)
   if split != 'val' or not metric:
     raise UserError(
@@ -66,7 +69,10 @@ def selection(
   choices = {name: one for name, one in task.metrics.items() if one.better}
   better = lookup(choices, 'metric to select by', metric).better
   if split not in dataset.splits:
-    raise UserError(f'select is {select!r}, but there is no val: data.val_per_class')
+    raise UserError(
+      f'select is {select!r}, but there are no validation images: set '
+      'data.val_per_class above 0'
+    )
   if metric in groups and not groups[metric].any():
     raise UserError(f'select is {select!r}, but no class is {metric}-shot')
   return Selection(split, metric, better)

@@ -319,6 +319,8 @@ def _class_names(folder: str, train: ImageList) -> tuple[str, ...]:
     )
   file = os.path.join(folder, 'classes.txt')
   if not os.path.exists(file):
+    if train.labels.min() == 1:
+      raise UserError(f'{train.file}: labels must start at 0; these start at 1')
     return tuple(str(label) for label in range(largest + 1))
   names = tuple(read_lines(file))
   if len(names) != largest + 1:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax import classifiers
 from lt_jax.errors import UserError, lookup
+from lt_jax.surgeries import classifiers
 
 
 def pooled(x: jax.Array, budget: int) -> jax.Array:

@@ -154,8 +154,8 @@ def as_source(state: State) -> State:
   """Returns the State that predicts images of the source.
 
   Where each domain has statistics of its own, or a map of features
-  (`lt_jax.maps`), those of the source, called NAME_source, take the place of the
-  target's, by which the network is deployed. An average of parameters
+  (`lt_jax.surgeries.maps`), those of the source, called NAME_source, take the place of
+  the target's, by which the network is deployed. An average of parameters
   (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
   """
 

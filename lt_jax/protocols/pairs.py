@@ -6,8 +6,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
-from lt_jax.dialects import pixels
 from lt_jax.errors import UserError, lookup
+from lt_jax.pretrained.dialects import pixels
 from lt_jax.protocols import Protocol, train_by
 
 BATCH = 32

@@ -107,8 +107,8 @@ SHALLOW: dict[str, Overrides] = {
 }
 """Classifiers that are fitted to features in a stage of no steps.
 
-'judge' is the key of `lt_jax.classifiers.CLASSIFIERS` by which something is chosen for
-one, the others are keys of a stage.
+'judge' is the key of `CLASSIFIERS` in `lt_jax.surgeries.classifiers` by which something
+is chosen for one, the others are keys of a stage.
 """
 
 

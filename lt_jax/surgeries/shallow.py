@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax import classifiers
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Batch, Method, Outputs, State
+from lt_jax.surgeries import classifiers
 from lt_jax.surgery import Surgery, put
 
 HEAD = 'params/net/head'

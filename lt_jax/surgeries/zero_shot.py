@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax.closed_forms import FORMS, ClosedForm, Hyper, Params, Seen
 from lt_jax.data.attributes import unit_rows
 from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError, lookup, suggest
@@ -24,6 +23,7 @@ from lt_jax.evals.zero_shot import (
   seen_unseen_curve,
 )
 from lt_jax.method import Batch, Method, Outputs, State
+from lt_jax.surgeries.closed_forms import FORMS, ClosedForm, Hyper, Params, Seen
 from lt_jax.surgery import Surgery, earlier_stage, put
 
 MEMORY = 'calibrated_stacking'

@@ -1,7 +1,7 @@
 """What a run of ours, or an export of it, gives to others: preprocessing and classes.
 
 A source of weights is ours if it is the folder of a run, or a .safetensors file that
-`lt_jax.export` wrote. `lt_jax.inherited` takes the weights themselves.
+`lt_jax.export` wrote. `lt_jax.pretrained.inherited` takes the weights themselves.
 """
 
 import json

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_jax import classifiers
 from lt_jax.errors import UserError, lookup
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Batch, Method, Network, Outputs, State, forward
 from lt_jax.models.heads import product
-from lt_jax.shallow import (
+from lt_jax.surgeries import classifiers
+from lt_jax.surgeries.shallow import (
   check_linear,
   check_wrapped,
   examples,

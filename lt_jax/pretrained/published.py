@@ -32,10 +32,10 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from lt_jax.dialects import DIALECTS, TIMM, TORCHVISION, Dialect
 from lt_jax.errors import UserError, lookup
 from lt_jax.files import is_remote
 from lt_jax.models.resnet import RESNETS
+from lt_jax.pretrained.dialects import DIALECTS, TIMM, TORCHVISION, Dialect
 
 PyTree = Any
 

@@ -15,8 +15,8 @@ from etils import epath
 
 from lt_jax.checkpoint import Checkpoints
 from lt_jax.errors import UserError
-from lt_jax.ours import Origin
-from lt_jax.pretrained import load
+from lt_jax.pretrained.ours import Origin
+from lt_jax.pretrained.published import load
 
 PyTree = Any
 
@@ -24,7 +24,7 @@ FIELDS = ('params', 'stats')
 
 
 class Taken(NamedTuple):
-  """What was taken, for result.json; of `pretrained.Report` the same names.
+  """What was taken, for result.json; of `published.Report` the same names.
 
   Attributes:
     source: the run or file.

@@ -1,0 +1,1 @@
+"""Weights to begin with: published ones, and those of runs of ours."""
