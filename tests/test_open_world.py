@@ -136,7 +136,7 @@ def test_the_report_draws_the_curve(trained_run):
   assert f'{100 * result["test"]["ausuc"]:.1f} %' in page
 
 
-@pytest.mark.parametrize('recipe', ['ale', 'two_tower', 'dap'])
+@pytest.mark.parametrize('recipe', ['ale', 'two_tower', 'dap', 'feature_generator'])
 @pytest.mark.parametrize('module', [open_world, digits_zero_shot])
 def test_other_recipes_build(module, recipe):
   experiment = build.build(resolve(module.get_config(recipe)), devices=1)

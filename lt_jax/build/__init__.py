@@ -577,6 +577,7 @@ def _method(
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,
+    class_vectors=dataset.class_vectors,
     image_shape=dataset.image_shape,
   )
   method = made(METHODS, 'method', name, net, optimizer)

@@ -185,8 +185,11 @@ def _images(
   positions = math.ceil(clock.length * batch / (clock.batch * every)) if clock else 0
 
   def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
-    with class_names(dataset.class_names):
-      sampling = _sampler(own, drawn, order, batch, config['epochs'], positions, stream)
+    there = learned if labelled and not images.of_pixels else np.ones_like(learned)
+    with class_names([dataset.class_names[c] for c in np.flatnonzero(there)]):
+      sampling = _sampler(
+        own, drawn, there, order, batch, config['epochs'], positions, stream
+      )
     return sampling.length, train_stream(
       drawn,
       sampling,
@@ -428,6 +431,7 @@ def workers(number: int) -> int:
 def _sampler(
   options: Config,
   split: Split | Unlabelled,
+  learned: np.ndarray,
   order: np.ndarray | None,
   batch: int,
   epochs: float,
@@ -436,7 +440,9 @@ def _sampler(
 ) -> Sampler:
   """Builds a sampler; before its start, a whole epoch, instance sampling serves.
 
-  A curriculum goes by the epochs of the stage, however many images the stream has.
+  A curriculum goes by the epochs of the stage, however many images the stream has. One
+  that draws by class is told of the learned classes (C,) bool alone, as if there were
+  no others.
   """
   options = dict(options)
   start = options.pop('start_epoch', 0)
@@ -455,7 +461,7 @@ def _sampler(
       raise UserError(
         f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
       )
-    images = split.labels
+    images = split.labels if learned.all() else (np.cumsum(learned) - 1)[split.labels]
   sampler = construct(
     SAMPLERS,
     'sampler',

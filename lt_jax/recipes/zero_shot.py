@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
 from lt_jax.recipes import adaptation
-from lt_jax.recipes.parts import ALL_BUT_HEAD, Recipe, copy
+from lt_jax.recipes.parts import ALL_BUT_HEAD, CLASS_AWARE, Recipe, copy
 
 VALIDATE: Overrides = {'shot_groups': ('fitted',)}
 """A training on the seen classes but those of validation."""
@@ -84,6 +84,43 @@ def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
     }
 
   return Recipe(overrides, needs=('class_vectors',))
+
+
+def _feature_generator(config: ConfigDict) -> Overrides:
+  """A generator of features beside a linear head, on a trunk that is trained before.
+
+  Of features that nothing trains there is no such stage before.
+  """
+  schedule = {'name': 'cosine', 'base': 3e-3, 'end': config.get_ref('epochs')}
+  player = {
+    'network': {'name': 'generator', 'hidden': (256,)},
+    'optimizer': {'name': 'adam'},
+    'schedule': schedule,
+  }
+  generate = {
+    'method': {'name': 'feature_generator'},
+    'players': {'generator': player},
+    'optimizer': {'name': 'adam'},
+    'schedule': schedule,
+    'sampler': CLASS_AWARE['sampler'],
+  }
+  stages: dict[str, Overrides] = {}
+  for name, trunk, own in (
+    ('validate', 'validate_trunk', VALIDATE),
+    ('train', 'trunk', {}),
+  ):
+    taken = {}
+    if config.model.trunk != 'identity':
+      stages[trunk] = dict(own)
+      taken = {'surgeries': (copy(ALL_BUT_HEAD, trunk),)}
+    stages[name] = {**generate, **own, **taken}
+  stages['calibrated'] = {
+    'epochs': 0.0,
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (copy('net/.*', 'train'), ('choose_gamma', {'stage': 'validate'})),
+  }
+  return {'stages': stages, 'stage_order': tuple(stages)}
 
 
 def _zsda(config: ConfigDict) -> Overrides:
@@ -163,5 +200,6 @@ RECIPES: dict[str, Recipe] = {
   'two_tower_distance': _trained(
     SQUARED_DISTANCE, 'two_tower', fixed='classes', distance=True
   ),
+  'feature_generator': Recipe(_feature_generator, needs=('class_vectors',)),
   'zsda': Recipe(_zsda, needs=('target', 'class_vectors')),
 }
