@@ -42,6 +42,7 @@ from configs import (
   pacs,
   places_lt,
   scenes,
+  scenes_zero_shot,
   svhn_mnist,
   synsigns_gtsrb,
   synth_svhn,
@@ -95,6 +96,7 @@ DESCRIBED = {
   'awa1': awa1,
   'digits_zero_shot': digits_zero_shot,
   'open_world': open_world,
+  'scenes_zero_shot': scenes_zero_shot,
   'xlsa': xlsa,
 }
 """Configs with unseen classes, which other recipes are for."""

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits_zero_shot, xlsa
+from configs import digits_zero_shot, scenes_zero_shot, xlsa
 from lt_jax import build, checkpoint, run, sharding, train
 from lt_jax.config import resolve
+from lt_jax.data import masks, scenes
 from lt_jax.errors import UserError
+from lt_jax.evals.zero_shot import ZERO_SHOT_SEGMENTATION
 from lt_jax.losses.alignment import FAMILY, class_mmd
 from lt_jax.methods.generation import batch_features
 from tests import mini_zsl
@@ -173,3 +175,88 @@ def test_mistakes_are_one_line(change, told):
   with pytest.raises(UserError, match=told) as error:
     build.build(resolve(made), devices=1)
   assert '\n' not in str(error.value)
+
+
+# Pixels.
+
+
+PIXEL_RECIPES = ('zero_shot_pixels', 'zero_shot_pixels_self_training', 'boundless')
+
+
+@pytest.fixture
+def few(monkeypatch):
+  monkeypatch.setattr(scenes, 'SPLITS', {'train': 16, 'val': 8, 'test': 8})
+
+
+def pixel_config(recipe):
+  made = scenes_zero_shot.get_config(f'{recipe},train=16,steps=4,target=real')
+  made.update(batch=8, eval_batch=8, log_every_steps=2)
+  made.model.trunk_options = {'width': 4}
+  for stage in made.stages.values():
+    for player in stage.get('players', {}).values():
+      if 'width' in player.network:
+        player.network.width = 4
+  return resolve(made)
+
+
+@pytest.mark.parametrize('recipe', PIXEL_RECIPES[1:])  # the first is in the second
+def test_unseen_classes_have_no_pixel_but_in_test_images(recipe, few):
+  experiment = build.build(pixel_config(recipe), devices=1)
+  source, gone = experiment.dataset, [2, 6]
+  assert source.unseen.tolist() == [c in gone for c in range(7)]
+  assert not source.counts[gone].any() and (source.counts[[0, 1, 3]] > 0).all()
+  for split in ('train', 'val'):
+    assert not np.isin(source.splits[split].arrays['label'], gone).any()
+  assert np.isin(source.tests['test'].arrays['label'], gone).any()
+  for stage in experiment.stages.values():
+    state = train.state_shapes(stage.method, stage.streams)
+    metrics = train.metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+    assert ('discrepancy' in metrics) == (stage.name == 'generate')
+    assert ('labelled' in metrics) == (stage.name == 'self_training')
+    assert not stage.uses_target_labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', PIXEL_RECIPES)
+def test_pixels_from_end_to_end(recipe, few, tmp_path):
+  result = run.run(pixel_config(recipe), tmp_path)
+  for found in (result['test'], *result['domains'].values()):
+    seen, unseen = found['seen'], found['unseen']
+    mean = 2 * seen * unseen / (seen + unseen) if seen + unseen else 0
+    assert found['harmonic_mean'] == pytest.approx(mean)
+
+
+def test_the_views_of_pixels_by_hand():
+  unseen = np.array([False, False, True])
+  matrix = np.array([[4, 0, 1], [0, 2, 0], [2, 1, 3]])
+  sums = np.ones((1, 15))
+  records = {'confusion': matrix[None], 'pixels': sums, 'right': sums}
+  records |= {'confidence': sums, 'loss': np.ones(1), 'entropy': np.ones(1)}
+  task = ZERO_SHOT_SEGMENTATION.bind(unseen, None, ())
+  found = task.measure(records, num_classes=3, groups={})
+  seen, of_unseen = (4 / 7 + 2 / 3) / 2, 3 / 7
+  assert (found['seen'], found['unseen']) == pytest.approx((seen, of_unseen))
+  assert found['harmonic_mean'] == pytest.approx(2 / (1 / seen + 1 / of_unseen))
+  assert task.headline == 'harmonic_mean'
+
+
+def test_classes_of_files_are_made_void_too():
+  ids = masks.make_ids(('a', 'b', 'c'), raw=(10, 20, 30))
+  files = masks.LabelledFiles('', (), (), ids)
+  hidden = masks.without_classes(files, np.array([False, True, False]))
+  stored = np.array([[10, 20], [30, 255]])
+  found = hidden.ids.classes(stored, 'map')
+  np.testing.assert_array_equal(found, [[0, masks.VOID], [2, masks.VOID]])
+  with pytest.raises(UserError, match='id 7'):
+    hidden.ids.classes(np.array([[7]]), 'map')
+
+
+def test_a_head_that_reads_neighbours_is_refused(few):
+  made = pixel_config('zero_shot_pixels')
+  made['model']['head'] = 'multi_dilation'
+  with pytest.raises(UserError, match="single pixels.*such as 'linear'"):
+    build.build(made, devices=1)
+  made = pixel_config('zero_shot_pixels')
+  made['task'] = 'segmentation'
+  with pytest.raises(UserError, match="set config.task to 'zero_shot_segmentation'"):
+    build.build(made, devices=1)

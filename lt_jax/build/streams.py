@@ -158,7 +158,8 @@ def _images(
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled and images.of_pixels:
-    _check_maps(images, stream, learned)
+    unseen = dataset.unseen if dataset.unseen is not None else ~learned & learned
+    _check_maps(images, stream, learned | unseen)
   elif labelled:
     kept = learned[images.labels]
     places = places[kept]
@@ -221,7 +222,13 @@ def _images(
 
 
 def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
-  """Refuses images without a label map, and to learn only some of the classes."""
+  """Refuses images without a label map, and to learn only some of the classes.
+
+  Args:
+    images: of the stream.
+    stream: its name.
+    learned: (C,) bool, the classes that are learned, or have no pixel.
+  """
   if not learned.all():
     raise UserError('shot_groups is for labels of whole images: set it to ()')
   source = images.source

@@ -43,7 +43,7 @@ def feature_generator(
   class_vectors: np.ndarray | None,
   base: np.ndarray,
   per_class: int = 4,
-  pixels: int = 512,
+  most_pixels: int = 512,
 ) -> Method:
   r"""Trains a generator of features, and a head on real and generated ones.
 
@@ -57,8 +57,8 @@ def feature_generator(
   C classes. Trunk and batch statistics stay as they are: an earlier stage has trained
   them. With balanced batches all classes weigh the same in h.
 
-  Of a network that classifies pixels, v are features of single pixels: as many as
-  `pixels` of a batch, drawn so that each class is as likely as another.
+  Of a network that classifies pixels, v are features of single pixels: at most
+  `most_pixels` of a batch, drawn so that each class is as likely as another.
 
   Args:
     net: returns a dict with 'features' (B, D), or the 'map' (B, h, w, D).
@@ -68,7 +68,7 @@ def feature_generator(
     class_vectors: (C, A), s.
     base: (C,) bool, the classes S.
     per_class: features that are generated in a step for each class of U.
-    pixels: see above.
+    most_pixels: see above.
 
   Raises:
     UserError: no descriptions, no class of U, or a head that classifies a pixel by its
@@ -139,7 +139,7 @@ def feature_generator(
     drawing, real, others = (
       named_key(state.key, name, state.step) for name in ('pixels', 'real', 'unseen')
     )
-    v, label = batch_features(outputs, batch['label'], drawing, pixels)
+    v, label = batch_features(outputs, batch['label'], drawing, most_pixels)
     v = lax.stop_gradient(v)
     generator = player.net.clone(size=v.shape[-1])
 
