@@ -13,6 +13,7 @@ from lt_jax.errors import UserError
 from lt_jax.evals.zero_shot import ZERO_SHOT_SEGMENTATION
 from lt_jax.losses.alignment import FAMILY, class_mmd
 from lt_jax.methods.generation import batch_features
+from lt_jax.report.zero_shot import placed_by_description
 from tests import mini_zsl
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -260,3 +261,24 @@ def test_a_head_that_reads_neighbours_is_refused(few):
   made['task'] = 'segmentation'
   with pytest.raises(UserError, match="set config.task to 'zero_shot_segmentation'"):
     build.build(made, devices=1)
+
+
+# The report.
+
+
+def test_a_description_is_placed_where_the_others_lead_to(rng):
+  vectors = rng.normal(size=(6, 3))
+  unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+  label = np.repeat(np.arange(6), 2)
+  spread = np.tile([[1.0], [-1.0]], (6, 4))  # none in the mean of a class
+  mixing = rng.normal(size=(3, 4))
+  points = (unit @ mixing)[label] + spread
+  seen = np.arange(6) < 5
+  found = placed_by_description(points, label, vectors, seen, penalty=0.5)
+  means = points.reshape(6, 2, 4).mean(1)[:5]
+  gram = unit[:5].T @ unit[:5] + 0.5 * np.eye(3)
+  ridge = np.linalg.solve(gram, unit[:5].T @ (means - means.mean(0)))
+  np.testing.assert_allclose(found, unit @ ridge + means.mean(0), atol=1e-6)
+  other = np.where(label[:, None] == 5, 99.0, points)  # not fitted to
+  again = placed_by_description(other, label, vectors, seen, penalty=0.5)
+  np.testing.assert_array_equal(found, again)

@@ -129,7 +129,7 @@ def test_a_class_is_added_by_the_command_line(trained_run):
 def test_the_report_draws_the_curve(trained_run):
   folder, result = trained_run
   page = report.page.write(folder / 'run').read_text()
-  for name in ('seen_unseen', 'described_errors'):
+  for name in ('seen_unseen', 'described_errors', 'described_features'):
     assert (folder / 'run' / 'figures' / f'{name}.svg').exists(), name
   assert 'gamma chosen by validation classes' in page
   assert not (folder / 'run' / 'figures' / 'attributes.svg').exists()
