@@ -175,7 +175,11 @@ def test_labels_of_the_surest_of_every_class():
   survey = type('', (), {'collect': lambda s, state, split, keep: keep(
     {'logits': logits}, {})})()  # fmt: skip
   labels = top_of_class(survey, None, split='target/train', portion=0.3)
-  assert labels.tolist() == [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
+  expected = [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
+  assert labels.tolist() == expected
+  logits = logits.reshape(1, 5, 2, 3)  # of pixels
+  labels = top_of_class(survey, None, split='target/train', portion=0.3)
+  assert labels.shape == (1, 5, 2) and labels.ravel().tolist() == expected
 
 
 def test_zsda_builds_and_names_no_label_of_the_target():

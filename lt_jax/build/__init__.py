@@ -579,6 +579,7 @@ def _method(
     streams=tuple(config['streams']),
     base=learned,
     class_vectors=dataset.class_vectors,
+    unseen=dataset.unseen,
     image_shape=dataset.image_shape,
   )
   method = made(METHODS, 'method', name, net, optimizer)

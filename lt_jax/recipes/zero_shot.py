@@ -144,7 +144,8 @@ def _pixels(
     config: the config.
     first: the training of the network; None: that of the config.
     learns_from: the domain, 'source' or 'target', whose pixels get the labels of which
-      the network is surest in every class; empty: none.
+      the network is surest in every class; empty: none. They stay as they are: drawn
+      anew as the network changes, those of unseen classes die out.
   """
   stages: dict[str, Overrides] = {
     'train': first or {},
@@ -155,16 +156,21 @@ def _pixels(
     },
   }
   if learns_from:
-    split = 'train' if learns_from == 'source' else 'target/train'
-    thresholds = 'class_thresholds', {'split': split, 'portion': 0.2}
+    saved = 'top_of_class' if learns_from == 'source' else 'target/train/top_of_class'
+    stages['generate']['save_outputs'] = (saved,)
+    read = {'stage': 'generate', 'arrays': {'pseudo_label': 'top_of_class'}}
     stages['self_training'] = {
-      **target_stream(config, domain=learns_from),
+      **target_stream(config, domain=learns_from, **read),
       'shot_groups': ('seen', 'unseen'),
       'epochs': config.get_ref('epochs') * 0.5,
       'schedule': {'name': 'constant', 'base': config.schedule.get_ref('base') * 0.1},
-      'method': {'name': 'pseudo_label', 'statistics': 'separate'},
+      'method': {
+        'name': 'saved_label',
+        'statistics': 'separate',
+        'only_unseen': learns_from == 'source',
+      },
       'alignment': {'weight': adaptation.ONE},
-      'surgeries': (copy('net/.*', 'generate'), thresholds),
+      'surgeries': (copy('net/.*', 'generate'),),
       'select': 'last',
     }
   return {'model': {'head': 'linear'}, 'stages': stages, 'stage_order': tuple(stages)}
