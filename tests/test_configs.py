@@ -693,7 +693,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'stage_order': ['trian']}, "did you mean 'train'"),
     (
       {'stages.train': {'epohs': 1.0}},
-      "sets 'epohs', which a stage cannot; did you mean 'epochs'",
+      "stage 'train' cannot set 'epohs'; did you mean 'epochs'",
     ),
     ({'select': 'best'}, 'it is .last. or such as'),
     ({'model.batch_norm': 7}, 'model.batch_norm is 7'),
