@@ -54,13 +54,13 @@ def public_functions(family):
 
 
 def test_each_function_that_has_a_name_in_a_config_has_an_example():
-  parser, without, found = doctest.DocTestParser(), [], set()
+  parser, without, found = doctest.DocTestParser(), set(), set()
   for name in MODULES:
     for attribute, value in vars(importlib.import_module(f'lt_jax.{name}')).items():
       if attribute.isupper() and isinstance(value, dict):
         for function in public_functions(value):
           found.add(function.__name__)
           if not parser.get_examples(inspect.getdoc(function)):
-            without.append(f'{function.__module__}.{function.__name__}')
+            without.add(f'{function.__module__}.{function.__name__}')
   assert {'balanced_softmax', 'coral', 'class_aware', 'leep', 'cosine'} <= found
   assert not without, 'add an "Examples:" section to their docstrings'
