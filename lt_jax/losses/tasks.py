@@ -22,7 +22,7 @@ def softmax(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 
   Examples:
     >>> losses, valid = softmax(jnp.zeros((2, 2)), jnp.array([0, -1]))
-    >>> round(losses[0].item(), 3), valid.tolist()
+    >>> round(losses.tolist()[0], 3), valid.tolist()
     (0.693, [True, False])
   """
   valid = labels >= 0
@@ -41,7 +41,7 @@ def sigmoid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 
   Examples:
     >>> losses, valid = sigmoid(jnp.zeros((1, 2)), jnp.array([[1, -1]]))
-    >>> round(losses[0, 0].item(), 3), valid.tolist()
+    >>> round(losses.tolist()[0][0], 3), valid.tolist()
     (0.693, [[True, False]])
   """
   labels = labels.reshape(logits.shape)
