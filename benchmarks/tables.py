@@ -145,6 +145,11 @@ TABLES = {
     'source_only,dann,deep_coral,mcc,ocda_source,ocda,target_only',
     '0,1,2',
   ),
+  'scenes_zero_shot': Sweep(
+    'scenes_zero_shot.py:target=real',
+    'zero_shot_pixels,zero_shot_pixels_self_training,boundless',
+    '0,1,2',
+  ),
   'scenes': Sweep('scenes.py', PIXELS, '0,1,2'),
   'camvid_dusk': Sweep('camvid_dusk.py', PIXELS, '0,1,2'),
   'cifar10_lt_cb_focal': Sweep(

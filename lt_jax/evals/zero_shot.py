@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data.attributes import binary
-from lt_jax.evals import classification
+from lt_jax.evals import classification, segmentation
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.collect import Collected
 from lt_jax.evals.tasks import Across, Metric, Record, Task
@@ -323,6 +323,45 @@ def _across(
   return found._replace(arrays={'zero_shot': arrays})
 
 
+# Pixels.
+
+
+def zero_shot_segmentation_task(
+  unseen: np.ndarray, vectors: np.ndarray | None, columns: tuple[str, ...]
+) -> Task:
+  """Returns the task of segmentation whose views are by which classes are unseen.
+
+  Args:
+    unseen: (C,) bool.
+    vectors: not used.
+    columns: not used.
+  """
+  del vectors, columns
+  return segmentation.SEGMENTATION._replace(
+    measure=functools.partial(_measure_pixels, unseen), metrics=PIXEL_METRICS
+  )
+
+
+def _measure_pixels(
+  unseen: np.ndarray,
+  records: Collected,
+  *,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns the metrics of segmentation, S and U as mean IoU, and H of these.
+
+  Every pixel is predicted to be of one of all classes; so there is no view of unseen
+  classes alone.
+  """
+  groups = {**groups, 'seen': ~unseen, 'unseen': unseen}
+  found = segmentation.measure(records, num_classes=num_classes, groups=groups)
+  seen, other = found['seen'], found['unseen']
+  both = seen is not None and other is not None
+  mean = float(harmonic_mean(seen, other)) if both else None
+  return {**found, 'harmonic_mean': mean}
+
+
 METRICS = {
   'zero_shot': Metric('zero-shot T'),
   'unseen': Metric('unseen U'),
@@ -341,6 +380,10 @@ METRICS = {
   },
 }
 
+PIXEL_METRICS = {
+  name: METRICS[name] for name in ('harmonic_mean', 'unseen', 'seen')
+} | segmentation.METRICS
+
 ZERO_SHOT = Task(
   record=classification.record,
   keep=classification.keep,
@@ -350,3 +393,9 @@ ZERO_SHOT = Task(
   bind=zero_shot_task,
 )
 """Classes with images and classes with a description alone."""
+
+ZERO_SHOT_SEGMENTATION = segmentation.SEGMENTATION._replace(
+  metrics=PIXEL_METRICS, bind=zero_shot_segmentation_task
+)
+"""The same where every pixel has a label. Between domains, seen classes are shared, and
+unseen ones private to the target."""
