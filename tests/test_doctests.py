@@ -22,6 +22,7 @@ MODULES = (
   'evals.open_set',
   'evals.openmax',
   'evals.ordering',
+  'evals.probing',
   'evals.segmentation',
   'evals.similarity',
   'evals.transferability',

@@ -137,7 +137,7 @@ def central_moments(
   Examples:
     >>> source = {'logits': jnp.zeros((2, 1))}  # sigmoid 1/2
     >>> target = {'logits': jnp.full((2, 1), np.log(3))}  # sigmoid 3/4
-    >>> round(central_moments(source, target, layers=['logits']).item(), 3)
+    >>> round(central_moments(source, target, layers=['logits'], order=2).item(), 3)
     0.25
 
   Zellinger et al., "Central Moment Discrepancy (CMD) for Domain-Invariant
@@ -304,6 +304,12 @@ def class_mmd(
 
   Returns:
     () discrepancy; 0 where no class has two vectors.
+
+  Examples:
+    >>> real, generated, labels = jnp.zeros((2, 1)), jnp.ones((2, 1)), jnp.array([0, 0])
+    >>> found = class_mmd(real, generated, labels, bandwidths=[1])
+    >>> round(found.item(), 3)  # 2 - 2 / e
+    1.264
 
   Gretton et al., JMLR 13, 2012, lemma 6; class by class as in Bucher et al., arXiv
   1906.00817, section 3.1.
