@@ -53,13 +53,23 @@ def distance(
 
 
 def entropy_of(outputs: Outputs) -> jax.Array:
-  """Returns the entropy of the softmax in nats, (B,): near is what is sure."""
+  """Returns the entropy of the softmax in nats, (B,): near is what is sure.
+
+  Examples:
+    >>> round(entropy_of({'logits': jnp.zeros((1, 2))}).item(), 3)  # log 2
+    0.693
+  """
   log_p = jax.nn.log_softmax(outputs['logits'])
   return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
 def nearest_first(scores: np.ndarray) -> np.ndarray:
-  """Returns positions (N,) int32 by rising score; equal ones in stored order."""
+  """Returns positions (N,) int32 by rising score; equal ones in stored order.
+
+  Examples:
+    >>> nearest_first(np.array([0.3, 0.1, 0.2])).tolist()
+    [1, 2, 0]
+  """
   return np.argsort(scores, kind='stable').astype(np.int32)
 
 

@@ -25,7 +25,12 @@ CURVE_POINTS = 1000
 
 
 def harmonic_mean(seen: Any, unseen: Any) -> Any:
-  """Returns 2 S U / (S + U), 0 where both are 0."""
+  """Returns 2 S U / (S + U), 0 where both are 0.
+
+  Examples:
+    >>> round(float(harmonic_mean(0.6, 0.3)), 3), float(harmonic_mean(0.0, 0.0))
+    (0.4, 0.0)
+  """
   total = np.asarray(seen + unseen, np.float64)
   product = 2 * np.asarray(seen, np.float64) * unseen
   return np.divide(product, total, out=np.zeros(total.shape), where=total > 0)
@@ -105,6 +110,13 @@ def seen_unseen_curve(scores: Scores, unseen: np.ndarray) -> Curve | None:
   Returns:
     The curve; None where images of either kind are missing.
 
+  Examples:
+    >>> label, unseen = np.array([0, 1]), np.array([False, True])
+    >>> scores = scores_of(np.array([[2.0, 1.0], [2.0, 1.0]]), label, unseen)
+    >>> curve = seen_unseen_curve(scores, unseen)
+    >>> curve.at(0.5), curve.at(1.5), curve.area
+    ((1.0, 0.0), (0.0, 1.0), 0.5)
+
   Source: Chao et al., An Empirical Study and Analysis of Generalized Zero-Shot
   Learning, arXiv 1605.04253, equation 3 and section 4.
   """
@@ -138,6 +150,12 @@ def scores_of(logits: np.ndarray, label: np.ndarray, unseen: np.ndarray) -> Scor
     logits: (N, C).
     label: (N,) int.
     unseen: (C,) bool.
+
+  Examples:
+    >>> logits, unseen = np.array([[2.0, 3.0, 1.0]]), np.array([False, False, True])
+    >>> scores = scores_of(logits, np.array([0]), unseen)
+    >>> scores.seen_class.tolist(), scores.unseen_score.tolist()
+    ([1], [1.0])
   """
   found = []
   for mask in (~unseen, unseen):
@@ -155,6 +173,11 @@ def class_mean_accuracy(
     label: (N,) int.
     prediction: (N,) int.
     classes: (C,) bool.
+
+  Examples:
+    >>> label, prediction = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    >>> class_mean_accuracy(label, prediction, classes=np.array([True, True]))
+    0.5
   """
   mask = classes[label]
   if not mask.any():
