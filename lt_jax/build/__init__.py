@@ -204,9 +204,10 @@ def _build_stage(
   look: Callable[[], None],
 ) -> Stage:
   """Builds one stage from its merged config."""
-  dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups, dataset)
+  dataset = domains.dataset(config['domain'])
   task = _task(config['task'], dataset)
+  groups = _groups(config, domains) | task.groups(dataset.counts)
+  learned = learned_classes(config['shot_groups'], groups, dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
@@ -316,9 +317,12 @@ def _task(name: str, dataset: Dataset) -> Task:
 
   Raises:
     UserError: there are unseen classes, and the task has no views by them, or the
-      reverse.
+      reverse; or test images lack what it reads.
   """
   task = lookup(TASKS, 'task', name)
+  for read, how in task.reads.items():
+    if 'test' not in dataset.tests or read not in dataset.tests['test'].numbers():
+      raise UserError(f'task {name!r} needs a {read} of every test image: {how}')
   if (dataset.unseen is None) != (task.bind is None):
     raise UserError(
       f'task {name!r} is for data with unseen classes: set data.unseen'
