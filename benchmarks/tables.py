@@ -10,8 +10,9 @@ faster for networks as small as those; on an accelerator there is one sweep, wit
 follows `--` as its options, such as `-- --vectorise`. The tables in print are those of
 report.md in the same folder.
 
-With any other option (`-- --config.epochs=2`, `-- --methods=ce --seeds=0`) a table is
-not the one in print, and its numbers go to DIR/NAME.json.
+An option may also say where the data are (`-- --config.data.source=npz:FILE`). With any
+other (`-- --config.epochs=2`, `-- --methods=ce --seeds=0`) a table is not the one in
+print, and its numbers go to DIR/NAME.json.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -40,12 +42,23 @@ ONE_DOMAIN = [
 ]
 """Recipes that learn from one data set alone."""
 
+TWO_DOMAINS = [name for name, made in RECIPES.items() if made.needs == ('target',)]
+"""Recipes that adapt images of one domain to another, and their controls."""
+
+ZERO_SHOT = [n for n, made in RECIPES.items() if made.needs == ('class_vectors',)]
+
+FINE_TUNING = [n for n, made in RECIPES.items() if made.needs == ('init',)]
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 CIFAR = (
   'ce,focal,cb_ce,cb_focal,ldam,ldam_drw,ce_drw,balanced_softmax,l2rw,mwn,meta_ce,'
   'meta_ce_control,meta_focal,meta_ldam,crt,tau_norm'
 )
+
+PAIR = 'source_only,dann,adda,dan,deep_coral,self_supervised,fda,target_only'
+
+PIXELS = 'source_only,entropy,minent,advent,fda,mean_teacher,target_only'
 
 
 class Sweep(NamedTuple):
@@ -112,6 +125,26 @@ TABLES = {
     '0,1,2,3,4',
     ('--grid=defer_epoch=0,160', *SWITCHES),
   ),
+  'digits_domains': Sweep('digits_domains.py', ','.join(TWO_DOMAINS), '0,1,2,3,4'),
+  'digits_zero_shot': Sweep('digits_zero_shot.py', ','.join(ZERO_SHOT), '0,1,2,3,4'),
+  'open_world': Sweep('open_world.py', ','.join(ZERO_SHOT), '0,1,2,3,4'),
+  'digits_transfer': Sweep(
+    'digits_transfer.py', ','.join(['ce', *FINE_TUNING]), '0,1,2,3,4'
+  ),
+  'mnist_mnistm': Sweep('mnist_mnistm.py', f'{PAIR},sa', '0,1,2'),
+  'mnist_usps': Sweep('mnist_usps.py:steps=2000', f'{PAIR},sa', '0,1,2'),
+  'usps_mnist': Sweep('usps_mnist.py:steps=2000', f'{PAIR},sa', '0,1,2'),
+  'c_digits_small': Sweep(
+    'c_digits_small.py:epochs=10',
+    'source_only,dann,adda_cycada,ocda,ocda_released,ocda_no_memory,'
+    'ocda_no_indicator,ocda_random_order,ocda_oracle_domains,target_only',
+    '0,1,2',
+  ),
+  'c_mazes': Sweep(
+    'c_mazes.py', 'source_only,dann,deep_coral,mcc,ocda,target_only', '0,1,2'
+  ),
+  'scenes': Sweep('scenes.py', PIXELS, '0,1,2'),
+  'camvid_dusk': Sweep('camvid_dusk.py', PIXELS, '0,1,2'),
   'cifar10_lt_cb_focal': Sweep(
     'cifar10_lt.py:imbalance=100', 'cb_focal', '0,1,2', (GAMMAS, BETAS, *VALIDATED)
   ),
@@ -135,7 +168,7 @@ TABLES = {
 }
 """name -> its sweep, the most telling first."""
 
-SAME_TABLE = {'--vectorise'}
+SAME_TABLE = re.compile(r'--vectorise|--config\.(data|domains\.\w+)\.(source|dir)=.*')
 """Options with which a table is still the one in print."""
 
 
@@ -207,6 +240,10 @@ def table(config, runs):
         'best_on_test': [(r['best_on_test'] or {}).get('accuracy') for r in results],
         'learned_over_prior': [learned_over_prior(run) for run in group.counted],
         'val_accuracy': [(r.get('val') or {}).get('accuracy') for r in results],
+        'domains': {
+          name: [result['domains'][name][headline(results)] for result in results]
+          for name in results[0].get('domains') or {}
+        },
         'test': {
           metric: [result['test'][metric] for result in results]
           for metric in TITLES
@@ -217,14 +254,24 @@ def table(config, runs):
   return rows
 
 
+def headline(results):
+  """Returns the metric that tables show of every domain."""
+  return next(metric for metric in TITLES if metric in results[0]['test'])
+
+
 def overrides(before, config):
   """Returns the options that make of a recipe's configuration that of a run."""
   before = trained_by(resolve(before))
   return [
-    f'--config.{key}={tuple(value) if isinstance(value, list) else value}'
+    anywhere(f'--config.{key}={tuple(value) if isinstance(value, list) else value}')
     for key, value in trained_by(config).items()
     if key != 'seed' and value != before.get(key)
   ]
+
+
+def anywhere(option):
+  """Returns an option without folders of this machine: npz:x.npz of npz:/home/x.npz."""
+  return re.sub(r'(=|:)~?/[^\s:]*/', r'\1', option)
 
 
 def learned_over_prior(run):
@@ -266,12 +313,14 @@ def make_table(name, workdir, passed):
     commands.fail(f'no run in {workdir} has finished', code or WRONG_INPUT)
   again = ['python', '-m', 'benchmarks.tables', name, '--workdir=DIR']
   facts = {
-    'command': shlex.join([*again, *(['--', *passed] if passed else [])]),
+    'command': shlex.join(
+      [*again, *(['--', *map(anywhere, passed)] if passed else [])]
+    ),
     'methods': list(dict.fromkeys(cell.method for cell in every)),
     'seeds': list(dict.fromkeys(cell.seed for cell in every)),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores',
   }
-  folder = ROOT / 'results' if SAME_TABLE.issuperset(passed) else workdir
+  folder = ROOT / 'results' if all(map(SAME_TABLE.fullmatch, passed)) else workdir
   folder.mkdir(exist_ok=True)
   path = folder / f'{name}.json'
   text = json.dumps(facts, indent=1).removesuffix('\n}')

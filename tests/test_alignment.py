@@ -45,6 +45,23 @@ def reference_coral(source, target, layers, a, b):
   return total
 
 
+def moments(x, order):
+  mean = sum(x) / len(x)
+  return [
+    mean,
+    *(sum((v - mean) ** k for v in x) / len(x) for k in range(2, order + 1)),
+  ]
+
+
+def reference_moments(source, target, layers, order):
+  total = 0.0
+  for name in layers:
+    s, t = (1 / (1 + np.exp(-outputs[name])) for outputs in (source, target))
+    both = zip(moments(s, order), moments(t, order), strict=True)
+    total += sum(np.linalg.norm(a - b) for a, b in both)
+  return total
+
+
 def square(x, y):
   return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
 
@@ -140,6 +157,18 @@ CASES = [
     {'form': 'domainbed'},
     lambda s, t: reference_coral(s, t, BOTH, 1, 1),
   ),
+  (
+    'central_moments',
+    BOTH,
+    {},
+    functools.partial(reference_moments, layers=BOTH, order=5),
+  ),
+  (
+    'central_moments',
+    ('conv',),
+    {'order': 2},
+    functools.partial(reference_moments, layers=('conv',), order=2),
+  ),
   *(
     (
       'mmd',
@@ -208,6 +237,7 @@ def test_it_is_its_formula(name, layers, options, reference, pair):
 ONE_EACH = [
   ('coral', {}),
   ('coral', {'form': 'domainbed'}),
+  ('central_moments', {}),
   ('mmd', {}),
   ('mmd', {'estimate': 'linear'}),
   ('joint_mmd', {}),
@@ -253,7 +283,7 @@ def test_replicas_are_one_after_the_other(name, options, rng):
   )
 
 
-@pytest.mark.parametrize('name', ['coral', 'mmd', 'joint_mmd'])
+@pytest.mark.parametrize('name', ['coral', 'central_moments', 'mmd', 'joint_mmd'])
 def test_it_does_not_depend_on_the_order_of_images(name, pair, rng):
   align = jax.jit(made(name))
   orders = [rng.permutation(size) for size in (SOURCE, TARGET)]
@@ -320,6 +350,7 @@ def test_wrong_names_are_user_errors(name, given, message):
   ('name', 'given', 'message'),
   [
     ('coral', {'form': 'papr'}, "unknown form of coral 'papr'; did you mean 'paper'"),
+    ('central_moments', {'order': 0}, 'order of central_moments is 0; it must be'),
     ('mmd', {'estimate': 'linaer'}, "unknown estimate 'linaer'; did you mean 'linear'"),
     (
       'mmd',

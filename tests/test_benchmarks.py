@@ -185,6 +185,21 @@ def test_a_table_of_other_options_is_not_the_one_in_print(make_table, swept, tmp
   assert [row['seeds'] for row in found['rows']] == [[0, 1], [0, 1]]
 
 
+@pytest.mark.parametrize(
+  ('option', 'told', 'same'),
+  [
+    ('--config.data.source=npz:/home/me/x.npz', '--config.data.source=npz:x.npz', True),
+    ('--config.domains.usps.dir=/home/me/u', '--config.domains.usps.dir=u', True),
+    ('--config.data.seed=1', '--config.data.seed=1', False),
+  ],
+)
+def test_a_table_does_not_tell_where_the_data_were(option, told, same):
+  from benchmarks import tables
+
+  assert tables.anywhere(option) == told
+  assert bool(tables.SAME_TABLE.fullmatch(option)) is same
+
+
 def test_the_command_of_a_row_makes_its_runs(make_table, swept):
   options = ('--config.data.source=npz:some where.npz', '--tracker=wandb')
   _, found = make_table(*options)

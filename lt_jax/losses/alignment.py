@@ -43,7 +43,7 @@ def joined(outputs: Outputs, names: Sequence[str]) -> jax.Array:
   return jnp.concatenate([layer(outputs, name) for name in names], axis=-1)
 
 
-# Covariances.
+# Moments.
 
 CORAL_FORMS = {'paper': (0.25, 0.0), 'adapt': (0.25, 1.0), 'domainbed': (1.0, 1.0)}
 """Form -> (a, b), the constants of `coral`.
@@ -91,6 +91,54 @@ def coral(
     return distance
 
   return sum(apart(name) for name in layers)
+
+
+def central_moments(
+  source: Outputs, target: Outputs, *, layers: Sequence[str], order: int = 5
+) -> jax.Array:
+  r"""Central moment discrepancy: means and central moments, unit by unit.
+
+  .. math::
+    \sum_l \Big( |\mu_S - \mu_T| + \sum_{k=2}^{K} |c_k(S) - c_k(T)| \Big), \qquad
+    c_k(X) = E \, (X - \mu)^k
+
+  over the layers l, with biased moments. The paper divides by powers of the length of
+  the interval that bounds the activations; here a sigmoid bounds any layer to (0, 1),
+  whose length is 1.
+
+  Args:
+    source: outputs of the source.
+    target: outputs of the target.
+    layers: names of those that are compared.
+    order: K, at least 1.
+
+  Returns:
+    () discrepancy, at least 0.
+
+  Raises:
+    UserError: an unknown layer, or K below 1.
+
+  Zellinger et al., "Central Moment Discrepancy (CMD) for Domain-Invariant
+  Representation Learning", ICLR 2017, arXiv 1702.08811, definition 2.
+  """
+  if order < 1:
+    raise UserError(f'order of central_moments is {order}; it must be at least 1')
+
+  def apart(name: str) -> jax.Array:
+    s, t = (jax.nn.sigmoid(layer(outputs, name)) for outputs in (source, target))
+    mean_s, mean_t = s.mean(0), t.mean(0)
+    s, t = s - mean_s[None], t - mean_t[None]
+    higher = ((s**k).mean(0) - (t**k).mean(0) for k in range(2, order + 1))
+    return sum(_length(d) for d in (mean_s - mean_t, *higher))
+
+  return sum(apart(name) for name in layers)
+
+
+def _length(x: jax.Array) -> jax.Array:
+  """Returns the norm of x (D,), whose gradient is 0 at 0."""
+  square = (x**2).sum()
+  positive = square > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -505,6 +553,7 @@ def _check_sizes(source: Outputs, target: Outputs) -> None:
 ALIGNMENTS = {
   'none': None,
   'coral': coral,
+  'central_moments': central_moments,
   'mmd': mmd,
   'joint_mmd': joint_mmd,
   'entropy': entropy,

@@ -291,6 +291,9 @@ RECIPES: dict[str, Recipe] = {
     lambda config: aligned(config, name='coral', align_on=('logits',)),
     needs=('target',),
   ),
+  'cmd': Recipe(
+    lambda config: aligned(config, name='central_moments'), needs=('target',)
+  ),
   'dan': Recipe(
     lambda config: aligned(
       config, name='mmd', align_on=('fc1', 'features', 'logits'), weight=RISING
