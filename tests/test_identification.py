@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from configs import ms1m_lt
-from lt_jax import build, evaluate, prepare, report, run
+from lt_jax import build, evaluate, prepare, report, run, trained
 from lt_jax.config import resolve
 from lt_jax.data import generated, sources
 from lt_jax.data.dataset import load_dataset
@@ -303,12 +303,14 @@ def check(result):
 
 
 def test_a_miniature_goes_through_the_config(one_device, data, tmp_path):
-  """Trains, identifies, is evaluated again and has a page."""
+  """Trains, identifies, is evaluated again, can predict and has a page."""
   result = run.run(small('ce,net=resnet10,epochs=0.2', data), tmp_path)
   assert (result['step'], result['select']) == (2, 'last')
   check(result)
   again = evaluate.evaluate(epath.Path(tmp_path))
   assert again['test']['rank1'] == result['test']['rank1']
+  opened = trained.open_run(epath.Path(tmp_path), batch=8)  # where no data are at hand
+  assert len(opened.class_names) == len(mini.FACES)
   page = report.write(tmp_path).with_suffix('.md').read_text()
   assert 'rank-1, zero-shot' in page and 'TPR at FPR 1e-3' in page
   facts = json.loads((tmp_path / 'data.json').read_text())

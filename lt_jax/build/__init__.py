@@ -133,6 +133,9 @@ def build(
     sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
   _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
+  if datasets is None:
+    for stage in configs.values():
+      _check_reads(config['task'], domains.dataset(stage['domain']))
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
     with class_names(domains.dataset(stage['domain']).class_names):
@@ -317,12 +320,9 @@ def _task(name: str, dataset: Dataset) -> Task:
 
   Raises:
     UserError: there are unseen classes, and the task has no views by them, or the
-      reverse; or test images lack what it reads.
+      reverse.
   """
   task = lookup(TASKS, 'task', name)
-  for read, how in task.reads.items():
-    if 'test' not in dataset.tests or read not in dataset.tests['test'].numbers():
-      raise UserError(f'task {name!r} needs a {read} of every test image: {how}')
   if (dataset.unseen is None) != (task.bind is None):
     raise UserError(
       f'task {name!r} is for data with unseen classes: set data.unseen'
@@ -333,6 +333,14 @@ def _task(name: str, dataset: Dataset) -> Task:
     return task
   columns = dataset.described.columns if dataset.described else ()
   return task.bind(dataset.unseen, dataset.class_vectors, columns)
+
+
+def _check_reads(name: str, dataset: Dataset) -> None:
+  """Refuses test images without what a task reads beside their labels."""
+  test = dataset.tests.get('test')
+  for read, how in lookup(TASKS, 'task', name).reads.items():
+    if test is None or read not in test.numbers():
+      raise UserError(f'task {name!r} needs a {read} of every test image: {how}')
 
 
 def _passes(
