@@ -295,7 +295,7 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   """Returns what classification records and, of images with a role, the embedding.
 
   Args:
-    outputs: with 'features' (B, D).
+    outputs: with 'features' (B, D); of OLTR the direct ones, not the meta-embedding.
     batch: perhaps with 'role' and 'identity' (B,).
   """
   return classification.record(outputs, batch) | _embedded(outputs, batch)
