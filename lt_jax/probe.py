@@ -40,6 +40,7 @@ from lt_jax.evals import probing
 from lt_jax.evals.collect import collector
 from lt_jax.method import State
 from lt_jax.models.taps import tap_shapes, tapped
+from lt_jax.pretrained import ours
 from lt_jax.report import drawing
 from lt_jax.report.page import STANDALONE
 from lt_jax.surgeries.classifiers import CLASSIFIERS
@@ -81,6 +82,8 @@ def main() -> None:
     lookup(CLASSIFIERS, 'classifier', name)
   if min(DRAWS.value, FOLDS.value - 1) < 1 or BUDGET.value < 0:
     raise UserError('--draws must be 1 or more, --folds 2 or more, --budget 0 or more')
+  if not SAVE.value and OUT.value is WORKDIR.value is None:
+    raise UserError('--out is missing: the folder to write')
   network = opened()
   layers = chosen_layers(network, LAYERS.value)
   if SAVE.value:
@@ -99,8 +102,6 @@ def main() -> None:
 
 def _folder() -> epath.Path:
   """Returns the folder to write in, which is made."""
-  if OUT.value is None and WORKDIR.value is None:
-    raise UserError('--out is missing: the folder to write')
   out = files.absolute(OUT.value or f'{WORKDIR.value}/probe')
   out.mkdir(parents=True, exist_ok=True)
   return out
@@ -122,7 +123,7 @@ def opened() -> Network:
     return Network(experiment, stage, state)
   config = resolve(CONFIG.value)
   if INIT.value:
-    config['init'] = INIT.value
+    config = ours.adopted({**config, 'init': INIT.value})
   experiment = build.build(config)
   stage = next(iter(experiment.stages.values()))
   state = train.initial_state(

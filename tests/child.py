@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import runpy
 import signal
 import socket
 import sys
@@ -19,6 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 PRELOAD = [
   'lt_jax.build',
+  'lt_jax.doctor',
+  'lt_jax.options',
+  'lt_jax.trained',
+  'lt_jax.report',
   'lt_jax.run',
   'ml_collections.config_flags',
   'sklearn.datasets',
@@ -154,8 +159,6 @@ def _main(
   environment: Mapping[str, str],
 ) -> None:
   """In the child: redirects what is printed, injects faults, runs the command."""
-  import importlib
-
   os.environ.update(environment)
 
   with open(output, 'w') as file:
@@ -168,14 +171,10 @@ def _main(
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   os.chdir(ROOT)
   sys.argv = [module, *arguments]
-  trains = module in ('lt_jax.main', 'lt_jax.sweep')
-  required = ('config', 'workdir') if trains else ('workdir',)
-  commands = importlib.import_module('lt_jax.commands')
-  main = importlib.import_module(module).main
   for fault in filter(None, faults.split('+')):
     name, _, argument = fault.partition(':')
     FAULTS[name](argument)
-  commands.launch(main, *required)
+  runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 
 def die() -> None:

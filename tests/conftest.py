@@ -49,6 +49,16 @@ LONG = (
 """Files that take the longest: begun first, they leave no process idle at the end."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+  """Half as many processes again as cores, as many tests wait for others to end.
+
+  Each takes up to 4 GB.
+  """
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2
+  return max(1, min(cores + cores // 2, memory // 5_000_000_000))
+
+
 def pytest_collection_modifyitems(items):
   """Puts the files of `LONG` first; pytest-xdist hands them out in that order."""
   place = {name: number for number, name in enumerate(LONG)}

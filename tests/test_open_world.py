@@ -3,9 +3,6 @@
 import csv
 import itertools
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,8 +14,8 @@ from lt_jax import build, predict, report, run, trained
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.evals.ordering import top_of_class
+from tests import child
 
-ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ('seen', 'unseen', 'harmonic_mean', 'unknown')
 
 
@@ -84,9 +81,8 @@ def test_a_class_is_added_by_the_command_line(trained_run):
     f'--class_vectors={new}',
     '--top=3',
   ]
-  command = [sys.executable, '-m', 'lt_jax.predict', *command]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-  assert done.returncode == 0, done.stderr
+  log = folder / 'log'
+  assert child.run(command, log, module='lt_jax.predict') == 0, log.read_text()
   without = folder / 'without.csv'
   predict.predict(epath.Path(folder / 'run'), [f'{folder}/images'], str(without), top=8)
   with_new = read(folder / 'with.csv')

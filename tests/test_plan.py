@@ -1,10 +1,6 @@
 """What a run would take, on simulated CPU devices and on hand-written programs."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,8 +10,8 @@ from configs import digits_lt, gta5_cityscapes, imagenet_lt
 from lt_jax import plan
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
+from tests import child
 
-ROOT = pathlib.Path(__file__).parents[1]
 EIGHT = plan.Devices('h100', 8)
 
 
@@ -232,11 +228,8 @@ def test_prices(text, told, tmp_path):
     plan.read_price(path, 'h100')
 
 
-def test_the_command_tells_in_one_line_what_is_wrong():
-  command = [sys.executable, '-m', 'lt_jax.plan', '--devices=h100:8']
-  command += ['--config=configs/digits_lt.py:ce', '--utilisation=0']
-  done = subprocess.run(
-    command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False
-  )
-  assert done.returncode == 2 and not done.stdout
-  assert done.stderr == 'error: --utilisation is 0.0; it is above 0, at most 1\n'
+def test_the_command_tells_in_one_line_what_is_wrong(tmp_path):
+  arguments = ['--devices=h100:8', '--config=digits_lt:ce', '--utilisation=0']
+  log = tmp_path / 'log'
+  assert child.run(arguments, log, module='lt_jax.plan') == 2
+  assert log.read_text() == 'error: --utilisation is 0.0; it is above 0, at most 1\n'

@@ -6,8 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -312,18 +310,14 @@ def test_bad_images_are_left_out_on_request(digits, some_bad, tmp_path, capsys):
 def test_the_command_refuses_a_bad_image_in_one_line(digits, some_bad, tmp_path):
   out = tmp_path / 'out.csv'
   out.write_text('as it was')
-  command = [sys.executable, '-m', 'lt_jax.predict', f'--workdir={digits[0]}']
-  ended = subprocess.run(
-    [*command, str(some_bad / 'a.png'), str(some_bad), '--out', str(out)],
-    cwd=child.ROOT,
-    env={**os.environ, **child.environment(), 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-  )
-  assert ended.returncode == 2 and out.read_text() == 'as it was'
-  assert ended.stderr.startswith(f'error: {some_bad}/b.png: ')
-  assert ended.stderr.count('\n') == 1
-  assert {path.name for path in tmp_path.iterdir()} == {'some', 'out.csv'}
+  given = [f'--workdir={digits[0]}', str(some_bad / 'a.png'), str(some_bad)]
+  log = tmp_path / 'log'
+  assert child.run([*given, '--out', str(out)], log, module='lt_jax.predict') == 2
+  assert out.read_text() == 'as it was'
+  *_, last = told = log.read_text().splitlines()
+  assert last.startswith(f'error: {some_bad}/b.png: ')
+  assert sum('error' in line for line in told) == 1
+  assert {path.name for path in tmp_path.iterdir()} == {'some', 'out.csv', 'log'}
 
 
 def test_files_of_folders_that_are_passed_over_are_counted(digits, tmp_path, capsys):

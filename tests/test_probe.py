@@ -15,6 +15,7 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.evals import probing
 from lt_jax.models.taps import tapped
+from tests import child
 
 CLASSES, WIDTH = 4, 6
 
@@ -172,3 +173,10 @@ def test_a_network_must_be_named(monkeypatch):
   flags.FLAGS.mark_as_parsed()
   with pytest.raises(UserError, match='either --workdir=RUN, or --config'):
     probe.opened()
+
+
+def test_the_folder_to_write_is_asked_for_before_anything_is_read(tmp_path):
+  given = ['--config=digits_lt:ce', '--init=nowhere']
+  log = tmp_path / 'log'
+  assert child.run(given, log, module='lt_jax.probe') == 2
+  assert log.read_text() == 'error: --out is missing: the folder to write\n'

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from lt_jax import files
 from lt_jax.checkpoint import Checkpoints
 from lt_jax.errors import UserError
 from lt_jax.pretrained.ours import Origin
@@ -130,7 +131,9 @@ def _arrays(origin: Origin) -> dict[str, np.ndarray]:
   if origin.is_file:
     every: Mapping[str, np.ndarray] = load(origin.source).tensors
   else:
-    folder = epath.Path(origin.source).expanduser() / 'stages' / origin.stage
+    folder = (
+      files.absolute(epath.Path(origin.source).expanduser()) / 'stages' / origin.stage
+    )
     ladder = Checkpoints(folder / 'checkpoints')
     try:
       every = ladder.arrays([f'{field}.net.' for field in FIELDS])
