@@ -33,8 +33,10 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# A broken link or a reference to nothing fails.
+# Runs the tutorials, which draw their figures; then a broken link, or a reference to
+# nothing, fails.
 docs: $(READY)
+	$(RUN) docs/site/tutorials.py
 	$(RUN) -m zensical build --strict --clean
 
 # Needs no TPU: the real compiler makes programs for one.

@@ -1,7 +1,7 @@
-"""What a person should know of a run before trusting its numbers.
+"""Warnings that the numbers of a run may mean less than they seem to.
 
-The banner of a run and `lt_jax.doctor` say these lines, and `result.json` keeps them.
-To add one, write a function (Experiment) -> lines and put it into `CAUTIONS`.
+The banner of a run and `lt_jax.doctor` print them, and `result.json` keeps them. To add
+one, write a function (Experiment) -> lines and put it into `CAUTIONS`.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Checkpoints that are known to be whole: the only file that imports Orbax.
+"""Verified checkpoints: the only file that imports Orbax.
 
-Orbax makes the appearance of a checkpoint atomic. It does not notice damage done to
-one afterwards, nor does it look for an older one. So, beside it:
+Orbax makes a checkpoint appear atomically. It does not notice later damage, and does
+not fall back to an older checkpoint. So, beside it:
 
   <directory>/<step>/                  written by Orbax, kept in the ladder
   <directory>/manifests/<step>.json    size and SHA-256 of every file, written last
@@ -9,11 +9,11 @@ one afterwards, nor does it look for an older one. So, beside it:
   <directory>/manifests/best.json      its manifest, with the value it was chosen by
   <directory>/quarantine/              what failed a check: moved aside, never deleted
 
-A checkpoint without its manifest was interrupted between the two and is not trusted
-while a verified one is there.
+A checkpoint without its manifest was interrupted between the two, and is not trusted
+while a verified one exists.
 
-Arrays are stored under their paths in the state. Where the path of one has changed,
-checkpoints of before are read by the table in `lt_jax.renamed`.
+Arrays are stored under their paths in the state. `lt_jax.renamed` lists the paths that
+have changed, so that older checkpoints can be read.
 """
 
 import concurrent.futures

@@ -2,8 +2,8 @@
 
 A rule maps the counts (C,) of the whole training set, never of a batch, to weights (C,)
 that sum to C, so that a uniform distribution over classes has mean weight one. Batches
-are long-tailed, so the mean weight of a batch is far below one: how that is divided out
-is the business of `lt_jax.losses.REDUCTIONS`.
+are long-tailed, so the mean weight of a batch is far below one:
+`lt_jax.losses.REDUCTIONS` handles the division.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
 
 
 def uniform(counts: np.ndarray) -> np.ndarray:
-  """Ones: no re-weighting. Classes without images are allowed.
+  """All ones: no re-weighting. Classes without images are allowed.
 
   Args:
     counts: (C,), of which only the length matters.
@@ -55,7 +55,7 @@ def effective_number(
   *,
   prototypes: float | None = None,
 ) -> np.ndarray:
-  r"""How many images a class has that say something new.
+  r"""The effective number of images of a class: how many add something new.
 
   .. math::
     E_n = \frac{1 - \beta^n}{1 - \beta}, \qquad \beta = \frac{N - 1}{N}

@@ -1,11 +1,11 @@
 """How a command ends: one line for a person, an exit code for a launcher.
 
 0    finished
-2    something given is wrong: one line says what; running again will not help
-3    diverged: a loss or parameter is not finite; nothing of it was saved
-75   a passing failure, such as a full disk: running again may help
-130  interrupted from the keyboard: what was saved is whole
-143  asked to stop (SIGTERM, SIGUSR1, SIGHUP) and saved: run again to go on
+2    something you gave is wrong: one line says what; running again will not help
+3    diverged: a loss or parameter is not finite; no such State was saved
+75   a temporary failure, such as a full disk: running again may help
+130  interrupted from the keyboard: saved files are intact
+143  asked to stop (SIGTERM, SIGUSR1, SIGHUP) and saved: run again to resume
 """
 
 import os
@@ -78,7 +78,7 @@ def config_flag() -> Flag:
 
 def data_dir_flag() -> Flag:
   """Returns the flag --data_dir."""
-  told = 'Where the data lie, if they have moved, see docs/tools.md.'
+  told = 'Where the data are, if they have moved; see docs/tools.md.'
   return path_flag('data_dir', told)
 
 
@@ -89,7 +89,7 @@ def out_flag() -> Flag:
 
 def init_flag() -> Flag:
   """Returns the flag --init."""
-  told = 'The network that looks: the folder of a run, or published weights.'
+  told = 'The network that computes features: a run folder, or published weights.'
   return _shared('init', flags.DEFINE_string, '', told)
 
 
@@ -100,14 +100,14 @@ def list_flag(name: str, told: str) -> Flag:
 
 def tracker_flag() -> Flag:
   """Returns the flag --tracker."""
-  told = 'Logs to wandb or trackio as well.'
+  told = 'Also logs to wandb or trackio.'
   return _shared('tracker', flags.DEFINE_string, '', told)
 
 
 def which_flag() -> Flag:
   """Returns the flag --which."""
-  told = 'The last State, or the one selected on val. By default the one that the '
-  told += 'result is of; evaluate takes the last.'
+  told = 'The last State, or the one selected on val. By default the one in the '
+  told += 'result; evaluate uses the last.'
   return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], told)
 
 

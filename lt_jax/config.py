@@ -384,7 +384,7 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
   for key in stage:
     if key not in STAGE_KEYS:
       near = suggest(key, STAGE_KEYS)
-      raise UserError(f'stage {name!r} sets {key!r}, which a stage cannot{near}')
+      raise UserError(f'stage {name!r} cannot set {key!r}{near}')
   return merge(config, stage)
 
 
@@ -409,7 +409,7 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
   for key in own:
     if key not in plain:
       near = suggest(key, plain)
-      raise UserError(f'domains.{name} sets {key!r}, which is no key of data{near}')
+      raise UserError(f'domains.{name} sets {key!r}, but data has no such key{near}')
   return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 

@@ -2,8 +2,8 @@
 
   --config=digits_lt:ldam_drw,epochs=40 --config.optimizer.name=adam
 
-The configs that come with the package are found by their names from any folder.
-ml_collections parses the values of keys; mistakes in the file are told by file and
+The configs that come with the package are found by name from any folder.
+ml_collections parses the values of keys. Mistakes in the file are reported by file and
 line.
 """
 

@@ -1,11 +1,11 @@
-"""Converts weights of PyTorch, whose files can run code, to such as hold numbers only.
+"""Converts PyTorch weights, which can run code, to files that hold only numbers.
 
   python -m lt_jax.convert --source=WEIGHTS.pth --out=WEIGHTS.safetensors
 
-A file of PyTorch is a program that makes tensors, and a hostile one makes other things.
-This is the only place that reads one: here, once, with everything but plain tensors and
-containers forbidden, and better in a container of its own if its origin is doubtful.
-Needs PyTorch, at least 2.6, of which the CPU build is enough: pip install torch.
+A PyTorch file is a program that makes tensors, and a hostile one can do anything else.
+This is the only place that reads one, and it allows nothing but plain tensors and
+containers. If you do not trust the file, run this in a sandbox. Needs PyTorch 2.6 or
+newer; the CPU build is enough: pip install torch.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from lt_jax.errors import UserError
 from lt_jax.files import check_out, write_atomically
 from lt_jax.pretrained.published import MOST_BYTES
 
-SOURCE = commands.path_flag('source', 'The file of PyTorch.')
+SOURCE = commands.path_flag('source', 'The PyTorch file.')
 OUT = commands.out_flag()
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')
@@ -50,14 +50,18 @@ def convert(source: str, out: str) -> int:
   digest = _sha256(source)
   named = re.search(r'-([0-9a-f]{8,64})\.pth$', source)
   if named and not digest.startswith(named[1]):
-    raise UserError(f'{source} is damaged or not what its name says: {digest[:8]}')
+    raise UserError(
+      f'{source} is damaged: its digest {digest[:8]} does not match its name'
+    )
   try:
     import torch
     from safetensors.torch import save
   except ImportError:
     raise UserError('converting needs PyTorch: pip install torch') from None
   if tuple(int(n) for n in torch.__version__.split('.')[:2]) < (2, 6):
-    raise UserError(f'PyTorch is {torch.__version__}; before 2.6 reading is not safe')
+    raise UserError(
+      f'PyTorch is {torch.__version__}; reading files is unsafe before 2.6'
+    )
   try:
     loaded = torch.load(source, map_location='cpu', weights_only=True)
   except Exception as error:  # of many kinds; some advise to read without the guard
@@ -67,7 +71,7 @@ def convert(source: str, out: str) -> int:
   tensors = _unwrapped(loaded, torch.Tensor, source)
   size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
   if size > MOST_BYTES:  # a few bytes of a file can claim to be so many
-    raise UserError(f'{source} holds {size} bytes of tensors, more than weights have')
+    raise UserError(f'{source} holds {size} bytes of tensors, too many for weights')
   try:
     dense = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
     data = save(dense, {'source': os.path.basename(source), 'source_sha256': digest})
@@ -84,7 +88,7 @@ def _unwrapped(loaded: Any, tensor: type, source: str) -> dict[str, Any]:
     wrapped = [inner[key] for key in WRAPPERS if isinstance(inner.get(key), dict)]
     loaded = wrapped[0] if wrapped else loaded
   if not isinstance(loaded, dict) or not loaded:
-    raise UserError(f'{source} holds no dict of tensors')
+    raise UserError(f'{source} does not hold a dict of tensors')
   for name, value in loaded.items():
     if not isinstance(name, str) or not isinstance(value, tensor):
       raise UserError(

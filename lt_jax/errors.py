@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and the names the user may type."""
+"""Errors that the user can fix, and names that the user may type."""
 
 import contextlib
 import difflib
@@ -19,7 +19,7 @@ MOST_SUGGESTED = 6
 
 
 class UserError(ValueError):
-  """A mistake in what the user gave, told in one line; the command exits with 2.
+  """A mistake in the user's input, reported in one line; the command exits with 2.
 
   Raise it for configurations, data and files, naming the file, key or class at
   fault. A broken invariant of our own is an `AssertionError` or plain `ValueError`.
@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 
 class ClassError(UserError):
-  """A mistake in one class, told by its number where the names are not known.
+  """A mistake in one class, named by number if the class names are not known.
 
   `class_names` puts in the name.
   """

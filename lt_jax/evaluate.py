@@ -30,9 +30,11 @@ WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()
 DATA_DIR = commands.data_dir_flag()
 ADJUST = flags.DEFINE_float(
-  'logit_adjustment', None, 'Subtracts so many times the log prior from the logits.'
+  'logit_adjustment', None, 'Subtracts this multiple of the log prior from the logits.'
 )
-STAGE = flags.DEFINE_string('stage', None, 'The stage; the last one by default.')
+STAGE = flags.DEFINE_string(
+  'stage', None, 'The stage to evaluate; by default the last.'
+)
 
 
 def main() -> None:
@@ -113,7 +115,7 @@ def evaluate(
 
 
 def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
-  """Builds a run anew, with the data that it was trained on.
+  """Rebuilds a run with the data it was trained on.
 
   Args:
     workdir: the run's folder.

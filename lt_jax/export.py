@@ -1,18 +1,18 @@
-"""Takes a network out of its run: python -m lt_jax.export --workdir=DIR --to=FORMAT.
+"""Exports the network of a run: python -m lt_jax.export --workdir=DIR --to=FORMAT.
 
   python -m lt_jax.export --workdir=runs/1 --to=safetensors --out=digits.safetensors
   python -m lt_jax.export --workdir=runs/1 --to=stablehlo --out=digits.stablehlo
 
-safetensors: parameters, statistics and what else the method predicts by, as arrays by
-their paths; in the header class names, preprocessing, configuration and digests. `load`
-makes the network of it again.
+safetensors: parameters, statistics and everything else the method needs to predict, as
+arrays by path; the header has class names, preprocessing, configuration and digests.
+`load` rebuilds the network.
 
 stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch, from
 images as they are stored (uint8, or float32 features) to outputs;
 `jax.export.deserialize` reads it, and needs nothing of ours. Beside it
 digits.stablehlo.json has class names, preprocessing and the names of the outputs.
 
-Before a file counts it is read back, and must predict what the run predicts.
+Every file is read back after writing, and must predict what the run predicts.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from lt_jax.trained import Trained
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
-TO = flags.DEFINE_string('to', None, 'safetensors or stablehlo.')
+TO = flags.DEFINE_string('to', None, 'The format: safetensors or stablehlo.')
 
 FIELDS = ('params', 'stats', 'memory')
 """Fields of a State that a network predicts by."""
@@ -87,7 +87,7 @@ def export(
     off = difference(network, predict)
     if not off <= MOST_OFF:  # nor where it is no number
       raise UserError(
-        f'{out} is not written: read back, it predicts otherwise than the run, by '
+        f'{out} is not written: read back, its predictions differ from the run by '
         f'{off:.2g} of the largest output'
       )
     draft.replace(out)
@@ -129,7 +129,7 @@ OF_CLASSES = ('unseen', 'val_classes', 'class_vectors')
 
 
 def facts(network: Trained) -> dict[str, Any]:
-  """Returns what a person or a program must know to use a network; plain data."""
+  """Returns what a user or a program needs to know to use a network, as plain data."""
   return {
     'class_names': list(network.class_names),
     'image_shape': list(network.facts['image_shape']),

@@ -1,4 +1,4 @@
-"""Features of labelled images by a network, for what is fitted to features.
+"""Computes features of labelled images with a network.
 
 The network is that of a run or export of ours, or a trunk with published weights. The
 images are any source of data, or those that a run was trained on; arrays of features
@@ -155,9 +155,7 @@ def seen(spec: str, net: Network | None, *, split: str = 'train') -> Seen:
     digests = [_digest(one) for one in stored]
   else:
     if net is None:
-      raise UserError(
-        f'{spec} has images and no features: --init names the network that sees them'
-      )
+      raise UserError(f'{spec} has images but no features: name a network with --init')
     features, probabilities, digests = _looked_at(data, net)
   bad = ~np.isfinite(features).all(1)
   if bad.any():
@@ -195,7 +193,9 @@ def _images(spec: str, net: Network | None, split: str) -> Split:
   if net is not None and found.dtype == np.uint8 and found.crop is None:
     height, width, channels = net.shape
     if height != width:
-      raise UserError(f'{net.name} sees {height} x {width} pixels, which are no square')
+      raise UserError(
+        f'{net.name} takes {height} x {width} pixels, which is not square'
+      )
     source = brought_to(source, height, channels, spec)
   return found._replace(source=source)
 

@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, and owned by one process."""
+"""The files of a run: written atomically, and owned by one process."""
 
 import contextlib
 import errno
@@ -255,7 +255,7 @@ def check_out(path: epath.PathLike) -> None:
   """
   path = epath.Path(path)
   if not path.parent.is_dir():
-    raise UserError(f'--out is {path}, in a folder that is not there')
+    raise UserError(f'--out is {path}, in a folder that does not exist')
   if os.path.islink(path) or (path.exists() and not path.is_file()):
     raise UserError(f'--out is {path}, which exists but is not a regular file')
   real = path if is_remote(path) else epath.Path(os.path.realpath(path))
@@ -317,7 +317,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     if error.errno not in _NO_LOCKS:
       raise
     print(
-      f'note: {workdir} is on a file system without locks: do not start there twice',
+      f'note: {workdir} is on a file system without locks: do not start two runs there',
       file=sys.stderr,
     )
   try:

@@ -1,4 +1,4 @@
-"""What arrays, and the program of a step, take of memory: bytes."""
+"""How many bytes of memory arrays and the program of a step take."""
 
 import pathlib
 from collections.abc import Mapping

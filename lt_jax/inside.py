@@ -1,7 +1,7 @@
 """Looks into a finished run: python -m lt_jax.inside --workdir=DIR.
 
-Leaves in the run's folder what its network makes of single images, and writes its page
-anew, which then has the figures:
+Saves what the network does with single images in the run's folder, and rewrites its
+page with these figures:
 
   epsilons.npz      of methods that learn weights: what up to 100 batches of training
                     images would be weighed by next, and the images at both ends
@@ -33,12 +33,12 @@ from lt_jax.writers import write_npz
 
 WORKDIR = commands.workdir_flag()
 DATA_DIR = commands.path_flag(
-  'data_dir', 'Where the data lie, if they have moved, see docs/tools.md.'
+  'data_dir', 'Where the data are, if they have moved; see docs/tools.md.'
 )
 IMAGES = flags.DEFINE_list(
   'look_at',
   [],
-  'Positions of test images for the maps; by default one of some classes.',
+  'Positions of the test images to map; by default, one each from a few classes.',
 )
 
 MOST_BATCHES = 100

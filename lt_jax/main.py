@@ -1,8 +1,7 @@
 """Trains: python -m lt_jax.main --config=digits_lt:ldam_drw --workdir=runs/digits.
 
-The config is one that comes with lt_jax, or a file: --config=configs/digits_lt.py:ce.
-The same command again goes on where the run left off. What the exit codes mean stands
-in `lt_jax.commands`.
+The config comes with lt_jax, or is a file: --config=configs/digits_lt.py:ce. Run the
+same command again to resume. `lt_jax.commands` lists the exit codes.
 """
 
 import os
@@ -16,14 +15,14 @@ from lt_jax.errors import UserError
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
-  'allow_config_change', False, 'Go on with a configuration other than the folder has.'
+  'allow_config_change', False, 'Resume although the config differs from the saved one.'
 )
 DATA_DIR = commands.data_dir_flag()
 PROFILE_STEPS = flags.DEFINE_string(
   'profile_steps', None, 'FIRST,LAST: record a profiler trace of these steps.'
 )
 DISTRIBUTED = flags.DEFINE_bool(
-  'distributed', False, 'Start jax.distributed: this is one of several processes.'
+  'distributed', False, 'Start jax.distributed, for a run of several processes.'
 )
 
 
@@ -76,7 +75,7 @@ def _profile_steps(text: str | None) -> tuple[int, int] | None:
     return None
   first, _, last = text.partition(',')
   if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-    raise UserError(f'--profile_steps is {text!r}, not two steps such as 100,110')
+    raise UserError(f'--profile_steps is {text!r}; give two steps such as 100,110')
   return int(first), int(last)
 
 

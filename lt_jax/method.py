@@ -1,4 +1,4 @@
-"""The contract of the house: a learning method is three pure functions.
+"""The contract: a learning method is three pure functions.
 
   init(key, batches) -> State              the first state
   step(state, batches) -> (State, metrics) one update
@@ -8,12 +8,12 @@
 float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count) of
 arrays of any shape, which the loop adds up over a log interval and divides: scalars
 become columns of metrics.jsonl, vectors go to a file of their own. `Outputs` is a
-dict: 'logits' (B, C), 'features' (B, D) and, where a method knows one, 'known_score'
-(B,), higher meaning more surely a known class, and 'is_unknown' (B,), where it has a
-rule of its own for what is not.
+dict: 'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score'
+(B,), higher meaning more surely a known class, and 'is_unknown' (B,), its own rule for
+rejecting an image.
 
-The training loop knows these three names and nothing else. Everything a method needs
-to go on is in `State`; everything that is constant is closed over.
+The training loop knows these three names and nothing else. `State` has everything that
+a method needs to resume; constants are closed over.
 
 A player is what an optimiser moves: the network, 'net', and whatever learns beside it,
 such as a discriminator. Parameters, statistics and optimiser states are dicts by
@@ -42,7 +42,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 @struct.dataclass
 class State:
-  """All that changes during training, and all that is checkpointed.
+  """Everything that changes during training, which is also all that is checkpointed.
 
   Attributes:
     step: () int32, the number of updates made: the only clock. Learning rates, class
@@ -136,7 +136,7 @@ def forward(
 
 
 def predictor(net: Network) -> Callable[[State, jax.Array], Outputs]:
-  """Returns the `predict` of a method that deploys the network as it is trained."""
+  """Returns the `predict` of a method that uses the network as it was trained."""
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
@@ -171,7 +171,7 @@ def first_state(
 def update(
   state: State, grads: Mapping[str, PyTree], optimizer: Optimizer
 ) -> tuple[State, Metrics]:
-  """Moves some players; the others and the clock stay as they are.
+  """Updates some players; leaves the others and the clock unchanged.
 
   Args:
     state: before the update.
@@ -195,7 +195,7 @@ def update_where(
   optimizer: Optimizer,
   chosen: Callable[[str, Sequence[str]], bool],
 ) -> tuple[State, Metrics]:
-  """Moves some parameters of some players; the others keep their optimiser state too.
+  """Updates some parameters of some players; the rest keep their optimiser state too.
 
   Args:
     state: before the update.
@@ -221,7 +221,7 @@ def update_where(
 
 
 def tick(state: State) -> State:
-  """Moves the clock by one: the end of every step, after its updates."""
+  """Advances the clock by one, at the end of every step, after its updates."""
   return state.replace(step=state.step + 1)
 
 

@@ -30,7 +30,7 @@ def fit(
   workdir: epath.PathLike,
   overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Trains a config, from where an interrupted run left off.
+  """Trains a config, resuming an interrupted run.
 
   Args:
     config: what --config takes, such as 'digits_lt:ldam_drw', or a config.
@@ -69,7 +69,7 @@ def load(workdir: epath.PathLike, which: str | None = None) -> 'Network':
 
 
 class Predictions(NamedTuple):
-  """What a network says of N images.
+  """Predictions for N images.
 
   Attributes:
     names: the name of each image's class.

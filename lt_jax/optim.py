@@ -703,7 +703,7 @@ def _compile(pattern: str) -> re.Pattern:
   try:
     return re.compile(pattern)
   except re.error as error:
-    raise UserError(f'rule {pattern!r} is no regular expression: {error}') from None
+    raise UserError(f'rule {pattern!r} is not a regular expression: {error}') from None
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -18,10 +18,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from lt_jax.build import WRAPPERS
 from lt_jax.class_weights import CLASS_WEIGHTS
 from lt_jax.data.samplers import SAMPLERS
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.losses import LOSSES, PENALTIES
+from lt_jax.losses.alignment import ALIGNMENTS
 from lt_jax.methods import METHODS
 from lt_jax.models import HEADS, TRUNKS
 from lt_jax.optim import OPTIMIZERS, SCHEDULES
@@ -31,6 +33,7 @@ Table = Mapping[str, Callable | None]
 FAMILIES: dict[str, tuple[str, Table]] = {
   'loss': ('loss.name', LOSSES),
   'penalty': ('penalty.name', PENALTIES),
+  'alignment': ('alignment.name', ALIGNMENTS),
   'class_weights': ('class_weights.name', CLASS_WEIGHTS),
   'sampler': ('sampler.name', SAMPLERS),
   'optimizer': ('optimizer.name', OPTIMIZERS),
@@ -117,16 +120,22 @@ def _make_room(config: ConfigDict, key: str) -> None:
     raise UserError(f'unknown config key {key}; did you mean {f"stages.{key}"!r}?')
   for part in parents:
     path = f'{path}.{part}'.removeprefix('.')
-    if part not in holder and _split(path)[1] in FAMILIES:
+    own = _split(path)[1]
+    if wrapper := _wrapper(own):
+      lookup(WRAPPERS, 'wrapper', wrapper)
+    if part not in holder and (own in FAMILIES or wrapper or own == 'wrappers'):
       holder[part] = {}
     holder = _child(holder, part, path)
   if last in holder or '[' in key:
     return
   stage, own = _split(path)
-  if own not in FAMILIES:
+  if wrapper := _wrapper(own):
+    name, called, table = 'the wrapper', wrapper, WRAPPERS
+  elif own in FAMILIES:
+    name, table = FAMILIES[own]
+    called = _get(config, stage + name) or _get(config, name)
+  else:
     raise UserError(f'unknown config key {key}{suggest(last, holder)}')
-  name, table = FAMILIES[own]
-  called = _get(config, stage + name) or _get(config, name)
   parameters = _parameters(table.get(called))
   kinds = {option: _type(p.annotation) for option, p in parameters.items()}
   if not kinds.get(last):
@@ -135,6 +144,12 @@ def _make_room(config: ConfigDict, key: str) -> None:
       f'unknown config key {key}: {name} is {called!r}{suggest(last, known)}'
     )
   holder[last] = placeholder(kinds[last])
+
+
+def _wrapper(own: str) -> str:
+  """Returns NAME of 'wrappers.NAME', whose keys are that wrapper's options; or ''."""
+  holder, _, name = own.partition('.')
+  return name if holder == 'wrappers' and '.' not in name else ''
 
 
 def _check_text(config: ConfigDict, key: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What of a network is trained, and at which rate: the table of a stage."""
+"""Which parts of a network are trained, and at which rate: the table of a stage."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What a run would take, before anything is rented.
+"""Estimates what a run takes before you rent anything.
 
   python -m lt_jax.plan --config=configs/imagenet_lt.py:ldam_drw --devices=v5e:4x8
 
@@ -35,15 +35,15 @@ DEVICES = flags.DEFINE_string(
   'devices', None, 'v4-32 (as Cloud TPU calls a slice), v5e:4x8, h100:8, a100-80gb:4.'
 )
 UTILISATION = flags.DEFINE_float(
-  'utilisation', 0.4, 'The share of the peak FLOP/s that is assumed.'
+  'utilisation', 0.4, 'The assumed share of the peak FLOP/s.'
 )
 DECODE_RATE = flags.DEFINE_float(
   'decode_rate',
   None,
-  'Images/s a host core decodes; see benchmarks.input_pipeline.',
+  'Images/s that one host core decodes; see benchmarks.input_pipeline.',
 )
 PRICES = commands.path_flag(
-  'prices', 'A JSON file of what a chip costs an hour, such as {"v5e": 1.0}.'
+  'prices', 'A JSON file with the price of a chip per hour, such as {"v5e": 1.0}.'
 )
 
 
@@ -434,7 +434,7 @@ def read_price(path: str, kind: str) -> float:
   price = lookup(files.read_json(path), f'device in {path}:', kind)
   number = isinstance(price, int | float) and not isinstance(price, bool)
   if not (number and 0 <= price < math.inf):
-    raise UserError(f'{path}: the price of {kind} is {price!r}, which is none')
+    raise UserError(f'{path}: the price of {kind} is {price!r}, which is not a price')
   return float(price)
 
 
@@ -465,7 +465,7 @@ def plan(
       step = compiled(stage, mesh)
       rows += [('stage', name), *predict(stage, step, devices, rates, dtype)]
   if not rows:
-    raise UserError('no stage trains')
+    raise UserError('no stage has steps to plan for')
   hosts = len({device.process_index for device in mesh.devices.flat})
   made = (
     f'by the TPU compiler, for {hosts} hosts'
@@ -487,7 +487,9 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', devices.count)
   if not 0 < UTILISATION.value <= 1:
-    raise UserError(f'--utilisation is {UTILISATION.value}; it is above 0, at most 1')
+    raise UserError(
+      f'--utilisation is {UTILISATION.value}; it must be above 0 and at most 1'
+    )
   if DECODE_RATE.value is not None and not DECODE_RATE.value > 0:
     raise UserError(f'--decode_rate is {DECODE_RATE.value}; it must be positive')
   config = resolve(CONFIG.value)

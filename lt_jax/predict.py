@@ -40,12 +40,12 @@ from lt_jax.writers import Screen
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
-TOP = flags.DEFINE_integer('top', 5, 'How many classes of an image are told.')
+TOP = flags.DEFINE_integer('top', 5, 'How many classes to list for each image.')
 CLASS_VECTORS = flags.DEFINE_list(
-  'class_vectors', [], 'Files that describe classes which the network has never seen.'
+  'class_vectors', [], 'Files that describe classes the network has never seen.'
 )
 ON_BAD = flags.DEFINE_enum(
-  'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to leave out damaged images.'
+  'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to skip damaged images.'
 )
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}

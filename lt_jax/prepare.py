@@ -1,4 +1,4 @@
-"""Prepares a data set once, as records that training reads fast and without TensorFlow.
+"""Prepares a data set once, as records that load fast and without TensorFlow.
 
   python -m lt_jax.prepare cifar10 [--data_dir=DIR]
   python -m lt_jax.prepare list:LISTS --images=IMAGES --name=places_lt --data_dir=DIR
@@ -27,11 +27,13 @@ from lt_jax import commands
 from lt_jax.errors import UserError
 from lt_jax.files import locked, make_workdir
 
-DATA_DIR = commands.path_flag('data_dir', "The folder; TFDS's own by default.")
+DATA_DIR = commands.path_flag(
+  'data_dir', "Where to write; by default TFDS's own folder."
+)
 IMAGES = commands.path_flag('images', 'The folder that lists are relative to.')
-NAME = flags.DEFINE_string('name', None, 'What copies are called from now on.')
+NAME = flags.DEFINE_string('name', None, 'The name of the prepared data set.')
 SHORT_SIDE = flags.DEFINE_integer(
-  'short_side', 0, 'Short side of the copies, where images are larger; 0 copies files.'
+  'short_side', 0, 'Shrinks larger images to this short side; 0 copies the files.'
 )
 
 VERSION = '1.0.0'
@@ -100,7 +102,7 @@ def convert(
     raise UserError(f'--short_side is {short_side}; it must be 0 or more')
   sources = _opened(source, data_dir, images)
   if not name:
-    raise UserError('--name is missing: what the records are called, such as places_lt')
+    raise UserError('--name is missing: a name for the data set, such as places_lt')
   if not name.isidentifier() or not name.islower():
     raise UserError(f'--name is {name!r}; it must be like places_lt')
   if name in tfds.list_builders(with_community_datasets=False):
@@ -157,7 +159,7 @@ def _write(
   from lt_jax.data.sources import LABELS_FILE, UNFINISHED, write_labels
 
   if home.exists():
-    raise UserError(f'{home} is there already; give another --name')
+    raise UserError(f'{home} already exists; give another --name')
   # Renamed at the end: what was interrupted is never taken for whole.
   unfinished = home.with_name(f'{VERSION}{UNFINISHED}')
   if unfinished.exists():

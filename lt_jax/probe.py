@@ -1,4 +1,4 @@
-"""What each layer of a network is good for: probes of its features, layer by layer.
+"""How useful each layer of a network is: probes of its features, layer by layer.
 
   python -m lt_jax.probe --workdir=runs/ldam_drw/1
   python -m lt_jax.probe --config=my_images:net=efficientnet_lite0,data=photos \
@@ -50,14 +50,16 @@ WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()
 DATA_DIR = commands.data_dir_flag()
 INIT = commands.init_flag()
 OUT = commands.out_flag()
-SAVE = commands.path_flag('save', 'An .npz for the features of one layer.')
-LAYERS = flags.DEFINE_list('layers', [], 'Those to probe; by default all.')
-KINDS = flags.DEFINE_list('classifiers', list(CLASSIFIERS), 'Those to fit.')
-SHOTS = flags.DEFINE_list('shots', ['0'], 'Images a class; 0: all there are.')
-DRAWS = flags.DEFINE_integer('draws', 5, 'How often they are drawn.')
-FOLDS = flags.DEFINE_integer('folds', 3, 'Folds by which strengths are chosen.')
-BUDGET = flags.DEFINE_integer('budget', 2048, 'Most values of a layer; 0: all of them.')
-RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Measures retrieval as well.')
+SAVE = commands.path_flag('save', 'Saves the features of one layer to this .npz.')
+LAYERS = flags.DEFINE_list('layers', [], 'Layers to probe; by default all.')
+KINDS = flags.DEFINE_list('classifiers', list(CLASSIFIERS), 'Classifiers to fit.')
+SHOTS = flags.DEFINE_list('shots', ['0'], 'Training images per class; 0: all.')
+DRAWS = flags.DEFINE_integer('draws', 5, 'How many times to draw them.')
+FOLDS = flags.DEFINE_integer(
+  'folds', 3, 'Folds for choosing the regularisation strength.'
+)
+BUDGET = flags.DEFINE_integer('budget', 2048, 'Maximum values per layer; 0: no limit.')
+RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Also measures retrieval.')
 
 
 class Network(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run was trained with, as its folder records it: config and data.
+"""The config and data a run was trained with, as its folder records them.
 
 Commands read config.json and data.json. The manifest of every checkpoint repeats the
 config and holds digests of the data, so that a file that was edited, damaged or lost
@@ -52,7 +52,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     UserError: it is missing or damaged; says what to do.
   """
   if not path.exists():
-    raise UserError(f'{path} is missing: the training command writes it anew')
+    raise UserError(f'{path} is missing: the training command writes it again')
   try:
     return files.read_json(path)
   except UserError as error:

@@ -1,4 +1,4 @@
-r"""Paths of arrays in a State that older versions of the library called otherwise.
+r"""State paths that had other names in older versions of the library.
 
 An optimiser once had one state for all the players that it moved, in `opt.net`; now
 each player has its own:

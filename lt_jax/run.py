@@ -1,4 +1,4 @@
-"""A run: its folder, its stages one after the other, and what they leave behind."""
+"""A run: its folder, its stages in order, and what they leave behind."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ def run(
   profile: tuple[int, int] | None = None,
   tracker: str = '',
 ) -> dict[str, Any]:
-  """Trains every stage, from where an interrupted run left off, and sums up.
+  """Trains every stage, resuming an interrupted run, and writes the results.
 
   Args:
     config: the resolved configuration.
@@ -81,7 +81,7 @@ def run(
 def run_seeds(
   configs: Sequence[Config], workdirs: Sequence[epath.PathLike]
 ) -> list[dict[str, Any] | train.Diverged]:
-  """Trains runs that differ in their seed alone as one program.
+  """Trains runs that differ only in the seed as one program.
 
   Each has a folder like any other run, at every moment, so that it can go on alone.
 
@@ -102,7 +102,7 @@ def run_seeds(
   """
   began = time.time()
   if len({config_digest(config) for config in configs}) > 1:
-    raise UserError('runs that train together may differ in the seed alone')
+    raise UserError('runs that train together may differ only in the seed')
   if jax.process_count() > 1:
     raise UserError('runs train together in one process, not in several')
   seeds = [config['seed'] for config in configs]

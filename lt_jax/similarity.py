@@ -1,4 +1,4 @@
-r"""Which source serves a target: python -m lt_jax.similarity --source=... --target=...
+r"""Which source suits a target: python -m lt_jax.similarity --source=... --target=...
 
   python -m lt_jax.similarity --out=found --init=runs/pretrained --min_images=1 \
     --source=folder:animals,folder:plants --target=folder:birds --k=100
@@ -36,18 +36,22 @@ from lt_jax.evals import similarity as measures
 from lt_jax.evals import transferability
 from lt_jax.evals.similarity import Domain, Similarity
 
-SOURCE = commands.list_flag('source', 'Data or runs to begin with.')
-TARGET = commands.list_flag('target', 'Data or runs that they are to serve.')
+SOURCE = commands.list_flag('source', 'Source data or runs.')
+TARGET = commands.list_flag('target', 'Target data or runs.')
 INIT = commands.init_flag()
-NET = flags.DEFINE_string('net', '', 'The trunk of published weights.')
-SIZE = flags.DEFINE_integer('size', 224, 'Pixels that published weights see.')
-RUNS = commands.path_flag('runs', 'A folder of finished runs, which are ranked.')
-ACCURACY = commands.path_flag('accuracy', 'Rows source,target,accuracy.')
+NET = flags.DEFINE_string('net', '', 'The trunk that published weights belong to.')
+SIZE = flags.DEFINE_integer('size', 224, 'Image size for published weights.')
+RUNS = commands.path_flag('runs', 'A folder of finished runs to rank.')
+ACCURACY = commands.path_flag(
+  'accuracy', 'A CSV file with rows source,target,accuracy.'
+)
 GAMMA = flags.DEFINE_float('gamma', measures.GAMMA, 'Scale of the similarity.')
 MIN_IMAGES = flags.DEFINE_integer(
-  'min_images', measures.MIN_IMAGES, 'Source classes with fewer images are left out.'
+  'min_images', measures.MIN_IMAGES, 'Ignores source classes with fewer images.'
 )
-K = flags.DEFINE_list('k', ['200'], 'Classes for each target, or one number for all.')
+K = flags.DEFINE_list(
+  'k', ['200'], 'Source classes to keep per target, or one number for all.'
+)
 RULE = flags.DEFINE_string('rule', 'greedy', ', '.join(measures.RULES) + '.')
 OUT = commands.out_flag()
 
@@ -59,7 +63,7 @@ def main() -> None:
   from lt_jax.report.similarity import page
 
   if not TARGET.value:
-    raise UserError('--target is missing: data, or a run, that is to be served')
+    raise UserError('--target is missing: give data or a run')
   if not (SOURCE.value or RUNS.value):
     raise UserError('--source is missing; or give --runs, a folder of finished runs')
   lookup(measures.RULES, 'rule of selection', RULE.value)
@@ -301,7 +305,7 @@ def ranked(folder: epath.Path, targets: Sequence[str]) -> dict[str, Any]:
   for rows in table.values():
     rows.sort(key=lambda row: -row['scores'].get(first, -np.inf))
     if not any(row['scores'] for row in rows):
-      raise UserError(f'no run can look at the target: {rows[0]["note"]}')
+      raise UserError(f'no run can compute features of the target: {rows[0]["note"]}')
   return table
 
 

@@ -1,4 +1,4 @@
-"""One stage of a run: restores or begins it, and gives the loop its hooks."""
+"""One stage of a run: restores or starts it, and gives the loop its hooks."""
 
 import contextlib
 import functools

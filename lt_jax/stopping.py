@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to, or because a peer is stuck.
+"""How a run ends early: on request, or because a peer is stuck.
 
 In a run of several processes all must stop at one step, since each waits for the others
 in every all-reduce. So they agree, at the steps at which they wait for the devices

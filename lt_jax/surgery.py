@@ -92,7 +92,7 @@ def start_from(
 def keep_layers(
   *, kept: str, net: Network, image_shape: Sequence[int], layers: Sequence[Layer]
 ) -> Surgery:
-  """Draws all layers of the trunk anew but the first ones, or the last ones.
+  """Re-initialises all layers of the trunk except the first or the last ones.
 
   With the first ones kept, the head and what else follows the trunk is drawn anew too.
 
@@ -147,7 +147,7 @@ def _with_net(state: State, params: PyTree, stats: PyTree) -> State:
 
 
 def carry(*, fields: Sequence[str], stage: str) -> Surgery:
-  """Goes on with optimiser state, clock or memory of an earlier stage.
+  """Continues with the optimiser state, clock or memory of an earlier stage.
 
   Args:
     fields: names of State's fields: 'opt', 'step', 'memory'.
@@ -299,7 +299,9 @@ def put(
   values = [leaf for _, leaf in leaves]
   there = values[place]
   if there.shape != shape:
-    raise UserError(f'{path} is {there.shape} here, but what is measured is {shape}')
+    raise UserError(
+      f'{path} has shape {there.shape} here, but the measured value has {shape}'
+    )
   if not isinstance(there, jax.ShapeDtypeStruct):
     values[place] = jnp.asarray(measure(), there.dtype)
   return treedef.unflatten(values)

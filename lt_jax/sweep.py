@@ -36,16 +36,18 @@ CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
 METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
 SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
-CELL = flags.DEFINE_integer('cell', None, 'Runs this one alone, counted from 0.')
+CELL = flags.DEFINE_integer('cell', None, 'Runs only this cell, counted from 0.')
 VECTORISE = flags.DEFINE_bool(
   'vectorise',
   False,
   'Trains the seeds of a method as one program: for small networks on accelerators.',
 )
 GRID = flags.DEFINE_multi_string(
-  'grid', [], 'KEY=VALUE,VALUE,...: crosses values of a config key; may be repeated.'
+  'grid',
+  [],
+  'KEY=VALUE,VALUE,...: crosses the values of a config key; may be repeated.',
 )
-LIST = flags.DEFINE_bool('list', False, 'Shows the cells, and runs nothing.')
+LIST = flags.DEFINE_bool('list', False, 'Lists the cells and runs nothing.')
 
 
 MOST_SEED = 2**31 - 1
@@ -139,7 +141,7 @@ def sweep(
   make_config: Callable[[str], ConfigDict],
   vectorise: bool = False,
 ) -> dict[Cell, Exception]:
-  """Runs cells that are not finished; what goes wrong in one ends that one only.
+  """Runs unfinished cells; a failure ends only its own cell.
 
   Args:
     chosen: the cells.

@@ -1,4 +1,4 @@
-"""One stage of several runs, which one program trains."""
+"""Trains one stage of several runs as one program."""
 
 import collections
 import contextlib

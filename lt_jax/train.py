@@ -78,7 +78,7 @@ class Unlogged(NamedTuple):
 
 
 class Hooks(NamedTuple):
-  """What the caller does at a step.
+  """Callbacks at a step.
 
   Attributes:
     first_call: (seconds of compiling it) once a program has made its first call.
@@ -102,11 +102,11 @@ class Hooks(NamedTuple):
 
 
 class Preempted(Exception):
-  """The run was asked to stop, and saved itself first."""
+  """The run was asked to stop, and has saved its State."""
 
 
 class Diverged(Exception):
-  """A metric or the state is not finite; nothing of it was saved.
+  """A metric or the state is not finite; that State was not saved.
 
   Attributes:
     step: the first step whose metrics or result were not finite.

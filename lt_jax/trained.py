@@ -1,4 +1,4 @@
-"""A run that has been trained, opened to be used: its configuration, network and State.
+"""A trained run, opened for use: its configuration, network and State.
 
 What a network predicts by is all in the run's folder: no training data are needed.
 """

@@ -1,4 +1,4 @@
-"""What a run says while it runs: JSON lines, TensorBoard, a tracker, a person's screen.
+"""Output of a run while it runs: JSON lines, TensorBoard, a tracker, the screen.
 
 Only process 0 writes. Files grow by whole lines; a line torn by a crash is dropped
 when the run goes on, and so is every row after the step that it goes on from. Rows that
@@ -229,7 +229,7 @@ def tracking(
   try:
     module = importlib.import_module(name)
   except ImportError:
-    raise UserError(f'--tracker={name} needs it: pip install {name}') from None
+    raise UserError(f'--tracker={name} needs a package: pip install {name}') from None
   if jax.process_index():
     yield lambda row: None
     return
@@ -243,7 +243,7 @@ def tracking(
       **({'id': known_by} if name == 'wandb' else {}),
     )
   except Exception as error:  # of its own kinds: no account, no network
-    raise UserError(f'--tracker={name} does not start: {error}') from None
+    raise UserError(f'--tracker={name} could not start: {error}') from None
   failed = False
 
   def attempt(act: Callable[..., None], *values: Any, **options: Any) -> None:

@@ -201,7 +201,7 @@ def test_what_predicts_otherwise_is_not_written(workdir, tmp_path, monkeypatch, 
   monkeypatch.setattr(export, 'load', changed)
   out = tmp_path / 'one.safetensors'
   out.write_text('as it was')
-  with pytest.raises(UserError, match='is not written: read back, it predicts other'):
+  with pytest.raises(UserError, match='is not written: read back, its pred'):
     export.export(workdir, 'safetensors', out)
   assert out.read_text() == 'as it was' and len(list(tmp_path.iterdir())) == 1
 
@@ -211,7 +211,7 @@ def test_mistakes_are_told_first(workdir, tmp_path):
     ('onnx', 'x.onnx', "unknown format 'onnx'"),
     ('safetensor', 'x.safetensors', "did you mean 'safetensors'"),
     ('stablehlo', 'x.safetensors', 'must end in .stablehlo'),
-    ('stablehlo', 'no/x.stablehlo', 'in a folder that is not there'),
+    ('stablehlo', 'no/x.stablehlo', 'in a folder that does not exist'),
   ):
     with pytest.raises(UserError, match=told):
       export.export(workdir, to, tmp_path / out)

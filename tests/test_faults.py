@@ -356,7 +356,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr('fcntl.flock', refuse)
   with files.locked(tmp_path):
-    assert 'a file system without locks: do not start there twice' in (
+    assert 'a file system without locks: do not start two runs' in (
       capsys.readouterr().err
     )
 

@@ -320,5 +320,5 @@ def test_weights_that_do_not_fit_are_told_in_one_line(npz, source, tmp_path):
     ours.adopted({**config, 'init': str(tmp_path)})
   (tmp_path / 'config.json').write_text('{}')
   (tmp_path / 'data.json').write_text('{}')
-  with pytest.raises(UserError, match='is no whole run'):
+  with pytest.raises(UserError, match='is not a complete run'):
     ours.adopted({**config, 'init': str(tmp_path)})

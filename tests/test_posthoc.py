@@ -156,7 +156,7 @@ def test_tau_normalised_logits(rng, tau):
 
 @pytest.mark.parametrize('taus', [(), (0.5, float('nan'))])
 def test_taus_that_cannot_be_chosen_from(taus):
-  with pytest.raises(UserError, match='taus must be some finite numbers'):
+  with pytest.raises(UserError, match='taus must be a list of finite numbers'):
     tau_norm(a_method({}), taus=taus)
 
 
@@ -175,7 +175,7 @@ def test_a_class_without_weights_keeps_finite_logits():
 def test_a_head_that_is_not_linear_is_told(npz, head):
   config = make_config(npz, 'tau_norm')
   config['model'] = {**config['model'], 'head': head, 'head_options': {}}
-  with pytest.raises(UserError, match="a 'linear' head, no other"):
+  with pytest.raises(UserError, match="a 'linear' head only"):
     run.rehearsed(config, NOWHERE)
 
 

@@ -357,7 +357,7 @@ def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
     ({'workdir': epath.Path(tmp_path)}, 'holds no run'),
     ({'images': []}, 'no images are given'),
     ({'top': 0}, '--top is 0'),
-    ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that is not there'),
+    ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that does not exist'),
     ({'out': str(tmp_path)}, 'which exists but is not a regular file'),
     ({'which': 'best'}, 'has no best checkpoint of stage'),
     ({'on_bad_image': 'skp'}, "did you mean 'skip'"),

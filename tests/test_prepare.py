@@ -120,7 +120,7 @@ def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=f'{left} is not finished; run .*prepare again'):
     load_source('tfds:mini_lt', str(tmp_path))
   prepare.convert(f'list:{folder}', **options)
-  with pytest.raises(UserError, match='is there already; give another --name'):
+  with pytest.raises(UserError, match='already exists; give another --name'):
     prepare.convert(f'list:{folder}', **options)
 
 

@@ -398,7 +398,7 @@ class Hostile:
     ('w.pt', 'lt_jax.convert'),
     ('pytorch_model.bin', 'lt_jax.convert'),
     ('w.pth.tar', 'lt_jax.convert'),
-    ('w.npy', 'is no .safetensors file'),
+    ('w.npy', 'is neither a .safetensors file'),
     ('w.safetensors', 'truncated'),
   ],
 )
@@ -416,7 +416,7 @@ def test_nothing_is_unpickled(tmp_path, name, message):
 
 @pytest.mark.parametrize('name', ['resnet50', '', 'a/b/c', '/timm/resnet50', 'a b/c'])
 def test_a_name_that_means_nothing(name):
-  with pytest.raises(UserError, match='no .safetensors file, and no OWNER/MODEL'):
+  with pytest.raises(UserError, match='neither a .safetensors file nor OWNER/MODEL'):
     published.load(name)
 
 
@@ -540,9 +540,9 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
   ('source', 'out', 'message'),
   [
     ('w.pth', 'w.pth', 'must end in .safetensors'),
-    ('w.pth', 'absent/w.safetensors', 'in a folder that is not there'),
+    ('w.pth', 'absent/w.safetensors', 'in a folder that does not exist'),
     ('absent.pth', 'w.safetensors', 'there is no file absent.pth'),
-    ('w-0123abcd.pth', 'w.safetensors', 'is damaged or not what its name says'),
+    ('w-0123abcd.pth', 'w.safetensors', 'is damaged: its digest'),
     ('w.pth', 'w.safetensors', 'converting needs PyTorch: pip install torch'),
   ],
 )
@@ -596,9 +596,9 @@ def test_the_converter_runs_no_code(tmp_path):
     'w': 'damaged, or holds more than tensors: UnpicklingError',
     'short': 'damaged, or holds more than tensors',
     'cyclic': "'epoch' is no tensor",
-    'bomb': 'bytes of tensors, more than weights have',
+    'bomb': 'bytes of tensors, too many for weights',
     'sparse': 'unusual tensors',
-    'list': 'no dict of tensors',
+    'list': 'not hold a dict of tensors',
   }.items():
     with pytest.raises(UserError, match=message):
       convert.convert(str(tmp_path / f'{name}.pth'), str(tmp_path / 'out.safetensors'))

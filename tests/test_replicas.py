@@ -383,5 +383,5 @@ def test_stopped_they_go_on_together(npz, tmp_path, monkeypatch):
 
 def test_only_the_seed_may_differ(npz, tmp_path):
   first, second = configs(npz)
-  with pytest.raises(UserError, match='may differ in the seed alone'):
+  with pytest.raises(UserError, match='may differ only in the seed'):
     run.run_seeds([first, second | {'batch': 16}], [tmp_path / 'a', tmp_path / 'b'])

@@ -85,7 +85,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, files, rng):
     pytest.raises(UserError, match='--min_images'),
   ):
     similarity.main()
-  told = 'has images and no features: --init names the network'
+  told = 'has images but no features: name a network'
   with (
     given(tmp_path, ['digits_tasks:one'], [target]),
     pytest.raises(UserError, match=told),

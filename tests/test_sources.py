@@ -384,7 +384,7 @@ def test_labels_with_a_damaged_header(tmp_path, good, bad):
   assert good in whole
   file.write_bytes(whole.replace(good, bad, 1))
   source = sources.Records('tfds:pets', 1, '123', ('a', 'b'), (None, None, 3), file)
-  with pytest.raises(UserError, match=f'{file} is damaged, delete it: ') as error:
+  with pytest.raises(UserError, match=f'{file} is damaged; delete it: ') as error:
     _ = source.labels
   assert '\n' not in str(error.value)
 

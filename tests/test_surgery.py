@@ -143,7 +143,7 @@ def test_in_a_rehearsal_put_computes_nothing():
     (
       'params/net/head/kernel',
       (2, 4),
-      r'params/net/head/kernel is \(2, 3\) here, but what is measured is \(2, 4\)',
+      r'params/net/head/kernel has shape \(2, 3\) here, but the measured value has',
     ),
   ],
 )

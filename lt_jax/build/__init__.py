@@ -155,7 +155,7 @@ def _stage_configs(config: Config) -> dict[str, Config]:
   """Returns the config of each stage, in order, after looking for what cannot be."""
   configs = {name: stage_config(config, name) for name in config['stage_order']}
   if not configs or len(configs) < len(config['stage_order']):
-    raise UserError('stage_order must name stages, each of them once')
+    raise UserError('stage_order must name each stage exactly once')
   for stage in configs.values():
     check_ranges(stage)
     check_surgeries(stage['surgeries'])

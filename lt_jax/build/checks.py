@@ -1,4 +1,4 @@
-"""What is refused before anything is built: ranges, ends, choices that cannot be."""
+"""Checks before anything is built: ranges, ends, impossible choices."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""What a run needs, built: its data, its devices and its stages."""
+"""Everything a run needs, built: its data, its devices and its stages."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""How the State that counts is chosen: never by test images or labels of a target."""
+"""Chooses the State that counts, never by test images or target labels."""
 
 from collections.abc import Callable, Mapping
 

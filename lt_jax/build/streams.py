@@ -1,9 +1,9 @@
 """From config keys to streams: which images, in which order, transformed how.
 
-`config.streams` is a table: the name under which a method finds a batch -> a row. A row
-is of images (the default) or, by its 'name', of another kind in `STREAMS`; its other
-keys are options of that function. Nothing but the row 'train' is known by name: its
-epochs are the stage's clock.
+Each row of `config.streams` names a batch and says which images it is drawn from. A row
+gives images by default; its 'name' selects another kind from `STREAMS`, and its other
+keys are options of that function. Only the row 'train' is known by name: its epochs are
+the stage's clock.
 """
 
 import inspect

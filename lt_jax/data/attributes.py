@@ -1,7 +1,7 @@
-"""Descriptions of classes: attributes or word vectors, by which one is known unseen.
+"""Descriptions of classes: attributes or word vectors that identify unseen classes.
 
-A description is a vector a class. Files are read by their ending, see `READERS`; with
-nothing to download there are the seven segments of a display for digits.
+A description is one vector per class. The ending of a file selects its reader, see
+`READERS`. The seven segments of a display describe digits without a download.
 """
 
 import csv

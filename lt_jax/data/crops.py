@@ -1,4 +1,4 @@
-"""Images on the host: decoded whatever their kind, and cropped to one size."""
+"""Decodes images of any kind on the host, and crops them to one size."""
 
 import contextlib
 import functools
@@ -109,9 +109,7 @@ def least_divisor(width: int, height: int) -> int:
 def _check_size(width: int, height: int, where: str) -> None:
   """Raises a `UserError` for more pixels than `MAX_PIXELS`."""
   if width * height > MAX_PIXELS:
-    raise UserError(
-      f'{where}: an image of more than {MAX_PIXELS:,} pixels: make it smaller'
-    )
+    raise UserError(f'{where}: an image of more than {MAX_PIXELS:,} pixels: resize it')
 
 
 def _damaged(where: str, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""Tasks of transfer made of scikit-learn's digits: nothing is downloaded.
+"""Transfer tasks from scikit-learn's digits: nothing is downloaded.
 
 The 1,797 digits are split into two halves once. One half serves the source tasks, the
 other the target tasks, so that no digit is in a source and in a target. A task has 8x8

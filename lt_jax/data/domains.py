@@ -1,4 +1,4 @@
-"""Several domains as one: their images behind one another, their classes the same."""
+"""Joins several domains into one: images concatenated, classes unified."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Features of images in files: those of Xian et al., and a file of one's own.
+"""Image features from files: those of Xian et al., or your own.
 
 An xlsa folder has res101.mat (features, one column an image, and labels from 1) and
 att_splits.mat (descriptions of classes, and which images are for what, from 1).
@@ -157,7 +157,9 @@ def _parts(
     parts[name] = np.sort(rows)
   if (taken > 1).any():
     image = int(np.argmax(taken > 1)) + 1
-    raise UserError(f'{path}: the parts of the split overlap: image {image} is in two')
+    raise UserError(
+      f'{path}: the parts of the split overlap: image {image} is in two of them'
+    )
   return parts
 
 

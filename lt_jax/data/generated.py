@@ -1,4 +1,4 @@
-"""A generated data set: the shapes, counts and classes of a real one, and no content.
+"""A generated data set: the shapes, counts and classes of a real one, without content.
 
 For smoke tests, profiling and planning: any configuration runs on it unchanged, with
 --config.data.source=fake.

@@ -1,7 +1,7 @@
-"""Some of the classes of a source, as a source of its own.
+"""A source restricted to some of its classes.
 
-What `lt_jax.similarity` finds for a target is a list of names; `data.keep_classes` says
-which list.
+`lt_jax.similarity` writes a list of class names for a target; `data.keep_classes` names
+that list.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Folders of label maps, as the data sets of segmentation are laid out.
+"""The folder layouts of segmentation data sets.
 
-Each is a source `NAME:DIR`; DIR is the folder that their archives are unpacked into.
-What a data set calls its validation images is the split 'val': its test images have no
-labels in public.
+Each is a source `NAME:DIR`; DIR is the folder in which the archives were unpacked. The
+validation images of a data set are the split 'val', because the labels of its test
+images are not public.
 """
 
 import glob
@@ -92,7 +92,7 @@ def layout_source(
   """
   del data_dir
   if not os.path.isdir(folder):
-    raise UserError(f'{folder} is no folder')
+    raise UserError(f'{folder} is not a folder')
   found = {}
   for split, pairs in layout.pairs(folder).items():
     if pairs:
@@ -100,7 +100,7 @@ def layout_source(
       _check_maps(folder, pairs)
       found[split] = LabelledFiles(folder, images, maps, layout.ids)
   if 'train' not in found:
-    raise UserError(f'{folder} has no images to train on in the folders that it should')
+    raise UserError(f'{folder} has no training images in the expected folders')
   return found
 
 

@@ -1,7 +1,7 @@
-"""Images that lie in files: lists of their paths, and folders of classes.
+"""Images in files: lists of their paths, and folders of classes.
 
-Everything that can be wrong with names and labels is found when a source is opened,
-before an image is read.
+Every mistake in names and labels is found when a source is opened, before any image is
+read.
 """
 
 import dataclasses

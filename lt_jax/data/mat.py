@@ -1,4 +1,4 @@
-"""MATLAB files from strangers: arrays of numbers and cells of strings, nothing else."""
+"""Reads untrusted MATLAB files: only arrays of numbers and cells of strings."""
 
 import math
 import os

@@ -1,6 +1,6 @@
 """Mazes: a grid world in which the label of an image is the next move to the goal.
 
-For trying domain adaptation where what is learned is a policy. Mazes of 7x7, 9x9 and
+For trying domain adaptation when the network learns a policy. Mazes of 7x7, 9x9 and
 11x11 cells are rendered at 32 pixels in several ways. An image shows a whole maze, the
 agent and the goal; its label is the first move of a shortest path.
 
@@ -118,7 +118,7 @@ def maze_images(argument: str, data_dir: str | None = None) -> dict[str, Any]:
   domain, _, wanted = argument.partition(':')
   lookup(RENDERINGS, 'domain of mazes', domain)
   if wanted and not (wanted.isdecimal() and int(wanted)):
-    raise UserError(f'mazes:{argument}: {wanted!r} is no number of training images')
+    raise UserError(f'mazes:{argument}: {wanted!r} is not a number of training images')
   sizes = SPLITS | ({'train': int(wanted)} if wanted else {})
   sources = {}
   for split, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Colours of classes, as the data sets show them."""
+"""The class colours that data sets use."""
 
 from collections.abc import Sequence
 

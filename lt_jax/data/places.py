@@ -1,4 +1,4 @@
-"""Where the data of a run lie: recorded when it begins, found again when they move."""
+"""Records where the data of a run are, and finds them again if they move."""
 
 import os
 from collections.abc import Mapping

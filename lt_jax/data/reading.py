@@ -1,8 +1,7 @@
-"""Reading ahead: batches are made on the host while the devices work on earlier ones.
+"""Prefetching: the host makes batches while the devices work on earlier ones.
 
-Grain makes them, in threads of this process or in processes of their own. One of its
-elements is one whole payload and its number tells the step, so that a run which goes on
-at a step reads from there and nowhere else.
+Grain makes them, in threads of this process or in worker processes. Each Grain element
+is one step's payload, so resuming at step s starts at element s.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """An embedded pair of domains, and more: one set of digits, rendered in many ways.
 
-For trying domain adaptation where nothing can be downloaded. Half of the 1,797 digits
-that are bundled with scikit-learn are the domain 'source'; all other domains render the
-other half, so no digit is in the source and in a target, and between two of the other
-domains nothing differs but the rendering.
+For trying domain adaptation without a download. Half of the 1,797 digits bundled with
+scikit-learn are the domain 'source'; all other domains render the other half. So no
+digit is in both the source and a target, and the other domains differ from each other
+only in their rendering.
 """
 
 import functools

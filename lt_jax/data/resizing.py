@@ -1,6 +1,6 @@
-"""Images in memory brought to one size and one number of channels, or turned, once.
+"""Resizes images in memory, once: to one size and number of channels, or rotated.
 
-So data sets of different shapes meet in one network: MNIST (28x28x1), USPS (16x16x1)
+So one network can take data sets of different shapes: MNIST (28x28x1), USPS (16x16x1)
 and MNIST-M (32x32x3) as 28x28x3. Files of many sizes are cropped by `crops` instead.
 """
 

@@ -1,9 +1,9 @@
 """Samplers: the order of training images as a pure function of (seed, epoch).
 
-The stream of a run is the concatenation of its epochs, each of L positions: place
-p = step * B + i of it is element p mod L of epoch p // L. So no image is dropped, a
-batch may span epochs, a run resumes from its step alone, and every host computes
-the same global order.
+The stream of a run is the concatenation of its epochs, each with L positions: position
+p = step * B + i is element p mod L of epoch p // L. So no image is dropped, a batch may
+span epochs, a run resumes from its step alone, and every host computes the same global
+order.
 """
 
 import functools
@@ -120,7 +120,7 @@ def instance(images: np.ndarray) -> Sampler:
 
 
 def class_balanced(labels: np.ndarray) -> Sampler:
-  """Every class alike: p_j = 1 / C.
+  """Samples every class equally often: p_j = 1 / C.
 
   The class of each position is drawn independently and uniformly; its image is the
   next of that class's shuffled cycle, so that a class repeats none before it has
@@ -149,7 +149,7 @@ def class_balanced(labels: np.ndarray) -> Sampler:
 
 
 def square_root(labels: np.ndarray) -> Sampler:
-  """Between the two: p_j = sqrt(n_j) / sum_k sqrt(n_k), images with replacement.
+  """Square-root sampling: p_j = sqrt(n_j) / sum_k sqrt(n_k), with replacement.
 
   Args:
     labels: (N,) int, the training labels.
@@ -202,7 +202,7 @@ def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
 
 
 def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sampler:
-  """A few images of each of many classes: B = 128 holds 32 classes, 4 images each.
+  """A few images each of many classes: B = 128 holds 32 classes with 4 images each.
 
   The classes follow one another in a shuffled cycle, and each gives the next
   `per_class` images of its own; a class with fewer repeats some.
@@ -338,7 +338,7 @@ def curriculum(
   full: float = 0.85,
   in_place: bool = False,
 ) -> Sampler:
-  """Near images first: each epoch offers a window of an order, then all images.
+  """Near images first: each epoch offers a window of the order, finally all images.
 
   The images of the window are dealt in random order, lap after lap, until the epoch has
   as many positions as every other.

@@ -1,6 +1,6 @@
 """Street scenes: a synthetic pair of domains, and more, in which pixels have classes.
 
-For trying segmentation and its adaptation where nothing can be downloaded. A layout of
+For trying segmentation and its adaptation without a download. A layout of
 64 x 64 pixels (sky, road, buildings, trees, and the rare cars, poles and persons) is
 drawn at random; each domain renders layouts in its own way. The source, `sim`, has flat
 colours as an old game has them; `real` has other colours, textures, shadows, haze and

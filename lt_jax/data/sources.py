@@ -1,4 +1,4 @@
-"""Sources: labelled images by position, wherever they are kept.
+"""Sources: labelled images by position, wherever they are stored.
 
 A specification names one: 'digits', 'npz:PATH', 'tfds:NAME', 'list:FOLDER' or
 'folder:DIR'.
@@ -324,7 +324,7 @@ def _stored_labels(file: epath.Path) -> np.ndarray:
     labels = np.lib.format.read_array(stored, allow_pickle=False)
     return labels.astype(np.int64, casting='same_kind')
   except _NPY_ERRORS as error:
-    raise UserError(f'{file} is damaged, delete it: {error}') from None
+    raise UserError(f'{file} is damaged; delete it: {error}') from None
 
 
 # What a bit that changed in the header of an array, which is Python, can raise.

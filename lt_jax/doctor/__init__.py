@@ -1,7 +1,7 @@
-"""Checks of a run before it is long, section by section.
+"""Checks before a long run, section by section.
 
-A check is a generator (Case) -> findings; it raises `Missing` where an earlier one left
-it nothing to look at. To add one, write it and its entry in `SECTIONS`.
+A check is a generator (Case) -> findings. It raises `Missing` if an earlier check left
+it nothing to look at. To add a check, write it and its entry in `SECTIONS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

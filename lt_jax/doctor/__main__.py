@@ -1,11 +1,11 @@
-"""What is wrong with a run, before it is long.
+"""Finds problems before a long run.
 
   python -m lt_jax.doctor --config=configs/digits_lt.py:ldam_drw [--workdir=DIR]
 
-Looks at the machine, the folder, the images and their labels, makes a step of every
-stage, learns one batch by heart, and says a line of each thing: ok, odd (runs, but look
-at it), wrong (would fail, or its numbers would mean nothing) or skip. Ends with 2 if
-something is wrong, else with 0. Nothing stays in the folder.
+Looks at the machine, the folder, the images and their labels, takes a step of every
+stage, overfits one batch, and prints one line per check: ok, odd (runs, but look at
+it), wrong (would fail, or its numbers would mean nothing) or skip. Exits with 2 if
+something is wrong, else with 0. Leaves nothing in the folder.
 """
 
 import collections

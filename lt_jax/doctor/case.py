@@ -1,4 +1,4 @@
-"""A configuration, what checks say of it, and what several of them use."""
+"""A configuration under test: findings, and what several checks share."""
 
 import concurrent.futures
 import functools
@@ -23,7 +23,7 @@ SAMPLE = 256
 
 
 class Finding(NamedTuple):
-  """What a check says.
+  """The result of one check.
 
   Attributes:
     level: 'ok', 'odd', 'wrong' or 'skip'.
@@ -41,7 +41,7 @@ Findings = Iterator[Finding]
 
 
 class Missing(Exception):
-  """A check cannot be made, for want of what an earlier one did not find."""
+  """A check is impossible because an earlier one failed to provide its input."""
 
 
 class Trial(NamedTuple):

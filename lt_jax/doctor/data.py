@@ -284,7 +284,7 @@ def classes(case: Case) -> Findings:
   names = collections.Counter(map(composed, dataset.class_names))
   doubled = [name for name, number in names.items() if number > 1]
   if doubled:
-    yield odd(f'names of two classes: {len(doubled)}, such as {doubled[0]!r}')
+    yield odd(f'names shared by two classes: {len(doubled)}, such as {doubled[0]!r}')
   for name in ('train', 'test'):
     expected = (
       ~dataset.unseen if name == 'train' and dataset.unseen is not None else True

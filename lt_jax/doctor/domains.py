@@ -1,4 +1,4 @@
-"""Checks of several domains: how far they are apart, and what they share."""
+"""Checks of several domains: how far apart they are, and what they share."""
 
 import itertools
 

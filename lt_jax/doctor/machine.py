@@ -105,7 +105,7 @@ def writable(case: Case) -> Findings:
   yield (
     ok(f'{folder} can be written and read back')
     if same
-    else wrong(f'{folder}: what was written is not what is read')
+    else wrong(f'{folder}: a file read back differs from what was written')
   )
 
 
@@ -119,9 +119,9 @@ def _locks(folder: epath.Path) -> Findings:
   with files.locked(folder):
     try:
       with files.locked(folder):
-        yield odd('locks do not hold there: start no second run in this folder')
+        yield odd('locks do not work there: do not start a second run in this folder')
     except UserError:
-      yield ok('locks hold there')
+      yield ok('locks work there')
 
 
 def file_system(case: Case) -> Findings:
@@ -132,7 +132,7 @@ def file_system(case: Case) -> Findings:
     return
   kind = _file_system(os.fspath(_existing(folder)))
   if kind in MEMORY:
-    yield odd(f'the folder is in memory ({kind}): it is gone when the machine is')
+    yield odd(f'the folder is in memory ({kind}): it is lost when the machine stops')
   elif kind in NETWORKS or kind.startswith('fuse'):
     yield odd(f'the folder is on a network ({kind}): saving may be slow')
   else:
@@ -162,7 +162,7 @@ def begun(case: Case) -> Findings:
   if (folder / 'config.json').exists():
     run.check_config(case.config, folder)
     run.check_data(case.experiment, folder)
-    yield ok('the folder holds this run: it will go on')
+    yield ok('the folder holds this run, which will resume')
   else:
     yield ok('the folder holds no run yet')
 

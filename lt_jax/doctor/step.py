@@ -1,4 +1,4 @@
-"""Checks of a step of every stage, and of what it takes."""
+"""Checks of one step of every stage, and of its resources."""
 
 import contextlib
 import functools
@@ -42,9 +42,9 @@ def compiles(case: Case) -> Findings:
   """Compiles the step of every stage that trains."""
   for name, stage in case.experiment.stages.items():
     if not stage.plan.steps:
-      yield ok(f'{name}: makes no steps')
+      yield ok(f'{name}: has no steps')
     elif stage.reads:
-      yield skip(f'{name}: learns from what another stage is yet to leave')
+      yield skip(f'{name}: needs what another stage has not saved yet')
     else:
       try:
         trial = case.trials[name] = _trial(case, stage)
@@ -224,9 +224,11 @@ def by_heart(case: Case) -> Findings:
   elif losses[-1] < 0.5 * losses[0]:
     yield ok(told)
   elif len(losses) < BY_HEART:
-    yield skip(f'{told}; that is as many as {BUDGET:g} s allow')
+    yield skip(f'{told}; there was no time for more in {BUDGET:g} s')
   else:
-    yield odd(f'{told}, not below the half: see the learning rate, labels, what learns')
+    yield odd(
+      f'{told}, more than half: check the learning rate, the labels, what trains'
+    )
 
 
 def evaluates(case: Case) -> Findings:

@@ -1,4 +1,4 @@
-"""Calibration: whether a confidence of 80 % is right four times in five."""
+"""Calibration: is a prediction with confidence 80 % right four times in five?"""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Classification: one label an image, of known classes and perhaps an open set."""
+"""Classification: one label per image, with known classes and perhaps an open set."""
 
 import functools
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""One pass over a split, on all devices: what of the outputs is kept, or added up.
+"""One pass over a split, on all devices: outputs are kept or added up.
 
-On the device a batch is reduced to what is wanted of it; the host puts the batches
-together, or one running total stays on the device. Metrics are plain NumPy functions
-of what was kept.
+The device reduces a batch to what is needed. The host joins the batches, or a running
+total stays on the device. Metrics are plain NumPy functions of the result.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Metrics by domain, and their means over domains; how far domains are apart."""
+"""Metrics by domain, their means over domains, and how far apart domains are."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
 def gap_coverage(
   accuracy: float, source_only: float, target_only: float
 ) -> float | None:
-  """Returns how much of the gap between two controls a method covers.
+  """Returns how much of the gap between two controls a method closes.
 
   .. math:: (a - a_{source}) / (a_{target} - a_{source})
 

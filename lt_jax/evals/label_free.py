@@ -1,7 +1,7 @@
-"""Criteria to choose a State by that need no label of the target domain.
+"""Criteria for choosing a State without labels of the target domain.
 
-They are functions of what a network says of the target's training images, and of
-labelled images of the source. Test images and a target's labels are never among them.
+They are functions of the network's outputs on the target's training images and on
+labelled images of the source. They never use test images or labels of a target.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,7 +81,7 @@ def information(seen: Seen) -> float:
 
 
 def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float | None:
-  r"""Returns soft neighbourhood density: how many alike an image has; more is better.
+  r"""Returns soft neighbourhood density: how many similar images; more is better.
 
   .. math::
     \frac1N \sum_i H(P_{i\cdot}), \qquad

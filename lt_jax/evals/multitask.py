@@ -1,4 +1,4 @@
-"""Several tasks an image: each is measured by what its kind is measured by.
+"""Several tasks per image, each with the metric of its kind.
 
 Softmax by accuracy, sigmoid by the mean over its labels of the 11-point average
 precision of VOC 2007, regression by the coefficient of determination; of all of these

@@ -1,7 +1,7 @@
-"""The open set: telling images of known classes from those of no class seen before.
+"""The open set: separating known classes from classes never seen in training.
 
-An image is rejected where its known score is below a threshold. Two definitions of
-the F-measure are in print, and differ by far; both are computed, under their names.
+An image is rejected if its known score is below a threshold. Two definitions of the
+F-measure are in print and differ widely; both are computed, under their own names.
 """
 
 from typing import Any
@@ -180,7 +180,7 @@ def curve(
   *,
   points: int = 1000,
 ) -> dict[str, np.ndarray]:
-  """Returns what becomes of a test set with open images as the threshold falls.
+  """Returns what a test set with open images yields as the threshold falls.
 
   Args:
     label: (N,) int, -1 for open images.
@@ -266,7 +266,7 @@ def by_rule(
   num_classes: int,
   groups: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-  """Returns what becomes of a test set where a method itself says what it rejects.
+  """Returns the metrics of a test set under the method's own rule for rejection.
 
   Args:
     label: (N,) int, -1 for open images.

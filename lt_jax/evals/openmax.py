@@ -1,4 +1,4 @@
-"""OpenMax: logits of known classes give up what is due to an unknown one.
+"""OpenMax: moves part of the logits of known classes to an unknown class.
 
 A class remembers the mean logits of its training images that were classified right,
 and how far the farthest of them lie from it. A test image farther than that loses its

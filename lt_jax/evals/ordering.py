@@ -1,10 +1,10 @@
-"""How far each image of a target is from the source: the order of a curriculum.
+"""How far each target image is from the source: the order of a curriculum.
 
-A score is one number an image, the smaller the nearer, of the images of a split in
-stored order: a stage saves it (`lt_jax.evals.saved`), and `nearest_first` of it is what
-`lt_jax.data.samplers.curriculum` takes. It is the distance or the entropy here, or what
-a network returns itself, such as the 'target_logit' of a method with a discriminator of
-domains. No label is read.
+A score is one number per image, smaller meaning nearer, for a split in stored order. A
+stage saves it (`lt_jax.evals.saved`), and `lt_jax.data.samplers.curriculum` takes its
+`nearest_first`. It is the distance or the entropy here, or an output of the network
+itself, such as the 'target_logit' of a method with a domain discriminator. No label is
+read.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""What features of a layer are good for: probes by few images a class, and retrieval.
+"""How useful the features of a layer are: few-shot probes and retrieval.
 
-Arrays in, numbers out; which network and which layer the features are of is the
-caller's business, see `lt_jax.probe`.
+Arrays in, numbers out. The caller knows which network and layer the features come from,
+see `lt_jax.probe`.
 """
 
 import math

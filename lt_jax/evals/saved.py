@@ -1,6 +1,6 @@
-"""What a stage saves of images for later stages: outputs, and what follows from them.
+"""Outputs that a stage saves for later stages, and values computed from them.
 
-Labels are not among what it is made of, so that of a target it may be saved too.
+They use no labels, so they can be saved for a target too.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Segmentation: a label every pixel; all metrics come from confusion matrices.
+"""Segmentation: one label per pixel; all metrics come from confusion matrices.
 
 On the device an image becomes its confusion matrix, and sums for calibration: whole
 numbers and C^2 of them, never a map of logits. The metrics of a split are then exact

@@ -1,4 +1,4 @@
-r"""How near the classes of a source are to those of a target, and which serve it best.
+r"""How near the classes of a source are to a target, and which ones suit it best.
 
 A domain is the mean feature of each class and a weight, its number of images. The
 distance of two domains is the least cost of moving the one's weight onto the other's,

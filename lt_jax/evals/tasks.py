@@ -32,7 +32,7 @@ class Metric(NamedTuple):
 
 
 class Across(NamedTuple):
-  """What needs several splits at once, such as the open set beside the test images.
+  """Metrics that need several splits at once, such as the open set and the test set.
 
   Attributes:
     metrics: places of result.json -> name -> value, beside those of `measure`.
@@ -94,7 +94,7 @@ class Task(NamedTuple):
 
   @property
   def headline(self) -> str:
-    """The name of the metric that a run is told by."""
+    """The name of the headline metric."""
     return next(iter(self.metrics))
 
 

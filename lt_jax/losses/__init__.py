@@ -5,9 +5,9 @@ function (features (B, D), labels (B,), *, options) -> (), or of logits in the p
 features. Either has a keyword `counts` if it needs the training counts. To add one,
 write it and its entry in the `LOSSES` or `PENALTIES` of its file.
 
-The label -1 counts for nothing: `make_loss` gives it no loss and no gradient whatever
-the loss, and the reductions divide by what is labelled. `make_loss` also makes a loss
-one of pixels, so a function of `LOSSES` sees neither -1 nor an image of labels.
+The label -1 is ignored: `make_loss` gives it no loss and no gradient whatever the loss,
+and the reductions divide by the number of labels. `make_loss` also applies a loss per
+pixel, so a function of `LOSSES` never sees -1 or a label map.
 """
 
 import inspect

@@ -1,10 +1,10 @@
-r"""Alignments: how far two domains are apart in the layers of a network, as one number.
+r"""Alignments: how far apart two domains are in the layers of a network.
 
-An alignment is a function (source, target, *, options) -> () of the outputs of one
-batch of each domain; of the target's it reads no labels, there are none. With the
-keyword `layers` it is told which layers to compare, each (S, D) and (T, D). It is added
-to the objective with a weight that may change with the progress of training. To add
-one, write it and its entry in `ALIGNMENTS`.
+An alignment is a function (source, target, *, options) -> () of the outputs for one
+batch of each domain. It reads no target labels; there are none. The keyword `layers`
+names the layers to compare, each (S, D) and (T, D). It is added to the objective with a
+weight that may change with the progress of training. To add one, write it and its entry
+in `ALIGNMENTS`.
 
 Everything is finite, with finite gradients, also where vectors coincide. Memory is that
 of a few (S + T, S + T) and (D, D).
@@ -352,7 +352,7 @@ def entropy(source: Outputs, target: Outputs) -> jax.Array:
 
 
 def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Array:
-  r"""Minimum class confusion: how often the target's predictions hesitate between two.
+  r"""Minimum class confusion: how much target predictions hesitate between two classes.
 
   .. math::
     \frac{1}{C} \sum_{j \ne k} \frac{M_{jk}}{\sum_l M_{jl}}, \qquad
@@ -448,7 +448,7 @@ def class_prior(
   weights: Sequence[float] = LEVELS,
   mu: float = 0.5,
 ) -> jax.Array:
-  r"""By how much the shares of classes in an image fall below those in the source.
+  r"""How far the class shares of an image fall below those of the source.
 
   .. math::
     \sum_l w_l \frac{1}{T} \sum_i \sum_c
@@ -546,7 +546,7 @@ def _check_sizes(source: Outputs, target: Outputs) -> None:
   sizes = [len(outputs['logits']) for outputs in (source, target)]
   if min(sizes) < 2:
     raise UserError(
-      f'domains are compared by at least 2 images each, not {sizes[0]} and {sizes[1]}'
+      f'comparing domains needs at least 2 images each, not {sizes[0]} and {sizes[1]}'
     )
 
 

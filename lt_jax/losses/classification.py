@@ -191,7 +191,7 @@ def label_aware_smoothing(
   head: float = 0.3,
   tail: float = 0.0,
 ) -> jax.Array:
-  r"""Cross-entropy with labels smoothed the more, the larger their class.
+  r"""Cross-entropy with more label smoothing for larger classes.
 
   .. math::
     \ell = -(1 - \epsilon_y) \log p_y - \frac{\epsilon_y}{C} \sum_c \log p_c, \qquad

@@ -1,4 +1,4 @@
-"""Batch penalties: what exists only over a whole batch, as one number.
+"""Batch penalties: terms that exist only over a whole batch.
 
 Distances between the features of a batch, distances to the centroids of classes, and
 LADE's bound on the logits. A penalty is added to the objective after the reduction and
@@ -140,7 +140,7 @@ def lade(
   regularisation: float = 0.1,
   weight_by_example: bool = False,
 ) -> jax.Array:
-  r"""LADE's regulariser: a bound that tells each class's images from a uniform mixture.
+  r"""LADE's regulariser: a bound that separates each class from a uniform mixture.
 
   .. math::
     P = \sum_c \pi_c \Big( \ell_c + \lambda \ell_c^2
@@ -225,7 +225,7 @@ def repulsion(
   *,
   margin: float = 10.0,
 ) -> jax.Array:
-  r"""One hinge on the mean squared distance of the batch to the centroids of others.
+  r"""One hinge on the batch's mean squared distance to the centroids of other classes.
 
   .. math::
     \min\Big(\max\Big(m - \frac{1}{BC} \sum_b \sum_{c \ne y_b} |v_b - c_c|^2,\; 0\Big),

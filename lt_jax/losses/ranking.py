@@ -1,4 +1,4 @@
-"""Ranking losses over classes: how far wrong ones come up to the right one.
+"""Ranking losses over classes: how close wrong classes score to the right one.
 
 Source of the form: Akata et al., Label-Embedding for Image Classification, arXiv
 1503.08677. All are functions of logits (B, C) and labels (B,) that return (B,); a class

@@ -1,4 +1,4 @@
-"""Losses of further tasks of an image: means over the labels that are there.
+"""Losses of further tasks per image: means over the labels that exist.
 
 A kind of task is a function (outputs (B, K), labels) -> (losses, valid), both (B,) or
 (B, K). What is not labelled is masked before any logarithm, so it has neither a loss

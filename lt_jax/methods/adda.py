@@ -39,7 +39,7 @@ def adda(
   streams: Collection[str],
   threshold: float = 0.0,
 ) -> Method:
-  r"""Brings a target network's layers to where a fixed source network has its own.
+  r"""Moves a target network's layers to match those of a fixed source network.
 
   A step is an update of the discriminator D, then one of the target network M_t by
   inverted labels, against the new D:

@@ -1,4 +1,4 @@
-"""Adversarial adaptation of what a network says of each pixel: AdvEnt, AdaptSegNet."""
+"""Adversarial adaptation of the prediction for each pixel: AdvEnt, AdaptSegNet."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -48,7 +48,7 @@ def advent(
   shown: str = 'self_information',
   weights: Sequence[float] = LEVELS,
 ) -> Method:
-  r"""Predictions in the target that a discriminator takes for those in the source.
+  r"""Trains target predictions that a discriminator mistakes for source predictions.
 
   .. math::
     \min_f\; L_y + \lambda \Big( \sum_l w_l\, E_t \log(1 + e^{d_l(I_t)}) + D(S, T)

@@ -1,4 +1,4 @@
-"""Adversarial adaptation: features by which a discriminator cannot tell the domains."""
+"""Adversarial adaptation: features that hide the domain from a discriminator."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -158,7 +158,9 @@ def novel_classifiers(
   """
   base = np.asarray(base, bool)
   if base.all():
-    raise UserError('novel_classifiers: every class is base, there is none to make')
+    raise UserError(
+      'novel_classifiers: every class is base, so there is nothing to generate'
+    )
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     origin = lookup(earlier, 'finished stage', stage).params

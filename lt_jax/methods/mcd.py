@@ -40,7 +40,7 @@ def mcd(
   streams: Collection[str],
   inner_steps: int = 4,
 ) -> Method:
-  r"""Two heads that are driven apart on the target, and a trunk that reconciles them.
+  r"""Drives two heads apart on the target, and trains the trunk to reconcile them.
 
   A step is three updates, of the trunk G and the heads F_1 and F_2:
 

@@ -83,7 +83,7 @@ def mean_teacher(
   mix: bool = True,
   jitter: float = 0.2,
 ) -> Method:
-  r"""Supervised learning on the source, and on what a teacher says of the target.
+  r"""Supervised learning on the source, and on a teacher's labels for the target.
 
   .. math::
     L_y + \frac{\lambda(p)}{N} \sum_n q_n\, \ell(\tilde x, \tilde y)_n, \qquad

@@ -1,9 +1,9 @@
 r"""Open long-tailed recognition: a memory of class centroids, learned with the network.
 
-The head (`lt_jax.models.heads.MetaEmbedding`) reads the centroids; features are drawn
-to the centroid of their class and, as a batch, kept from the others. The centroids are
-a player, `params['centroids']` (C, D), with the optimiser, schedule and decay of the
-network, but a gradient of their own.
+The head (`lt_jax.models.heads.MetaEmbedding`) reads the centroids. Features are pulled
+towards the centroid of their class and, as a batch, pushed away from the others. The
+centroids are a player, `params['centroids']` (C, D), with the optimiser, schedule and
+decay of the network, but a gradient of their own.
 
 Source: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
 arXiv 1904.05160, and the authors' code.
@@ -140,7 +140,7 @@ def centroid_loss(
   weight: float = 0.1,
   form: str = 'released',
 ) -> Method:
-  r"""Supervised learning whose features are drawn to a centroid of their class.
+  r"""Supervised learning that pulls features towards the centroid of their class.
 
   The objective is that of `oltr`, of a network whose head does not read the centroids.
 

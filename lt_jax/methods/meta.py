@@ -1,7 +1,7 @@
 r"""Learning the weights of training examples from a small balanced set.
 
 Each step of training is rehearsed: a virtual step of the network on the weighted
-training losses, then the loss of a balanced meta batch after it. Its gradient with
+training losses, then the loss of a balanced meta batch. The gradient of that loss with
 respect to the weights, or to the network that makes them, says how to weigh.
 
 .. math::
@@ -265,7 +265,7 @@ def _reweighted(
   meta_layers: str = 'all',
   low_memory: bool = False,
 ) -> Reweighted:
-  """Trains a network on losses that are weighed anew at every step.
+  """Trains a network on losses that are reweighted at every step.
 
   Args:
     weighing: how they are weighed.
@@ -520,7 +520,7 @@ def meta_weight_net(
   normalise: bool = True,
   detach: bool = False,
 ) -> Weighing:
-  r"""Meta-Weight-Net: a small network makes a weight of a loss, and is learned.
+  r"""Meta-Weight-Net: a small network learns to map losses to weights.
 
   .. math::
     F(\ell, \Theta) = \sum_i \frac{v_i}{\sum_j v_j} \ell_i
@@ -592,7 +592,7 @@ def meta_reweight(
   clip: bool = False,
   normalise: bool = False,
 ) -> Weighing:
-  r"""Weights of examples: a prior by class, plus what the meta gradient says.
+  r"""Example weights: a class prior plus a step along the meta gradient.
 
   .. math::
     \text{additive: } F = \sum_i (w_{y_i} + \epsilon_i)\, \ell_i, \qquad

@@ -1,11 +1,11 @@
-r"""Several tasks on one trunk: the classes, and whatever else is known of the images.
+r"""Several tasks on one trunk: the classes, and further labels of the images.
 
 .. math:: J = \sum_k w_k L_k
 
-The first task is the one that the network has anyway, its classes with the loss, the
-class weights and the reduction of the config; it is called 'label'. The others have a
-linear head each on the features. They read labels from the same images, or images of a
-stream of their own.
+The first task, 'label', is the classification that the network does anyway, with the
+loss, class weights and reduction of the config. Each other task has a linear head on
+the features, and uses further labels of the same images, or the images of its own
+stream.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -83,7 +83,7 @@ def make_heads(heads: Mapping[str, Mapping[str, Any]]) -> tuple[Head, ...]:
   made = []
   for name, options in heads.items():
     if name in TAKEN:
-      raise UserError(f'heads.{name}: this name means something else in a batch')
+      raise UserError(f'heads.{name}: a batch uses this name for something else')
     check_options(f'heads.{name}', _head, options)
     head = Head(name, **_head(**options))
     lookup(KINDS, 'kind of task', head.kind)
@@ -149,7 +149,7 @@ def uncertainty(weights: jax.Array, halves: jax.Array, period: int) -> Weighting
 
 
 def dynamic(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
-  r"""More weight to tasks whose loss falls slowly.
+  r"""Gives more weight to tasks whose loss falls slowly.
 
   .. math::
     w_k \propto \exp\left(\frac{L_k^{(t-1)}}{L_k^{(t-2)}} \Big/ T\right), \qquad T = 2
@@ -201,7 +201,7 @@ def multitask(
   only: str = '',
   period: int = 100,
 ) -> Method:
-  """Learns several tasks at once.
+  """Trains several tasks at once.
 
   Args:
     net: returns 'logits' and 'features'.

@@ -1,4 +1,4 @@
-"""Two domains in one network: how they meet in it, and a method that trains on both."""
+"""Two domains in one network: shared passes, and a method that trains on both."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""Self-supervised adaptation: both domains learn to tell what was done to an image.
+"""Self-supervised adaptation: predict, in both domains, how an image was changed.
 
-The labels are made, not given, so the target has them too; a trunk that answers the
-same question in both domains is drawn to features that both have.
+The labels are generated, so the target has them too. A trunk that solves the same task
+in both domains is pulled towards features that they share.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Self-training: what the network is sure of in the target is a label there."""
+"""Self-training: confident predictions in the target become labels."""
 
 import math
 from collections.abc import Callable, Collection, Mapping

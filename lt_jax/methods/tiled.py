@@ -1,4 +1,4 @@
-"""Prediction in tiles: images that are too large for a device, or for a network."""
+"""Tiled prediction, for images too large for a device or a network."""
 
 import itertools
 

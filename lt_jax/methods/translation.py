@@ -1,4 +1,4 @@
-"""Translation of images: the source is trained on in the style of the target."""
+"""Image translation: training on the source in the style of the target."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Modulated attention: a map of features that sees itself, weighed by place."""
+"""Modulated attention: self-attention over a map of features, weighted by position."""
 
 from typing import Any
 

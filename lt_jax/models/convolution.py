@@ -1,4 +1,4 @@
-"""The one convolution of the house, and what makes it fast on a CPU."""
+"""The one convolution that every network uses, and how it is made fast on a CPU."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Domain classifiers: from a layer, a map or an image to the domain an image is of."""
+"""Domain classifiers: predict the domain from a layer, a map or an image."""
 
 import math
 from collections.abc import Sequence

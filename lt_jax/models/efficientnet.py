@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the network with which photographs are affordable on a CPU."""
+"""EfficientNet-Lite0: the network that makes photographs affordable on a CPU."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

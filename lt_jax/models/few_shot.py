@@ -1,4 +1,4 @@
-"""Few-shot recognition: what generates the weights of a cosine classifier.
+"""Few-shot recognition: generates the weights of a cosine classifier.
 
 Source: Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting,
 CVPR 2018, arXiv 1804.09458, and the authors' code.

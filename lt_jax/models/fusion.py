@@ -1,4 +1,4 @@
-r"""Fusion: a feature of the target, and what a memory and its domain add to it.
+r"""Fusion: adds what a memory and the domain contribute to a target feature.
 
 .. math::
   x = v + \sum \text{gates} \odot \text{what they let in}, \qquad

@@ -1,4 +1,4 @@
-"""The layers of a trunk in their order, from the images on, by their parameters.
+"""The layers of a trunk in order from the image on, by their parameters.
 
 What fine-tuning counts: rates that fall towards the images, layers that keep the
 weights they begin with. A layer is a stage of blocks where the trunk has stages, else a

@@ -1,4 +1,4 @@
-"""Networks that give logits of every pixel: a trunk, a head, and how they are joined.
+"""Networks that give logits for every pixel: a trunk, a head, and their combination.
 
 Any trunk that ends in a map of features serves, and any head of `HEADS`, which then
 classifies each pixel of the map on its own. A head of `PIXEL_HEADS` reads the whole

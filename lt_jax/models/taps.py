@@ -1,4 +1,4 @@
-"""Taps: what a trunk computes on its way, by the names of its layers.
+"""Taps: the intermediate outputs of a trunk, by layer name.
 
 A trunk says `tap(self, 'stem', x)` of each of its layers; that costs nothing until
 somebody reads them. They are in the order of the layers, each as the next layer reads

@@ -1,1 +1,1 @@
-"""Weights to begin with: published ones, and those of runs of ours."""
+"""Initial weights: published ones, and those of our own runs."""

@@ -106,12 +106,12 @@ def _origin(
       is_file=is_file,
     )
   except (KeyError, TypeError, IndexError, AttributeError) as error:
-    raise UserError(f'{source} is no whole run: {error!r} is missing') from None
+    raise UserError(f'{source} is not a complete run: {error!r} is missing') from None
 
 
 def _json(path: epath.Path, source: str) -> dict[str, Any]:
   if not path.exists():
-    raise UserError(f'{source} is a folder, but no run: it has no {path.name}')
+    raise UserError(f'{source} is a folder but not a run: it has no {path.name}')
   try:
     found = json.loads(path.read_text())
   except ValueError as error:

@@ -221,7 +221,7 @@ def load(source: str) -> Weights:
     )
   if not source.endswith('.safetensors'):
     if not MODEL.fullmatch(source) or epath.Path(source).exists():
-      raise UserError(f'{source!r} is no .safetensors file, and no OWNER/MODEL')
+      raise UserError(f'{source!r} is neither a .safetensors file nor OWNER/MODEL')
     file, revision = _download(source)
     pixels |= _pixels(source)
   data = _read(file)
@@ -247,7 +247,9 @@ def _read(path: epath.PathLike) -> bytes:
       raise UserError(f'there is no file {path}')
     size = path.stat().length
     if size > MOST_BYTES:
-      raise UserError(f'{path} has {size} bytes, more than any weights read here')
+      raise UserError(
+        f'{path} has {size} bytes, more than any weights that are read here'
+      )
     with path.open('rb') as file:
       start = file.read(8)
       header = int.from_bytes(start, 'little')

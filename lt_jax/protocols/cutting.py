@@ -1,4 +1,4 @@
-"""Splits that a user's images do not have: how many images are cut off for them."""
+"""How many images to set aside for splits that a user's images lack."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Features from files: networks of one layer, for classes that are unseen."""
+"""Features from files: one-layer networks for unseen classes."""
 
 from lt_jax.config import Overrides
 from lt_jax.protocols import Protocol

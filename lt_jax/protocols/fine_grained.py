@@ -1,4 +1,4 @@
-"""Targets of transfer: what each data set is, and how papers fine-tune on it."""
+"""Fine-tuning targets: what each data set is, and how papers train on it."""
 
 from typing import NamedTuple
 

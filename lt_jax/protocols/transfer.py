@@ -1,4 +1,4 @@
-"""Transfer in one run: a training on a source, then any recipe on a target.
+"""Transfer in one run: training on a source, then any recipe on a target.
 
 The stage 'source' trains on a domain of its own, by the protocol alone. The recipe's
 own stages follow on the target, the first of which begins with the trunk of 'source'.

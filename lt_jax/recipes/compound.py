@@ -1,4 +1,4 @@
-"""Recipes of open compound domain adaptation, and what becomes of it without a part.
+"""Recipes of open compound domain adaptation and its ablations.
 
 The stages and their rates are those of the authors' code, in which all are long:
 `lt_jax.methods.compound` tells what they are. All but the last are the same in every

@@ -1,8 +1,8 @@
-"""Recipes that weigh the source as the target's labels are estimated to be.
+"""Recipes that weight the source by the estimated class shares of the target.
 
-A network learns the source, the shares of classes in the target are estimated with it,
-and a second stage begins anew with the images of the source weighed by them. No label
-of the target is used.
+A network is trained on the source and used to estimate the class shares of the target.
+A second stage then starts from scratch with source images weighted by these shares. No
+label of the target is used.
 """
 
 from ml_collections import ConfigDict

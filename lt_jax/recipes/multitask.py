@@ -1,4 +1,4 @@
-"""Recipes of several tasks at once, whose heads the config names (`config.heads`)."""
+"""Recipes for several tasks at once; `config.heads` names their heads."""
 
 from typing import Any
 

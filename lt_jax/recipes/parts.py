@@ -1,4 +1,4 @@
-"""What recipes are made of: re-weighting, margins, stages that follow one another."""
+"""Building blocks of recipes: re-weighting, margins, stages in sequence."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Recipes of adaptation for labels of pixels: by entropy, by what is predicted.
+"""Adaptation recipes for segmentation: by entropy, adversarial, or with a teacher.
 
 Their weights are ADVENT's, for images of a million pixels and 19 classes. Where the
 network has an auxiliary output (`model.head_options.auxiliary`) it is adapted too.

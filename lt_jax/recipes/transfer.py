@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning: what of given weights is kept, and at which rate it moves.
+"""Fine-tuning recipes: which given weights are kept, and at which rate they move.
 
 Each begins with the weights of `config.init`, or of an earlier stage, and trains as the
 config does otherwise: its loss, sampler and class weights stay. Full fine-tuning at one

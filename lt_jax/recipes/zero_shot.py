@@ -1,8 +1,8 @@
 """Recipes of zero-shot learning: classes that have a description and no image.
 
-What is chosen, hyper-parameters and gamma, is chosen by validation classes, with a
-network that has not learned from them: a stage 'validate' trains it without them, where
-there is anything to train. The last stage makes no step.
+Hyper-parameters and gamma are chosen on validation classes, with a network that has not
+learned from them: if there is anything to train, a stage 'validate' trains it without
+them. The last stage has no steps.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run, or a folder of runs, has to show: one page, from the files they left.
+"""One page about a run or a folder of runs, from the files they left.
 
 `write` makes report.html, which holds its figures and needs no network; report.md and
 report.tex, its tables; and figures/NAME.svg, for a paper or a README. No model runs

@@ -1,4 +1,4 @@
-"""What a report says by domain: a table, and where adaptation goes wrong."""
+"""The report by domain: a table, and where adaptation goes wrong."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: what each has to tell, and which are seeds of one thing."""
+"""Runs on disk: what each one recorded, and which ones differ only in the seed."""
 
 import contextlib
 import functools
@@ -67,7 +67,7 @@ SHAPES: dict[str, Any] = {
 
 
 class Missing(Exception):
-  """A run lacks what a figure is made of; says which file, in words."""
+  """A run lacks the data for a figure; the message names the file."""
 
 
 class Run:
@@ -329,7 +329,7 @@ def find(folder: epath.Path) -> list[Run]:
   """
   found = [Run(path, _below(path, folder)) for path in _folders(folder, set())]
   if not found:
-    raise UserError(f'{folder} is no run and holds none: there is no config.json')
+    raise UserError(f'{folder} is not a run and contains none: there is no config.json')
   return found
 
 

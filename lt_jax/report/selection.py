@@ -1,4 +1,4 @@
-"""What the ways to choose a State of a run are worth, beside the last and the best."""
+"""Compares rules for choosing a State with the last and the best State."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

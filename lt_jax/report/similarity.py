@@ -1,4 +1,4 @@
-"""The page of `lt_jax.similarity`: what is near to what, and what serves what."""
+"""The page of `lt_jax.similarity`: what is near, and which source suits a target."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

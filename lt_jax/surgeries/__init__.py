@@ -1,1 +1,1 @@
-"""What stages of no steps fit: classifiers, maps of features, closed forms."""
+"""What stages without steps fit: classifiers, maps of features, closed forms."""

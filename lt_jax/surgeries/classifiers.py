@@ -1,4 +1,4 @@
-"""Classifiers of features whose training has one answer, and is taken to it.
+"""Classifiers of features with a unique optimum, trained to convergence.
 
 Linear support vector machines, softmax and ridge regression, class means and nearest
 neighbours. Each is an entry of `CLASSIFIERS`: a function of features, labels and a list

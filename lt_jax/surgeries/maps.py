@@ -1,4 +1,4 @@
-"""Adaptation in closed form: maps of features, and statistics, that meet the target.
+"""Adaptation in closed form: maps of features, or statistics, that fit the target.
 
 A stage of no steps has a map of features for each domain, put there by a surgery that
 sees the features of both and the labels of none. The network is deployed with the

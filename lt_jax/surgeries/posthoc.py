@@ -1,4 +1,4 @@
-"""Post-hoc classifiers: what predicts otherwise than it was trained.
+"""Post-hoc classifiers, which predict differently from how they were trained.
 
 Each is a wrapper `Method -> Method`. One that measures something keeps it in
 `state.memory`, under its own name, and has a surgery beside it that fills it; a stage
@@ -63,12 +63,14 @@ def tau_norm(method: Method, *, taus: Sequence[float]) -> Method:
   section 4.2; the authors' code leaves out the bias, and tries 0, 0.1, ..., 2.
   """
   if not len(taus) or not np.isfinite(taus).all():
-    raise UserError(f'tau_norm: taus must be some finite numbers, got {taus!r}')
+    raise UserError(f'tau_norm: taus must be a list of finite numbers, got {taus!r}')
 
   def init(key, batches):
     state = method.init(key, batches)
     if set(state.params['net']['head']) != {'kernel', 'bias'}:
-      raise UserError("tau_norm: it scales the weights of a 'linear' head, no other")
+      raise UserError(
+        "tau_norm scales the weights of a 'linear' head only: set model.head"
+      )
     memory = {
       'tau': jnp.zeros((), jnp.float32),
       'taus': jnp.asarray(taus, jnp.float32),
@@ -138,7 +140,7 @@ def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
 
 
 def with_openmax(method: Method, *, alpha: int = 10) -> Method:
-  """Predicts with OpenMax: logits give up what is due to an unknown class.
+  """Predicts with OpenMax, which moves part of the logits to an unknown class.
 
   The logits are the first C of `openmax.recalibrate`, and 'known_score' is one minus
   the probability of the unknown class. 'is_unknown' is the rule of the paper: the

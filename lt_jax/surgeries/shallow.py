@@ -1,4 +1,4 @@
-"""Shallow classifiers of a network's features: wrapper and surgery each.
+"""Shallow classifiers on a network's features, each a wrapper and a surgery.
 
 They belong into a stage of no steps, after one that has trained the features, or on
 features from a file. What was fitted is in the State, so that it is saved and deployed
@@ -33,7 +33,9 @@ def linear_svm(method: Method, *, costs: Sequence[float] = classifiers.COSTS) ->
     UserError: no costs, or some that are not positive.
   """
   if not len(costs) or not (np.asarray(costs) > 0).all():
-    raise UserError(f'linear_svm: costs must be some positive numbers, got {costs!r}')
+    raise UserError(
+      f'linear_svm: costs must be a list of positive numbers, got {costs!r}'
+    )
 
   def init(key, batches):
     state = method.init(key, batches)

@@ -1,4 +1,4 @@
-"""Label shift as weights: source images count as their classes are in the target.
+"""Label shift: source images are weighted by the target's class shares.
 
 A stage that is wrapped in 'label_shift' weighs every source image by q / p of its
 class. Its surgery 'estimate_shift' finds q, the shares of classes in the target, with

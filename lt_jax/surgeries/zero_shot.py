@@ -1,4 +1,4 @@
-"""Zero-shot classifiers in stages of no steps: a wrapper, and surgeries that fit.
+"""Zero-shot classifiers in stages without steps: a wrapper, and surgeries that fit.
 
 The wrapper 'calibrated_stacking' takes gamma from the scores of seen classes. What is
 chosen, gamma and hyper-parameters, is chosen by validation classes: seen classes that

@@ -1,0 +1,55 @@
+"""Runs the tutorials, whose figures the site shows: python docs/site/tutorials.py.
+
+The blocks of a page, ```bash and ```python, run one after the other in one empty
+folder. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
+docs/tutorials/figures/NAME.svg. `make docs` does this first, so that a page that no
+longer runs has no site.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+PAGES = pathlib.Path(__file__).parents[1] / 'tutorials'
+BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```$', re.M | re.S)
+FIGURE = re.compile(r'^<!-- figure: (\S+) as (\S+) -->$', re.M)
+
+
+def run(page: pathlib.Path) -> None:
+  """Runs a page and keeps its figures."""
+  text, began = page.read_text(), time.monotonic()
+  first = os.fspath(pathlib.Path(sys.executable).parent)
+  environment = {**os.environ, 'PATH': f'{first}{os.pathsep}{os.environ["PATH"]}'}
+  starts = {
+    'bash': ['bash', '-euo', 'pipefail', '-c'],
+    'python': [sys.executable, '-c'],
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    for language, code in BLOCK.findall(text):
+      done = subprocess.run(
+        [*starts[language], code],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      if done.returncode:
+        sys.exit(f'{page.name}: this block failed\n\n{code}\n{done.stdout}')
+    figures = FIGURE.findall(text)
+    for path, name in figures:
+      (PAGES / 'figures').mkdir(exist_ok=True)
+      shutil.copy(pathlib.Path(folder, path), PAGES / 'figures' / name)
+  if not figures:
+    sys.exit(f'{page.name}: a tutorial ends with a figure')
+  print(f'{page.name}: {time.monotonic() - began:.0f} s')
+
+
+if __name__ == '__main__':
+  for tutorial in sorted(PAGES.glob('*.md')):
+    run(tutorial)
