@@ -131,8 +131,8 @@ def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, 
   for split, one in sources.items():
     if getattr(one, 'attributes', {}):
       raise UserError(
-        f'{source}: records keep no roles, and images of {split} are a gallery and '
-        'probes: train from the lists themselves'
+        f'{source}: the split {split!r} has a gallery and probes, which records cannot '
+        'hold: train from the lists themselves'
       )
     if one.image_shape != (None, None, 3) or not hasattr(one, 'example'):
       raise UserError(

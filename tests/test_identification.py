@@ -220,10 +220,10 @@ def test_lists_with_roles_are_one_set_of_test_images(tmp_path):
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
-    ({'gallery': None}, r'probe.txt: beside it gallery.txt is missing'),
-    ({'probe': None}, r'gallery.txt: beside it probe.txt is missing'),
+    ({'gallery': None}, r'probe.txt: gallery.txt is missing beside it'),
+    ({'probe': None}, r'gallery.txt: probe.txt is missing beside it'),
     ({'probe': ['h 0', 'g 3']}, r'probe.txt:2: identity 3 has no image in .*gallery'),
-    ({'open': ['o -1']}, r'open.txt: beside a gallery .*distractors.txt'),
+    ({'open': ['o -1']}, r'open.txt: with a gallery, .*distractors.txt'),
     ({'distractors': ['j 7']}, r'distractors.txt:1: label 7: in an open list'),
     ({'gallery': ['a 0', 'f 4']}, r'a is listed twice'),
     (
@@ -240,10 +240,10 @@ def test_faults_of_lists_with_roles(tmp_path, changed, message):
 
 def test_what_would_lose_the_roles_is_refused(tmp_path):
   source = write(tmp_path, **LISTS)
-  with pytest.raises(UserError, match='has a gallery and probes'):
+  with pytest.raises(UserError, match='keep_classes cannot .*has a gallery and probes'):
     load_dataset(source, to_device=None, image_size=8, resize=8, keep_classes='0')
   pytest.importorskip('tensorflow_datasets')
-  with pytest.raises(UserError, match='records keep no roles'):
+  with pytest.raises(UserError, match='which records cannot hold'):
     prepare.convert(source, name='faces', data_dir=str(tmp_path / 'records'))
 
 
@@ -334,7 +334,7 @@ def test_a_whole_face_is_trained_on(data):
 def test_data_without_roles_are_refused(data, tmp_path):
   fake = {'data.source': 'fake', 'data.fake.gallery': 0, 'data.fake.test': 9}
   with pytest.raises(
-    UserError, match='needs a role of every test image: lists gallery'
+    UserError, match='needs a role for every test image: put the lists'
   ):
     build.build(small('ce,net=resnet10', fake), devices=1)
 

@@ -340,7 +340,7 @@ def _check_reads(name: str, dataset: Dataset) -> None:
   test = dataset.tests.get('test')
   for read, how in lookup(TASKS, 'task', name).reads.items():
     if test is None or read not in test.numbers():
-      raise UserError(f'task {name!r} needs a {read} of every test image: {how}')
+      raise UserError(f'task {name!r} needs a {read} for every test image: {how}')
 
 
 def _passes(

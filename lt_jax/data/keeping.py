@@ -88,7 +88,7 @@ def keep_classes(
     known = {own: i for i, own in enumerate(source.class_names)}
     if source.labels.max(initial=-1) >= len(known):
       raise UserError(
-        f'data.keep_classes: {name} has a gallery and probes, which would be lost'
+        f'data.keep_classes cannot be used with {name}, which has a gallery and probes'
       )
     for one in names:
       if one not in known:

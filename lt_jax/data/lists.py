@@ -202,12 +202,12 @@ def _check_roles(lists: Mapping[str, ImageList]) -> None:
   for name in ('gallery', 'probe'):
     if name not in lists:
       raise UserError(
-        f'{lists[there[0]].file}: beside it {name}.txt is missing: probes are looked '
-        'for in a gallery'
+        f'{lists[there[0]].file}: {name}.txt is missing beside it; identification '
+        'needs a gallery and probes'
       )
   if 'open' in lists:
     raise UserError(
-      f'{lists["open"].file}: beside a gallery the images of no known class are '
+      f'{lists["open"].file}: with a gallery, images of no known class are '
       'distractors: rename it to distractors.txt'
     )
   probe, gallery = lists['probe'], lists['gallery']

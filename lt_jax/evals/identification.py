@@ -368,6 +368,6 @@ IDENTIFICATION = classification.CLASSIFICATION._replace(
   across=across,
   metrics=METRICS,
   groups=one_shot,
-  reads={'role': 'lists gallery.txt and probe.txt beside train.txt give one'},
+  reads={'role': 'put the lists gallery.txt and probe.txt beside train.txt'},
 )
 """Probes of trained and of other identities, looked for in a gallery."""
