@@ -136,12 +136,19 @@ TABLES = {
   'usps_mnist': Sweep('usps_mnist.py:steps=2000', f'{PAIR},sa', '0,1,2'),
   'c_digits_small': Sweep(
     'c_digits_small.py:epochs=10',
-    'source_only,dann,adda_cycada,ocda,ocda_released,ocda_no_memory,'
+    'source_only,dann,adda_cycada,ocda_source,ocda,ocda_released,ocda_no_memory,'
     'ocda_no_indicator,ocda_random_order,ocda_oracle_domains,target_only',
     '0,1,2',
   ),
   'c_mazes': Sweep(
-    'c_mazes.py', 'source_only,dann,deep_coral,mcc,ocda,target_only', '0,1,2'
+    'c_mazes.py',
+    'source_only,dann,deep_coral,mcc,ocda_source,ocda,target_only',
+    '0,1,2',
+  ),
+  'scenes_zero_shot': Sweep(
+    'scenes_zero_shot.py:target=real',
+    'zero_shot_pixels,zero_shot_pixels_self_training,boundless',
+    '0,1,2',
   ),
   'scenes': Sweep('scenes.py', PIXELS, '0,1,2'),
   'camvid_dusk': Sweep('camvid_dusk.py', PIXELS, '0,1,2'),

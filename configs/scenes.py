@@ -33,27 +33,11 @@ Argument: a recipe of domain adaptation or of long tails (see docs/methods.md) a
 """
 
 from lt_jax.config import apply, base_config, parse_arg
-from lt_jax.protocols import Protocol, train_by
+from lt_jax.protocols import train_by
+from lt_jax.protocols.scenes import epochs_of, training
 
 OPEN = 'snow'
 """The domain that no training image is of."""
-
-BATCH = 8
-
-
-def training(epochs: float) -> Protocol:
-  """Returns how the scenes are trained on, for any recipe."""
-  return Protocol(
-    {
-      'batch': BATCH,
-      'eval_batch': 50,
-      'epochs': epochs,
-      'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 5e-4),)},
-      'schedule': {'name': 'cosine', 'base': 0.02, 'end': epochs},
-      'save_every_epochs': epochs / 5,
-      'evaluate_every_epochs': epochs / 5,
-    }
-  )
 
 
 def get_config(arg: str | None = None):
@@ -92,6 +76,5 @@ def get_config(arg: str | None = None):
       'model': {'trunk': 'small_segmenter', 'head': 'multi_dilation'},
     },
   )
-  # An epoch begins at the next whole step.
-  epochs = (option.steps - 0.5) * BATCH / option.train
+  epochs = epochs_of(option.steps, option.train)
   return train_by(config, recipe, training(epochs))

@@ -25,6 +25,10 @@ def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
 
   Raises:
     UserError: the counts are not a vector, or a class is empty.
+
+  Examples:
+    >>> check_counts([90, 10], 'this loss').tolist()
+    [90.0, 10.0]
   """
   counts = np.asarray(counts, np.float64)
   if counts.ndim != 1 or not counts.size:
@@ -45,6 +49,10 @@ def uniform(counts: np.ndarray) -> np.ndarray:
 
   Returns:
     (C,) float64.
+
+  Examples:
+    >>> uniform([90, 10]).tolist()
+    [1.0, 1.0]
   """
   return np.ones(len(counts))
 
@@ -74,6 +82,10 @@ def effective_number(
 
   Raises:
     UserError: beta or N out of range, or not one of the two.
+
+  Examples:
+    >>> effective_number([1, 2, 100], beta=0.5).tolist()
+    [1.0, 1.5, 2.0]
 
   Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019,
   arXiv 1901.05555, proposition 1.
@@ -113,6 +125,12 @@ def inverse_effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.nda
   Raises:
     UserError: beta out of range or an empty class.
 
+  Examples:
+    >>> inverse_effective_number([2, 1], beta=0.5).round(3).tolist()
+    [0.8, 1.2]
+    >>> inverse_effective_number([90, 10], beta=0).tolist()
+    [1.0, 1.0]
+
   Cui et al., CVPR 2019, arXiv 1901.05555, equation 4.
   """
   # The factor 1 - beta is normalised away.
@@ -130,6 +148,10 @@ def inverse_frequency(counts: np.ndarray) -> np.ndarray:
 
   Raises:
     UserError: an empty class.
+
+  Examples:
+    >>> inverse_frequency([90, 10]).round(3).tolist()
+    [0.2, 1.8]
   """
   return _sum_to_classes(1.0 / check_counts(counts, 'inverse_frequency'))
 
@@ -145,6 +167,10 @@ def inverse_square_root(counts: np.ndarray) -> np.ndarray:
 
   Raises:
     UserError: an empty class.
+
+  Examples:
+    >>> inverse_square_root([90, 10]).round(3).tolist()
+    [0.5, 1.5]
   """
   return _sum_to_classes(check_counts(counts, 'inverse_square_root') ** -0.5)
 
@@ -178,6 +204,11 @@ def make_class_weights(
   Raises:
     UserError: an unknown name or option, or an empty class.
 
+  Examples:
+    >>> weights = make_class_weights('inverse_square_root', [90, 10], start_step=100)
+    >>> weights(99).tolist(), weights(100).tolist()
+    ([1.0, 1.0], [0.5, 1.5])
+
   Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
   NeurIPS 2019, arXiv 1906.07413.
   """
@@ -198,6 +229,10 @@ def weights_of(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
 
   Returns:
     (...).
+
+  Examples:
+    >>> weights_of(np.array([0.5, 1.5]), np.array([1, 0, -1])).tolist()
+    [1.5, 0.5, 0.0]
   """
   return (
     jnp.asarray(class_weights)

@@ -81,6 +81,7 @@ def export(
   for path in (out, *beside):
     files.check_out(path)
   network = trained.open_run(workdir, which)
+  network.check_whole(workdir)
   draft = out.with_name(f'.{out.name}.{uuid.uuid4().hex}.draft')
   try:
     told, predict = write(network, draft)

@@ -92,6 +92,7 @@ def network(source: str, trunk: str = '', size: int = 224) -> Network:
     opened = export.load(epath.Path(source))
   else:
     opened = trained.open_run(epath.Path(source).expanduser(), batch=BATCH)
+    opened.check_whole(source)
   shape = tuple(opened.facts['image_shape'])
   see = jax.jit(opened.predict)
 

@@ -261,14 +261,14 @@ def check_out(path: epath.PathLike) -> None:
   real = path if is_remote(path) else epath.Path(os.path.realpath(path))
   for folder in real.parents:
     name = real.relative_to(folder).parts[0].partition('.damaged')[0]
-    if name in OF_A_RUN and _is_run(folder):
+    if name in OF_A_RUN and is_run(folder):
       raise UserError(
         f'--out is {path}, the place of a file of the run in {folder}: give another '
         'name'
       )
 
 
-def _is_run(folder: epath.Path) -> bool:
+def is_run(folder: epath.Path) -> bool:
   """Returns whether a folder is that of a run, even if one of its files is lost."""
   both = (folder / 'config.json').exists() and (folder / 'data.json').exists()
   return both or (folder / 'stages').is_dir()

@@ -65,7 +65,9 @@ def load(workdir: epath.PathLike, which: str | None = None) -> 'Network':
   Raises:
     UserError: there is no such run or State, or it is damaged.
   """
-  return Network(trained.open_run(files.absolute(workdir), which))
+  opened = trained.open_run(files.absolute(workdir), which)
+  opened.check_whole(workdir)
+  return Network(opened)
 
 
 class Predictions(NamedTuple):

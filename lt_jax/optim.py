@@ -82,6 +82,11 @@ def per_parameter(rules: Rules, params: PyTree, *, some: bool = False) -> PyTree
   Raises:
     UserError: a parameter that no rule covers, a rule that never applies (unless
       `some`), or a pattern that is no regular expression.
+
+  Examples:
+    >>> params = {'net': {'bias': 0, 'kernel': 0}}
+    >>> per_parameter((('net/bias', 0.0), ('.*', 2e-4)), params)
+    {'net': {'bias': 0.0, 'kernel': 0.0002}}
   """
   leaves, treedef = jax.tree.flatten_with_path(params)
   paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
@@ -113,6 +118,10 @@ def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
 
   Raises:
     UserError: it is something else.
+
+  Examples:
+    >>> as_rules('weight_decay', [('net/bias', 0.0), 2e-4])
+    (('net/bias', 0.0), ('.*', 0.0002))
   """
   rules = value if isinstance(value, list | tuple) else [value]
   rules = [('.*', rule) if isinstance(rule, Real) else rule for rule in rules]
@@ -142,6 +151,10 @@ def layer_rules(layers: Sequence[str], decay: float) -> Rules:
 
   Raises:
     UserError: d is out of range.
+
+  Examples:
+    >>> layer_rules(['net/stem/.*', 'net/block/.*'], decay=0.5)
+    (('net/stem/.*', 0.25), ('net/block/.*', 0.5), ('.*', 1.0))
 
   Source: layer-wise decay as timm groups it, where the head is the last group.
   """
@@ -187,6 +200,13 @@ def sgd(
   Returns:
     The optimiser; `init` raises `UserError` where rules and parameters do not fit each
     other.
+
+  Examples:
+    >>> optimizer = sgd(lambda step: 0.1, momentum=0.0)
+    >>> params, grads = {'net': jnp.array(1.0)}, {'net': jnp.array(5.0)}
+    >>> params, _ = optimizer.update(grads, optimizer.init(params), params, 0)
+    >>> params['net'].item()  # 1 - 0.1 * 5
+    0.5
 
   Nesterov's form: Sutskever et al., ICML 2013, as in torch.optim.SGD. Decoupled decay:
   Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101. Decay towards the start: Li et
@@ -238,6 +258,13 @@ def adam(
     The optimiser; `init` raises `UserError` where rules and parameters do not fit each
     other.
 
+  Examples:
+    >>> optimizer = adam(lambda step: 0.5)
+    >>> params, grads = {'net': jnp.array(1.0)}, {'net': jnp.array(5.0)}
+    >>> params, _ = optimizer.update(grads, optimizer.init(params), params, 0)
+    >>> round(params['net'].item(), 3)  # the first step is the learning rate
+    0.5
+
   Kingma and Ba, ICLR 2015, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter,
   ICLR 2019, arXiv 1711.05101.
   """
@@ -284,6 +311,10 @@ def epoch_start(epoch: float, length: int, batch: int) -> int:
     epoch: 0-based, may be fractional.
     length: examples an epoch.
     batch: examples a step.
+
+  Examples:
+    >>> epoch_start(160, length=50_000, batch=128)
+    62500
   """
   # By way of the decimal string, so that 0.1 is a tenth and the division exact.
   return math.ceil(Fraction(str(epoch)) * Fraction(length, batch))
@@ -294,6 +325,10 @@ def constant(epoch_steps: Fraction) -> Schedule:
 
   Args:
     epoch_steps: steps an epoch; not used.
+
+  Examples:
+    >>> constant(Fraction(10))(np.array([0, 99])).tolist()
+    [1.0, 1.0]
   """
   del epoch_steps
   return lambda step: jnp.ones(jnp.shape(step), jnp.float32)
@@ -314,6 +349,11 @@ def step_decay(
 
   Raises:
     UserError: boundaries that do not increase, or not one factor a boundary.
+
+  Examples:
+    >>> decay = step_decay(Fraction(10), boundaries=(2,), factors=(0.5,))
+    >>> decay(np.array([0, 19, 20])).tolist()
+    [1.0, 1.0, 0.5]
   """
   if len(boundaries) != len(factors):
     raise UserError(
@@ -342,6 +382,10 @@ def cosine(epoch_steps: Fraction, *, end: float, begin: float = 0) -> Schedule:
   Raises:
     UserError: `end` is not after `begin`.
 
+  Examples:
+    >>> cosine(Fraction(10), end=4)(np.array([0, 20, 40])).round(3).tolist()
+    [1.0, 0.5, 0.0]
+
   Loshchilov and Hutter, ICLR 2017, arXiv 1608.03983, without restarts.
   """
   if not end > begin:
@@ -369,6 +413,11 @@ def dann(
 
   Raises:
     UserError: `end` is not positive, or alpha is negative.
+
+  Examples:
+    >>> decay = dann(Fraction(10), end=4, alpha=15.0, beta=0.5)
+    >>> decay(np.array([0, 8, 40])).round(3).tolist()  # 1, 1 / sqrt(4), 1 / sqrt(16)
+    [1.0, 0.5, 0.25]
 
   Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2. The code of others
   counts steps, (1 + 0.001 step)^-0.75, which is this one of 10,000 steps.
@@ -409,6 +458,11 @@ def curriculum(
   Raises:
     UserError: a value out of range.
 
+  Examples:
+    >>> rise = curriculum(Fraction(10), end=2, power=1.0, full=1.0)
+    >>> rise(np.array([0, 9, 10])).tolist()  # 0.5 + 0.5 * 1 / 2 in epoch 1
+    [0.5, 0.5, 0.75]
+
   Liu et al., arXiv 1909.03403, the authors' code; the options are those of
   `lt_jax.data.samplers.curriculum`.
   """
@@ -443,6 +497,10 @@ def poly(
   Raises:
     UserError: `end` or the power is not positive, or the part not in (0, 1].
 
+  Examples:
+    >>> poly(Fraction(10), end=4, power=2.0)(np.array([0, 20, 40])).tolist()
+    [1.0, 0.25, 0.0]
+
   Chen et al., DeepLab-v2, arXiv 1606.00915, section 4.1.2, there "poly".
   """
   if not end > 0 or not power > 0:
@@ -473,6 +531,10 @@ def linear_warmup(epoch_steps: Fraction, epochs: float) -> Schedule:
   Returns:
     step -> float32 multiplier.
 
+  Examples:
+    >>> linear_warmup(Fraction(10), epochs=4)(np.array([0, 20, 40])).tolist()
+    [0.0, 0.5, 1.0]
+
   As in Cui et al.'s code (richardaecn/class-balanced-loss).
   """
   return _ramp(0.0, float(epochs * epoch_steps))
@@ -490,6 +552,10 @@ def staircase_warmup(epoch_steps: Fraction, epochs: int) -> Schedule:
 
   Raises:
     UserError: `epochs` is not a whole number.
+
+  Examples:
+    >>> staircase_warmup(Fraction(10), epochs=4)(np.array([0, 20, 40])).tolist()
+    [0.25, 0.75, 1.0]
 
   As in Cao et al.'s code (kaidic/LDAM-DRW).
   """
@@ -532,6 +598,11 @@ def make_schedule(
 
   Raises:
     UserError: an unknown name or option, or values that make no schedule.
+
+  Examples:
+    >>> rate = make_schedule('cosine', 0.5, length=1000, batch=100, end=4)
+    >>> rate(np.array([0, 20, 40])).round(3).tolist()
+    [0.5, 0.25, 0.0]
   """
   epoch_steps = Fraction(length, batch)
   decay = construct(SCHEDULES, 'schedule', name, epoch_steps, options=options)

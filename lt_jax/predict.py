@@ -7,11 +7,15 @@ IMAGES are image files, folders (all images below them, hidden ones left out) an
 image is written, of the State that the run's result is of. The run's folder is enough:
 its training data are not read.
 
+Where a network predicts every pixel, --out is a folder. For each image it takes a label
+map, a palette PNG in the colours of the data set, and the image with the map over it.
+
 A network that knows classes by descriptions takes new ones without any training:
 --class_vectors=FILE, a CSV file with a row NAME,NUMBER,... for each, as long as those
 that it was trained with (several files as in training, with commas between them).
 """
 
+import copy
 import csv
 import io
 import itertools
@@ -26,7 +30,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lt_jax import commands, files, sharding, trained
+from lt_jax import commands, files, label_maps, sharding, trained
 from lt_jax.build.streams import ON_BAD_IMAGE
 from lt_jax.data import crops
 from lt_jax.data.attributes import read_descriptions
@@ -34,6 +38,7 @@ from lt_jax.data.lists import SUFFIXES, find_images, passed_over_line, read_file
 from lt_jax.data.streams import Pass, Stream
 from lt_jax.errors import UserError, lookup
 from lt_jax.evals.collect import Collected, collector
+from lt_jax.evals.segmentation import at_labels
 from lt_jax.method import Batch, Outputs
 from lt_jax.trained import Trained
 from lt_jax.writers import Screen
@@ -75,17 +80,18 @@ def predict(
   on_bad_image: str = 'raise',
   class_vectors: Sequence[str] = (),
 ) -> int:
-  """Predicts images and writes a CSV file, whole or not at all.
+  """Predicts images and writes a CSV file, whole or not at all; or label maps.
 
-  Its columns are 'path', 'prediction', 'confidence', the probability of that class,
-  'known_score', 'is_unknown' where the run has chosen a threshold of the known score
-  for this State, and then 'class_1', 'probability_1', 'class_2' and so on, the
-  likeliest first.
+  The CSV file has the columns 'path', 'prediction', 'confidence', the probability of
+  that class, 'known_score', 'is_unknown' where the run has chosen a threshold of the
+  known score for this State, and then 'class_1', 'probability_1', 'class_2' and so on,
+  the likeliest first.
 
   Args:
     workdir: the run's folder.
     images: files, folders and lists, see `expand`.
-    out: the file to write.
+    out: the file to write; the folder, where the network predicts every pixel, see
+      `lt_jax.label_maps`.
     top: how many classes of an image are told.
     which: 'last' or 'best'; None for the State that the run's result is of.
     on_bad_image: 'raise', or 'skip' leaves out what cannot be read.
@@ -101,14 +107,19 @@ def predict(
   skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
   if top < 1:
     raise UserError(f'--top is {top}; it must be at least 1')
-  files.check_out(out)
+  per_pixel = trained.read_facts(workdir).get('label_maps')
+  if not per_pixel:
+    files.check_out(out)
+  elif class_vectors:
+    raise UserError(f'{workdir} predicts every pixel: it takes no --class_vectors')
   passed_over: list[str] = []
   paths = [path for name in images for path in expand(name, passed_over)]
   if not paths:
     raise UserError('no images are given: name files, folders or @LIST')
   given = [*paths, *(name.removeprefix('@') for name in images)]
-  if os.path.exists(out) and any(_is_same(out, path) for path in given):
+  if os.path.isfile(out) and any(_is_same(out, path) for path in given):
     raise UserError(f'--out is {out}, which is among the images and lists')
+  places = label_maps.places(paths, out) if per_pixel else []
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
   if class_vectors:
@@ -132,6 +143,8 @@ def predict(
       f'{passed_over_line(passed_over)}; images are regular files that end in '
       f'{" ".join(SUFFIXES)}'
     )
+  if per_pixel:
+    return _maps(network, pictures, places, batch, screen)
   found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
   if len(pictures.bad) == len(paths):
     raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
@@ -236,6 +249,12 @@ class Pictures:
       image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(self._shape)
 
+  def of(self, positions: Sequence[int]) -> 'Pictures':
+    """Returns some of the images, in their order."""
+    part = copy.copy(self)
+    part.paths, part.bad = [self.paths[i] for i in positions], {}
+    return part
+
   def in_batches(self, batch: int) -> Pass:
     """Returns one pass, the last batch padded, read ahead by threads."""
     examples = len(self.paths)
@@ -289,6 +308,53 @@ def _run(
     return collect(network.state, one_pass, stop)
   finally:
     screen.stop_bar()
+
+
+def _maps(
+  network: Trained,
+  pictures: Pictures,
+  places: Sequence[pathlib.Path],
+  batch: int,
+  screen: Screen,
+) -> int:
+  """Writes the label map of every image, batch by batch; returns how many."""
+  size = network.facts['image_shape'][:2]
+
+  def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    del batch
+    logits = outputs['logits']
+    blank = jax.ShapeDtypeStruct((len(logits), *size), np.uint8)
+    return {'ids': at_labels(outputs, blank).argmax(-1).astype(np.uint8)}
+
+  collect = collector(network.predict, keep, network.mesh)
+  screen.start_bar('predicting', 0, -(-len(places) // batch))
+  try:
+    for begin in range(0, len(places), batch):
+      here = range(begin, min(begin + batch, len(places)))
+      part = pictures.of(here)
+      found = collect(network.state, part.in_batches(batch), lambda: False)
+      pictures.bad |= {begin + place: why for place, why in part.bad.items()}
+      for place, ids in zip(here, found['ids'], strict=True):
+        if place not in pictures.bad:
+          image = crops.pixels(read_file(pictures.paths[place]), pictures.paths[place])
+          label_maps.write(ids, image, network.class_names, places[place])
+      screen.progress(begin // batch)
+  finally:
+    screen.stop_bar()
+  if len(pictures.bad) == len(places):
+    raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
+  for reason in pictures.bad.values():
+    screen.line(f'skipped: {reason}')
+  written = len(places) - len(pictures.bad)
+  rows = [
+    ('State', f'stage {network.stage.name}, step {network.step}'),
+    ('images', f'{written} predicted, {len(pictures.bad)} skipped'),
+    ('classes', ', '.join(label_maps.legend(network.class_names))),
+  ]
+  told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
+  folder = os.path.commonpath([place.parent for place in places])
+  screen.table(told, [*rows, ('folder', folder)])
+  return written
 
 
 def _table(network: Trained, paths: Sequence[str], found: Collected) -> str:

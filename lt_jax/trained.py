@@ -81,6 +81,19 @@ class Trained(NamedTuple):
     return tuple(self.facts['class_names'])
 
   @property
+  def of_pixels(self) -> bool:
+    """Whether a prediction is of every pixel of an image, and not of the whole."""
+    return bool(self.facts.get('label_maps'))
+
+  def check_whole(self, workdir: epath.PathLike) -> None:
+    """Raises a `UserError` where predictions are of pixels."""
+    if self.of_pixels:
+      raise UserError(
+        f'{workdir} predicts a class for every pixel, and this is for one per image: '
+        'lt_jax.predict writes label maps, lt_jax.evaluate measures them'
+      )
+
+  @property
   def crop(self) -> Crop | None:
     """What brings photographs to one size; None where images were of one size."""
     told = self.facts['preprocessing']
@@ -144,7 +157,8 @@ class Trained(NamedTuple):
 
     Returns:
       'logits' (B, C), 'probabilities' (B, C), their softmax, 'known_score' (B,), the
-      method's or else the largest probability, and 'features' (B, D).
+      method's or else the largest probability, and 'features' (B, D). Of pixels the
+      first three are maps, (B, h, w, C) and (B, h, w).
     """
     told = self.facts['preprocessing']
     images = augment.unit(images, told.get('unit') or 'none')
@@ -169,15 +183,10 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       the run's evaluation.
 
   Raises:
-    UserError: there is no such run or State, it is damaged, or it predicts pixels.
+    UserError: there is no such run or State, or it is damaged.
   """
   config = read_config(workdir)
   facts = read_facts(workdir)
-  if facts.get('label_maps'):
-    raise UserError(
-      f'{workdir} predicts a class for every pixel, and this is for one an image: '
-      'lt_jax.evaluate measures it, and its report shows test images'
-    )
   path = workdir / 'result.json'
   result = {}
   if path.exists():

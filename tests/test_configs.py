@@ -43,6 +43,7 @@ from configs import (
   pacs,
   places_lt,
   scenes,
+  scenes_zero_shot,
   svhn_mnist,
   synsigns_gtsrb,
   synth_svhn,
@@ -97,6 +98,7 @@ DESCRIBED = {
   'awa1': awa1,
   'digits_zero_shot': digits_zero_shot,
   'open_world': open_world,
+  'scenes_zero_shot': scenes_zero_shot,
   'xlsa': xlsa,
 }
 """Configs with unseen classes, which other recipes are for."""
@@ -694,7 +696,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'stage_order': ['trian']}, "did you mean 'train'"),
     (
       {'stages.train': {'epohs': 1.0}},
-      "sets 'epohs', which a stage cannot; did you mean 'epochs'",
+      "stage 'train' cannot set 'epohs'; did you mean 'epochs'",
     ),
     ({'select': 'best'}, 'it is .last. or such as'),
     ({'model.batch_norm': 7}, 'model.batch_norm is 7'),

@@ -1,5 +1,6 @@
 """The examples of docs/extending.md do what they say."""
 
+import doctest
 import pathlib
 import runpy
 
@@ -50,6 +51,13 @@ def test_the_loss_is_built_by_its_name(examples, monkeypatch):
   p = np.exp(-np.asarray(plain, np.float64))
   np.testing.assert_allclose(poly, -np.log(p) + 2 * (1 - p), rtol=1e-6)
   np.testing.assert_allclose(none, plain, rtol=1e-6)
+
+
+def test_the_docstrings_are_true(examples):
+  finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+  for name in ('poly_loss', 'mean_distance'):
+    (test,) = finder.find(examples[name], name, module=False, globs=examples)
+    assert test.examples and not runner.run(test).failed
 
 
 def test_the_data_set_builds(examples, no_data):

@@ -125,14 +125,14 @@ def test_a_class_is_added_by_the_command_line(trained_run):
 def test_the_report_draws_the_curve(trained_run):
   folder, result = trained_run
   page = report.page.write(folder / 'run').read_text()
-  for name in ('seen_unseen', 'described_errors'):
+  for name in ('seen_unseen', 'described_errors', 'described_features'):
     assert (folder / 'run' / 'figures' / f'{name}.svg').exists(), name
   assert 'gamma chosen by validation classes' in page
   assert not (folder / 'run' / 'figures' / 'attributes.svg').exists()
   assert f'{100 * result["test"]["ausuc"]:.1f} %' in page
 
 
-@pytest.mark.parametrize('recipe', ['ale', 'two_tower', 'dap'])
+@pytest.mark.parametrize('recipe', ['ale', 'two_tower', 'dap', 'feature_generator'])
 @pytest.mark.parametrize('module', [open_world, digits_zero_shot])
 def test_other_recipes_build(module, recipe):
   experiment = build.build(resolve(module.get_config(recipe)), devices=1)
@@ -175,7 +175,11 @@ def test_labels_of_the_surest_of_every_class():
   survey = type('', (), {'collect': lambda s, state, split, keep: keep(
     {'logits': logits}, {})})()  # fmt: skip
   labels = top_of_class(survey, None, split='target/train', portion=0.3)
-  assert labels.tolist() == [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
+  expected = [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
+  assert labels.tolist() == expected
+  logits = logits.reshape(1, 5, 2, 3)  # of pixels
+  labels = top_of_class(survey, None, split='target/train', portion=0.3)
+  assert labels.shape == (1, 5, 2) and labels.ravel().tolist() == expected
 
 
 def test_zsda_builds_and_names_no_label_of_the_target():

@@ -4,12 +4,14 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from configs import scenes as config_file
-from lt_jax import build, run, trained
+from lt_jax import build, predict, run, trained
 from lt_jax.config import resolve
 from lt_jax.data import scenes
 from lt_jax.data.masks import VOID
+from lt_jax.data.palettes import palette
 from lt_jax.doctor import data
 from lt_jax.doctor.case import Missing
 from lt_jax.errors import UserError
@@ -99,11 +101,43 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
     images = scenes.scenes('snow')['test'].images[:4]
     np.testing.assert_array_equal(stored['snow/test/image'], images)
   with pytest.raises(UserError, match='predicts a class for every pixel'):
-    trained.open_run(tmp_path)
+    trained.open_run(tmp_path).check_whole(tmp_path)
+  check_predicted_maps(tmp_path)
   page = write(tmp_path).read_text()
   assert 'mIoU' in page and '<h2>By class</h2>' in page and 'something else' not in page
   assert page.count('alt="prediction"') == 4 * 3  # targets, source, snow
   assert '#46' in page  # the colour of buildings
+
+
+def check_predicted_maps(workdir):
+  """Files of the images give the label maps that the run's own evaluation drew."""
+  with np.load(workdir / 'samples.npz') as stored:
+    images, expected = stored['snow/test/image'], stored['snow/test/prediction']
+  folder = workdir / 'photos'
+  (folder / 'more').mkdir(parents=True)
+  places = ['a.png', 'b.png', 'more/a.png']
+  for place, image in zip(places, images, strict=False):
+    Image.fromarray(image).save(folder / place)
+  Image.fromarray(images[0]).resize((128, 96)).save(folder / 'large.jpg')
+  out = workdir / 'maps'
+  assert predict.predict(workdir, [str(folder)], str(out)) == 4
+  for place, ids in zip(places, expected, strict=False):
+    with Image.open(out / place) as found:
+      np.testing.assert_array_equal(np.asarray(found), ids)
+      assert found.getpalette()[:3] == [*palette(scenes.CLASSES)[0]]
+  with Image.open(out / 'large.png') as found:
+    assert found.size == (128, 96)
+  assert (out / 'more/a_overlay.jpg').exists()
+  for given, told in (
+    (str(folder), 'would replace an image'),
+    (str(workdir), 'the folder of a run'),
+    (str(workdir / 'result.json'), 'label maps need a folder'),
+  ):
+    with pytest.raises(UserError, match=told):
+      predict.predict(workdir, [str(folder)], given)
+  Image.fromarray(images[0]).save(folder / 'a.jpg')
+  with pytest.raises(UserError, match='would have the same label map'):
+    predict.predict(workdir, [str(folder)], str(out))
 
 
 @pytest.mark.parametrize('recipe', ['balanced_softmax', 'ldam_drw', 'cb_focal', 'fda'])

@@ -323,11 +323,12 @@ def _task(name: str, dataset: Dataset) -> Task:
       reverse.
   """
   task = lookup(TASKS, 'task', name)
+  views = 'zero_shot_segmentation' if dataset.of_pixels else 'zero_shot'
   if (dataset.unseen is None) != (task.bind is None):
     raise UserError(
       f'task {name!r} is for data with unseen classes: set data.unseen'
       if dataset.unseen is None
-      else f"task is {name!r}, but classes are unseen: set config.task to 'zero_shot'"
+      else f'task is {name!r}, but classes are unseen: set config.task to {views!r}'
     )
   if task.bind is None:
     return task
@@ -589,6 +590,8 @@ def _method(
     progress=progress,
     streams=tuple(config['streams']),
     base=learned,
+    class_vectors=dataset.class_vectors,
+    unseen=dataset.unseen,
     image_shape=dataset.image_shape,
   )
   method = made(METHODS, 'method', name, net, optimizer)

@@ -158,7 +158,8 @@ def _images(
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled and images.of_pixels:
-    _check_maps(images, stream, learned)
+    unseen = dataset.unseen if dataset.unseen is not None else ~learned & learned
+    _check_maps(images, stream, learned | unseen)
   elif labelled:
     kept = learned[images.labels]
     places = places[kept]
@@ -185,8 +186,11 @@ def _images(
   positions = math.ceil(clock.length * batch / (clock.batch * every)) if clock else 0
 
   def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
-    with class_names(dataset.class_names):
-      sampling = _sampler(own, drawn, order, batch, config['epochs'], positions, stream)
+    there = learned if labelled and not images.of_pixels else np.ones_like(learned)
+    with class_names([dataset.class_names[c] for c in np.flatnonzero(there)]):
+      sampling = _sampler(
+        own, drawn, there, order, batch, config['epochs'], positions, stream
+      )
     return sampling.length, train_stream(
       drawn,
       sampling,
@@ -218,7 +222,13 @@ def _images(
 
 
 def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
-  """Refuses images without a label map, and to learn only some of the classes."""
+  """Refuses images without a label map, and to learn only some of the classes.
+
+  Args:
+    images: of the stream.
+    stream: its name.
+    learned: (C,) bool, the classes that are learned, or have no pixel.
+  """
   if not learned.all():
     raise UserError('shot_groups is for labels of whole images: set it to ()')
   source = images.source
@@ -428,6 +438,7 @@ def workers(number: int) -> int:
 def _sampler(
   options: Config,
   split: Split | Unlabelled,
+  learned: np.ndarray,
   order: np.ndarray | None,
   batch: int,
   epochs: float,
@@ -436,7 +447,9 @@ def _sampler(
 ) -> Sampler:
   """Builds a sampler; before its start, a whole epoch, instance sampling serves.
 
-  A curriculum goes by the epochs of the stage, however many images the stream has.
+  A curriculum goes by the epochs of the stage, however many images the stream has. One
+  that draws by class is told of the learned classes (C,) bool alone, as if there were
+  no others.
   """
   options = dict(options)
   start = options.pop('start_epoch', 0)
@@ -455,7 +468,7 @@ def _sampler(
       raise UserError(
         f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
       )
-    images = split.labels
+    images = split.labels if learned.all() else (np.cumsum(learned) - 1)[split.labels]
   sampler = construct(
     SAMPLERS,
     'sampler',

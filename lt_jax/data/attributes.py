@@ -363,12 +363,33 @@ LIT = ('abcdef', 'bc', 'abdeg', 'abcdg', 'bcfg', 'acdfg', 'acdefg', 'abc', 'abcd
 LIT += ('abcdfg',)
 """Segments a to g of the digits 0 to 9 on a display of seven."""
 
+WORDS = ('blue', 'green', 'red', 'grey', 'light', 'high up', 'on the ground')
+WORDS += ('large', 'thin', 'round', 'built', 'alive', 'moves')
+
+SCENES = {
+  'sky': 'blue, light, high up, large',
+  'road': 'grey, on the ground, large, built',
+  'building': 'red, high up, large, built',
+  'vegetation': 'green, high up, on the ground, large, round, alive',
+  'car': 'red, on the ground, built, moves',
+  'pole': 'grey, light, high up, on the ground, thin, built',
+  'person': 'red, light, on the ground, thin, round, alive, moves',
+}
+"""What one would say of the things in streets, in `WORDS`; nobody has measured it."""
+
 EMBEDDED = {
+  'street_words': Described(
+    tuple(SCENES),
+    np.array(
+      [[float(w in said.split(', ')) for w in WORDS] for said in SCENES.values()]
+    ),
+    WORDS,
+  ),
   'seven_segments': Described(
     tuple(map(str, range(10))),
     np.array([[float(segment in lit) for segment in 'abcdefg'] for lit in LIT]),
     SEGMENTS,
-  )
+  ),
 }
 """Descriptions that need no file."""
 

@@ -107,6 +107,10 @@ def pad_crop(
   return jax.vmap(window)(padded, corners)
 
 
+MAPS = ('label', 'pseudo_label')
+"""What a batch may tell of every pixel, as classes or -1."""
+
+
 def with_maps(
   move: Callable[[jax.Array], jax.Array], batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
@@ -114,12 +118,12 @@ def with_maps(
 
   Args:
     move: (B, H, W, channels) -> the same with its pixels elsewhere; new ones are 0.
-    batch: with 'image', and perhaps 'label' (B, H, W) int32. New pixels are -1 there.
+    batch: with 'image', and perhaps `MAPS` (B, H, W). New pixels are -1 there.
   """
   moved = {**batch, 'image': move(batch['image'])}
-  label = batch.get('label')
-  if label is not None and label.ndim == 3:
-    moved['label'] = move(label[..., None] + 1)[..., 0] - 1
+  for name in MAPS:
+    if name in batch and batch[name].ndim == 3:
+      moved[name] = move(batch[name][..., None] + 1)[..., 0] - 1
   return moved
 
 

@@ -11,7 +11,7 @@ from lt_jax.data import generated, keeping, longtail
 from lt_jax.data.attributes import Block, chosen_classes, class_vectors
 from lt_jax.data.crops import Crop
 from lt_jax.data.keeping import class_list
-from lt_jax.data.masks import Window
+from lt_jax.data.masks import Window, without_classes
 from lt_jax.data.resizing import brought_to
 from lt_jax.data.sources import fingerprint, load_source, passed_over
 from lt_jax.data.streams import Split
@@ -153,7 +153,7 @@ def load_dataset(
     crop_area: least share of an image that random crops of it have in training.
     class_vectors: files that describe the known classes, see `attributes`; none: the
       source's own, if it has such.
-    unseen: classes of which no image is trained or validated on, see
+    unseen: classes of which no image, or pixel, is trained or validated on, see
       `attributes.chosen_classes`; none: those that the source says are unseen. Where
       test images come from the split that is trained on, they are those of these
       classes alone.
@@ -186,12 +186,12 @@ def load_dataset(
       open_test_per_class=open_test_per_class,
       image_size=image_size,
       resize=resize,
-      class_vectors=len(class_vectors),
-      unseen=len(unseen),
       val_classes=len(val_classes),
     )
     made = functools.partial(_window, window=window, scale=scale, resize_to=resize_to)
-    return _with_maps(sources, pool, source, test_split, made, to_device)
+    views = _views(pool, len(pool.class_names), class_vectors, unseen, (), seed)
+    whole = _with_maps(sources, pool, source, test_split, made, to_device, views.unseen)
+    return views.of(whole, len(pool.class_names))
   if window or tuple(scale) != (1, 1) or resize_to:
     raise UserError(
       'data.window, data.scale and data.resize_to are for label maps, which '
@@ -263,10 +263,12 @@ def _with_maps(
   test_split: str,
   window: Callable[[Any, np.ndarray, str], Window | None],
   to_device: Callable[[np.ndarray], Any],
+  unseen: np.ndarray,
 ) -> Dataset:
   """Returns the data set of sources with label maps, whose splits are taken whole.
 
-  A source that is only trained on, as GTA5 is, needs no test split.
+  A source that is only trained on, as GTA5 is, needs no test split. Pixels of unseen
+  classes (C,) are void but in test images.
 
   Raises:
     UserError: a split of which no pixel has a class, or images to test on without maps.
@@ -274,6 +276,8 @@ def _with_maps(
   used = {'train': pool}
   if 'val' in sources and test_split != 'val':
     used['val'] = sources['val']
+  if unseen.any():
+    used = {split: without_classes(one, unseen) for split, one in used.items()}
   if test_split in sources:
     used['test'] = sources[test_split]
   splits = {split: (one, np.arange(len(one))) for split, one in used.items()}
@@ -403,7 +407,7 @@ def _views(
     block = Block(own.vectors[:known], own.columns)
   unseen = unseen or getattr(pool, 'unseen', ())
   is_unseen = chosen_classes('unseen', unseen, names, is_known, seed)
-  images = np.bincount(pool.labels, minlength=len(names)) > 0
+  images = np.bincount(pool.labels[pool.labels >= 0], minlength=len(names)) > 0
   learnt = is_known & images & ~is_unseen
   return _Views(
     block, is_unseen, chosen_classes('val_classes', val_classes, names, learnt, seed)

@@ -70,6 +70,12 @@ def class_counts(
     UserError: for an unknown profile, numbers out of range, or a class that would
       have no images.
 
+  Examples:
+    >>> class_counts('exponential', 3, n_max=100, imbalance=100).tolist()
+    [100, 10, 1]
+    >>> class_counts('step', 4, n_max=100, imbalance=10).tolist()
+    [100, 100, 10, 10]
+
   Source: Cui et al., Class-Balanced Loss, arXiv 1901.05555 (exponential); Cao et al.,
   arXiv 1906.07413 (step); the truncation is that of their code.
   """
@@ -97,6 +103,10 @@ def label_counts(labels: np.ndarray, num_classes: int = 0) -> np.ndarray:
 
   Returns:
     (C,) int.
+
+  Examples:
+    >>> label_counts([0, 0, 2, -1]).tolist()
+    [2, 0, 1]
   """
   labels = np.asarray(labels)
   return np.bincount(labels[labels >= 0], minlength=num_classes)
@@ -115,6 +125,10 @@ def shot_bounds(counts: np.ndarray, many: float, few: float) -> dict[str, float]
     counts: (C,) int training images.
     many: a bound; 0: twice the median of the counts, empty classes left out.
     few: likewise; 0: half the median.
+
+  Examples:
+    >>> shot_bounds([1, 10, 100], many=0, few=0)
+    {'many': 20.0, 'few': 5.0}
   """
   there = np.asarray(counts)[np.asarray(counts) > 0]
   median = float(np.median(there)) if there.size else 1.0
@@ -139,6 +153,11 @@ def shot_groups(
 
   Raises:
     UserError: for an unknown rule, or bounds in the wrong order.
+
+  Examples:
+    >>> groups = shot_groups([500, 50, 5])
+    >>> {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()}
+    {'many': [0], 'medium': [1], 'few': [2]}
 
   Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160: the paper and
   most who follow it are strict, the authors' later code is inclusive.
@@ -221,6 +240,14 @@ def draw_splits(
 
   Raises:
     UserError: naming a class that has no images, or fewer than are asked of it.
+
+  Examples:
+    >>> labels, counts = np.repeat([0, 1], 4), np.array([3, 1])
+    >>> splits = draw_splits(
+    ...   labels, num_classes=2, test_per_class=1, train_counts=counts, subset='stored'
+    ... )
+    >>> {name: rows.tolist() for name, rows in splits.items()}
+    {'test': [0, 4], 'train': [1, 2, 3, 5]}
   """
   labels = np.asarray(labels)
   order = lookup(SUBSETS, 'subset', subset)(len(labels), seed)

@@ -145,6 +145,21 @@ class LabelledArrays:
     return self.images[rows].tobytes() + self.maps[rows].tobytes()
 
 
+def without_classes(source: Any, hidden: np.ndarray) -> Any:
+  """Returns a source of label maps in which pixels of some classes are void.
+
+  Args:
+    source: any of this module.
+    hidden: (C,) bool, the classes.
+  """
+  table = np.arange(256, dtype=np.uint8)
+  table[np.flatnonzero(hidden)] = VOID
+  if isinstance(source, LabelledArrays):
+    return dataclasses.replace(source, maps=table[source.maps])
+  ids = source.ids._replace(table=table[source.ids.table])
+  return dataclasses.replace(source, ids=ids)
+
+
 def checked_arrays(
   images: np.ndarray,
   maps: np.ndarray,

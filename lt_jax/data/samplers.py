@@ -108,6 +108,11 @@ def instance(images: np.ndarray) -> Sampler:
 
   Raises:
     UserError: if there are no images.
+
+  Examples:
+    >>> sampler = instance(np.zeros(4))
+    >>> sorted(sampler.indices(seed=0, epoch=0).tolist())
+    [0, 1, 2, 3]
   """
   length = len(images)
   if not length:
@@ -135,6 +140,12 @@ def class_balanced(labels: np.ndarray) -> Sampler:
   Raises:
     UserError: if a class has no images.
 
+  Examples:
+    >>> labels = np.repeat([0, 1], [9000, 1000])
+    >>> drawn = labels[class_balanced(labels).indices(seed=0, epoch=0)]
+    >>> (np.bincount(drawn) / len(drawn)).round(1).tolist()
+    [0.5, 0.5]
+
   Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
   Equation 1 with q = 0; `class_aware` is how their code realises it.
   """
@@ -160,6 +171,12 @@ def square_root(labels: np.ndarray) -> Sampler:
   Raises:
     UserError: if a class has no images.
 
+  Examples:
+    >>> labels = np.repeat([0, 1], [16000, 1000])  # sqrt(16000) : sqrt(1000) = 4 : 1
+    >>> drawn = labels[square_root(labels).indices(seed=0, epoch=0)]
+    >>> (np.bincount(drawn) / len(drawn)).round(1).tolist()
+    [0.8, 0.2]
+
   Source: Kang et al., arXiv 1910.09217, Equation 1 with q = 1/2.
   """
   counts = _classes('square_root', labels).counts
@@ -181,6 +198,12 @@ def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
 
   Raises:
     UserError: if a class has no images, or `epochs` is negative.
+
+  Examples:
+    >>> labels = np.repeat([0, 1], [9000, 1000])
+    >>> drawn = labels[progressive(labels, epochs=3).indices(seed=0, epoch=1)]
+    >>> (np.bincount(drawn) / len(drawn)).round(1).tolist()  # half-way to 0.5
+    [0.7, 0.3]
 
   Source: Kang et al., arXiv 1910.09217, Equation 2 with t = e / T; their code
   reaches t = 1 in the last epoch, as here.
@@ -218,6 +241,13 @@ def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sample
   Raises:
     UserError: if a class has no images, the training set is less than a batch, or
       an option is not positive.
+
+  Examples:
+    >>> labels = np.repeat([0, 1], [6, 2])
+    >>> sampler = class_aware(labels, batch=4, per_class=2)
+    >>> drawn = labels[sampler.indices(seed=0, epoch=0)]
+    >>> np.sort(drawn.reshape(2, 4)).tolist()  # the two batches of an epoch
+    [[0, 0, 1, 1], [0, 0, 1, 1]]
 
   Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160, and the authors'
   sampler; there the cycles run on from epoch to epoch, here each epoch starts them
@@ -260,6 +290,12 @@ def effective_number(labels: np.ndarray, *, beta: float) -> Sampler:
   Raises:
     UserError: if a class has no images, or beta is out of range.
 
+  Examples:
+    >>> labels = np.repeat([0, 1], [9000, 1000])
+    >>> drawn = labels[effective_number(labels, beta=0.9999).indices(seed=0, epoch=0)]
+    >>> (np.bincount(drawn) / len(drawn)).round(1).tolist()
+    [0.6, 0.4]
+
   Source: Cao et al., Learning Imbalanced Datasets with LDAM, arXiv 1906.07413, the
   authors' re-sampling rule; the weights of Cui et al., arXiv 1901.05555.
   """
@@ -283,6 +319,13 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
 
   Raises:
     UserError: if their epochs differ in length.
+
+  Examples:
+    >>> labels = np.repeat([0, 1], [9000, 1000])
+    >>> sampler = deferred(instance(labels), class_balanced(labels), switch_epoch=160)
+    >>> drawn = [labels[sampler.indices(seed=0, epoch=epoch)] for epoch in (159, 160)]
+    >>> [(np.bincount(one) / len(one)).round(1).tolist() for one in drawn]
+    [[0.9, 0.1], [0.5, 0.5]]
 
   Source: Cao et al., arXiv 1906.07413, the deferred schedule.
   """
@@ -308,17 +351,31 @@ def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
     whole: E; 0 for a curriculum that is open from the start.
     first: r0.
     power: below 1 most of it is opened early.
+
+  Examples:
+    >>> [offered(epoch, 100, first=0.5, power=0.5) for epoch in (0, 25, 100)]
+    [0.5, 0.75, 1.0]
   """
   return first + (1 - first) * (epoch / whole) ** power if whole else 1.0
 
 
 def shift(share: float, first: float) -> tuple[float, float]:
-  """A window of constant size, which leaves the near images as far ones come in."""
+  """A window of constant size, which leaves the near images as far ones come in.
+
+  Examples:
+    >>> shift(0.75, first=0.5)
+    (0.25, 0.75)
+  """
   return share - first, share
 
 
 def expand(share: float, first: float) -> tuple[float, float]:
-  """A window of all that has been opened."""
+  """A window of all that has been opened.
+
+  Examples:
+    >>> expand(0.75, first=0.5)
+    (0.0, 0.75)
+  """
   del first
   return 0.0, share
 
@@ -362,6 +419,11 @@ def curriculum(
   Raises:
     UserError: the order is no permutation, an option is out of range, or the first
       window would be empty.
+
+  Examples:
+    >>> sampler = curriculum(np.array([2, 0, 3, 1]), epochs=10)
+    >>> [sorted(sampler.indices(seed=0, epoch=epoch).tolist()) for epoch in (0, 9)]
+    [[0, 0, 2, 2], [0, 1, 2, 3]]
 
   Source: Liu et al., Open Compound Domain Adaptation, arXiv 1909.03403, and the
   authors' code, whose values are the defaults: 170 of 200 epochs, r0 = 0.5, power 0.3.
@@ -437,6 +499,12 @@ def batch_indices(sampler: Sampler, seed: int, batch: int, step: int) -> np.ndar
 
   Returns:
     (B,) int32 positions into the training set.
+
+  Examples:
+    >>> sampler = instance(np.zeros(4))
+    >>> parts = [batch_indices(sampler, seed=0, batch=2, step=step) for step in (0, 1)]
+    >>> sorted(np.concatenate(parts).tolist())  # one epoch
+    [0, 1, 2, 3]
   """
   place = int(step) * batch + np.arange(batch)
   epoch, element = np.divmod(place, sampler.length)

@@ -12,7 +12,7 @@ from lt_jax.evals.multitask import MULTITASK
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.segmentation import SEGMENTATION
 from lt_jax.evals.tasks import Task
-from lt_jax.evals.zero_shot import ZERO_SHOT
+from lt_jax.evals.zero_shot import ZERO_SHOT, ZERO_SHOT_SEGMENTATION
 
 TASKS: dict[str, Task] = {
   'classification': CLASSIFICATION,
@@ -21,6 +21,7 @@ TASKS: dict[str, Task] = {
   'multitask': MULTITASK,
   'zero_shot': ZERO_SHOT,
   'segmentation': SEGMENTATION,
+  'zero_shot_segmentation': ZERO_SHOT_SEGMENTATION,
 }
 
 TITLES = {

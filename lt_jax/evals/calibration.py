@@ -25,6 +25,11 @@ def calibration(
     'ece', and (bins,) arrays: 'bin_count', 'bin_confidence' and 'bin_accuracy' (NaN
     where a bin is empty).
 
+  Examples:
+    >>> confidence, correct = np.ones(4), np.array([True, True, True, False])
+    >>> calibration(confidence, correct)['ece']  # |0.75 - 1|
+    0.25
+
   Source: Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599,
   equation 3.
   """

@@ -70,6 +70,10 @@ def rank(logits: jax.Array, label: jax.Array) -> jax.Array:
 
   Returns:
     (B,) int32.
+
+  Examples:
+    >>> rank(jnp.array([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]]), jnp.array([1, 0])).tolist()
+    [0, 2]
   """
   classes = jnp.arange(logits.shape[-1])
   own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=-1)
@@ -114,7 +118,12 @@ def _keep(all_logits: bool) -> Record:
 
 
 def half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-  """Returns values in float16, those beyond its range at its ends."""
+  """Returns values in float16, those beyond its range at its ends.
+
+  Examples:
+    >>> half(np.array([0.5, 1e6])).tolist()
+    [0.5, 65504.0]
+  """
   most = float(np.finfo(np.float16).max)
   return values.astype(np.float32).clip(-most, most).astype(np.float16)
 

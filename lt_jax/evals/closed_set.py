@@ -37,6 +37,13 @@ def closed_set(
     where a class has no test images. There is no (C, C) confusion matrix, as 100,000
     classes would need 80 GB for it; labels and predictions say the same.
 
+  Examples:
+    >>> label, prediction = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    >>> groups = {'many': np.array([True, False]), 'few': np.array([False, True])}
+    >>> found = closed_set(label, prediction, num_classes=2, groups=groups)
+    >>> [found[name] for name in ('accuracy', 'macro_accuracy', 'many', 'few')]
+    [0.75, 0.5, 1.0, 0.0]
+
   Source: the groups are those of Liu et al., arXiv 1904.05160, section 4.
   """
   right = label == prediction

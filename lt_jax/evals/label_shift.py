@@ -28,6 +28,10 @@ def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
   Raises:
     UserError: a class has no image.
+
+  Examples:
+    >>> confusion([[0.75, 0.25], [0.5, 0.5]], np.array([0, 1])).tolist()
+    [[0.75, 0.5], [0.25, 0.5]]
   """
   probabilities = np.asarray(probabilities, np.float64)
   belongs = labels[:, None] == np.arange(probabilities.shape[1])
@@ -57,6 +61,11 @@ def bbse(confused: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
   Raises:
     UserError: the classifier cannot tell the classes apart.
+
+  Examples:
+    >>> confused = np.array([[0.9, 0.2], [0.1, 0.8]])
+    >>> bbse(confused, confused @ [0.3, 0.7]).round(3).tolist()
+    [0.3, 0.7]
 
   Source: Lipton et al., Detecting and Correcting for Label Shift with Black Box
   Predictors, arXiv 1802.03916, equation 3.
@@ -98,6 +107,11 @@ def em(
 
   Raises:
     UserError: a class has no share in the source.
+
+  Examples:
+    >>> sure = np.eye(2)[[0, 0, 0, 1]]  # three images of class 0 and one of class 1
+    >>> em(sure, shares=[0.5, 0.5]).tolist()
+    [0.75, 0.25]
 
   Source: Saerens, Latinne and Decaestecker, Adjusting the Outputs of a Classifier to
   New a Priori Probabilities, Neural Computation 14 (2002), equation 2.9.

@@ -49,7 +49,12 @@ def keep(examples: int, classes: int) -> Record:
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-  """Returns the share of images (N,) with a label whose class is the arg max."""
+  """Returns the share of images (N,) with a label whose class is the arg max.
+
+  Examples:
+    >>> accuracy(np.eye(2), np.array([0, 0])), accuracy(np.eye(2), np.array([0, -1]))
+    ({'accuracy': 0.5}, {'accuracy': 1.0})
+  """
   valid = labels >= 0
   right = outputs[valid].argmax(-1) == labels[valid]
   return {'accuracy': float(right.mean()) if valid.any() else None}
@@ -66,6 +71,11 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
   Returns:
     None where no image has the label.
+
+  Examples:
+    >>> scores, labels = np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1])
+    >>> round(average_precision(scores, labels), 3)  # (6 * 1 + 5 * 2/3) / 11
+    0.848
 
   Source: Everingham et al., IJCV 88, 2010, section 4.2.
   """
@@ -85,7 +95,12 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
 def mean_average_precision(
   outputs: np.ndarray, labels: np.ndarray
 ) -> dict[str, float | None]:
-  """Returns the mean of `average_precision` over labels (N, K)."""
+  """Returns the mean of `average_precision` over labels (N, K).
+
+  Examples:
+    >>> mean_average_precision(np.array([[0.9], [0.1]]), np.array([[1], [0]]))
+    {'map': 1.0}
+  """
   labels = labels.reshape(outputs.shape)
   found = [average_precision(s, y) for s, y in zip(outputs.T, labels.T, strict=True)]
   there = [value for value in found if value is not None]
@@ -93,7 +108,12 @@ def mean_average_precision(
 
 
 def determination(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-  """Returns R^2 over all numbers, and the root of the mean squared error."""
+  """Returns R^2 over all numbers, and the root of the mean squared error.
+
+  Examples:
+    >>> determination(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
+    {'r2': 0.0, 'rmse': 1.0}
+  """
   outputs, labels = (
     x.astype(np.float64).reshape(len(x), -1) for x in (outputs, labels)
   )
@@ -157,6 +177,11 @@ def relative_gain(
 
   Returns:
     None where a control is missing, or is not positive.
+
+  Examples:
+    >>> alone, better = {'acc': 0.5, 'rmse': 2.0}, {'acc': 1, 'rmse': -1}
+    >>> relative_gain({'acc': 0.6, 'rmse': 1.0}, alone, better)  # (0.2 + 0.5) / 2
+    0.35
 
   Source: Maninis et al., CVPR 2019, arXiv 1904.08918, equation 3.
   """

@@ -44,6 +44,14 @@ def f_measure(
     threshold: images with a lower score are rejected.
     definition: 'oltr2019' or 'oltr2020'.
 
+  Examples:
+    >>> label, prediction = np.array([0, 0, -1]), np.array([0, 0, 0])
+    >>> score = np.array([0.9, 0.6, 0.3])  # at 0.8 a known image is rejected
+    >>> f_measure(label, prediction, score, 0.8, definition='oltr2019')
+    1.0
+    >>> round(f_measure(label, prediction, score, 0.8, definition='oltr2020'), 3)
+    0.667
+
   Source: Liu et al., arXiv 1904.05160, and the authors' code before and after its
   change of January 2020.
   """
@@ -68,6 +76,11 @@ def ranking(known_score: np.ndarray, open_score: np.ndarray) -> dict[str, float]
     'auroc', the probability that a known image scores above an open one, ties half;
     'aupr', the average precision of finding known images; and 'fpr_at_95_tpr', the
     share of open images accepted when at least 95 % of the known ones are.
+
+  Examples:
+    >>> found = ranking(known_score=np.array([0.9, 0.4]), open_score=np.array([0.5]))
+    >>> found['auroc'], found['fpr_at_95_tpr']
+    (0.5, 1.0)
 
   Source: Hendrycks and Gimpel, arXiv 1610.02136.
   """
@@ -96,6 +109,10 @@ def open_auc(
     known_score: (N,).
     open_score: (M,).
 
+  Examples:
+    >>> open_auc(np.array([True, False]), np.array([0.9, 0.8]), np.array([0.5, 0.1]))
+    0.5
+
   Source: Dhamija et al., arXiv 1811.04110; as pairs, Wang et al., arXiv 2210.13458.
   """
   ascending = np.sort(open_score)
@@ -109,6 +126,10 @@ def keep_threshold(known_score: np.ndarray, keep: float = 0.95) -> float:
   Args:
     known_score: (N,).
     keep: the share, of images whose score is at least the threshold.
+
+  Examples:
+    >>> keep_threshold(np.array([0.9, 0.2, 0.8, 0.7]), keep=0.75)
+    0.7
   """
   descending = np.sort(known_score)[::-1]
   return float(descending[max(int(np.ceil(keep * len(descending))) - 1, 0)])
@@ -144,6 +165,11 @@ def best_threshold(
   Raises:
     UserError: an unknown criterion, or only known or only open images, on which every
       criterion is degenerate.
+
+  Examples:
+    >>> score = np.array([0.9, 0.6, 0.3])
+    >>> best_threshold(np.array([0, 0, -1]), np.array([0, 0, 0]), score)
+    0.6
   """
   criterion = lookup(CRITERIA, 'criterion', by)
   known = label >= 0
@@ -192,6 +218,12 @@ def curve(
     (T,) arrays, T <= `points`: 'threshold', descending; 'f_measure_oltr2019' and
     'f_measure_oltr2020'; 'known_accuracy', of known images after rejection; and
     'open_accuracy', the share of open images rejected.
+
+  Examples:
+    >>> score = np.array([0.9, 0.6, 0.3])
+    >>> found = curve(np.array([0, 0, -1]), np.array([0, 0, 0]), score)
+    >>> found['known_accuracy'].tolist(), found['open_accuracy'].tolist()
+    ([0.5, 1.0, 1.0], [1.0, 1.0, 0.0])
   """
   threshold, right, known, others = _accepted(label, prediction, known_score)
   found = {
@@ -232,6 +264,13 @@ def open_set(
     'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
     accuracies of the known images as 'known_accuracy' and 'known_<group>', and
     'threshold'; with a fixed one all but the last again, '_at_0.1' if that is 0.1.
+
+  Examples:
+    >>> label, prediction = np.array([0, 0, -1]), np.array([0, 0, 0])
+    >>> score = np.array([0.9, 0.6, 0.3])
+    >>> found = open_set(label, prediction, score, 0.5, num_classes=1, groups={})
+    >>> found['known_accuracy'], found['open_accuracy'], found['open_accuracy_at_0.1']
+    (1.0, 1.0, 0.0)
   """
   known = label >= 0
   found = ranking(known_score[known], known_score[~known])
@@ -277,6 +316,13 @@ def by_rule(
 
   Returns:
     as `open_set` at a threshold, '_own_rule' behind each name.
+
+  Examples:
+    >>> label, prediction = np.array([0, 0, -1]), np.array([0, 0, 0])
+    >>> is_unknown = np.array([False, True, True])
+    >>> found = by_rule(label, prediction, is_unknown, num_classes=1, groups={})
+    >>> found['known_accuracy_own_rule'], found['open_accuracy_own_rule']
+    (0.5, 1.0)
   """
   found = open_set(
     label,

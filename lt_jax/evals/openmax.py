@@ -49,7 +49,12 @@ class Tails(NamedTuple):
 
 
 def unfitted(num_classes: int) -> Tails:
-  """Returns the tails of classes none of which is fitted, so that no logit changes."""
+  """Returns the tails of classes none of which is fitted, so that no logit changes.
+
+  Examples:
+    >>> unfitted(2).fitted.tolist()
+    [False, False]
+  """
   ones, zeros = np.ones(num_classes, np.float32), np.zeros(num_classes, np.float32)
   # By JAX, so that where only its shape is asked for it takes no memory.
   mean = jnp.zeros((num_classes, num_classes), jnp.float32)
@@ -71,6 +76,11 @@ def distance(logits: jax.Array, means: jax.Array) -> jax.Array:
   Returns:
     (B, K), finite and not negative.
 
+  Examples:
+    >>> images, means = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
+    >>> round(distance(images, means).item(), 3)  # 5 / 200 + 1
+    1.025
+
   Source: the authors' code, where it is called eucos and is the default.
   """
   inner = jnp.matmul(logits, means.T, precision='highest')
@@ -87,6 +97,11 @@ def own_distance(logits: jax.Array, labels: jax.Array, means: jax.Array) -> jax.
 
   Returns:
     (B,), the entries of `distance` at the labels.
+
+  Examples:
+    >>> images, means = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
+    >>> round(own_distance(images, jnp.array([0]), means).item(), 3)  # 5 / 200 + 1
+    1.025
   """
   own = means[labels]
   return _eucos((logits * own).sum(axis=-1), _square(logits), _square(own))
@@ -130,6 +145,12 @@ def fit_tails(
 
   Raises:
     UserError: a tail too short, a label out of range or a distance that is not finite.
+
+  Examples:
+    >>> distances, labels = np.array([1.0, 2.0, 3.0, 1.0]), np.array([0, 0, 0, 1])
+    >>> tails = fit_tails(distances, labels, means=np.zeros((2, 2)))
+    >>> tails.fitted.tolist(), tails.location.tolist()
+    ([True, False], [0.0, 0.0])
 
   Source: algorithm 1 (its parameter eta is `tail`) with FitHigh of libMR. There is no
   word in it on classes without a tail.
@@ -183,6 +204,12 @@ def fit_weibull(values: np.ndarray) -> tuple[float, float]:
   Args:
     values: (n,) float64, positive and not all equal.
 
+  Examples:
+    >>> share = (np.arange(1000) + 0.5) / 1000
+    >>> shape, scale = fit_weibull(3 * np.sqrt(-np.log(1 - share)))
+    >>> round(shape, 1), round(scale, 1)
+    (2.0, 3.0)
+
   Source: the likelihood equations of the Weibull distribution; libMR solves the same
   equation for s.
   """
@@ -227,6 +254,14 @@ def recalibrate(logits: jax.Array, tails: Tails, alpha: int = 10) -> jax.Array:
 
   Raises:
     UserError: an alpha below 1.
+
+  Examples:
+    >>> near = unfitted(2)
+    >>> recalibrate(jnp.array([[2.0, 1.0]]), near).tolist()
+    [[2.0, 1.0, 0.0]]
+    >>> far = near._replace(scale=np.full(2, 1e-3), fitted=np.array([True, True]))
+    >>> recalibrate(jnp.array([[2.0, 1.0]]), far, alpha=1).tolist()
+    [[0.0, 1.0, 2.0]]
 
   Source: algorithm 2, as the authors' code counts ranks and multiplies by F_j; it lets
   negative logits shrink too.

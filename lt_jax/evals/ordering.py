@@ -53,13 +53,23 @@ def distance(
 
 
 def entropy_of(outputs: Outputs) -> jax.Array:
-  """Returns the entropy of the softmax in nats, (B,): near is what is sure."""
+  """Returns the entropy of the softmax in nats, (B,): near is what is sure.
+
+  Examples:
+    >>> round(entropy_of({'logits': jnp.zeros((1, 2))}).item(), 3)  # log 2
+    0.693
+  """
   log_p = jax.nn.log_softmax(outputs['logits'])
   return -(jnp.exp(log_p) * log_p).sum(-1)
 
 
 def nearest_first(scores: np.ndarray) -> np.ndarray:
-  """Returns positions (N,) int32 by rising score; equal ones in stored order."""
+  """Returns positions (N,) int32 by rising score; equal ones in stored order.
+
+  Examples:
+    >>> nearest_first(np.array([0.3, 0.1, 0.2])).tolist()
+    [1, 2, 0]
+  """
   return np.argsort(scores, kind='stable').astype(np.int32)
 
 
@@ -75,10 +85,10 @@ def top_of_class(
     survey: passes with the network.
     state: its State.
     split: whose images; no label is read.
-    portion: of the images that are predicted to be of a class, rounded up.
+    portion: of the images, or pixels, that are predicted to be of a class, rounded up.
 
   Returns:
-    (N,) int.
+    (N,) int, or (N, H, W).
 
   Source: Bucher et al., Handling New Target Classes in Semantic Segmentation with
   Domain Adaptation, arXiv 2004.01130, section 3.3, of pixels; after CBST (Zou et al.,
@@ -91,9 +101,10 @@ def top_of_class(
     return {'predicted': logits.argmax(-1), 'sure': jax.nn.softmax(logits).max(-1)}
 
   found = survey.collect(state, split, keep)
-  labels = np.full(len(found['sure']), -1)
-  for label in np.unique(found['predicted']):
-    rows = np.flatnonzero(found['predicted'] == label)
-    order = rows[np.argsort(-found['sure'][rows], kind='stable')]
+  predicted, sure = (found[name].reshape(-1) for name in ('predicted', 'sure'))
+  labels = np.full(len(sure), -1)
+  for label in np.unique(predicted):
+    rows = np.flatnonzero(predicted == label)
+    order = rows[np.argsort(-sure[rows], kind='stable')]
     labels[order[: math.ceil(portion * len(rows))]] = label
-  return labels
+  return labels.reshape(found['sure'].shape)

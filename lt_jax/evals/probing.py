@@ -28,6 +28,10 @@ def pooled(x: jax.Array, budget: int) -> jax.Array:
 
   Returns:
     (B, D) float32.
+
+  Examples:
+    >>> pooled(jnp.zeros((2, 4, 4, 3)), budget=12).shape  # 2 x 2 squares
+    (2, 12)
   """
   if x.ndim == 4:
     height, width, channels = x.shape[1:]
@@ -52,6 +56,11 @@ def places_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
   """Returns the place (N,) of each image in a random order of its class.
 
   Those of place less than k are k images a class, and among those of any larger k.
+
+  Examples:
+    >>> places = places_in_class(np.array([0, 1, 0, 1, 0]), seed=0)
+    >>> sorted(places[[0, 2, 4]].tolist()), sorted(places[[1, 3]].tolist())
+    ([0, 1, 2], [0, 1])
   """
   rng, found = np.random.default_rng(seed), np.zeros(len(labels), np.int64)
   for label in np.unique(labels):
@@ -190,6 +199,12 @@ def retrieval(
 
   Raises:
     UserError: no query has its class in the gallery.
+
+  Examples:
+    >>> gallery = Images(np.array([[1.0], [1.0], [-2.0]]), np.array([0, 1, 2]))
+    >>> query = Images(np.array([[3.0]]), np.array([1]))
+    >>> retrieval(query, gallery, ranks=(1, 2))  # the second that is found
+    {'recall@1': 0.0, 'recall@2': 1.0, 'mean_average_precision': 0.5}
   """
   centre = gallery.features.mean(0)
 

@@ -72,8 +72,14 @@ def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruc
   split, name = split_and_name(saved)
   outputs = survey.outputs(state, split)
   if name in SURVEYED:
-    return jax.ShapeDtypeStruct(outputs['logits'].shape[:1], np.float32)
+    return jax.ShapeDtypeStruct(_surveyed(name, outputs), np.float32)
   return jax.eval_shape(lambda outputs: saved_output(outputs, name), outputs)
+
+
+def _surveyed(name: str, outputs: Mapping[str, jax.ShapeDtypeStruct]) -> tuple:
+  """Returns the shape of what `SURVEYED` tells of a batch."""
+  shape = outputs['logits'].shape
+  return shape[:-1] if name == 'top_of_class' else shape[:1]
 
 
 def collect_saved(

@@ -42,6 +42,11 @@ def confusion(label: jax.Array, prediction: jax.Array, num_classes: int) -> jax.
   Returns:
     (B, C, C) int32: pixels of the class of the row that were taken for that of the
     column.
+
+  Examples:
+    >>> label, prediction = jnp.array([[0, 1, -1]]), jnp.array([[0, 0, 0]])
+    >>> confusion(label, prediction, num_classes=2).tolist()
+    [[[1, 0], [1, 0]]]
   """
   cell = jnp.where(label < 0, num_classes**2, label * num_classes + prediction)
 
@@ -154,6 +159,11 @@ def of_confusion(
     'miou', 'pixel_accuracy', 'mean_accuracy', 'frequency_weighted_iou', the mean IoU of
     each group, None where it has no class with one; 'classes_counted' (C'); and the
     arrays 'iou_by_class' and 'class_accuracy' (C,), NaN where there is none.
+
+  Examples:
+    >>> found = of_confusion([[3, 1], [0, 4]], groups={})
+    >>> found['iou_by_class'].tolist(), found['pixel_accuracy']
+    ([0.75, 0.8], 0.875)
 
   Source: Long et al., Fully Convolutional Networks, arXiv 1411.4038, section 5; mIoU as
   the nanmean of the code of Vu et al. (ADVENT).

@@ -77,6 +77,11 @@ def domain(
 
   Raises:
     UserError: a feature is not finite, or no class is left.
+
+  Examples:
+    >>> features, labels = np.array([[0.0], [2.0], [9.0]]), np.array([0, 0, 1])
+    >>> domain('photos', features, labels, classes=('cat', 'dog')).means.tolist()
+    [[1.0], [9.0]]
   """
   rows = np.flatnonzero(labels >= 0)
   values = np.asarray(features, np.float64).reshape(len(features), -1)
@@ -101,7 +106,13 @@ def domain(
 
 
 def joined(name: str, domains: Sequence[Domain]) -> Domain:
-  """Returns several domains as one: their classes and numbers of images together."""
+  """Returns several domains as one: their classes and numbers of images together.
+
+  Examples:
+    >>> one = Domain('photos', ('cat',), np.array([[0.0]]), np.array([5]))
+    >>> joined('both', [one, one._replace(name='sketches')]).classes
+    ('photos/cat', 'sketches/cat')
+  """
   return Domain(
     name,
     tuple(f'{one.name}/{label}' for one in domains for label in one.classes),
@@ -115,6 +126,13 @@ def distances(source: Domain, target: Domain) -> np.ndarray:
 
   Raises:
     UserError: the features have different sizes.
+
+  Examples:
+    >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
+    >>> target = Domain('t', ('fox',), np.array([[1.0]]), np.array([1]))
+
+    >>> distances(source, target).tolist()
+    [[1.0], [5.0]]
   """
   from scipy.spatial.distance import cdist
 
@@ -155,6 +173,11 @@ def transport(
 
   Raises:
     UserError: it did not converge, or POT is needed and not there.
+
+  Examples:
+    >>> cost, plan = transport([1.0], [0.75, 0.25], [[0.0, 4.0]])
+    >>> round(cost, 3), plan.round(3).tolist()
+    (1.0, [[0.75, 0.25]])
   """
   supply, demand = (np.asarray(x, np.float64) / np.sum(x) for x in (supply, demand))
   cost = np.ascontiguousarray(cost, np.float64)
@@ -212,6 +235,14 @@ def similarity(source: Domain, target: Domain, gamma: float = GAMMA) -> Similari
 
   Raises:
     UserError: gamma is not positive; or as for `transport`.
+
+  Examples:
+    >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
+    >>> target = Domain('t', ('fox',), np.array([[1.0]]), np.array([1]))
+
+    >>> found = similarity(source, target, gamma=0.01)
+    >>> round(found.emd, 3), round(found.similarity, 3)  # (1 + 5) / 2, exp(-0.03)
+    (3.0, 0.97)
   """
   if not gamma > 0 or not np.isfinite(gamma):
     raise UserError(f'gamma is {gamma}; it must be positive and finite')
@@ -226,6 +257,13 @@ def class_distances(source: Domain, target: Domain) -> np.ndarray:
   One class must ship all its weight, so nothing is left to optimise:
 
   .. math:: \mathrm{EMD}(\{s_i\}, T) = \sum_j w_j |s_i - t_j|
+
+  Examples:
+    >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
+    >>> target = Domain('t', ('fox',), np.array([[1.0]]), np.array([1]))
+
+    >>> class_distances(source, target).tolist()
+    [1.0, 5.0]
   """
   return distances(source, target) @ target.weights
 
@@ -284,6 +322,13 @@ def select(
 
   Raises:
     UserError: an unknown rule, or not one number a target.
+
+  Examples:
+    >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
+    >>> target = Domain('t', ('fox',), np.array([[1.0]]), np.array([1]))
+
+    >>> select(source, [target], most=[1])[0].tolist()
+    [0]
   """
   score = lookup(RULES, 'rule of selection', rule)
   if len(most) == 1:
@@ -320,6 +365,11 @@ def correlations(
     most similar source is the best one; 'centred': r and Spearman's rho after the mean
     of each target is taken off; 'pooled': the same without. None where a value is not
     defined.
+
+  Examples:
+    >>> found = correlations([0.9, 0.5, 0.8], [0.7, 0.3, 0.6], target=['a', 'a', 'a'])
+    >>> round(found['by_target']['a'], 3), int(found['best']), found['targets']
+    (1.0, 1, 1)
   """
   similar, accuracy = (np.asarray(x, np.float64) for x in (similar, accuracy))
   groups = {name: np.array(target) == name for name in dict.fromkeys(target)}
@@ -360,7 +410,16 @@ def matrix(
   targets: Mapping[str, Domain],
   gamma: float = GAMMA,
 ) -> dict[tuple[str, str], Similarity]:
-  """Returns (source, target) -> similarity of every pair."""
+  """Returns (source, target) -> similarity of every pair.
+
+  Examples:
+    >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
+    >>> target = Domain('t', ('fox',), np.array([[1.0]]), np.array([1]))
+
+    >>> found = matrix({'s': source}, {'t': target})
+    >>> {pair: round(one.similarity, 3) for pair, one in found.items()}
+    {('s', 't'): 0.97}
+  """
   return {
     (s, t): similarity(source, target, gamma)
     for s, source in sources.items()

@@ -26,6 +26,11 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
     probabilities: theta (N, Z), of the source head.
     labels: (N,) of the target.
 
+  Examples:
+    >>> labels = np.array([0, 1])
+    >>> leep(np.eye(2), labels), round(leep(np.full((2, 2), 0.5), labels), 3)
+    (0.0, -0.693)
+
   Source: Nguyen et al., ICML 2020, arXiv 2002.12462.
   """
   theta = np.asarray(probabilities, np.float64)
@@ -43,6 +48,11 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
     probabilities: (N, Z), of the source head, whose arg max counts.
     labels: (N,) of the target.
 
+  Examples:
+    >>> labels = np.array([0, 1])
+    >>> nce(np.eye(2), labels), round(nce(np.full((2, 2), 0.5), labels), 3)
+    (0.0, -0.693)
+
   Source: Tran et al., ICCV 2019, arXiv 1908.08142.
   """
   predicted = np.asarray(probabilities).argmax(1)
@@ -58,6 +68,11 @@ def h_score(features: np.ndarray, labels: np.ndarray) -> float:
 
   .. math:: \mathrm{tr}(\mathrm{cov}(f)^+\, \mathrm{cov}(E[f | y]))
 
+  Examples:
+    >>> features, labels = np.array([[3], [1], [-1], [-3]]), np.array([0, 0, 1, 1])
+    >>> round(h_score(features, labels), 3)  # 4 of a variance of 5
+    0.8
+
   Source: Bao et al., ICIP 2019.
   """
   centred, between = _covariances(features, labels)
@@ -69,6 +84,11 @@ def regularised_h_score(features: np.ndarray, labels: np.ndarray) -> float:
 
   The shrinkage a is Ledoit and Wolf's, and the covariance between classes is
   multiplied by 1 - a.
+
+  Examples:
+    >>> features, labels = np.array([[3], [1], [-1], [-3]]), np.array([0, 0, 1, 1])
+    >>> round(regularised_h_score(features, labels), 3)  # one feature: no shrinkage
+    0.8
 
   Source: Ibrahim et al., ECML 2022, arXiv 2110.06893.
   """
@@ -92,6 +112,11 @@ def log_me(features: np.ndarray, labels: np.ndarray) -> float:
 
   with the eigenvalues s of F^T F (zeros where N < D), until alpha / beta changes by
   1 %, eleven times at most. The result is divided by N and averaged over classes.
+
+  Examples:
+    >>> features, labels = np.array([[1], [1], [-1], [-1]]), np.array([0, 0, 1, 1])
+    >>> log_me(features, labels) > log_me(features, labels=np.array([0, 1, 0, 1]))
+    True
 
   Source: You et al., ICML 2021, arXiv 2102.11005, and the faster form of its journal
   version; the authors' code leaves out the zeros of s where N < D, which is wrong.
@@ -158,6 +183,12 @@ def trans_rate(
     R(Z) = \tfrac12 \log\det\left(I + \frac{Z^T Z}{n \epsilon}\right)
 
   of centred features. The authors' code, unlike the paper, weighs all classes alike.
+
+  Examples:
+    >>> features = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    >>> rate = trans_rate(features, np.array([0, 0, 1, 1]))  # an axis for each class
+    >>> round(rate, 3)  # log(5001) - log(10001) / 2
+    3.912
 
   Source: Huang et al., ICML 2022, arXiv 2106.09362.
   """

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data.attributes import binary
-from lt_jax.evals import classification
+from lt_jax.evals import classification, segmentation
 from lt_jax.evals.closed_set import closed_set
 from lt_jax.evals.collect import Collected
 from lt_jax.evals.tasks import Across, Metric, Record, Task
@@ -25,7 +25,12 @@ CURVE_POINTS = 1000
 
 
 def harmonic_mean(seen: Any, unseen: Any) -> Any:
-  """Returns 2 S U / (S + U), 0 where both are 0."""
+  """Returns 2 S U / (S + U), 0 where both are 0.
+
+  Examples:
+    >>> round(float(harmonic_mean(0.6, 0.3)), 3), float(harmonic_mean(0.0, 0.0))
+    (0.4, 0.0)
+  """
   total = np.asarray(seen + unseen, np.float64)
   product = 2 * np.asarray(seen, np.float64) * unseen
   return np.divide(product, total, out=np.zeros(total.shape), where=total > 0)
@@ -105,6 +110,13 @@ def seen_unseen_curve(scores: Scores, unseen: np.ndarray) -> Curve | None:
   Returns:
     The curve; None where images of either kind are missing.
 
+  Examples:
+    >>> label, unseen = np.array([0, 1]), np.array([False, True])
+    >>> scores = scores_of(np.array([[2.0, 1.0], [2.0, 1.0]]), label, unseen)
+    >>> curve = seen_unseen_curve(scores, unseen)
+    >>> curve.at(0.5), curve.at(1.5), curve.area
+    ((1.0, 0.0), (0.0, 1.0), 0.5)
+
   Source: Chao et al., An Empirical Study and Analysis of Generalized Zero-Shot
   Learning, arXiv 1605.04253, equation 3 and section 4.
   """
@@ -138,6 +150,12 @@ def scores_of(logits: np.ndarray, label: np.ndarray, unseen: np.ndarray) -> Scor
     logits: (N, C).
     label: (N,) int.
     unseen: (C,) bool.
+
+  Examples:
+    >>> logits, unseen = np.array([[2.0, 3.0, 1.0]]), np.array([False, False, True])
+    >>> scores = scores_of(logits, np.array([0]), unseen)
+    >>> scores.seen_class.tolist(), scores.unseen_score.tolist()
+    ([1], [1.0])
   """
   found = []
   for mask in (~unseen, unseen):
@@ -155,6 +173,11 @@ def class_mean_accuracy(
     label: (N,) int.
     prediction: (N,) int.
     classes: (C,) bool.
+
+  Examples:
+    >>> label, prediction = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])
+    >>> class_mean_accuracy(label, prediction, classes=np.array([True, True]))
+    0.5
   """
   mask = classes[label]
   if not mask.any():
@@ -300,6 +323,45 @@ def _across(
   return found._replace(arrays={'zero_shot': arrays})
 
 
+# Pixels.
+
+
+def zero_shot_segmentation_task(
+  unseen: np.ndarray, vectors: np.ndarray | None, columns: tuple[str, ...]
+) -> Task:
+  """Returns the task of segmentation whose views are by which classes are unseen.
+
+  Args:
+    unseen: (C,) bool.
+    vectors: not used.
+    columns: not used.
+  """
+  del vectors, columns
+  return segmentation.SEGMENTATION._replace(
+    measure=functools.partial(_measure_pixels, unseen), metrics=PIXEL_METRICS
+  )
+
+
+def _measure_pixels(
+  unseen: np.ndarray,
+  records: Collected,
+  *,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """Returns the metrics of segmentation, S and U as mean IoU, and H of these.
+
+  Every pixel is predicted to be of one of all classes; so there is no view of unseen
+  classes alone.
+  """
+  groups = {**groups, 'seen': ~unseen, 'unseen': unseen}
+  found = segmentation.measure(records, num_classes=num_classes, groups=groups)
+  seen, other = found['seen'], found['unseen']
+  both = seen is not None and other is not None
+  mean = float(harmonic_mean(seen, other)) if both else None
+  return {**found, 'harmonic_mean': mean}
+
+
 METRICS = {
   'zero_shot': Metric('zero-shot T'),
   'unseen': Metric('unseen U'),
@@ -318,6 +380,10 @@ METRICS = {
   },
 }
 
+PIXEL_METRICS = {
+  name: METRICS[name] for name in ('harmonic_mean', 'unseen', 'seen')
+} | segmentation.METRICS
+
 ZERO_SHOT = Task(
   record=classification.record,
   keep=classification.keep,
@@ -327,3 +393,9 @@ ZERO_SHOT = Task(
   bind=zero_shot_task,
 )
 """Classes with images and classes with a description alone."""
+
+ZERO_SHOT_SEGMENTATION = segmentation.SEGMENTATION._replace(
+  metrics=PIXEL_METRICS, bind=zero_shot_segmentation_task
+)
+"""The same where every pixel has a label. Between domains, seen classes are shared, and
+unseen ones private to the target."""

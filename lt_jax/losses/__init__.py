@@ -49,6 +49,12 @@ def make_loss(
 
   Raises:
     UserError: an unknown name or option, or an empty class where the loss uses counts.
+
+  Examples:
+    >>> loss = make_loss('balanced_softmax', counts=np.array([90, 10]))
+    >>> losses = loss({'logits': jnp.zeros((2, 2))}, {'label': jnp.array([1, -1])})
+    >>> [round(x, 3) for x in losses.tolist()]
+    [2.303, 0.0]
   """
   per_example = lookup(LOSSES, 'loss', name)
   what = f'loss {name!r}'
@@ -83,6 +89,10 @@ def only(logits: jax.Array, classes: np.ndarray) -> jax.Array:
   Args:
     logits: (B, C).
     classes: (C,) bool, those that are one.
+
+  Examples:
+    >>> only(jnp.zeros((1, 2)), np.array([True, False])).tolist()
+    [[0.0, -1000000000.0]]
   """
   return jnp.where(jnp.asarray(classes)[None], logits, -1e9)
 
@@ -105,6 +115,12 @@ def make_penalty(
   Raises:
     UserError: an unknown name or option, or an empty class where the penalty uses
       counts.
+
+  Examples:
+    >>> penalty = make_penalty('range', 2.0, counts=np.array([90, 10]))
+    >>> features = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> penalty({'features': features}, {'label': jnp.array([0, 1, 1])}).item()
+    2.5
   """
   function = lookup(PENALTIES, 'penalty', name)
   what = f'penalty {name!r}'
@@ -138,6 +154,10 @@ def mean(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
   Returns:
     (...) coefficients: the objective is sum_i coefficients_i loss_i.
 
+  Examples:
+    >>> mean(jnp.array([0.5, 1.5]), jnp.array([0, 0, -1, -1])).tolist()
+    [0.25, 0.25, 0.0, 0.0]
+
   The reduction of Cui et al., arXiv 1901.05555 (TensorFlow).
   """
   labelled = jnp.maximum((labels >= 0).sum(), 1)
@@ -154,6 +174,10 @@ def weight_normalised(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
 
   Returns:
     (...) coefficients: the objective is sum_i coefficients_i loss_i.
+
+  Examples:
+    >>> weight_normalised(jnp.array([0.5, 1.5]), jnp.array([0, 0, -1, -1])).tolist()
+    [0.5, 0.5, 0.0, 0.0]
 
   The reduction of PyTorch's weighted cross-entropy, hence of LDAM-DRW's code.
   """

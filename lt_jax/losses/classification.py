@@ -22,6 +22,10 @@ def one_hot_targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Returns:
     (B, C); a label outside 0..C-1 gives a row of zeros.
+
+  Examples:
+    >>> one_hot_targets(jnp.zeros((2, 2)), jnp.array([1, -1])).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
   """
   chex.assert_rank([logits, labels], [2, 1])
   chex.assert_type([logits, labels], [float, int])
@@ -46,6 +50,11 @@ def cross_entropy(
   Returns:
     (B,) losses in nats.
 
+  Examples:
+    >>> even = jnp.zeros((1, 2))  # costs log 2
+    >>> round(cross_entropy(even, jnp.array([0])).item(), 3)
+    0.693
+
   Label smoothing: Szegedy et al., CVPR 2016, arXiv 1512.00567.
   """
   targets = optax.smooth_labels(one_hot_targets(logits, labels), label_smoothing)
@@ -68,6 +77,11 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> even = jnp.zeros((1, 2))  # costs log 2 for each class
+    >>> round(sigmoid_cross_entropy(even, jnp.array([0])).item(), 3)
+    1.386
 
   Cui et al., CVPR 2019, arXiv 1901.05555.
   """
@@ -94,6 +108,11 @@ def softmax_focal(
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> even = jnp.zeros((1, 2))  # costs (1 - 1/2)^2 log 2
+    >>> round(softmax_focal(even, jnp.array([0]), gamma=2.0).item(), 3)
+    0.173
 
   Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002.
   """
@@ -124,6 +143,11 @@ def sigmoid_focal(
   Returns:
     (B,) losses in nats.
 
+  Examples:
+    >>> even = jnp.zeros((1, 2))  # costs (1 - 1/2)^2 log 2 for each class
+    >>> round(sigmoid_focal(even, jnp.array([0]), gamma=2.0).item(), 3)
+    0.347
+
   Cui et al., CVPR 2019, arXiv 1901.05555, whose code (richardaecn/class-balanced-loss)
   writes log(1 - p) with an exponential that overflows for very negative logits.
   """
@@ -151,6 +175,11 @@ def balanced_softmax(
   Returns:
     (B,) losses in nats.
 
+  Examples:
+    >>> even, rare = jnp.zeros((1, 2)), jnp.array([1])  # costs log 10
+    >>> round(balanced_softmax(even, rare, counts=np.array([90, 10])).item(), 3)
+    2.303
+
   Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020,
   arXiv 2007.10740.
   """
@@ -175,6 +204,12 @@ def logit_adjustment(
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> even, rare = jnp.zeros((1, 2)), jnp.array([1])  # sqrt(90) : sqrt(10) = 3 : 1
+    >>> counts = np.array([90, 10])
+    >>> round(logit_adjustment(even, rare, counts=counts, tau=0.5).item(), 3)
+    1.386
 
   Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021, arXiv 2007.07314.
   """
@@ -209,6 +244,13 @@ def label_aware_smoothing(
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> right = jnp.array([[10.0, 0.0], [0.0, 10.0]])  # sure of the class of each image
+    >>> labels, counts = jnp.array([0, 1]), np.array([90, 10])
+    >>> losses = label_aware_smoothing(right, labels, counts=counts)
+    >>> [round(x, 1) for x in losses.tolist()]
+    [1.5, 0.0]
 
   Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 2021, arXiv
   2104.00466. That the smoothing goes to all C classes, the true one among them, is that
@@ -252,6 +294,12 @@ def vector_scaling(
   Returns:
     (B,) losses in nats.
 
+  Examples:
+    >>> logits, rare = jnp.array([[0.0, 10.0]]), jnp.array([1])
+    >>> loss = vector_scaling(logits, rare, counts=np.array([100, 1]), gamma=0.5)
+    >>> round(loss.item(), 3)  # log(1 + 100 / e), as the logit 10 becomes 1
+    3.632
+
   Kini et al., "Label-Imbalanced and Group-Sensitive Classification under
   Overparameterization", NeurIPS 2021, arXiv 2103.01550; defaults of the authors' code
   (orparask/VS-Loss).
@@ -281,6 +329,13 @@ def class_dependent_temperature(
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> logits, rare = jnp.array([[0.0, 10.0]]), jnp.array([1])
+    >>> counts = np.array([100, 1])
+    >>> loss = class_dependent_temperature(logits, rare, counts=counts, gamma=0.5)
+    >>> round(loss.item(), 3)  # log(1 + 1 / e), as the logit 10 becomes 1
+    0.313
 
   Ye et al., "Identifying and Compensating for Feature Deviation in Imbalanced Deep
   Learning", arXiv 2001.01385.

@@ -26,6 +26,10 @@ def ldam_margins(counts: np.ndarray, max_margin: float = 0.5) -> np.ndarray:
 
   Returns:
     (C,) float64 margins as cosines.
+
+  Examples:
+    >>> ldam_margins(np.array([16, 1])).tolist()
+    [0.25, 0.5]
   """
   counts = np.asarray(counts, np.float64)
   return max_margin * (counts.min() / counts) ** 0.25
@@ -59,6 +63,11 @@ def ldam(
   Returns:
     (B,) losses in nats.
 
+  Examples:
+    >>> even, rare = jnp.zeros((1, 2)), jnp.array([1])  # 30 * 0.5 behind
+    >>> round(ldam(even, rare, counts=np.array([16, 1])).item(), 3)
+    15.0
+
   Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
   NeurIPS 2019, arXiv 1906.07413.
   """
@@ -85,6 +94,11 @@ def uniform_margin(
 
   Returns:
     (B,) losses in nats.
+
+  Examples:
+    >>> even = jnp.zeros((1, 2))  # the true class is 30 * 0.5 behind
+    >>> round(uniform_margin(even, jnp.array([0])).item(), 3)
+    15.0
 
   Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018,
   arXiv 1801.09414; as a control in Cao et al., arXiv 1906.07413.

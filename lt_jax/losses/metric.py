@@ -35,6 +35,10 @@ def distances(
 
   Returns:
     (B, C), in float32 whatever narrower type comes in.
+
+  Examples:
+    >>> distances(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
+    [[5.0, 0.0]]
   """
   chex.assert_rank([features, centroids], 2)
   chex.assert_equal_shape_suffix([features, centroids], 1)
@@ -70,6 +74,11 @@ def lifted_structure(
 
   Returns:
     () penalty.
+
+  Examples:
+    >>> alike = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    >>> round(lifted_structure(alike, jnp.array([0, 1, 1])).item(), 3)  # J = 1 + log 2
+    1.433
 
   Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", CVPR
   2016, arXiv 1511.06452, equation 4; the unit length is ours.
@@ -116,6 +125,11 @@ def range_loss(
 
   Returns:
     () penalty.
+
+  Examples:
+    >>> features = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> range_loss(features, jnp.array([0, 1, 1])).item()  # 0.5 * 2 + 0.5 * (1 - 0.5)
+    1.25
 
   Zhang et al., "Range Loss for Deep Face Recognition with Long-tail", ICCV 2017, arXiv
   1611.08976. The unit length is ours, and so are the defaults of alpha, beta and m that
@@ -173,6 +187,12 @@ def lade(
   Returns:
     () penalty, of either sign.
 
+  Examples:
+    >>> logits = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+    >>> penalty = lade(logits, jnp.array([0, 1]), counts=np.array([50, 50]))
+    >>> round(penalty.item(), 3)  # l + 0.1 l^2 - 1, with l = log cosh 1
+    -0.547
+
   Hong et al., "Disentangling Label Distribution for Long-tailed Visual Recognition",
   CVPR 2021, arXiv 2012.00321, equation 16; code: hyperconnect/LADE, `LADELoss`.
   """
@@ -211,6 +231,11 @@ def attraction(
   Returns:
     () penalty.
 
+  Examples:
+    >>> features, centroids = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
+    >>> attraction(features, jnp.array([0]), centroids).item()  # 25 / 2
+    12.5
+
   Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, arXiv
   1904.05160, in the form of the authors' code; the centre loss of Wen et al., ECCV
   2016.
@@ -242,6 +267,12 @@ def repulsion(
   Returns:
     () penalty.
 
+  Examples:
+    >>> features, labels = jnp.array([[3.0, 4.0]]), jnp.array([1])
+    >>> centroids = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    >>> repulsion(features, labels, centroids, margin=20.0).item()  # 20 - 25 / 2
+    7.5
+
   Liu et al., arXiv 1904.05160, in the form of the authors' code, bounds included.
   """
   v, c = _wide(features), _wide(centroids)
@@ -268,6 +299,11 @@ def centroid_gradient(
 
   Returns:
     (C, D), 0 for classes that are not in the batch.
+
+  Examples:
+    >>> features, centroids = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
+    >>> centroid_gradient(features, jnp.array([0]), centroids).tolist()
+    [[-1.5, -2.0]]
 
   Wen et al., "A Discriminative Feature Learning Approach for Deep Face Recognition",
   ECCV 2016, equation 4; divided by B as in the code of Liu et al., arXiv 1904.05160.
@@ -303,6 +339,12 @@ def large_margin(
 
   Returns:
     () penalty.
+
+  Examples:
+    >>> features, labels = jnp.array([[3.0, 4.0]]), jnp.array([1])
+    >>> centroids = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    >>> large_margin(features, labels, centroids, margin=6.0).item()  # 0 - 5 + 6
+    1.0
 
   Liu et al., arXiv 1904.05160, equation 9.
   """

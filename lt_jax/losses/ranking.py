@@ -29,6 +29,11 @@ def devise(logits: jax.Array, labels: jax.Array, *, margin: float = 0.1) -> jax.
     labels: (B,) int.
     margin: m.
 
+  Examples:
+    >>> logits, labels = jnp.array([[2.0, 1.5, 2.0]]), jnp.array([0])
+    >>> devise(logits, labels, margin=1.0).item()  # 0.5 + 1
+    1.5
+
   Source: Frome et al., DeViSE, NIPS 2013, equation 1; its code stops at the first
   violation in a random order.
   """
@@ -44,6 +49,11 @@ def sje(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Arr
     logits: (B, C).
     labels: (B,) int.
     margin: m.
+
+  Examples:
+    >>> logits, labels = jnp.array([[2.0, 1.5, 2.0]]), jnp.array([0])
+    >>> sje(logits, labels, margin=1.0).item()  # the larger of 0.5 and 1
+    1.0
 
   Source: Akata et al., Evaluation of Output Embeddings for Fine-Grained Image
   Classification, arXiv 1409.8403, equation 4.
@@ -66,6 +76,11 @@ def ale(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Arr
     labels: (B,) int.
     margin: m.
 
+  Examples:
+    >>> logits, labels = jnp.array([[2.0, 1.5, 2.0]]), jnp.array([0])
+    >>> ale(logits, labels, margin=1.0).item()  # (1 + 1/2) / 2 * (0.5 + 1)
+    1.125
+
   Source: Akata et al., arXiv 1503.08677, equation 12, after the WSABIE of Weston et
   al., 2010.
   """
@@ -85,6 +100,10 @@ def negative_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
   Args:
     logits: (B, C).
     labels: (B,) int.
+
+  Examples:
+    >>> negative_score(jnp.array([[2.0, 1.5, 2.0]]), jnp.array([1])).item()
+    -1.5
   """
   return -(one_hot_targets(logits, labels) * logits).sum(-1)
 

@@ -19,6 +19,11 @@ def softmax(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
   Args:
     logits: (B, K).
     labels: (B,) int, -1 where there is none.
+
+  Examples:
+    >>> losses, valid = softmax(jnp.zeros((2, 2)), jnp.array([0, -1]))
+    >>> round(losses.tolist()[0], 3), valid.tolist()
+    (0.693, [True, False])
   """
   valid = labels >= 0
   losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -33,6 +38,11 @@ def sigmoid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
   Args:
     logits: (B, K).
     labels: (B, K) int, 1 or 0, -1 where it is not known.
+
+  Examples:
+    >>> losses, valid = sigmoid(jnp.zeros((1, 2)), jnp.array([[1, -1]]))
+    >>> round(losses.tolist()[0][0], 3), valid.tolist()
+    (0.693, [[True, False]])
   """
   labels = labels.reshape(logits.shape)
   valid = labels >= 0
@@ -46,6 +56,11 @@ def regression(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
   Args:
     outputs: (B, K).
     labels: (B, K) or (B,) float, NaN where it is not known.
+
+  Examples:
+    >>> losses, valid = regression(jnp.zeros((2, 1)), jnp.array([3.0, jnp.nan]))
+    >>> losses.tolist(), valid.tolist()
+    ([[9.0], [0.0]], [[True], [False]])
   """
   labels = labels.reshape(outputs.shape).astype(outputs.dtype)
   valid = jnp.isfinite(labels)
@@ -72,6 +87,11 @@ KINDS: dict[str, Kind] = {
 
 
 def mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
-  """Returns the mean over what is valid, () float32; 0 where nothing is."""
+  """Returns the mean over what is valid, () float32; 0 where nothing is.
+
+  Examples:
+    >>> mean_of_valid(jnp.array([2.0, 4.0, 9.0]), jnp.array([True, True, False])).item()
+    3.0
+  """
   total = jnp.where(valid, losses, 0).astype(jnp.float32).sum()
   return total / jnp.maximum(valid.sum(), 1)

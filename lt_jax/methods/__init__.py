@@ -6,6 +6,7 @@ from lt_jax.methods.advent import advent
 from lt_jax.methods.adversarial import cdan, dann
 from lt_jax.methods.aligned import aligned
 from lt_jax.methods.compound import compound, domain_factor
+from lt_jax.methods.generation import feature_generator
 from lt_jax.methods.mcd import mcd
 from lt_jax.methods.mean_teacher import mean_teacher
 from lt_jax.methods.multitask import multitask
@@ -35,4 +36,5 @@ METHODS = {
   'multitask': multitask,
   'advent': advent,
   'mean_teacher': mean_teacher,
+  'feature_generator': feature_generator,
 }

@@ -100,14 +100,16 @@ def saved_label(
   loss: Loss,
   alignment_weight: Callable[[jax.Array], jax.Array],
   streams: Collection[str],
+  unseen: np.ndarray | None = None,
   statistics: str = 'joint',
+  only_unseen: bool = False,
 ) -> Method:
   r"""Supervised learning on the source, and on target images that a stage has labelled.
 
   .. math:: L_y + \frac{\lambda(p)}{T} \sum_{i \in T} \ell(x_i, \hat y_i)
 
-  The stream 'target' has 'pseudo_label' (T,), what an earlier stage saved of its
-  images; -1 counts for nothing. The labels stay as they are.
+  The stream 'target' has 'pseudo_label' (T,), or (T, H, W) of pixels, what an earlier
+  stage saved of its images; -1 counts for nothing. The labels stay as they are.
 
   Args:
     net: returns a dict with 'logits' and 'features'.
@@ -116,12 +118,18 @@ def saved_label(
     loss: (outputs, batch) -> (T,).
     alignment_weight: step -> lambda.
     streams: names of the streams, of which it reads 'target'.
+    unseen: (C,) bool, classes that have no label of their own; None: there are no such.
     statistics: how the domains meet in batch normalisation, see `pseudo_label`.
+    only_unseen: leaves labels of other classes out, where the images of the stream are
+      those of the source, which have their own.
 
   Raises:
-    UserError: unknown statistics, or no target.
+    UserError: unknown statistics, no target, or no unseen class where these are asked
+      for.
   """
   check_streams(streams, 'target')
+  if only_unseen and unseen is None:
+    raise UserError('saved_label: only_unseen, but no class is unseen')
 
   def value(params: PyTree, state: State, batches: Mapping[str, Batch]):
     net_params = optimizer.held(params)['net']
@@ -140,13 +148,15 @@ def saved_label(
       statistics=statistics,
     )
     own, metrics = objective(of_source, batch, state.step)
-    labels = target['pseudo_label'].astype(jnp.int32)
+    labels = _checked(target['pseudo_label'], of_target['logits'])
+    if only_unseen:
+      labels = jnp.where(jnp.asarray(unseen)[labels], labels, -1)
     mean = loss(of_target, {'label': labels}).mean()
     labelled = (labels >= 0).sum(dtype=jnp.float32)
     metrics |= {
       'loss': mean_metric(own),
       'pseudo_loss': mean_metric(mean),
-      'labelled': (labelled, jnp.float32(len(labels))),
+      'labelled': (labelled, jnp.float32(labels.size)),
     }
     return own + alignment_weight(state.step) * mean, (stats, metrics)
 
@@ -159,6 +169,17 @@ def saved_label(
 
   init = begin(net, optimizer, lambda outputs: {}, statistics=statistics, players={})
   return Method(init, step, predictor(net))
+
+
+def _checked(labels: jax.Array, logits: jax.Array) -> jax.Array:
+  """Returns labels (...) as int32; they must be as many as there are predictions."""
+  if labels.shape != logits.shape[:-1]:
+    raise UserError(
+      f'saved_label: the labels of a batch are {labels.shape}, but its predictions are '
+      f'{logits.shape[:-1]}: labels of pixels are those of whole images, without '
+      'data.window'
+    )
+  return labels.astype(jnp.int32)
 
 
 def confident(logits: jax.Array, thresholds: jax.Array) -> jax.Array:

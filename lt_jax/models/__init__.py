@@ -18,6 +18,7 @@ from lt_jax.models import deeplab, described, discriminator, fcn
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
 from lt_jax.models.fusion import fusion
+from lt_jax.models.generator import generator
 from lt_jax.models.heads import HEADS as PLAIN_HEADS
 from lt_jax.models.heads import dense, linear
 from lt_jax.models.normalisation import BatchNorm, at_least_float32
@@ -31,6 +32,7 @@ NETWORKS = {
   'patch_discriminator': discriminator.patch_discriminator,
   'decoder': decoder,
   'fusion': fusion,
+  'generator': generator,
   'linear': linear,
   'weight_net': WeightNet,
 }

@@ -7,6 +7,7 @@ HELD_OUT: Overrides = {'data': {'val_per_class': 15}}
 """By which gamma is chosen after a training; closed forms set their own apart."""
 
 TRAINED = ('devise', 'sje', 'ale', 'two_tower', 'two_tower_distance')
+TRAINED += ('feature_generator',)
 
 
 def training(epochs: float) -> Protocol:

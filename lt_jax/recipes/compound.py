@@ -122,7 +122,15 @@ def _ocda(
   }
 
 
+def _source_alone(config: ConfigDict) -> Overrides:
+  """The first stage of them all: what their gains are measured over."""
+  whole = _ocda(config)
+  alone = {'source': whole['stages']['source']}
+  return {**whole, 'stages': alone, 'stage_order': tuple(alone)}
+
+
 RECIPES: dict[str, Recipe] = {
+  'ocda_source': Recipe(_source_alone, needs=('target',)),
   'ocda': Recipe(_ocda, needs=('target',)),
   'ocda_released': Recipe(
     lambda config: _ocda(config, form='released', repo_quirks=True), needs=('target',)

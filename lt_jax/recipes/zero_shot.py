@@ -10,8 +10,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes import adaptation
-from lt_jax.recipes.parts import ALL_BUT_HEAD, Recipe, copy
+from lt_jax.recipes import adaptation, segmentation
+from lt_jax.recipes.parts import (
+  ALL_BUT_HEAD,
+  CLASS_AWARE,
+  Recipe,
+  copy,
+  target_stream,
+)
 
 VALIDATE: Overrides = {'shot_groups': ('fitted',)}
 """A training on the seen classes but those of validation."""
@@ -84,6 +90,104 @@ def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
     }
 
   return Recipe(overrides, needs=('class_vectors',))
+
+
+def _generate(config: ConfigDict) -> Overrides:
+  """A stage of the generator and of the head, whose rates validation classes chose."""
+  schedule = {'name': 'cosine', 'base': 3e-3, 'end': config.get_ref('epochs')}
+  player = {
+    'network': {'name': 'generator', 'hidden': (256,)},
+    'optimizer': {'name': 'adam'},
+    'schedule': schedule,
+  }
+  return {
+    'method': {'name': 'feature_generator'},
+    'players': {'generator': player},
+    'optimizer': {'name': 'adam'},
+    'schedule': schedule,
+  }
+
+
+def _feature_generator(config: ConfigDict) -> Overrides:
+  """A generator of features beside a linear head, on a trunk that is trained before.
+
+  Of features that nothing trains there is no such stage before.
+  """
+  generate = {**_generate(config), 'sampler': CLASS_AWARE['sampler']}
+  stages: dict[str, Overrides] = {}
+  for name, trunk, own in (
+    ('validate', 'validate_trunk', VALIDATE),
+    ('train', 'trunk', {}),
+  ):
+    taken = {}
+    if config.model.trunk != 'identity':
+      stages[trunk] = dict(own)
+      taken = {'surgeries': (copy(ALL_BUT_HEAD, trunk),)}
+    stages[name] = {**generate, **own, **taken}
+  stages['calibrated'] = {
+    'epochs': 0.0,
+    'wrappers': _stacked(),
+    'select': 'last',
+    'surgeries': (copy('net/.*', 'train'), ('choose_gamma', {'stage': 'validate'})),
+  }
+  return {'stages': stages, 'stage_order': tuple(stages)}
+
+
+def _pixels(
+  config: ConfigDict, *, first: Overrides | None = None, learns_from: str = ''
+) -> Overrides:
+  """A network of pixels, then features of unseen pixels, then perhaps its own labels.
+
+  There is no gamma: label maps have no validation classes.
+
+  Args:
+    config: the config.
+    first: the training of the network; None: that of the config.
+    learns_from: the domain, 'source' or 'target', whose pixels get the labels of which
+      the network is surest in every class; empty: none. They stay as they are: drawn
+      anew as the network changes, those of unseen classes die out.
+  """
+  stages: dict[str, Overrides] = {
+    'train': first or {},
+    'generate': {
+      **_generate(config),
+      'surgeries': (copy(ALL_BUT_HEAD, 'train'),),
+      'select': 'last',
+    },
+  }
+  if learns_from:
+    saved = 'top_of_class' if learns_from == 'source' else 'target/train/top_of_class'
+    stages['generate']['save_outputs'] = (saved,)
+    read = {'stage': 'generate', 'arrays': {'pseudo_label': 'top_of_class'}}
+    stages['self_training'] = {
+      **target_stream(config, domain=learns_from, **read),
+      'shot_groups': ('seen', 'unseen'),
+      'epochs': config.get_ref('epochs') * 0.5,
+      'schedule': {'name': 'constant', 'base': config.schedule.get_ref('base') * 0.1},
+      'method': {
+        'name': 'saved_label',
+        'statistics': 'separate',
+        'only_unseen': learns_from == 'source',
+      },
+      'alignment': {'weight': adaptation.ONE},
+      'surgeries': (copy('net/.*', 'generate'),),
+      'select': 'last',
+    }
+  return {'model': {'head': 'linear'}, 'stages': stages, 'stage_order': tuple(stages)}
+
+
+def _boundless(config: ConfigDict) -> Overrides:
+  """Adversarial training towards the target, then as `_pixels` with the target's own.
+
+  In the first stage unseen classes are never the answer, rather than left out, so that
+  what the discriminator is shown of them says something.
+  """
+  aligned = segmentation.RECIPES['advent'].overrides(config)
+  return _pixels(
+    config,
+    first={**aligned, 'shot_groups': ('seen', 'unseen')},
+    learns_from='target',
+  )
 
 
 def _zsda(config: ConfigDict) -> Overrides:
@@ -163,5 +267,12 @@ RECIPES: dict[str, Recipe] = {
   'two_tower_distance': _trained(
     SQUARED_DISTANCE, 'two_tower', fixed='classes', distance=True
   ),
+  'feature_generator': Recipe(_feature_generator, needs=('class_vectors',)),
+  'zero_shot_pixels': Recipe(_pixels, needs=('class_vectors', 'pixels')),
+  'zero_shot_pixels_self_training': Recipe(
+    lambda config: _pixels(config, learns_from='source'),
+    needs=('class_vectors', 'pixels'),
+  ),
+  'boundless': Recipe(_boundless, needs=('target', 'class_vectors', 'pixels')),
   'zsda': Recipe(_zsda, needs=('target', 'class_vectors')),
 }

@@ -16,7 +16,7 @@ from lt_jax.report.drawing import (
   seeds,
   shortened,
 )
-from lt_jax.report.figures import each_seed
+from lt_jax.report.figures import drawable, each_seed, plane_of, scatter
 from lt_jax.report.runs import Missing, Run
 
 FILE = 'zero_shot.npz'
@@ -134,6 +134,67 @@ def described_errors(runs: Sequence[Run]) -> Drawn:
   )
 
 
+def described_features(runs: Sequence[Run]) -> Drawn:
+  """Draws a plane map of test features, and where descriptions say classes are."""
+  run = runs[0]
+  stored, vectors = run.arrays('features.npz'), run.arrays(FILE).get('class_vectors')
+  if vectors is None:
+    raise Missing('the run has no descriptions of classes')
+  number = stored.get('domain', np.zeros(len(stored['label']), int))
+  tested = max(1, len(run.config.get('target', ())))  # the headline's come first
+  points, rows = drawable(stored, (number < tested) & (stored['label'] >= 0))
+  label, names = stored['label'][rows], run.class_names
+  seen = ~np.isin(names, run.data.get('unseen', []))
+  places = placed_by_description(points, label, vectors, seen)
+  plane, name = plane_of(np.concatenate([points, places]))
+  others = np.flatnonzero(~seen)
+  colours = [CYCLE[1 + i % (len(CYCLE) - 1)] for i in range(len(others))]
+  sets = {'seen classes': (seen[label], CYCLE[0])}
+  sets |= {
+    shortened(names[c]): (label == c, colour)
+    for c, colour in zip(others, colours, strict=True)
+  }
+  figure, axes = plot(size=(5.6, 4.6))
+  scatter(axes, plane[: len(points)], sets, name)
+  for c, (x, y) in enumerate(plane[len(points) :]):
+    colour = CYCLE[0] if seen[c] else colours[others.tolist().index(c)]
+    axes.plot(x, y, 'P', color=colour, markersize=6 if seen[c] else 10,
+              markeredgecolor=INK)  # fmt: skip
+    if not seen[c]:
+      axes.annotate(shortened(names[c]), (x, y), (5, 5), textcoords='offset points')
+  return figure, (
+    f'{name} map of {len(points)} test features. Crosses: where a linear map from '
+    'descriptions to features, fitted to the means of the seen classes, puts each '
+    'class. An unseen class is recognised best where its cross is among its images.'
+  )
+
+
+def placed_by_description(
+  points: np.ndarray,
+  label: np.ndarray,
+  vectors: np.ndarray,
+  seen: np.ndarray,
+  penalty: float = 0.1,
+) -> np.ndarray:
+  """Returns features (C, D) that descriptions stand for, by a ridge regression.
+
+  Args:
+    points: (N, D) features.
+    label: (N,) int.
+    vectors: (C, A) descriptions, compared as unit vectors.
+    seen: (C,) bool, the classes whose means it is fitted to.
+    penalty: of the regression, whose intercept is the mean of these means.
+  """
+  there = np.flatnonzero(seen & (np.bincount(label, minlength=len(seen)) > 0))
+  if not len(there):
+    raise Missing('there are no images of seen classes')
+  means = np.stack([points[label == c].mean(0, dtype=np.float64) for c in there])
+  unit, centre = unit_rows(vectors), means.mean(0)
+  known = unit[there]
+  gram = known @ known.T + penalty * np.eye(len(there))
+  return centre + unit @ known.T @ np.linalg.solve(gram, means - centre)
+
+
 FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'seen_unseen': seen_unseen,
   'attributes': attributes,
@@ -141,4 +202,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
 }
 """name -> figure of seeds of one thing."""
 
-OF_ONE_RUN: dict[str, Callable[[Sequence[Run]], Drawn]] = {}
+OF_ONE_RUN: dict[str, Callable[[Sequence[Run]], Drawn]] = {
+  'described_features': described_features,
+}
+"""Those that take seconds."""
