@@ -188,6 +188,7 @@ def base_config() -> ConfigDict:
         'resize_to': (),  # (height, width) of such images before; (): their own
         'image_size': 0,  # of random crops, where images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
+        'crop_area': 0.08,  # least share of an image in a random crop; 1: all of it
         'on_bad_image': 'raise',  # 'skip': another image of its class stands in
         'workers': 0,  # processes that decode images; -1: one a core, 0: threads
       },

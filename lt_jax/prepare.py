@@ -128,7 +128,12 @@ def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, 
   sources = load_source(source, data_dir if kind == 'tfds' else images)
   if 'train' not in sources:
     raise UserError(f'{source} has no split named train: {", ".join(sources)}')
-  for one in sources.values():
+  for split, one in sources.items():
+    if getattr(one, 'attributes', {}):
+      raise UserError(
+        f'{source}: the split {split!r} has a gallery and probes, which records cannot '
+        'hold: train from the lists themselves'
+      )
     if one.image_shape != (None, None, 3) or not hasattr(one, 'example'):
       raise UserError(
         f'{source} has images of shape {one.image_shape}; only sets of colour images '

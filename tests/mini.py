@@ -1,4 +1,4 @@
-"""Miniatures of ImageNet-LT, Places-LT and iNaturalist: generated photographs."""
+"""Miniatures of ImageNet-LT, Places-LT, iNaturalist and MS1M-LT: generated images."""
 
 import io
 
@@ -173,3 +173,43 @@ def write_places(folder, rng, *, lists, images):
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_bytes(kinds[label % 4])
   return home, root
+
+
+FACES = (24, 24, 9, 7, 3, 2, 1, 1)
+"""Training images of each identity of a miniature MS1M-LT."""
+
+STRANGERS = 4
+"""Identities that are not trained on."""
+
+
+def write_faces(folder, rng):
+  """Writes a miniature MS1M-LT; returns its lists, and the folder of the images.
+
+  A face is a picture of few colours, and every image of an identity is the same. So a
+  probe is identified but where a distractor is the same picture: that of the last
+  identity of all is.
+  """
+  lists, root = folder / 'lists', folder / 'images'
+  for one in (lists, root):
+    one.mkdir(parents=True)
+  rows = {'train': [], 'gallery': [], 'probe': [], 'distractors': []}
+
+  def add(split, picture, label):
+    name = f'{split}_{len(rows[split])}.png'
+    Image.fromarray(picture).save(root / name)
+    rows[split].append(f'{name} {label}\n')
+
+  def face():
+    colours = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    return colours.repeat(16, 0).repeat(16, 1)
+
+  for label, count in enumerate((*FACES, *[0] * STRANGERS)):
+    picture = face()
+    for split, times in (('train', count), ('gallery', 1), ('probe', 2)):
+      for _ in range(times):
+        add(split, picture, label)
+  for distractor in (*(face() for _ in range(5)), picture):
+    add('distractors', distractor, -1)
+  for split, lines in rows.items():
+    (lists / f'MS1M_LT_{split}.txt').write_text(''.join(lines))
+  return lists, root

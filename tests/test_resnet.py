@@ -147,7 +147,7 @@ def pooled(x):
   return y
 
 
-def expected_map(variables, x, train, blocks, kinds, groups):
+def expected_map(variables, x, train, blocks, kinds, groups, small=False):
   """Returns the map by the definition.
 
   Args:
@@ -157,6 +157,7 @@ def expected_map(variables, x, train, blocks, kinds, groups):
     blocks: number of blocks, a stage.
     kinds: sizes of the kernels of a block.
     groups: of the 3x3 convolutions of a bottleneck.
+    small: whether nothing strides before the first block.
   """
   params, stats = variables['params'], variables['batch_stats']
 
@@ -172,11 +173,12 @@ def expected_map(variables, x, train, blocks, kinds, groups):
     x = (x - mean) / np.sqrt(var + 1e-5)
     return weights[norm]['scale'] * x + weights[norm]['bias']
 
-  x = pooled(np.maximum(layer(x, (), 'conv', 'norm', 2), 0))
+  x = np.maximum(layer(x, (), 'conv', 'norm', 1 if small else 2), 0)
+  x = x if small else pooled(x)
   for stage, length in enumerate(blocks, start=1):
     for block in range(1, length + 1):
       place = (f'stage{stage}_block{block}',)
-      stride = 2 if stage > 1 and block == 1 else 1
+      stride = 2 if (stage > 1 or small) and block == 1 else 1
       if kinds == (3, 3):
         y = np.maximum(layer(x, place, 'conv1', 'norm1', stride), 0)
         y = layer(y, place, 'conv2', 'norm2')
@@ -206,6 +208,26 @@ def test_the_map_is_the_definition(rng, net, blocks, kinds, groups, train):
   assert found.shape == expected.shape == (2, 3, 3, 8 if kinds == (3, 3) else 32)
   assert 0.2 < (expected > 0).mean() < 1
   np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_small_stem_strides_first_in_the_first_stage(rng):
+  net = resnet(basic, (1, 1), width=4, stem='small')
+  images = rng.normal(size=(2, 17, 20, 3))
+  variables = drawn(net, rng, 17, 20)
+  with jax.enable_x64(True):
+    found, _ = apply(net, variables, images, train=True)
+  expected = expected_map(variables, images, True, (1, 1), (3, 3), 1, small=True)
+  assert found.shape == expected.shape == (2, 5, 5, 8)
+  np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_faces_of_112_pixels_have_the_map_of_224_pixels():
+  for name, channels in (('resnet18', 512), ('resnet50', 2048)):
+    features, variables = shapes_of(RESNETS[name](stem='small'), 112, 112)
+    assert features.shape == (1, 7, 7, channels)
+    assert variables['params']['conv']['kernel'].shape == (3, 3, 3, 64)
+  dilated, _ = shapes_of(RESNETS['resnet10'](stem='small', output_stride=8), 64, 64)
+  assert dilated.shape[1:3] == (8, 8)
 
 
 def test_groups_of_the_batch_are_separate_batches(rng):
@@ -268,6 +290,7 @@ def test_the_first_weights_are_kaiming_of_the_fan_out():
   ('options', 'message'),
   [
     ({'init': 'kaiming_fan_uot'}, "did you mean 'kaiming_fan_out'"),
+    ({'stem': 'smal'}, "did you mean 'small'"),
     ({'width': 4}, 'bottleneck of 8 channels does not divide into 32 groups'),
   ],
 )

@@ -133,6 +133,9 @@ def build(
     sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
   _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
+  if datasets is None:
+    for stage in configs.values():
+      _check_reads(config['task'], domains.dataset(stage['domain']))
   stages: dict[str, Stage] = {}
   for name, stage in configs.items():
     with class_names(domains.dataset(stage['domain']).class_names):
@@ -204,9 +207,10 @@ def _build_stage(
   look: Callable[[], None],
 ) -> Stage:
   """Builds one stage from its merged config."""
-  dataset, groups = domains.dataset(config['domain']), _groups(config, domains)
-  learned = learned_classes(config['shot_groups'], groups, dataset)
+  dataset = domains.dataset(config['domain'])
   task = _task(config['task'], dataset)
+  groups = _groups(config, domains) | task.groups(dataset.counts)
+  learned = learned_classes(config['shot_groups'], groups, dataset)
   rows = make_rows(config, domains, learned, earlier)
   streams = {name: row.stream for name, row in rows.items()}
   clock = rows[CLOCK]
@@ -330,6 +334,14 @@ def _task(name: str, dataset: Dataset) -> Task:
     return task
   columns = dataset.described.columns if dataset.described else ()
   return task.bind(dataset.unseen, dataset.class_vectors, columns)
+
+
+def _check_reads(name: str, dataset: Dataset) -> None:
+  """Refuses test images without what a task reads beside their labels."""
+  test = dataset.tests.get('test')
+  for read, how in lookup(TASKS, 'task', name).reads.items():
+    if test is None or read not in test.numbers():
+      raise UserError(f'task {name!r} needs a {read} for every test image: {how}')
 
 
 def _passes(

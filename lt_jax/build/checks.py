@@ -38,6 +38,7 @@ RANGES = {
   'data.jitter': (0, 1),
   'data.image_size': (0, 1e4),
   'data.resize': (0, 1e4),
+  'data.crop_area': (0, 1),
   'data.workers': (-1, 1e4),
   'defer_epoch': (0, 1e9),
   'sampler.start_epoch': (0, 1e9),

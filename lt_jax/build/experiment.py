@@ -78,7 +78,8 @@ class Stage(NamedTuple):
     domain: a domain or role whose classes it learns.
     dataset: its data.
     task: what is measured.
-    groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool.
+    groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool,
+      and those of the task.
     streams: what it is trained on.
     trained_on: streams of images -> name of the split.
     images: the images of every pass and stream, by the name of the split. Those of

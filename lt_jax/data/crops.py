@@ -320,16 +320,19 @@ class Crop(NamedTuple):
   Attributes:
     size: its side in pixels.
     resize: the short side of an image before the central square is taken.
+    area: least share of an image that a random window has; 1: all of it, of a square.
   """
 
   size: int
   resize: int
+  area: float = 0.08
 
   def training(
     self, encoded: bytes, where: str, generator: np.random.Generator
   ) -> np.ndarray:
     """Returns a random window, see `random_resized_crop`."""
-    return random_resized_crop(encoded, where, generator, size=self.size)
+    scale = (self.area, 1.0)
+    return random_resized_crop(encoded, where, generator, size=self.size, scale=scale)
 
   def evaluation(self, encoded: bytes, where: str) -> np.ndarray:
     """Returns the central window, see `center_crop`."""

@@ -107,6 +107,7 @@ def load_dataset(
   fake: Mapping[str, int] | None = None,
   image_size: int = 0,
   resize: int = 0,
+  crop_area: float = 0.08,
   class_vectors: Sequence[str] = (),
   unseen: Sequence[str | int] = (),
   val_classes: Sequence[str | int] = (),
@@ -149,6 +150,7 @@ def load_dataset(
     image_size: side of the square that images of many sizes are brought to, on the
       host; 0: they have one size.
     resize: their short side in evaluation, before the central square is taken.
+    crop_area: least share of an image that random crops of it have in training.
     class_vectors: files that describe the known classes, see `attributes`; none: the
       source's own, if it has such.
     unseen: classes of which no image, or pixel, is trained or validated on, see
@@ -229,7 +231,7 @@ def load_dataset(
   if from_val:
     splits |= _meta_from_val(splits, known, meta_per_class, draw, source)
   splits |= {name: (pool, rows) for name, rows in drawn.items()}
-  crop = _crop(pool, source, image_size, resize)
+  crop = _crop(pool, source, image_size, resize, crop_area)
   return views.of(_dataset(sources, splits, known, crop, to_device), known)
 
 
@@ -528,6 +530,11 @@ def _own_splits(
       )
     test = sources[test_split]
     is_known = test.labels < known
+    if not is_known.any():
+      raise UserError(
+        f'source {name!r}: no image of the split {test_split} is of a known class, so '
+        'there is nothing to classify: add some, such as in a list test.txt'
+      )
     splits['test'] = (test, np.flatnonzero(is_known))
     if not is_known.all():
       splits['open_test'] = (test, np.flatnonzero(~is_known))
@@ -560,7 +567,9 @@ def _meta_from_val(
   return {'meta': (val, rows[drawn['meta']]), 'val': (val, rows[drawn['train']])}
 
 
-def _crop(pool: Any, name: str, image_size: int, resize: int) -> Crop | None:
+def _crop(
+  pool: Any, name: str, image_size: int, resize: int, area: float
+) -> Crop | None:
   """Returns how images are cropped; None where they have one size and keep it."""
   if not image_size:
     if None in pool.image_shape:
@@ -573,7 +582,7 @@ def _crop(pool: Any, name: str, image_size: int, resize: int) -> Crop | None:
     )
   if resize < image_size:
     raise UserError(f'data.resize is {resize}, less than data.image_size {image_size}')
-  return Crop(image_size, resize)
+  return Crop(image_size, resize, area)
 
 
 def _resident(source: Any, to_device: Callable[[np.ndarray], Any]) -> Any:

@@ -7,10 +7,12 @@ For smoke tests, profiling and planning: any configuration runs on it unchanged,
 import dataclasses
 import functools
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from lt_jax.data import roles
 from lt_jax.errors import UserError
 
 PHOTOGRAPHS = 16
@@ -25,11 +27,13 @@ class Photographs:
     labels: (N,) int32.
     class_names: names of classes 0 ... C - 1.
     image_shape: height and width are those of each file.
+    attributes: of each image, name -> (N,) int32, see `roles.attributes`.
   """
 
   labels: np.ndarray
   class_names: tuple[str, ...]
   image_shape: tuple[None, None, int] = (None, None, 3)
+  attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -169,6 +173,9 @@ def sources(
   val: int = 0,
   test: int = 0,
   open: int = 0,
+  gallery: int = 0,
+  probe: int = 0,
+  distractors: int = 0,
   image_size: int = 0,
   label_maps: bool = False,
 ) -> dict[str, Any]:
@@ -182,6 +189,11 @@ def sources(
     val: validation images, as many of each class as they can be.
     test: test images, likewise.
     open: images of no known class.
+    gallery: identities with an image in a gallery, among the test images. Three
+      quarters are classes, as many of the head as of the tail; the others are
+      zero-shot.
+    probe: images of these identities that are looked for.
+    distractors: images of nobody who is looked for.
     image_size: side of the images; 0: photographs of many sizes.
     label_maps: gives images a label map instead, and of all splits at least one.
 
@@ -202,20 +214,40 @@ def sources(
     'test': np.arange(test) % classes,
     'open': np.full(open, -1),
   }
+  attributes = {}
+  if gallery:
+    known = min(classes, -(-3 * gallery // 4))
+    spread = np.linspace(0, classes - 1, known).astype(int)
+    identities = np.append(spread, classes + np.arange(gallery - known))
+    attributes = roles.attributes(
+      {
+        'test': labels['test'],
+        'gallery': identities,
+        'probe': np.resize(identities, probe),
+        'distractors': np.full(distractors, classes + gallery),
+      }
+    )
+    labels['test'] = attributes['identity']
   return {
-    split: _source(y.astype(np.int32), names, image_size)
+    split: _source(
+      y.astype(np.int32), names, image_size, attributes if split == 'test' else {}
+    )
     for split, y in labels.items()
     if y.size
   }
 
 
-def _source(labels: np.ndarray, names: tuple[str, ...], image_size: int) -> Any:
+def _source(
+  labels: np.ndarray,
+  names: tuple[str, ...],
+  image_size: int,
+  attributes: Mapping[str, np.ndarray],
+) -> Any:
   """Returns one split: images in memory, or files."""
   from lt_jax.data.sources import Arrays
 
   if not image_size:
-    return Photographs(labels, names)
+    return Photographs(labels, names, attributes=attributes)
   shape = (len(labels), image_size, image_size, 3)
-  return Arrays(
-    np.random.default_rng(0).integers(0, 256, shape, np.uint8), labels, names
-  )
+  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  return Arrays(images, labels, names, attributes=attributes)

@@ -86,6 +86,10 @@ def keep_classes(
   kept = {}
   for split, source in sources.items():
     known = {own: i for i, own in enumerate(source.class_names)}
+    if source.labels.max(initial=-1) >= len(known):
+      raise UserError(
+        f'data.keep_classes cannot be used with {name}, which has a gallery and probes'
+      )
     for one in names:
       if one not in known:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lt_jax.data import crops
+from lt_jax.data import crops, roles
 from lt_jax.errors import UserError, suggest
 
 SPLITS = ('train', 'val', 'test', 'open')
@@ -92,6 +92,7 @@ class Files:
     class_names: names of classes 0 ... C - 1.
     passed_over: lines that tell of files and folders that are not used.
     image_shape: height and width are those of each file.
+    attributes: of each image, name -> (N,) int32, see `roles.attributes`.
   """
 
   root: str
@@ -101,6 +102,7 @@ class Files:
   class_names: tuple[str, ...]
   passed_over: tuple[str, ...] = ()
   image_shape: tuple[None, None, int] = (None, None, 3)
+  attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.files)
@@ -121,8 +123,10 @@ class Files:
     return os.path.join(self.root, self.files[position])
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns what a fingerprint takes for the images at `rows`: their paths."""
-    return '\0'.join(self.paths[row] for row in rows).encode(errors='surrogateescape')
+    """Returns what a fingerprint takes for the images at `rows`: paths, attributes."""
+    paths = '\0'.join(self.paths[row] for row in rows)
+    told = (values[rows].astype('<i4').tobytes() for values in self.attributes.values())
+    return paths.encode(errors='surrogateescape') + b''.join(told)
 
 
 class ImageList(NamedTuple):
@@ -151,6 +155,10 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   image may be listed once, in one list. Where files are not under their own names, the
   names of `DIALECTS` are tried, then a folder called like the list.
 
+  The images of gallery.txt, probe.txt and distractors.txt are test images too, which
+  the task `identification` compares. Labels of the first two may be beyond those of the
+  classes; such identities are zero-shot. Those of distractors are -1.
+
   Args:
     folder: has train.txt and perhaps val.txt, test.txt and open.txt, or files whose
       names end in _train.txt and so on. In an open list all labels are -1.
@@ -163,28 +171,82 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
     UserError: naming file and line, or the images that are missing.
   """
   lists = {
-    split: read_list(file, is_open=split == 'open')
+    split: read_list(file, is_open=split in ('open', 'distractors'))
     for split, file in find_lists(folder).items()
   }
   class_names = _class_names(folder, lists['train'])
-  for one in lists.values():
+  for split, one in lists.items():
     beyond = np.flatnonzero(one.labels >= len(class_names))
-    if beyond.size:
+    if beyond.size and split not in roles.ROLES:
       raise UserError(
         f'{one.place(beyond[0])}: label {one.labels[beyond[0]]}, but '
         f'{lists["train"].file} has labels up to {len(class_names) - 1}'
       )
+  _check_roles(lists)
   root = data_dir or folder
   files = locate(lists, root)
   check_listed_once(lists[split]._replace(paths=files[split]) for split in lists)
-  return {
-    split: Files(root, one.paths, files[split], one.labels, class_names)
-    for split, one in lists.items()
+  return _with_roles(
+    {
+      split: Files(root, one.paths, files[split], one.labels, class_names)
+      for split, one in lists.items()
+    }
+  )
+
+
+def _check_roles(lists: Mapping[str, ImageList]) -> None:
+  """Refuses probes that nobody could find, and lists that say the same twice."""
+  there = [name for name in roles.ROLES if name in lists]
+  if not there:
+    return
+  for name in ('gallery', 'probe'):
+    if name not in lists:
+      raise UserError(
+        f'{lists[there[0]].file}: {name}.txt is missing beside it; identification '
+        'needs a gallery and probes'
+      )
+  if 'open' in lists:
+    raise UserError(
+      f'{lists["open"].file}: with a gallery, images of no known class are '
+      'distractors: rename it to distractors.txt'
+    )
+  probe, gallery = lists['probe'], lists['gallery']
+  alone = np.flatnonzero(~np.isin(probe.labels, gallery.labels))
+  if alone.size:
+    raise UserError(
+      f'{probe.place(alone[0])}: identity {probe.labels[alone[0]]} has no image in '
+      f'{gallery.file}'
+    )
+
+
+def _with_roles(sources: Mapping[str, Files]) -> dict[str, Files]:
+  """Returns sources whose gallery, probes and distractors are among the test images.
+
+  Distractors are there as one more identity, as classes from the number of classes on
+  are unknown.
+  """
+  if 'probe' not in sources:
+    return dict(sources)
+  parts = {name: sources[name] for name in ('test', *roles.ROLES) if name in sources}
+  nobody = max(int(one.labels.max()) for one in sources.values()) + 1
+  identities = {
+    name: np.where(one.labels < 0, np.int32(nobody), one.labels)
+    for name, one in parts.items()
   }
+  attributes = roles.attributes(identities)
+  test = dataclasses.replace(
+    parts['probe'],
+    paths=[path for one in parts.values() for path in one.paths],
+    files=[file for one in parts.values() for file in one.files],
+    labels=attributes['identity'],
+    attributes=attributes,
+  )
+  others = {name: one for name, one in sources.items() if name not in roles.ROLES}
+  return others | {'test': test}
 
 
 def find_lists(folder: str) -> dict[str, str]:
-  """Returns split -> list file, in the order of `SPLITS`."""
+  """Returns split or role -> list file, in the order of `SPLITS` and `ROLES`."""
   try:
     names = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
   except OSError as error:
@@ -198,7 +260,7 @@ def find_lists(folder: str) -> dict[str, str]:
         f'list:{folder}: {name} looks like the list of the split {split!r}: rename it '
         f'to {split}.txt or *_{split}.txt, or move it away'
       )
-  for split in SPLITS:
+  for split in (*SPLITS, *roles.ROLES):
     fitting = [name for name in names if f'_{name}'.endswith(f'_{split}.txt')]
     if len(fitting) > 1:
       raise UserError(

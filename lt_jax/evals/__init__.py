@@ -7,6 +7,7 @@ of confusion matrices, whatever the batch or the devices.
 """
 
 from lt_jax.evals.classification import CLASSIFICATION
+from lt_jax.evals.identification import IDENTIFICATION
 from lt_jax.evals.multitask import MULTITASK
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.segmentation import SEGMENTATION
@@ -15,6 +16,7 @@ from lt_jax.evals.zero_shot import ZERO_SHOT, ZERO_SHOT_SEGMENTATION
 
 TASKS: dict[str, Task] = {
   'classification': CLASSIFICATION,
+  'identification': IDENTIFICATION,
   'mazes': MAZES,
   'multitask': MULTITASK,
   'zero_shot': ZERO_SHOT,

@@ -47,6 +47,12 @@ class Across(NamedTuple):
   arrays: dict[str, dict[str, np.ndarray]] = {}
 
 
+def no_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns that a task measures no groups but the shot groups."""
+  del counts
+  return {}
+
+
 class Task(NamedTuple):
   """What is measured; of a split, always from records of its examples.
 
@@ -67,6 +73,9 @@ class Task(NamedTuple):
       errors on rare classes.
     per_pixel: whether every pixel has a label, and logits.
     by_class: the metric (C,) of single classes whose mean over them tables have.
+    groups: counts (C,) -> name -> (C,) bool, groups of classes that it measures beside
+      the shot groups.
+    reads: what batches of test images must have beside a label -> how data come by it.
   """
 
   record: Record
@@ -80,6 +89,8 @@ class Task(NamedTuple):
   picture: Record | None = None
   per_pixel: bool = False
   by_class: str = 'class_accuracy'
+  groups: Callable[[np.ndarray], dict[str, np.ndarray]] = no_groups
+  reads: Mapping[str, str] = {}
 
   @property
   def headline(self) -> str:

@@ -97,6 +97,32 @@ normalised as for torchvision's weights. Their network, though, is of the style 
 """
 
 
+class Stem(NamedTuple):
+  """What comes before the first stage.
+
+  Attributes:
+    size: of the first convolution.
+    stride: of that convolution.
+    pooled: whether the maximum over 3x3 pixels at stride 2 follows; without it the
+      first stage begins with stride 2.
+  """
+
+  size: int
+  stride: int
+  pooled: bool
+
+
+STEMS = {'large': Stem(7, 2, True), 'small': Stem(3, 1, False)}
+"""name -> stem: 'large' of He et al. for 224 pixels; 'small' for faces of 112.
+
+With 'small' a pixel of the last map stands for 16 of the image and not for 32, so that
+112 pixels become a map of 7 x 7, as 224 do with 'large'.
+
+Source: Deng et al., ArcFace, arXiv 1801.07698, and its code, of whose networks this is
+the stem alone: theirs have other blocks and end in a fully connected layer.
+"""
+
+
 class Block(nn.Module):
   """relu(shortcut(x) + branch(x)).
 
@@ -146,13 +172,15 @@ class ResNet(nn.Module):
 
   A 7x7 convolution of stride 2 to w channels, the maximum over 3x3 pixels at stride 2,
   then four stages of blocks of widths w, 2w, 4w and 8w, all but the first beginning
-  with stride 2. Activation comes after the addition ("v1").
+  with stride 2. Activation comes after the addition ("v1"). `STEMS` has another
+  beginning, for smaller images.
 
   Attributes:
     branch: of every block, such as `basic`.
     blocks: number of blocks, a stage.
     width: w.
     pool: rows, and columns, that the first maximum adds before and after its input.
+    stem: what comes before the first stage.
     output_stride: pixels of the image a pixel of the map; below 32, the last stages
       read pixels that are further apart instead of striding, see `dilated`.
     also: stages whose maps are given too, such as 'stage3'.
@@ -170,6 +198,7 @@ class ResNet(nn.Module):
   blocks: Sequence[int]
   width: int
   pool: tuple[int, int] = (1, 1)
+  stem: Stem = STEMS['large']
   output_stride: int = 32
   also: Sequence[str] = ()
   conv: Callable[..., nn.Module] = Conv
@@ -182,18 +211,21 @@ class ResNet(nn.Module):
     """Maps (B, H, W, C) images to (B, H / 32, W / 32, C'), rounded up.
 
     C' is 8 w of basic blocks and 32 w of bottlenecks. With nothing added before the
-    maximum, an odd map is rounded down there. Where other stages' maps are asked for, a
-    dict has them beside this one, 'features'.
+    maximum, an odd map is rounded down there. With the stem 'small' the map is of
+    H / 16 and W / 16. Where other stages' maps are asked for, a dict has them beside
+    this one, 'features'.
     """
-    x = self.conv(self.width, size=7, stride=2, name='conv')(images)
+    size, stride, pooled = self.stem
+    x = self.conv(self.width, size=size, stride=stride, name='conv')(images)
     x = nn.relu(self.norm(name='norm')(x, train=train))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=(self.pool, self.pool))
+    if pooled:
+      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=(self.pool, self.pool))
     x = tap(self, 'stem', x)
-    reached, dilation, maps = 4, 1, {}
+    reached, dilation, maps = stride * (2 if pooled else 1), 1, {}
     for stage, blocks in enumerate(self.blocks):
       for block in range(blocks):
         name = f'stage{stage + 1}_block{block + 1}'
-        stride = 2 if stage > 0 and block == 0 else 1
+        stride = 2 if (stage > 0 or not pooled) and block == 0 else 1
         stays = reached * stride > self.output_stride or dilation > 1
         x = Block(
           self.branch,
@@ -222,13 +254,14 @@ def resnet(
   *,
   width: int = 64,
   style: str = 'torch',
+  stem: str = 'large',
   output_stride: int = 32,
   also: Sequence[str] = (),
   init: str = 'kaiming_fan_out',
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> ResNet:
-  """Returns a `ResNet`, its style and its initialisation by their names."""
+  """Returns a `ResNet`, its style, stem and initialisation by their names."""
   adapt, pool = lookup(STYLES, 'style', style)
   check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
@@ -237,6 +270,7 @@ def resnet(
     tuple(blocks),
     width,
     pool,
+    lookup(STEMS, 'stem', stem),
     output_stride,
     tuple(also),
     conv=partial(Conv, kernel_init=kernel_init, dtype=dtype),
@@ -255,4 +289,4 @@ RESNETS: dict[str, Callable[..., ResNet]] = {
     resnet, partial(bottleneck, inner=2, groups=32), (3, 4, 6, 3)
   ),
 }
-"""name -> (style, init, dtype, norm, ...) -> a trunk for large images."""
+"""name -> (style, stem, init, dtype, norm, ...) -> a trunk for large images."""

@@ -1,4 +1,4 @@
-"""Photographs: ImageNet, ImageNet-LT, Places-LT and iNaturalist."""
+"""Photographs: ImageNet, ImageNet-LT, Places-LT, iNaturalist and MS1M-LT."""
 
 from typing import NamedTuple
 
@@ -127,6 +127,21 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
       NO_SECOND,
     ),
   },
+  # Ours, as none was published: batch and rate are usual for faces, and the second
+  # training is that of `liu` otherwise.
+  'ms1m_lt': {
+    'ours': Protocol(
+      {
+        'batch': 512,
+        'task': 'identification',
+        'model': {'trunk_options': {'stem': 'small'}, 'projection': 512},
+        'optimizer': _sgd(5e-4),
+        'select': 'last',
+        **steps(20, (10, 0.1), (16, 0.01)),
+      },
+      _second(steps(20, (10, 0.1), (16, 0.01))),
+    ),
+  },
   'imagenet': {'cui': _cui(0.2)},
   'inat': {
     'cui': _cui(0.4),
@@ -141,7 +156,14 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
 
 
 def _counts(
-  classes: int, train: int, largest: int, smallest: int, *, val: int, test: int = 0
+  classes: int,
+  train: int,
+  largest: int,
+  smallest: int,
+  *,
+  val: int = 0,
+  test: int = 0,
+  **roles: int,
 ) -> dict[str, int]:
   """Returns what the source 'fake' needs to know of photographs."""
   return {
@@ -151,6 +173,7 @@ def _counts(
     'smallest': smallest,
     'val': val,
     'test': test,
+    **roles,
     'image_size': 0,
   }
 
@@ -221,6 +244,19 @@ _PLACES_LT = _own(
 )
 _INATURALIST = _own({'generator': None}, crt=30.0, lws=5.0)
 _IMAGENET = _own({'generator': None}, crt=10.0, lws=5.0)
+_MS1M_LT = _own({'generator': None}, crt=10.0, lws=5.0)
+
+
+_FACES = {
+  'image_size': 112,
+  'resize': 112,
+  'crop_area': 1.0,  # faces are aligned: whole, and flipped
+  'jitter': 0.0,
+  'mean': (0.5,),
+  'std': (0.5,),
+  'many_shot': 20,
+  'few_shot': 5,
+}
 
 
 _INAT = {
@@ -258,6 +294,15 @@ DATASETS = {
     10,
     {'meta_split': 'val'},
     _PLACES_LT,
+  ),
+  'ms1m_lt': Photographs(
+    'list:MS1M_LT',
+    'resnet50',
+    'ms1m_lt',
+    _counts(74500, 887500, 598, 1, gallery=4000, probe=12000, distractors=20000),
+    1,
+    _FACES,
+    _MS1M_LT,
   ),
   'inat18': Photographs(
     'tfds:i_naturalist2018',
