@@ -298,7 +298,7 @@ def _run(
   begun = itertools.count()
 
   def stop() -> bool:
-    """Is asked once a batch, and never says so."""
+    """Called once per batch; never stops."""
     screen.progress(next(begun))
     return False
 

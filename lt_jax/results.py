@@ -23,7 +23,7 @@ from lt_jax.evals.domains import (
   of_domains,
   proxy_a_distance,
   records_by_domain,
-  some,
+  sampled,
   split_by_domain,
 )
 from lt_jax.method import Batch, Outputs, State
@@ -361,7 +361,7 @@ def _write_arrays(
   write_npz(
     workdir / 'features.npz',
     centroids=half(np.asarray(centroids)),
-    **(of_domains(domains, DOMAIN_FEATURES) if domains else some(test, FEATURES)),
+    **(of_domains(domains, DOMAIN_FEATURES) if domains else sampled(test, FEATURES)),
   )
 
   worst = worst_tail_errors(test, stage.dataset.counts, stage.groups['few'])

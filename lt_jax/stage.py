@@ -74,8 +74,8 @@ class BadImages:
     count, most = sum(known == name for known, _ in self._told), most_bad(split)
     if any_process(count > most):
       raise UserError(
-        f'{count} images of {name} cannot be read, but others may stand in for {most} '
-        f'of {len(split.rows)} at most: repair or remove those in events.jsonl'
+        f'{count} images of {name} cannot be read, but at most {most} of '
+        f'{len(split.rows)} may be replaced: repair or remove those in events.jsonl'
       )
 
 

@@ -282,7 +282,7 @@ def train(
     raise Preempted
 
   def look() -> None:
-    """Ends a run that is asked to, waiting for a batch; one of several may not."""
+    """Ends a run that was asked to stop while it waits, if it is the only process."""
     if hooks.stop() and jax.process_count() == 1:
       preempt()
 

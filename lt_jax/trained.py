@@ -213,7 +213,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   if not path.exists():
     lost = (workdir / 'stages').exists()
     told = '; the training command, given again, writes it anew' if lost else ''
-    raise UserError(f'{workdir} holds no run: there is no config.json{told}')
+    raise UserError(f'{workdir} is not a run: it has no config.json{told}')
   config = checked_config(provenance.read_config(workdir), path)
   provenance.check_config(workdir, config)
   return config

@@ -164,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 class Events:
-  """events.jsonl: starts, saves, preemptions, fallbacks; appended to for ever."""
+  """events.jsonl: starts, saves, preemptions, fallbacks; append-only."""
 
   def __init__(self, workdir: epath.Path, screen: 'Screen'):
     self._screen = screen

@@ -302,7 +302,7 @@ def test_rows_stay_in_the_order_of_an_unbroken_run(built, tmp_path):
 def test_a_figure_says_that_its_file_is_damaged(built, tmp_path, name, figure):
   workdir = built.copy(tmp_path / 'run')
   (workdir / name).write_text('')
-  with pytest.raises(runs.Missing, match=f'{name} is damaged'):
+  with pytest.raises(runs.NoData, match=f'{name} is damaged'):
     getattr(figures, figure)([runs.Run(epath.Path(workdir), 'run')])
 
 

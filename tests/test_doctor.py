@@ -217,7 +217,7 @@ def test_a_bad_test_image_is_told_and_counted(listed, tmp_path):
   evaluated = evaluate.evaluate(files.absolute(tmp_path / 'run'))
   assert evaluated['test']['accuracy'] == result['test']['accuracy']
   (folder / 'test_4.jpg').write_bytes(b'')
-  told = '2 images of test cannot be read, but others may stand in for 1 of 12'
+  told = '2 images of test cannot be read, but at most 1 of 12 may be replaced'
   with pytest.raises(UserError, match=told):
     run.run(config, tmp_path / 'two')
 

@@ -215,7 +215,7 @@ def test_mistakes_are_told_first(workdir, tmp_path):
   ):
     with pytest.raises(UserError, match=told):
       export.export(workdir, to, tmp_path / out)
-  with pytest.raises(UserError, match='holds no run'):
+  with pytest.raises(UserError, match='is not a run'):
     export.export(epath.Path(tmp_path), 'safetensors', tmp_path / 'x.safetensors')
   assert not list(pathlib.Path(tmp_path).iterdir())
   for to, there in (

@@ -288,7 +288,7 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
   runner._bad_images('train', np.arange(10))
   runner._tell_bad_images()
   runner._bad_images('train', np.array([10]))
-  told = '11 images of train cannot be read, but others may stand in for 10 of 1015'
+  told = '11 images of train cannot be read, but at most 10 of 1015 may be replaced'
   with pytest.raises(UserError, match=told):
     runner._tell_bad_images()
 

@@ -354,7 +354,7 @@ def test_what_arguments_stand_for(tmp_path, monkeypatch):
 def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
   workdir, images = digits
   for given, told in (
-    ({'workdir': epath.Path(tmp_path)}, 'holds no run'),
+    ({'workdir': epath.Path(tmp_path)}, 'is not a run'),
     ({'images': []}, 'no images are given'),
     ({'top': 0}, '--top is 0'),
     ({'out': str(tmp_path / 'no' / 'x.csv')}, 'in a folder that does not exist'),

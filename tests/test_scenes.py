@@ -13,7 +13,7 @@ from lt_jax.data import scenes
 from lt_jax.data.masks import VOID
 from lt_jax.data.palettes import palette
 from lt_jax.doctor import data
-from lt_jax.doctor.case import Missing
+from lt_jax.doctor.case import CheckSkipped
 from lt_jax.errors import UserError
 from lt_jax.report.page import write
 
@@ -161,7 +161,7 @@ def test_the_doctor_counts_pixels():
   told = [finding.text for finding in data.splits(case)]
   assert told[0] == 'train: 16 images, 65,536 labelled pixels of 7 of 7 classes'
   assert not [*data.classes(case)]
-  with pytest.raises(Missing, match='classes are measured each by its IoU'):
+  with pytest.raises(CheckSkipped, match='classes are measured each by its IoU'):
     next(data.balanced_test(case))
 
 

@@ -1,14 +1,22 @@
 """Checks before a long run, section by section.
 
-A check is a generator (Case) -> findings. It raises `Missing` if an earlier check left
-it nothing to look at. To add a check, write it and its entry in `SECTIONS`.
+A check is a generator (Case) -> findings. It raises `CheckSkipped` if an earlier check
+left it nothing to look at. To add a check, write it and its entry in `SECTIONS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
-from lt_jax.doctor.case import Case, Finding, Findings, Missing, one_line, skip, wrong
+from lt_jax.doctor.case import (
+  Case,
+  CheckSkipped,
+  Finding,
+  Findings,
+  one_line,
+  skip,
+  wrong,
+)
 from lt_jax.doctor.data import (
   balanced_test,
   classes,
@@ -72,7 +80,7 @@ def examine(
       try:
         for finding in check(case):
           yield section, finding
-      except Missing as missing:
+      except CheckSkipped as missing:
         yield section, skip(f'{check.__name__.replace("_", " ")}: {missing}')
       except (UserError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         yield section, wrong(one_line(error))

@@ -40,7 +40,7 @@ ok, odd, wrong, skip = (
 Findings = Iterator[Finding]
 
 
-class Missing(Exception):
+class CheckSkipped(Exception):
   """A check is impossible because an earlier one failed to provide its input."""
 
 
@@ -137,37 +137,37 @@ class Case:
   def experiment(self) -> build.Experiment:
     """The objects of the run."""
     if self._experiment is None:
-      raise Missing('the configuration cannot be built')
+      raise CheckSkipped('the configuration cannot be built')
     return self._experiment
 
   @property
   def dataset(self) -> Dataset:
     """Its data."""
     if self._dataset is None:
-      raise Missing('the data cannot be opened')
+      raise CheckSkipped('the data cannot be opened')
     return self._dataset
 
   @property
   def real(self) -> Dataset:
     """Its data, if they are anything to look at."""
     if self.config['data']['source'] == 'fake':
-      raise Missing('the images are generated')
+      raise CheckSkipped('the images are generated')
     return self.dataset
 
   @property
   def folder(self) -> epath.Path:
     """The folder of the run."""
     if self.workdir is None:
-      raise Missing('no --workdir is given')
+      raise CheckSkipped('no --workdir is given')
     return self.workdir
 
   @functools.cached_property
   def sample(self) -> np.ndarray:
     """(n, H, W, channels) uint8, training images as evaluation sees them."""
     split = self.real.splits['train']
-    images, _ = each(split.image, some(split.rows))
+    images, _ = each(split.image, sampled(split.rows))
     if len({image.shape for image in images}) != 1:
-      raise Missing('no training images of one size can be read')
+      raise CheckSkipped('no training images of one size can be read')
     return np.stack(images)
 
 
@@ -188,7 +188,7 @@ def each(
   return [one for one in found if not isinstance(one, UserError)], bad
 
 
-def some(rows: np.ndarray) -> np.ndarray:
+def sampled(rows: np.ndarray) -> np.ndarray:
   """Returns `SAMPLE` rows, the same ones each time, or all."""
   few = min(SAMPLE, len(rows))
   return np.sort(np.random.default_rng(0).choice(rows, few, replace=False))

@@ -19,13 +19,13 @@ from lt_jax.data.lists import Files, check_file, composed
 from lt_jax.data.streams import Split, most_bad
 from lt_jax.doctor.case import (
   Case,
+  CheckSkipped,
   Finding,
   Findings,
-  Missing,
   each,
   odd,
   ok,
-  some,
+  sampled,
   wrong,
 )
 from lt_jax.errors import UserError, named_class
@@ -92,7 +92,7 @@ def readable(case: Case) -> Findings:
         f'{len(turned):,}, such as {turned[0]}; turn the files, such as with jhead '
         '-autorot'
       )
-    chosen = split.rows if case.thorough else some(split.rows)
+    chosen = split.rows if case.thorough else sampled(split.rows)
     _, also = each(functools.partial(_decoded, source), chosen)
     told = list(dict.fromkeys(map(str, (*bad, *also))))
     if told:
@@ -197,7 +197,7 @@ def duplicates(case: Case) -> Findings:
   pictures = _pictures(case)
   records = [p for p in pictures if p.is_record()]
   if len(records) > HASHED and not case.thorough:
-    raise Missing(f'{len(records):,} records would be read: give --thorough')
+    raise CheckSkipped(f'{len(records):,} records would be read: give --thorough')
   alike = [p for group in equal(pictures, Picture.size) for p in group]
   same = equal(alike, Picture.digest)
   if not same:
@@ -372,7 +372,9 @@ def shots(case: Case) -> Findings:
 def balanced_test(case: Case) -> Findings:
   """Tells whether accuracy over images is that over classes."""
   if case.dataset.of_pixels:
-    raise Missing('every pixel has a label, and classes are measured each by its IoU')
+    raise CheckSkipped(
+      'every pixel has a label, and classes are measured each by its IoU'
+    )
   counts = _per_class(case.dataset, 'test')
   there = counts[counts > 0]
   if there.size and there.max() > 1.1 * there.min():
@@ -434,7 +436,7 @@ def _numbers(values: Iterable[float]) -> str:
 def constant(case: Case) -> Findings:
   """Counts images of one colour."""
   if case.sample.dtype != np.uint8:
-    raise Missing('the data are float arrays')
+    raise CheckSkipped('the data are float arrays')
   flat = np.ptp(case.sample.reshape(len(case.sample), -1, case.sample.shape[-1]), 1)
   blank = int((flat.max(1) == 0).sum())
   if blank:

@@ -8,7 +8,7 @@ from lt_jax.config import TARGET
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
-from lt_jax.doctor.case import Case, Findings, each, odd, ok, some, wrong
+from lt_jax.doctor.case import Case, Findings, each, odd, ok, sampled, wrong
 from lt_jax.doctor.data import HASHED, TOLERATED, Picture, equal
 
 
@@ -42,7 +42,7 @@ def gap(case: Case) -> Findings:
   found = {}
   for name, dataset in _domains(case).items():
     split, data = dataset.splits['train'], case.experiment.data[name]
-    images, _ = each(split.image, some(split.rows))
+    images, _ = each(split.image, sampled(split.rows))
     if not images or len({image.shape for image in images}) != 1:
       continue
     pixels = augment.unit(np.stack(images), data['unit'])

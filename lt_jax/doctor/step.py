@@ -16,15 +16,15 @@ from lt_jax.data.reading import usable_cores
 from lt_jax.data.streams import Pass, Split
 from lt_jax.doctor.case import (
   Case,
+  CheckSkipped,
   Findings,
-  Missing,
   Step,
   Trial,
   odd,
   ok,
   one_line,
+  sampled,
   skip,
-  some,
   wrong,
 )
 from lt_jax.errors import UserError
@@ -120,13 +120,13 @@ def _duration(seconds: float) -> str:
 
 def _trials(case: Case) -> dict[str, Trial]:
   if not case.trials:
-    raise Missing('no step was compiled')
+    raise CheckSkipped('no step was compiled')
   return case.trials
 
 
 def _steps(case: Case) -> dict[str, Step]:
   if not case.steps:
-    raise Missing('no step was made')
+    raise CheckSkipped('no step was made')
   return case.steps
 
 
@@ -295,7 +295,7 @@ def decoding(case: Case) -> Findings:
 
 def _decode_rate(split: Split) -> float:
   """Returns the training images that one core makes a second."""
-  generator, rows = np.random.default_rng(0), some(split.rows)
+  generator, rows = np.random.default_rng(0), sampled(split.rows)
 
   def make(row: int) -> None:
     with contextlib.suppress(UserError):  # of damaged ones others tell

@@ -51,7 +51,7 @@ def records_by_domain(
   return split_by_domain(records['test'], names) | others
 
 
-def some(records: Collected, most: int) -> Collected:
+def sampled(records: Collected, most: int) -> Collected:
   """Returns features, labels and predictions of some images, evenly taken.
 
   Args:
@@ -73,7 +73,7 @@ def of_domains(domains: Mapping[str, Collected], most: int) -> Collected:
   Returns:
     beside those also 'domain' (N,) int32 and 'domains', the names that it counts.
   """
-  parts = [some(records, most) for records in domains.values()]
+  parts = [sampled(records, most) for records in domains.values()]
   sizes = [len(part['label']) for part in parts]
   return {
     **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},

@@ -111,10 +111,12 @@ def adda(
     statistics='joint',
     players=players,
   )
-  return Method(beside(init, net, SOURCE), step, told(predictor(net), judge, read))
+  return Method(
+    beside(init, net, SOURCE), step, with_target_logit(predictor(net), judge, read)
+  )
 
 
-def told(
+def with_target_logit(
   predict: Callable[[State, jax.Array], Outputs],
   judge: Player,
   read: Callable[[Outputs], jax.Array],

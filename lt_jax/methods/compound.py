@@ -42,7 +42,7 @@ from lt_jax.method import (
   update,
   update_where,
 )
-from lt_jax.methods.adda import SOURCE, accuracy, deceive, moved_if, told
+from lt_jax.methods.adda import SOURCE, accuracy, deceive, moved_if, with_target_logit
 from lt_jax.methods.adversarial import reader
 from lt_jax.methods.pairs import apart, begin, beside, together, update_all
 from lt_jax.models.heads import product
@@ -172,7 +172,7 @@ def compound(
     return enriched(state.params, state.stats, images, False)[0]
 
   init = beside(with_memory, net, SOURCE, *[DOMAIN] * reads_domain)
-  return Method(init, step, told(predict, judge, read))
+  return Method(init, step, with_target_logit(predict, judge, read))
 
 
 def domain_factor(

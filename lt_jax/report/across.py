@@ -17,7 +17,7 @@ from lt_jax.report.drawing import (
   plot,
   shortened,
 )
-from lt_jax.report.runs import Group, Missing, Run
+from lt_jax.report.runs import Group, NoData, Run
 
 PLAIN = 'ce'
 """The recipe that gains are over."""
@@ -40,16 +40,16 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
     groups: of methods; one of them is `PLAIN`.
 
   Raises:
-    Missing: it is not there, or none of the others has the same classes.
+    NoData: it is not there, or none of the others has the same classes.
   """
   groups = [group for group in groups if group.counted]
   plain = next((g for g in groups if g.counted[0].recipe == PLAIN), None)
   if plain is None:
-    raise Missing(f'there is no finished run of the plain network, {PLAIN!r}')
+    raise NoData(f'there is no finished run of the plain network, {PLAIN!r}')
   names = plain.counted[0].class_names
   others = [g for g in groups if g is not plain and g.counted[0].class_names == names]
   if not others:
-    raise Missing('there is no other method with the classes of the plain network')
+    raise NoData('there is no other method with the classes of the plain network')
   order = np.argsort(-plain.counted[0].counts, kind='stable')
   parts = np.array_split(order, min(len(order), MOST_COLUMNS))
   ticks = (
@@ -187,7 +187,7 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
         low, high = mean - spread, mean + spread
         axes.fill_between(steps, low, high, color=style['color'], alpha=0.15, lw=0)
   if not drawn:
-    raise Missing('metrics.jsonl has no accuracy of any method')
+    raise NoData('metrics.jsonl has no accuracy of any method')
   for axes, split in zip(panels, ('training', 'test'), strict=True):
     per_pixel = split == 'test' and shown[0].counted[0].task.per_pixel
     told = 'mIoU' if per_pixel else 'accuracy'

@@ -35,7 +35,7 @@ from lt_jax.report.figures import (
   scatter,
   short_label,
 )
-from lt_jax.report.runs import Group, Missing, Run
+from lt_jax.report.runs import Group, NoData, Run
 
 MOST_PANELS = 6
 
@@ -138,11 +138,11 @@ def predicted(run: Run) -> Iterator[tuple[Domain, np.ndarray, np.ndarray]]:
   """Yields each domain with (C,) how often each class is true, and is predicted.
 
   Raises:
-    Missing: predictions.npz is not there, damaged, or of an earlier version.
+    NoData: predictions.npz is not there, damaged, or of an earlier version.
   """
   stored = run.arrays('predictions.npz')
   if 'domains' not in stored:
-    raise Missing(EARLIER.format('predictions.npz'))
+    raise NoData(EARLIER.format('predictions.npz'))
   numbers = {name: number for number, name in enumerate(stored['domains'].tolist())}
   keys = ('confusion',) if run.task.per_pixel else ('label', 'prediction')
   for domain in domains(run):
@@ -227,7 +227,7 @@ def _entropy(share: np.ndarray) -> float:
 def domain_training(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy on source and targets over all stages."""
   if not any(run.rows for run in runs):
-    raise Missing('metrics.jsonl is missing, or empty')
+    raise NoData('metrics.jsonl is missing, or empty')
   shown = next(filter(None, map(domains, runs)))
   judged = any('domain_accuracy' in row for run in runs for row in run.rows)
   figure, panels = plot(
@@ -293,7 +293,7 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
   run = runs[0]
   stored = run.arrays('features.npz')
   if 'domain' not in stored:
-    raise Missing(EARLIER.format('features.npz'))
+    raise NoData(EARLIER.format('features.npz'))
   points, rows = drawable(stored, np.ones(len(stored['label']), bool))
   plane, name = plane_of(points)
   label, number = stored['label'][rows], stored['domain'][rows]

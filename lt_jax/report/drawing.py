@@ -1,7 +1,7 @@
 """How figures are drawn: style, axes, and SVG that fits a light and a dark page.
 
 A figure is a function of runs that returns what Matplotlib draws and the caption, or
-raises `Missing`. Nothing is painted behind it, and its text and axes have the colour of
+raises `NoData`. Nothing is painted behind it, and its text and axes have the colour of
 the text around it.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lt_jax.report.runs import Missing, Run, printable
+from lt_jax.report.runs import NoData, Run, printable
 
 Drawn = tuple[Figure, str]
 
@@ -149,7 +149,7 @@ def finished(runs: Sequence[Run]) -> list[Run]:
   """Returns the runs with a result."""
   found = [run for run in runs if run.result]
   if not found:
-    raise Missing(runs[0].why_unfinished)
+    raise NoData(runs[0].why_unfinished)
   return found
 
 
@@ -181,7 +181,7 @@ def draw(
       warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
       drawn, caption = figure(shown)
       return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
-  except Missing as missing:
+  except NoData as missing:
     return Figured(name, f'No figure of {title}: {missing}.', '')
   except OTHER_CONTENTS as error:
     told = f'its files hold something else ({type(error).__name__}: {error})'

@@ -1,7 +1,7 @@
 """Figures of a report, each drawn from the files of one run or of seeds of one thing.
 
 A figure is a function of runs that returns what Matplotlib draws and the caption, or
-raises `Missing`; see `lt_jax.report.drawing`.
+raises `NoData`; see `lt_jax.report.drawing`.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from lt_jax.report.drawing import (
   thinned,
 )
 from lt_jax.report.learned import epsilons
-from lt_jax.report.runs import Group, Missing, Run
+from lt_jax.report.runs import Group, NoData, Run
 
 MOST_CLASSES = 50
 """Classes up to which each has a place of its own in a matrix."""
@@ -274,7 +274,7 @@ SPLITS = {'train': '#8a8a8a', 'val': CYCLE[0], 'test': CYCLE[1]}
 def training(runs: Sequence[Run]) -> Drawn:
   """Draws loss, accuracy and learning rate over all stages."""
   if not any(run.rows for run in runs):
-    raise Missing('metrics.jsonl is missing, or empty')
+    raise NoData('metrics.jsonl is missing, or empty')
   figure, panels = plot(3, size=(5.6, 4.6), sharex=True, height_ratios=(2, 2, 1))
   loss, accuracy, rate = panels
   labelled: set[str] = set()
@@ -395,14 +395,14 @@ def drawable(
     (M, D) finite features, and (M,) their rows.
 
   Raises:
-    Missing: there are too few that differ.
+    NoData: there are too few that differ.
   """
   points = stored['features'].astype(np.float32)
   keep = np.flatnonzero(np.isfinite(points).all(axis=1) & wanted)
   keep = thinned(keep, MOST_POINTS) if len(keep) else keep
   points = points[keep]
   if len(points) < 3 or not np.ptp(points, axis=0).any():
-    raise Missing('features.npz has too few features that differ')
+    raise NoData('features.npz has too few features that differ')
   return points, keep
 
 
@@ -505,7 +505,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   groups = [group for group in groups if group.counted]
   names = groups[0].counted[0].class_names
   if any(group.counted[0].class_names != names for group in groups):
-    raise Missing('the runs have not the same classes')
+    raise NoData('the runs have not the same classes')
   counts = np.stack([group.counted[0].counts for group in groups])
   same = bool((counts == counts[0]).all())
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])

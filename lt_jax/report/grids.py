@@ -20,7 +20,7 @@ from lt_jax.report.drawing import (
   mean_and_deviation,
   plot,
 )
-from lt_jax.report.runs import Group, Missing, Run, printable
+from lt_jax.report.runs import Group, NoData, Run, printable
 from lt_jax.report.tables import Table, percent
 
 
@@ -176,7 +176,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
   """Returns the key of the number with most values, and the grids that have it.
 
   Raises:
-    Missing: there is none.
+    NoData: there is none.
   """
   counts: dict[str, int] = {}
   for grid in found:
@@ -184,7 +184,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
       if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         counts[key] = max(counts.get(key, 0), len(set(values)))
   if not counts:
-    raise Missing('the runs of a recipe do not differ in a number')
+    raise NoData('the runs of a recipe do not differ in a number')
   key = max(counts, key=lambda name: counts[name])
   return key, [
     grid

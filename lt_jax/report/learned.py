@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lt_jax.report.drawing import COLOURS, INK, Drawn, finite_mean, log_counts, plot
-from lt_jax.report.runs import Missing, Run
+from lt_jax.report.runs import NoData, Run
 
 
 def epsilons(runs: Sequence[Run]) -> Drawn:
@@ -16,7 +16,7 @@ def epsilons(runs: Sequence[Run]) -> Drawn:
   run = runs[0]
   stored = run.arrays('weights.npz')
   if 'learned' not in stored:
-    raise Missing('weights.npz is of an earlier version, without epsilon')
+    raise NoData('weights.npz is of an earlier version, without epsilon')
   counts, step = stored['counts'], stored['step']
   order = np.argsort(-counts, kind='stable')
   tail = slice(-max(1, len(step) // 5), None)

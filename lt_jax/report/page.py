@@ -24,7 +24,7 @@ from lt_jax.report import (
   tables,
   zero_shot,
 )
-from lt_jax.report.runs import Group, Missing, Run, find, grouped, printable
+from lt_jax.report.runs import Group, NoData, Run, find, grouped, printable
 
 MOST_DRAWN = 20
 """Groups up to which each has figures; of more, the reports of their folders have."""
@@ -232,7 +232,7 @@ def _samples(run: Run) -> dict[str, Any]:
   try:
     stored = run.arrays('samples.npz')
     if stored['image'].dtype != np.uint8:
-      raise Missing('the run learned from float arrays, which are no pictures')
+      raise NoData('the run learned from float arrays, which are no pictures')
     names = run.class_names
     rows = zip(
       *(
@@ -252,7 +252,7 @@ def _samples(run: Run) -> dict[str, Any]:
         for image, label, prediction, confidence in rows
       ],
     }
-  except Missing as missing:
+  except NoData as missing:
     return {'missing': str(missing), 'images': []}
   except (OSError, *drawing.OTHER_CONTENTS) as error:  # no image can be made of it
     return {'missing': f'samples.npz holds something else ({error})', 'images': []}
@@ -267,5 +267,5 @@ def _translations(run: Run) -> list[dict[str, str]]:
       for name in sorted(stored)
       for image in stored[name][:MOST_TRANSLATIONS]
     ]
-  except (Missing, OSError, *drawing.OTHER_CONTENTS):
+  except (NoData, OSError, *drawing.OTHER_CONTENTS):
     return []

@@ -8,7 +8,7 @@ import numpy as np
 from lt_jax.data.masks import VOID
 from lt_jax.data.palettes import palette
 from lt_jax.report.drawing import OTHER_CONTENTS
-from lt_jax.report.runs import Missing, Run, printable
+from lt_jax.report.runs import NoData, Run, printable
 
 THUMBNAIL = 256
 """Pixels of the longer side of a label map, and twice those of other images."""
@@ -39,7 +39,7 @@ def rows(run: Run) -> list[dict[str, object]]:
         domain = split.removesuffix('test').rstrip('/') or 'target'
         found.append({'domain': printable(domain), 'images': shown})
     return found
-  except (Missing, OSError, *OTHER_CONTENTS):
+  except (NoData, OSError, *OTHER_CONTENTS):
     return []
 
 

@@ -66,7 +66,7 @@ SHAPES: dict[str, Any] = {
 """file -> what the tables and figures rely on in it, see `fits`."""
 
 
-class Missing(Exception):
+class NoData(Exception):
   """A run lacks the data for a figure; the message names the file."""
 
 
@@ -231,28 +231,28 @@ class Run:
     """Returns the arrays of a .npz file.
 
     Raises:
-      Missing: it is not there, or damaged.
+      NoData: it is not there, or damaged.
     """
     path = self.folder / name
     if not path.exists():
-      raise Missing(f'{name} is missing{ONLY.get(name, "")}')
+      raise NoData(f'{name} is missing{ONLY.get(name, "")}')
     try:
       return files.read_npz(path)
     except (OSError, UserError):
-      raise Missing(f'{name} is damaged') from None
+      raise NoData(f'{name} is damaged') from None
 
   @functools.cached_property
   def predicted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(label, prediction, confidence) of the test images, (N,) each.
 
     Raises:
-      Missing: the file is not there, damaged, or of a version that left no predictions.
+      NoData: the file is not there, damaged, or of a version that left no predictions.
     """
     stored = self.arrays('predictions.npz')
     if self.task.per_pixel:
-      raise Missing('every pixel has a label, and those of single pixels are not kept')
+      raise NoData('every pixel has a label, and those of single pixels are not kept')
     if 'label' in stored and 'prediction' not in stored:
-      raise Missing(
+      raise NoData(
         'predictions.npz is of an earlier version; the command of the run, given '
         'again, writes it anew'
       )
@@ -262,20 +262,20 @@ class Run:
     """Returns a test metric.
 
     Raises:
-      Missing: the run has not finished, or has no such metric.
+      NoData: the run has not finished, or has no such metric.
     """
     if not self.result:
-      raise Missing(self.why_unfinished)
+      raise NoData(self.why_unfinished)
     if self.result['test'].get(name) is None:
-      raise Missing(f'result.json has no {name}')
+      raise NoData(f'result.json has no {name}')
     return self.result['test'][name]
 
   @property
   def counts(self) -> np.ndarray:
-    """(C,) training images of each class; Missing without data.json."""
+    """(C,) training images of each class; NoData without data.json."""
     counts = self.data.get('counts', {}).get('train')
     if not counts:
-      raise Missing(self._lacks('data.json'))
+      raise NoData(self._lacks('data.json'))
     return np.array(counts)
 
   @property
@@ -369,7 +369,7 @@ def _tells_of_a_run(path: epath.Path) -> bool | None:
 
 
 class Group(NamedTuple):
-  """Runs that differ in nothing but the seed.
+  """Runs that differ only in the seed.
 
   Attributes:
     label: the recipe, and what sets it apart from other groups of that recipe.

@@ -16,7 +16,7 @@ from lt_jax.report.drawing import (
   plot,
   shortened,
 )
-from lt_jax.report.runs import Missing
+from lt_jax.report.runs import NoData
 
 Found = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ def _flow(shown: Sequence[Found]) -> Drawn:
   flow = shown[0]
   links = flow['links'][:MOST_LINKS]
   if not links:
-    raise Missing(f'nothing flows from {flow["source"]} to {flow["target"]}')
+    raise NoData(f'nothing flows from {flow["source"]} to {flow["target"]}')
   left = list(dict.fromkeys(link['from'] for link in links))
   right = list(dict.fromkeys(link['to'] for link in links))
   figure, axes = plot(size=(5.6, 0.9 + 0.22 * max(len(left), len(right))))
@@ -130,7 +130,7 @@ def _accuracy(shown: Sequence[Found]) -> Drawn:
   """Draws similarity against accuracy, a line a target."""
   known = [pair for pair in shown[0]['pairs'] if pair['accuracy'] is not None]
   if not known:
-    raise Missing('no accuracy is known: give --accuracy')
+    raise NoData('no accuracy is known: give --accuracy')
   figure, axes = plot(size=(5.6, 3.4))
   for target in dict.fromkeys(pair['target'] for pair in known):
     own = sorted(
