@@ -107,7 +107,7 @@ def predict(
   skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
   if top < 1:
     raise UserError(f'--top is {top}; it must be at least 1')
-  per_pixel = trained.read_facts(workdir).get('label_maps')
+  per_pixel = trained.predicts_pixels(workdir)
   if not per_pixel:
     files.check_out(out)
   elif class_vectors:

@@ -248,6 +248,12 @@ def read_facts(workdir: epath.Path) -> dict[str, Any]:
   return facts
 
 
+def predicts_pixels(workdir: epath.Path) -> bool:
+  """Returns whether a run predicts pixels; False where there is no run to tell."""
+  there = (workdir / 'data.json').exists()
+  return there and bool(provenance.read_json(workdir / 'data.json').get('label_maps'))
+
+
 def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:
   """Builds a run from what data.json tells, for prediction only.
 

@@ -346,7 +346,7 @@ def test_large_images_are_decoded_at_half_their_scale(
   near = crops.center_crop(encoded, 'x', size=16, resize=16).astype(int)
   assert np.abs(near - square).mean() < 3
   monkeypatch.setattr(crops, 'MAX_PIXELS', crops.FULL_PIXELS)
-  with pytest.raises(UserError, match='more than 122,644 pixels: make it smaller'):
+  with pytest.raises(UserError, match='more than 122,644 pixels: resize it'):
     crops.pixels(encoded, 'x')
 
 

@@ -282,7 +282,7 @@ def test_classes_and_their_counts(config):
   config = config(members)
   config['data'] |= {'many_shot': 9}
   found = told(examine(doctor.Case(config), *checks), 'odd')
-  assert "names of two classes: 1, such as 'a'" in found
+  assert "names shared by two classes: 1, such as 'a'" in found
   assert "classes without images in test: 1, such as 'c'" in found
   assert 'no class is many-shot' in found
   assert 'test has 1 to 5 images a class' in found

@@ -254,7 +254,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
     ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
     ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
-    ({'domains': {'sourc': 'x'}}, "sets 'sourc', which is no key of data"),
+    ({'domains': {'sourc': 'x'}}, "sets 'sourc', but data has no such key"),
     ({'domains': {'source': 'digits', 'size': 16, 'channels': 3}}, None),
   ],
 )

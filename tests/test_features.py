@@ -117,7 +117,7 @@ def test_the_doctor_does_not_take_features_for_pictures(archive):
     ({'flip': True}, 'set data.flip to False'),
     ({'size': 8}, 'data.size and data.channels are for uint8 images'),
     ({'unit': 'l3'}, "unknown data.unit 'l3'; known: none, l1, l2"),
-    ({'mean': (0.0, 0.0)}, 'must be 1 or 5 numbers'),
+    ({'mean': (0.0, 0.0)}, 'must be one number or 5 numbers'),
     ({'train_split': 'c'}, 'has no split named c, only a, b: set data.train_split'),
     (
       {'source': 'fake', 'train_split': 'train', 'test_split': 'test'},

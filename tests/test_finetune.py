@@ -316,7 +316,9 @@ def test_weights_that_do_not_fit_are_told_in_one_line(npz, source, tmp_path):
     UserError, match=r"of another network, of the trunk 'digits_cnn'.*5"
   ):
     begun(config)
-  with pytest.raises(UserError, match='is a folder, but no run: it has no config.json'):
+  with pytest.raises(
+    UserError, match='is a folder but not a run: it has no config.json'
+  ):
     ours.adopted({**config, 'init': str(tmp_path)})
   (tmp_path / 'config.json').write_text('{}')
   (tmp_path / 'data.json').write_text('{}')

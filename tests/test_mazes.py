@@ -163,8 +163,8 @@ def test_an_agent_is_drawn_on_the_device_as_on_the_host():
   [
     ('mazes', 'unknown domain of mazes'),
     ('mazes:nihgt', "did you mean 'night'"),
-    ('mazes:night:0', "mazes:night:0: '0' is no number of training images"),
-    ('mazes:night:many', "'many' is no number"),
+    ('mazes:night:0', "mazes:night:0: '0' is not a number of training images"),
+    ('mazes:night:many', "'many' is not a number"),
   ],
 )
 def test_a_domain_that_is_not_there_is_refused(spec, told):

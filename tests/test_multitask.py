@@ -145,7 +145,7 @@ def test_a_task_moves_its_own_head_and_the_trunk_alone():
   [
     (
       {'heads': {'label': {'kind': 'softmax'}}},
-      'heads.label: this name means something',
+      'heads.label: a batch uses this name',
     ),
     ({'heads': {'a': {'kind': 'softmx'}}}, "did you mean 'softmax'"),
     ({'heads': {'a': {}}}, "heads.a needs the option 'kind'"),

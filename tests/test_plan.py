@@ -212,8 +212,8 @@ def test_a_run_of_label_maps_is_planned_without_them():
   [
     ('{"h100": 2.5}', None),
     ('{"h10": 2.5}', "did you mean 'h10'"),
-    ('{"h100": "2.5"}', "is '2.5', which is none"),
-    ('{"h100": NaN}', 'is nan, which is none'),
+    ('{"h100": "2.5"}', "is '2.5', which is not a price"),
+    ('{"h100": NaN}', 'is nan, which is not a price'),
     ('[1]', 'does not hold a JSON object'),
     ('{', 'not valid JSON'),
   ],
@@ -232,4 +232,6 @@ def test_the_command_tells_in_one_line_what_is_wrong(tmp_path):
   arguments = ['--devices=h100:8', '--config=digits_lt:ce', '--utilisation=0']
   log = tmp_path / 'log'
   assert child.run(arguments, log, module='lt_jax.plan') == 2
-  assert log.read_text() == 'error: --utilisation is 0.0; it is above 0, at most 1\n'
+  assert (
+    log.read_text() == 'error: --utilisation is 0.0; it must be above 0 and at most 1\n'
+  )

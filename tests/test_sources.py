@@ -348,8 +348,8 @@ def test_tfds_faults(tmp_path):
     ('features.json', 0.5, 'features.json is not valid JSON'),
     ('dataset_info.json', None, 'dataset_info.json cannot be read: No such file'),
     ('dataset_info.json', 0.5, 'dataset_info.json is not valid JSON'),
-    ('lt_jax-labels-train.npy', 0.5, 'lt_jax-labels-train.npy is damaged, delete it'),
-    ('lt_jax-labels-train.npy', 0, 'lt_jax-labels-train.npy is damaged, delete it'),
+    ('lt_jax-labels-train.npy', 0.5, 'lt_jax-labels-train.npy is damaged; delete it'),
+    ('lt_jax-labels-train.npy', 0, 'lt_jax-labels-train.npy is damaged; delete it'),
   ],
 )
 def test_a_set_that_was_copied_in_part(tmp_path, file, kept, message):

@@ -90,7 +90,7 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(monkeypatch, tmp_path):
   tracker.init = init
   monkeypatch.setitem(sys.modules, 'wandb', tracker)
   with (
-    pytest.raises(UserError, match='--tracker=wandb does not start: no API key'),
+    pytest.raises(UserError, match='--tracker=wandb could not start: no API key'),
     writers.tracking('wandb', CONFIG, epath.Path(tmp_path)),
   ):
     pass

@@ -155,6 +155,8 @@ def _images(
   of_target = domains.is_target(domain)
   labelled = not of_target if labels is None else labels
   dataset = domains.dataset(domain)
+  if dataset.class_names != domains.dataset(config['domain']).class_names:
+    learned = np.ones(len(dataset.class_names), bool)  # of classes of its own, all
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled and images.of_pixels:
