@@ -254,7 +254,10 @@ def test_labels_of_pixels_move_with_them_and_fit_the_predictions(few):
   state = train.state_shapes(stage.method, stage.streams)
   images = jax.ShapeDtypeStruct((8, 64, 64, 3), jnp.float32)
   own = {'image': images, 'label': jax.ShapeDtypeStruct((8, 64, 64), jnp.int32)}
-  target = {'image': images, 'pseudo_label': jax.ShapeDtypeStruct((8, 9, 9), float)}
+  target = {
+    'image': images,
+    'pseudo_label': jax.ShapeDtypeStruct((8, 9, 9), jnp.float32),
+  }
   with pytest.raises(UserError, match='without data.window'):
     jax.eval_shape(stage.method.step, state, {'train': own, 'target': target})
 
