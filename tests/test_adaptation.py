@@ -695,7 +695,7 @@ def test_eight_devices_are_one(statistics):
   ('name', 'options'),
   [
     pytest.param('cdan', {'entropy': True, 'largest': 8}, marks=pytest.mark.slow),
-    ('mcd', {'inner_steps': 1}),
+    pytest.param('mcd', {'inner_steps': 1}, marks=pytest.mark.slow),
     ('adda', {'threshold': 0.01}),
   ],
 )

@@ -354,9 +354,8 @@ def two_steps(devices, name):
   return jax.device_get(state.params)
 
 
-@pytest.mark.parametrize(
-  'name', ['domain_factor', pytest.param('compound', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['domain_factor', 'compound'])
 def test_eight_devices_are_one(name):
   one, many = (two_steps(devices, name) for devices in (1, 8))
   close(many, one, rtol=2e-3, atol=2e-5)

@@ -167,7 +167,7 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
     'hup_at:8',
     pytest.param('usr1_at:8', marks=pytest.mark.slow),
     pytest.param('term_twice_at:31', marks=pytest.mark.slow),
-    'term_in_evaluation:40',
+    pytest.param('term_in_evaluation:40', marks=pytest.mark.slow),
     pytest.param('term_in_evaluation:81', marks=pytest.mark.slow),
     'term_while_compiling',
   ],

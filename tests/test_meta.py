@@ -300,7 +300,7 @@ def marked(often):
   ]
 
 
-DOUBLE = [*((kind, 'sgd') for kind in WEIGHINGS), ('mwn', 'adam')]
+DOUBLE = [('additive', 'sgd'), ('mwn', 'sgd'), ('mwn detached', 'sgd'), ('mwn', 'adam')]
 SINGLE = [('multiplicative', 'sgd'), ('mwn', 'sgd')]
 
 
@@ -590,7 +590,13 @@ WEIGHTS = {
 @pytest.mark.parametrize(
   ('kind', 'optimizer', 'loss', 'options'),
   [
-    ('multiplicative', 'nesterov', 'ldam', {'virtual': 'optimizer', 'eps_lr': TAU}),
+    pytest.param(
+      'multiplicative',
+      'nesterov',
+      'ldam',
+      {'virtual': 'optimizer', 'eps_lr': TAU},
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       'additive',
       'heavy-ball',

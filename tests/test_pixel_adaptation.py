@@ -414,7 +414,9 @@ def two_steps(devices, name):
 
 
 @pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize('name', ['advent', 'mean_teacher'])
+@pytest.mark.parametrize(
+  'name', ['advent', pytest.param('mean_teacher', marks=pytest.mark.slow)]
+)
 def test_many_devices_are_one(name, devices):
   """And only sums are exchanged, no image or map."""
   (one, _), (many, text) = (two_steps(n, name) for n in (1, devices))

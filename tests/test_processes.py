@@ -98,6 +98,7 @@ def test_two_processes_are_one_run_of_two_domains_and_players(tmp_path):
     assert abs(ours[name]['accuracy'] - domain['accuracy']) <= 0.03
 
 
+@pytest.mark.slow
 def test_one_is_asked_and_both_stop_and_another_number_goes_on(tmp_path, alone):
   workdir = tmp_path / 'run'
   codes, words = run(workdir, faults=('', 'term_at:32'))

@@ -286,7 +286,8 @@ if __name__ == '__main__':
 
 
 @pytest.mark.parametrize(
-  'sign', ['TERM', pytest.param('EARLY', marks=pytest.mark.slow), 'KILL']
+  'sign',
+  ['TERM', *(pytest.param(s, marks=pytest.mark.slow) for s in ('EARLY', 'KILL'))],
 )
 def test_signals(sign, tmp_path):
   """Workers outlive a signal to all processes, but not their parent."""
