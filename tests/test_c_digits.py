@@ -11,7 +11,8 @@ from PIL import Image
 from configs import c_digits, c_digits_small, c_faces
 from lt_jax import build, train
 from lt_jax.config import resolve, stage_config
-from lt_jax.data.sources import Arrays, load_source
+from lt_jax.data.arrays import Arrays
+from lt_jax.data.sources import load_source
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
 from lt_jax.models import make_classifier

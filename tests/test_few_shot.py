@@ -12,8 +12,8 @@ import pytest
 from configs import digits_lt
 from lt_jax import evaluate, files, run, sharding, writers
 from lt_jax.config import resolve
+from lt_jax.data.arrays import Arrays
 from lt_jax.data.episodes import episode_stream, episodes
-from lt_jax.data.sources import Arrays
 from lt_jax.data.streams import Split, evaluation_pass
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import survey

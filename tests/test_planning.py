@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_jax.data import mazes
-from lt_jax.data.sources import Arrays
+from lt_jax.data.arrays import Arrays
 from lt_jax.evals.rollouts import success_rates
 from lt_jax.models import make_classifier
 from lt_jax.models.planning import STEPS, neighbours, standardised

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from lt_jax.data import resizing
+from lt_jax.data.arrays import Arrays
 from lt_jax.data.resizing import brought_to, resized
-from lt_jax.data.sources import Arrays
 from lt_jax.errors import UserError
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lt_jax.data import mazes
+from lt_jax.data.arrays import Arrays
 from lt_jax.data.mazes import MOVES
-from lt_jax.data.sources import Arrays
 from lt_jax.errors import UserError
 from lt_jax.evals import rollouts
 

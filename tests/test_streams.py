@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lt_jax.data import augment, samplers, streams
-from lt_jax.data.sources import Arrays
+from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError, lookup
 
 ROUND = (0, 3, 6, 8, 9)
@@ -72,8 +73,6 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
     UserError: there is no such task.
   """
   from sklearn.datasets import load_digits
-
-  from lt_jax.data.sources import Arrays
 
   name, _, share = name.partition(',')
   if not name:

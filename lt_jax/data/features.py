@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lt_jax.data.arrays import Arrays
 from lt_jax.data.attributes import (
   ATT_SPLITS,
   Described,
@@ -57,8 +58,6 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
     UserError: a file that is missing or wrong, parts that overlap, or images of unseen
       classes among those to learn from.
   """
-  from lt_jax.data.sources import Arrays
-
   features = os.path.join(path, 'res101.mat') if os.path.isdir(path) else path
   beside = os.path.join(os.path.dirname(features), 'att_splits.mat')
   splits = splits or beside

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lt_jax.data import roles
+from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError
 
 PHOTOGRAPHS = 16
@@ -244,8 +245,6 @@ def _source(
   attributes: Mapping[str, np.ndarray],
 ) -> Any:
   """Returns one split: images in memory, or files."""
-  from lt_jax.data.sources import Arrays
-
   if not image_size:
     return Photographs(labels, names, attributes=attributes)
   shape = (len(labels), image_size, image_size, 3)

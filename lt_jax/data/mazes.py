@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError, lookup
 
 SIDE = 32
@@ -113,8 +114,6 @@ def maze_images(argument: str, data_dir: str | None = None) -> dict[str, Any]:
   Raises:
     UserError: an unknown domain, or a number that is none.
   """
-  from lt_jax.data.sources import Arrays
-
   domain, _, wanted = argument.partition(':')
   lookup(RENDERINGS, 'domain of mazes', domain)
   if wanted and not (wanted.isdecimal() and int(wanted)):

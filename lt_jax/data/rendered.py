@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_jax.data.arrays import Arrays
 from lt_jax.data.resizing import resized
 from lt_jax.errors import lookup
 
@@ -41,8 +42,6 @@ def rendered_digits(rendering: str, data_dir: str | None = None) -> dict[str, An
     UserError: an unknown rendering.
   """
   from sklearn.datasets import load_digits
-
-  from lt_jax.data.sources import Arrays
 
   render = lookup(RENDERINGS, 'rendering of digits_domains', rendering)
   data = load_digits()

@@ -22,7 +22,7 @@ def brought_to(source: Any, size: int = 0, channels: int = 0, name: str = '') ->
   """Returns a source in memory with its images at one size and number of channels.
 
   Args:
-    source: with `images` (N, H, W, channels) uint8, such as `sources.Arrays`.
+    source: with `images` (N, H, W, channels) uint8, such as `arrays.Arrays`.
     size: side of the square that the images become; other shapes are stretched. 0
       keeps height and width.
     channels: 1 or 3; 0 keeps them.

@@ -16,11 +16,12 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from lt_jax.data.arrays import Arrays, Source
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.digit_tasks import digit_task
 from lt_jax.data.features import xlsa
@@ -43,78 +44,6 @@ from lt_jax.files import read_json, write_atomically
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
 LABELS_FILE = 'lt_jax-labels-{}.npy'  # of a split, beside its records
 UNFINISHED = '.unfinished'  # ends the folder of records that are being prepared
-
-
-class Source(Protocol):
-  """What every source offers.
-
-  One that lies in memory has `images` beside it, and their `dtype`: uint8, or float32
-  of features and other arrays, where D features are D channels of one pixel; one whose
-  images differ in size has `encoded(position)`, the bytes of a file, and
-  `where(position)`, its name; one that leaves out part of what is there tells of it in
-  `passed_over`, a tuple of lines. Where every pixel has a label it has what
-  `lt_jax.data.masks` says, too.
-
-  Attributes:
-    labels: (N,) int32, -1 for images of no known class.
-    class_names: names of classes 0 ... C - 1.
-    image_shape: (H, W, channels); H and W are None where images differ in size.
-  """
-
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-  image_shape: tuple[int | None, int | None, int]
-
-  def __len__(self) -> int:
-    """Returns N."""
-
-  def __getitem__(self, position: int) -> np.ndarray:
-    """Returns one image, (H, W, channels) uint8, or of `dtype`."""
-
-  def identity(self, rows: np.ndarray) -> bytes | np.ndarray:
-    """Returns what stands in a fingerprint for the images at `rows`."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
-  """A source in memory: images (N, H, W, channels) and labels (N,) int32.
-
-  Images are uint8. Features and other arrays are float32, and their own normalisation.
-  Images that are pictures of a world, such as a maze, may have it as `world`. Further
-  labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
-  missing, or float32, of which NaN is. Where the files describe their classes and say
-  which are unseen, `described` has the former, see `attributes.Described`, and `unseen`
-  the names of the latter.
-  """
-
-  images: np.ndarray
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-  passed_over: tuple[str, ...] = ()
-  world: Any = None
-  attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-  described: Any = None
-  unseen: tuple[str, ...] = ()
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, channels)."""
-    return self.images.shape[1:]
-
-  @property
-  def dtype(self) -> np.dtype:
-    """The type of the images."""
-    return self.images.dtype
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, position: int) -> np.ndarray:
-    return self.images[position]
-
-  def identity(self, rows: np.ndarray) -> np.ndarray:
-    """Returns the images themselves."""
-    return self.images[rows]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
