@@ -180,6 +180,8 @@ def explained(error: Exception) -> tuple[str, int] | None:
     return f'diverged: {error}; {told}', DIVERGED
   if isinstance(error, SaveError):
     return f'a checkpoint could not be written: {error}', TRY_AGAIN
+  if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+    return f'{error}: a folder and a file have changed places; remove it', WRONG_INPUT
   if isinstance(error, OSError):
     return f'{error}; what was saved is whole', TRY_AGAIN
   return None

@@ -267,6 +267,8 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
   options = dict(defaults)
   for part in filter(None, (arg or '').split(',')):
     name, equals, text = part.partition('=')
+    if not equals and name in defaults:
+      raise UserError(f'option {name!r} of the config needs a value: {name}=...')
     if not equals:
       recipe = name
     elif name not in defaults:

@@ -145,7 +145,7 @@ def _errors_name_the_line(path: str) -> Iterator[None]:
     raise
   except Exception as error:
     if isinstance(error, SyntaxError):
-      place = f'{error.filename}:{error.lineno}'
+      place = f'{path}:{error.lineno}' if error.lineno else path
     else:
       frames = traceback.extract_tb(error.__traceback__)
       lines = [frame.lineno for frame in frames if frame.filename == path]

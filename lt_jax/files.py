@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 import time
 import uuid
@@ -128,12 +129,22 @@ def _plain(value: Any) -> Any:
   return value.tolist()
 
 
+def check_regular(path: epath.PathLike) -> None:
+  """Raises a `UserError` for a pipe or a device, which may never end."""
+  path = os.fspath(path)
+  if not is_remote(path) and os.path.exists(path):
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+      raise UserError(f'{path} is not a regular file')
+
+
 def read_json(path: epath.PathLike) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
     UserError: the file is missing or damaged; it names the file.
   """
+  check_regular(path)
   try:
     value = json.loads(epath.Path(path).read_text())
   except OSError as error:

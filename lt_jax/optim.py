@@ -127,11 +127,11 @@ def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
   rules = [('.*', rule) if isinstance(rule, Real) else rule for rule in rules]
   for rule in rules:
     match rule:
-      case [str(), Real() as number] if math.isfinite(number):
+      case [str(), Real() as number] if 0 <= number < math.inf:
         pass
       case _:
         raise UserError(
-          f'optimizer.{key} is {value!r}; it must be a finite number or pairs of a '
+          f'optimizer.{key} is {value!r}; it must be a number from 0 on or pairs of a '
           "pattern and a number, such as (('net/head/bias', 0.0), ('.*', 2e-4))"
         )
   return tuple((pattern, number) for pattern, number in rules)

@@ -27,6 +27,7 @@ from lt_jax.evals.domains import (
   split_by_domain,
 )
 from lt_jax.method import Batch, Outputs, State
+from lt_jax.pretrained import ours
 from lt_jax.train import Preempted
 from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 
@@ -252,7 +253,8 @@ def write_results(
     **evaluated.metrics,
     **a_distances(experiment, stage, state, stop),
     'threshold': evaluated.threshold,
-    'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values()),
+    'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values())
+    or (bool(experiment.roles[TARGET]) and ours.used_target_labels(config['init'])),
     'warnings': cautions(experiment),
     'stand_ins': {
       name: int(kept['bad'].sum())

@@ -197,6 +197,11 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
   state, step, _, verified = restore(workdir, stage, experiment.mesh, which)
   if step != result.get('step'):
     facts['threshold'] = None
+  elif facts.get('threshold') != result.get('threshold'):
+    raise UserError(
+      f'{workdir}/data.json has another threshold than result.json: one of them was '
+      'changed after training; undo that'
+    )
   return Trained(config, facts, result, stage, experiment.mesh, state, step, verified)
 
 
@@ -355,7 +360,10 @@ def restore(
   finally:
     ladder.close()
   if restored is None:
-    raise UserError(f'{workdir} has no {which} checkpoint of stage {stage.name!r}')
+    raise UserError(
+      f'{workdir} has no {which} checkpoint of stage {stage.name!r}: '
+      'give the training command again'
+    )
   if provenance.recorded(workdir) is None:
     print(
       f'note: {workdir} is of an earlier version, whose checkpoints do not record '

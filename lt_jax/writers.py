@@ -78,6 +78,7 @@ def read_lines(path: epath.PathLike) -> Lines:
   path = epath.Path(path)
   if not path.exists():
     return Lines([], 0, False)
+  files.check_regular(path)
   *lines, rest = path.read_bytes().decode(errors='replace').split('\n')
   found = [_parsed(line) for line in lines]
   rows = [row for row in found if _is_row(row, path.name)]

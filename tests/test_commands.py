@@ -64,9 +64,15 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
     config_file.make('nothing_here.py:ce')
 
 
+def test_an_option_without_its_value_is_told():
+  with pytest.raises(UserError, match="option 'epochs' of the config needs a value"):
+    config_file.make('digits_lt:ce,epochs')
+
+
 @pytest.mark.parametrize(
   ('text', 'told'),
   [
+    ('\0', ': SyntaxError: source code '),
     ('def get_config():\n  return 1 / 0\n', ':2: ZeroDivisionError: division by'),
     ('import lt_jaxx\n', ":1: ModuleNotFoundError: No module named 'lt_jaxx'"),
     ('\n\nx = (\n', ":3: SyntaxError: '(' was never closed"),

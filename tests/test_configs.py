@@ -716,6 +716,17 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'batch': 0}, 'batch is 0; it must be from 1'),
     ({'epochs': -1.0}, 'epochs is -1.0'),
     ({'epochs': float('nan')}, 'epochs is nan'),
+    ({'epochs': 1e9}, r'epochs is 1e\+09, which is [\d,]+ steps; a run has at most'),
+    ({'optimizer.momentum': 1.5}, 'optimizer.momentum is 1.5; it must be from 0 to 1'),
+    (
+      {'optimizer.weight_decay': -1.0},
+      'weight_decay is -1.0; it must be a number from',
+    ),
+    (
+      {'loss': {'name': 'cross_entropy', 'label_smoothing': 1.5}},
+      'loss.label_smoothing is 1.5; it must be from 0 to 1',
+    ),
+    ({'data.pad': 1000}, 'data.pad is 1000'),
     ({'log_every_steps': 0}, 'log_every_steps is 0'),
     ({'keep_checkpoints': -1}, 'keep_checkpoints is -1'),
     ({'seed': -1}, 'seed is -1'),
@@ -735,9 +746,9 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'surgeries': [['copy', 'train']]}, 'each must be a name and its options'),
     (
       {'optimizer.weight_decay': ['x']},
-      r"optimizer.weight_decay is \['x'\]; it must be a finite nu",
+      r"optimizer.weight_decay is \['x'\]; it must be a number from 0",
     ),
-    ({'optimizer.weight_decay': [['.*', 1e999]]}, 'weight_decay is .*a finite number'),
+    ({'optimizer.weight_decay': [['.*', 1e999]]}, 'weight_decay is .*a number from 0'),
     (
       {'class_weights': {'name': 'effective_number', 'beta': 1.5}},
       'class_weights.beta is 1.5; it must be from 0 to 1',
@@ -748,7 +759,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ),
     (
       {'optimizer.weight_decay': [['.*']]},
-      'weight_decay is .*; it must be a finite number',
+      'weight_decay is .*; it must be a number from 0',
     ),
     (
       {'optimizer.learning_rate_scale': 'x'},

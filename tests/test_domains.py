@@ -11,6 +11,7 @@ from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import collector
 from lt_jax.methods import METHODS
+from lt_jax.pretrained import ours
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
 from lt_jax.writers import read_rows
@@ -132,10 +133,10 @@ def test_devices_agree_on_the_built_experiment(devices):
   one, many = (
     jax.device_get(two_steps(build.build(made, devices=n))) for n in (1, devices)
   )
-  for ours, theirs in zip(
+  for mine, theirs in zip(
     *(jax.tree.leaves((s.params, s.opt)) for s in (one, many)), strict=True
   ):
-    np.testing.assert_allclose(theirs, ours, rtol=2e-3, atol=2e-5)
+    np.testing.assert_allclose(theirs, mine, rtol=2e-3, atol=2e-5)
 
 
 def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
@@ -390,3 +391,44 @@ def test_only_a_domain_that_is_alone_is_standardised():
   made['data']['standardise'] = True
   with pytest.raises(UserError, match="'blended' and 'inverted' are one target, but"):
     build.build(made)
+
+
+def test_a_stage_of_the_targets_classes_says_that_it_reads_labels():
+  """Its passes, shot groups and choice would read them, whatever its streams do."""
+  made = config('source_only')
+  made['stages']['train'] |= {
+    'domain': 'blended',
+    'streams': {'train': {'split': 'train', 'domain': 'source'}},
+  }
+  assert build.build(made, devices=1).last.uses_target_labels
+
+
+@pytest.mark.parametrize(
+  ('row', 'told'),
+  [
+    ({'domain': 'sketched'}, "domain 'sketched' is open, which training never sees"),
+    ({'domain': 'open'}, "domain 'open' is open, which training never sees"),
+  ],
+)
+def test_an_open_domain_is_no_stream(row, told):
+  made = config('dann')
+  made['streams']['target'] = {**made['streams']['target'], **row}
+  with pytest.raises(UserError, match=told):
+    build.build(made, devices=1)
+
+
+def test_the_meta_set_of_a_target_needs_its_labels():
+  made = config('dann')
+  made['domains']['blended']['meta_per_class'] = 5
+  made['streams']['target'] = {**made['streams']['target'], 'split': 'meta'}
+  with pytest.raises(UserError, match='meta set of a target is drawn by its labels'):
+    build.build(made, devices=1)
+
+
+def test_what_a_run_began_with_may_have_read_labels_of_the_target(tmp_path):
+  for told in (True, False):
+    (tmp_path / 'result.json').write_text(
+      f'{{"uses_target_labels": {str(told).lower()}}}'
+    )
+    assert ours.used_target_labels(str(tmp_path)) is told
+  assert not ours.used_target_labels('') and not ours.used_target_labels('timm/x')

@@ -553,3 +553,19 @@ def test_a_tree_without_test_images_may_be_tested_on_those_of_val(tmp_path):
     load_dataset(source, **options)
   dataset = load_dataset(source, **options, test_split='val')
   assert [*dataset.every] == ['train', 'test']
+
+
+@pytest.mark.parametrize(
+  ('one', 'other'),
+  [('seg_train', 'seg_test'), ('trainA', 'testA'), ('cats_train', 'cats_val')],
+)
+def test_folders_with_the_same_classes_are_splits_not_classes(tmp_path, one, other):
+  for split in (one, other):
+    for name in ('ox', 'cat'):
+      (tmp_path / split / name).mkdir(parents=True)
+      write_image(tmp_path / split / name / '1.png')
+  told = (
+    f'{tmp_path}/({one}|{other}) and ({one}|{other}) hold the same classes and look'
+  )
+  with pytest.raises(UserError, match=told):
+    lists.folder_source(str(tmp_path), None)

@@ -451,3 +451,31 @@ def test_the_head_alone_on_given_features(variables, images):
   alone, stats = forward(*args, whole['features'], train=False, method='head')
   np.testing.assert_array_equal(alone['logits'], whole['logits'])
   assert stats is variables['batch_stats']
+
+
+SIDES = {
+  'resnet8': 32,
+  'resnet10': 32,
+  'tiny_cnn': 8,
+  'digits_cnn': 8,
+  'lenet': 28,
+  'mnist_dann': 28,
+  'svhn_dann': 32,
+  'gtsrb_dann': 40,
+  'dtn': 32,
+  'alexnet': 224,
+  'efficientnet_lite0': 32,
+  'value_iteration': 32,
+}
+"""Trunks, one of each kind -> the side of their images."""
+
+
+@pytest.mark.parametrize(('trunk', 'side'), SIDES.items())
+def test_a_batch_may_have_any_size(trunk, side):
+  """As that of an exported program: nothing in Python computes with it."""
+  net = make_classifier(trunk, 'linear', 3)
+  variables = shapes_of(net, (side, side, 3))
+  (size,) = jax.export.symbolic_shape('b')
+  batch = jax.ShapeDtypeStruct((size, side, side, 3), 'float32')
+  outputs = jax.eval_shape(lambda v, x: net.apply(v, x, train=False), variables, batch)
+  assert str(outputs['logits'].shape[0]) == 'b'

@@ -215,6 +215,9 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
     assert ('is_unknown' in table(out)[0]) == (threshold is not None)
   told = 'not told: the threshold was chosen for step 0'
   assert capsys.readouterr().out.count(told) == 1
+  files.write_json(workdir / 'data.json', data | {'threshold': {'value': 0.9}})
+  with pytest.raises(UserError, match='another threshold than result.json'):
+    trained.open_run(workdir)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,9 @@ def _build_stage(
   method, weigh = _method(
     config, dataset, net, optimizer, mesh, rows, learned, progress
   )
-  gives_target_labels = any(row.uses_target_labels for row in rows.values())
+  # Passes, shot groups and selection of a stage read the labels of its own domain.
+  own_target = domains.is_target(config['domain'])
+  gives_target_labels = own_target or any(r.uses_target_labels for r in rows.values())
   images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
   stage_survey = survey(method.predict, passes=seen, mesh=mesh, look=look)
   return Stage(
@@ -684,12 +686,19 @@ def _plan(config: Config, train: Row) -> Plan:
   most = 1 if single else STEPS_PER_CALL
   chunk = max(n for n in range(1, min(log_every, most) + 1) if log_every % n == 0)
 
+  steps = train.steps(config['epochs'])
+  if steps >= 2**31:
+    raise UserError(
+      f'epochs is {config["epochs"]:g}, which is {steps:,} steps; a run has at most '
+      f'{2**31 - 1:,}: lower epochs'
+    )
+
   def interval(epochs: float, unit: int) -> int:
     return max(1, math.ceil(train.steps(epochs) / unit)) * unit
 
   return Plan(
     first=0,
-    steps=train.steps(config['epochs']),
+    steps=steps,
     chunk=chunk,
     log_every=log_every,
     save_every=interval(config['save_every_epochs'], log_every),

@@ -34,7 +34,7 @@ RANGES = {
   'data.open_test_per_class': (0, 1e9),
   'data.size': (0, 1e4),
   'data.channels': (0, 3),
-  'data.pad': (0, 1e4),
+  'data.pad': (0, 256),
   'data.jitter': (0, 1),
   'data.image_size': (0, 1e4),
   'data.resize': (0, 1e4),
@@ -43,12 +43,22 @@ RANGES = {
   'defer_epoch': (0, 1e9),
   'sampler.start_epoch': (0, 1e9),
   'class_weights.start_epoch': (0, 1e9),
-  'class_weights.beta': (0, 1),
   'schedule.base': (0, 1e30),
   'method.weight': (0, 1e30),
   'penalty.weight': (0, 1e30),
 }
 """Least and largest value of numbers in a configuration."""
+
+OPTION_RANGES = {
+  'class_weights.beta': (0, 1),
+  'loss.label_smoothing': (0, 1),
+  'loss.gamma': (0, 1e6),
+  'optimizer.momentum': (0, 1),
+  'optimizer.b1': (0, 1),
+  'optimizer.b2': (0, 1),
+  'optimizer.eps': (0, 1e6),
+}
+"""The same of options of named functions; that they are numbers is checked there."""
 
 
 def check_ranges(config: Config) -> None:
@@ -58,6 +68,10 @@ def check_ranges(config: Config) -> None:
     value = flat.get(key, least)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # NaN is in no range
+      raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:.10g}')
+  for key, (least, most) in OPTION_RANGES.items():
+    value = flat.get(key)
+    if isinstance(value, int | float) and not least <= value <= most:
       raise UserError(f'{key} is {value!r}; it must be from {least:g} to {most:.10g}')
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax.config import SOURCE, TARGET, Config
+from lt_jax.config import TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
@@ -84,7 +84,8 @@ class Stage(NamedTuple):
     trained_on: streams of images -> name of the split.
     images: the images of every pass and stream, by the name of the split. Those of
       'test' are of the target domains where there are any, else of its own domain.
-    uses_target_labels: whether a stream gives labels of a target domain.
+    uses_target_labels: whether a stream gives labels of a target domain, or the stage
+      learns the classes of one.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     compared: its own domain and each target -> a pass over some training images without
       labels, which tells how far they are apart; empty without a target.
@@ -160,8 +161,12 @@ class Experiment(NamedTuple):
 
   @property
   def preprocessing(self) -> dict[str, Any]:
-    """What prediction does with an image: keys of the first target, or the source."""
-    first = next(iter(self.roles[TARGET] or self.roles[SOURCE]))
+    """What prediction does with an image: keys of the first target.
+
+    Without a target, of the domain whose classes the last stage learns.
+    """
+    own = self.last.domain
+    first = next(iter(self.roles[TARGET] or self.roles.get(own) or (own,)))
     return {key: self.data[first][key] for key in PREPROCESSING}
 
   @property

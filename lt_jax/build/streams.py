@@ -16,7 +16,7 @@ import numpy as np
 
 from lt_jax.build.domains import Domains
 from lt_jax.build.experiment import Left, Stage
-from lt_jax.config import CLOCK, SOURCE, TARGET, Config
+from lt_jax.config import CLOCK, OPEN, SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.episodes import episode_stream, episodes
 from lt_jax.data.reading import usable_cores
@@ -152,8 +152,17 @@ def _images(
   domain, batch = domain or config['domain'], batch or config['batch']
   if isinstance(every, bool) or not isinstance(every, int) or every < 1:
     raise UserError(f'streams.{stream}.every is {every!r}; it must be 1 or more')
+  if domain == OPEN or domain in domains.roles[OPEN]:
+    raise UserError(
+      f'streams.{stream}: domain {domain!r} is open, which training never sees'
+    )
   of_target = domains.is_target(domain)
   labelled = not of_target if labels is None else labels
+  if of_target and split == 'meta' and not labelled:
+    raise UserError(
+      f'streams.{stream}: the meta set of a target is drawn by its labels: set '
+      'labels to True, or split to train'
+    )
   dataset = domains.dataset(domain)
   if dataset.class_names != domains.dataset(config['domain']).class_names:
     learned = np.ones(len(dataset.class_names), bool)  # of classes of its own, all

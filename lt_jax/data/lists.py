@@ -280,6 +280,17 @@ def near_split(name: str) -> str | None:
   return next((split for split, names in _MEANT.items() if meant in names), None)
 
 
+def _pairs_of_splits(folder: str, names: Sequence[str]) -> list[str]:
+  """Returns folders that hold the same classes under names such as X_train and X_test.
+
+  Names alone would not do: a class may be called 'train' or 'test_tube'.
+  """
+  named = [name for name in names if re.search('train|val|test', name.casefold())]
+  inside = {name: _content(os.path.join(folder, name))[0] for name in named}
+  held = [frozenset(classes) for classes in inside.values() if classes]
+  return [n for n, classes in inside.items() if held.count(frozenset(classes)) > 1]
+
+
 _FILLERS = ('set', 'split', 'data', 'images', 'image', 'imgs', 'img')
 _MEANT = {
   'train': ('train', 'training', 'trainset', 'trn'),
@@ -580,6 +591,11 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
       )
   present = [split for split in SPLITS if split in names]
   others = [name for name in names if name not in SPLITS]
+  if splits := _pairs_of_splits(folder, others):
+    raise UserError(
+      f'{os.path.join(folder, splits[0])} and {splits[1]} hold the same classes and '
+      f'look like splits: rename them to two of {", ".join(SPLITS)}'
+    )
   if not present:
     return {'train': ''}, []
   if 'train' in present and (_content(os.path.join(folder, 'train'))[0] or not others):

@@ -474,9 +474,10 @@ def _channels_first(shape: tuple[int, ...], image: bool) -> bool:
     shape: of the array.
     image: whether it is uint8; other arrays seem so only if they are square.
   """
-  if len(shape) != 4 or shape[1] not in _PIL_MODES or shape[3] <= 4:
+  if len(shape) != 4 or shape[3] <= 4:
     return False
-  return image or shape[2] == shape[3]
+  few = shape[1] in _PIL_MODES or shape[1] < min(shape[2:]) / 2
+  return few and (image or shape[2] == shape[3] or shape[1] in (1, 3))
 
 
 def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:

@@ -39,7 +39,7 @@ def layer(outputs: Outputs, name: str) -> jax.Array:
     (2, 48)
   """
   x = lookup(outputs, 'layer of this network', name)
-  return x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def joined(outputs: Outputs, names: Sequence[str]) -> jax.Array:

@@ -51,7 +51,7 @@ def tiled(method: Method, *, height: int, width: int, overlap: float = 0.5) -> M
       part = lax.dynamic_slice(
         images,
         (0, *corner, 0),
-        (len(images), height, width, images.shape[-1]),
+        (images.shape[0], height, width, images.shape[-1]),
       )
       outputs = method.predict(state, part)
       kept = {n: x for n, x in outputs.items() if x.shape[1:3] == (height, width)}
@@ -60,7 +60,7 @@ def tiled(method: Method, *, height: int, width: int, overlap: float = 0.5) -> M
     shapes = jax.eval_shape(tile, corners[0])
     sums = {
       name: jnp.zeros(
-        (len(images), *size, x.shape[-1]) if x.ndim == 4 else x.shape, x.dtype
+        (images.shape[0], *size, x.shape[-1]) if x.ndim == 4 else x.shape, x.dtype
       )
       for name, x in shapes.items()
     }

@@ -264,7 +264,8 @@ def _squares(x: jax.Array) -> jax.Array:
   """Returns (B, H, W, C) as (B, H / 2, 2, W / 2, 2, C)."""
   height, width = (side // 2 for side in x.shape[1:3])
   whole = x[:, : 2 * height, : 2 * width]
-  return whole.reshape(len(x), height, 2, width, 2, x.shape[-1])
+  # Not len(x): an exported program has a batch of any size.
+  return whole.reshape(x.shape[0], height, 2, width, 2, x.shape[-1])
 
 
 class Conv(nn.Module):

@@ -70,7 +70,7 @@ class DigitsNet(nn.Module):
       )(x)
       # The same as ReLU before the maximum, with a quarter of the work.
       x = tap(self, f'conv{number}', nn.relu(_maximum(x, pool)))
-    layers = {'conv': x.reshape(len(x), -1)}
+    layers = {'conv': x.reshape(x.shape[0], -1)}
     x = layers['conv']
     for number, size in enumerate(self.hidden, 1):
       name = 'features' if number == len(self.hidden) else f'fc{number}'
@@ -136,7 +136,7 @@ class DTN(nn.Module):
       x = self.conv(width, size=5, stride=2, bias=True, name=f'conv{number}')(x)
       x = nn.relu(self.norm(name=f'norm{number}')(x, train=train))
       x = tap(self, f'conv{number}', x)
-    layers = {'conv': x.reshape(len(x), -1)}
+    layers = {'conv': x.reshape(x.shape[0], -1)}
     x = self.dense(self.size, name='fc1')(layers['conv'])
     return layers | {'features': self.norm(name='norm_fc1')(x, train=train)}
 

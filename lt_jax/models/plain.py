@@ -78,7 +78,7 @@ class WholeMap(nn.Module):
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, shape[-1:], jnp.float32)
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return x.reshape(len(x), -1) @ kernel.reshape(-1, self.features) + bias[None]
+    return x.reshape(x.shape[0], -1) @ kernel.reshape(-1, self.features) + bias[None]
 
 
 def hidden_layers(

@@ -65,10 +65,10 @@ class ValueIteration(nn.Module):
       return jnp.maximum(reward, neighbours(value).max(0) - cost), None
 
     value, _ = lax.scan(spread, reward, length=self.iterations)
-    here = nn.softmax(agent.reshape(len(agent), -1)).reshape(agent.shape)
+    here = nn.softmax(agent.reshape(agent.shape[0], -1)).reshape(agent.shape)
     moves = jnp.einsum('bhw,mbhw->bm', here, neighbours(value))
     features = moves - moves.mean(-1, keepdims=True)
-    return {'conv': x.reshape(len(x), -1), 'features': features}
+    return {'conv': x.reshape(x.shape[0], -1), 'features': features}
 
 
 def standardised(maps: jax.Array) -> jax.Array:

@@ -59,6 +59,14 @@ def origin(source: str) -> Origin | None:
   return None
 
 
+def used_target_labels(source: str) -> bool:
+  """Returns whether a run of ours says that it read labels of a target."""
+  path = epath.Path(source).expanduser() / 'result.json'
+  if not source or not path.is_file():
+    return False
+  return bool(_json(path, source).get('uses_target_labels'))
+
+
 def adopted(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a resolved config whose pixels are those of the weights it begins with.
 

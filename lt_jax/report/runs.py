@@ -123,6 +123,11 @@ class Run:
           raise UserError
     except UserError:
       self._damaged.append('config.json was changed after training')
+    try:
+      provenance.check_data(self.folder, self.data)
+    except UserError:
+      self._damaged.append('data.json was changed after training')
+      return
     fingerprint = self.data.get('fingerprint')
     if fingerprint and self.result.get('fingerprint', fingerprint) != fingerprint:
       self._damaged.append('data.json was changed after training')
@@ -329,7 +334,9 @@ def find(folder: epath.Path) -> list[Run]:
   """
   found = [Run(path, _below(path, folder)) for path in _folders(folder, set())]
   if not found:
-    raise UserError(f'{folder} is not a run and contains none: there is no config.json')
+    damaged = (folder / 'config.json').exists()
+    told = 'its config.json is damaged' if damaged else 'there is no config.json'
+    raise UserError(f'{folder} is not a run and contains none: {told}')
   return found
 
 
