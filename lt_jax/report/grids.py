@@ -6,7 +6,8 @@ that `config.select` names or else the accuracy. Test images are only told.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,17 +129,24 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
   """
   key, shown = _number(found)
   places = sorted({grid.values[i][grid.keys.index(key)] for grid, i in _cells(shown)})
-  figure, axes = plot(size=(5.6, 3.4))
+  recipes = {grid.recipe for grid in shown}
   lines: dict[str, list[tuple[Any, Group, bool]]] = {}
   for grid, i in _cells(shown):
     values = dict(zip(grid.keys, grid.values[i], strict=True))
     x = values.pop(key)
-    told = ', '.join([grid.recipe, *(f'{k}={_told(v)}' for k, v in values.items())])
+    parts = [
+      f'{name}={_told(v)}'
+      for name, v in zip(_short(values), values.values(), strict=True)
+    ]
+    told = ', '.join([grid.recipe] * (len(recipes) > 1 or not parts) + parts)
     lines.setdefault(told, []).append((x, grid.cells[i], i == grid.chosen))
+  columns = 4 if max(map(len, lines)) < 20 else 2 if max(map(len, lines)) < 40 else 1
+  figure, axes = plot(size=(5.6, 3.2 + 0.2 * math.ceil(len(lines) / columns)))
   for number, (told, points) in enumerate(lines.items()):
     colour = CYCLE[number % len(CYCLE)]
     points.sort(key=lambda point: point[0])
     x = [places.index(value) for value, _, _ in points]
+    marker = 'os^D'[number // len(CYCLE) % 4]  # where colours come again
     for split, style in SPLITS.items():
       values = [_errors(group.counted, split) for _, group, _ in points]
       if any(None in seeds for seeds in values):
@@ -148,23 +156,38 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
       spread = [0 if deviation is None else deviation for _, deviation in pairs]
       label = printable(told) if split == 'test' else None
       axes.errorbar(
-        x, mean, spread, color=colour, label=label, capsize=2, markersize=4, **style
+        x,
+        mean,
+        spread,
+        color=colour,
+        label=label,
+        capsize=2,
+        markersize=4,
+        marker=marker if split == 'test' else '.',
+        **style,
       )
       for place, value, (_, _, best) in zip(x, mean, points, strict=True):
         if best and split == 'test':
           axes.plot(place, value, 'o', color='none', mec=colour, markersize=11)
   axes.set_xticks(range(len(places)), [_told(value) for value in places])
   axes.set(xlabel=key, ylabel='error (%)')
-  legend(figure, axes)
+  legend(figure, axes, columns)
   return figure, (
     f'Error against {key}: on test images (solid) and on validation images (dashed), '
     'by which the cells in circles were chosen; mean and deviation over seeds.'
   )
 
 
+def _short(keys: Iterable[str]) -> list[str]:
+  """Returns the last parts of keys; the whole keys where these are not unique."""
+  keys = list(keys)
+  last = [key.rpartition('.')[2] for key in keys]
+  return last if len(set(last)) == len(last) else keys
+
+
 SPLITS = {
-  'test': {'fmt': 'o-', 'elinewidth': 1},
-  'val': {'fmt': '.--', 'elinewidth': 0, 'alpha': 0.5},
+  'test': {'linestyle': '-', 'elinewidth': 1},
+  'val': {'linestyle': '--', 'elinewidth': 0, 'alpha': 0.5},
 }
 
 
