@@ -141,7 +141,8 @@ def launch(
       if flags.FLAGS[name].value is None:
         fail(f'--{name} is missing', WRONG_INPUT)
     if arguments is not None and len(rest) - 1 != arguments:
-      fail(f'{arguments} arguments are expected, got {rest[1:]}', WRONG_INPUT)
+      many = 'one argument is' if arguments == 1 else f'{arguments} arguments are'
+      fail(f'{many} expected, got {rest[1:]}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
     sys.stdout.reconfigure(errors='backslashreplace')  # of paths that are no UTF-8
     return rest

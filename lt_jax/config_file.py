@@ -129,6 +129,8 @@ def find(name: str) -> pathlib.Path:
   if name in shipped:
     return shipped[name]
   near = suggest(path.stem, shipped)
+  if not name:
+    raise UserError('--config is empty: name a config, such as digits_lt:ldam_drw')
   raise UserError(
     f'there is no config file {name}{near}{"" if near.endswith("?") else "."} A config '
     'that comes with lt_jax is given by its name, without folder and .py, such as '

@@ -184,6 +184,8 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
     yield from _below(name, passed_over)
   elif os.path.isfile(name):  # what is read from a pipe might never come
     yield name
+  elif os.path.exists(name):
+    raise UserError(f'{name} is not a regular file')
   else:
     raise UserError(f'there is no file or folder {name}')
 

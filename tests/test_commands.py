@@ -64,6 +64,11 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
     config_file.make('nothing_here.py:ce')
 
 
+def test_an_empty_config_is_told():
+  with pytest.raises(UserError, match='--config is empty: name a config'):
+    config_file.make('')
+
+
 def test_an_option_without_its_value_is_told():
   with pytest.raises(UserError, match="option 'epochs' of the config needs a value"):
     config_file.make('digits_lt:ce,epochs')

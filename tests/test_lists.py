@@ -405,7 +405,7 @@ def test_what_is_passed_over_is_told_by_split(tmp_path):
   loaded = folder_of(tmp_path, 'train/ox/1.png', 'test/ox/1.png', 'train/.1.gif')
   assert sources.passed_over(loaded) == (
     'train: 2 files passed over: train/1.tif, train/ox/1.gif',
-    'train: beside the splits, passed over: extra/, x.txt',
+    'train: not used, beside the splits: extra/, x.txt',
     'test: 1 file passed over: test/ox/1.xml',
   )
   flat = sources.load_source(f'folder:{tmp_path}/train')['train']

@@ -322,9 +322,10 @@ def check_alike(domains: Mapping[str, Dataset], sizes: bool = True) -> None:
         )
     classes = len(one.class_names), len(other.class_names)
     if classes[0] != classes[1]:
+      longer = max(one.class_names, other.class_names, key=len)
       raise UserError(
         f'domains {first!r} and {name!r} must have the same classes, but they have '
-        f'{classes[0]} and {classes[1]}'
+        f'{classes[0]} and {classes[1]}: {longer[min(classes)]!r} is in one alone'
       )
     if one.dtype != other.dtype:
       raise UserError(

@@ -564,7 +564,7 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
       raise UserError(f'{_join(folder, below)} has no folders of classes')
     told = (passed_over_line(others),) if others else ()
     if split == 'train' and beside:
-      told += (f'beside the splits, passed over: {_some(beside)}',)
+      told += (f'not used, beside the splits: {_some(beside)}',)
     y = np.array(labels, np.int32)
     sources[split] = Files(folder, paths, paths, y, class_names, told)
   return sources
