@@ -302,7 +302,8 @@ def _shapes_of(facts: Facts) -> Dataset:
     if facts.get('label_maps'):  # whose counts are of pixels
       arrays = {'image': (1, *shape), 'label': (1, *shape[:2])}
       stored = {k: jax.ShapeDtypeStruct(v, 'uint8') for k, v in arrays.items()}
-      return Split(None, np.arange(1), np.full(1, -1, np.int32), stored)
+      # As many as any batch: how many images there were is not told.
+      return Split(None, np.arange(2**16), np.full(2**16, -1, np.int32), stored)
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     images = jax.ShapeDtypeStruct((len(labels), *shape), dtype)
     return Split(None, np.arange(len(labels)), labels, {'image': images})

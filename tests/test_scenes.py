@@ -103,6 +103,8 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
   with pytest.raises(UserError, match='predicts a class for every pixel'):
     trained.open_run(tmp_path).check_whole(tmp_path)
   check_predicted_maps(tmp_path)
+  adapted = config('minent,train=16,steps=4,target=fog+rain')
+  trained.build_without_data(adapted, trained.read_facts(tmp_path))
   page = write(tmp_path).read_text()
   assert 'mIoU' in page and '<h2>By class</h2>' in page and 'something else' not in page
   assert page.count('alt="prediction"') == 4 * 3  # targets, source, snow
