@@ -55,7 +55,8 @@ def pytest_xdist_auto_num_workers() -> int:
   Each takes up to 4 GB.
   """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 2
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 0
+  cores = cores or os.cpu_count() or 1
   return max(1, min(cores + cores // 2, memory // 5_000_000_000))
 
 

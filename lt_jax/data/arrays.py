@@ -37,8 +37,30 @@ class Source(Protocol):
     """Returns what stands in a fingerprint for the images at `rows`."""
 
 
+class InMemory:
+  """What sources with all their `images` (N, H, W, channels) in memory have alike."""
+
+  images: np.ndarray
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, channels)."""
+    return self.images.shape[1:]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The type of the images."""
+    return self.images.dtype
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, position: int) -> np.ndarray:
+    return self.images[position]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
+class Arrays(InMemory):
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
   Images are uint8. Features and other arrays are float32, and their own normalisation.
@@ -57,22 +79,6 @@ class Arrays:
   attributes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   described: Any = None
   unseen: tuple[str, ...] = ()
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, channels)."""
-    return self.images.shape[1:]
-
-  @property
-  def dtype(self) -> np.dtype:
-    """The type of the images."""
-    return self.images.dtype
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, position: int) -> np.ndarray:
-    return self.images[position]
 
   def identity(self, rows: np.ndarray) -> np.ndarray:
     """Returns the images themselves."""

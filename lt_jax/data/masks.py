@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lt_jax.data import crops
+from lt_jax.data.arrays import InMemory
 from lt_jax.data.lists import read_file, read_lines
 from lt_jax.data.palettes import of_colours
 from lt_jax.errors import UserError
@@ -95,7 +96,7 @@ def pixel_counts(maps: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LabelledArrays:
+class LabelledArrays(InMemory):
   """A source in memory: images (N, H, W, channels) and maps (N, H, W), uint8."""
 
   images: np.ndarray
@@ -107,22 +108,6 @@ class LabelledArrays:
   def labels(self) -> np.ndarray:
     """(N,) int32: no image has one label."""
     return np.full(len(self.images), -1, np.int32)
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, channels)."""
-    return self.images.shape[1:]
-
-  @property
-  def dtype(self) -> np.dtype:
-    """The type of the images."""
-    return self.images.dtype
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, position: int) -> np.ndarray:
-    return self.images[position]
 
   def has_map(self, position: int) -> bool:
     """Returns whether an image has a label map: all have."""
