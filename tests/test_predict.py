@@ -450,7 +450,7 @@ def test_only_regular_files_are_images(digits, tmp_path):
   passed_over = []
   assert list(predict.expand(str(folder), passed_over)) == [image]
   assert passed_over == [pipe]
-  with pytest.raises(UserError, match='no file or folder .*b.png'):
+  with pytest.raises(UserError, match='b.png is not a regular file'):
     list(predict.expand(pipe, []))
   (tmp_path / 'list').write_text(pipe)
   with pytest.raises(UserError, match='b.png: not a regular file'):
