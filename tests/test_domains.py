@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import digits_domains
-from lt_jax import build, checkpoint, run, sharding, train, trained
+from lt_jax import build, run, sharding, train, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Unlabelled
 from lt_jax.errors import UserError
@@ -48,21 +48,27 @@ def config(recipe, options='epochs=1.0', **changes):
 def permuted(experiment, seed=0):
   """Returns the data sets with the labels of the target in another order."""
   rng, datasets = np.random.default_rng(seed), dict(experiment.domains)
+
+  def other(images):
+    order, arrays = rng.permutation(len(images.labels)), dict(images.arrays)
+    if images.of_pixels:
+      maps = np.array(arrays['label'])
+      maps[images.rows] = maps[images.rows[order]]
+      arrays['label'] = jax.device_put(maps, arrays['label'].sharding)
+    return images._replace(labels=images.labels[order], arrays=arrays)
+
   for name in experiment.roles['target']:
-    splits = {
-      split: images._replace(labels=rng.permutation(images.labels))
-      for split, images in datasets[name].splits.items()
-    }
+    splits = {split: other(one) for split, one in datasets[name].splits.items()}
     datasets[name] = datasets[name]._replace(splits=splits)
   return datasets
 
 
 def replaced(experiment):
-  """Returns the data sets with other test images."""
+  """Returns the data sets with other test images: one of them, and the first class."""
   datasets = {}
   for name, dataset in experiment.domains.items():
     tests = {
-      split: images._replace(rows=images.rows[::-1], labels=images.labels[::-1] * 0)
+      split: images._replace(rows=images.rows * 0, labels=images.labels * 0)
       for split, images in dataset.tests.items()
     }
     datasets[name] = dataset._replace(tests=tests)
@@ -143,20 +149,6 @@ def two_steps(experiment):
     batches = train.batches_at(stage.streams, arrays, payloads, key, number)
     state, _ = step(state, batches)
   return state
-
-
-@pytest.mark.parametrize(
-  'recipe',
-  ['dann', 'deep_coral', pytest.param('cdan', marks=pytest.mark.slow), 'mcd', 'adda'],
-)
-def test_two_steps_are_the_same_with_other_labels_of_the_target(recipe):
-  made = config(recipe, **({'method.inner_steps': 1} if recipe == 'mcd' else {}))
-  experiment = build.build(made, devices=1)
-  other = experiment._replace(
-    stages=build.build(made, devices=1, datasets=permuted(experiment)).stages
-  )
-  ours, theirs = (checkpoint.digest(two_steps(e)) for e in (experiment, other))
-  assert ours == theirs
 
 
 @pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
