@@ -153,6 +153,21 @@ def two_steps(experiment):
   return state
 
 
+def test_a_step_on_the_source_is_the_same_program_with_targets_and_without():
+  made = config('source_only')
+  programs = []
+  for changes in ({}, {'domains': {}, 'target': [], 'open_domains': []}):
+    experiment = build.build(made | changes, devices=1)
+    stage = experiment.last
+    state = train.state_shapes(stage.method, stage.streams)
+    zeros = train.empty_totals(stage.method, stage.streams, state, experiment.mesh)
+    arrays = {name: stream.arrays for name, stream in stage.streams.items()}
+    payloads = jax.tree.map(lambda x: x[None], train.payloads_at(stage.streams, 0))
+    update = train.make_update(stage.method, stage.streams, experiment.mesh, 1)
+    programs.append(update.lower(state, *zeros, arrays, payloads).as_text())
+  assert programs[0] == programs[1]
+
+
 @pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_agree_on_the_built_experiment(devices):
   """Of two domains and two players, each device with its share of both."""

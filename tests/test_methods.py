@@ -3,8 +3,8 @@
 But for few-shot tasks, whose classes need more of them: see tests/test_few_shot.py.
 """
 
-import collections
 import functools
+import hashlib
 import re
 
 import chex
@@ -144,27 +144,65 @@ def test_a_step_that_is_built_is_the_method_called_by_hand(npz, recipe):
   assert ours == by_hand
 
 
-def test_a_plain_step_is_no_more_than_the_same_written_plainly(npz):
+def graph(program):
+  """Returns a digest of an optimised program that does not depend on names.
+
+  That of an instruction is of what it does and of the digests of what it reads; that of
+  the whole is of the result. Nor does it depend on the order in which they stand.
+  """
+  digests, owner = {}, ''
+
+  def told(line):
+    line = re.sub(r',? metadata=\{[^}]*\}', '', line)
+    line = re.sub(r'%[\w.-]+', lambda name: digests.get(name[0], name[0]), line)
+    return hashlib.sha256(line.encode()).hexdigest()
+
+  for line in program.splitlines():
+    if begun := re.match(r'(?:ENTRY )?(%[\w.-]+) \(.*\{$', line):
+      owner = begun[1]
+    elif made := re.match(r'  (ROOT )?(%[\w.-]+) = (.*)', line):
+      digests[made[2]] = told(made[3])
+      if made[1]:
+        digests[owner] = digests[made[2]]
+  assert len(digests) > 500
+  return digests[owner]
+
+
+def test_a_step_compiles_to_the_program_of_the_same_written_plainly(npz):
+  """Domains, players, losses and the like by name leave no instruction behind.
+
+  Only that class weights can begin at some step costs a comparison of the clock.
+  """
   stage, config, state, batches = described(npz, 'ce')
   net, (_, decay) = tiny_net(config), config['optimizer']['weight_decay'][0]
+  outside = {'mode': 'fill', 'fill_value': 0, 'wrap_negative_indices': False}
 
   def plain(state, batches):
     """Cross-entropy, momentum and decay, and the metrics of a log row."""
     image, label = batches['train']['image'], batches['train']['label']
+    seen, one = label >= 0, jnp.float32(1)
+    table = jnp.where(state.step >= 0, jnp.ones(4), 1.0)
+    coefficients = table.at[label].get(**outside) / 8 * (8 / jnp.maximum(seen.sum(), 1))
 
     def objective(params):
       variables = {'params': params, 'batch_stats': state.stats['net']}
       outputs, new = net.apply(variables, image, train=True, mutable=['batch_stats'])
-      logits = outputs['logits']
-      losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-      return losses.mean(), (new['batch_stats'], losses, logits.argmax(-1) == label)
+      targets = jax.nn.one_hot(jnp.maximum(label, 0), 4)
+      losses = optax.softmax_cross_entropy(outputs['logits'], targets)
+      losses = jnp.where(seen, losses, 0)
+      right = outputs['logits'].argmax(-1) == label
+      return jnp.vdot(coefficients, losses), (new['batch_stats'], losses, right)
+
+    def by_class(values):
+      sums = jnp.zeros(4).at[label]
+      return sums.add(values, mode='drop', wrap_negative_indices=False)
 
     (loss, (stats, losses, right)), grads = jax.value_and_grad(objective, has_aux=True)(
       state.params['net']
     )
     opt = state.opt['net']
     trace = jax.tree.map(
-      lambda b, g, p: 0.9 * b + g + decay * p,
+      lambda b, g, p: (g + decay * p) + 0.9 * b,
       opt.inner_state.trace,
       grads,
       state.params['net'],
@@ -172,25 +210,21 @@ def test_a_plain_step_is_no_more_than_the_same_written_plainly(npz):
     params = jax.tree.map(lambda p, b: p - 0.05 * b, state.params['net'], trace)
     opt = opt._replace(inner_state=opt.inner_state._replace(trace=trace))
     metrics = {
-      'loss': loss,
-      'accuracy': (right.sum(), (label >= 0).sum()),
-      'class_loss': (jnp.zeros(4).at[label].add(losses), jnp.zeros(4).at[label].add(1)),
-      'grad_norm': optax.tree.norm(grads),
+      'loss': (loss, one),
+      'accuracy': (right.sum(dtype=jnp.float32), seen.sum(dtype=jnp.float32)),
+      'class_loss': (by_class(losses), by_class(1.0)),
+      'grad_norm': (optax.tree.norm(grads), one),
+      'learning_rate': (jnp.float32(0.05), one),
     }
     after = {'params': {'net': params}, 'stats': {'net': stats}, 'opt': {'net': opt}}
     return state.replace(step=state.step + 1, **after), metrics
 
-  def cost(step):
-    """(products of matrices and convolutions by shape, floating-point operations)."""
-    compiled = jax.jit(step).lower(state, batches).compile()
-    products = re.findall(
-      r'= (\S+) (convolution|dot|custom-call)\(', compiled.as_text()
-    )
-    return collections.Counter(products), compiled.cost_analysis()['flops']
-
-  (ours, flops), (theirs, least) = cost(stage.method.step), cost(plain)
-  assert ours == theirs and ours
-  assert flops <= 1.003 * least
+  ours, theirs = (
+    jax.jit(step).lower(state, batches).compile().as_text()
+    for step in (stage.method.step, plain)
+  )
+  assert graph(ours) == graph(theirs)
+  assert graph(ours) != graph(ours.replace('constant(0.9)', 'constant(0.8)'))
 
 
 REPEATS = (
