@@ -9,7 +9,13 @@ import importlib.util
 import jax
 import pytest
 
-from configs import digits_domains, imagenet_lt, scenes
+from configs import (
+  digits_domains,
+  digits_multitask,
+  digits_zero_shot,
+  imagenet_lt,
+  scenes,
+)
 from lt_jax import footprint, plan
 from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
@@ -67,7 +73,13 @@ TWO_DOMAINS = {  # likewise, of the embedded pair
   ('i2i', 'train'): 'i2i',
 }
 
-OF_PIXELS = {  # likewise, of the embedded scenes
+OTHER_TASKS = {  # config, recipe and stage -> its method
+  (digits_multitask, 'multitask', 'train'): 'multitask',
+  (digits_zero_shot, 'feature_generator', 'train'): 'feature_generator',
+  (digits_zero_shot, 'zsda,target=blended', 'refine'): 'saved_label',
+}
+
+OF_PIXELS = {  # recipe and stage -> its method, of the embedded scenes
   ('minent', 'train'): 'aligned',
   ('advent', 'train'): 'advent',
   ('mean_teacher', 'train'): 'mean_teacher',
@@ -107,7 +119,7 @@ def all_reduces(step):
 
 
 def test_every_method_is_here():
-  found = {**STAGES, **TWO_DOMAINS, **OF_PIXELS}.values()
+  found = {**STAGES, **TWO_DOMAINS, **OTHER_TASKS, **OF_PIXELS}.values()
   assert set(found) == set(METHODS)
 
 
@@ -128,6 +140,15 @@ def test_a_method_of_two_domains_compiles(recipe, name):
   step, stage = step_of(resolve(made), name, method)
   assert ('target' in stage.streams) == (method != 'centroid_loss')
   assert step.flops > 0 and all_reduces(step)
+
+
+@pytest.mark.parametrize(('file', 'recipe', 'name'), OTHER_TASKS)
+def test_a_method_of_another_task_compiles(file, recipe, name):
+  made = file.get_config(recipe)
+  made.update(batch=64, eval_batch=64)
+  made.model.dtype = 'bfloat16'
+  step, _ = step_of(resolve(made), name, OTHER_TASKS[file, recipe, name])
+  assert step.flops > 0 and step.collectives
 
 
 @pytest.mark.parametrize(('recipe', 'name'), OF_PIXELS)
