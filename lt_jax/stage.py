@@ -324,7 +324,7 @@ class StageRunner:
     elif step:
       told = f'fresh start at step {step}, carried over'
     epochs = self.stage.plan.steps / self.stage.epoch_steps
-    self._screen.detail(
+    self._screen.line_if_followed(
       f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
       f'of {self.stage.epoch_steps:.4g} steps; {told}'
     )
@@ -360,7 +360,7 @@ class StageRunner:
     self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
     left = (self.plan.steps - step) / steps * seconds
     loss, accuracy = (float(values.get(k, np.nan)) for k in ('loss', 'accuracy'))
-    self._screen.note(
+    self._screen.status(
       f'loss {loss:.4f}  {rate:,.0f} images/s',
       f'step {step}/{self.plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
       f'accuracy {accuracy:.4f}  {rate:,.0f} images/s  ETA {left:.0f} s',
@@ -449,7 +449,7 @@ class StageRunner:
       rows |= scores
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    self._screen.detail(f'step {step}: {headline} on {told}')
+    self._screen.line_if_followed(f'step {step}: {headline} on {told}')
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
