@@ -665,7 +665,7 @@ def self_information(logits: jax.Array) -> jax.Array:
 
 
 def _mean_of_largest(values: jax.Array, share: float) -> jax.Array:
-  """Returns the mean of the largest values in each row of (B, N), ties included."""
+  """Returns the mean of a share of each row's largest values, rounded up, with ties."""
   count = math.ceil(share * values.shape[1])
   if count == values.shape[1]:
     return values.mean()

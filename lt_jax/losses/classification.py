@@ -1,7 +1,7 @@
 """Per-example classification losses: (logits, labels) -> (B,), never a mean.
 
 Weights, masks and the reduction belong to the caller. Labels are class indices. All
-losses here are finite, with finite gradients, for logits of +-1e4.
+losses here are finite, with finite gradients, even for logits of +-1e4.
 """
 
 import chex
