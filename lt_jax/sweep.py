@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from lt_jax import allocator, commands, config_file, files
-from lt_jax.config import resolve
+from lt_jax.config import check_set_domains, resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -316,6 +316,7 @@ def loader(
       config.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(f'{recipe}: {one_line(error)}') from None
+    check_set_domains(config, overrides)
     return config
 
   return make
@@ -331,7 +332,7 @@ def main() -> None:
     raise UserError('--methods is missing: names of recipes, such as ce,ldam_drw')
   flag = flags.FLAGS['config']
   path, _, options = flag.config_filename.partition(':')
-  overrides = config_flags.get_override_values(flag)
+  overrides = config_file.overrides()
   for key in ('seed', 'recipe'):
     if key in overrides:
       raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
