@@ -43,6 +43,7 @@ def run(
   allow_config_change: bool = False,
   profile: tuple[int, int] | None = None,
   tracker: str = '',
+  screen: Screen | None = None,
 ) -> dict[str, Any]:
   """Trains every stage, resuming an interrupted run, and writes the results.
 
@@ -53,6 +54,7 @@ def run(
       folder was begun with.
     profile: (first, last) step of a profiler trace of each stage.
     tracker: where metrics go besides, see `writers.tracking`.
+    screen: where it shows; None for the terminal.
 
   Returns:
     What result.json holds.
@@ -65,7 +67,10 @@ def run(
   """
   began = time.time()
   opened = functools.partial(
-    _opened, allow_config_change=allow_config_change, tracker=tracker
+    _opened,
+    allow_config_change=allow_config_change,
+    tracker=tracker,
+    screen=screen,
   )
   with (
     StopRequest() as stop,
@@ -79,7 +84,9 @@ def run(
 
 
 def run_seeds(
-  configs: Sequence[Config], workdirs: Sequence[epath.PathLike]
+  configs: Sequence[Config],
+  workdirs: Sequence[epath.PathLike],
+  screens: Sequence[Screen] = (),
 ) -> list[dict[str, Any] | train.Diverged]:
   """Trains runs that differ only in the seed as one program.
 
@@ -88,6 +95,7 @@ def run_seeds(
   Args:
     configs: the resolved configurations.
     workdirs: a folder for each.
+    screens: where each shows; none for the terminal, where one is followed.
 
   Returns:
     What result.json holds, or how the run diverged, for each.
@@ -115,8 +123,10 @@ def run_seeds(
         )
       else:
         make = functools.partial(rehearsed, config, workdir, stop, len(configs))
-      screen = Screen(
-        f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None
+      screen = (
+        screens[len(runs)]
+        if screens
+        else Screen(f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None)
       )
       opened = _opened(config, workdir, stop, make, screen=screen, seeds=seeds)
       runs.append(stack.enter_context(opened))
