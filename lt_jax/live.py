@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -46,8 +46,10 @@ class Row:
   @property
   def progress(self) -> str:
     """Its state, or how much of the stage is done."""
-    if self.state != RUNNING or not self.steps:
+    if self.state != RUNNING:
       return self.state
+    if not self.steps:
+      return 'starting'
     share = min(self.step / self.steps, 1)
     done = round(BAR * share)
     bar = '━' * done + '─' * (BAR - done)
@@ -120,14 +122,14 @@ class LiveTable:
   ) -> None:
     self._live.stop()
 
-  def table(self) -> Table:
-    """Returns the table as it is now, no longer than the terminal."""
+  def table(self) -> Group:
+    """Returns the table as it is now, no longer than the terminal, and its caption."""
     begin, end = shown(self.rows, max(1, self._console.height - ROOM))
-    table = Table(*HEADINGS, caption=self.caption, box=None, pad_edge=False)
+    table = Table(*HEADINGS, box=None, pad_edge=False)
     for row in self.rows[begin:end]:
       style = {WAITING: 'dim', FAILED: 'red', RUNNING: 'bold'}.get(row.state)
       table.add_row(*row.texts, style=style)
-    return table
+    return Group(table, self.caption)
 
   @property
   def caption(self) -> str:
@@ -147,7 +149,7 @@ class LiveTable:
     return CellScreen(self.rows[number], self._console, self._clock)
 
   def took(self, seconds: float, cells: int) -> None:
-    """Takes how long some cells took together, from which the rest is estimated."""
+    """Takes how long cells took together to finish; the rest is estimated from it."""
     self._took += [seconds / cells] * cells
 
 
@@ -159,6 +161,10 @@ class CellScreen:
     self._console = console
     self._clock = clock
     self._began: tuple[float, int] | None = None
+
+  def begin(self) -> None:
+    """Shows that the cell is next."""
+    self._row.state = RUNNING
 
   def line(self, text: str) -> None:
     """Prints one line above the table."""

@@ -179,6 +179,8 @@ def sweep(
     done += len(members)
     if not table:
       print(f'\ncell {done} of {len(chosen)}: {members[0].told}, seed {seeds}')
+    for cell in set(members) & set(board):
+      board[cell].begin()
     ended = _attempt(members, make_config, board)
     wrong = {cell: error for cell, error in ended.items() if error is not None}
     for cell, error in wrong.items():
@@ -190,7 +192,7 @@ def sweep(
       board[cell].end(cell in wrong, _headline(cell))
     if ended:
       seconds = time.monotonic() - began
-      if table:
+      if table and not wrong:
         table.took(seconds, len(ended))
       if done < len(chosen):
         after(seconds)

@@ -38,6 +38,8 @@ def table(clock, output):
 def test_a_row_shows_what_a_run_tells(table, clock):
   screen, row = table.screen(1), table.rows[1]
   assert row.texts == ('ce', '1', 'waiting', '', '')
+  screen.begin()
+  assert row.progress == 'starting'
   screen.start_bar('plain', 100, 400)
   screen.note('loss 0.5000  800 images/s', 'a line')
   assert row.texts[2:] == (

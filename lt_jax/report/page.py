@@ -159,15 +159,15 @@ def _parts(
   by_domain = domains.domains_table(groups)
   parts = [
     Part('results', 'Results', results, [tables.UNITS], notes),
+    Part('domains', 'By domain', by_domain, domains.remarks(by_domain)),
+    Part('tasks', 'By task', multitask.multitask_table(groups), [multitask.REMARK]),
+    Part('classes', 'By class', tables.classes_table(groups), [tables.BY_CLASS]),
     Part(
       'differences',
       differences.title(compared),
       differences.differences_table(compared),
       [differences.REMARK],
     ),
-    Part('domains', 'By domain', by_domain, domains.remarks(by_domain)),
-    Part('tasks', 'By task', multitask.multitask_table(groups), [multitask.REMARK]),
-    Part('classes', 'By class', tables.classes_table(groups), [tables.BY_CLASS]),
     Part(
       'selection',
       'Which State would be chosen',
