@@ -313,7 +313,7 @@ def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
   config, workdir, _ = two_trainings
   before = (workdir / 'result.json').read_bytes()
   longer = {**config, 'epochs': 4.0}
-  with pytest.raises(UserError, match=r"'classifier' began from another .*delete"):
+  with pytest.raises(UserError, match=r"'classifier' started from another .*delete"):
     run_module.run(longer, workdir, allow_config_change=True)
   assert (workdir / 'result.json').read_bytes() == before
   shutil.rmtree(workdir / 'stages' / 'classifier')
