@@ -154,7 +154,7 @@ class LiveTable:
 
 
 class CellScreen:
-  """Shows a run in its row. Has the methods of `writers.Screen`, but prints only lines."""
+  """Shows a run in its row: a `writers.Screen` that prints only lines."""
 
   def __init__(self, row: Row, console: Console, clock: Callable[[], float]):
     self._row = row
