@@ -63,7 +63,7 @@ def test_a_target_that_is_the_source_under_another_name(tmp_path, rng):
   write(tmp_path / 'one.npz', rng, 0)
   findings = found(tmp_path, source=f'npz:{tmp_path}/one.npz')
   texts = [finding.text for finding in findings if finding.level != 'ok']
-  assert "domains 'source' and 'other' are the same images" in texts
+  assert "domains 'source' and 'other' have the same images" in texts
   assert any('in other/train and in source/train: 12' in text for text in texts)
 
 
