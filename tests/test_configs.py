@@ -503,7 +503,7 @@ def test_a_trunk_that_is_not_trained_needs_weights(tmp_path):
   run.rehearsed(config, tmp_path)  # as random kernels are trained
   config['optimizer']['learning_rate_scale'] = [['net/head/.*', 1.0], ['.*', 0.0]]
   build.build(config)  # for what needs shapes alone
-  with pytest.raises(UserError, match=r'cannot begin at random: give --config.init='):
+  with pytest.raises(UserError, match=r'cannot start at random: give --config.init='):
     run.rehearsed(config, tmp_path)
 
 
@@ -698,7 +698,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
       {'stages.train': {'epohs': 1.0}},
       "stage 'train' cannot set 'epohs'; did you mean 'epochs'",
     ),
-    ({'select': 'best'}, 'it is .last. or such as'),
+    ({'select': 'best'}, 'use .last., or a form like'),
     ({'model.batch_norm': 7}, 'model.batch_norm is 7'),
     ({'model.batch_norm': 'globl'}, "model.batch_norm is 'globl'"),
     ({'model.trunk': 'digits_cn'}, "did you mean 'digits_cnn'"),

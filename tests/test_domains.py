@@ -279,7 +279,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ({'target': []}, 'there is no target domain: set config.target'),
     ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
     ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
-    ({'select': 'oracle/accuracy'}, 'never chosen by the labels of a target'),
+    ({'select': 'oracle/accuracy'}, 'never chosen by labels of a target'),
     ({'select': 'blended/test'}, 'select is'),
     (
       {'streams': {'sampler': {'name': 'class_balanced'}}},

@@ -197,7 +197,7 @@ def test_layers_that_are_kept_compute_what_they_did(rng):
 @pytest.mark.parametrize(
   ('kept', 'told'),
   [
-    ('first', "kept_layers is 'first'; it is such as 'first:2'"),
+    ('first', "kept_layers is 'first'; use a form like 'first:2'"),
     ('first:5', 'the trunk has 4 layers: stem, stage1, stage2, stage3'),
     ('last:0', 'the trunk has 4 layers'),
     ('first:stage3_blok1', "no layer 'stage3_blok1'; did you mean 'stage3_block1'"),
@@ -216,7 +216,7 @@ def test_layers_that_are_not_there_are_told(kept, told):
 def test_what_is_kept_must_come_from_somewhere(npz, recipe):
   stage = next(iter(build.build(finetuned(npz, recipe), devices=1).stages.values()))
   shapes = train.state_shapes(stage.method, stage.streams)
-  with pytest.raises(UserError, match='cannot begin at random: give --config.init='):
+  with pytest.raises(UserError, match='cannot start at random: give --config.init='):
     stage.start(shapes)
 
 
@@ -296,7 +296,7 @@ def test_the_head_is_taken_where_the_classes_are_the_same(npz, source, tmp_path)
   other, told = surgery.start_from(
     state, source=str(source), class_names=(*found.class_names[1:], 'new')
   )
-  assert told['head'] == 'fresh: other classes'
+  assert told['head'] == 'fresh: different classes'
   assert set(told['fresh']) == {'head/kernel', 'head/bias'}
   told = surgery.start_from(state, source=str(source), class_names=('a', 'b'))[1]
   assert told['head'] == 'fresh: 2 classes here and 4 there'
@@ -313,7 +313,7 @@ def test_weights_that_do_not_fit_are_told_in_one_line(npz, source, tmp_path):
   config = finetuned(npz, 'discriminative', init=str(source))
   config['model'] = {**config['model'], 'trunk_options': {'width': 5}}
   with pytest.raises(
-    UserError, match=r"of another network, of the trunk 'digits_cnn'.*5"
+    UserError, match=r"of another network, with the trunk 'digits_cnn'.*5"
   ):
     begun(config)
   with pytest.raises(

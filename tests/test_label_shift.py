@@ -109,7 +109,7 @@ def test_images_weigh_as_their_classes_are_shared():
   method.step(state.replace(memory=memory), batches)
   np.testing.assert_allclose(seen['weight'], [0.2, 1, 3, 3, 0], rtol=1e-6)
   deaf = label_shift(Method(init, lambda s, b: (s, {}), None), counts=[50, 30, 20])
-  with pytest.raises(UserError, match='does not weigh images'):
+  with pytest.raises(UserError, match='does not weight images'):
     deaf.step(state, batches)
 
 

@@ -184,7 +184,7 @@ def test_neighbours_are_the_images_of_the_stage(domains):
     (
       (functools.partial(maps.aligned_subspaces, dimensions=(7,)),),
       (),
-      'd = 7 is not from 1 to 6, the features',
+      'd = 7 is not between 1 and 6, the number',
     ),
     ((functools.partial(shallow.linear_svm, costs=(0.0,)),), (), 'positive'),
     (

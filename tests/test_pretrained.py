@@ -337,8 +337,8 @@ def test_a_good_file_is_read(tmp_path):
     (raw(b' ' * 2**20 + b'{}'), 'claims a header of 1048578 bytes'),
     (raw({'a': claim('F32', [2**44], 0, 2**46)}), 'not fully covered'),
     (raw({'a': claim('F32', [2**62, 4], 0, 0)}), 'overflow'),
-    (raw({'a': claim('F32', [2**44], 0, 4)}, b'....'), 'no whole safetensors'),
-    (raw({'a': claim('F32', [-1], 0, 4)}, b'....'), 'no whole safetensors'),
+    (raw({'a': claim('F32', [2**44], 0, 4)}, b'....'), 'not a complete safetensors'),
+    (raw({'a': claim('F32', [-1], 0, 4)}, b'....'), 'not a complete safetensors'),
     (raw({'a': claim('Q7\n', [1], 0, 4)}, b'....'), 'unknown variant'),
     (raw({'a': claim('F8_E4M3', [4], 0, 4)}, b'....'), 'elements F8_E4M3; known'),
     (raw({'a': claim('BOOL', [4], 0, 4)}, b'....'), 'elements BOOL; known'),
@@ -347,11 +347,11 @@ def test_a_good_file_is_read(tmp_path):
       'invalid offset',
     ),
     (raw({'a': claim('F32', [1], 4, 8)}, b'........'), 'invalid offset'),
-    (raw({'a': claim('F32', [1], 4, 0)}, b'....'), 'no whole safetensors'),
-    (raw(b'{' * 2**19), 'no whole safetensors'),
-    (raw(b'[' * 2**19), 'no whole safetensors'),
-    (raw(b'\xff\xfe'), 'no whole safetensors'),
-    (raw(b'{"a": 1}'), 'no whole safetensors'),
+    (raw({'a': claim('F32', [1], 4, 0)}, b'....'), 'not a complete safetensors'),
+    (raw(b'{' * 2**19), 'not a complete safetensors'),
+    (raw(b'[' * 2**19), 'not a complete safetensors'),
+    (raw(b'\xff\xfe'), 'not a complete safetensors'),
+    (raw(b'{"a": 1}'), 'not a complete safetensors'),
     (pickle.dumps({'a': 1}), 'truncated'),
   ],
 )
@@ -488,7 +488,10 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
   ('error', 'message'),
   [
     (LocalEntryNotFoundError('retry'), 'there is no network to download it; or fetch'),
-    (GatedRepoError('401'), 'the hub has no such model, or not for you; or fetch'),
+    (
+      GatedRepoError('401'),
+      'the hub has no such model, or you have no access to it; or fetch',
+    ),
     (EntryNotFoundError('404'), 'it has no model.safetensors; or fetch'),
   ],
 )
@@ -529,7 +532,7 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
   with pytest.raises(UserError, match='there is no network to download it'):
     published.load('timm/resnet50.tv_in1k')
-  with pytest.raises(UserError, match='that is no name of a model'):
+  with pytest.raises(UserError, match='that is not a model name'):
     published.load('timm--/resnet50--a')
 
 

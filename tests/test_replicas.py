@@ -322,7 +322,7 @@ def test_seeds_that_the_devices_do_not_divide(npz, tmp_path, monkeypatch):
   )
   config = configs(npz)[0]
   config['model']['batch_norm'] = 'per_device'
-  with pytest.raises(UserError, match='of seeds that train together a device has'):
+  with pytest.raises(UserError, match='when seeds train together each device has'):
     run.run_seeds([config, config | {'seed': 9}], [tmp_path / 'a', tmp_path / 'b'])
 
 

@@ -430,7 +430,7 @@ def test_a_run_learns_what_unseen_classes_look_like(
 
 
 WRONG = {
-  'gamma': ('eszsl', {'val_classes': ()}, 'g and l and gamma are chosen by validation'),
+  'gamma': ('eszsl', {'val_classes': ()}, 'g and l and gamma are chosen on validation'),
   'gamma of a training': (
     'ale',
     {'val_classes': ()},

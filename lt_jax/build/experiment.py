@@ -1,4 +1,4 @@
-"""Everything a run needs, built: its data, its devices and its stages."""
+"""What `build` returns: a run's data, devices and stages."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -29,18 +29,18 @@ PREPROCESSING = (
   'image_size',
   'resize',
 )
-"""Keys of `data` that data.json records of the images that are predicted."""
+"""Keys of `data` that data.json records for prediction."""
 
 
 class Left(NamedTuple):
-  """What an earlier stage leaves for a stream.
+  """What an earlier stage saved for a stream.
 
   Attributes:
-    stage: the stage that leaves it.
+    stage: the stage that saved it.
     shapes: name in its arrays.npz -> shape.
-    into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
-      the streams of several seeds must go on sharing `prepare`.
-    ordered_by: name in its arrays.npz of what orders the images; empty for none.
+    into: (stream, name -> array, function that puts arrays on devices) -> the stream
+      with these arrays. Streams of several seeds must still share `prepare`.
+    ordered_by: name in arrays.npz of the array that orders the images; empty for none.
   """
 
   stage: str
@@ -50,12 +50,12 @@ class Left(NamedTuple):
 
 
 class Selection(NamedTuple):
-  """By what the State that counts is chosen.
+  """The criterion that chooses the best State.
 
   Attributes:
-    split: 'val', or 'target' for a criterion that needs no label of a target.
-    metric: its name.
-    better: 1 if more is better, -1 if less is.
+    split: 'val', or 'target' for a criterion that needs no labels of a target.
+    metric: name of the metric or criterion.
+    better: 1 if higher is better, -1 if lower is.
   """
 
   split: str
@@ -64,43 +64,43 @@ class Selection(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """One stage: an ordinary run, which begins from the States of earlier ones.
+  """One stage: an ordinary run that starts from the States of earlier ones.
 
   Attributes:
-    name: of the stage.
-    method: what is trained.
-    net: its network, for who looks into it.
-    optimizer: what trains it.
-    layers: () -> the layers of its trunk, from the images on.
-    drawn: names of parameters of the trunk that are drawn anew in the beginning.
-    weigh: how it weighs examples, see `Reweighted` of `lt_jax.methods.meta`; None if it
-      does not learn to.
-    domain: a domain or role whose classes it learns.
+    name: name of the stage.
+    method: the method to train.
+    net: its network, for inspection.
+    optimizer: its optimiser.
+    layers: () -> the layers of its trunk, starting at the images.
+    drawn: names of parameters of the trunk that are initialised anew.
+    weigh: how it weights examples, see `Reweighted` of `lt_jax.methods.meta`; None if
+      it does not learn weights.
+    domain: the domain or role whose classes it learns.
     dataset: its data.
-    task: what is measured.
+    task: its task, which defines the metrics.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool,
       and those of the task.
-    streams: what it is trained on.
+    streams: the streams it trains on.
     trained_on: streams of images -> name of the split.
-    images: the images of every pass and stream, by the name of the split. Those of
-      'test' are of the target domains where there are any, else of its own domain.
-    uses_target_labels: whether a stream gives labels of a target domain, or the stage
-      learns the classes of one.
+    images: the images of every pass and stream, by name of the split. Those of 'test'
+      are from the target domains if there are any, otherwise from its own domain.
+    uses_target_labels: whether a stream provides labels of a target domain, or the
+      stage learns the classes of one.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     compared: its own domain and each target -> a pass over some training images without
-      labels, which tells how far they are apart; empty without a target.
-    survey: its passes over what it may learn from, for surgeries.
-    reads: streams that read what an earlier stage leaves: name of the stream -> what.
-    save_outputs: what it saves of images for later stages, see `evals.saved`.
-    start: what puts published weights into a fresh State, and tells of it, or refuses
-      to do without; None: they are random.
+      labels, to measure how far apart they are; empty without a target.
+    survey: passes over what surgeries may learn from.
+    reads: name of a stream -> what it reads that an earlier stage saved.
+    save_outputs: outputs to save for later stages, see `evals.saved`.
+    start: function that puts published weights into a fresh State and reports on it, or
+      raises if such weights are required; None for random weights.
     surgeries: from a fresh State and earlier ones to the first State.
-    plan: when things happen; `first` is set when the first State is known.
-    epoch_steps: steps an epoch, fractional.
-    batch: the largest batch of a step.
-    select: by what the State that counts is chosen; None: it is the last.
-    scores: (state, stop) -> split -> criteria of a State that need no label of a
-      target, None if `stop()` turned true; None where no target is adapted to.
+    plan: when things happen; `first` is set once the first State is known.
+    epoch_steps: steps per epoch, fractional.
+    batch: the largest batch in a step.
+    select: how the best State is chosen; None for the last one.
+    scores: (state, stop) -> split -> criteria of a State that need no labels of a
+      target, or None if `stop()` turned true; None without a target to adapt to.
   """
 
   name: str
@@ -137,13 +137,13 @@ class Experiment(NamedTuple):
 
   Attributes:
     config: the resolved config.
-    domains: name -> data; 'source' alone where no other is named.
+    domains: name -> data; only 'source' if the config names no domains.
     roles: 'source', 'target' and 'open' -> names of their domains.
-    data: name of a domain or role -> its keys of `data`, `mean` and `std` as they were
-      fitted where that was asked for.
-    fingerprint: SHA-256 of what is trained and evaluated on.
-    mesh: its devices.
-    stages: in order.
+    data: name of a domain or role -> its keys of `data`, with `mean` and `std` as
+      fitted, if requested.
+    fingerprint: SHA-256 of the training and evaluation data.
+    mesh: the mesh of its devices.
+    stages: the stages, in order.
   """
 
   config: Config
@@ -161,9 +161,9 @@ class Experiment(NamedTuple):
 
   @property
   def preprocessing(self) -> dict[str, Any]:
-    """What prediction does with an image: keys of the first target.
+    """How prediction prepares an image: keys of the first target.
 
-    Without a target, of the domain whose classes the last stage learns.
+    Without a target they are those of the domain whose classes the last stage learns.
     """
     own = self.last.domain
     first = next(iter(self.roles[TARGET] or self.roles.get(own) or (own,)))
