@@ -61,7 +61,7 @@ def test_shares_below_zero_are_set_to_zero():
   np.testing.assert_array_equal(bbse(confused, np.array([0.1, 0.9])), [0, 1])
 
 
-def test_what_cannot_be_estimated_is_refused():
+def test_what_cannot_be_estimated_is_rejected():
   with pytest.raises(UserError, match='bbse has no answer'):
     bbse(np.full((3, 3), 1 / 3), SOURCE)
   with pytest.raises(UserError, match='class 2 has no image'):

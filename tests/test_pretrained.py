@@ -130,7 +130,7 @@ def outputs_of(name):
     for name in golden.NETWORKS
   ],
 )
-def test_every_stage_is_that_of_pytorch(name, stored):
+def test_every_stage_agrees_with_pytorch(name, stored):
   load, run = outputs_of(name)
   for key, found in run(load(state_shapes(stored, name)), golden.images()).items():
     expected = stored[f'{name}/{key}']
@@ -139,7 +139,7 @@ def test_every_stage_is_that_of_pytorch(name, stored):
     assert expected.std() > 0.2
 
 
-def test_pytorch_computes_what_is_stored(stored):
+def test_pytorch_reproduces_the_stored_outputs(stored):
   pytest.importorskip('torch')
   live = golden.run('resnet18')
   assert live.keys() == {key for key in stored if key.startswith('resnet18/')}
@@ -206,7 +206,7 @@ def test_a_file_with_any_prefix_and_type(tmp_path, prefix, dtype):
   json.dumps(report._asdict())
 
 
-def test_what_is_beside_the_trunk_stays(tmp_path):
+def test_parts_besides_the_trunk_stay(tmp_path):
   """Another head has a kernel of the same shape, which means something else."""
   options = {'head': 'cosine', 'num_classes': 3, 'attention': True, 'projection': 5}
   net = make_classifier('resnet10', trunk_options={'width': 4}, **options)
@@ -272,7 +272,7 @@ def change(name, value):
     (change('\n\x1b[2J' * 999, np.ones(4)), r"'\\n\\x1b\[2J\\n"),
   ],
 )
-def test_weights_that_do_not_fit_are_refused(edit, message):
+def test_weights_that_do_not_fit_are_rejected(edit, message):
   state = tiny_state()
   edit(state)
   with pytest.raises(UserError, match=message) as error:
@@ -355,7 +355,7 @@ def test_a_good_file_is_read(tmp_path):
     (pickle.dumps({'a': 1}), 'truncated'),
   ],
 )
-def test_a_file_that_lies_is_refused(tmp_path, data, message):
+def test_a_file_with_false_claims_is_rejected(tmp_path, data, message):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(data)
   with pytest.raises(UserError, match=message) as error:
@@ -365,7 +365,7 @@ def test_a_file_that_lies_is_refused(tmp_path, data, message):
   assert len(line) < len(str(path)) + 250
 
 
-def test_a_file_is_refused_by_its_size_before_it_is_read(tmp_path):
+def test_a_file_is_rejected_by_its_size_before_it_is_read(tmp_path):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(GOOD)
   os.truncate(path, 2**42)  # takes no space
@@ -373,7 +373,7 @@ def test_a_file_is_refused_by_its_size_before_it_is_read(tmp_path):
     published.load(str(path))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_not_a_file_is_rejected(tmp_path):
   os.mkfifo(tmp_path / 'pipe.safetensors')
   (tmp_path / 'folder.safetensors').mkdir()
   for name in ('pipe', 'folder', 'absent'):
@@ -549,7 +549,7 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
     ('w.pth', 'w.safetensors', 'converting needs PyTorch: pip install torch'),
   ],
 )
-def test_what_the_converter_refuses(tmp_path, monkeypatch, source, out, message):
+def test_what_the_converter_rejects(tmp_path, monkeypatch, source, out, message):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, 'torch', None)
   for name in ('w.pth', 'w-0123abcd.pth'):
