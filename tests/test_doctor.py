@@ -113,7 +113,7 @@ def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
   made['data'] |= {'source': f'folder:{folder}', 'test_split': 'val'}
   lines = [
     'train: 1 file passed over: train/cat/2.tif',
-    'train: not used, beside the splits: extra/',
+    'train: not used, next to the splits: extra/',
     "test: the split 'test' of the source is not used",
   ]
   found = examine(doctor.Case(made), doctor.data.splits)
