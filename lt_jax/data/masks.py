@@ -271,8 +271,8 @@ class _Encoded:
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
       rows = pool.map(self._measure_one, range(len(self)))
-      title = f'label maps of {self.home()}'
-      found = [*track(rows, title, total=len(self), transient=True)]
+      told = f'label maps of {self.home()}'
+      found = [*track(rows, told, total=len(self), transient=True)]
     pixels, sizes = zip(*found, strict=True) if found else ((), ())
     classes = len(self.class_names)
     return {
@@ -297,12 +297,12 @@ class _Encoded:
     """Refuses a map whose size differs from its image's."""
     if label.shape != tuple(size):
       raise UserError(
-        f'{self.where_map(position)}: a label map of {_size(label.shape)} pixels, but '
-        f'the image {self.where(position)} has {_size(size)}'
+        f'{self.where_map(position)}: a label map of {_told(label.shape)} pixels, but '
+        f'the image {self.where(position)} has {_told(size)}'
       )
 
 
-def _size(size: Sequence[int]) -> str:
+def _told(size: Sequence[int]) -> str:
   """Returns (height, width) as a text, the width first."""
   return f'{size[1]} x {size[0]}'
 
@@ -502,8 +502,8 @@ class Window(NamedTuple):
     wanted = (self.height, self.width) if self.height else base
     if wanted[0] > size[0] or wanted[1] > size[1]:
       raise UserError(
-        f'{source.where(row)}: a window of {_size(wanted)} pixels does not fit into '
-        f'the image of {_size(image.shape[:2])}, which was resized to {_size(size)}: '
+        f'{source.where(row)}: a window of {_told(wanted)} pixels does not fit into '
+        f'the image of {_told(image.shape[:2])}, of which {_told(size)} are left: '
         'lower data.window, or raise data.scale or data.resize_to'
       )
     corner = [
