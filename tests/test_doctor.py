@@ -96,7 +96,7 @@ def test_photographs_without_a_fault(listed):
   found = examine(doctor.Case(listed[0]), *checks)
   assert not faults(found)
   assert 'train: 12 files open, 12 were decoded' in text_of(found, 'ok')
-  assert 'of 24 were hashed, as the others differ in size' in text_of(found, 'ok')
+  assert 'of 24 were hashed, because the others differ in size' in text_of(found, 'ok')
 
 
 def test_skipped_images_are_reported_everywhere(listed, tmp_path, rng, capsys):
@@ -113,7 +113,7 @@ def test_skipped_images_are_reported_everywhere(listed, tmp_path, rng, capsys):
   made['data'] |= {'source': f'folder:{folder}', 'test_split': 'val'}
   lines = [
     'train: 1 file passed over: train/cat/2.tif',
-    'train: not used, beside the splits: extra/',
+    'train: not used, next to the splits: extra/',
     "test: the split 'test' of the source is not used",
   ]
   found = examine(doctor.Case(made), doctor.data.splits)
@@ -257,7 +257,7 @@ def test_the_data_are_looked_at_where_nothing_else_can_be_built(config):
   found = examine(doctor.Case(config), doctor.splits, doctor.compiles)
   assert 'sgd' in text_of(found, 'wrong')
   assert 'test: 8 images' in text_of(found, 'ok')
-  assert 'compiles: the configuration cannot be built' in text_of(found, 'skip')
+  assert 'compiles: the config cannot be built' in text_of(found, 'skip')
 
 
 @pytest.mark.parametrize('name, value', [('mean', 0.9), ('std', 1.0)])
@@ -285,7 +285,7 @@ def test_classes_and_their_counts(config):
   assert "names shared by two classes: 1, such as 'a'" in found
   assert "classes without images in test: 1, such as 'c'" in found
   assert 'no class is many-shot' in found
-  assert 'test has 1 to 5 images a class' in found
+  assert 'test has 1 to 5 images per class' in found
 
 
 def test_a_tail_that_is_not_as_stated(config):
@@ -325,7 +325,7 @@ STEP = doctor.compiles, doctor.one_step, doctor.loss_at_start, doctor.learns
 def test_a_learning_rate_that_is_too_great(config):
   config = config(schedule={'name': 'constant', 'base': 1e30})
   found = examine(doctor.Case(config), *STEP, doctor.by_heart)
-  assert 'not finite: a smaller schedule.base' in text_of(found, 'wrong')
+  assert 'not finite: try a smaller schedule.base' in text_of(found, 'wrong')
 
 
 def test_a_batch_that_is_not_learned_by_heart(config, monkeypatch):
@@ -368,7 +368,7 @@ def test_a_gradient_that_does_not_arrive(config):
 def test_nothing_moves_without_a_learning_rate(config):
   found = examine(doctor.Case(config(schedule={'name': 'constant', 'base': 0})), *STEP)
   assert 'no parameter moves' in text_of(found, 'wrong')
-  assert 'that of a guess' in text_of(found, 'ok')
+  assert 'that of guessing' in text_of(found, 'ok')
 
 
 def trial(case, **values):

@@ -41,7 +41,7 @@ def test_domains_are_described_and_compared(tmp_path, rng):
   assert {finding.level for finding in findings} == {'ok'}
   texts = [finding.text for finding in findings]
   assert any(
-    "target 'other': 4x4x1; images (of a class): train 12 (4 to 4)" in t for t in texts
+    "target 'other': 4x4x1; images (per class): train 12 (4 to 4)" in t for t in texts
   )
   apart = (two['x_train'].mean() - one['x_train'].mean()) / one['x_train'].std()
   assert any(f'the means are {apart:.2g} deviations apart' in text for text in texts)

@@ -220,8 +220,8 @@ def test_lists_with_roles_make_one_set_of_test_images(tmp_path):
 @pytest.mark.parametrize(
   ('changed', 'message'),
   [
-    ({'gallery': None}, r'probe.txt: gallery.txt is missing beside it'),
-    ({'probe': None}, r'gallery.txt: probe.txt is missing beside it'),
+    ({'gallery': None}, r'probe.txt: gallery.txt is missing next to it'),
+    ({'probe': None}, r'gallery.txt: probe.txt is missing next to it'),
     ({'probe': ['h 0', 'g 3']}, r'probe.txt:2: identity 3 has no image in .*gallery'),
     ({'open': ['o -1']}, r'open.txt: with a gallery, .*distractors.txt'),
     ({'distractors': ['j 7']}, r'distractors.txt:1: label 7: in an open list'),

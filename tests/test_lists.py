@@ -83,19 +83,19 @@ def test_paths_with_blanks_unicode_and_windows_line_ends(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'lines', 'message'),
   [
-    ('train', ['path label', 'b.png 0'], ":1: must be a path.*'path label'"),
+    ('train', ['path label', 'b.png 0'], ":1: expected a path.*'path label'"),
     (
       'train',
       ['a.png 0', 'b.png 1.0'],
-      ":2: must be .* a whole number, is 'b.png 1.0'",
+      ":2: expected .* an integer, got 'b.png 1.0'",
     ),
-    ('train', ['a.png 0', 'b 2.png'], ":2: must be a path.*'b 2.png'"),
-    ('train', ['a.png 0', 'b.png'], ":2: must be a path.*'b.png'"),
-    ('train', ['a.png 0', '1'], ":2: must be a path.*'1'"),
+    ('train', ['a.png 0', 'b 2.png'], ":2: expected a path.*'b 2.png'"),
+    ('train', ['a.png 0', 'b.png'], ":2: expected a path.*'b.png'"),
+    ('train', ['a.png 0', '1'], ":2: expected a path.*'1'"),
     ('train', ['a.png 0', '', 'b.png 1'], ':2: an empty line'),
     ('train', [], ':1: an empty line'),
     ('train', ['a.png 0', 'b.png -1'], ':2: label -1: it must not be negative'),
-    ('train', ['a.png 0', 'b.png 99999999999'], ':2: must be a path'),
+    ('train', ['a.png 0', 'b.png 99999999999'], ':2: expected a path'),
     ('train', ['a.png 0', 'b.png 7'], ':2: label 7, but there are only 2 images'),
     ('train', ['a.png 0', '/etc/b.png 0'], ":2: '/etc/b.png' is not the relative"),
     ('train', ['a.png 0', 'c/../../b.png 0'], r":2: '../b.png' is not the relative"),
@@ -367,7 +367,7 @@ def test_faults_of_folders(tmp_path, images, message):
       'open has the name of a split, but .*classes .* into a new folder, .*train$',
     ),
     (['train/cat', 'test/Cat'], "train has no class 'Cat'; did you mean 'cat'"),
-    (['train/Caf\u00e9', 'train/Cafe\u0301'], 'two folders called .*form of Unicode'),
+    (['train/Caf\u00e9', 'train/Cafe\u0301'], 'two folders called .*Unicode form'),
     (['train/Caf\u00e9', 'open/Cafe\u0301'], 'is a class of train, so it is not open'),
   ],
 )
@@ -405,7 +405,7 @@ def test_skipped_images_are_reported_by_split(tmp_path):
   loaded = folder_of(tmp_path, 'train/ox/1.png', 'test/ox/1.png', 'train/.1.gif')
   assert sources.passed_over(loaded) == (
     'train: 2 files passed over: train/1.tif, train/ox/1.gif',
-    'train: not used, beside the splits: extra/, x.txt',
+    'train: not used, next to the splits: extra/, x.txt',
     'test: 1 file passed over: test/ox/1.xml',
   )
   flat = sources.load_source(f'folder:{tmp_path}/train')['train']
@@ -565,7 +565,7 @@ def test_folders_with_the_same_classes_are_splits_not_classes(tmp_path, one, oth
       (tmp_path / split / name).mkdir(parents=True)
       write_image(tmp_path / split / name / '1.png')
   message = (
-    f'{tmp_path}/({one}|{other}) and ({one}|{other}) hold the same classes and look'
+    f'{tmp_path}/({one}|{other}) and ({one}|{other}) have the same classes and look'
   )
   with pytest.raises(UserError, match=message):
     lists.folder_source(str(tmp_path), None)

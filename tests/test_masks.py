@@ -296,7 +296,7 @@ def all_void(folder):
 
 FAULTS = {
   of_another_size: r'1_ids.png: a label map of 15 x 12 pixels, but .*1.png has 16 x 12',
-  of_no_class: r'1_ids.png: id 77 at row \d+, column \d+ is none of the 3 classes',
+  of_no_class: r'1_ids.png: id 77 at row \d+, column \d+ is neither one of the 3',
   in_colours: r'1_ids.png: a label map in colours, those of Cityscapes \(RGB\)',
   damaged: r'1_ids.png: a label map that cannot be read',
   without: r'train.txt:2: .*1_ids.png does not exist',
@@ -348,7 +348,7 @@ def test_lists_need_the_names_of_their_classes(listed):
   with pytest.raises(UserError, match='classes.txt is missing: lists of label maps'):
     loaded(f'list:{listed}')
   write_lists(listed, ['0.png 0_ids.png', '1.png'])
-  with pytest.raises(UserError, match='train.txt:2: must be the path of an image, a b'):
+  with pytest.raises(UserError, match='train.txt:2: expected the path of an image'):
     loaded(f'list:{listed}')
 
 
@@ -363,6 +363,6 @@ def test_ids_can_be_turned_into_classes():
   np.testing.assert_array_equal(
     table.classes(np.array([[5, 7, 255]]), 'x'), [[0, 255, 255]]
   )
-  with pytest.raises(UserError, match='x: id 6 at row 0, column 1 is none of the 2'):
+  with pytest.raises(UserError, match='x: id 6 at row 0, column 1 is neither one'):
     table.classes(np.array([[5, 6]]), 'x')
   assert dataclasses.is_dataclass(masks.LabelledFiles)

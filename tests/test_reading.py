@@ -136,7 +136,7 @@ def test_a_worker_without_shared_memory_says_so():
     os.kill(os.getpid(), signal.SIGBUS)
 
   with (
-    pytest.raises(reading.WorkersFailed, match='give /dev/shm more'),
+    pytest.raises(reading.WorkersFailed, match='enlarge /dev/shm'),
     reading.reading({'train': stream(1, full)}, 0, 4) as read,
   ):
     read('train', 0)

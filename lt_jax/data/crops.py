@@ -109,7 +109,7 @@ def least_divisor(width: int, height: int) -> int:
 def _check_size(width: int, height: int, where: str) -> None:
   """Raises a `UserError` for an image of more than `MAX_PIXELS`."""
   if width * height > MAX_PIXELS:
-    raise UserError(f'{where}: an image of more than {MAX_PIXELS:,} pixels; resize it')
+    raise UserError(f'{where}: an image of more than {MAX_PIXELS:,} pixels: resize it')
 
 
 def _damaged(where: str, error: Exception) -> UserError:

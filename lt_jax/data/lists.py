@@ -1,7 +1,6 @@
 """Images in files: lists of their paths, and folders of classes.
 
-Every mistake in names and labels is found when a source is opened, before any image is
-read.
+Opening a source finds every mistake in names and labels, before any image is read.
 """
 
 import dataclasses
@@ -25,13 +24,13 @@ SPLITS = ('train', 'val', 'test', 'open')
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 MOST_BYTES = 2**29
-"""A larger file is taken for a mistake: one of 200 megapixels has a third of that."""
+"""A larger file is treated as a mistake: 200 megapixels need a third of that."""
 
 NAMED = 3
-"""How many of the files that are passed over are named."""
+"""How many of the unused files to name."""
 
-# What running again does not help against. Other errors pass, such as those of a
-# network file system.
+# Errors that a rerun does not fix. Others are temporary, such as those of a network
+# file system.
 _LASTING = (
   errno.ENOENT,
   errno.ENOTDIR,
@@ -44,13 +43,13 @@ _LASTING = (
 
 
 def check_file(path: str) -> None:
-  """Refuses what is not a regular file, or a far too large one.
+  """Refuses a file that is not regular or far too large.
 
-  A pipe may never give anything, and a device may never end.
+  Reading from a pipe could block, and a device could be endless.
 
   Raises:
-    UserError: it is not there, not regular, or larger than `MOST_BYTES`.
-    OSError: it cannot be reached at the moment.
+    UserError: it is missing, not regular, or larger than `MOST_BYTES`.
+    OSError: it is temporarily unavailable.
   """
   try:
     found = os.stat(path)
@@ -60,12 +59,12 @@ def check_file(path: str) -> None:
     raise UserError(f'{path}: not a regular file')
   if found.st_size > MOST_BYTES:
     raise UserError(
-      f'{path}: {found.st_size:,} bytes, more than the {MOST_BYTES:,} of an image file'
+      f'{path}: {found.st_size:,} bytes, above the limit of {MOST_BYTES:,} for an image'
     )
 
 
 def read_file(path: str) -> bytes:
-  """Returns the bytes of an image file; raises what `check_file` does."""
+  """Returns the bytes of an image file; raises the same errors as `check_file`."""
   check_file(path)
   try:
     return pathlib.Path(path).read_bytes()
@@ -74,7 +73,7 @@ def read_file(path: str) -> bytes:
 
 
 def _lasting(error: OSError, path: str) -> Exception:
-  """Returns a `UserError` if running again does not help, else the error itself."""
+  """Returns a `UserError` if a rerun does not help, else the error itself."""
   if error.errno in _LASTING:
     return UserError(f'{path}: {error.strerror}')
   return error
@@ -86,13 +85,13 @@ class Files:
 
   Attributes:
     root: the folder that `files` are relative to.
-    paths: their names in the list, which stand for the images in a fingerprint.
-    files: where they lie.
+    paths: their names in the list, which a fingerprint uses in place of the images.
+    files: their actual paths.
     labels: (N,) int32, -1 for images of no known class.
     class_names: names of classes 0 ... C - 1.
-    passed_over: lines that tell of files and folders that are not used.
-    image_shape: height and width are those of each file.
-    attributes: of each image, name -> (N,) int32, see `roles.attributes`.
+    passed_over: lines about files and folders that are not used.
+    image_shape: height and width differ between files.
+    attributes: name -> (N,) int32, see `roles.attributes`.
   """
 
   root: str
@@ -111,11 +110,11 @@ class Files:
     return crops.pixels(self.encoded(position), self.where(position))
 
   def encoded(self, position: int) -> bytes:
-    """Returns an image as it is stored; raises what `check_file` does."""
+    """Returns an image as stored; raises the same errors as `check_file`."""
     return read_file(self.where(position))
 
   def example(self, position: int) -> tuple[bytes, int]:
-    """Returns (file, label) as they are stored."""
+    """Returns (file, label) as stored."""
     return self.encoded(position), int(self.labels[position])
 
   def where(self, position: int) -> str:
@@ -123,18 +122,18 @@ class Files:
     return os.path.join(self.root, self.files[position])
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns what a fingerprint takes for the images at `rows`: paths, attributes."""
+    """Returns what a fingerprint uses for the images at `rows`: paths, attributes."""
     paths = '\0'.join(self.paths[row] for row in rows)
     told = (values[rows].astype('<i4').tobytes() for values in self.attributes.values())
     return paths.encode(errors='surrogateescape') + b''.join(told)
 
 
 class ImageList(NamedTuple):
-  """A list of images, that of line i + 1 at index i.
+  """A list of images, with line i + 1 at index i.
 
   Attributes:
-    file: where it was read.
-    paths: relative to a root that the list does not know.
+    file: the file it was read from.
+    paths: paths relative to a root, which is not part of the list.
     labels: (N,) int32.
   """
 
@@ -148,19 +147,19 @@ class ImageList(NamedTuple):
 
 
 def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
-  """Opens the images named by list files, as long-tailed benchmarks publish them.
+  """Opens the images named in list files, as long-tailed benchmarks publish them.
 
-  A line is a path, blanks and a label. The classes are 0 to the largest label of the
+  A line has a path, blanks and a label. The classes are 0 to the largest label of the
   training list; their names are the lines of classes.txt, if the folder has one. An
-  image may be listed once, in one list. Where files are not under their own names, the
-  names of `DIALECTS` are tried, then a folder called like the list.
+  image must be listed only once over all lists. If files are not found under their own
+  names, we try the names of `DIALECTS`, then a folder named like the list.
 
   The images of gallery.txt, probe.txt and distractors.txt are test images too, which
-  the task `identification` compares. Labels of the first two may be beyond those of the
-  classes; such identities are zero-shot. Those of distractors are -1.
+  the task `identification` compares. Labels of the first two can exceed those of the
+  classes; such identities are zero-shot. Distractors have label -1.
 
   Args:
-    folder: has train.txt and perhaps val.txt, test.txt and open.txt, or files whose
+    folder: has train.txt and optionally val.txt, test.txt and open.txt, or files whose
       names end in _train.txt and so on. In an open list all labels are -1.
     data_dir: the folder that paths are relative to; empty: the folder of the lists.
 
@@ -168,7 +167,7 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
     split -> source.
 
   Raises:
-    UserError: naming file and line, or the images that are missing.
+    UserError: it names the file and line, or the missing images.
   """
   lists = {
     split: read_list(file, is_open=split in ('open', 'distractors'))
@@ -195,14 +194,14 @@ def list_source(folder: str, data_dir: str | None) -> dict[str, Files]:
 
 
 def _check_roles(lists: Mapping[str, ImageList]) -> None:
-  """Refuses probes that nobody could find, and lists that say the same twice."""
+  """Refuses probes without an image in the gallery, and lists that do not combine."""
   there = [name for name in roles.ROLES if name in lists]
   if not there:
     return
   for name in ('gallery', 'probe'):
     if name not in lists:
       raise UserError(
-        f'{lists[there[0]].file}: {name}.txt is missing beside it; identification '
+        f'{lists[there[0]].file}: {name}.txt is missing next to it; identification '
         'needs a gallery and probes'
       )
   if 'open' in lists:
@@ -220,10 +219,10 @@ def _check_roles(lists: Mapping[str, ImageList]) -> None:
 
 
 def _with_roles(sources: Mapping[str, Files]) -> dict[str, Files]:
-  """Returns sources whose gallery, probes and distractors are among the test images.
+  """Returns sources with gallery, probes and distractors among the test images.
 
-  Distractors are there as one more identity, as classes from the number of classes on
-  are unknown.
+  Distractors share one more identity above all others, since labels from C on are
+  unknown.
   """
   if 'probe' not in sources:
     return dict(sources)
@@ -274,16 +273,16 @@ def find_lists(folder: str) -> dict[str, str]:
 
 
 def near_split(name: str) -> str | None:
-  """Returns the split that a name like 'Training', 'valid' or 'test2017' means."""
+  """Returns the split meant by a name like 'Training', 'valid' or 'test2017'."""
   words = re.findall('[a-z]+', name.casefold())
   meant = ''.join(word for word in words if word not in _FILLERS)
   return next((split for split, names in _MEANT.items() if meant in names), None)
 
 
 def _pairs_of_splits(folder: str, names: Sequence[str]) -> list[str]:
-  """Returns folders that hold the same classes under names such as X_train and X_test.
+  """Returns folders with the same classes and names such as X_train and X_test.
 
-  Names alone would not do: a class may be called 'train' or 'test_tube'.
+  The name alone is not enough: a class can be called 'train' or 'test_tube'.
   """
   named = [name for name in names if re.search('train|val|test', name.casefold())]
   inside = {name: _content(os.path.join(folder, name))[0] for name in named}
@@ -314,12 +313,12 @@ def read_list(file: str, *, is_open: bool = False) -> ImageList:
   """Reads a list of images; the images need not exist.
 
   Args:
-    file: lines of a relative path, blanks or tabs, and a label. The path may have
-      blanks in it, and is UTF-8.
-    is_open: all labels are -1; otherwise none is negative.
+    file: lines of a relative path, blanks or tabs, and a label. The path can contain
+      blanks and is UTF-8.
+    is_open: whether all labels are -1; otherwise none is negative.
 
   Raises:
-    UserError: a line that is not so, naming FILE:LINE.
+    UserError: a malformed line; it names FILE:LINE.
   """
   lines = read_lines(file)
   paths, labels = [], np.empty(len(lines), np.int32)
@@ -328,7 +327,7 @@ def read_list(file: str, *, is_open: bool = False) -> ImageList:
     match = _LINE.fullmatch(line)
     if not match:
       raise UserError(
-        f'{one.place(i)}: must be a path, a blank and a whole number, is {line[:200]!r}'
+        f'{one.place(i)}: expected a path, a blank and an integer, got {line[:200]!r}'
       )
     path, labels[i] = posixpath.normpath(match[1]), int(match[2])
     if path.startswith('/') or path.split('/')[0] in ('.', '..') or '\0' in path:
@@ -344,7 +343,7 @@ _LINE = re.compile(r'(.*[^ \t])[ \t]+(-?[0-9]{1,9})')
 
 
 def read_lines(file: str) -> list[str]:
-  """Returns the lines of a text file, none of them empty."""
+  """Returns the lines of a text file; refuses empty ones."""
   try:
     encoded = pathlib.Path(file).read_bytes()
     text = encoded.decode('utf-8-sig')
@@ -353,7 +352,7 @@ def read_lines(file: str) -> list[str]:
   except UnicodeDecodeError as error:
     line = encoded.count(b'\n', 0, error.start) + 1
     raise UserError(f'{file}:{line}: not UTF-8') from None
-  # Not splitlines: it would cut a path at characters that are no ends of lines.
+  # Not splitlines, which also splits at characters that can be part of a path.
   lines = [line.rstrip(' \t\r') for line in text.rstrip().split('\n')]
   if '' in lines:
     raise UserError(f'{file}:{lines.index("") + 1}: an empty line')
@@ -361,7 +360,7 @@ def read_lines(file: str) -> list[str]:
 
 
 def names_pairs(file: str) -> bool:
-  """Returns whether a list has two paths a line: of an image and of its label map."""
+  """Returns whether a list has two paths per line: an image and its label map."""
   first = read_lines(file)[0]
   parts = (first.split('\t') if '\t' in first else first.split(' '))[-2:]
   return (
@@ -372,12 +371,12 @@ def names_pairs(file: str) -> bool:
 
 
 def listed_class_names(folder: str) -> tuple[str, ...]:
-  """Returns the lines of classes.txt, which lists of label maps need."""
+  """Returns the lines of classes.txt, which lists of label maps require."""
   file = os.path.join(folder, 'classes.txt')
   if not os.path.exists(file):
     raise UserError(
-      f'{file} is missing: lists of label maps need the names of the classes, a line '
-      'each, in the order of their ids'
+      f'{file} is missing: lists of label maps need the names of the classes, one per '
+      'line, in the order of their ids'
     )
   return tuple(read_lines(file))
 
@@ -405,17 +404,17 @@ def _class_names(folder: str, train: ImageList) -> tuple[str, ...]:
 
 
 def locate(lists: Mapping[str, ImageList], root: str) -> dict[str, Sequence[str]]:
-  """Finds the files of all lists; reads folders, so that no file costs a call.
+  """Finds the files of all lists; reads whole folders rather than check each file.
 
   Args:
-    lists: split -> list, 'train' among them.
+    lists: split -> list, including 'train'.
     root: the folder that paths are relative to.
 
   Returns:
     split -> a path relative to `root` for each image: its own, or that of a dialect.
 
   Raises:
-    UserError: with the number of missing files and the first of them.
+    UserError: it says how many files are missing and names the first ones.
   """
   if not os.path.isdir(root):
     raise UserError(f'the folder of images {root} does not exist')
@@ -429,7 +428,7 @@ def locate(lists: Mapping[str, ImageList], root: str) -> dict[str, Sequence[str]
 
   found, missing = {}, []
   for split, one in lists.items():
-    # The first spelling without a gap, or else the one with the fewest.
+    # Use the first spelling with no missing files, or else the one with the fewest.
     gaps = None
     for paths in _spellings(one, examples):
       now = absent(paths)
@@ -446,7 +445,7 @@ def locate(lists: Mapping[str, ImageList], root: str) -> dict[str, Sequence[str]
 
 
 def _file_names(root: str, folder: str) -> set[str]:
-  """Returns the names of the files in a folder; none where there is no folder."""
+  """Returns the names of the files in a folder; none if it does not exist."""
   path = os.path.join(root, folder)
   try:
     with os.scandir(path) as entries:
@@ -458,7 +457,7 @@ def _file_names(root: str, folder: str) -> set[str]:
 
 
 def _spellings(one: ImageList, examples: Mapping[int, str]) -> Iterator[Sequence[str]]:
-  """Yields the paths of a list as they are, and as they may be stored elsewhere."""
+  """Yields the paths of a list as they are, and in other possible spellings."""
   yield one.paths
   for spell in DIALECTS.values():
     yield [
@@ -477,7 +476,7 @@ def _places365_standard(path: str, example: str) -> str:
     return f'train/{match[1].replace("/", "-")}/{match[2]}'
   match = re.fullmatch(r'val_256/([^/]+)', path)
   standard = _places365_standard(example, '') if match else ''
-  # The class is not in the path, but a training image of it tells its folder.
+  # The class is not in the path, but a training image of it has its folder.
   if inner := re.fullmatch(r'train/([^/]+)/[^/]+', standard):
     return f'val/{inner[1]}/{match[1]}'
   return path
@@ -495,7 +494,7 @@ def _places365_256(path: str, example: str) -> str:
 Dialect = Callable[[str, str], str]
 """(path, path of a training image of the same class or '') -> path in the dialect."""
 
-# Places365 comes as two archives with other folders, and lists exist for both.
+# Places365 comes as two archives with different folders, and lists exist for both.
 DIALECTS: dict[str, Dialect] = {
   'places365_standard': _places365_standard,
   'places365_256': _places365_256,
@@ -503,7 +502,7 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def check_listed_once(lists: Iterable[ImageList]) -> None:
-  """Raises a `UserError` if a path is listed twice, with any labels, in any lists."""
+  """Raises a `UserError` if a path is listed twice, whatever the labels and lists."""
   seen: dict[str, tuple[ImageList, int]] = {}
   for one in lists:
     for i, path in enumerate(one.paths):
@@ -517,23 +516,23 @@ def check_listed_once(lists: Iterable[ImageList]) -> None:
 
 
 def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
-  """Opens folders of images, one a class.
+  """Opens folders of images, one per class.
 
   Args:
-    folder: has train/CLASS/.../*.jpg and perhaps val and test like it, and open with
-      images anywhere; or else CLASS/.../*.jpg, which are the split 'train'. Classes are
-      the sorted folder names of train. Links are followed. Files with other endings
-      than `SUFFIXES` are passed over, and so are folders beside the splits; the source
-      tells of them, except of hidden ones.
+    folder: has train/CLASS/.../*.jpg, optionally val and test in the same form, and
+      open with images anywhere; or else CLASS/.../*.jpg, which are the split 'train'.
+      Classes are the sorted folder names of train. Links are followed. Files with
+      extensions other than `SUFFIXES` and folders next to the splits are passed over;
+      the source reports them, except hidden ones.
     data_dir: not used.
 
   Returns:
     split -> source.
 
   Raises:
-    UserError: naming a class without images, or one that train does not have; a folder
-      that is nearly called like a split; an image that is not a regular file; or a
-      folder that two classes or splits share by links.
+    UserError: a class has no images, or train does not have it; the name of a folder
+      is nearly that of a split; an image is not a regular file; or links make two
+      classes or splits share a folder.
   """
   splits, beside = _layout(folder)
   home = _join(folder, splits['train'])
@@ -562,11 +561,11 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
         )
     if not paths:
       raise UserError(f'{_join(folder, below)} has no folders of classes')
-    told = (passed_over_line(others),) if others else ()
+    lines = (passed_over_line(others),) if others else ()
     if split == 'train' and beside:
-      told += (f'not used, beside the splits: {_some(beside)}',)
+      lines += (f'not used, next to the splits: {_first_names(beside)}',)
     y = np.array(labels, np.int32)
-    sources[split] = Files(folder, paths, paths, y, class_names, told)
+    sources[split] = Files(folder, paths, paths, y, class_names, lines)
   return sources
 
 
@@ -575,10 +574,10 @@ def _join(folder: str, below: str) -> str:
 
 
 def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
-  """Returns split -> its folder in a tree, and what beside them is not used.
+  """Returns split -> its folder in a tree, and what else is there but not used.
 
   Raises:
-    UserError: a folder may be a split or a class, or there is no train.
+    UserError: a folder could be a split or a class, or there is no train.
   """
   names, files = _content(folder)
   for name in names:
@@ -593,7 +592,7 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
   others = [name for name in names if name not in SPLITS]
   if splits := _pairs_of_splits(folder, others):
     raise UserError(
-      f'{os.path.join(folder, splits[0])} and {splits[1]} hold the same classes and '
+      f'{os.path.join(folder, splits[0])} and {splits[1]} have the same classes and '
       f'look like splits: rename them to two of {", ".join(SPLITS)}'
     )
   if not present:
@@ -602,7 +601,7 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
     return {split: split for split in present}, [f'{name}/' for name in others] + files
   if others:
     raise UserError(
-      f'{os.path.join(folder, present[0])} has the name of a split, but lies beside '
+      f'{os.path.join(folder, present[0])} has the name of a split, but is next to '
       f'folders of classes, such as {others[0]!r}: move all classes (and '
       f'{present[0]!r}, if it is one) into a new folder, and name that one '
       f'{os.path.join(folder, "train")}'
@@ -611,20 +610,20 @@ def _layout(folder: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _labels(folder: str, class_names: Sequence[str]) -> dict[str, int]:
-  """Returns the name of each class, composed, -> its label."""
+  """Returns the composed name of each class -> its label."""
   known: dict[str, int] = {}
   for label, name in enumerate(class_names):
     if composed(name) in known:
       raise UserError(
-        f'{folder} has two folders called {name!r}, which differ only in their form of '
-        'Unicode: make them one'
+        f'{folder} has two folders called {name!r}, which only differ in their Unicode '
+        'form: merge them'
       )
     known[composed(name)] = label
   return known
 
 
 def composed(name: str) -> str:
-  """Returns a name in the form in which names are compared, Unicode's NFC."""
+  """Returns a name in Unicode's NFC form, in which names are compared."""
   return unicodedata.normalize('NFC', name)
 
 
@@ -649,9 +648,9 @@ def _class_folders(
 
 
 def _content(folder: str) -> tuple[tuple[str, ...], list[str]]:
-  """Returns the sorted names of folders and of files in a folder, hidden ones left out.
+  """Returns the sorted names of folders and of files in a folder, without hidden ones.
 
-  Links count as what they lead to.
+  Links count as what they point to.
   """
   try:
     with os.scandir(folder) as entries:
@@ -665,7 +664,7 @@ def _content(folder: str) -> tuple[tuple[str, ...], list[str]]:
 def _is_folder(entry: os.DirEntry) -> bool:
   try:
     return entry.is_dir()
-  except OSError:  # of a link to itself
+  except OSError:  # a link to itself
     return False
 
 
@@ -677,11 +676,11 @@ def _is_file(entry: os.DirEntry) -> bool:
 
 
 class Found(NamedTuple):
-  """What lies below a folder, hidden files left out: sorted paths relative to it.
+  """The contents of a folder without hidden files: sorted paths relative to it.
 
   Attributes:
-    images: regular files that end as images do.
-    others: all other files, and links to folders that are there already.
+    images: regular files with an image's extension.
+    others: all other files, and links to folders already found.
     folders: real path -> path of each folder.
   """
 
@@ -691,11 +690,11 @@ class Found(NamedTuple):
 
 
 def find_images(folder: str) -> Found:
-  """Finds images below a folder; follows links, but into no folder twice.
+  """Finds images below a folder; follows links, but enters no folder twice.
 
   Raises:
     UserError: a folder cannot be read.
-    OSError: it cannot be read at the moment.
+    OSError: it is temporarily unavailable.
   """
   found = Found([], [], {})
   waiting = [(folder, '')]
@@ -725,23 +724,23 @@ def find_images(folder: str) -> Found:
 
 
 def is_image_name(name: str) -> bool:
-  """Returns whether a file's name ends like that of an image."""
+  """Returns whether a file name has an image's extension."""
   return name.lower().endswith(SUFFIXES)
 
 
 def passed_over_line(paths: Sequence[str]) -> str:
-  """Returns the line that tells of files that are passed over."""
+  """Returns a line about files that are not used."""
   files = 'file' if len(paths) == 1 else 'files'
-  return f'{len(paths):,} {files} passed over: {_some(paths)}'
+  return f'{len(paths):,} {files} passed over: {_first_names(paths)}'
 
 
-def _some(paths: Sequence[str]) -> str:
+def _first_names(paths: Sequence[str]) -> str:
   more = len(paths) - NAMED
   return ', '.join(paths[:NAMED]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def _regular(root: str, others: Sequence[str]) -> Sequence[str]:
-  """Returns what is passed over; refuses broken links, and images that are no files."""
+  """Returns unused paths; refuses broken links, and images that are not files."""
   for name in others:
     path = os.path.join(root, name)
     if (is_image_name(name) or os.path.islink(path)) and not os.path.isdir(path):
@@ -750,11 +749,11 @@ def _regular(root: str, others: Sequence[str]) -> Sequence[str]:
 
 
 def _check_unshared(found: Found, owners: dict[str, str]) -> None:
-  """Refuses folders that links make part of two classes or splits.
+  """Refuses folders that belong to two classes or splits through links.
 
   Args:
-    found: what is in the folder of a class.
-    owners: real path -> path of the folders of earlier classes; takes those of this.
+    found: the contents of a class's folder.
+    owners: real path -> path of the folders of earlier classes; this class's are added.
   """
   for real, folder in found.folders.items():
     if real in owners:

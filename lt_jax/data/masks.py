@@ -1,16 +1,16 @@
 """Label maps: images in which every pixel has a class, in memory and in files.
 
-On the host a map is uint8, with `VOID` where a pixel counts for nothing; on the device
-it is int32, with -1 there. A source of such images has, beside what every source has
-(see `lt_jax.data.sources`),
+On the host a map is uint8, with `VOID` for pixels to ignore; on the device it is int32
+with -1 for them. Besides what every source has (see `lt_jax.data.sources`), a source of
+such images has
 
   label_map(position)   the map of an image, (H, W) uint8
   has_map(position)     whether there is one; images of a target need none
-  class_pixels(rows)    (n, C) int64, the pixels of each class in some images
+  class_pixels(rows)    (n, C) int64, pixels per class of some images
   sizes(rows)           (n, 2) int, height and width of some images
 
-and its `labels` are all -1, as no image has one label. A map is never resampled but by
-taking the nearest pixel.
+and its `labels` are all -1, since images have no single label. Maps are only ever
+resampled by nearest neighbour.
 """
 
 import concurrent.futures
@@ -33,19 +33,19 @@ from lt_jax.errors import UserError
 from lt_jax.files import read_npz, write_atomically
 
 VOID = 255
-"""The id of a pixel that counts for nothing, on the host."""
+"""The id of ignored pixels, on the host."""
 
-_UNKNOWN = 254  # in a table: an id that is none of the classes, nor void
+_UNKNOWN = 254  # in a table: an id that is neither a class nor void
 
 MEASURED = '.lt_jax-pixels-{}.npz'
-"""Where the class counts of a folder's label maps are kept, beside them."""
+"""File with the class counts of a folder's label maps, kept in that folder."""
 
 
 class Ids(NamedTuple):
-  """How the ids that a data set stores become classes.
+  """How the ids stored in a data set become classes.
 
   Attributes:
-    class_names: of the C classes.
+    class_names: names of the C classes.
     table: (256,) uint8: id -> class, `VOID`, or unknown.
   """
 
@@ -56,15 +56,15 @@ class Ids(NamedTuple):
     """Returns (H, W) uint8 classes of stored ids.
 
     Raises:
-      UserError: an id that is none; it names the file and the id.
+      UserError: an unknown id; it names the file and the id.
     """
     found = self.table[np.minimum(ids, 255).astype(np.uint8)]
     wrong = (found == _UNKNOWN) | (ids > 255)
     if wrong.any():
       row, column = np.argwhere(wrong)[0]
       raise UserError(
-        f'{where}: id {ids[row, column]} at row {row}, column {column} is none of the '
-        f'{len(self.class_names)} classes, nor void ({VOID})'
+        f'{where}: id {ids[row, column]} at row {row}, column {column} is neither one '
+        f'of the {len(self.class_names)} classes nor void ({VOID})'
       )
     return found
 
@@ -78,8 +78,8 @@ def make_ids(
 
   Args:
     class_names: C names.
-    raw: the stored id of each class; None: 0 to C - 1. What is -1 has none.
-    void: further stored ids that count for nothing; 255 always does.
+    raw: the stored id of each class, -1 if it has none; None: 0 to C - 1.
+    void: further stored ids to ignore; 255 is always ignored.
   """
   table = np.full(256, _UNKNOWN, np.uint8)
   for number, stored in enumerate(range(len(class_names)) if raw is None else raw):
@@ -90,7 +90,7 @@ def make_ids(
 
 
 def pixel_counts(maps: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns (N, C) int64, the pixels of each class in maps (N, H, W) uint8."""
+  """Returns (N, C) int64, pixels per class of maps (N, H, W) uint8."""
   counts = [np.bincount(one.ravel(), minlength=256)[:num_classes] for one in maps]
   return np.array(counts, np.int64).reshape(len(maps), num_classes)
 
@@ -131,11 +131,11 @@ class LabelledArrays(InMemory):
 
 
 def without_classes(source: Any, hidden: np.ndarray) -> Any:
-  """Returns a source of label maps in which pixels of some classes are void.
+  """Returns a source of label maps with the pixels of some classes set to void.
 
   Args:
-    source: any of this module.
-    hidden: (C,) bool, the classes.
+    source: any source of this module.
+    hidden: (C,) bool, these classes.
   """
   table = np.arange(256, dtype=np.uint8)
   table[np.flatnonzero(hidden)] = VOID
@@ -155,7 +155,7 @@ def checked_arrays(
   """Returns arrays as a source.
 
   Raises:
-    UserError: a map of another size than its image, or an id that is no class.
+    UserError: the size of a map differs from its image's, or an id is unknown.
   """
   if images.dtype != np.uint8 or images.shape[:3] != maps.shape:
     raise UserError(
@@ -167,22 +167,22 @@ def checked_arrays(
     image, row, column = np.argwhere(wrong)[0]
     raise UserError(
       f'{where}: image {image} has the id {maps[image, row, column]} at row {row}, '
-      f'column {column}, which is none of the {len(class_names)} classes, nor void '
-      f'({VOID})'
+      f'column {column}, which is neither one of the {len(class_names)} classes nor '
+      f'void ({VOID})'
     )
   maps = np.where(maps < 0, VOID, maps).astype(np.uint8)
   return LabelledArrays(images, maps, tuple(class_names), passed_over)
 
 
 def read_ids(encoded: bytes, where: str) -> np.ndarray:
-  """Returns the (H, W) ids of a label image, as they are stored.
+  """Returns the (H, W) ids of a label image as stored.
 
   Args:
-    encoded: a PNG file as a rule, of one channel or with a palette.
+    encoded: usually a PNG file, with one channel or a palette.
     where: its name, for messages.
 
   Raises:
-    UserError: it is damaged, or has colours where ids are expected.
+    UserError: it is damaged, or has colours instead of ids.
   """
   try:
     image = crops.open_image(io.BytesIO(encoded))
@@ -194,15 +194,15 @@ def read_ids(encoded: bytes, where: str) -> np.ndarray:
     return np.asarray(image).astype(np.int64)
   colours = np.asarray(image.convert('RGB')).reshape(-1, 3)
   known = of_colours(colours)
-  told = f', those of {known}' if known else ''
+  whose = f', those of {known}' if known else ''
   raise UserError(
-    f'{where}: a label map in colours{told} ({image.mode}); one of ids is expected, '
-    'which has one channel'
+    f'{where}: a label map in colours{whose} ({image.mode}); expected ids in a single '
+    'channel'
   )
 
 
 class _Encoded:
-  """What sources of encoded images with maps share; the maps are read when needed."""
+  """Base of sources of encoded images with maps; maps are read when needed."""
 
   ids: Ids
   passed_over: tuple[str, ...] = ()
@@ -225,7 +225,7 @@ class _Encoded:
     """Returns the (H, W) uint8 map of an image.
 
     Raises:
-      UserError: there is none, it is damaged, or has an id that is no class.
+      UserError: there is none, it is damaged, or has an unknown id.
     """
     if not self.has_map(position):
       raise UserError(f'{self.where(position)}: an image without a label map')
@@ -233,9 +233,9 @@ class _Encoded:
     return self.ids.classes(read_ids(self.encoded_map(position), where), where)
 
   def class_pixels(self, rows: np.ndarray) -> np.ndarray:
-    """Returns (n, C) int64, the pixels of each class in some images; 0 without a map.
+    """Returns (n, C) int64, pixels per class of some images; 0 without a map.
 
-    All maps are read for it, once: what was found is kept beside the data.
+    This reads all maps once, and keeps the counts next to the data.
     """
     return self._measured['pixels'][rows]
 
@@ -248,7 +248,7 @@ class _Encoded:
     """'pixels' (N, C) and 'sizes' (N, 2), read from the folder or measured.
 
     Raises:
-      UserError: a map whose size is not that of its image, or that cannot be read.
+      UserError: a map cannot be read, or its size differs from its image's.
     """
     digest = hashlib.sha256(self.stamp())
     digest.update(repr(self.ids.class_names).encode() + self.ids.table.tobytes())
@@ -259,7 +259,7 @@ class _Encoded:
       if {name: stored[name].shape for name in stored} == shapes:
         return stored
     found = self._measure()
-    with contextlib.suppress(OSError, UserError):  # of a folder that is not ours
+    with contextlib.suppress(OSError, UserError):  # the folder can be read-only
       stored = io.BytesIO()
       np.savez_compressed(stored, **found)
       write_atomically(path, stored.getvalue())
@@ -294,7 +294,7 @@ class _Encoded:
     return pixel_counts(label[None], classes)[0], size
 
   def check_size(self, position: int, label: np.ndarray, size: tuple[int, int]) -> None:
-    """Refuses a map that is not as large as its image."""
+    """Refuses a map whose size differs from its image's."""
     if label.shape != tuple(size):
       raise UserError(
         f'{self.where_map(position)}: a label map of {_told(label.shape)} pixels, but '
@@ -303,7 +303,7 @@ class _Encoded:
 
 
 def _told(size: Sequence[int]) -> str:
-  """Returns height and width in words, the width first."""
+  """Returns (height, width) as a text, the width first."""
   return f'{size[1]} x {size[0]}'
 
 
@@ -316,7 +316,7 @@ class LabelledFiles(_Encoded):
     images_at: paths of the images.
     maps_at: paths of their label maps; '' for an image that has none.
     ids: how the stored ids become classes.
-    passed_over: lines that tell of files that are not used.
+    passed_over: lines about files that are not used.
   """
 
   root: str
@@ -349,7 +349,7 @@ class LabelledFiles(_Encoded):
     return bool(self.maps_at[position])
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns what a fingerprint takes for images: their paths, and those of maps."""
+    """Returns what a fingerprint uses for images: their paths, and those of maps."""
     names = [f'{self.images_at[row]}\0{self.maps_at[row]}' for row in rows]
     return '\0'.join(names).encode(errors='surrogateescape')
 
@@ -358,12 +358,12 @@ class LabelledFiles(_Encoded):
     return self.root
 
   def stamp(self) -> bytes:
-    """Returns what changes where a file does: paths, sizes and times."""
-    told = []
+    """Returns bytes that change if a file does: paths, sizes and times."""
+    lines = []
     for image, label in zip(self.images_at, self.maps_at, strict=True):
       found = os.stat(os.path.join(self.root, label or image))
-      told.append(f'{image}\0{label}\0{found.st_size}\0{found.st_mtime_ns}')
-    return '\n'.join(told).encode(errors='surrogateescape')
+      lines.append(f'{image}\0{label}\0{found.st_size}\0{found.st_mtime_ns}')
+    return '\n'.join(lines).encode(errors='surrogateescape')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -373,9 +373,9 @@ class LabelledRecords(_Encoded):
   Attributes:
     name: data set, version and split.
     size: bytes of its records.
-    folder: where they lie.
+    folder: their folder.
     features: (position) -> the features of a record.
-    keys: names of the features that are the image and the map.
+    keys: names of the features with the image and the map.
     count: N.
     ids: how the stored ids become classes.
   """
@@ -415,7 +415,7 @@ class LabelledRecords(_Encoded):
     return True
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns `size`; beside it `name` and the rows say all."""
+    """Returns `size`, which identifies the images together with `name` and rows."""
     return str(self.size).encode()
 
   def home(self) -> str:
@@ -423,7 +423,7 @@ class LabelledRecords(_Encoded):
     return self.folder
 
   def stamp(self) -> bytes:
-    """Returns what changes where the data do."""
+    """Returns bytes that change if the data do."""
     return f'{self.name} {self.size}'.encode()
 
 
@@ -433,13 +433,13 @@ def paired_lists(
   """Opens lists of images and their label maps.
 
   Args:
-    lists: split -> file of lines: the path of an image, a blank or tab, and that of its
-      label map, or '-' where it has none. Paths with blanks need a tab between them.
+    lists: split -> file of lines: the path of an image, a blank or tab, and the path of
+      its label map, or '-' if it has none. If paths contain blanks, use a tab.
     root: the folder that paths are relative to.
-    class_names: of the ids 0 to C - 1; 255 is void.
+    class_names: names of the ids 0 to C - 1; 255 is void.
 
   Raises:
-    UserError: a line that is not so, or a file that is not there.
+    UserError: a malformed line, or a missing file.
   """
   ids, found = make_ids(class_names), {}
   for split, file in lists.items():
@@ -450,8 +450,8 @@ def paired_lists(
       parts = [part.strip() for part in parts if part.strip()]
       if len(parts) != 2:
         raise UserError(
-          f'{place}: must be the path of an image, a blank, and that of its label map '
-          f"or '-', is {line[:200]!r}"
+          f'{place}: expected the path of an image, a blank, and the path of its label '
+          f"map or '-', got {line[:200]!r}"
         )
       for path in parts:
         if path != '-' and not os.path.isfile(os.path.join(root, path)):
@@ -463,16 +463,16 @@ def paired_lists(
 
 
 class Window(NamedTuple):
-  """Brings images and label maps of any size to one, both in the same way.
+  """Crops and resizes images and their label maps to one size.
 
   Attributes:
-    height: of the random window that is trained on; 0: the whole image is.
+    height: of the random training window; 0 trains on whole images.
     width: likewise.
-    scale: least and greatest factor by which an image is resized before.
-    resize: (height, width) that images are brought to before; () leaves them. The maps
-      that are evaluated on are never resized.
-    canvas: (height, width) of the largest image that is evaluated on. Smaller ones lie
-      in its upper left, and beyond them is void.
+    scale: smallest and largest factor to resize an image by first.
+    resize: (height, width) to resize images to before that; () leaves them. The maps
+      used in evaluation are never resized.
+    canvas: (height, width) of the largest image to evaluate. Smaller ones are placed in
+      its upper left corner, and the rest is void.
   """
 
   height: int
@@ -490,7 +490,7 @@ class Window(NamedTuple):
   def training(
     self, source: Any, row: int, generator: np.random.Generator, labelled: bool
   ) -> dict[str, np.ndarray]:
-    """Returns 'image' (h, w, 3) and, if asked for, 'label' (h, w): a random window.
+    """Returns a random window: 'image' (h, w, 3) and, if labelled, 'label' (h, w).
 
     Raises:
       UserError: the window does not fit into the image.
@@ -516,9 +516,9 @@ class Window(NamedTuple):
     return found
 
   def evaluation(self, source: Any, row: int, labelled: bool) -> dict[str, np.ndarray]:
-    """Returns 'image' (h, w, 3) and, if asked for, 'label', the whole map.
+    """Returns 'image' (h, w, 3) and, if labelled, 'label', the whole map.
 
-    The map is as large as it is stored, which the image need not be.
+    The map keeps its stored size; the image can be resized.
     """
     image, label = _pair(source, row, labelled)
     if self.resize:
@@ -535,7 +535,7 @@ class Window(NamedTuple):
 def _pair(
   source: Any, row: int, labelled: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-  """Reads an image, and its map if it is asked for."""
+  """Reads an image, and its map if labelled."""
   image = source[row]
   if not labelled:
     return image, None
@@ -546,7 +546,7 @@ def _pair(
 
 
 def _placed(values: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
-  """Returns an image or a map in the upper left of a larger one."""
+  """Returns an image or a map placed in the upper left of a larger one."""
   if values.shape[:2] == tuple(size):
     return values
   made = np.full((*size, *values.shape[2:]), fill, values.dtype)
@@ -560,12 +560,12 @@ def resized(
   corner: Sequence[int],
   window: tuple[int, int],
 ) -> np.ndarray:
-  """Returns a window of an image that is resized, bilinear and antialiased.
+  """Returns a window of a resized image, bilinear and antialiased.
 
   Args:
     image: (H, W, 3) uint8.
-    size: (height, width) that the whole image gets.
-    corner: row and column at which the window begins.
+    size: (height, width) of the whole image after resizing.
+    corner: row and column where the window begins.
     window: its height and width.
   """
   from PIL import Image
@@ -586,9 +586,9 @@ def nearest(
   corner: Sequence[int],
   window: tuple[int, int],
 ) -> np.ndarray:
-  """Returns the same window of a label map, by the nearest pixel.
+  """Returns the same window of a label map, by nearest neighbour.
 
-  Pixel i of n is taken from floor((i + 1/2) N / n) of N: that in which its centre lies.
+  Pixel i of n comes from pixel floor((i + 1/2) N / n) of N, which contains its centre.
   """
   rows, columns = (
     np.minimum(((start + np.arange(part)) * 2 + 1) * old // (2 * new), old - 1)

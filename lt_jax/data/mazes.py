@@ -1,10 +1,10 @@
 """Mazes: a grid world in which the label of an image is the next move to the goal.
 
-For trying domain adaptation when the network learns a policy. Mazes of 7x7, 9x9 and
-11x11 cells are rendered at 32 pixels in several ways. An image shows a whole maze, the
-agent and the goal; its label is the first move of a shortest path.
+Use them to try domain adaptation for a network that learns a policy. Mazes of 7x7, 9x9
+and 11x11 cells are rendered at 32 pixels in several styles. An image shows a whole
+maze, the agent and the goal; its label is the first move of a shortest path.
 
-This is our own construction: the mazes on which Liu et al. report (Open Compound Domain
+We made these ourselves: the mazes that Liu et al. report on (Open Compound Domain
 Adaptation, arXiv 1909.03403) were never released.
 """
 
@@ -18,38 +18,38 @@ from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError, lookup
 
 SIDE = 32
-"""Pixels of an image, high and wide."""
+"""Height and width of an image in pixels."""
 
 PIXELS = 2
-"""Pixels of a cell; cells begin at even pixels, so that strides of 2 keep to them."""
+"""Side of a cell in pixels; cells begin at even pixels, to align with strides of 2."""
 
 ACTIONS = ('up', 'down', 'left', 'right')
 MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1)], np.int32)
-"""What each action adds to the row and the column of the agent."""
+"""What each action adds to the agent's row and column."""
 
 ROOMS = (4, 5, 6)
-"""Rooms of a maze, high and wide; between two neighbours is a cell, wall or floor."""
+"""Rooms per side of a maze; between two neighbours is a cell, either wall or floor."""
 
 CELLS = 2 * ROOMS[-1] - 1
-"""Cells of the largest maze, high and wide."""
+"""Cells per side of the largest maze."""
 
 LOOPS = 0.4
-"""The chance that a wall between two rooms is taken out of a maze without loops."""
+"""The probability that a wall between two rooms is removed from a loop-free maze."""
 
 SPLITS = {'train': 10_000, 'val': 1_000, 'test': 2_000}
-"""Images of every domain, unless its name asks for others to train on."""
+"""Images per domain, unless its name gives the number of training images."""
 
 SEED = 0
-"""Of all mazes and renderings: a part of the data set."""
+"""Seed of all mazes and renderings; it is part of the data set."""
 
 
 class Mazes(NamedTuple):
   """N mazes, each in the upper left of a grid of 11x11 cells.
 
   Attributes:
-    size: (N,) int32, cells of a maze, high and wide.
-    walls: (N, 11, 11) bool, true beyond its size as well.
-    start: (N, 2) int32, row and column where the agent begins.
+    size: (N,) int32, cells per side.
+    walls: (N, 11, 11) bool, also true outside the maze.
+    start: (N, 2) int32, row and column where the agent starts.
     goal: (N, 2) int32.
     distance: (N, 11, 11) int32, moves from each cell to the goal; -1 in walls.
   """
@@ -62,12 +62,12 @@ class Mazes(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """The images of N mazes, in which the agent can be put anywhere.
+  """The images of N mazes, in which the agent can be placed anywhere.
 
   Attributes:
     background: (N, 32, 32, 3) uint8: walls, floor and goal.
-    cell: (N, 32) int32, the row of cells that a row of pixels shows, and the same for
-      columns; -1 beyond the maze.
+    cell: (N, 32) int32, the row of cells shown by a row of pixels, and likewise for
+      columns; -1 outside the maze.
     agent: (N, 1, 1, 3) uint8, its colour.
   """
 
@@ -84,7 +84,7 @@ class Scene(NamedTuple):
 
 
 class World(NamedTuple):
-  """What the images of a split show.
+  """The mazes behind the images of a split.
 
   Attributes:
     mazes: the mazes.
@@ -100,19 +100,19 @@ class World(NamedTuple):
 def maze_images(argument: str, data_dir: str | None = None) -> dict[str, Any]:
   """Returns a domain of mazes.
 
-  All domains have the same test mazes, so that between them nothing differs but the
-  rendering. No two domains share mazes to train on.
+  All domains have the same test mazes, so they only differ in the rendering. No two
+  domains share training mazes.
 
   Args:
-    argument: DOMAIN or DOMAIN:N, with N training images: a key of `RENDERINGS`.
+    argument: DOMAIN or DOMAIN:N, with a key of `RENDERINGS` and N training images.
     data_dir: not used.
 
   Returns:
-    'train', 'val' and 'test' -> images (N, 32, 32, 3) uint8 in memory, which know
-    their `World`.
+    'train', 'val' and 'test' -> images (N, 32, 32, 3) uint8 in memory, with their
+    `World`.
 
   Raises:
-    UserError: an unknown domain, or a number that is none.
+    UserError: an unknown domain, or an invalid number.
   """
   domain, _, wanted = argument.partition(':')
   lookup(RENDERINGS, 'domain of mazes', domain)
@@ -138,9 +138,9 @@ def make_world(domain: str, split: str, size: int) -> tuple[World, np.ndarray]:
 
 
 class Draws(NamedTuple):
-  """Random numbers in [0, 1), float32, a row an image.
+  """Random numbers in [0, 1), float32, one row per image.
 
-  An image's are its own, so that it does not depend on how many there are.
+  Each image has its own, so it does not depend on how many there are.
   """
 
   edges: np.ndarray  # (N, E)
@@ -154,7 +154,7 @@ class Draws(NamedTuple):
 
 
 def draw(purpose: str, size: int) -> Draws:
-  """Draws the random numbers of `size` images of one purpose."""
+  """Draws the random numbers of `size` images for one purpose."""
   widths = (len(EDGES), len(EDGES), 1, 1, 1, 1, 6, SIDE**2)
   seed = (SEED, zlib.crc32(purpose.encode()))
   table = np.empty((size, sum(widths)), np.float32)
@@ -171,16 +171,16 @@ def draw(purpose: str, size: int) -> Draws:
 
 
 ROOM = np.stack(np.indices((ROOMS[-1],) * 2), axis=-1).reshape(-1, 2)
-"""(36, 2): row and column of each room of the largest maze."""
+"""(36, 2): row and column of each room in the largest maze."""
 
 EDGES = np.argwhere(
   np.triu(np.abs(ROOM[:, None] - ROOM).sum(-1) == 1)  # neighbours, each pair once
 )
-"""(60, 2): the rooms that each cell between two rooms separates."""
+"""(60, 2): the two rooms on either side of each cell between rooms."""
 
 
 def make_mazes(draws: Draws) -> Mazes:
-  """Returns mazes: a minimum spanning tree of random weights, and a few more doors."""
+  """Returns mazes: minimum spanning trees of random weights, and a few more doors."""
   rooms = np.array(ROOMS)[(draws.rooms * len(ROOMS)).astype(int)]
   there = (ROOM[EDGES] < rooms[:, None, None, None]).all((2, 3))
   doors = spanning_tree(np.where(there, draws.edges, np.inf))
@@ -202,8 +202,8 @@ def spanning_tree(weights: np.ndarray) -> np.ndarray:
   """Returns which edges are in the minimum spanning tree of each graph, by Prim.
 
   Args:
-    weights: (N, 60) of `EDGES`, infinite where there is none. Rooms that no edge of
-      the graph reaches from the first one are left out.
+    weights: (N, 60) of `EDGES`, infinite for missing ones. Rooms that cannot be reached
+      from the first are left out.
 
   Returns:
     (N, 60) bool.
@@ -224,7 +224,7 @@ def spanning_tree(weights: np.ndarray) -> np.ndarray:
 
 
 def chosen(among: np.ndarray, where: np.ndarray) -> np.ndarray:
-  """Returns (N,) int, one true column of `among` (N, M), by draws (N,) in [0, 1)."""
+  """Returns (N,) int, a true column of `among` (N, M) by draws (N,) in [0, 1)."""
   place = np.floor(where * among.sum(1)) + 1
   return (among.cumsum(1) >= place[:, None]).argmax(1)
 
@@ -236,14 +236,14 @@ def chosen_cell(among: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def distances(floor: np.ndarray, goal: np.ndarray) -> np.ndarray:
-  """Returns the least number of moves to a goal from everywhere, breadth first.
+  """Returns the fewest moves to a goal from every cell, by breadth-first search.
 
   Args:
     floor: (N, H, W) bool.
     goal: (N, 2) int, on the floor.
 
   Returns:
-    (N, H, W) int32, -1 where the goal cannot be reached.
+    (N, H, W) int32, -1 if the goal cannot be reached.
   """
   found = np.full(floor.shape, -1, np.int32)
   front = np.zeros(floor.shape, bool)
@@ -266,7 +266,7 @@ def optimal_actions(distance: np.ndarray, position: np.ndarray) -> np.ndarray:
 
   Args:
     distance: (N, H, W), see `distances`.
-    position: (N, 2) int, on the floor and not at the goal.
+    position: (N, 2) int, on the floor and not the goal.
 
   Returns:
     (N, 4) bool, in the order of `ACTIONS`.
@@ -280,30 +280,30 @@ def optimal_actions(distance: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 
 class Look(NamedTuple):
-  """Colours, each uint8 and (N, 32, 32, 3) or what broadcasts to that."""
+  """Colours, each uint8 and broadcastable to (N, 32, 32, 3)."""
 
   wall: np.ndarray
   floor: np.ndarray
   goal: np.ndarray
-  agent: np.ndarray  # one for all pixels
+  agent: np.ndarray  # the same for all pixels
 
 
 def render(
   mazes: Mazes, draws: Draws, rendering: Callable[[np.ndarray, Draws], Look]
 ) -> Scene:
-  """Returns the images of mazes, each in the middle of its image, with walls around.
+  """Renders mazes, each in the middle of its image and surrounded by walls.
 
   Args:
     mazes: the mazes.
-    draws: of the same images.
-    rendering: (whether pixels are wall (N, 32, 32), draws) -> colours.
+    draws: the random numbers of the same images.
+    rendering: (which pixels are walls (N, 32, 32), draws) -> colours.
   """
   margin = (SIDE // PIXELS - mazes.size[:, None]) // 2
   cell = np.arange(SIDE) // PIXELS - margin
   cell = np.where((cell < 0) | (cell >= mazes.size[:, None]), -1, cell)
   every = np.arange(len(cell))[:, None, None]
   walls = np.pad(mazes.walls, ((0, 0), (0, 1), (0, 1)), constant_values=True)
-  walls = walls[every, cell[:, :, None], cell[:, None]]  # -1 is what was added
+  walls = walls[every, cell[:, :, None], cell[:, None]]  # -1 is the padding
   look = rendering(walls, draws)
   agent = np.broadcast_to(look.agent, (len(cell), 1, 1, 3))
   ground = np.where(walls[..., None], look.wall, look.floor)
@@ -312,7 +312,7 @@ def render(
 
 
 def _colour(*levels: float) -> np.ndarray:
-  """Returns a colour of three levels in [0, 255] for all pixels."""
+  """Returns a colour, three levels in [0, 255], for all pixels."""
   return np.array(levels, np.uint8).reshape(1, 1, 1, 3)
 
 
@@ -337,7 +337,7 @@ def plain(walls: np.ndarray, draws: Draws) -> Look:
 
 
 def tinted(walls: np.ndarray, draws: Draws) -> Look:
-  """Returns walls of any dark and a floor of any light colour, drawn for each image."""
+  """Returns dark walls and a light floor with random colours for each image."""
   look = draws.look[:, None, None]
   return PLAIN._replace(
     wall=_between(0, 120, look[..., :3]), floor=_between(135, 255, look[..., 3:])
@@ -358,7 +358,7 @@ def textured(walls: np.ndarray, draws: Draws) -> Look:
 
 
 def outlined(walls: np.ndarray, draws: Draws) -> Look:
-  """Returns walls of the colour of the floor, with a line along their sides."""
+  """Returns walls in the colour of the floor, with lines along their sides."""
   padded = np.pad(walls, ((0, 0), (1, 1), (1, 1)), constant_values=True)
   inside = np.ones_like(walls)
   for row in range(3):
@@ -369,7 +369,7 @@ def outlined(walls: np.ndarray, draws: Draws) -> Look:
 
 
 def night(walls: np.ndarray, draws: Draws) -> Look:
-  """Returns the plain colours with little light, and that of the moon."""
+  """Returns the plain colours in dim moonlight."""
   light = np.array((0.35, 0.4, 0.6))
   return Look(*((colour * light).astype(np.uint8) for colour in PLAIN))
 

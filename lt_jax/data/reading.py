@@ -1,6 +1,6 @@
 """Prefetching: the host makes batches while the devices work on earlier ones.
 
-Grain makes them, in threads of this process or in worker processes. Each Grain element
+Grain makes them in threads of this process or in worker processes. Each Grain element
 is one step's payload, so resuming at step s starts at element s.
 """
 
@@ -25,42 +25,42 @@ from lt_jax.errors import UserError
 from lt_jax.footprint import size
 
 STALLED_AFTER = 600.0
-"""Seconds without a batch after which those who make them are given up."""
+"""Seconds without a batch after which the workers count as stalled."""
 
 CLOSING_TAKES = 20.0
-"""Seconds after which threads and processes that do not end are left, or killed."""
+"""Seconds after which threads that do not end are abandoned, and processes killed."""
 
 LOOKING_EVERY = 1.0
-"""Seconds between two looks at whether a batch is still wanted, while none comes."""
+"""Seconds between checks of whether a batch is still wanted, while waiting for one."""
 
 BATCHES_A_WORKER = 4
-"""Of each in shared memory: one to hand over, one handed over, and two that Grain has
-taken. Two more, of all workers together, are being copied and given back."""
+"""Batches of each worker in shared memory: one to hand over, one handed over, and two
+that Grain has taken. Two more, for all workers together, are being copied and freed."""
 
-_READY = 2  # batches that wait in this process
-_THREAD = 'reading'  # name of what takes batches from Grain
+_READY = 2  # batches ready in this process
+_THREAD = 'reading'  # name of the thread that takes batches from Grain
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What a scheduler sends to every process of a run, and only the parent hears."""
+"""Signals that a scheduler sends to every process of a run; only the parent reacts."""
 
 Read = Callable[[str, int], Payload]
-"""(name of a stream, step) -> payload; the steps of a stream in order."""
+"""(name of a stream, step) -> payload; call it for a stream's steps in order."""
 
 
 class WorkersFailed(OSError):
-  """Processes that make batches died or stalled: running again may help."""
+  """Data workers died or stalled; a rerun can help."""
 
 
 def is_stuck() -> bool:
-  """Returns whether a reader that was closed still waits for a read to end.
+  """Returns whether a closed reader still waits for a read to end.
 
-  Where threads read, Python would wait for it too before the process ends.
+  If threads do the reading, Python would wait for them before the process ends.
   """
   return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def shared_memory(streams: Iterable[Stream]) -> int:
-  """Returns about how many bytes of shared memory on this host reading them takes."""
+  """Returns about how many bytes of this host's shared memory reading them takes."""
   return (
     sum(
       (BATCHES_A_WORKER * stream.workers + 2) * size(stream.payload_shapes())
@@ -78,17 +78,17 @@ def reading(
   last: int,
   look: Callable[[], None] = lambda: None,
 ) -> Iterator[Read]:
-  """Reads the payloads of steps first ... last - 1, those from the host ahead.
+  """Reads the payloads of steps first ... last - 1; reads host streams ahead.
 
   Args:
     streams: name -> stream.
     first: the first step.
     last: the step after the last one.
-    look: called while a batch does not come; it may raise, to wait no longer.
+    look: called while waiting for a batch; it can raise to stop waiting.
 
   Yields:
-    A function (name, step) -> payload, to be asked for every step at which a stream is
-    due, in order. What goes wrong in a worker is raised there, with its traceback.
+    A function (name, step) -> payload. Call it in order for every step that has the
+    stream. It raises errors of workers with their traceback.
   """
   readers: dict[str, Callable[[int], Payload]] = {}
   ahead: list[_Ahead] = []
@@ -101,8 +101,8 @@ def reading(
         ahead.append(readers[name])
     yield lambda name, step: readers[name](step)
   finally:
-    # Where one waited in vain already, there is less left for all: a scheduler that has
-    # asked for the end kills half a minute later.
+    # Time already spent waiting in vain is deducted: a scheduler that asks a process to
+    # stop kills it half a minute later.
     waited = max((one.stop() for one in ahead), default=0)
     until = time.monotonic() + max(LOOKING_EVERY, CLOSING_TAKES - waited)
     for one in reversed(ahead):
@@ -124,7 +124,7 @@ class _Payloads:
       return self._payload(self._steps[position])
     except (UserError, OSError):
       raise
-    except Exception as error:  # an error that cannot be pickled would never be told
+    except Exception as error:  # errors that cannot be pickled would be lost
       text = f'{type(error).__name__}: {error}'
       raise RuntimeError(text).with_traceback(error.__traceback__) from None
 
@@ -132,8 +132,8 @@ class _Payloads:
 class _Ahead:
   """Payloads of some steps, made ahead.
 
-  A thread takes them from Grain, which waits for a worker as long as it may take; so
-  the one who asks can give up.
+  A thread takes them from Grain, which waits for a worker without a timeout. So the
+  caller can give up.
   """
 
   def __init__(
@@ -149,7 +149,7 @@ class _Ahead:
     self._ready: queue.Queue = queue.Queue(_READY)
     self._processes = workers > 0
     self._waiting_since: float | None = None
-    # Readers nest: those made before this one are closed after it.
+    # Readers nest: earlier ones are closed later.
     self._others = multiprocessing.active_children()
     self._batches = iter(_batches(_Payloads(payload, steps), workers))
     self._thread = threading.Thread(target=self._pump, daemon=True, name=_THREAD)
@@ -167,7 +167,7 @@ class _Ahead:
     return payload
 
   def _next(self, step: int) -> tuple[Payload | None, BaseException | None]:
-    """Waits for what is made next; looks now and then whether to wait on."""
+    """Waits for the next payload; checks now and then whether to keep waiting."""
     self._waiting_since = time.monotonic()
     while True:
       with contextlib.suppress(queue.Empty):
@@ -181,32 +181,32 @@ class _Ahead:
         )
 
   def _pump(self) -> None:
-    """Moves batches from Grain to those that are ready."""
+    """Moves batches from Grain to the queue of ready ones."""
     try:
-      # Workers inherit that, until they ignore these signals themselves. So does the
-      # tracker that Python starts beside them, which takes the mask away here: it comes
-      # first, and the mask again.
+      # Workers inherit this mask until they ignore these signals themselves. So does
+      # Python's resource tracker, but starting it removes the mask here. So start it
+      # first, and set the mask again.
       signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
       resource_tracker.ensure_running()
       signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
       for payload in self._batches:
         if self._processes:
-          # Of shared memory there is little, and JAX lets go of what it has read only
-          # when garbage is collected.
+          # Shared memory is scarce, and JAX only releases what it has read at garbage
+          # collection.
           payload = {name: np.array(values) for name, values in payload.items()}
           _let_go()
         if not self._put((payload, None)):
           return
-    except BaseException as error:  # is raised again by the one who asks
+    except BaseException as error:  # raised again in the caller
       self._put((None, error))
     finally:
-      # By the one who takes from it: while another waits in it, Grain leaves what its
-      # workers had ready in shared memory.
+      # Must be closed in the thread that reads from it: otherwise Grain leaves its
+      # workers' ready batches in shared memory.
       self._batches.close()
       self._batches = None
 
   def _put(self, item: Any) -> bool:
-    """Waits for a free place; returns False where nobody will ask any more."""
+    """Waits for a free slot; returns False once the reader is closing."""
     while not self._closing.is_set():
       with contextlib.suppress(queue.Full):
         self._ready.put(item, timeout=0.1)
@@ -214,18 +214,18 @@ class _Ahead:
     return False
 
   def stop(self) -> float:
-    """Begins to close; returns for how many seconds a batch was waited for in vain."""
+    """Begins to close; returns how many seconds a batch was awaited in vain."""
     self._closing.set()
     return time.monotonic() - (self._waiting_since or time.monotonic())
 
   def close(self, until: float) -> None:
     """Ends the threads and processes.
 
-    Grain waits without end for a thread of its own, which a worker that died in the
-    middle of a message can hold up. A run that could not go on must end all the same.
+    Grain waits forever for one of its threads, which a worker that died while sending
+    can block. The run must be able to end anyway.
 
     Args:
-      until: when processes are killed and threads are left, by `time.monotonic`.
+      until: the `time.monotonic` at which processes are killed and threads abandoned.
     """
     self.stop()
     self._thread.join(max(0, until - time.monotonic()))
@@ -237,39 +237,39 @@ class _Ahead:
         if grain and child not in self._others:
           child.kill()
       self._thread.join(CLOSING_TAKES)
-    gc.collect()  # of the cycles in which Grain leaves batches
+    gc.collect()  # Grain leaves batches in reference cycles
     _let_go()
 
 
 def _let_go() -> None:
-  """Waits until shared memory is given back, which Grain does in a thread.
+  """Waits until Grain's thread has released shared memory.
 
-  What it had not come to at the end of the process Python would call leaked.
+  Otherwise Python reports leaked memory at the end of the process.
   """
   from grain.multiprocessing import SharedMemoryArray
 
   thread = getattr(SharedMemoryArray, '_del_thread_pool', None)
-  if thread is not None:  # one, which does what it is given in order
+  if thread is not None:  # a single thread, which works in order
     thread.apply(int)
 
 
-def _of_death(told: str, step: int) -> str:
-  """Returns what is said of a worker that was killed, given what Grain says of it."""
+def _of_death(message: str, step: int) -> str:
+  """Returns our message for a killed worker, from Grain's message."""
   text = f'a data worker was killed before step {step}'
-  if f'code -{signal.SIGBUS.value}.' in told:
+  if f'code -{signal.SIGBUS.value}.' in message:
     return (
-      f'{text}, since shared memory is full: give /dev/shm more (docker run '
-      '--shm-size), or set data.workers to less, or to 0'
+      f'{text}, since shared memory is full: enlarge /dev/shm (docker run '
+      '--shm-size), or lower data.workers, to 0 if need be'
     )
-  return f'{text}, perhaps for want of memory: {told.partition(". ")[0]}'
+  return f'{text}, possibly for lack of memory: {message.partition(". ")[0]}'
 
 
 def _batches(source: _Payloads, workers: int) -> Any:
-  """Returns Grain's data set of a source: threads, or so many processes."""
+  """Returns Grain's data set of a source, read by threads or by `workers` processes."""
   import grain
   from absl import flags
 
-  if not flags.FLAGS.is_parsed():  # Grain reads its own options there
+  if not flags.FLAGS.is_parsed():  # Grain reads its own flags
     flags.FLAGS.mark_as_parsed()
   threads = 0 if workers else usable_cores()
   batches = grain.MapDataset.source(source).to_iter_dataset(
@@ -284,7 +284,7 @@ def _batches(source: _Payloads, workers: int) -> Any:
 
 
 def usable_cores() -> int:
-  """Returns how many cores this process may use, which a container may have cut."""
+  """Returns how many cores this process can use, which a container can limit."""
   if sys.platform == 'linux':
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -293,19 +293,19 @@ def usable_cores() -> int:
 def _prepare_worker(index: int, count: int) -> None:
   """Makes a worker end with its parent, and not before."""
   del index, count
-  # A scheduler signals every process of a job. The parent still wants its batches then,
-  # to reach a step at which it can save.
+  # A scheduler signals every process of a job. The parent still needs batches then, to
+  # reach a step where it can save.
   for number in SIGNALS:
     signal.signal(number, signal.SIG_IGN)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
   threading.Thread(target=_end_with_parent, daemon=True).start()
   import jax
 
-  jax.config.update('jax_platforms', 'cpu')  # the devices are the parent's
+  jax.config.update('jax_platforms', 'cpu')  # the parent uses the devices
 
 
 def _end_with_parent() -> None:
-  """Waits for the end of the parent, who may be killed; then ends this process."""
+  """Waits for the parent to end, even by a kill; then ends this process."""
   parent = multiprocessing.parent_process()
   if parent is not None:
     parent.join()

@@ -1,13 +1,13 @@
-"""Street scenes: a synthetic pair of domains, and more, in which pixels have classes.
+"""Street scenes: a synthetic pair of domains, and more, with a class for every pixel.
 
-For trying segmentation and its adaptation without a download. A layout of
-64 x 64 pixels (sky, road, buildings, trees, and the rare cars, poles and persons) is
-drawn at random; each domain renders layouts in its own way. The source, `sim`, has flat
-colours as an old game has them; `real` has other colours, textures, shadows, haze and
-noise; `fog`, `night` and `rain` are as a compound target, and `snow` as an open domain.
+Use them to try segmentation and its adaptation without a download. A layout of 64 x 64
+pixels (sky, road, buildings, trees, and, rarely, cars, poles and persons) is drawn at
+random; each domain renders layouts in its own style. The source, `sim`, has the flat
+colours of an old game; `real` has other colours, textures, shadows, haze and noise;
+`fog`, `night` and `rain` can form a compound target, and `snow` an open domain.
 
-This is our own construction. Its numbers compare methods with each other, and nothing
-with Cityscapes.
+We made these ourselves. Their numbers compare methods with each other, never with
+Cityscapes.
 """
 
 import math
@@ -21,35 +21,35 @@ from lt_jax.data.masks import VOID, LabelledArrays
 from lt_jax.errors import UserError, lookup, suggest
 
 SIDE = 64
-"""Pixels of an image, high and wide."""
+"""Height and width of an image in pixels."""
 
 CLASSES = ('sky', 'road', 'building', 'vegetation', 'car', 'pole', 'person')
 SKY, ROAD, BUILDING, VEGETATION, CAR, POLE, PERSON = range(len(CLASSES))
 
 SPLITS = {'train': 2000, 'val': 100, 'test': 300}
-"""Images of every domain, unless its name asks for others to train on."""
+"""Images per domain, unless its name gives the number of training images."""
 
 SEED = 0
-"""Of all layouts and renderings: a part of the data set."""
+"""Seed of all layouts and renderings; it is part of the data set."""
 
 CHUNK = 50
-"""Images that are drawn at a time, also where fewer are asked for: so an image does not
-depend on how many there are."""
+"""Images drawn at a time, even if fewer are needed, so an image does not depend on how
+many there are."""
 
 ROWS = np.arange(SIDE, dtype=np.float32)[None, :, None]
 COLUMNS = np.arange(SIDE, dtype=np.float32)[None, None, :]
 
 
 class Options(NamedTuple):
-  """What a domain is asked for, after its name: `real,train=500,tail=4`.
+  """Options of a domain, after its name: `real,train=500,tail=4`.
 
   Attributes:
-    train: training images.
-    tail: of the cars, poles and persons in training images one in so many is left.
+    train: number of training images.
+    tail: training images keep one in `tail` of their cars, poles and persons.
     layout: how far layouts differ from those of the source, from 0 to 1: the camera is
-      higher, there are fewer buildings and more trees.
-    style: how far `real` and those like it differ from flat colours, from 0 to 1.
-    border: pixels of void at the borders between classes, 0 or 1.
+      higher, and there are fewer buildings and more trees.
+    style: how far `real` and similar domains differ from flat colours, from 0 to 1.
+    border: width in pixels of void borders between classes, 0 or 1.
   """
 
   train: int = SPLITS['train']
@@ -71,11 +71,11 @@ RANGES = {
 def scenes(argument: str, data_dir: str | None = None) -> dict[str, LabelledArrays]:
   """Returns a domain of street scenes.
 
-  All domains of one `layout` have the same test layouts, so that between them nothing
-  differs but the rendering. No two domains share layouts to train on.
+  All domains with the same `layout` have the same test layouts, so they only differ in
+  the rendering. No two domains share training layouts.
 
   Args:
-    argument: a key of `RENDERINGS`, and perhaps `Options`: 'sim,train=500,tail=4'.
+    argument: a key of `RENDERINGS`, optionally with `Options`: 'sim,train=500,tail=4'.
     data_dir: not used.
 
   Returns:
@@ -130,7 +130,7 @@ def _options(given: list[str], argument: str) -> Options:
 
 
 def _generator(purpose: str, what: str, first: int) -> np.random.Generator:
-  """Returns the random numbers of a chunk of images."""
+  """Returns the generator of random numbers for a chunk of images."""
   return np.random.default_rng((SEED, zlib.crc32(f'{purpose} {what}'.encode()), first))
 
 
@@ -145,11 +145,11 @@ def _borders(maps: np.ndarray) -> np.ndarray:
 def layouts(
   draw: np.random.Generator, size: int, tail: float, shift: float
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Draws layouts, from what is far to what is near.
+  """Draws layouts, from far things to near ones.
 
   Args:
     draw: random numbers.
-    size: how many.
+    size: number of layouts.
     tail: see `Options`.
     shift: `Options.layout`.
 
@@ -239,7 +239,7 @@ REAL = np.array(
   ],
   np.float32,
 )
-"""Those of `real` at a style of 1, where every car and every wall has its own."""
+"""Colours in `real` at a style of 1; each image varies them."""
 
 TEXTURE = np.array([0.05, 0.08, 0.20, 0.30, 0.12, 0.05, 0.15], np.float32)
 """Contrast of the texture of each class at a style of 1."""
@@ -273,7 +273,7 @@ def _clouds(look: np.random.Generator, number: int) -> np.ndarray:
 def _lit(
   look: np.random.Generator, maps: np.ndarray, horizon: np.ndarray, style: float
 ) -> np.ndarray:
-  """Returns colours (N, 64, 64, 3) as daylight shows them, before haze and noise."""
+  """Returns colours (N, 64, 64, 3) in daylight, before haze and noise."""
   number = len(maps)
   palette = (1 - style) * FLAT + style * REAL
   palette = palette[None] + 0.08 * style * _normal(look, number, len(CLASSES), 3)
@@ -291,7 +291,7 @@ def _lit(
 def _seen(
   look: np.random.Generator, colours: np.ndarray, style: float, noise: float = 0.04
 ) -> np.ndarray:
-  """Returns images as a camera takes them: gamma, blur and noise."""
+  """Returns images as taken by a camera, with gamma, blur and noise."""
   gamma = 1 + 0.4 * style * (look.random((len(colours), 1, 1, 1), np.float32) - 0.5)
   colours = np.clip(colours, 0, 1) ** gamma
   share = 0.15 * style
@@ -304,7 +304,7 @@ def _seen(
 def _hazy(
   colours: np.ndarray, horizon: np.ndarray, density: float, air: float
 ) -> np.ndarray:
-  """Returns colours behind air, the thicker the nearer a pixel is to the horizon."""
+  """Returns colours seen through haze, which is thicker near the horizon."""
   distance = 1 / (1 + 0.35 * np.maximum(ROWS - horizon, 0))
   clear = np.exp(-density * distance)[..., None]
   return clear * colours + (1 - clear) * air

@@ -52,11 +52,11 @@ class Records:
 
   Attributes:
     name: data set, version and split.
-    size: bytes of its records, by which a set that was prepared anew is known.
+    size: bytes of its records, which change if the set is prepared again.
     records: random access to serialised tf.train.Example messages.
     class_names: names of classes 0 ... C - 1.
-    image_shape: (H, W, channels); H and W are None where images differ in size.
-    labels_file: where `write_labels` leaves the labels.
+    image_shape: (H, W, channels); H and W are None if images differ in size.
+    labels_file: where `write_labels` writes the labels.
   """
 
   name: str
@@ -69,7 +69,7 @@ class Records:
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
-    """(N,) int32, from `labels_file`; where there is none, it is written first."""
+    """(N,) int32, from `labels_file`, which is written first if missing."""
     if self.labels_file.exists():
       labels = _stored_labels(self.labels_file)
     else:
@@ -92,11 +92,11 @@ class Records:
     return np.array([self.example(i)[1] for i in positions], np.int64)
 
   def example(self, position: int) -> tuple[bytes, int]:
-    """Returns (JPEG or PNG file, label) as they are stored.
+    """Returns (JPEG or PNG file, label) as stored.
 
     Raises:
-      UserError: the record is damaged, or its file is not there.
-      OSError: it could not be read now, as where a disk or a network fails.
+      UserError: the record is damaged, or its file is missing.
+      OSError: it is temporarily unreadable, for example if a disk or network fails.
     """
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
@@ -125,7 +125,7 @@ class Records:
     return pixels.reshape(*pixels.shape[:2], -1)
 
   def encoded(self, position: int) -> bytes:
-    """Returns an image as it is stored."""
+    """Returns an image as stored."""
     return self.example(position)[0]
 
   def where(self, position: int) -> str:
@@ -139,15 +139,15 @@ class Records:
     return self.decode(position, self.example(position)[0])
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns `size`; beside it `name`, which has the version, and the rows say all."""
+    """Returns `size`, which identifies the images together with `name` and rows."""
     return str(self.size).encode()
 
 
 _PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
 
-# How array_record, whose errors are words alone, begins to tell of damage (of a shard
-# that ends too early without a word) and of a file that is not there. Whatever else it
-# says, such as of system calls that fail or of a bucket, can pass.
+# How array_record's messages begin for damage (for a truncated shard they are empty)
+# and for missing files; it has no error types. Its other errors, such as failed system
+# calls or those of a bucket, can be temporary.
 _LASTING = re.compile(
   r'$|Corrupted|Invalid|Truncated|Riegeli|ArrayRecord|Could not parse|'
   r'\w+\(\) failed: (No such file|Is a directory|Permission denied)'
@@ -195,7 +195,7 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
 
 
 def passed_over(sources: Mapping[str, Source]) -> tuple[str, ...]:
-  """Returns what of a data set is there but not used, a line each, by split."""
+  """Returns lines about the parts of a data set that are not used, by split."""
   return tuple(
     f'{split}: {line}'
     for split, one in sources.items()
@@ -204,10 +204,10 @@ def passed_over(sources: Mapping[str, Source]) -> tuple[str, ...]:
 
 
 def store_labels(sources: dict[str, Source]) -> None:
-  """Writes the labels of sources on disk beside them, so that a run need not read all.
+  """Writes the labels of sources next to them, so that runs need not read all records.
 
   Args:
-    sources: split -> source, of `load_source`; those in memory are passed over.
+    sources: split -> source, from `load_source`; those in memory are skipped.
   """
   for source in sources.values():
     if isinstance(source, Records):
@@ -222,7 +222,7 @@ def write_labels(file: epath.Path, labels: Sequence[int]) -> None:
 
 
 def fingerprint(source: Source, *indices: np.ndarray) -> str:
-  """Returns the SHA-256 of what is trained on, which tells when the data change.
+  """Returns the SHA-256 of the data, which shows whether they have changed.
 
   Labels, class names and the length count, and of the images what `identity` says:
   those in memory byte for byte, those in files by their paths, and a TFDS data set by
@@ -230,7 +230,7 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
 
   Args:
     source: of any kind.
-    *indices: positions in it, one array a split; none at all means the whole source.
+    *indices: positions in it, one array per split; without any, the whole source.
 
   Returns:
     64 hexadecimal digits.
@@ -256,7 +256,7 @@ def _stored_labels(file: epath.Path) -> np.ndarray:
     raise UserError(f'{file} is damaged; delete it: {error}') from None
 
 
-# What a bit that changed in the header of an array, which is Python, can raise.
+# The header of an array is Python; these can be raised if a bit of it has changed.
 _NPY_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
@@ -290,7 +290,7 @@ def _digits(argument: str, data_dir: str | None) -> dict[str, Source]:
 
 
 def _fake(argument: str, data_dir: str | None) -> dict[str, Source]:
-  """Refuses: 'fake' alone is generated, by the counts of a configuration."""
+  """Refuses an argument: 'fake' takes its counts from the config."""
   raise UserError(
     f"source 'fake' takes no argument, got {argument!r}: data.fake says what it "
     'generates, such as --config.data.fake.classes=10'
@@ -298,7 +298,7 @@ def _fake(argument: str, data_dir: str | None) -> dict[str, Source]:
 
 
 def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
-  """Loads an archive of NumPy arrays; none is read before all headers are right."""
+  """Loads an archive of NumPy arrays; checks all headers before reading any array."""
   try:
     with zipfile.ZipFile(path) as archive:
       present = {name.removesuffix('.npy') for name in archive.namelist()}
@@ -315,8 +315,8 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
     reason = str(getattr(error, 'strerror', None) or error)
     raise UserError(f'npz:{path}: {" ".join(reason.split())}') from None
 
-  # Without names the labels tell how many classes there are, but one that is greater
-  # than the number of images is a mistake and not a class.
+  # Without names the largest label gives the number of classes; if it exceeds the
+  # number of images, it is a mistake.
   first = arrays[f'y_{splits[0]}']
   if first.ndim > 1:
     known = first[first != VOID]
@@ -347,7 +347,7 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
 def _attributes(
   arrays: Mapping[str, np.ndarray], split: str, length: int, path: str
 ) -> dict[str, np.ndarray]:
-  """Returns further labels of a split: those that are called y_SPLIT.NAME."""
+  """Returns the further labels of a split, which are named y_SPLIT.NAME."""
   found = {}
   for key, values in arrays.items():
     if key.startswith(f'y_{split}.'):
@@ -374,7 +374,7 @@ def _npz_splits(present: Collection[str]) -> list[str]:
   wanted = pairs or {'train', 'test'}
   if wanted & {'train', 'test'}:
     wanted |= {'train', 'test'}
-  for split in sorted(wanted, reverse=True):  # train is what is missed first
+  for split in sorted(wanted, reverse=True):  # report train first
     for key in (f'x_{split}', f'y_{split}'):
       if key not in present:
         raise ValueError(
@@ -384,11 +384,11 @@ def _npz_splits(present: Collection[str]) -> list[str]:
 
 
 def _checked_arrays(values: np.ndarray, where: str) -> np.ndarray:
-  """Returns (N, H, W, channels) uint8 or finite float32, of (N, D) (N, 1, 1, D)."""
+  """Returns (N, H, W, channels) uint8 or finite float32; (N, D) as (N, 1, 1, D)."""
   if values.dtype == np.uint8 and values.ndim > 2:
     return values if values.ndim == 4 else values[..., None]
   shape = {2: (1, 1, values.shape[-1]), 3: (*values.shape[1:], 1)}
-  with np.errstate(over='ignore'):  # which is told below
+  with np.errstate(over='ignore'):  # reported below
     values = values.astype(np.float32)
   values = values.reshape(len(values), *shape.get(values.ndim, values.shape[1:]))
   if not np.isfinite(values).all():
@@ -399,11 +399,11 @@ def _checked_arrays(values: np.ndarray, where: str) -> np.ndarray:
 
 _CLASS_NAMES = ('class_names', 'classes')
 _NPZ_ERRORS = (*_NPY_ERRORS, OSError, EOFError, zipfile.BadZipFile, zlib.error)
-_NPZ_ERRORS += (RuntimeError,)  # of a kind of archive that is not read, or encrypted
+_NPZ_ERRORS += (RuntimeError,)  # unsupported or encrypted archives
 
 
 def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np.dtype]:
-  """Returns (shape, dtype) of a member that is as large as its header says."""
+  """Returns (shape, dtype) of a member; refuses one whose size is not as stated."""
   member = archive.getinfo(f'{key}.npy')
   if member.file_size > 2**24 and member.file_size > 100 * member.compress_size:
     raise ValueError(f'{key} unpacks to {member.file_size} bytes, over 100-fold')
@@ -425,10 +425,10 @@ def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np
 def _check_members(
   splits: Sequence[str], headers: Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ) -> None:
-  """Raises a ValueError for the first member that is not as it should be.
+  """Raises a ValueError for the first member with a wrong shape or type.
 
   Args:
-    splits: those whose x and y are there, 'train' first.
+    splits: the splits that have x and y, 'train' first.
     headers: member -> (shape, type).
   """
   for split in splits:
@@ -464,7 +464,7 @@ def _check_members(
       )
   of_pixels = {len(headers[f'y_{split}'][0]) > 1 for split in splits}
   if len(of_pixels) > 1:
-    raise ValueError('some splits have label maps and others one label an image')
+    raise ValueError('some splits have label maps and others one label per image')
   first, *others = (f'x_{split}' for split in splits)
   for other in others:
     one, two = headers[first], headers[other]
@@ -482,8 +482,8 @@ def _channels_first(shape: tuple[int, ...], image: bool) -> bool:
   """Returns whether an array seems to be images (N, channels, H, W).
 
   Args:
-    shape: of the array.
-    image: whether it is uint8; other arrays seem so only if they are square.
+    shape: shape of the array.
+    image: whether it is uint8; other arrays only count if they are square.
   """
   if len(shape) != 4 or shape[3] <= 4:
     return False
@@ -492,7 +492,7 @@ def _channels_first(shape: tuple[int, ...], image: bool) -> bool:
 
 
 def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
-  """Loads another source in memory, its images turned: '30:npz:mnist.npz'."""
+  """Loads another source in memory with its images rotated: '30:npz:mnist.npz'."""
   degrees, _, spec = argument.partition(':')
   if not re.fullmatch(r'-?\d{1,3}', degrees) or not spec:
     raise UserError(
@@ -504,7 +504,7 @@ def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
 
 
 def _check_maps(split: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
-  """Raises a ValueError for label maps that do not fit the images."""
+  """Raises a ValueError for label maps whose size differs from their images'."""
   if len(y_shape) == 4 and y_shape[-1] in (3, 4):
     raise ValueError(
       f'y_{split} has the shape {y_shape}, maps in colours: one of ids is expected, '
@@ -556,7 +556,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
     splits = builder.as_data_source(deserialize_method=raw)
   except NotImplementedError:
     raise UserError(
-      f'tfds:{name} lies in {builder.data_path} as {builder.info.file_format.value}, '
+      f'tfds:{name} is in {builder.data_path} as {builder.info.file_format.value}, '
       'which has no random access; prepare it as array_record in another folder'
     ) from None
   sources = {
@@ -574,16 +574,16 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
 
 
 def _tfds_maps(builder: Any) -> dict[str, Source]:
-  """Opens a prepared TFDS data set of label maps, which is Cityscapes.
+  """Opens a prepared TFDS data set of label maps; only Cityscapes is supported.
 
-  Its maps hold the ids of the label files, not train ids.
+  Its maps have the ids of the label files, not train ids.
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.proto import tf_example_pb2
 
   if builder.info.name != 'cityscapes':
     raise UserError(
-      f'tfds:{builder.info.name}: of label maps only those of cityscapes are known'
+      f'tfds:{builder.info.name}: the only TFDS set with label maps is cityscapes'
     )
   raw = tfds.decode.DeserializeMethod.RAW_BYTES
   ids = ids_of(tuple(CITYSCAPES_IDS), CITYSCAPES_IDS, 34)
@@ -612,7 +612,7 @@ def tfds_builder(name: str, **options: Any) -> Any:
   """Returns `tfds.builder(name, **options)`.
 
   Raises:
-    UserError: there is no such data set, or it is not whole.
+    UserError: the data set does not exist, or is incomplete.
   """
   import tensorflow_datasets as tfds
   from google.protobuf.json_format import ParseError
@@ -626,17 +626,17 @@ def tfds_builder(name: str, **options: Any) -> Any:
       raise
   except tfds.core.DatasetNotFoundError:
     known = tfds.list_builders(with_community_datasets=False)
-    near = suggest(name, known).partition('; known')[0]  # which are hundreds
+    near = suggest(name, known).partition('; known')[0]  # there are hundreds
     raise UserError(f'unknown TFDS data set {name!r}{near}') from None
   except (ValueError, AssertionError, ImportError, *unread) as error:  # of a bucket too
     raise UserError(f'tfds:{name}: {str(error).splitlines()[0]}') from None
 
 
 def _check_metadata(name: str, data_dir: str | None) -> None:
-  """Raises a `UserError` for a set that is not whole.
+  """Raises a `UserError` for an incomplete data set.
 
-  Of its own files, missing or no JSON, and of a set whose preparation did not end, TFDS
-  says that there is no such data set, or only that something cannot be parsed.
+  If one of its own files is missing or not JSON, or if its preparation did not finish,
+  TFDS only says that the data set does not exist or that something cannot be parsed.
   """
   import tensorflow_datasets as tfds
 

@@ -1,8 +1,8 @@
 """Streams: from positions of an order to batches on the device.
 
-The host decides which images (and decodes them, where it must); cropping, flipping
-and normalising happen on the device, inside the jitted step. A stream keeps no
-position: its payload is a function of the step, so a resumed run needs no iterator.
+The host decides which images to use (and decodes them if needed); cropping, flipping
+and normalising happen on the device, inside the jitted step. A stream has no position:
+its payload is a function of the step, so a resumed run needs no iterator.
 """
 
 import contextlib
@@ -25,30 +25,30 @@ from lt_jax.errors import UserError
 PyTree = Any
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], Batch]
-"""(key, batch with images as they are stored) -> batch with float32 ones: augmentation
-and normalisation. What moves pixels moves label maps with them."""
+"""(key, batch with stored images) -> batch with float32 ones: augmentation and
+normalisation. Label maps move together with the pixels of images."""
 Payload = Mapping[str, np.ndarray]
-"""What the device is given of a batch, batch first: the rows of this process."""
+"""The host's part of a batch, batch first: the rows of this process."""
 
 
 SMALL_PASS = 1000
-"""Images of a pass up to which threads decode them: processes would take longer to
-start than to decode them."""
+"""The largest pass, in images, that threads decode: starting processes would take
+longer than decoding it."""
 
 
 class Stream(NamedTuple):
   """Batches as a function of the step.
 
   Attributes:
-    arrays: a pytree that lives on the device ({} for a host stream). It is an argument
-      of the jitted step: closed over, it would be a constant of the program.
+    arrays: a pytree on the device ({} for a host stream). It is an argument of the
+      jitted step; as a closure it would become a constant of the program.
     payload: step -> a dict of NumPy arrays, batch first: this process's rows.
     prepare: (arrays, payload, key) -> batch; pure, inside jit.
-    every: the stream is there in steps that it divides; in the others the method finds
-      no batch of its name.
-    workers: of a stream whose payloads take time, the processes that make them ahead;
-      0: threads of this one. None: a payload is made when it is asked for.
-    shapes: of the payload of the whole batch; None: they are those of a payload.
+    every: the stream is present in steps divisible by this; in other steps the method
+      finds no batch with its name.
+    workers: number of processes that make slow payloads ahead; 0: threads of this
+      process. None: payloads are made on demand.
+    shapes: shapes of the whole batch's payload; None: derived from a payload.
   """
 
   arrays: PyTree
@@ -59,7 +59,7 @@ class Stream(NamedTuple):
   shapes: Mapping[str, jax.ShapeDtypeStruct] | None = None
 
   def payload_shapes(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a payload, the rows of all processes together."""
+    """Returns the shapes of a payload with the rows of all processes."""
     if self.shapes is not None:
       return self.shapes
     return {
@@ -72,17 +72,17 @@ class Split(NamedTuple):
   """Some images of a source.
 
   Attributes:
-    source: random access: `len(source)`, `source[i]` an image; of another type than
-      uint8 it says so as `dtype`.
-    rows: (N,) int, their positions in the source.
-    labels: (N,) int32, -1 for images of no known class, and for all where labels are
-      maps (`of_pixels`).
-    arrays: the source's images in device memory, with their label maps if they have
-      such; or {} to stream them from the host.
-    crop: what brings encoded images of any size to one, a `Window` if they have label
-      maps; None where they have one size.
-    domain: (N,) int32, which of several domains each is of; None: they are of one.
-    offset: where in `arrays` the first image of the source is.
+    source: random access: `len(source)`, and `source[i]` is an image; it has `dtype` if
+      that is not uint8.
+    rows: (N,) int, positions in the source.
+    labels: (N,) int32, -1 for images of no known class, and for all images if labels
+      are maps (`of_pixels`).
+    arrays: the source's images in device memory, with their label maps if there are
+      any; or {} to stream them from the host.
+    crop: crops encoded images of any size to one; a `Window` if they have label maps;
+      None if they have one size.
+    domain: (N,) int32, the domain of each image; None if there is only one.
+    offset: the position of the source's first image in `arrays`.
   """
 
   source: Any
@@ -101,10 +101,10 @@ class Split(NamedTuple):
     return hasattr(self.source, 'label_map') or 'label' in self.arrays
 
   def numbers(self) -> dict[str, np.ndarray]:
-    """Returns what a batch tells of each image: name -> (N, ...).
+    """Returns the per-image values of a batch: name -> (N, ...).
 
-    The label if images have one, the domain where there are several, and attributes of
-    the source.
+    These are the label if images have one, the domain if there are several, and the
+    attributes of the source.
     """
     attributes = getattr(self.source, 'attributes', {})
     own = {name: values[self.rows] for name, values in attributes.items()}
@@ -113,7 +113,7 @@ class Split(NamedTuple):
     return own | _domains(self)
 
   def counts(self, num_classes: int) -> np.ndarray:
-    """Returns (C,) int, the images of each class; or its pixels, if they have labels.
+    """Returns (C,) int, images per class, or pixels per class if these have labels.
 
     Those of label maps in files are counted when they are first asked for.
     """
@@ -126,7 +126,7 @@ class Split(NamedTuple):
     return self.source.class_pixels(self.rows)
 
   def at(self, positions: np.ndarray) -> 'Split':
-    """Returns some of its images: those at (M,) positions, in that order."""
+    """Returns the images at (M,) positions of this split, in that order."""
     domain = None if self.domain is None else self.domain[positions]
     return self._replace(
       rows=self.rows[positions], labels=self.labels[positions], domain=domain
@@ -134,11 +134,11 @@ class Split(NamedTuple):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, channels) of what training sees, and evaluation without label maps."""
+    """(H, W, channels) of images in training, and in evaluation without label maps."""
     return self.shapes(training=True)['image'].shape
 
   def shapes(self, training: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and types of what `example` returns."""
+    """Returns the shapes and types of the values of `example`."""
     height, width, channels = self.source.image_shape
     canvas = height, width
     if isinstance(self.crop, Window):
@@ -157,21 +157,21 @@ class Split(NamedTuple):
     return np.dtype(getattr(self.source, 'dtype', np.uint8))
 
   def image(self, row: int) -> np.ndarray:
-    """Returns the image at a position of the source as evaluation sees it."""
+    """Returns the image at a position of the source, as used in evaluation."""
     return self.example(row)['image']
 
   def example(
     self, row: int, generator: np.random.Generator | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns an image, and its label map if it is to be had.
+    """Returns an image, and its label map if there is one.
 
     Args:
       row: position in the source.
-      generator: random numbers: it is as training sees it, as far as that is done on
-        the host. None: as evaluation sees it.
+      generator: random numbers for the part of augmentation that the host does. None:
+        the image is as in evaluation.
 
     Returns:
-      'image' (H, W, channels) and perhaps 'label' (H, W) uint8.
+      'image' (H, W, channels) and optionally 'label' (H, W) uint8.
     """
     row, source, crop = int(row), self.source, self.crop
     with_map = self.labelled and self.of_pixels
@@ -189,7 +189,7 @@ class Split(NamedTuple):
 
 
 class Unlabelled:
-  """A split without its labels: images in an order, and nothing else to give."""
+  """A split without its labels: it only has images in an order."""
 
   def __init__(self, split: Split):
     self.source = split.source
@@ -200,7 +200,7 @@ class Unlabelled:
   labelled = False
 
   def numbers(self) -> dict[str, np.ndarray]:
-    """Returns what a batch tells of each image: name -> (N,) int32; no label."""
+    """Returns the per-image values of a batch, without labels: name -> (N,) int32."""
     return _domains(self)
 
   of_pixels = Split.of_pixels
@@ -219,11 +219,11 @@ class Pass(NamedTuple):
   """One finite pass over a split, in stored order, the last batch padded.
 
   Attributes:
-    stream: its batches; 'mask' is false where they are padded.
-    batches: how many there are.
-    examples: how many examples, padding left out.
-    view: a State -> the State that predicts these images, of the same shapes. It is the
-      same but where each domain has statistics of its own.
+    stream: its batches; 'mask' is false for padding.
+    batches: number of batches.
+    examples: number of examples, without padding.
+    view: a State -> the State that predicts these images, with the same shapes. They
+      only differ if each domain has its own statistics.
   """
 
   stream: Stream
@@ -244,7 +244,7 @@ def process_rows(
 
 @functools.cache
 def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Batch]:
-  """Returns the `prepare` of a transform; cached, so that passes share programs."""
+  """Returns the `prepare` for a transform; cached, so that passes share programs."""
 
   def prepare(arrays, payload, key):
     stored = {name: values[payload['index']] for name, values in arrays.items()}
@@ -258,7 +258,7 @@ def _prepare(transform: Transform) -> Callable[[PyTree, Mapping, jax.Array], Bat
 
 
 Read = Callable[[int, int], tuple[Mapping[str, np.ndarray], bool]]
-"""(place in the stream, position in the split) -> (what `Split.example` returns,
+"""(place in the stream, position in the split) -> (the values of `Split.example`,
 whether it is a stand-in)."""
 
 
@@ -281,12 +281,11 @@ def _stream(
     read: how a host stream reads an image.
     batch: B.
     transform: what is done on the device.
-    workers: of a host stream.
-    training: whether examples are as training sees them.
-    beside: name -> (N, ...), what batches tell besides of each image.
+    workers: for a host stream.
+    training: whether examples are for training.
+    beside: name -> (N, ...), further per-image values of batches.
   """
-  # Which rows are ours is found out here: where Grain makes the payloads, there is no
-  # device to ask.
+  # Find our rows here: Grain's workers have no device to ask.
   ours = process_rows(range(batch))
   resident, known = bool(split.arrays), split.numbers() | dict(beside or {})
 
@@ -321,18 +320,18 @@ def _stream(
 
 
 def most_bad(split: Split | Unlabelled) -> int:
-  """Returns how many images of a split may be damaged where others stand in for them.
+  """Returns how many damaged images of a split can be replaced by stand-ins.
 
-  0.1 % of them, or ten if that is more, but not over a tenth; at least one.
+  0.1 % of the split, or ten if that is more, but at most a tenth; at least one.
   """
   images = len(split.rows)
   return max(1, images // 1000, min(10, images // 10))
 
 
 def _or_stand_in(split: Split | Unlabelled, read: Read) -> Read:
-  """Returns a `Read` that gives the next image of a class for one that is damaged.
+  """Returns a `Read` that replaces a damaged image by the next one of its class.
 
-  Without labels that is the next image of any class.
+  Without labels it is the next image of any class.
   """
   labels = split.numbers().get('label', np.zeros(len(split.rows), np.int32))
 
@@ -376,18 +375,18 @@ def train_stream(
   """Returns the endless stream of a sampler's order over a split.
 
   Args:
-    split: the training images; the sampler speaks of positions in it. What is done to
-      them on the host takes random numbers that are a function of the seed, the name
-      and the place in the stream.
+    split: the training images; the sampler gives positions in it. Random numbers for
+      the host's augmentation are a function of the seed, the name and the place in the
+      stream.
     sampler: the order, one epoch after the other.
     seed: of the order.
     batch: global batch size.
     transform: augmentation and normalisation on the device.
-    workers: processes that decode images, if they are not on the device; 0: threads.
-    stand_in: takes the next image of its class for one that cannot be read, and says
-      so in payload['bad']; 'index' stays that of the bad one.
-    name: of the stream; another one has other random numbers.
-    beside: name -> (N, ...), what batches tell besides of each image of the split.
+    workers: processes that decode images, if these are not on the device; 0: threads.
+    stand_in: whether to replace an unreadable image by the next one of its class;
+      payload['bad'] marks it, and 'index' remains that of the bad one.
+    name: name of the stream; different names have different random numbers.
+    beside: name -> (N, ...), further per-image values of batches.
   """
   drawn_by = (seed, zlib.crc32(name.encode()))
 
@@ -416,13 +415,13 @@ def evaluation_pass(
   stand_in: bool = False,
   view: Callable[[Any], Any] = lambda state: state,
 ) -> Pass:
-  """Returns one pass over a split; every process makes the same number of batches.
+  """Returns one pass over a split, with as many batches in every process.
 
   Args:
     split: the images.
     batch: global batch size.
     transform: normalisation on the device; its random key is constant.
-    workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
+    workers: as for `train_stream`; threads read up to `SMALL_PASS` images.
     stand_in: as for `train_stream`.
     view: see `Pass`.
   """

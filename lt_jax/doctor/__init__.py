@@ -1,7 +1,7 @@
 """Checks before a long run, section by section.
 
 A check is a generator (Case) -> findings. It raises `CheckSkipped` if an earlier check
-left it nothing to look at. To add a check, write it and its entry in `SECTIONS`.
+failed to provide what it needs. To add a check, write it and add it to `SECTIONS`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from lt_jax.doctor.data import (
   splits,
   tail,
 )
-from lt_jax.doctor.domains import gap, shared, told
+from lt_jax.doctor.domains import described, gap, shared
 from lt_jax.doctor.machine import (
   accelerators,
   begun,
@@ -61,11 +61,11 @@ SECTIONS: dict[str, tuple[Check, ...]] = {
   'folder': (writable, file_system, begun, space),
   'data': (splits, readable, duplicates, classes, tail, shots, balanced_test),
   'images': (normalisation, constant, sizes),
-  'domains': (told, gap, shared),
+  'domains': (described, gap, shared),
   'one step': (compiles, one_step, evaluates, loss_at_start, learns, by_heart),
   'what it takes': (memory, shared_memory, decoding),
 }
-"""What is checked, in this order: later checks use what earlier ones leave."""
+"""The checks in order: later ones use what earlier ones provide."""
 
 
 def examine(
@@ -73,7 +73,7 @@ def examine(
 ) -> Iterator[tuple[str, Finding]]:
   """Yields (section, finding) as checks make them.
 
-  What a check stumbles over is a finding, and does not keep the others from being made.
+  An error in a check becomes a finding and does not stop the other checks.
   """
   for section, checks in sections.items():
     for check in checks:

@@ -2,10 +2,10 @@
 
   python -m lt_jax.doctor --config=configs/digits_lt.py:ldam_drw [--workdir=DIR]
 
-Looks at the machine, the folder, the images and their labels, takes a step of every
-stage, overfits one batch, and prints one line per check: ok, odd (runs, but look at
-it), wrong (would fail, or its numbers would mean nothing) or skip. Exits with 2 if
-something is wrong, else with 0. Leaves nothing in the folder.
+Checks the machine, the folder, the images and their labels, takes a step of every
+stage, overfits one batch, and prints one line per check: ok, odd (it runs, but have a
+look), wrong (it would fail, or its numbers would be meaningless) or skip. Exits with 2
+if something is wrong, else with 0. Leaves nothing in the folder.
 """
 
 import collections
@@ -23,7 +23,7 @@ THOROUGH = flags.DEFINE_bool(
 
 
 def main() -> None:
-  """Prints what is found.
+  """Prints the findings.
 
   Raises:
     UserError: something is wrong.
@@ -39,10 +39,10 @@ def main() -> None:
     counts[finding.level] += 1
     print(f'  {finding.level:5}  {finding.text}', flush=True)
   levels = ('wrong', 'odd', 'ok', 'skip')
-  told = ', '.join(f'{counts[level]} {level}' for level in levels)
+  summary = ', '.join(f'{counts[level]} {level}' for level in levels)
   if counts['wrong']:
-    raise UserError(f'found {told}')
-  print(f'found {told}')
+    raise UserError(f'found {summary}')
+  print(f'found {summary}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""A configuration under test: findings, and what several checks share."""
+"""A config under test: findings, and what several checks share."""
 
 import concurrent.futures
 import functools
@@ -19,7 +19,7 @@ from lt_jax.errors import UserError
 from lt_jax.method import State
 
 SAMPLE = 256
-"""Images of a split that are decoded."""
+"""How many images of a split to decode."""
 
 
 class Finding(NamedTuple):
@@ -45,16 +45,16 @@ class CheckSkipped(Exception):
 
 
 class Trial(NamedTuple):
-  """A stage whose step is compiled.
+  """A stage with its compiled step.
 
   Attributes:
-    stage: of the run.
-    state: where it begins, with the clock at the end of the warm-up.
+    stage: the stage of the run.
+    state: its initial state, with the clock at the end of the warm-up.
     batches: payloads of two steps, placed on the devices.
     update: (state, payloads) -> (state, metrics, whether they are finite); consumes the
       state.
-    compile_seconds: what compiling took.
-    memory: component -> bytes on a device.
+    compile_seconds: compilation time.
+    memory: component -> bytes per device.
   """
 
   stage: build.Stage
@@ -66,14 +66,14 @@ class Trial(NamedTuple):
 
 
 class Step(NamedTuple):
-  """What one step from the first state came to.
+  """The result of one step from the initial state.
 
   Attributes:
-    loss: before it.
-    finite: whether metrics and the state after it are.
-    moved: of each array of parameters, whether it changed.
-    blind: whether another batch gave the very same parameters.
-    seconds: of a step that is compiled.
+    loss: the loss before the step.
+    finite: whether the metrics and the new state are finite.
+    moved: array of parameters -> whether it changed.
+    blind: whether another batch gave exactly the same parameters.
+    seconds: time of a compiled step.
   """
 
   loss: float
@@ -84,15 +84,15 @@ class Step(NamedTuple):
 
 
 class Case:
-  """A configuration, and what the checks have found out about it.
+  """A config, and what the checks have found out about it.
 
   Attributes:
-    config: resolved.
+    config: the resolved config.
     workdir: the folder of the run, or None.
     thorough: whether to look at all images.
-    sizes: split -> (N, 2) widths and heights of those images that are files.
+    sizes: split -> (N, 2) widths and heights of the images that are files.
     trials: stage -> its compiled step.
-    steps: stage -> what it came to.
+    steps: stage -> the result of that step.
   """
 
   def __init__(
@@ -109,7 +109,7 @@ class Case:
 
   def open(self) -> Findings:
     """Builds everything, or at least opens the data."""
-    # Without a folder there is no stage that was begun.
+    # Without a folder no stage has started.
     workdir = self.workdir or epath.Path(os.devnull)
     try:
       experiment = run.rehearsed(self.config, workdir)
@@ -119,25 +119,25 @@ class Case:
       yield from self._open_data(str(error))
       return
     self._experiment, self._dataset = experiment, experiment.dataset
-    told = ', '.join(f'{s.name} {s.plan.steps:,}' for s in experiment.stages.values())
-    yield ok(f'networks, methods and surgeries fit together; steps: {told}')
+    steps = ', '.join(f'{s.name} {s.plan.steps:,}' for s in experiment.stages.values())
+    yield ok(f'networks, methods and surgeries fit together; steps: {steps}')
     yield from map(odd, cautions(experiment))
 
-  def _open_data(self, told: str) -> Findings:
-    """Opens the data alone; says what is wrong with them unless that was told."""
+  def _open_data(self, known: str) -> Findings:
+    """Opens only the data; reports their error unless it is the known one."""
     keys = inspect.signature(load_dataset).parameters
     options = {k: v for k, v in self.config['data'].items() if k in keys}
     try:
       self._dataset = load_dataset(**options, to_device=lambda images: images)
     except UserError as error:
-      if str(error) != told:
+      if str(error) != known:
         yield wrong(str(error))
 
   @property
   def experiment(self) -> build.Experiment:
     """The objects of the run."""
     if self._experiment is None:
-      raise CheckSkipped('the configuration cannot be built')
+      raise CheckSkipped('the config cannot be built')
     return self._experiment
 
   @property
@@ -149,7 +149,7 @@ class Case:
 
   @property
   def real(self) -> Dataset:
-    """Its data, if they are anything to look at."""
+    """Its data, unless they are generated."""
     if self.config['data']['source'] == 'fake':
       raise CheckSkipped('the images are generated')
     return self.dataset
@@ -163,7 +163,7 @@ class Case:
 
   @functools.cached_property
   def sample(self) -> np.ndarray:
-    """(n, H, W, channels) uint8, training images as evaluation sees them."""
+    """(n, H, W, channels) uint8, training images cropped as in evaluation."""
     split = self.real.splits['train']
     images, _ = each(split.image, sampled(split.rows))
     if len({image.shape for image in images}) != 1:
@@ -174,7 +174,7 @@ class Case:
 def each(
   function: Callable[[int], Any], rows: Iterable[int]
 ) -> tuple[list[Any], list[UserError]]:
-  """Returns what a function gives of rows, in threads, and what it refuses."""
+  """Applies a function to rows in threads; returns its results and its errors."""
 
   def safe(row: int) -> Any:
     try:
@@ -189,11 +189,11 @@ def each(
 
 
 def sampled(rows: np.ndarray) -> np.ndarray:
-  """Returns `SAMPLE` rows, the same ones each time, or all."""
+  """Returns `SAMPLE` rows, always the same ones, or all if there are fewer."""
   few = min(SAMPLE, len(rows))
   return np.sort(np.random.default_rng(0).choice(rows, few, replace=False))
 
 
 def one_line(error: Exception) -> str:
-  """Returns what an error says, on one line."""
-  return ' '.join(str(error).split())[:500]  # XLA tells of every buffer
+  """Returns the message of an error on one line."""
+  return ' '.join(str(error).split())[:500]  # XLA lists every buffer

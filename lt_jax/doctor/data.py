@@ -31,23 +31,23 @@ from lt_jax.doctor.case import (
 from lt_jax.errors import UserError, named_class
 
 HASHED = 50_000
-"""Records up to which all are read for duplicates; files are told apart by size."""
+"""The largest number of records to read for duplicates; files are compared by size."""
 
 TOLERATED = 1e-3
-"""Share of a split up to which images that are there twice are odd and not wrong."""
+"""The largest share of a split that can be duplicates and is odd rather than wrong."""
 
 FAR = 0.5
-"""Mean of the normalised pixels, from 0, that is odd."""
+"""Normalised pixels whose mean is farther from 0 are odd."""
 
 FACTOR = 1.5
-"""By which their standard deviation may differ from 1."""
+"""The factor by which their standard deviation can differ from 1."""
 
 
 # The data.
 
 
 def splits(case: Case) -> Findings:
-  """Says how many images there are, and what is passed over."""
+  """Reports how many images there are, and what is passed over."""
   dataset = case.dataset
   for name, split in dataset.every.items():
     labels, classes = split.labels, len(dataset.class_names)
@@ -57,16 +57,16 @@ def splits(case: Case) -> Findings:
     beyond = (labels < -1) | (labels >= classes)
     beyond |= (labels == -1) != name.startswith('open')
     if beyond.any():
-      yield wrong(f'{name}: label {labels[beyond][0]} is none of {classes} classes')
+      yield wrong(f'{name}: label {labels[beyond][0]} is not in [0, {classes})')
     there = len(np.unique(labels))
-    told = '' if name.startswith('open') else f' of {there} of {classes} classes'
-    yield ok(f'{name}: {len(labels):,} images{told}')
+    of_classes = '' if name.startswith('open') else f' of {there} of {classes} classes'
+    yield ok(f'{name}: {len(labels):,} images{of_classes}')
   for line in dataset.passed_over:
     yield odd(line)
 
 
 def _of_pixels(name: str, split: Split, classes: int) -> Finding:
-  """Says how many images and labelled pixels there are; maps were read when opened."""
+  """Reports how many images and labelled pixels there are."""
   counts = split.counts(classes)
   return ok(
     f'{name}: {len(split.rows):,} images, {counts.sum():,} labelled pixels of '
@@ -75,7 +75,7 @@ def _of_pixels(name: str, split: Split, classes: int) -> Finding:
 
 
 def readable(case: Case) -> Findings:
-  """Opens all image files, and decodes those that look cut off and a sample."""
+  """Opens all image files; decodes those that look truncated, and a sample."""
   skips = streams.ON_BAD_IMAGE.get(case.config['data']['on_bad_image'], False)
   in_memory = []
   for name, split in case.real.every.items():
@@ -89,16 +89,16 @@ def readable(case: Case) -> Findings:
     if turned:
       yield odd(
         f'{name}: images with an EXIF orientation, which is not applied: '
-        f'{len(turned):,}, such as {turned[0]}; turn the files, such as with jhead '
-        '-autorot'
+        f'{len(turned):,}, such as {turned[0]}; rotate the files, for example with '
+        'jhead -autorot'
       )
     chosen = split.rows if case.thorough else sampled(split.rows)
     _, also = each(functools.partial(_decoded, source), chosen)
-    told = list(dict.fromkeys(map(str, (*bad, *also))))
-    if told:
-      level = odd if skips and len(told) <= most_bad(split) else wrong
+    messages = list(dict.fromkeys(map(str, (*bad, *also))))
+    if messages:
+      level = odd if skips and len(messages) <= most_bad(split) else wrong
       yield level(
-        f'{name}: images that cannot be read: {len(told):,}, such as {told[0]}'
+        f'{name}: images that cannot be read: {len(messages):,}, such as {messages[0]}'
       )
     else:
       yield ok(f'{name}: {len(found):,} files open, {len(chosen):,} were decoded')
@@ -107,7 +107,7 @@ def readable(case: Case) -> Findings:
 
 
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}
-"""What whole files of a format have within their last `_TAIL` bytes."""
+"""What complete files of a format contain in their last `_TAIL` bytes."""
 
 _TAIL = 1024
 
@@ -115,10 +115,10 @@ _ORIENTATION = 0x0112  # of EXIF; 1 is upright
 
 
 def _opened(source: Any, row: int) -> tuple[tuple[int, int], str]:
-  """Looks at the header of a file; decodes one that looks cut off.
+  """Looks at the header of a file; decodes it if it looks truncated.
 
   Returns:
-    (width, height), and the file's name if EXIF says that it is to be turned, else ''.
+    (width, height), and the file's name if EXIF says to rotate it, else ''.
   """
   turned = ''
   try:
@@ -136,7 +136,7 @@ def _opened(source: Any, row: int) -> tuple[tuple[int, int], str]:
 
 
 def _file(source: Any, row: int) -> BinaryIO:
-  """Opens an image as a file, of which perhaps not all is read."""
+  """Opens an image as a file, which need not be read completely."""
   if isinstance(source, Files):
     check_file(source.where(row))
     return open(source.where(row), 'rb')
@@ -153,13 +153,13 @@ def _decoded(source: Any, row: int) -> tuple[int, int]:
 
 
 class Picture(NamedTuple):
-  """An image among those that may be the same.
+  """An image to compare with others.
 
   Attributes:
     split: name of its split.
     label: its class, -1 if open.
-    source: where it is.
-    row: there.
+    source: its source.
+    row: its position in the source.
   """
 
   split: str
@@ -168,16 +168,16 @@ class Picture(NamedTuple):
   row: int
 
   def __str__(self) -> str:
-    """Returns its name for a person."""
+    """Returns its name for messages."""
     where = getattr(self.source, 'where', '#{}'.format)(self.row)
     return f'{where} ({self.split})'
 
   def is_record(self) -> bool:
-    """Returns whether all of it must be read to know its size."""
+    """Returns whether its size is only known after reading it."""
     return hasattr(self.source, 'encoded') and not isinstance(self.source, Files)
 
   def size(self) -> int:
-    """Returns a number that is the same of equal images, and costs nothing."""
+    """Returns a number that is cheap to get and the same for equal images."""
     if not isinstance(self.source, Files):
       return 0
     try:
@@ -193,7 +193,7 @@ class Picture(NamedTuple):
 
 
 def duplicates(case: Case) -> Findings:
-  """Looks for the same image twice: in two splits, with two labels, in training."""
+  """Looks for duplicates: in two splits, with two labels, or within training."""
   pictures = _pictures(case)
   records = [p for p in pictures if p.is_record()]
   if len(records) > HASHED and not case.thorough:
@@ -201,9 +201,9 @@ def duplicates(case: Case) -> Findings:
   alike = [p for group in equal(pictures, Picture.size) for p in group]
   same = equal(alike, Picture.digest)
   if not same:
-    told = f'no image is there twice: {len(alike):,} of {len(pictures):,} were hashed'
+    text = f'no image occurs twice: {len(alike):,} of {len(pictures):,} were hashed'
     fewer = len(alike) < len(pictures)
-    yield ok(told + (', as the others differ in size' if fewer else ''))
+    yield ok(text + (', because the others differ in size' if fewer else ''))
   data = case.config['data']
   stated = data['train_split'] == data['test_split'] and not data['test_per_class']
   yield from _across(case.dataset.every, same, {'train', 'test'} if stated else set())
@@ -212,7 +212,7 @@ def duplicates(case: Case) -> Findings:
 
 
 def _pictures(case: Case) -> list[Picture]:
-  """Returns all images but those of a meta set that is part of training."""
+  """Returns all images, except those of a meta set that is part of training."""
   return [
     Picture(name, label, split.source, row)
     for name, split in case.real.every.items()
@@ -224,7 +224,7 @@ def _pictures(case: Case) -> list[Picture]:
 def equal(
   pictures: Sequence[Picture], key: Callable[[Picture], Any]
 ) -> list[list[Picture]]:
-  """Returns the groups of two and more with one key; what cannot be read is in none."""
+  """Returns groups of two or more with the same key, without unreadable images."""
   groups = collections.defaultdict(list)
   found, _ = each(lambda i: (key(pictures[i]), pictures[i]), range(len(pictures)))
   for value, picture in found:
@@ -240,7 +240,7 @@ def _level(count: int, of: int) -> Callable[[str], Finding]:
 def _across(
   splits: Mapping[str, Split], same: Sequence[Sequence[Picture]], stated: Set[str]
 ) -> Findings:
-  """Tells of images in two splits, which may be one by the configuration."""
+  """Reports images in two splits, which the config can intend."""
   for a, b in itertools.combinations(splits, 2):
     both = [group for group in same if {a, b} <= {picture.split for picture in group}]
     if both:
@@ -251,7 +251,7 @@ def _across(
 
 
 def _within(same: Sequence[Sequence[Picture]]) -> Findings:
-  """Tells of images that are trained on more than once."""
+  """Reports images that occur more than once in training."""
   trained = [[p for p in group if p.split == 'train'] for group in same]
   twice = [group for group in trained if len(group) > 1]
   if twice:
@@ -264,7 +264,7 @@ def _within(same: Sequence[Sequence[Picture]]) -> Findings:
 def _two_labels(
   dataset: Dataset, same: Sequence[Sequence[Picture]], total: int
 ) -> Findings:
-  """Tells of images with two labels."""
+  """Reports images with two labels."""
   torn = [group for group in same if len({picture.label for picture in group}) > 1]
   if torn:
     one = torn[0][0]
@@ -279,7 +279,7 @@ def _two_labels(
 
 
 def classes(case: Case) -> Findings:
-  """Looks for classes without images, and for names of two classes."""
+  """Looks for classes without images, and for names shared by two classes."""
   dataset = case.dataset
   names = collections.Counter(map(composed, dataset.class_names))
   doubled = [name for name, number in names.items() if number > 1]
@@ -293,12 +293,12 @@ def classes(case: Case) -> Findings:
     if empty.size:
       first = dataset.class_names[empty[0]]
       level = wrong if name == 'train' else odd
-      told = f'classes without {dataset.counted} in {name}'
-      yield level(f'{told}: {empty.size}, such as {first!r}')
+      text = f'classes without {dataset.counted} in {name}'
+      yield level(f'{text}: {empty.size}, such as {first!r}')
 
 
 def _per_class(dataset: Dataset, name: str) -> np.ndarray:
-  """Returns (C,) the images, or pixels, of each class in a split; 0 without it."""
+  """Returns (C,) images, or pixels, per class in a split; 0 if it does not exist."""
   classes = len(dataset.class_names)
   if name not in dataset.every:
     return np.zeros(classes, int)
@@ -306,11 +306,11 @@ def _per_class(dataset: Dataset, name: str) -> np.ndarray:
 
 
 def tail(case: Case) -> Findings:
-  """Describes the long tail, and compares it with what the configuration states."""
+  """Describes the long tail, and compares it with the config."""
   counts, data = case.dataset.counts, case.config['data']
   ordered = np.sort(counts)[::-1]
   yield ok(
-    f'training {case.dataset.counted} a class: most {ordered[0]:,}, median '
+    f'training {case.dataset.counted} per class: most {ordered[0]:,}, median '
     f'{np.median(ordered):,g}, fewest {ordered[-1]:,}; imbalance '
     f'{ordered[0] / max(ordered[-1], 1):,.4g}, Gini coefficient {_gini(counts):.3f}; '
     f'the tail is {_shape(ordered)}'
@@ -333,7 +333,7 @@ def tail(case: Case) -> Findings:
 
 
 def _gini(counts: np.ndarray) -> float:
-  """Returns the Gini coefficient of counts: 0 if they are equal, near 1 if one has all.
+  """Returns the Gini coefficient: 0 for equal counts, near 1 if one class has all.
 
   It is sum_i (2 i - C - 1) n_i / (C sum_i n_i), n ascending, i from 1.
   """
@@ -343,7 +343,7 @@ def _gini(counts: np.ndarray) -> float:
 
 
 def _shape(ordered: np.ndarray) -> str:
-  """Returns what counts from the most to the fewest look like."""
+  """Returns a description of the shape of counts, sorted from most to fewest."""
   logs = np.log(np.maximum(ordered, 1))
   if np.ptp(ordered) <= 0.05 * ordered[0]:
     return 'balanced'
@@ -361,25 +361,23 @@ def shots(case: Case) -> Findings:
   counts = case.dataset.counts
   groups = longtail.shot_groups(counts, many, few)
   many, few = longtail.shot_bounds(counts, many, few).values()
-  told = ', '.join(f'{mask.sum()} {name}' for name, mask in groups.items())
+  numbers = ', '.join(f'{mask.sum()} {name}' for name, mask in groups.items())
   noun = case.dataset.counted
-  yield ok(f'classes with over {many:g}, between, and under {few:g} {noun}: {told}')
+  yield ok(f'classes with over {many:g}, between, and under {few:g} {noun}: {numbers}')
   for name, mask in groups.items():
     if not mask.any():
       yield odd(f'no class is {name}-shot: metrics of that group will be empty')
 
 
 def balanced_test(case: Case) -> Findings:
-  """Tells whether accuracy over images is that over classes."""
+  """Reports whether accuracy over images equals that over classes."""
   if case.dataset.of_pixels:
-    raise CheckSkipped(
-      'every pixel has a label, and classes are measured each by its IoU'
-    )
+    raise CheckSkipped('every pixel has a label, and classes are measured by their IoU')
   counts = _per_class(case.dataset, 'test')
   there = counts[counts > 0]
   if there.size and there.max() > 1.1 * there.min():
     yield odd(
-      f'test has {there.min():,} to {there.max():,} images a class: accuracy over '
+      f'test has {there.min():,} to {there.max():,} images per class: accuracy over '
       'images and over classes (macro_accuracy) differ'
     )
   else:
@@ -393,7 +391,7 @@ def normalisation(case: Case) -> Findings:
   """Compares data.mean and data.std with the pixels of a sample."""
   data = case.config['data']
   if data['standardise']:
-    yield ok('mean and deviation are those of the training images (data.standardise)')
+    yield ok('mean and deviation come from the training images (data.standardise)')
     return
   if case.sample.dtype != np.uint8:
     yield _scale(case.sample, data)
@@ -402,31 +400,31 @@ def normalisation(case: Case) -> Findings:
   seen = (pixels.mean(0), pixels.std(0))
   normal = (pixels - np.array(data['mean'])) / np.array(data['std'])
   mean, std = normal.mean(0), normal.std(0)
-  told = (
+  text = (
     f'the pixels of {len(case.sample)} training images have mean {_numbers(seen[0])} '
     f'and deviation {_numbers(seen[1])}, normalised {_numbers(mean)} and '
     f'{_numbers(std)}'
   )
   if np.abs(mean).max() > FAR or std.max() > FACTOR or std.min() < 1 / FACTOR:
     yield odd(
-      f'{told}, far from 0 and 1: see data.mean {_numbers(data["mean"])} and data.std '
+      f'{text}, far from 0 and 1: see data.mean {_numbers(data["mean"])} and data.std '
       f'{_numbers(data["std"])}'
     )
   else:
-    yield ok(told)
+    yield ok(text)
 
 
 def _scale(arrays: np.ndarray, data: Config) -> Finding:
-  """Tells of the mean and deviation of all numbers of float arrays, normalised."""
+  """Reports the mean and deviation of all values of float arrays, normalised."""
   values = np.asarray(augment.unit(arrays, data['unit']), np.float64)
   normal = (values - np.array(data['mean'])) / np.array(data['std'])
-  told = (
+  text = (
     f'the values of {len(arrays)} training arrays have mean {normal.mean():.3g} and '
     f'deviation {normal.std():.3g}'
   )
   if abs(normal.mean()) > FAR or not 1 / FACTOR < normal.std() < FACTOR:
-    return odd(f'{told}, far from 0 and 1: --config.data.standardise fits both')
-  return ok(told)
+    return odd(f'{text}, far from 0 and 1: --config.data.standardise fits both')
+  return ok(text)
 
 
 def _numbers(values: Iterable[float]) -> str:
@@ -459,6 +457,6 @@ def sizes(case: Case) -> Findings:
     )
     strips, small = int((long > 5 * short).sum()), int((short < side).sum())
     if strips:
-      yield odd(f'{name}: images over five times as long as wide: {strips:,}')
+      yield odd(f'{name}: images with an aspect ratio above five: {strips:,}')
     if 2 * small > len(found):
       yield odd(f'{name}: images smaller than data.image_size {side}: {small:,}')

@@ -13,13 +13,13 @@ from lt_jax.doctor.data import HASHED, TOLERATED, Picture, equal
 
 
 def _domains(case: Case) -> dict[str, Dataset]:
-  """Returns the domains of a run that has several; else none."""
+  """Returns the domains of a run if it has several, else none."""
   domains = case.experiment.domains
   return domains if len(domains) > 1 else {}
 
 
-def told(case: Case) -> Findings:
-  """Describes each domain: its role, its images, those of each class."""
+def described(case: Case) -> Findings:
+  """Describes each domain: its role, its images, and how many each class has."""
   roles = case.experiment.roles
   for name, dataset in _domains(case).items():
     role = next((role for role, names in roles.items() if name in names), 'of a stage')
@@ -28,7 +28,7 @@ def told(case: Case) -> Findings:
       f'{split} {len(images.rows):,} ({_per_class(images, len(dataset.class_names))})'
       for split, images in dataset.every.items()
     )
-    noun = 'pixels of a class' if dataset.of_pixels else 'of a class'
+    noun = 'pixels per class' if dataset.of_pixels else 'per class'
     yield ok(f'{role} {name!r}: {shape}; images ({noun}): {splits}')
 
 
@@ -38,7 +38,7 @@ def _per_class(split: Split, classes: int) -> str:
 
 
 def gap(case: Case) -> Findings:
-  """Compares the pixels of domains with those of the first, as they are normalised."""
+  """Compares the normalised pixels of domains with those of the first."""
   found = {}
   for name, dataset in _domains(case).items():
     split, data = dataset.splits['train'], case.experiment.data[name]
@@ -61,7 +61,7 @@ def gap(case: Case) -> Findings:
 
 
 def shared(case: Case) -> Findings:
-  """Looks for images that two domains share, or a target's tests and training."""
+  """Looks for images shared by two domains, or by a target's test and training."""
   domains = _domains(case)
   if not domains or not case.real:
     return
@@ -73,7 +73,7 @@ def shared(case: Case) -> Findings:
     for name, dataset in domains.items()
     for split, images in dataset.every.items()
   }
-  every = [picture for some_of in pictures.values() for picture in some_of]
+  every = [picture for own in pictures.values() for picture in own]
   records = sum(picture.is_record() for picture in every)
   if records > HASHED and not case.thorough:
     yield odd(f'{records:,} records would be read to compare domains: give --thorough')
@@ -88,7 +88,7 @@ def shared(case: Case) -> Findings:
     domain, other = (name.rpartition('/')[0] for name in (one, two))
     hidden = domain == other and domain in case.experiment.roles[TARGET]
     if domain == other and not hidden:
-      continue  # of one labelled domain others tell
+      continue  # other checks cover a single labelled domain
     most = TOLERATED * min(len(pictures[one]), len(pictures[two]))
     level = wrong if len(both) > most and not hidden else odd
     yield level(

@@ -19,30 +19,30 @@ from lt_jax.footprint import amount
 
 NETWORKS = ('nfs', 'nfs4', 'cifs', 'smb3', 'lustre', 'ceph', '9p', 'gpfs', 'beegfs')
 MEMORY = ('tmpfs', 'ramfs')
-"""File systems by their names in /proc/mounts; those of fuse are known by a prefix."""
+"""File systems by their names in /proc/mounts; those of FUSE have a prefix."""
 
 SHARED_MEMORY = '/dev/shm'
-"""Where Linux keeps it."""
+"""The folder of shared memory on Linux."""
 
 
 # The machine.
 
 
 def versions(case: Case) -> Findings:
-  """Says what is installed, and where JAX runs."""
+  """Reports what is installed, and where JAX runs."""
   yield ok(', '.join(f'{k} {v}' for k, v in results.versions().items()))
   kind = jax.devices()[0].device_kind
   yield ok(f'{jax.device_count()} x {jax.default_backend()} {kind}')
 
 
 def accelerators(case: Case) -> Findings:
-  """Looks for an accelerator that JAX passes over."""
+  """Looks for an accelerator that JAX does not use."""
   drivers = {'nvidia': 'cuda', 'accel': 'tpu'}
   for name, extra in drivers.items():
     if glob.glob(f'/dev/{name}[0-9]*') and jax.default_backend() == 'cpu':
       yield odd(
         f'/dev has {name} devices, but JAX runs on the CPU: install lt_jax[{extra}], '
-        'or see whether another process holds them'
+        'or check whether another process holds them'
       )
 
 
@@ -50,31 +50,29 @@ def cores(case: Case) -> Findings:
   """Compares data workers with cores."""
   workers, found = case.config['data']['workers'], reading.usable_cores()
   if workers > found:
-    yield odd(f'data.workers is {workers}, but this process may use {found} cores')
+    yield odd(f'data.workers is {workers}, but this process can use only {found} cores')
   else:
     yield ok(f'{found} cores, data.workers {workers}')
 
 
 def shared_memory(case: Case) -> Findings:
-  """Compares shared memory with what data workers keep there."""
+  """Compares shared memory with what data workers need."""
   stages, passes = case.experiment.stages.values(), case.experiment.passes.values()
   training = max(reading.shared_memory(stage.streams.values()) for stage in stages)
   evaluation = max(reading.shared_memory([one.stream]) for one in passes)
   if training + evaluation == 0 or not os.path.isdir(SHARED_MEMORY):
     return
   needed, free = training + evaluation, shutil.disk_usage(SHARED_MEMORY).free
-  told = f'data workers keep up to {amount(needed)} in {SHARED_MEMORY}, '
-  told += f'{amount(free)} are free'
+  text = f'data workers keep up to {amount(needed)} in {SHARED_MEMORY}, '
+  text += f'{amount(free)} are free'
   if needed > free:
-    yield odd(
-      f'{told}: give it more (docker run --shm-size), or set data.workers lower'
-    )
+    yield odd(f'{text}: enlarge it (docker run --shm-size), or lower data.workers')
   else:
-    yield ok(told)
+    yield ok(text)
 
 
 def idle_devices(case: Case) -> Findings:
-  """Counts devices that the batches leave out."""
+  """Counts devices that the batches leave idle."""
   idle = jax.device_count() - case.experiment.mesh.size
   if idle:
     yield odd(f'{idle} of {jax.device_count()} devices idle: batches do not divide')
@@ -84,7 +82,7 @@ def idle_devices(case: Case) -> Findings:
 
 
 def writable(case: Case) -> Findings:
-  """Writes, renames and locks beside where the run will."""
+  """Writes, renames and locks files where the run will."""
   folder, content = case.folder, os.urandom(2**16)
   if files.is_remote(folder):
     probe = folder / '.doctor'
@@ -110,12 +108,12 @@ def writable(case: Case) -> Findings:
 
 
 def _existing(folder: epath.Path) -> epath.Path:
-  """Returns a folder, or the first of those it lies in that is there."""
+  """Returns a folder, or its nearest parent that exists."""
   return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _locks(folder: epath.Path) -> Findings:
-  """Takes a lock that is held."""
+  """Tries to take a lock that is held."""
   with files.locked(folder):
     try:
       with files.locked(folder):
@@ -125,7 +123,7 @@ def _locks(folder: epath.Path) -> Findings:
 
 
 def file_system(case: Case) -> Findings:
-  """Tells whether the folder outlives the machine."""
+  """Reports whether the folder outlives the machine."""
   folder = case.folder
   if files.is_remote(folder):
     yield ok('the folder is in an object store')
@@ -140,7 +138,7 @@ def file_system(case: Case) -> Findings:
 
 
 def _file_system(path: str) -> str:
-  """Returns the kind of file system a path is on; '' where that is not to be known."""
+  """Returns the kind of file system of a path; '' if unknown."""
   mounts = pathlib.Path('/proc/mounts')
   if not mounts.exists():
     return ''
@@ -155,7 +153,7 @@ def _file_system(path: str) -> str:
 
 
 def begun(case: Case) -> Findings:
-  """Compares the run with the one that the folder holds."""
+  """Compares the run with the one in the folder."""
   folder = case.folder
   if not files.is_remote(folder) and _held(folder / 'lock'):
     yield wrong('the folder is in use by a run')
@@ -178,7 +176,7 @@ def _held(path: epath.Path) -> bool:
 
 
 def space(case: Case) -> Findings:
-  """Compares free space with that of the checkpoints."""
+  """Compares free space with the size of the checkpoints."""
   folder = case.folder
   if files.is_remote(folder):
     return
@@ -186,5 +184,5 @@ def space(case: Case) -> Findings:
   stages = case.experiment.stages.values()
   one = [footprint.size(train.state_shapes(s.method, s.streams)) for s in stages]
   needed, free = keep * sum(one), shutil.disk_usage(_existing(folder)).free
-  told = f'{keep} checkpoints a stage take {amount(needed)}, {amount(free)} are free'
-  yield wrong(told) if needed > free else ok(told)
+  text = f'{keep} checkpoints per stage take {amount(needed)}, {amount(free)} are free'
+  yield wrong(text) if needed > free else ok(text)

@@ -32,7 +32,7 @@ from lt_jax.footprint import amount
 from lt_jax.method import State
 
 BY_HEART, BUDGET = 60, 60.0
-"""Steps on one batch, and seconds after which no more are made."""
+"""Steps on one batch, and the time limit in seconds."""
 
 
 # A step.
@@ -55,7 +55,7 @@ def compiles(case: Case) -> Findings:
 
 
 def _trial(case: Case, stage: build.Stage) -> Trial:
-  """Begins a stage and compiles its step, as the loop does."""
+  """Starts a stage and compiles its step, like the loop."""
   mesh, method, streams = case.experiment.mesh, stage.method, stage.streams
   arrays = {name: stream.arrays for name, stream in streams.items()}
   key = jax.random.key(case.config['seed'])
@@ -84,7 +84,7 @@ def _trial(case: Case, stage: build.Stage) -> Trial:
 
 
 def _warmed_up(case: Case, stage: build.Stage) -> int:
-  """Returns the step at which the learning rate of a stage has risen, if it has one."""
+  """Returns the step at which a stage's warm-up ends, 0 without one."""
   schedule = stage_config(case.config, stage.name)['schedule']
   steps = math.ceil(schedule.get('warmup_epochs', 0) * stage.epoch_steps)
   return min(steps, stage.plan.steps - 1)
@@ -97,18 +97,18 @@ def _placed(streams: Mapping[str, Any], step: int, mesh: Any) -> Any:
 
 
 def _copied(state: State) -> State:
-  """Returns a state that a step may consume."""
+  """Returns a copy of a state, which a step can consume."""
   return jax.tree.map(lambda x: x.copy(), state)
 
 
 def one_step(case: Case) -> Findings:
-  """Makes a step of every stage from fresh parameters."""
+  """Takes a step of every stage from fresh parameters."""
   for name, trial in _trials(case).items():
     step = case.steps[name] = _made(trial)
     length = trial.stage.plan.steps
     yield ok(
       f'{name}: a step takes {1e3 * step.seconds:,.4g} ms, {length:,} of them '
-      f'{_duration(length * step.seconds)}, evaluation apart'
+      f'{_duration(length * step.seconds)}, without evaluation'
     )
 
 
@@ -126,16 +126,16 @@ def _trials(case: Case) -> dict[str, Trial]:
 
 def _steps(case: Case) -> dict[str, Step]:
   if not case.steps:
-    raise CheckSkipped('no step was made')
+    raise CheckSkipped('no step was taken')
   return case.steps
 
 
 def _made(trial: Trial) -> Step:
-  """Makes a step from the first state, then another one on another batch."""
+  """Takes a step from the initial state, then another one on another batch."""
   before = jax.device_get(trial.state.params)
   after, values, finite = trial.update(_copied(trial.state), trial.batches[0])
   seconds = []
-  for _ in range(3):  # of which the shortest was disturbed least
+  for _ in range(3):  # the shortest one was disturbed least
     state = jax.block_until_ready(_copied(trial.state))
     began = time.perf_counter()
     other, _, _ = trial.update(state, trial.batches[1])
@@ -158,18 +158,18 @@ def _made(trial: Trial) -> Step:
 
 
 def loss_at_start(case: Case) -> Findings:
-  """Compares the first loss with that of a guess, where that is known."""
+  """Compares the initial loss with that of guessing, if that is known."""
   for name, step in _steps(case).items():
     guess = _guess(case, name)
-    told = f'{name}: the loss begins at {step.loss:.4g}'
+    text = f'{name}: the loss starts at {step.loss:.4g}'
     if not step.finite:
-      yield wrong(f'{told}; it or what it led to is not finite')
+      yield wrong(f'{text}; it or the state after the step is not finite')
     elif guess is None:
-      yield ok(told)
+      yield ok(text)
     elif 0.5 * guess < step.loss < 2 * guess:
-      yield ok(f'{told}, near {guess:.4g}, that of a guess')
+      yield ok(f'{text}, near {guess:.4g}, that of guessing')
     else:
-      yield odd(f'{told}, far from {guess:.4g}, that of a guess: see normalisation')
+      yield odd(f'{text}, far from {guess:.4g}, that of guessing: see normalisation')
 
 
 def _guess(case: Case, name: str) -> float | None:
@@ -190,21 +190,21 @@ def _guess(case: Case, name: str) -> float | None:
 
 
 def learns(case: Case) -> Findings:
-  """Tells whether parameters move, and by the images."""
+  """Reports whether parameters move, and whether the images affect how."""
   for name, step in _steps(case).items():
     still = [path for path, moved in step.moved.items() if not moved]
-    told = f'{name}: {len(step.moved) - len(still)} of {len(step.moved)} arrays of '
-    told += 'parameters move'
+    text = f'{name}: {len(step.moved) - len(still)} of {len(step.moved)} arrays of '
+    text += 'parameters move'
     if len(still) == len(step.moved):
       yield wrong(f'{name}: no parameter moves: see schedule.base and what is frozen')
     elif step.blind:
-      yield wrong(f'{told}, but the same way for other images: no gradient arrives')
+      yield wrong(f'{text}, but the same way for other images: no gradient arrives')
     else:
-      yield ok(told + (f'; {still[0]} is one that does not' if still else ''))
+      yield ok(text + (f'; {still[0]} is one that does not' if still else ''))
 
 
 def by_heart(case: Case) -> Findings:
-  """Trains the first stage on one batch only, at one learning rate."""
+  """Trains the first stage on a single batch, at a single learning rate."""
   trial = next(iter(_trials(case).values()))
   state, losses = _copied(trial.state), []
   clock, until = trial.state.step, time.monotonic() + BUDGET
@@ -215,19 +215,19 @@ def by_heart(case: Case) -> Findings:
     losses.append(float(values.get('loss', np.nan)))
     if not finite:
       break
-  told = f'{trial.stage.name}: {len(losses)} steps on one batch, at the learning rate '
-  told += (
+  text = f'{trial.stage.name}: {len(losses)} steps on one batch, at the learning rate '
+  text += (
     f'of step {int(clock)}: the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}'
   )
   if not (finite and checkpoint.all_finite(state)):
-    yield wrong(f'{told}, not finite: a smaller schedule.base, or a warm-up')
+    yield wrong(f'{text}, not finite: try a smaller schedule.base, or a warm-up')
   elif losses[-1] < 0.5 * losses[0]:
-    yield ok(told)
+    yield ok(text)
   elif len(losses) < BY_HEART:
-    yield skip(f'{told}; there was no time for more in {BUDGET:g} s')
+    yield skip(f'{text}; there was no time for more in {BUDGET:g} s')
   else:
     yield odd(
-      f'{told}, more than half: check the learning rate, the labels, what trains'
+      f'{text}, more than half: check the learning rate, the labels, what trains'
     )
 
 
@@ -252,7 +252,7 @@ def evaluates(case: Case) -> Findings:
 
 
 def _first_batch(one: Pass) -> Pass:
-  """Returns the first batch of a pass, decoded without processes: they start slowly."""
+  """Returns a pass's first batch, decoded without processes, which start slowly."""
   workers = None if one.stream.workers is None else 0
   return one._replace(stream=one.stream._replace(workers=workers), batches=1)
 
@@ -261,25 +261,25 @@ def _first_batch(one: Pass) -> Pass:
 
 
 def memory(case: Case) -> Findings:
-  """Compares what a step takes with what there is."""
+  """Compares the memory that a step needs with what there is."""
   device = case.experiment.mesh.devices.flat[0]
   for name, trial in _trials(case).items():
     needed, there = sum(trial.memory.values()), footprint.free_memory(device)
     if device.platform == 'cpu':  # all devices share the memory of the host
       needed *= case.experiment.mesh.size
     largest = max(trial.memory, key=trial.memory.get)
-    told = f'{name}: a step takes {amount(needed)}, most of it {largest} '
-    told += f'({amount(trial.memory[largest])} a device)'
+    text = f'{name}: a step takes {amount(needed)}, most of it {largest} '
+    text += f'({amount(trial.memory[largest])} per device)'
     if there is None:
-      yield ok(told)
+      yield ok(text)
     else:
-      told += f'; there are {amount(there)}'
+      text += f'; there are {amount(there)}'
       level = wrong if needed > there else odd if needed > 0.9 * there else ok
-      yield level(told)
+      yield level(text)
 
 
 def decoding(case: Case) -> Findings:
-  """Compares how fast images are decoded with how fast they are used."""
+  """Compares how fast images are decoded with how fast they are needed."""
   rate = functools.cache(lambda: _decode_rate(case.dataset.splits['train']))
   for name, step in _steps(case).items():
     stage = case.trials[name].stage
@@ -289,19 +289,19 @@ def decoding(case: Case) -> Findings:
       continue
     made = rate() * min(workers or usable_cores(), usable_cores())
     used = stage.batch / step.seconds
-    told = f'{name}: about {made:,.0f} images/s can be decoded, {used:,.0f} are used'
-    yield odd(f'{told}: the devices will wait for data') if made < used else ok(told)
+    text = f'{name}: about {made:,.0f} images/s can be decoded, {used:,.0f} are used'
+    yield odd(f'{text}: the devices will wait for data') if made < used else ok(text)
 
 
 def _decode_rate(split: Split) -> float:
-  """Returns the training images that one core makes a second."""
+  """Returns how many training images one core decodes per second."""
   generator, rows = np.random.default_rng(0), sampled(split.rows)
 
   def make(row: int) -> None:
-    with contextlib.suppress(UserError):  # of damaged ones others tell
+    with contextlib.suppress(UserError):  # other checks report damaged ones
       split.example(row, generator)
 
-  for row in rows[:16]:  # the first ones import decoders
+  for row in rows[:16]:  # the first ones import the decoders
     make(row)
   timed = rows[-32:]
   began = time.perf_counter()
