@@ -113,5 +113,5 @@ def test_what_cannot_be_seen_is_told(remembered, monkeypatch):
   plain = next(iter(experiment.stages.values()))
   only = experiment._replace(stages={plain.name: plain})
   monkeypatch.setattr(evaluate, 'with_data', lambda *args: only)
-  with pytest.raises(UserError, match='there is nothing to see'):
+  with pytest.raises(UserError, match='there is nothing to show'):
     inside.look(remembered, [])
