@@ -309,7 +309,7 @@ def rehearsed(
         state = surgery(state, shapes)
       begin, end = state.step, stage.plan.steps
       if begin > end:
-        raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
+        raise UserError(f'stage {name!r} ends at step {end}, but starts at {begin}')
       metric_shapes(stage.method, stage.streams, state, experiment.mesh)
       for saved in stage.save_outputs:
         saved_shape(stage.survey, state, saved)

@@ -107,7 +107,9 @@ def test_embeddings_stand_beside_features_and_centroids(remembered):
 
 
 def test_what_cannot_be_seen_is_told(remembered, monkeypatch):
-  with pytest.raises(UserError, match='--look_at: 99; there are 16 test images'):
+  with pytest.raises(
+    UserError, match='--look_at is 99, but there are only 16 test images'
+  ):
     inside.look(remembered, [99])
   experiment = evaluate.with_data(remembered, None)
   plain = next(iter(experiment.stages.values()))
