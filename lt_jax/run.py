@@ -43,6 +43,7 @@ def run(
   allow_config_change: bool = False,
   profile: tuple[int, int] | None = None,
   tracker: str = '',
+  screen: Screen | None = None,
 ) -> dict[str, Any]:
   """Trains every stage, resuming an interrupted run, and writes the results.
 
@@ -52,6 +53,7 @@ def run(
     allow_config_change: resume although the config differs from the saved one.
     profile: (first, last) step of a profiler trace of each stage.
     tracker: where metrics are also sent, see `writers.tracking`; '' for nowhere.
+    screen: shows the run; None for the terminal.
 
   Returns:
     What result.json holds.
@@ -72,6 +74,7 @@ def run(
       lambda: rehearsed(config, workdir, stop),
       allow_config_change=allow_config_change,
       tracker=tracker,
+      screen=screen,
     ) as opened,
   ):
     earlier: dict[str, State] = {}
@@ -82,7 +85,9 @@ def run(
 
 
 def run_seeds(
-  configs: Sequence[Config], workdirs: Sequence[epath.PathLike]
+  configs: Sequence[Config],
+  workdirs: Sequence[epath.PathLike],
+  screens: Sequence[Screen] = (),
 ) -> list[dict[str, Any] | train.Diverged]:
   """Trains runs that differ only in the seed as one program.
 
@@ -92,6 +97,7 @@ def run_seeds(
   Args:
     configs: the resolved configs.
     workdirs: one folder for each.
+    screens: one for each; none for the terminal, where one run is followed.
 
   Returns:
     For each run, what result.json holds, or how the run diverged.
@@ -119,8 +125,10 @@ def run_seeds(
         )
       else:
         make = functools.partial(rehearsed, config, workdir, stop, len(configs))
-      screen = Screen(
-        f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None
+      screen = (
+        screens[len(runs)]
+        if screens
+        else Screen(f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None)
       )
       context = _opened(config, workdir, stop, make, screen=screen, seeds=seeds)
       runs.append(stack.enter_context(context))

@@ -452,8 +452,7 @@ class StageRunner:
         else:
           rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
-    values = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
-    summary = ', '.join(f'{k} {value:.4f}' for k, value in values.items())
+    shown = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
     if self.stage.scores is not None:
       scores = self.stage.scores(state, self._stop.alone)
       if scores is None:
@@ -461,7 +460,7 @@ class StageRunner:
       rows |= scores
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    self._screen.line_if_followed(f'step {step}: {headline} on {summary}')
+    self._screen.evaluated(step, headline, shown)
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 

@@ -64,6 +64,7 @@ class Trained(NamedTuple):
     state: its State; prediction uses `params`, `stats` and `memory`.
     step: the step of the State.
     verified: whether the files of the State had the recorded digests.
+    predicts_by: whose normalisation and batch statistics, see `Experiment`.
   """
 
   config: Config
@@ -74,6 +75,7 @@ class Trained(NamedTuple):
   state: State
   step: int
   verified: bool
+  predicts_by: str
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -205,7 +207,10 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       f'{workdir}/data.json has another threshold than result.json: one of them was '
       'changed after training; undo that'
     )
-  return Trained(config, facts, result, stage, experiment.mesh, state, step, verified)
+  told = experiment.predicts_by
+  return Trained(
+    config, facts, result, stage, experiment.mesh, state, step, verified, told
+  )
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:

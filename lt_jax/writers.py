@@ -542,6 +542,15 @@ class _Output:
         os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
+def terminal(soft_wrap: bool = True) -> Console:
+  """Returns the terminal, or whatever else standard output is.
+
+  Args:
+    soft_wrap: leaves it to the terminal to break long lines.
+  """
+  return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=soft_wrap)
+
+
 class Screen:
   """What the user sees: a progress bar on a terminal, plain lines anywhere else."""
 
@@ -552,9 +561,7 @@ class Screen:
       name: prefix of its lines.
       beside: the screen of the run whose progress is shown instead of this one's.
     """
-    output = _Output(sys.stdout)
-    console = Console(file=output, highlight=False, soft_wrap=True)
-    self._console = beside._console if beside else console
+    self._console = beside._console if beside else terminal()
     self._show = jax.process_index() == 0
     self._name = name
     self._followed = beside is None
@@ -613,6 +620,11 @@ class Screen:
       self._bar.update(self._task, status=text)
     else:
       self.line_if_followed(line)
+
+  def evaluated(self, step: int, metric: str, values: Mapping[str, float]) -> None:
+    """Prints a metric of each split, of a run that is followed."""
+    summary = ', '.join(f'{split} {value:.4f}' for split, value in values.items())
+    self.line_if_followed(f'step {step}: {metric} on {summary}')
 
   def stop_bar(self) -> None:
     """Removes the bar."""
