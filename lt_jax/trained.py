@@ -64,7 +64,7 @@ class Trained(NamedTuple):
     state: its State; prediction uses `params`, `stats` and `memory`.
     step: the step of the State.
     verified: whether the files of the State had the recorded digests.
-    predicts_by: normalisation and batch statistics in use, see `Experiment.predicts_by`.
+    predicts_by: its normalisation and batch statistics, see `Experiment.predicts_by`.
   """
 
   config: Config
