@@ -8,7 +8,7 @@ _FROM_PYTHON = ('fit', 'load')
 
 
 def __getattr__(name: str) -> Any:
-  """Imports `fit` and `load` when they are asked for, since that imports JAX."""
+  """Imports `fit` and `load` on first use, since that imports JAX."""
   if name not in _FROM_PYTHON:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   from lt_jax import notebook

@@ -1,7 +1,7 @@
-"""Keeps the memory of a training step in the process, from one step to the next.
+"""Makes the process keep the memory of a training step for the next one.
 
-XLA:CPU allocates the arrays of a step and frees them at its end. By default glibc hands
-them back to the kernel, and the next step touches tens of thousands of fresh pages.
+XLA:CPU allocates the arrays of a step and frees them at its end. By default glibc
+returns them to the kernel, and the next step touches tens of thousands of fresh pages.
 """
 
 import ctypes
@@ -13,32 +13,33 @@ from typing import Any
 
 LEAST_PIXELS = 2**16
 SMALL_TRUNKS = ('digits_cnn', 'tiny_cnn')
-"""Steps of fewer pixels, and of these networks, are left alone.
+"""Steps with fewer pixels, or of these networks, are left alone.
 
-They take so little time that their threads would mostly wait for the one heap.
+They are so short that their threads would mostly wait for the single heap.
 """
 
 SETTINGS = {
-  -8: 1,  # M_ARENA_MAX: the threads share one heap; in their own, pages are not kept
+  -8: 1,  # M_ARENA_MAX: threads share one heap; heaps of their own would not keep pages
   -4: 0,  # M_MMAP_MAX: large arrays come from that heap too
-  -1: 2**31 - 1,  # M_TRIM_THRESHOLD: what is free at its end is not handed back
+  -1: 2**31 - 1,  # M_TRIM_THRESHOLD: free memory at its end is not returned
 }
-"""Parameter of mallopt, as malloc.h of glibc numbers it -> value."""
+"""Parameter of mallopt, as numbered in glibc's malloc.h -> value."""
 
 
 def keep_pages(config: Mapping[str, Any]) -> bool:
-  """Has glibc keep what a step frees, where that makes the training faster.
+  """Makes glibc keep what a step frees, if that makes training faster.
 
-  That is on a CPU, under Linux with glibc, and for large steps; elsewhere nothing
-  happens, nor where the user has set MALLOC_ARENA_MAX. Only commands call this, because
-  it holds for the whole process. They do so before JAX uses a device, or its threads
-  keep heaps of their own, and if they can before it is imported, which leaves one.
+  It does on a CPU, under Linux with glibc, for large steps. Otherwise, or if the user
+  has set MALLOC_ARENA_MAX, this changes nothing. Only commands call this, because it
+  affects the whole process. They call it before JAX uses a device, since its threads
+  would keep heaps of their own, and if possible before JAX is imported, which already
+  leaves one.
 
   Args:
-    config: the configuration, resolved or not.
+    config: the config, resolved or not.
 
   Returns:
-    Whether it does.
+    Whether glibc was changed.
   """
   mallopt = _mallopt()
   large = pixels(config) >= LEAST_PIXELS
@@ -50,11 +51,11 @@ def keep_pages(config: Mapping[str, Any]) -> bool:
 
 
 def pixels(config: Mapping[str, Any]) -> int:
-  """Returns the pixels of a batch, as far as the configuration tells.
+  """Returns the number of pixels in a batch, as far as the config says.
 
   Args:
-    config: states the size of images as `data.image_size` where they have many sizes,
-      and as that of the generated stand-ins where all have one.
+    config: has the size of images in `data.image_size` if they have many sizes, else in
+      `data.fake.image_size`, for the generated images that replace them in plans.
   """
   data = config['data']
   side = data['image_size'] or data['fake']['image_size']
@@ -62,7 +63,7 @@ def pixels(config: Mapping[str, Any]) -> int:
 
 
 def _mallopt() -> Any:
-  """Returns mallopt of glibc; None where there is none."""
+  """Returns glibc's mallopt; None without glibc."""
   if not sys.platform.startswith('linux'):
     return None
   process = ctypes.CDLL(None)
@@ -70,9 +71,9 @@ def _mallopt() -> Any:
 
 
 def _cpu_is_next() -> bool:
-  """Returns whether JAX will run on the CPU, without asking it, which starts it.
+  """Returns whether JAX will run on the CPU, without asking JAX, which would start it.
 
-  Where it may choose, an installed plugin for other devices counts as one of them.
+  If JAX is free to choose, an installed plugin counts as a device other than the CPU.
   """
   platforms = os.environ.get('JAX_PLATFORMS')
   if platforms:

@@ -420,7 +420,7 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
 
 
 def domains_of_stages(config: Config) -> list[str]:
-  """Returns the domains that stages and their streams are of, each by its name."""
+  """Returns the names of the domains that stages and their streams use."""
   stages = [config, *config['stages'].values()]
   names = [stage['domain'] for stage in stages if 'domain' in stage]
   for stage in stages:
@@ -430,17 +430,18 @@ def domains_of_stages(config: Config) -> list[str]:
 
 
 def check_set_domains(config: Config, given: Mapping[str, Any]) -> None:
-  """Refuses keys of a domain that is not used, as setting them would change nothing.
+  """Refuses keys set for an unused domain, since they would change nothing.
 
-  A config file may describe more domains than a run uses, such as all that can be the
-  target; of these there is only a warning.
+  A config file may describe more domains than a run uses, such as all possible targets;
+  those only cause a warning.
 
   Args:
     config: the config.
-    given: what was set after the config file was read, by key: 'domains.NAME.KEY'.
+    given: key -> value that was set after the config file was read; the keys in
+      question are 'domains.NAME.KEY'.
 
   Raises:
-    UserError: it names the domain.
+    UserError: a key belongs to an unused domain; the message names it.
   """
   roles = (*config['sources'], *config['target'], *config['open_domains'])
   used = {*roles, *domains_of_stages(config)}
@@ -456,7 +457,7 @@ def check_set_domains(config: Config, given: Mapping[str, Any]) -> None:
 
 
 def unused(name: str) -> str:
-  """Returns what to say of a domain that nothing uses."""
+  """Returns the message about a domain that nothing uses."""
   return (
     f'domain {name!r} has no role and is not used: name it in sources, target or '
     'open_domains, or as the domain of a stage'
@@ -470,10 +471,10 @@ def resolve(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, An
 
   Args:
     config: the config.
-    given: key -> value of what was set after the config file was read.
+    given: key -> value that was set after the config file was read.
 
   Raises:
-    UserError: a number is not finite, or keys of a domain that is not used are given.
+    UserError: a number is not finite, or `given` has keys of an unused domain.
   """
   plain = config.to_dict()
   plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}

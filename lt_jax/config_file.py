@@ -62,7 +62,7 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def overrides() -> dict[str, Any]:
-  """Returns key -> value of what --config.KEY=VALUE sets."""
+  """Returns key -> value as --config.KEY=VALUE sets them."""
   return config_flags.get_override_values(flags.FLAGS['config'])
 
 

@@ -2,8 +2,8 @@
 
   python -m lt_jax.convert --source=WEIGHTS.pth --out=WEIGHTS.safetensors
 
-A PyTorch file is a program that makes tensors, and a hostile one can do anything else.
-This is the only place that reads one, and it allows nothing but plain tensors and
+A PyTorch file is a program that makes tensors, and a hostile one can do anything. This
+is the only place that reads one, and it allows nothing but plain tensors and
 containers. If you do not trust the file, run this in a sandbox. Needs PyTorch 2.6 or
 newer; the CPU build is enough: pip install torch.
 """
@@ -22,24 +22,24 @@ SOURCE = commands.path_flag('source', 'The PyTorch file.')
 OUT = commands.out_flag()
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')
-"""Keys under which training codes keep the weights, beside epoch or optimiser."""
+"""Keys under which training code stores weights, next to epoch or optimiser."""
 
 
 def convert(source: str, out: str) -> int:
   """Writes the tensors of a PyTorch file as `.safetensors`.
 
-  A name such as resnet50-0676ba61.pth holds the beginning of the file's SHA-256, which
-  is then checked. Names, shapes and types of the tensors stay as they are.
+  A name such as resnet50-0676ba61.pth contains the first digits of the file's SHA-256,
+  which are then checked. Names, shapes and types of the tensors stay as they are.
 
   Args:
-    source: file that `torch.save` wrote.
-    out: file to write, whole or not at all.
+    source: a file that `torch.save` wrote.
+    out: the file to write, whole or not at all.
 
   Returns:
     The number of tensors.
 
   Raises:
-    UserError: PyTorch is absent or too old, a path is wrong, or the file is damaged or
+    UserError: PyTorch is missing or too old, a path is wrong, or the file is damaged or
       holds anything but tensors.
   """
   if not out.endswith('.safetensors'):
@@ -64,13 +64,13 @@ def convert(source: str, out: str) -> int:
     )
   try:
     loaded = torch.load(source, map_location='cpu', weights_only=True)
-  except Exception as error:  # of many kinds; some advise to read without the guard
+  except Exception as error:  # many types; some advise loading without the guard
     raise UserError(
       f'{source} is damaged, or holds more than tensors: {type(error).__name__}'
     ) from None
   tensors = _unwrapped(loaded, torch.Tensor, source)
   size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-  if size > MOST_BYTES:  # a few bytes of a file can claim to be so many
+  if size > MOST_BYTES:  # a tiny file can claim to be this large
     raise UserError(f'{source} holds {size} bytes of tensors, too many for weights')
   try:
     dense = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
@@ -82,8 +82,8 @@ def convert(source: str, out: str) -> int:
 
 
 def _unwrapped(loaded: Any, tensor: type, source: str) -> dict[str, Any]:
-  """Returns the dict of tensors inside of what a training code has saved."""
-  for _ in WRAPPERS:  # and not for ever: a dict can hold itself
+  """Returns the dict of tensors inside of what training code has saved."""
+  for _ in WRAPPERS:  # a bounded loop, since a dict can contain itself
     inner = loaded if isinstance(loaded, dict) else {}
     wrapped = [inner[key] for key in WRAPPERS if isinstance(inner.get(key), dict)]
     loaded = wrapped[0] if wrapped else loaded
@@ -92,14 +92,14 @@ def _unwrapped(loaded: Any, tensor: type, source: str) -> dict[str, Any]:
   for name, value in loaded.items():
     if not isinstance(name, str) or not isinstance(value, tensor):
       raise UserError(
-        f'{source}: {str(name)[:80]!a} is no tensor; weights are looked for at the top '
-        f'and under {", ".join(WRAPPERS)}'
+        f'{source}: {str(name)[:80]!a} is not a tensor; weights must be at the top '
+        f'level or under {", ".join(WRAPPERS)}'
       )
   return loaded
 
 
 def _sha256(path: str) -> str:
-  """Returns the digest of a file in hexadecimal."""
+  """Returns the SHA-256 of a file in hexadecimal."""
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 

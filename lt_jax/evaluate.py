@@ -1,7 +1,8 @@
 """Evaluates a finished or running run again: python -m lt_jax.evaluate --workdir=DIR.
 
-Reads config.json, not Python, and the newest checkpoint that passes every check; trains
-nothing and leaves the run's own files alone. Writes evaluation.json.
+Reads config.json rather than a Python config, and the newest checkpoint that passes
+every check. Trains nothing, leaves the run's own files alone, and writes
+evaluation.json.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()
 DATA_DIR = commands.data_dir_flag()
 ADJUST = flags.DEFINE_float(
-  'logit_adjustment', None, 'Subtracts this multiple of the log prior from the logits.'
+  'logit_adjustment', None, 'Subtract this multiple of the log prior from the logits.'
 )
 STAGE = flags.DEFINE_string(
   'stage', None, 'The stage to evaluate; by default the last.'
@@ -63,15 +64,15 @@ def evaluate(
     which: 'last' or 'best'.
     stage_name: the stage; None for the last one.
     logit_adjustment: tau of `posthoc.adjust_logits`; None leaves the logits alone.
-    data_dir: where the data lie now, see `provenance.moved`; None: where the run found
+    data_dir: where the data are now, see `provenance.moved`; None: where the run found
       them, or else where its config says.
 
   Returns:
     What evaluation.json holds.
 
   Raises:
-    UserError: there is no such run or State, it is damaged, its data are not there, or
-      evaluation.json cannot be written; then the numbers have been shown.
+    UserError: there is no such run or State, it is damaged, its data are missing, or
+      evaluation.json cannot be written (the numbers have been shown by then).
   """
   experiment = with_data(workdir, data_dir)
   config = experiment.config
@@ -123,7 +124,7 @@ def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
     data_dir: as for `evaluate`.
 
   Raises:
-    UserError: there is no such run, or its data are others.
+    UserError: there is no such run, or its data have changed.
   """
   config = trained.read_config(workdir)
   facts = trained.read_facts(workdir)
@@ -137,7 +138,7 @@ def with_data(workdir: epath.Path, data_dir: str | None) -> Experiment:
 
 @contextlib.contextmanager
 def _naming(data_dir: str | None) -> Iterator[None]:
-  """Has a `UserError` name the data that were given, if any."""
+  """Adds --data_dir, if it was given, to a `UserError` that does not name it."""
   try:
     yield
   except UserError as error:

@@ -4,13 +4,13 @@
   python -m lt_jax.export --workdir=runs/1 --to=stablehlo --out=digits.stablehlo
 
 safetensors: parameters, statistics and everything else the method needs to predict, as
-arrays by path; the header has class names, preprocessing, configuration and digests.
-`load` rebuilds the network.
+arrays by path; the header has class names, preprocessing, config and digests. `load`
+rebuilds the network.
 
-stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch, from
-images as they are stored (uint8, or float32 features) to outputs;
-`jax.export.deserialize` reads it, and needs nothing of ours. Beside it
-digits.stablehlo.json has class names, preprocessing and the names of the outputs.
+stablehlo: the prediction itself as a program, for CPU, CUDA and TPU and any batch size,
+from images as stored (uint8, or float32 features) to outputs. `jax.export.deserialize`
+reads it without this library. Next to it, digits.stablehlo.json has class names,
+preprocessing and the names of the outputs.
 
 Every file is read back after writing, and must predict what the run predicts.
 """
@@ -39,15 +39,15 @@ OUT = commands.out_flag()
 TO = flags.DEFINE_string('to', None, 'The format: safetensors or stablehlo.')
 
 FIELDS = ('params', 'stats', 'memory')
-"""Fields of a State that a network predicts by."""
+"""Fields of a State that prediction needs."""
 
 STRINGS = ('recipe', 'stage', 'image_dtype', 'config_digest', 'state_sha256', 'sha256')
-"""Keys of a header whose values are words; the others' are JSON."""
+"""Keys of a header whose values are plain strings; other values are JSON."""
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 MOST_OFF = 1e-3
-"""Largest difference of an exported output from the run's, over its largest value."""
+"""Largest difference allowed from the run's outputs, over their largest value."""
 
 
 def main() -> None:
@@ -58,20 +58,20 @@ def main() -> None:
 def export(
   workdir: epath.Path, to: str, out: epath.PathLike, *, which: str | None = None
 ) -> dict[str, Any]:
-  """Writes the network of a run to a file, after reading it back.
+  """Writes the network of a run to a file, reads it back and compares predictions.
 
   Args:
     workdir: the run's folder.
     to: a key of `FORMATS`.
-    out: the file to write, whole or not at all; it ends in the name of the format.
-    which: 'last' or 'best'; None for the State that the run's result is of.
+    out: the file to write, whole or not at all; its suffix must be the format.
+    which: 'last' or 'best'; None for the State behind the run's result.
 
   Returns:
-    What the file's header, or the .json beside it, tells.
+    The contents of the file's header, or of the .json next to it.
 
   Raises:
-    UserError: a path is wrong, the run is damaged, or what was read back predicts
-      otherwise than the run.
+    UserError: a path is wrong, the run is damaged, or the file that was read back does
+      not predict what the run predicts.
   """
   write = lookup(FORMATS, 'format', to)
   out = epath.Path(out)
@@ -84,9 +84,9 @@ def export(
   network.check_whole(workdir)
   draft = out.with_name(f'.{out.name}.{uuid.uuid4().hex}.draft')
   try:
-    told, predict = write(network, draft)
+    header, predict = write(network, draft)
     off = difference(network, predict)
-    if not off <= MOST_OFF:  # nor where it is no number
+    if not off <= MOST_OFF:  # also refuses NaN
       raise UserError(
         f'{out} is not written: read back, its predictions differ from the run by '
         f'{off:.2g} of the largest output'
@@ -95,22 +95,22 @@ def export(
   finally:
     draft.unlink(missing_ok=True)
   for path in beside:
-    files.write_json(path, told)
+    files.write_json(path, header)
   size = out.stat().length
   print(f'{out}: {size:,} bytes, checked: within {off:.1g} of what the run predicts')
   print(f'images: {network.predicts_by}')
-  return told
+  return header
 
 
 def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> float:
-  """Returns how far a prediction is from a network's own, on images of noise.
+  """Returns how far predictions are from those of a network, on images of noise.
 
   Args:
     network: the network.
     predict: images (B, H, W, channels) -> what `Trained.predict` returns.
 
   Returns:
-    The largest difference of an output, over the largest magnitude of that output.
+    The largest difference of an output, relative to the largest magnitude of it.
   """
   generator = np.random.default_rng(0)
   images = generator.integers(0, 256, (3, *network.facts['image_shape']), np.uint8)
@@ -123,11 +123,11 @@ def difference(network: Trained, predict: Callable[[np.ndarray], Outputs]) -> fl
     / max(np.abs(value).max(), np.finfo(np.float32).tiny)
     for name, value in own.items()
   ]
-  return float(np.max(off))  # which is no number where one of them is none
+  return float(np.max(off))  # NaN if any of them is
 
 
 OF_CLASSES = ('unseen', 'val_classes', 'class_vectors')
-"""Facts that there are where classes are described."""
+"""Facts that exist only if classes are described."""
 
 
 def facts(network: Trained) -> dict[str, Any]:
@@ -152,43 +152,43 @@ def facts(network: Trained) -> dict[str, Any]:
 def _safetensors(
   network: Trained, path: epath.Path
 ) -> tuple[dict[str, Any], Callable[[np.ndarray], Outputs]]:
-  """Writes arrays; returns (what the header tells, the prediction by the file)."""
+  """Writes arrays; returns (the header, a function that predicts with the file)."""
   from safetensors.numpy import save
 
   held = jax.device_get({name: getattr(network.state, name) for name in FIELDS})
   leaves = jax.tree_util.tree_flatten_with_path(held)[0]
   tensors = {_name(keys): np.array(leaf, order='C') for keys, leaf in leaves}
-  told = facts(network) | {'config': network.config, 'sha256': _digest(tensors)}
-  header = {
+  header = facts(network) | {'config': network.config, 'sha256': _digest(tensors)}
+  texts = {
     key: value if isinstance(value, str) else json.dumps(value)
-    for key, value in told.items()
+    for key, value in header.items()
   }
-  files.write_atomically(path, save(tensors, header))
+  files.write_atomically(path, save(tensors, texts))
   loaded = load(path)
   predict = jax.jit(loaded.predict)
-  return told, lambda images: predict(loaded.state, images)
+  return header, lambda images: predict(loaded.state, images)
 
 
 def load(path: epath.PathLike) -> Trained:
-  """Makes the network of an exported .safetensors file; its run is not needed.
+  """Rebuilds the network of an exported .safetensors file; its run is not needed.
 
   Returns:
-    A network that predicts. Its State has no optimiser and no key of its run.
+    A network for prediction. Its State has no optimiser and not the key of its run.
 
   Raises:
-    UserError: the file is damaged, or does not fit what it says of itself.
+    UserError: the file is damaged, or its arrays contradict its header.
   """
-  header, tensors = _read(epath.Path(path))
+  texts, tensors = _read(epath.Path(path))
   try:
-    told = {k: v if k in STRINGS else json.loads(v) for k, v in header.items()}
-    stored, step, sha256 = told['config'], told['step'], told['sha256']
+    header = {k: v if k in STRINGS else json.loads(v) for k, v in texts.items()}
+    stored, step, sha256 = header['config'], header['step'], header['sha256']
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} was not exported here: {error}') from None
-  files.check_fits(told, trained.FACTS | {'config': dict, 'step': int}, path)
-  config = told['config'] = trained.checked_config(upgraded(stored), path)
+  files.check_fits(header, trained.FACTS | {'config': dict, 'step': int}, path)
+  config = header['config'] = trained.checked_config(upgraded(stored), path)
   if sha256 != _digest(tensors):
     raise UserError(f'{path} is damaged: its arrays do not have the recorded digest')
-  experiment = trained.build_without_data(config, told)
+  experiment = trained.build_without_data(config, header)
   *_, stage = experiment.stages.values()
   shapes = state_shapes(stage.method, stage.streams)
   held = {name: getattr(shapes, name) for name in FIELDS}
@@ -197,11 +197,11 @@ def load(path: epath.PathLike) -> Trained:
   )
   state = shapes.replace(step=np.int32(step), key=jax.random.key(0), opt={}, **held)
   by = experiment.predicts_by
-  return Trained(config, told, {}, stage, experiment.mesh, state, step, True, by)
+  return Trained(config, header, {}, stage, experiment.mesh, state, step, True, by)
 
 
 def put_back(tensors: Mapping[str, np.ndarray], tree: Any, source: str) -> Any:
-  """Returns a tree with arrays by their paths in the places of its leaves.
+  """Returns a tree with its leaves replaced by arrays, found by their paths.
 
   Args:
     tensors: path -> array, such as 'params.net.head.kernel'.
@@ -209,7 +209,7 @@ def put_back(tensors: Mapping[str, np.ndarray], tree: Any, source: str) -> Any:
     source: where the arrays are from, for messages.
 
   Raises:
-    UserError: a path or shape is another.
+    UserError: a path, shape or type does not match.
   """
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   shapes = {_name(keys): (leaf.shape, leaf.dtype) for keys, leaf in leaves}
@@ -250,18 +250,18 @@ def _read(path: epath.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}') from None
   except (safetensors.SafetensorError, ValueError, KeyError) as error:
-    told = ' '.join(str(error).split())
-    raise UserError(f'{path} is damaged, or no .safetensors file: {told}') from None
+    reason = ' '.join(str(error).split())
+    raise UserError(f'{path} is damaged, or no .safetensors file: {reason}') from None
   return header, tensors
 
 
 def _stablehlo(
   network: Trained, path: epath.Path
 ) -> tuple[dict[str, Any], Callable[[np.ndarray], Outputs]]:
-  """Writes a program; returns (what the .json tells, the prediction by the file)."""
+  """Writes a program; returns (the .json, a function that predicts with the file)."""
   from jax import export as jax_export
 
-  # On no devices, as a program for a mesh would run on as many only.
+  # On no mesh, since a program for a mesh runs only on that number of devices.
   held = {name: getattr(network.state, name) for name in FIELDS}
   state = network.state.replace(opt={}, **jax.device_get(held))
 
@@ -276,7 +276,7 @@ def _stablehlo(
   files.write_atomically(path, program.serialize())
   loaded = jax_export.deserialize(bytearray(path.read_bytes()))
   outputs = jax.tree.unflatten(program.out_tree, program.out_avals)
-  told = facts(network) | {
+  header = facts(network) | {
     'input': {
       'shape': ['batch', *network.facts['image_shape']],
       'dtype': network.dtype.name,
@@ -292,11 +292,11 @@ def _stablehlo(
     'jax': jax.__version__,
     'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
   }
-  return told, loaded.call
+  return header, loaded.call
 
 
 FORMATS = {'safetensors': _safetensors, 'stablehlo': _stablehlo}
-"""name -> (network, path) -> (what is told of it, the prediction by the file)."""
+"""name -> (network, path) -> (facts, a function that predicts with the file)."""
 
 
 if __name__ == '__main__':

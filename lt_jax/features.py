@@ -1,8 +1,8 @@
 """Computes features of labelled images with a network.
 
-The network is that of a run or export of ours, or a trunk with published weights. The
-images are any source of data, or those that a run was trained on; arrays of features
-need no network.
+The network is that of a run or an export of ours, or a trunk with published weights.
+The images come from any data source, or are those that a run was trained on. Stored
+features need no network.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from lt_jax.pretrained.published import pretrained
 BATCH = 64
 
 SIZES = ('size', 'channels', 'image_size', 'resize')
-"""Keys of a run's data that a network of another run has an answer of its own for."""
+"""Keys of a run's data for which the network of another run has its own values."""
 
 
 class Network(NamedTuple):
-  """A network that looks at images.
+  """A network that computes features of images.
 
   Attributes:
-    name: of its weights.
-    see: (B, H, W, channels) as they are stored -> 'features' (B, D) and, of a network
-      of ours, 'probabilities' (B, C) of its own classes.
-    shape: (H, W, channels) of what it sees.
-    crop: what brings photographs to that size.
-    class_names: of its own head; empty without one.
+    name: the name of its weights.
+    see: (B, H, W, channels) images as stored -> 'features' (B, D) and, for a network of
+      ours, 'probabilities' (B, C) of its own classes.
+    shape: (H, W, channels) of its input.
+    crop: how photographs are cropped to that size.
+    class_names: the classes of its own head; empty without one.
   """
 
   name: str
@@ -55,15 +55,15 @@ class Network(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """Labelled images as a network sees them.
+  """Features of labelled images.
 
   Attributes:
-    name: of the data.
+    name: the name of the data.
     features: (N, D) float32.
-    labels: (N,) int32, -1 for images of no class.
-    class_names: of the C classes.
-    digests: (N,) of the images as they are stored, to find those that are elsewhere.
-    probabilities: (N, Z) of the network's own classes; None without a head.
+    labels: (N,) int32, -1 for images without a class.
+    class_names: names of the C classes.
+    digests: (N,) digests of the images as stored, to find copies in other data.
+    probabilities: (N, Z) for the network's own classes; None without a head.
   """
 
   name: str
@@ -79,11 +79,11 @@ def network(source: str, trunk: str = '', size: int = 224) -> Network:
 
   Args:
     source: the folder of a run, an export of one, or published weights.
-    trunk: of published weights.
-    size: side of the images that published weights see.
+    trunk: the trunk that published weights belong to.
+    size: side of the images that they get.
 
   Raises:
-    UserError: there is no such network, or published weights without a trunk.
+    UserError: there is no such network, or published weights have no `trunk`.
   """
   found = ours.origin(source)
   if found is None:
@@ -108,7 +108,7 @@ def _published(source: str, trunk: str, size: int) -> Network:
   """Returns a trunk with published weights."""
   if not trunk:
     raise UserError(
-      f'{source} is no run of ours: say of which network it is, such as '
+      f'{source} is not a run of ours: name its network, such as '
       '--net=efficientnet_lite0'
     )
   net = make_classifier(trunk, 'linear', 2)
@@ -119,11 +119,11 @@ def _published(source: str, trunk: str, size: int) -> Network:
 
   fresh = jax.jit(init)(jax.random.key(0))
   params, stats, _ = pretrained(source, fresh['params'], fresh.get('batch_stats', {}))
-  told = pixels(trunk)
+  expected = pixels(trunk)
 
   @jax.jit
   def see(params: Any, stats: Any, images: jax.Array) -> jax.Array:
-    images = augment.normalise(images, told['mean'], told['std'])
+    images = augment.normalise(images, expected['mean'], expected['std'])
     return forward(net, params, stats, images, train=False)[0]['features']
 
   return Network(
@@ -135,17 +135,18 @@ def _published(source: str, trunk: str, size: int) -> Network:
 
 
 def seen(spec: str, net: Network | None, *, split: str = 'train') -> Seen:
-  """Returns the features of the images of a source of data.
+  """Returns the features of the images of a data source.
 
   Args:
-    spec: such as 'folder:DIR', 'tfds:NAME' or 'npz:FILE'; the folder of a run, for the
-      images that its last stage was trained on. Of arrays of features (N, D) in a
-      'npz:' the network is not asked.
-    net: the network; None where only arrays of features are looked at.
-    split: 'train', or another one that there is.
+    spec: such as 'folder:DIR', 'tfds:NAME' or 'npz:FILE'; or the folder of a run, for
+      the images that its last stage was trained on. If an 'npz:' holds features (N, D),
+      they are returned without using the network.
+    net: the network; None if all data are stored features.
+    split: 'train', or another split of the source.
 
   Raises:
-    UserError: the data are not there, cannot be looked at, or a feature is not finite.
+    UserError: the data do not exist or do not suit the network, or a feature is not
+      finite.
   """
   data = _images(spec, net, split)
   labels, names = data.labels, data.source.class_names
@@ -175,7 +176,7 @@ def _images(spec: str, net: Network | None, split: str) -> Split:
     sources = config['sources']
     if name == SOURCE and sources:
       if len(sources) > 1:
-        raise UserError(f'{spec} was trained on several sources: name them one by one')
+        raise UserError(f'{spec} was trained on several sources: give them one by one')
       name = sources[0]
     data = domain_data(config, name)
     aside = (*NOT_LOADING, *SIZES)
@@ -202,11 +203,13 @@ def _images(spec: str, net: Network | None, split: str) -> Split:
 
 
 def _load(options: dict[str, Any], net: Network | None, *, photographs: bool) -> Any:
-  """Loads data; of sources without a test split the training split alone."""
+  """Loads data; sources without a test split get the training split as one."""
   more: dict[str, Any] = {}
   if photographs:
     if net is None:
-      raise UserError(f'{options["source"]}: --init names the network that sees them')
+      raise UserError(
+        f'{options["source"]} has photographs: name a network with --init'
+      )
     more = {'image_size': net.crop.size, 'resize': net.crop.resize}
   every = {'to_device': lambda images: {}, **options, **more}
   try:

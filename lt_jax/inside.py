@@ -1,13 +1,14 @@
 """Looks into a finished run: python -m lt_jax.inside --workdir=DIR.
 
-Saves what the network does with single images in the run's folder, and rewrites its
-page with these figures:
+Saves what the network does with single images in the run's folder, and adds figures of
+it to the run's page:
 
-  epsilons.npz      of methods that learn weights: what up to 100 batches of training
-                    images would be weighed by next, and the images at both ends
-  feature_maps.npz  of networks with attention: the maps of test images, beside those of
-                    the first stage, the plain network
-  embeddings.npz    of networks with a memory: direct features and meta-embeddings of
+  epsilons.npz      for methods that learn example weights: the weights of training
+                    images in the next batches, 100 at most, and the images with the
+                    largest and smallest ones
+  feature_maps.npz  for networks with attention: maps of test images, and those of the
+                    first stage, the plain network
+  embeddings.npz    for networks with a memory: direct features and meta-embeddings of
                     test images, and the centroids
 
 Nothing is trained, and no number of the run changes.
@@ -38,12 +39,12 @@ DATA_DIR = commands.path_flag(
 IMAGES = flags.DEFINE_list(
   'look_at',
   [],
-  'Positions of the test images to map; by default, one each from a few classes.',
+  'Positions of test images to map; by default, one image from each of a few classes.',
 )
 
 MOST_BATCHES = 100
 ENDS = 8
-"""Images with the largest, and with the smallest epsilon."""
+"""Number of images shown with the largest and with the smallest epsilon."""
 
 MOST_MAPS = 6
 MOST_POINTS = 2000
@@ -54,8 +55,8 @@ def main() -> None:
   workdir = files.absolute(WORKDIR.value)
   if not all(text.isdecimal() for text in IMAGES.value):
     raise UserError(f'--look_at must be whole numbers: {",".join(IMAGES.value)}')
-  left = look(workdir, [int(text) for text in IMAGES.value], DATA_DIR.value)
-  for name in left:
+  written = look(workdir, [int(text) for text in IMAGES.value], DATA_DIR.value)
+  for name in written:
     print(workdir / name)
   print(report.write(workdir))
 
@@ -63,15 +64,16 @@ def main() -> None:
 def look(
   workdir: epath.Path, images: list[int], data_dir: str | None = None
 ) -> list[str]:
-  """Leaves what there is to see; returns the names of the files.
+  """Writes the files of this module's docstring that apply; returns their names.
 
   Args:
     workdir: the run's folder.
-    images: positions of test images for the maps; none: one of some classes.
-    data_dir: where the data lie now, as for `lt_jax.evaluate`.
+    images: positions of test images for the maps; [] for one image from each of a few
+      classes.
+    data_dir: where the data are now, as for `lt_jax.evaluate`.
 
   Raises:
-    UserError: there is no such run, its data are others, or it has nothing to see.
+    UserError: there is no such run, its data have changed, or nothing applies to it.
   """
   experiment = evaluate.with_data(workdir, data_dir)
   stage = experiment.last
@@ -88,8 +90,8 @@ def look(
     found['embeddings.npz'] = embeddings(experiment, stage, state)
   if not found:
     raise UserError(
-      f'{workdir} neither learns weights of examples nor has attention or a memory: '
-      'there is nothing to see that its report does not show'
+      f'{workdir} has no learned example weights, no attention and no memory: there is '
+      'nothing to show that is not in its report'
     )
   for name, arrays in found.items():
     write_npz(workdir / name, **arrays)
@@ -97,13 +99,13 @@ def look(
 
 
 def epsilons(experiment: Experiment, stage: Stage, state: State) -> Collected:
-  """Weighs training images, in batches as training would draw them next.
+  """Weighs training images, in the batches that training would draw next.
 
-  Epsilon is a difference of float32 weights: it is known to 1e-7 of the weight.
+  Epsilon is a difference of float32 weights, so its error is 1e-7 of the weight.
 
   Returns:
     'label', 'epsilon' and 'prior' (N,), each image once; 'shown' (M,), positions among
-    them, the largest epsilon first; and their images, 'image' (M, H, W, channels).
+    them, the largest epsilon first; and 'image' (M, H, W, channels), their images.
   """
   streams, mesh = stage.streams, experiment.mesh
   arrays = {name: stream.arrays for name, stream in streams.items()}
@@ -142,7 +144,12 @@ def epsilons(experiment: Experiment, stage: Stage, state: State) -> Collected:
 
 
 def _inside(stage: Stage, *names: str):
-  """Returns `predict` with what modules of the network leave and return beside it."""
+  """Returns a `predict` that also returns what some modules sow and return.
+
+  Args:
+    stage: the stage with the network.
+    *names: names of the modules.
+  """
 
   def wanted(module: nn.Module, method: str) -> bool:
     return method == '__call__' and module.name in names
@@ -150,7 +157,7 @@ def _inside(stage: Stage, *names: str):
   def predict(state: State, images: jax.Array) -> dict[str, Any]:
     variables = {'params': state.params['net'], 'batch_stats': state.stats['net']}
     memory = {k: v for k, v in state.params.items() if k == 'centroids'}
-    outputs, left = stage.net.apply(
+    outputs, collections = stage.net.apply(
       variables,
       images,
       train=False,
@@ -158,7 +165,7 @@ def _inside(stage: Stage, *names: str):
       capture_intermediates=wanted,
       mutable=['intermediates'],
     )
-    return outputs | {'inside': left['intermediates']}
+    return outputs | {'inside': collections['intermediates']}
 
   return predict
 
@@ -169,12 +176,18 @@ def feature_maps(
   modulated: tuple[Stage, State],
   images: list[int],
 ) -> Collected:
-  """Returns maps of test images, each the mean size of its channels.
+  """Returns feature maps of test images: the mean magnitude over channels.
+
+  Args:
+    experiment: the experiment.
+    plain: the first stage and its State.
+    modulated: the last stage and its State.
+    images: positions of test images; [] for one image from each of a few classes.
 
   Returns:
-    'plain', of the trunk that the first stage trained, 'modulated', after attention,
-    and 'attention', the share of each pixel, (M, H', W') each; 'image', 'label' and
-    the prediction of either network.
+    (M, H', W') each: 'plain', from the trunk of the first stage, 'modulated', after
+    attention, and 'attention', the share of each pixel; also 'image', 'label' and the
+    predictions of both networks.
   """
   stage, _ = modulated
 
@@ -206,14 +219,14 @@ def feature_maps(
   places = images or _of_some_classes(found['label'], stage.dataset.counts)
   if max(places) >= len(split.rows):
     raise UserError(
-      f'--look_at: {max(places)}; there are {len(split.rows)} test images'
+      f'--look_at is {max(places)}, but there are only {len(split.rows)} test images'
     )
   chosen = {name: values[places] for name, values in found.items()}
   return chosen | {'image': np.stack([split.image(split.rows[i]) for i in places])}
 
 
 def _of_some_classes(label: np.ndarray, counts: np.ndarray) -> list[int]:
-  """Returns a test image of each of some classes, from frequent to rare."""
+  """Returns one test image from each of a few classes, from frequent to rare."""
   there = [c for c in np.argsort(-counts, kind='stable') if (label == c).any()]
   places = np.unique(np.linspace(0, len(there) - 1, MOST_MAPS).round().astype(int))
   return [int(np.flatnonzero(label == there[i])[0]) for i in places]

@@ -1,4 +1,4 @@
-"""Label maps as pictures: a class for every pixel, in the colours of the data set."""
+"""Label maps as images: a class for every pixel, in the colours of the data set."""
 
 import io
 import os
@@ -12,27 +12,27 @@ from lt_jax.data.palettes import palette
 from lt_jax.errors import UserError
 
 OVERLAY = '_overlay.jpg'
-"""End of the name of an image under its label map."""
+"""End of the file name of an overlay: the image with its label map on top."""
 
 
 def places(paths: Sequence[str], out: str) -> list[pathlib.Path]:
   """Returns the file for the label map of every image: FOLDER/.../NAME.png.
 
-  Below `out` lie the same folders as below the one that holds all images.
+  `out` gets the same subfolders as the common parent folder of all images.
 
   Args:
-    paths: of the images.
-    out: the folder to write, which may exist.
+    paths: paths of the images.
+    out: the folder to write to, which may exist.
 
   Raises:
-    UserError: `out` is no folder or that of a run, two images have one name, or a label
-      map or an overlay would replace an image.
+    UserError: `out` is not a folder or is a run's, two images would have the same label
+      map, or a label map or overlay would replace an image.
   """
   folder = files.absolute(out)
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--out is {out}, but label maps need a folder')
   if folder.exists() and files.is_run(folder):
-    raise UserError(f'--out is {out}, the folder of a run: give another one')
+    raise UserError(f'--out is {out}, which is the folder of a run: give another one')
   every = [pathlib.Path(os.path.abspath(path)) for path in paths]
   base = os.path.commonpath([path.parent for path in every])
   found: dict[pathlib.Path, str] = {}
@@ -50,7 +50,7 @@ def places(paths: Sequence[str], out: str) -> list[pathlib.Path]:
 
 
 def overlay_place(place: pathlib.Path) -> pathlib.Path:
-  """Returns the file for the image under its label map."""
+  """Returns the file for the overlay of a label map."""
   return place.with_name(f'{place.stem}{OVERLAY}')
 
 
@@ -60,10 +60,10 @@ def write(
   """Writes a label map as a palette PNG of class numbers, and an overlay as JPEG.
 
   Args:
-    ids: (h, w) uint8 classes, brought to the size of the image by nearest neighbour.
+    ids: (h, w) uint8 classes, resized to the image by nearest neighbour.
     image: (H, W) or (H, W, channels) uint8.
-    class_names: names of the C classes, which tell the colours.
-    place: of the PNG; the overlay lies beside it.
+    class_names: names of the C classes, which determine the colours.
+    place: the file for the PNG; the overlay goes next to it.
   """
   from PIL import Image
 

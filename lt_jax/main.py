@@ -1,7 +1,7 @@
 """Trains: python -m lt_jax.main --config=digits_lt:ldam_drw --workdir=runs/digits.
 
-The config comes with lt_jax, or is a file: --config=configs/digits_lt.py:ce. Run the
-same command again to resume. `lt_jax.commands` lists the exit codes.
+The config is one that comes with lt_jax, or a file: --config=configs/digits_lt.py:ce.
+Run the same command again to resume. `lt_jax.commands` lists the exit codes.
 """
 
 import os
@@ -34,7 +34,7 @@ def main() -> None:
 
   given = config_file.overrides()
   if 'recipe' in given:
-    raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
+    raise UserError('choose a recipe after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
     _start_distributed()
   config = resolve(CONFIG.value, given)
@@ -55,14 +55,14 @@ def main() -> None:
 def _start_distributed() -> None:
   """Connects this process to the others of the run.
 
-  Cloud TPU, SLURM, Open MPI and Kubernetes tell JAX who is who; elsewhere the variables
-  JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
-  do.
+  JAX finds them by itself on Cloud TPU, SLURM, Open MPI and Kubernetes. Elsewhere, set
+  JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID.
   """
   import jax
 
-  told = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
-  numbers = {key: os.environ[name] for key, name in told.items() if name in os.environ}
+  names = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
+  numbers = {key: os.environ[name] for key, name in names.items() if name in os.environ}
   try:
     jax.distributed.initialize(**{key: int(text) for key, text in numbers.items()})
   except ValueError as error:

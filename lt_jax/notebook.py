@@ -4,7 +4,7 @@
   network = lt_jax.load('runs/digits')
   found = network.predict(['one.jpg', 'photographs/'])
 
-They do what the commands do: a run's folder is the same whoever trained it.
+They do what the commands do, and write the same run folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,8 @@ def fit(
   Args:
     config: what --config takes, such as 'digits_lt:ldam_drw', or a config.
     workdir: the run's folder.
-    overrides: key -> value, such as {'optimizer.name': 'adam'}: what --config.KEY=VALUE
-      sets.
+    overrides: config key -> value, such as {'optimizer.name': 'adam'}, like
+      --config.KEY=VALUE.
 
   Returns:
     What result.json holds.
@@ -60,7 +60,7 @@ def load(workdir: epath.PathLike, which: str | None = None) -> 'Network':
 
   Args:
     workdir: the run's folder.
-    which: 'last' or 'best'; None for the State that the run's result is of.
+    which: 'last' or 'best'; None for the State behind the run's result.
 
   Raises:
     UserError: there is no such run or State, or it is damaged.
@@ -74,11 +74,11 @@ class Predictions(NamedTuple):
   """Predictions for N images.
 
   Attributes:
-    names: the name of each image's class.
-    classes: (N,) int32, its number.
+    names: the predicted class name of each image.
+    classes: (N,) int32, the predicted class numbers.
     probabilities: (N, C).
     known_score: (N,), higher for images of known classes.
-    is_unknown: (N,) bool; None where the run has chosen no threshold.
+    is_unknown: (N,) bool; None if the run has chosen no threshold.
     features: (N, D).
   """
 
@@ -94,7 +94,7 @@ class Network:
   """A trained network.
 
   Attributes:
-    trained: the run, opened: config, facts of its data, State.
+    trained: the opened run: config, facts about its data, State.
   """
 
   def __init__(self, opened: trained.Trained):
@@ -107,11 +107,11 @@ class Network:
     return self.trained.class_names
 
   def predict(self, images: np.ndarray | str | Sequence[str]) -> Predictions:
-    """Predicts images, cropped or resized as in the run's evaluation if from files.
+    """Predicts images; those from files are cropped as in the run's evaluation.
 
     Args:
-      images: an array (N, H, W, channels) as the run's data are stored; or files,
-        folders and @LISTs, as `python -m lt_jax.predict` takes them.
+      images: an array (N, H, W, channels), with size and type as in the run's data; or
+        files, folders and @LISTs, as `python -m lt_jax.predict` takes them.
 
     Raises:
       UserError: the array has another shape or type, or a file cannot be read.
@@ -156,13 +156,13 @@ class Network:
 
 
 def _as_given(arrays: Batch, payload: Batch, key: jax.Array) -> Batch:
-  """Returns a batch as the host made it; one function, so one compiled program."""
+  """Returns the batch as the host made it; a single function, so it compiles once."""
   del arrays, key
   return payload
 
 
 def _keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what `Predictions` are made of."""
+  """Returns the outputs that `Predictions` are made of."""
   del batch
   kept = {name: outputs[name] for name in ('probabilities', 'known_score', 'features')}
   return {**kept, 'class': outputs['logits'].argmax(-1).astype('int32')}

@@ -1,4 +1,4 @@
-"""Which parts of a network are trained, and at which rate: the table of a stage."""
+"""Which parts of a network train, and at which rate: the table of a stage."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ class Part(NamedTuple):
 
   Attributes:
     part: its name.
-    arrays: of parameters.
-    parameters: numbers in them.
-    least: what the learning rate is multiplied by, at least; 0 for frozen parameters.
-    most: at most.
-    anchored: whether it decays towards where it began.
-    statistics: 'frozen', 'trained', or '' where there are none.
-    drawn: whether it is drawn anew, although the rest of the trunk is not.
+    arrays: number of parameter arrays.
+    parameters: number of parameters in them.
+    least: smallest multiplier of the learning rate; 0 for frozen parameters.
+    most: largest multiplier of the learning rate.
+    anchored: whether it decays towards its initial value.
+    statistics: 'frozen', 'trained', or '' if there are none.
+    drawn: whether it is re-initialised, although the rest of the trunk is not.
   """
 
   part: str
@@ -33,12 +33,12 @@ class Part(NamedTuple):
 
   @property
   def trained(self) -> bool:
-    """Whether any of it is trained."""
+    """Whether any of it trains."""
     return self.most > 0
 
   @property
   def differs(self) -> bool:
-    """Whether it is not trained as everything is by default."""
+    """Whether it trains in another way than by default."""
     return (self.least, self.most, self.anchored or self.drawn) != (1, 1, False)
 
   @property
@@ -47,20 +47,20 @@ class Part(NamedTuple):
     rate = f'{self.least:.3g}'
     if self.least != self.most:
       rate = f'{self.least:.3g} to {self.most:.3g}'
-    told = f'rate x {rate}' if self.trained else 'frozen'
+    rate = f'rate x {rate}' if self.trained else 'frozen'
     size = f'{self.parameters:,} parameters in {self.arrays} arrays'
     more = [f'statistics {self.statistics}'] if self.statistics else []
-    more += ['decays towards where it began'] if self.anchored else []
-    more += ['drawn anew'] if self.drawn else []
-    return ', '.join([told, size, *more])
+    more += ['decays towards its initial value'] if self.anchored else []
+    more += ['re-initialised'] if self.drawn else []
+    return ', '.join([rate, size, *more])
 
 
 def parts(stage: Stage, state: State) -> list[Part]:
-  """Returns what of a stage's network is trained at which rate, from the images on.
+  """Returns the parts of a stage's network, starting at the images.
 
   Args:
     stage: the stage.
-    state: its State, or the shapes of one.
+    state: its State, or the shapes of it.
   """
   params, stats = state.params['net'], state.stats['net']
   if not jax.tree.leaves(params):
@@ -71,7 +71,7 @@ def parts(stage: Stage, state: State) -> list[Part]:
   )
   every = {*jax.tree.leaves(rates), *jax.tree.leaves(anchored)}
   if (every != {1.0, False} or stage.drawn) and 'trunk' in params:
-    # Layer by layer only where they differ: their order takes a trace of the network.
+    # Layer by layer only if layers differ, since their order needs a trace.
     units = {
       name: layer.name
       for layer in stage.layers()
@@ -113,6 +113,6 @@ def parts(stage: Stage, state: State) -> list[Part]:
 
 
 def _has_frozen_statistics(stage: Stage) -> bool:
-  """Returns whether batch statistics are those that the stage began with."""
+  """Returns whether batch statistics stay those that the stage started with."""
   norm = getattr(stage.net.trunk, 'norm', None)
   return bool(getattr(norm, 'keywords', {}).get('frozen'))

@@ -7,10 +7,10 @@
     --short_side=320
 
 The first downloads a TFDS data set, which needs TensorFlow: pip install
-'lt_jax[prepare]'. The others copy listed images, folders of them, or a TFDS data set
-that is prepared already, and need nothing more; they are then the source tfds:NAME.
-With --short_side larger images are made smaller, which lets a core decode several times
-as many.
+'lt_jax[prepare]'. The others copy listed images, folders of images, or a TFDS data set
+that is already prepared, and need nothing more; the result is the source tfds:NAME.
+With --short_side larger images are shrunk, so that a core can decode several times as
+many.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ SHORT_SIDE = flags.DEFINE_integer(
 
 VERSION = '1.0.0'
 QUALITY = 90
-"""Of a JPEG that is made smaller."""
+"""Quality of JPEGs that are shrunk."""
 
 IMAGES_A_SHARD = 2048
 
@@ -47,8 +47,8 @@ def download(name: str, data_dir: str | None = None) -> None:
   """Downloads a TFDS data set and writes it in ArrayRecord format.
 
   Args:
-    name: of the data set, such as 'cifar10'.
-    data_dir: where it goes; None is TFDS's default.
+    name: the data set, such as 'cifar10'.
+    data_dir: where to write it; None for TFDS's default.
 
   Raises:
     UserError: TensorFlow is not installed, or there is no such data set.
@@ -74,25 +74,25 @@ def convert(
   images: str | None = None,
   short_side: int = 0,
 ) -> dict[str, int]:
-  """Writes images that lie on disk as a data set that TFDS reads.
+  """Writes images on disk as a data set that TFDS can read.
 
   Args:
     source: 'list:FOLDER', 'folder:DIR' or 'tfds:NAME', see
       `lt_jax.data.sources.load_source`.
-    name: of the data set, such as 'places_lt'; it is then the source tfds:NAME. It is
-      looked at when the source has been found in order.
-    data_dir: where it goes; None is TFDS's default.
+    name: the new data set, such as 'places_lt', which is then the source tfds:NAME. It
+      is checked after the source.
+    data_dir: where to write it; None for TFDS's default.
     images: the folder that lists are relative to.
-    short_side: in pixels, of images that are larger; these become JPEG of quality 90,
-      antialiased bilinear. 0 copies every file as it is.
+    short_side: pixels to which the short side of larger images is shrunk (antialiased
+      bilinear, then JPEG of quality 90). 0 copies every file as it is.
 
   Returns:
     split -> number of images.
 
   Raises:
-    UserError: the source or an image is damaged, a name is wrong, there is such a data
-      set already, or another process prepares it.
-    OSError: it cannot be written, as on a full disk.
+    UserError: the source or an image is damaged, a name is wrong, the data set already
+      exists, or another process is preparing it.
+    OSError: writing failed, as on a full disk.
   """
   import tensorflow_datasets as tfds
 
@@ -104,9 +104,9 @@ def convert(
   if not name:
     raise UserError('--name is missing: a name for the data set, such as places_lt')
   if not name.isidentifier() or not name.islower():
-    raise UserError(f'--name is {name!r}; it must be like places_lt')
+    raise UserError(f'--name is {name!r}; it must look like places_lt')
   if name in tfds.list_builders(with_community_datasets=False):
-    raise UserError(f'--name is {name!r}, which is a data set of TFDS; take another')
+    raise UserError(f'--name is {name!r}, which is a TFDS data set; use another name')
   for line in passed_over(sources):
     print(line)
   data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
@@ -117,7 +117,7 @@ def convert(
 
 
 def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, Any]:
-  """Opens a source, and refuses one that cannot be prepared again."""
+  """Opens a source, and refuses one that cannot be prepared."""
   from lt_jax.data.sources import load_source
 
   kind = source.partition(':')[0]
@@ -132,16 +132,18 @@ def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, 
     if getattr(one, 'attributes', {}):
       raise UserError(
         f'{source}: the split {split!r} has a gallery and probes, which records cannot '
-        'hold: train from the lists themselves'
+        'store: train from the lists themselves'
       )
     if one.image_shape != (None, None, 3) or not hasattr(one, 'example'):
       raise UserError(
-        f'{source} has images of shape {one.image_shape}; only sets of colour images '
-        'that differ in size are prepared again'
+        f'{source} has images of shape {one.image_shape}; only colour images that '
+        'differ in size can be prepared'
       )
   for label in sources['train'].class_names:
     if label != label.strip() or '\n' in label:
-      raise UserError(f'the class {label!r} has a name that does not fit on a line')
+      raise UserError(
+        f'class {label!r}: a name cannot have line breaks, or spaces at its ends'
+      )
   return sources
 
 
@@ -151,8 +153,8 @@ def _write(
   """Writes the records and labels of all splits into DATA_DIR/NAME/VERSION.
 
   Raises:
-    UserError: it is there already, or an image is damaged.
-    OSError: they cannot be written, as on a full disk.
+    UserError: the folder already exists, or an image is damaged.
+    OSError: writing failed, as on a full disk.
   """
   import tensorflow_datasets as tfds
 
@@ -160,7 +162,7 @@ def _write(
 
   if home.exists():
     raise UserError(f'{home} already exists; give another --name')
-  # Renamed at the end: what was interrupted is never taken for whole.
+  # Renamed at the end, so that an interrupted copy is never mistaken for a whole one.
   unfinished = home.with_name(f'{VERSION}{UNFINISHED}')
   if unfinished.exists():
     unfinished.rmtree()
@@ -194,13 +196,13 @@ def _write(
         labels.append(row['label'])
       write_labels(unfinished / LABELS_FILE.format(split), labels)
     writer.close_all()
-  except RuntimeError as error:  # as array_record tells of a system call that failed
+  except RuntimeError as error:  # raised by array_record if a system call fails
     raise OSError(str(error)) from None
   unfinished.rename(home)
 
 
 def _rows(source: Any, split: str, short_side: int) -> Iterator[dict[str, Any]]:
-  """Yields the examples of a split in order, made ready in threads."""
+  """Yields the examples of a split in order; threads shrink the images."""
   from rich.progress import track
 
   def row(position: int) -> dict[str, Any]:
@@ -215,12 +217,12 @@ def _rows(source: Any, split: str, short_side: int) -> Iterator[dict[str, Any]]:
 
 
 def smaller(encoded: bytes, where: str, short_side: int) -> bytes:
-  """Returns an image with a short side of so many pixels; unchanged if it has fewer.
+  """Shrinks an image to a given short side; smaller images are returned unchanged.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
     where: its name, for messages.
-    short_side: in pixels; 0 changes none, but a damaged one is found all the same.
+    short_side: in pixels; 0 changes no image, but still checks that it is not damaged.
 
   Raises:
     UserError: the image is damaged.
@@ -244,14 +246,14 @@ def main(source: str) -> None:
   """Prepares the data set named on the command line."""
   if ':' not in source and ('/' in source or os.path.exists(source)):
     raise UserError(
-      f'{source} is a path: write folder:{source} for a folder a class, or '
+      f'{source} is a path: write folder:{source} for one folder per class, or '
       f'list:{source} for lists of images'
     )
   jax.config.update('jax_platforms', 'cpu')  # devices may be busy with a run
   if ':' not in source:
     if NAME.value or IMAGES.value or SHORT_SIDE.value:
       raise UserError(
-        '--name, --images and --short_side are for what is on disk: prepare the TFDS '
+        '--name, --images and --short_side are for images on disk: prepare the TFDS '
         f'set {source} without them, then tfds:{source} with them'
       )
     download(source, DATA_DIR.value)
@@ -263,8 +265,8 @@ def main(source: str) -> None:
     images=IMAGES.value,
     short_side=SHORT_SIDE.value,
   )
-  told = ', '.join(f'{split} {number}' for split, number in counts.items())
-  print(f'tfds:{NAME.value}: {told}')
+  sizes = ', '.join(f'{split} {number}' for split, number in counts.items())
+  print(f'tfds:{NAME.value}: {sizes}')
 
 
 if __name__ == '__main__':

@@ -1,15 +1,15 @@
 r"""State paths that had other names in older versions of the library.
 
-An optimiser once had one state for all the players that it moved, in `opt.net`; now
-each player has its own:
+An optimiser used to have one state for all its players, in `opt.net`; now each player
+has its own:
 
 | path now                           | path before                            |
 |------------------------------------|----------------------------------------|
 | `opt.PLAYER.inner_state.FIELD.*`   | `opt.net.inner_state.FIELD.PLAYER.*`   |
 | `opt.PLAYER.inner_state.count`     | `opt.net.inner_state.count`            |
 
-FIELD is `trace`, `mu` or `nu`. `weight_net` is not in the table: the weight network of
-Meta-Weight-Net has always had an optimiser of its own.
+FIELD is `trace`, `mu` or `nu`. `weight_net` is not in the table, because the weight
+network of Meta-Weight-Net has always had its own optimiser.
 """
 
 import re
@@ -24,10 +24,10 @@ RENAMED = (
 
 
 def old_path(path: str) -> str:
-  """Returns the path that an array of a State had before; most are the same.
+  """Returns the path that an array of a State had before; for most it is the same.
 
   Args:
-    path: of today, joined by dots: 'opt.net.inner_state.trace.head.bias'.
+    path: today's path, joined by dots: 'opt.net.inner_state.trace.head.bias'.
   """
   for pattern, before in RENAMED:
     match = re.fullmatch(pattern, path)

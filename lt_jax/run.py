@@ -53,7 +53,7 @@ def run(
     allow_config_change: resume although the config differs from the saved one.
     profile: (first, last) step of a profiler trace of each stage.
     tracker: where metrics are also sent, see `writers.tracking`; '' for nowhere.
-    screen: shows the run; None for the terminal.
+    screen: where output is shown; None for the terminal.
 
   Returns:
     What result.json holds.
@@ -97,7 +97,7 @@ def run_seeds(
   Args:
     configs: the resolved configs.
     workdirs: one folder for each.
-    screens: one for each; none for the terminal, where one run is followed.
+    screens: one for each; () for the terminal, which shows the progress of one run.
 
   Returns:
     For each run, what result.json holds, or how the run diverged.
@@ -317,7 +317,7 @@ def rehearsed(
         state = surgery(state, shapes)
       begin, end = state.step, stage.plan.steps
       if begin > end:
-        raise UserError(f'stage {name!r} ends at step {end}, but begins at {begin}')
+        raise UserError(f'stage {name!r} ends at step {end}, but starts at {begin}')
       metric_shapes(stage.method, stage.streams, state, experiment.mesh)
       for saved in stage.save_outputs:
         saved_shape(stage.survey, state, saved)

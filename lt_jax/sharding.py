@@ -19,10 +19,10 @@ AXIS = 'data'
 
 
 def usable_devices(batches: Mapping[str, int], available: int, processes: int) -> int:
-  """Returns how many devices a run can use, given the batch of every stream.
+  """Returns how many devices a run can use, given the batch size of every stream.
 
-  One process uses the largest number that divides every batch. Several processes
-  must use all they have, because each owns its rows.
+  A single process uses the largest number that divides every batch. Several processes
+  must use all devices, because each owns its rows.
 
   Args:
     batches: stream name -> global batch size.
@@ -30,7 +30,7 @@ def usable_devices(batches: Mapping[str, int], available: int, processes: int) -
     processes: number of processes.
 
   Raises:
-    UserError: several processes, and a batch that the devices do not divide.
+    UserError: there are several processes, and the devices do not divide a batch.
   """
   if processes > 1:
     for name, batch in batches.items():
@@ -48,19 +48,19 @@ def usable_devices(batches: Mapping[str, int], available: int, processes: int) -
 
 
 def round_up(batch: int, devices: int) -> int:
-  """Returns the size of a batch with the rows that pad it to a multiple of devices."""
+  """Returns a batch size rounded up to a multiple of the number of devices."""
   return -(-batch // devices) * devices
 
 
 def make_mesh(devices: int) -> Mesh:
   """Returns a mesh of the first `devices` devices along the axis 'data'.
 
-  Those of one process are neighbours, in the order of the processes, because each owns
-  consecutive rows of a batch. `jax.make_mesh` would follow the torus of a TPU, on which
-  they are not.
+  Devices are sorted by process, because each process owns consecutive rows of a batch.
+  `jax.make_mesh` would follow the torus of a TPU, where the devices of a process are
+  not neighbours.
 
-  The axis is of type Auto: under the Explicit type, everyday operations of this field
-  (`weights[labels]`, `segment_sum` over a sharded batch) raise.
+  The axis has type Auto: with type Explicit, everyday operations of this field
+  (`weights[labels]`, `segment_sum` over a sharded batch) raise errors.
   """
   ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   return Mesh(np.array(ordered[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
@@ -90,13 +90,14 @@ def put_replicated(mesh: Mesh, tree: PyTree) -> PyTree:
 def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
   """Returns this process's rows as global arrays, split over the devices.
 
-  In one process a batch that the devices do not divide is on each of them whole: that
-  of a single one of several replicas, whose devices have whole batches anyway.
+  With a single process, a batch that the devices do not divide is copied to each of
+  them. That happens if one of several replicas runs alone, since each device trains
+  whole batches of its replicas.
 
   Args:
     mesh: the mesh.
-    tree: NumPy arrays of this process, batch on axis `leading`.
-    leading: number of axes before the batch axis: 1 where many steps are stacked.
+    tree: NumPy arrays of this process, with the batch on axis `leading`.
+    leading: number of axes before the batch axis: 1 if several steps are stacked.
   """
   sharding = NamedSharding(mesh, PartitionSpec(*[None] * leading, AXIS))
   if jax.process_count() == 1:
@@ -108,10 +109,10 @@ def put_batch(mesh: Mesh, tree: PyTree, *, leading: int = 0) -> PyTree:
 
 
 def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
-  """Returns what XLA is told of a program that trains; nothing but on a CPU.
+  """Returns XLA's options for programs that train; there are some only for CPUs.
 
-  XLA:CPU by default hands convolutions to a library that is several times slower than
-  its own code on kernel gradients, where the kernel is as large as an image.
+  By default XLA:CPU uses a library for convolutions. For kernel gradients, where the
+  kernel is as large as an image, that is several times slower than XLA's own code.
   """
   platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
   if platform != 'cpu':

@@ -3,22 +3,22 @@ r"""Which source suits a target: python -m lt_jax.similarity --source=... --targ
   python -m lt_jax.similarity --out=found --init=runs/pretrained --min_images=1 \
     --source=folder:animals,folder:plants --target=folder:birds --k=100
 
-compares every source with every target, and their union, by the features of one
+compares every source, and their union, with every target, by the features of one
 network: the folder of a run, an export, or published weights with --net. Sources and
-targets are data ('folder:DIR', 'tfds:NAME', 'npz:FILE', ...), folders of runs, whose
-training images are meant, or 'npz:' files of features, which need no network. It takes
-the K source classes nearest to each target, and writes into the folder
+targets are data ('folder:DIR', 'tfds:NAME', 'npz:FILE', ...), folders of runs, which
+stand for their training images, or 'npz:' files of features, which need no network. It
+keeps the K source classes nearest to each target, and writes into the folder
 
-  similarity.json      distances, similarities, scores by class, what was taken
-  keep_classes.txt     the classes of the source, for data.keep_classes; of several
-                       sources keep_classes_1.txt and so on, in their order
+  similarity.json      distances, similarities, scores by class, classes to keep
+  keep_classes.txt     the classes of the source to keep, for data.keep_classes; with
+                       several sources keep_classes_1.txt and so on, in their order
   similarity.html      the matrix, what serves what, similarity against accuracy
 
---accuracy=FILE.csv has rows source,target,accuracy where accuracies are known.
+--accuracy=FILE.csv has rows source,target,accuracy for pairs with known accuracies.
 
   python -m lt_jax.similarity --out=found --runs=runs --target=folder:birds
 
-ranks finished runs as beginnings for the target, by scores of transferability.
+ranks finished runs as starting points for the target, by transferability scores.
 """
 
 import csv
@@ -59,7 +59,7 @@ UNION = 'union'
 
 
 def main() -> None:
-  """Compares, or ranks, what the flags name."""
+  """Compares the data or ranks the runs that the flags name."""
   from lt_jax.report.similarity import page
 
   if not TARGET.value:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _compared_by_flags(folder: epath.Path) -> dict[str, Any]:
-  """Compares what the flags name; leaves the lists of classes."""
+  """Compares the data that the flags name; writes the lists of classes."""
   from lt_jax import features
 
   network = None
@@ -143,15 +143,15 @@ def compared(
   rule: str = 'greedy',
   accuracy: Mapping[tuple[str, str], float] | None = None,
 ) -> dict[str, Any]:
-  """Returns what similarity.json holds of sources and targets.
+  """Returns what similarity.json says about sources and targets.
 
   Args:
-    sources: name -> domain; of several their union is compared too.
+    sources: name -> domain; if there are several, their union is compared too.
     targets: name -> domain.
-    gamma: of the similarity.
-    most: classes to take for each target, or one number.
-    rule: how they are taken, see `measures.RULES`.
-    accuracy: (source, target) -> accuracy, where it is known.
+    gamma: scale of the similarity.
+    most: classes to keep for each target, or one number for all.
+    rule: how to choose them, see `measures.RULES`.
+    accuracy: (source, target) -> accuracy, for pairs where it is known.
 
   Raises:
     UserError: as for `measures.similarity` and `measures.select`.
@@ -190,7 +190,7 @@ def compared(
 
 
 def _flow(source: Domain, target: Domain, found: Similarity, most: int = 60) -> dict:
-  """Returns the largest parts of what a source ships to a target."""
+  """Returns the largest flows from classes of a source to those of a target."""
   order = np.argsort(-found.flow, axis=None, kind='stable')[:most]
   places = [divmod(int(place), found.flow.shape[1]) for place in order]
   return {
@@ -211,7 +211,7 @@ def _flow(source: Domain, target: Domain, found: Similarity, most: int = 60) -> 
 def _correlations(
   pairs: Mapping[tuple[str, str], Similarity], known: Mapping[tuple[str, str], float]
 ) -> dict[str, Any] | None:
-  """Returns how similarity and accuracy go together; None without accuracies."""
+  """Returns how similarity and accuracy correlate; None without accuracies."""
   if len(known) < 2:
     return None
   return measures.correlations(
@@ -222,10 +222,10 @@ def _correlations(
 
 
 def read_accuracy(path: str) -> dict[tuple[str, str], float]:
-  """Returns (source, target) -> accuracy of a CSV file of such rows.
+  """Returns (source, target) -> accuracy from a CSV file with such rows.
 
   Raises:
-    UserError: there is no such file, or a row is none.
+    UserError: there is no such file, or a row is malformed.
   """
   try:
     with open(path, newline='') as file:
@@ -238,7 +238,7 @@ def read_accuracy(path: str) -> dict[tuple[str, str], float]:
       source, target, value = (part.strip() for part in row)
       found[source, target] = float(value)
     except ValueError:
-      if number > 1:  # which may be a heading
+      if number > 1:  # the first may be a heading
         raise UserError(
           f'{path}, line {number}: {",".join(row)!r} is not source,target,accuracy'
         ) from None
@@ -248,20 +248,20 @@ def read_accuracy(path: str) -> dict[tuple[str, str], float]:
 def leaks(
   every: Mapping[str, Any], sources: Sequence[str], targets: Sequence[str]
 ) -> list[str]:
-  """Returns a line of every source and target that have images in common."""
+  """Returns one line for every source and target that have images in common."""
   found = []
   for s, t in itertools.product(sources, targets):
     both = set(every[s].digests) & set(every[t].digests)
     if both and s != t:
       found.append(
-        f'{s} and {t} have {len(both)} images in common: what is learned from the one '
-        'knows them in the other'
+        f'{s} and {t} have {len(both)} images in common: a network that learned from '
+        'one has already seen them in the other'
       )
   return found
 
 
 def scores(seen: Any) -> dict[str, float]:
-  """Returns the transferability of a network to labelled images that it has seen."""
+  """Returns the transferability of a network to labelled images, by their features."""
   rows = np.flatnonzero(seen.labels >= 0)
   labels = np.unique(seen.labels[rows], return_inverse=True)[1]
   found = {
@@ -277,10 +277,10 @@ def scores(seen: Any) -> dict[str, float]:
 
 
 def ranked(folder: epath.Path, targets: Sequence[str]) -> dict[str, Any]:
-  """Returns target -> runs below a folder, the best beginning first.
+  """Returns target -> runs below a folder, the best starting point first.
 
-  By the first of `transferability.OF_FEATURES`; of the runs that cannot look at the
-  target, which come last, 'note' says why.
+  They are sorted by the first score of `transferability.OF_FEATURES`. Runs that cannot
+  compute features of the target come last, with the reason in 'note'.
 
   Raises:
     UserError: there is no finished run.

@@ -183,7 +183,7 @@ class StageRunner:
     step = int(jax.device_get(state.step))
     if stage.plan.steps < step:
       raise UserError(
-        f'stage {stage.name!r} ends at step {stage.plan.steps}, but begins at {step}'
+        f'stage {stage.name!r} ends at step {stage.plan.steps}, but starts at {step}'
       )
     self.plan = stage.plan._replace(
       first=first,

@@ -1,10 +1,11 @@
-"""From the finished States of earlier stages to the first State of this one.
+"""From the final States of earlier stages to the first State of this one.
 
-A surgery is a function (fresh, earlier) -> state, `earlier` being a dict of States by
-stage. Nothing is carried over silently: what no surgery names stays fresh.
+A surgery is a function (fresh, earlier) -> state, where `earlier` is a dict of States
+by stage. Nothing is carried over silently: what no surgery names stays fresh.
 
-Surgeries are rehearsed on States of shapes before anything is trained. One that looks
-at data (through a `Survey`) then puts shapes in place, see `put`.
+All surgeries are rehearsed on shapes before anything is trained. During the rehearsal,
+a surgery that measures something on data (through a `Survey`) only checks the shape of
+its result, see `put`.
 """
 
 import functools
@@ -35,15 +36,15 @@ def copy(*, pattern: str, stage: str, source: str = r'\g<0>') -> Surgery:
   r"""Takes parameters and batch statistics from an earlier stage.
 
   Args:
-    pattern: a regular expression for whole paths: 'net/trunk/.*'. It names
-      parameters and statistics alike, and must match something.
+    pattern: a regular expression for whole paths: 'net/trunk/.*'. It applies to both
+      parameters and statistics, and must match something.
     stage: the stage they come from.
-    source: their paths there, as the replacement of a match: with the pattern
+    source: their paths there, as the replacement for a match: with the pattern
       'net/head/hallucinator/(.*)' the source r'net/head/\1' is the head of that stage.
-      The same path by default.
+      By default the same path.
 
   Raises:
-    UserError: nothing matches, or a leaf that matches is absent there or has another
+    UserError: nothing matches, or a matching leaf is missing there or has another
       shape.
   """
 
@@ -65,28 +66,29 @@ def start_from(
   """Takes the trunk of a network from published weights, or from a run of ours.
 
   Args:
-    state: of the network, or its shapes, which are then checked alone.
+    state: the State of the network, or its shapes, in which case the weights are only
+      checked.
     source: a `.safetensors` file, a model such as 'timm/resnet50.tv_in1k', or the
-      folder of a run, whose head is taken too if it has the same classes.
-    class_names: of the network's classes.
+      folder of a run, whose head is also taken if it has the same classes.
+    class_names: names of the network's classes.
 
   Returns:
-    (state, what was taken, see `published.Report`; 'head' says what became of it).
+    (state, what was taken, see `published.Report`; 'head' says what the head is).
 
   Raises:
-    UserError: there are no such weights, or they are of another network.
+    UserError: there are no such weights, or they belong to another network.
   """
   net = state.params['net'], state.stats['net']
   if found := origin(source):
     params, stats, report = inherit(found, *net, class_names)
-    told = report._asdict()
+    taken = report._asdict()
   else:
     params, stats, report = pretrained(source, *net)
-    told = {
+    taken = {
       **report._asdict(),
       'head': f'fresh: {len(class_names)} classes',
     }
-  return _with_net(state, params, stats), told
+  return _with_net(state, params, stats), taken
 
 
 def keep_layers(
@@ -94,14 +96,14 @@ def keep_layers(
 ) -> Surgery:
   """Re-initialises all layers of the trunk except the first or the last ones.
 
-  With the first ones kept, the head and what else follows the trunk is drawn anew too.
+  If the first ones are kept, the head and anything else after the trunk is
+  re-initialised too.
 
   Args:
-    kept: which keep the weights that the surgeries before left, see
-      `models.layers.chopped`.
+    kept: the layers that keep their weights, see `models.layers.chopped`.
     net: the stage's network.
     image_shape: (H, W, channels).
-    layers: of its trunk.
+    layers: the layers of its trunk.
 
   Raises:
     UserError: there are no such layers.
@@ -117,11 +119,11 @@ def keep_layers(
     key = named_key(fresh.key, 'kept layers', 0)
     drawn = jax.jit(functools.partial(init_net, net))(key, jnp.zeros((1, *image_shape)))
 
-    def with_drawn(own: PyTree, anew: PyTree) -> PyTree:
-      # What comes after layers that know nothing yet begins anew with them.
-      rest = anew if names and kept.startswith('first') else own
+    def with_drawn(own: PyTree, new: PyTree) -> PyTree:
+      # What follows re-initialised layers is re-initialised too.
+      rest = new if names and kept.startswith('first') else own
       trunk = {
-        k: (anew if k in names else own)['trunk'][k] for k in own.get('trunk', ())
+        k: (new if k in names else own)['trunk'][k] for k in own.get('trunk', ())
       }
       return {**rest, 'trunk': trunk} if trunk else rest
 
@@ -131,7 +133,7 @@ def keep_layers(
 
 
 def anchor() -> Surgery:
-  """Tells the optimiser that parameters begin where they are now, see `optim`."""
+  """Makes the optimiser take the current parameters as initial values, see `optim`."""
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     return fresh.replace(opt=anchored_here(fresh.opt, fresh.params))
@@ -140,7 +142,7 @@ def anchor() -> Surgery:
 
 
 def _with_net(state: State, params: PyTree, stats: PyTree) -> State:
-  """Returns a State with other parameters and statistics of its network."""
+  """Returns the State with other parameters and statistics for its network."""
   return state.replace(
     params={**state.params, 'net': params}, stats={**state.stats, 'net': stats}
   )
@@ -154,7 +156,7 @@ def carry(*, fields: Sequence[str], stage: str) -> Surgery:
     stage: the stage they come from.
 
   Raises:
-    UserError: a leaf of one is absent in the other, or has another shape.
+    UserError: a leaf is missing in one of the two stages, or has another shape.
   """
   carried = ('opt', 'step', 'memory')
   for field in fields:
@@ -182,18 +184,18 @@ def class_means(*, survey: Survey, split: str = 'train') -> Surgery:
 
   .. math:: m_c = \frac{1}{n_c} \sum_{i: y_i = c} v_i
 
-  over a whole split in stored order, without augmentation and in evaluation mode,
-  with the network as the surgeries before this one left it.
+  over a whole split in stored order, without augmentation and in evaluation mode, with
+  the network as earlier surgeries left it.
 
   Args:
-    survey: passes with the stage's own network.
-    split: whose images.
+    survey: passes over data with the stage's own network.
+    split: the split whose images are used.
 
   Raises:
     UserError: the State has no memory of that shape, or a class has no image.
 
-  Source: Liu et al., arXiv 1904.05160, section 3.2, as the authors' code begins its
-  second stage.
+  Source: Liu et al., arXiv 1904.05160, section 3.2; the authors' code starts its second
+  stage like this.
   """
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
@@ -212,17 +214,17 @@ def class_means(*, survey: Survey, split: str = 'train') -> Surgery:
 
 
 def nearest_class_mean(*, survey: Survey, split: str = 'train') -> Surgery:
-  """Fits the head of that name: the mean feature, then that of each class.
+  """Fits the head of that name: the mean feature of all images, then of each class.
 
-  Two passes, as the features are centred and normalised before they are averaged by
-  class.
+  This takes two passes, since features are centred and normalised before they are
+  averaged by class.
 
   Args:
-    survey: passes with the stage's own network.
-    split: whose images.
+    survey: passes over data with the stage's own network.
+    split: the split whose images are used.
 
   Raises:
-    UserError: the head is another, or a class has no image.
+    UserError: the stage has another head, or a class has no image.
   """
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
@@ -256,13 +258,13 @@ def nearest_class_mean(*, survey: Survey, split: str = 'train') -> Surgery:
 def class_sums(
   features: jax.Array, batch: Batch, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the sum of the features of each class (C, D) and their numbers (C,).
+  """Returns the sum of the features of each class (C, D) and the counts (C,).
 
-  A product of matrices, which is the same on every run; sums by index on a GPU are not.
+  Computed as a matrix product, which is reproducible; sums by index on a GPU are not.
 
   Args:
     features: (B, D).
-    batch: with 'label' (B,) and 'mask' (B,).
+    batch: has 'label' (B,) and 'mask' (B,).
     num_classes: C.
   """
   belongs = jax.nn.one_hot(batch['label'], num_classes) * batch['mask'][:, None]
@@ -273,20 +275,22 @@ def class_sums(
 def _means(sums: np.ndarray, counts: np.ndarray, split: str) -> np.ndarray:
   """Returns sums (C, D) over counts (C,), none of which may be zero."""
   if not counts.all():
-    raise ClassError('', counts.argmin(), f' has no image in {split}, hence no mean')
+    raise ClassError('', counts.argmin(), f' has no image in {split}, so no mean')
   return sums / counts[:, None]
 
 
 def put(
   state: State, path: str, shape: tuple[int, ...], measure: Callable[[], np.ndarray]
 ) -> State:
-  """Returns the State with one leaf measured; with its shape alone, in a rehearsal.
+  """Returns the State with one leaf replaced by a measurement.
+
+  In a rehearsal it only checks the shape.
 
   Args:
-    state: to be changed; in a rehearsal its leaves are shapes.
-    path: of the leaf: 'params/centroids'.
-    shape: of what will be measured.
-    measure: returns it, (*shape).
+    state: the State to change; in a rehearsal its leaves are shapes.
+    path: the path of the leaf, such as 'params/centroids'.
+    shape: the shape of the measurement.
+    measure: makes the measurement (*shape).
 
   Raises:
     UserError: there is no such leaf, or it has another shape.
@@ -294,7 +298,7 @@ def put(
   leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
   paths = [_path(keys) for keys, _ in leaves]
   if path not in paths:
-    raise UserError(f'there is no {path} here: method, head and surgery do not fit')
+    raise UserError(f'there is no {path} here: method, head and surgery do not match')
   place = paths.index(path)
   values = [leaf for _, leaf in leaves]
   there = values[place]
@@ -320,8 +324,8 @@ def operate(
 ) -> State:
   """Applies surgeries in order, and copies every leaf once.
 
-  Copied, because a leaf that this state shares with another would be lost with it
-  when the training step consumes its buffers.
+  Without the copy, a leaf shared with another State would be lost to that State when
+  the training step donates its buffers.
   """
   for surgery in surgeries:
     fresh = surgery(fresh, earlier)
@@ -329,7 +333,7 @@ def operate(
 
 
 def earlier_stage(earlier: Mapping[str, State], stage: str) -> State:
-  """Returns the State of a stage, or says that there is no such stage before."""
+  """Returns the State of an earlier stage, or raises a `UserError` if there is none."""
   if stage not in earlier:
     known = earlier or ['no stage before this one']
     raise UserError(f'no finished stage {stage!r}{suggest(stage, known)}')

@@ -251,7 +251,7 @@ def train(
   arrays = {name: stream.arrays for name, stream in streams.items()}
   compiled: dict[tuple, Callable] = {}  # by length and by which streams are present
   in_flight: collections.deque = collections.deque()
-  step = logged = begun = int(jax.device_get(state.step))
+  step = logged = first_step = int(jax.device_get(state.step))
   zeros, bad = empty_totals(method, streams, state, mesh)
   totals, clock, profiler = zeros, time.perf_counter(), _Profiler(plan)
   seconds = 0.0  # of the steps since the last row, before this start
@@ -303,7 +303,7 @@ def train(
       if step == plan.steps:
         profiler.stop()
         return state
-      if step in (logged, begun):
+      if step in (logged, first_step):
         clock = time.perf_counter()
       end = plan.steps if plan.until is None else plan.until
       length = min(plan.chunk - step % plan.chunk, end - step)

@@ -64,7 +64,7 @@ class Trained(NamedTuple):
     state: its State; prediction uses `params`, `stats` and `memory`.
     step: the step of the State.
     verified: whether the files of the State had the recorded digests.
-    predicts_by: whose normalisation and batch statistics, see `Experiment`.
+    predicts_by: its normalisation and batch statistics, see `Experiment.predicts_by`.
   """
 
   config: Config
@@ -207,10 +207,8 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       f'{workdir}/data.json has another threshold than result.json: one of them was '
       'changed after training; undo that'
     )
-  told = experiment.predicts_by
-  return Trained(
-    config, facts, result, stage, experiment.mesh, state, step, verified, told
-  )
+  mesh, by = experiment.mesh, experiment.predicts_by
+  return Trained(config, facts, result, stage, mesh, state, step, verified, by)
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:

@@ -543,10 +543,10 @@ class _Output:
 
 
 def terminal(soft_wrap: bool = True) -> Console:
-  """Returns the terminal, or whatever else standard output is.
+  """Returns a console for standard output, be it a terminal or not.
 
   Args:
-    soft_wrap: leaves it to the terminal to break long lines.
+    soft_wrap: let the terminal break long lines.
   """
   return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=soft_wrap)
 
@@ -622,7 +622,7 @@ class Screen:
       self.line_if_followed(line)
 
   def evaluated(self, step: int, metric: str, values: Mapping[str, float]) -> None:
-    """Prints a metric of each split, of a run that is followed."""
+    """Prints a metric on every split if this is the run whose progress is shown."""
     summary = ', '.join(f'{split} {value:.4f}' for split, value in values.items())
     self.line_if_followed(f'step {step}: {metric} on {summary}')
 

@@ -243,7 +243,7 @@ def test_settings_that_would_lose_the_roles_are_rejected(tmp_path):
   with pytest.raises(UserError, match='keep_classes cannot .*has a gallery and probes'):
     load_dataset(source, to_device=None, image_size=8, resize=8, keep_classes='0')
   pytest.importorskip('tensorflow_datasets')
-  with pytest.raises(UserError, match='which records cannot hold'):
+  with pytest.raises(UserError, match='which records cannot store'):
     prepare.convert(source, name='faces', data_dir=str(tmp_path / 'records'))
 
 

@@ -107,11 +107,13 @@ def test_embeddings_stand_beside_features_and_centroids(remembered):
 
 
 def test_invisible_errors_are_reported(remembered, monkeypatch):
-  with pytest.raises(UserError, match='--look_at: 99; there are 16 test images'):
+  with pytest.raises(
+    UserError, match='--look_at is 99, but there are only 16 test images'
+  ):
     inside.look(remembered, [99])
   experiment = evaluate.with_data(remembered, None)
   plain = next(iter(experiment.stages.values()))
   only = experiment._replace(stages={plain.name: plain})
   monkeypatch.setattr(evaluate, 'with_data', lambda *args: only)
-  with pytest.raises(UserError, match='there is nothing to see'):
+  with pytest.raises(UserError, match='there is nothing to show'):
     inside.look(remembered, [])

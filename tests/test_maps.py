@@ -254,7 +254,7 @@ def test_statistics_are_those_of_the_target(domains):
   np.testing.assert_allclose(found['second']['mean'], hidden.mean(0), rtol=1e-4)
   np.testing.assert_allclose(found['second']['var'], hidden.var(0), rtol=1e-3)
   frozen = Normalised(functools.partial(BatchNorm, frozen=True))
-  with pytest.raises(UserError, match='do not move'):
+  with pytest.raises(UserError, match='are frozen'):
     maps.recalibrate(survey=survey, net=frozen)(state, {})
   with pytest.raises(UserError, match='no batch normalisation'):
     maps.recalibrate(survey=survey, net=net)(state.replace(stats={'net': {}}), {})

@@ -881,7 +881,7 @@ def test_a_run_that_ends_before_its_second_stage_warns(npz):
   from lt_jax import run
 
   config = tiny.config(npz, 'meta_ce,epochs=60.0', epochs=20.0, defer_epoch=48.0)
-  with pytest.raises(UserError, match="'meta' ends at step 20, but begins at 48"):
+  with pytest.raises(UserError, match="'meta' ends at step 20, but starts at 48"):
     run.rehearsed(config, NOWHERE)
 
 

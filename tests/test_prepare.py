@@ -86,7 +86,9 @@ def test_invalid_sources_of_records(tmp_path):
 
 
 def test_a_path_is_no_source(tmp_path):
-  with pytest.raises(UserError, match=f'write folder:{tmp_path} for a folder a class'):
+  with pytest.raises(
+    UserError, match=f'write folder:{tmp_path} for one folder per class'
+  ):
     prepare.main(str(tmp_path))
   with pytest.raises(UserError, match=f'write folder:{tmp_path}, list:{tmp_path} or'):
     load_source(str(tmp_path))

@@ -598,7 +598,7 @@ def test_the_converter_runs_no_code(tmp_path):
   for name, message in {
     'w': 'damaged, or holds more than tensors: UnpicklingError',
     'short': 'damaged, or holds more than tensors',
-    'cyclic': "'epoch' is no tensor",
+    'cyclic': "'epoch' is not a tensor",
     'bomb': 'bytes of tensors, too many for weights',
     'sparse': 'unusual tensors',
     'list': 'not hold a dict of tensors',

@@ -97,7 +97,7 @@ def test_errors_are_reported_in_one_line(tmp_path, files, rng):
     pytest.raises(UserError, match=message),
   ):
     similarity.main()
-  with pytest.raises(UserError, match='say of which network it is'):
+  with pytest.raises(UserError, match='name its network, such as'):
     features.network('weights.safetensors')
   path = tmp_path / 'rows.csv'
   path.write_text('a,b,0.5\na,b\n')
