@@ -59,7 +59,7 @@ def test_kept_classes_are_the_only_classes(tmp_path):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('1+1', 'must name classes, each of them once'),
+    ('1+1', 'must name classes, each only once'),
     ('none.txt', 'there is no file none.txt'),
     ('1+11', "digits has no class '11'"),
   ],
