@@ -285,7 +285,7 @@ def no_programs(monkeypatch):
 
 def test_a_choice_without_val_is_reported_before_training(npz, no_programs):
   run.rehearsed(make_config(npz, 'tau_norm'), NOWHERE)
-  message = 'no validation images.* set data.val_per_class'
+  message = 'needs validation images.* set data.val_per_class'
   with pytest.raises(UserError, match=message) as error:
     run.rehearsed(make_config(npz, 'tau_norm', val=0), NOWHERE)
   assert '\n' not in str(error.value)
