@@ -1,7 +1,7 @@
-"""Runs the command line in a process of its own, with a fault injected.
+"""Runs the command line in a separate process, with a fault injected.
 
 Processes come from a fork server that has imported everything and started nothing, so
-that each costs what it does and not the imports.
+that they don't pay for the imports.
 """
 
 import functools
@@ -36,11 +36,11 @@ FAST = (
   '--config.save_every_epochs=5',
   '--config.evaluate_every_epochs=10',
 )
-"""Of a run of 71 steps: checkpoints every 20, evaluations every 36."""
+"""A run of 71 steps: checkpoints every 20, evaluations every 36."""
 
 
 def command(workdir, *overrides, config='digits_lt.py:ldam_drw,epochs=20', fast=FAST):
-  """Returns the arguments of a run that takes a second or two."""
+  """Returns the arguments for a run that takes a second or two."""
   return [
     f'--config={ROOT}/configs/{config}',
     f'--workdir={workdir}',
@@ -67,8 +67,8 @@ def run(
   """Runs a command in a child process.
 
   Args:
-    arguments: of the command.
-    output: a file that takes what it prints.
+    arguments: arguments of the command.
+    output: file for what it prints.
     fault: an entry of FAULTS, with its argument after a colon.
     module: the command.
 
@@ -84,13 +84,13 @@ def run_together(
   faults: Sequence[str],
   devices: int = 2,
 ) -> list[int]:
-  """Runs a command in processes that are one run, each with simulated devices.
+  """Runs a command in several processes that form one run, with simulated devices.
 
   Args:
-    arguments: of the command, the same for all.
-    outputs: files that take what they print.
-    faults: one a process.
-    devices: of each.
+    arguments: arguments of the command, the same for all.
+    outputs: files for what they print.
+    faults: one per process.
+    devices: number of devices of each process.
 
   Returns:
     Their exit codes.
@@ -129,7 +129,7 @@ def _start(
 
 
 def _join(children: Sequence[multiprocessing.Process], seconds: float) -> list[int]:
-  """Returns exit codes; kills and tells who did not end."""
+  """Returns exit codes; kills processes that did not end and says so."""
   until = time.monotonic() + seconds
   for child in children:
     child.join(timeout=max(0, until - time.monotonic()))
@@ -142,7 +142,7 @@ def _join(children: Sequence[multiprocessing.Process], seconds: float) -> list[i
 
 
 def environment() -> dict[str, str]:
-  """Returns what a process needs to share compiled programs."""
+  """Returns the environment with which processes share compiled programs."""
   return {
     'JAX_COMPILATION_CACHE_DIR': os.environ['LT_JAX_TEST_CACHE'],
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -158,7 +158,7 @@ def _main(
   cache: str,
   environment: Mapping[str, str],
 ) -> None:
-  """In the child: redirects what is printed, injects faults, runs the command."""
+  """In the child: redirects output, injects faults, runs the command."""
   os.environ.update(environment)
 
   with open(output, 'w') as file:
@@ -186,7 +186,7 @@ def terminate(number: int = signal.SIGTERM) -> None:
 
 
 def _before(owner: object, name: str, act: Callable[..., None]) -> None:
-  """Makes `owner.name` call `act` with its arguments first."""
+  """Makes `owner.name` first call `act` with the same arguments."""
   original = getattr(owner, name)
 
   def replaced(*args, **kwargs):
@@ -224,7 +224,7 @@ def _kill_between(argument: str) -> None:
 
 
 def _kill_after_save(argument: str) -> None:
-  """Dies so many seconds after the first save of the process begins."""
+  """Dies a number of seconds after the process starts its first save."""
   from lt_jax import checkpoint
 
   timer = threading.Timer(float(argument), die)
@@ -232,7 +232,7 @@ def _kill_after_save(argument: str) -> None:
 
 
 def _kill_in_save(argument: str) -> None:
-  """Dies inside the n-th save: its files are written, its folder not yet renamed."""
+  """Dies inside the n-th save: files are written, the folder is not yet renamed."""
   import orbax.checkpoint as ocp
 
   handler = ocp.StandardCheckpointHandler
@@ -240,7 +240,7 @@ def _kill_in_save(argument: str) -> None:
 
 
 def _kill_between_stages(argument: str) -> None:
-  """Dies when the second stage is about to begin."""
+  """Dies just before the second stage starts."""
   from lt_jax import run
 
   del argument
@@ -248,7 +248,7 @@ def _kill_between_stages(argument: str) -> None:
 
 
 def _terminate_twice(argument: str) -> None:
-  """Asks at a step, and again while the answer is being saved."""
+  """Sends SIGTERM at a step, and again while the State is being saved."""
   from lt_jax import checkpoint
 
   _at_step(argument, lambda: _at_call(checkpoint.Checkpoints, 'save', terminate, 1))
@@ -262,7 +262,7 @@ def _terminate_in_evaluation(argument: str) -> None:
 
 
 def _terminate_in_surgery(argument: str) -> None:
-  """Asks when the first pass of a surgery begins."""
+  """Sends SIGTERM when a surgery starts its first pass."""
   from lt_jax.evals import collect
 
   del argument
@@ -287,7 +287,7 @@ def _limit_file_size(argument: str) -> None:
 
 
 def _nan_image(argument: str) -> None:
-  """Puts NaN into the batch of one step."""
+  """Puts a NaN into the batch of one step."""
   import jax.numpy as jnp
 
   from lt_jax import train
@@ -310,7 +310,7 @@ def _simulate_devices(argument: str) -> None:
 
 
 def _hurry(argument: str) -> None:
-  """Notices a dead peer after so many seconds, and not after JAX's hundred."""
+  """Notices a dead peer after a few seconds instead of JAX's hundred."""
   import jax
 
   jax.distributed.initialize = functools.partial(
@@ -339,7 +339,7 @@ def _see_other_data(argument: str) -> None:
 
 
 def _work_elsewhere(argument: str) -> None:
-  """Has a folder of its own where all should have one."""
+  """Gives this process its own folder where all should share one."""
   from lt_jax import files
 
   del argument
@@ -349,9 +349,9 @@ def _work_elsewhere(argument: str) -> None:
 
 
 def _list_devices_in_turns(argument: str) -> None:
-  """Has the maker of the mesh see the devices of two processes in turns.
+  """Shows the devices of two processes to the mesh in alternating order.
 
-  As the torus of a TPU may have them; JAX itself lists them process by process.
+  The torus of a TPU may have such an order; JAX itself lists them process by process.
   """
   import types
 
@@ -371,7 +371,7 @@ def _list_devices_in_turns(argument: str) -> None:
 
 
 def _slow_manifest(argument: str) -> None:
-  """Writes each manifest so many seconds after its checkpoint."""
+  """Writes each manifest a number of seconds after its checkpoint."""
   from lt_jax import checkpoint
 
   seconds = float(argument)

@@ -1,17 +1,17 @@
-"""What every test shares: eight devices, strict broadcasting, a cache, real data."""
+"""Shared by all tests: eight devices, strict broadcasting, a cache, real data."""
 
 import os
 import pathlib
 import tempfile
 from importlib import metadata
 
-# One folder for all processes of the tests, whose first one makes and removes it.
+# All test processes share one folder; the first one creates and removes it.
 if 'LT_JAX_TEST_CACHE' not in os.environ:
   CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
   os.environ['LT_JAX_TEST_CACHE'] = CACHE.name
 
-# Compiling is most of a test's time, and LLVM's optimisations are most of compiling;
-# of the rest, the newer emitters of fused operations, which jaxlib 0.10 can go without.
+# Most of a test's time is compilation, most of which is LLVM optimisation. Much of the
+# rest are the newer fusion emitters, which jaxlib 0.10 can do without.
 os.environ['XLA_FLAGS'] = (
   f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 )
@@ -46,11 +46,11 @@ LONG = (
   'test_doctor',
   'test_predict',
 )
-"""Files that take the longest: begun first, they leave no process idle at the end."""
+"""The slowest files: started first, they leave no process idle at the end."""
 
 
 def pytest_xdist_auto_num_workers() -> int:
-  """Half as many processes again as cores, as many tests wait for others to end.
+  """Uses 1.5 processes per core, since many tests wait for child processes.
 
   Each takes up to 4 GB.
   """
@@ -80,13 +80,13 @@ def cifar10_npz(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-  """Random numbers, the same in every run of a test."""
+  """A random generator with the same seed in every run."""
   return np.random.default_rng(0)
 
 
 @pytest.fixture(scope='module')
 def one_device():
-  """Runs of a module use one device, as programs for eight take long to compile."""
+  """Runs of a module on one device, because programs for eight compile slowly."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'device_count', lambda: 1)
     yield
@@ -94,7 +94,7 @@ def one_device():
 
 @pytest.fixture
 def no_data(monkeypatch):
-  """TFDS sets with as many classes as they should have and images of no memory."""
+  """TFDS sets with the right number of classes and images that take no memory."""
   real = sources.load_source
 
   def fake(spec, data_dir=None):

@@ -9,11 +9,11 @@ CLASSES = 1000
 COUNTS = (9, 6, 3, *[1] * (CLASSES - 3))
 """Training images of each class."""
 EVALUATED = 4
-"""Classes that have images in 'val' and 'test', two each."""
+"""Classes with images in 'val' and 'test', two each."""
 
 
 def photograph(rng, label):
-  """Returns a JPEG whose colour tells its class; that of an open image is another."""
+  """Returns a JPEG whose colour shows its class; open images have another colour."""
   height, width = rng.integers(36, 64, 2)
   colour = np.array([(220, 40, 40), (40, 220, 40), (40, 40, 220), (200, 200, 40)])
   shade = (128, 128, 128) if label < 0 else colour[label % len(colour)]
@@ -39,7 +39,7 @@ def examples(rng):
 
 
 def write_lists(folder, rng):
-  """Writes lists and images as ImageNet-LT has them; returns the folder of each."""
+  """Writes lists and images in ImageNet-LT's layout; returns the folders of both."""
   lists, root = folder / 'lists', folder / 'images'
   lists.mkdir(parents=True)
   for split, rows in examples(rng).items():
@@ -54,7 +54,7 @@ def write_lists(folder, rng):
 
 
 def write_tfds(folder, rng):
-  """Writes the same as the TFDS set imagenet_lt, without its open images."""
+  """Writes the same images as the TFDS set imagenet_lt, without the open ones."""
   splits = examples(rng)
   names = {'train': 'train', 'validation': 'val', 'test': 'test'}
   rows = {
@@ -106,7 +106,7 @@ def write_imagenet(folder, rng):
 
 
 def write_records(folder, name, rows, shard=8):
-  """Writes a TFDS set, by the true feature specification, as its own tools do."""
+  """Writes a TFDS set with the true feature specification, as TFDS itself does."""
   import tensorflow_datasets as tfds
 
   info = tfds.builder(name, data_dir=folder).info
@@ -132,16 +132,16 @@ PLACES_CLASSES = 365
 
 
 def write_places(folder, rng, *, lists, images):
-  """Writes a Places-LT: lists in one of its two spellings, images in either.
+  """Writes a miniature Places-LT, with either spelling for lists and images.
 
   Args:
-    folder: for both.
-    rng: random numbers.
+    folder: the folder for both.
+    rng: random generator.
     lists: 'standard' or '256'.
     images: likewise.
 
   Returns:
-    (folder of the lists, of the images).
+    (folder of the lists, folder of the images).
   """
   kinds = [photograph(rng, kind) for kind in range(4)]
 
@@ -176,18 +176,18 @@ def write_places(folder, rng, *, lists, images):
 
 
 FACES = (24, 24, 9, 7, 3, 2, 1, 1)
-"""Training images of each identity of a miniature MS1M-LT."""
+"""Training images per identity of the miniature MS1M-LT."""
 
 STRANGERS = 4
-"""Identities that are not trained on."""
+"""Identities without training images."""
 
 
 def write_faces(folder, rng):
   """Writes a miniature MS1M-LT; returns its lists, and the folder of the images.
 
-  A face is a picture of few colours, and every image of an identity is the same. So a
-  probe is identified but where a distractor is the same picture: that of the last
-  identity of all is.
+  A face is a picture of a few colours, the same in every image of an identity. So every
+  probe is identified unless a distractor is the same picture, as is the case for the
+  last identity.
   """
   lists, root = folder / 'lists', folder / 'images'
   for one in (lists, root):

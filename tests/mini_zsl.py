@@ -26,14 +26,14 @@ def planted(seed=0, noise=0.3):
 
 
 def cells(names):
-  """Returns a cell of strings, as SciPy writes one."""
+  """Returns a cell array of strings, as SciPy writes one."""
   made = np.empty((len(names), 1), object)
   made[:, 0] = names
   return made
 
 
 def write(folder, **changes):
-  """Writes res101.mat and att_splits.mat, all positions and labels from 1."""
+  """Writes res101.mat and att_splits.mat, where positions and labels start at 1."""
   x, label, attributes = planted()
   unseen = np.isin(label, UNSEEN)
   rank = np.array([(label[:i] == c).sum() for i, c in enumerate(label)])

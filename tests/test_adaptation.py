@@ -1,4 +1,4 @@
-"""Methods of two domains: how batches meet, who moves whom, and on how many devices."""
+"""Methods for two domains: joint batches, updates of players, many devices."""
 
 import functools
 import re
@@ -39,7 +39,7 @@ JUDGED = ('dann', 'cdan', 'adda')
 
 
 def plain_net():
-  """Named layers, and no batch normalisation."""
+  """A network with named layers and no batch normalisation."""
   return Classifier(DigitsNet((Convolution(3),), (6, 5)), linear(CLASSES))
 
 
@@ -79,7 +79,7 @@ def made(
   optimizer=None,
   **options,
 ):
-  """A method, from the context that a run gives it."""
+  """Returns a method, given the context that a run would give it."""
   alignment = options.pop('alignment', None)
   align = make_alignment(
     alignment or 'none',
@@ -121,7 +121,7 @@ def close(a, b, **tolerances):
   jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerances), a, b)
 
 
-# The reversal of gradients.
+# Gradient reversal.
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -140,13 +140,13 @@ def test_a_reversal_passes_values_and_flips_gradients(dtype, rng):
     np.testing.assert_array_equal(y, x)  # bit by bit
     np.testing.assert_array_equal(to_x, jnp.full_like(x, -scale))
     assert to_x.dtype == x.dtype and to_scale == 0
-  assert len(traces) == 1  # the scale is no constant of the program
+  assert len(traces) == 1  # the scale is not a compiled constant
   scales = jnp.asarray([1.0, 3.0])
   pulled = jax.vmap(lambda s: jax.grad(lambda x: grad_reverse(x, s).sum())(x))(scales)
   np.testing.assert_array_equal(pulled[:, 0, 0], [-1, -3])
 
 
-# Two batches in one network.
+# Two batches through one network.
 
 
 @pytest.mark.parametrize('sizes', [(8, 8), (16, 8), (6, 4), (7, 5), (4, 12)])
@@ -159,7 +159,7 @@ def test_batches_put_together_come_apart(sizes):
     np.testing.assert_array_equal(part, whole)
   of_target = np.asarray(both[:, 0] >= 100)
   blocks = of_target.reshape(np.gcd(*sizes), -1).sum(1)
-  assert (blocks == blocks[0]).all()  # every device has as many of them
+  assert (blocks == blocks[0]).all()  # every device has equally many
 
 
 @pytest.fixture(scope='module')
@@ -170,7 +170,7 @@ def normalised():
 
 
 def both_ways(net, variables, batches, statistics):
-  """(outputs of both, updated statistics, a gradient) by `forward_pair`."""
+  """Returns (outputs of both, updated statistics, a gradient) from `forward_pair`."""
   stats = variables['batch_stats']
   if statistics == 'domain_specific':
     first = {'net': stats, 'net_source': stats}
@@ -190,7 +190,7 @@ def both_ways(net, variables, batches, statistics):
 
 
 def test_separate_passes_are_one_pass_with_two_groups(normalised):
-  """Of the batches one after the other: outputs, gradients and running averages."""
+  """For consecutive batches, outputs, gradients and running averages agree."""
   batches = batches_of()
   source, target, stats, grads = both_ways(
     normalised_net(), normalised, batches, 'separate'
@@ -308,7 +308,7 @@ def test_aligned_descends_the_sum_of_both():
 
 
 def test_dann_descends_for_one_player_and_ascends_for_the_other():
-  """The discriminator trains with weight 1, and its own optimiser, whatever lambda."""
+  """The discriminator has weight 1 and its own optimiser, whatever lambda is."""
   net, batches = plain_net(), batches_of(8, 4)
   judge = Player(mlp(hidden=(4,)), sgd(rate(0.3), momentum=0.0))
   weight = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
@@ -367,7 +367,7 @@ def softmax(z):
 
 
 def test_parts_of_adversarial_losses_are_their_formulas(rng):
-  """In float64, over loops."""
+  """Compares with float64 loops."""
   f, z, other = (rng.normal(size=(5, n)) for n in (4, CLASSES, CLASSES))
   p, q = softmax(z), softmax(other)
   r_f, r_p = (rng.normal(size=(n, 6)) for n in (4, CLASSES))
@@ -398,7 +398,7 @@ def test_parts_of_adversarial_losses_are_their_formulas(rng):
 
 
 def test_a_random_projection_keeps_inner_products_on_average(rng):
-  """Of the products: <f, f'> <p, p'>, which is what it is for."""
+  """The inner products of the products are <f, f'> <p, p'>."""
   f, p = rng.normal(size=(2, 5)), softmax(rng.normal(size=(2, CLASSES)))
   r_f, r_p = (rng.normal(size=(n, 40_000)) for n in (5, CLASSES))
   drawn = {'features': r_f, 'predictions': r_p}
@@ -423,7 +423,7 @@ def test_cdan_reverses_what_a_conditioned_discriminator_learns(form):
   assert set(state.memory) == ({'projections'} if form else set())
 
   def domain(params, fixed):
-    """Its loss; of `fixed` come the predictions, which are constants."""
+    """Its loss, with constant predictions from `fixed`."""
 
     def of(name, label):
       images = batches[name]['image']
@@ -463,7 +463,7 @@ def test_cdan_reverses_what_a_conditioned_discriminator_learns(form):
 
 
 def test_mcd_is_its_three_updates():
-  """With momentum, by which what is not moved would move too."""
+  """With momentum, which would also move players that must not move."""
   net, batches = plain_net(), batches_of(8, 4)
   label = batches['train']['label'][:, None]
   method = made('mcd', net, inner_steps=2)
@@ -594,7 +594,7 @@ DESCENDS = {
     'optimizer': adam(rate(0.002)),
   },
 }
-"""Method -> options with which its loss descends; ADDA's does if the judge waits."""
+"""Method -> options with which its loss falls; for ADDA the discriminator waits."""
 
 
 @pytest.mark.parametrize(
@@ -661,7 +661,7 @@ TWO_PLAYERS = {'weight': {'name': 'dann'}, 'align_on': ('features',)}
 
 @functools.cache
 def two_steps(devices, statistics='', groups=1, name='dann', **options):
-  """(parameters after two steps on some devices, the text of the program)."""
+  """Returns (parameters after two steps on some devices, the program's text)."""
   net = normalised_net(groups=groups)
   if statistics:
     options['statistics'] = statistics
@@ -705,7 +705,7 @@ def test_many_devices_are_one_by_any_method(name, options, devices):
 
 
 def test_no_image_moves_from_one_device_to_another():
-  """Each normalises what it has of both domains; only sums are exchanged."""
+  """Each device normalises its own share of both domains; only sums are exchanged."""
   _, text = two_steps(8, 'joint', groups=8)
   assert 'all-reduce' in text
   assert not re.findall(r'all-gather|all-to-all|collective-permute', text)
@@ -724,11 +724,11 @@ def test_replicas_are_single_runs():
     close(own, single.params)
 
 
-# It learns.
+# Learning.
 
 
 class Plane(nn.Module):
-  """Of points in a plane, given as images of 1 x 1 pixels."""
+  """A network for points in a plane, given as images of 1 x 1 pixels."""
 
   @nn.compact
   def __call__(self, images, *, train):
@@ -739,7 +739,7 @@ class Plane(nn.Module):
 
 @pytest.mark.slow
 def test_dann_crosses_from_moons_to_turned_moons():
-  """The toy of the paper: two half moons, and the same turned by 35 degrees."""
+  """The paper's toy problem: two half moons, and the same rotated by 35 degrees."""
   points, label = make_moons(300, noise=0.1, random_state=0)
   points -= points.mean(0)
   angle = np.deg2rad(35)

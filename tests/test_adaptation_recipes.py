@@ -1,4 +1,4 @@
-"""Recipes of adaptation: what they name exists, and their methods make a step."""
+"""Adaptation recipes: everything they name exists, and their methods make a step."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ RECIPES = adaptation.RECIPES | compound.RECIPES
 
 
 def made(name):
-  """The resolved config of a recipe, over a small one."""
+  """Returns the resolved config of a recipe on a small base config."""
   config = base_config()
   config.domains, config.target = {'other': {}}, ('other',)
   config.update(batch=BATCH, epochs=float(STEPS))
@@ -44,7 +44,7 @@ def optimizer_of(described, schedule):
 
 
 def method_of(config):
-  """Builds the method of a config from the tables it names."""
+  """Builds a config's method from the tables it refers to."""
   alignment = config['alignment']
   players = {
     name: Player(
@@ -105,7 +105,7 @@ METRICS = {
   'i2i': {'lambda', 'identity', 'cycle', 'translated'}
   | {f'{name}_{kind}' for name in JUDGES for kind in ('loss', 'accuracy')},
 }
-"""Method -> its metrics beside those of every method."""
+"""Method -> its metrics besides those of every method."""
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -146,7 +146,7 @@ def test_its_method_makes_a_step(name, rng):
 
 def test_the_discriminator_has_the_optimiser_and_the_schedule_of_the_network():
   config = made('dann')
-  config.schedule.base = 0.5  # set after the recipe, as on a command line
+  config.schedule.base = 0.5  # set after the recipe, as on the command line
   player = resolve(config)['players']['discriminator']
   assert player['schedule'] == {'name': 'dann', 'base': 0.5, 'end': STEPS}
   assert player['optimizer'] == {'name': 'sgd', 'momentum': 0.9}

@@ -1,4 +1,4 @@
-"""Alignments against their formulas in float64, and at their corners."""
+"""Alignments compared with their formulas in float64, and in edge cases."""
 
 import functools
 import itertools
@@ -78,7 +78,7 @@ def family(s, t, bandwidths=FAMILY):
 
 
 def reference_estimate(s, t, k, estimate):
-  """Of the images s and t, whatever they are, by their kernel."""
+  """Returns the estimate for images s and t of any kind, given their kernel."""
   if estimate == 'linear':
     m = min(len(s), len(t)) // 2
     pairs = [(s[2 * i], s[2 * i + 1], t[2 * i], t[2 * i + 1]) for i in range(m)]
@@ -259,11 +259,11 @@ def test_gradients_are_finite_at_the_corners(name, options, kind, rng):
     {n: np.tile(x[:1], (SOURCE, 1)).astype(np.float32) for n, x in o.items()}
     for o in (example(rng, 1),) * 2
   )
-  if kind == 'zero':  # all vectors coincide, in the origin
+  if kind == 'zero':  # all vectors coincide, at the origin
     source, target = jax.tree.map(np.zeros_like, (source, target))
   if kind == 'sure':
     target['logits'] = np.eye(SOURCE, 3, dtype=np.float32) * 1e4
-  if kind == 'masked':  # a class that is no answer
+  if kind == 'masked':  # a class that is ruled out
     target['logits'][:, 0] = -1e9
   if kind == 'far':
     target['features'] = target['features'] + np.float32(1e6)

@@ -1,4 +1,4 @@
-"""The allocator is told to keep pages in commands that gain by it, and nowhere else."""
+"""The allocator keeps pages in commands that benefit from it, and nowhere else."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ SMALL = resolve(digits_lt.get_config())
 
 @pytest.fixture
 def settings(monkeypatch):
-  """What mallopt was told; nothing reaches the allocator of this process."""
+  """The settings passed to mallopt; nothing reaches this process's allocator."""
   calls = {}
 
   def mallopt(parameter, value):

@@ -1,4 +1,4 @@
-"""Descriptions of classes from files, and what is refused; which classes are unseen."""
+"""Class descriptions from files, rejected files, and which classes are unseen."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_the_four_formats_say_the_same(tmp_path):
   for file in files:
     np.testing.assert_array_equal(class_vectors([file], NAMES).vectors, VECTORS)
   assert class_vectors(files[:1], NAMES).columns == ('a', 'b', 'c', 'd')
-  # Blocks weigh the same, whatever their size.
+  # Blocks have the same weight, whatever their size.
   both = class_vectors(files[:2], NAMES).vectors
   expected = VECTORS / np.sqrt((VECTORS**2).sum(1, keepdims=True))
   np.testing.assert_allclose(both, np.hstack([expected, expected]), rtol=1e-15)

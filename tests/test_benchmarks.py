@@ -1,4 +1,4 @@
-"""Benchmarks start; those that are quick run, on next to nothing."""
+"""Benchmarks start, and quick ones run, on tiny inputs."""
 
 import importlib
 import json
@@ -126,7 +126,7 @@ def test_networks_of_pixels_have_one_size_on_both_sides(network):
 
 @pytest.fixture
 def make_table(tmp_path, monkeypatch, capsys):
-  """Makes the table of two methods and two seeds: options -> (its end, its file)."""
+  """Makes the table of two methods and two seeds: options -> (exit code, its file)."""
   from benchmarks import tables
 
   monkeypatch.setattr(tables, 'ROOT', tmp_path)
@@ -151,7 +151,7 @@ def make_table(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def swept(monkeypatch):
-  """A sweep that trains nothing, by the command that it would run: its chosen."""
+  """A sweep that trains nothing and records the command it would run."""
   from benchmarks import tables
 
   seen = []
@@ -210,7 +210,7 @@ def test_the_command_of_a_row_makes_its_runs(make_table, swept):
   assert found['rows'][0]['command'] == command.format(
     options[0], '--config.seed=SEED --workdir=DIR'
   )
-  _, found = make_table()  # of what is there by now
+  _, found = make_table()  # from the cells that exist so far
   assert 'source' not in found['rows'][0]['command']
 
 
@@ -253,7 +253,7 @@ def test_a_table_holds_what_its_runs_found(make_table, tmp_path):
 
 @pytest.mark.parametrize('name', ['digits_lt_switches', 'cifar10_lt_cb_focal'])
 def test_every_cell_of_a_grid_has_a_config(name):
-  """Its keys are there, and those that are set beside it."""
+  """Its keys exist, as do the keys that are set with it."""
   from benchmarks import tables
 
   table = tables.TABLES[name]
@@ -289,7 +289,7 @@ def test_the_two_component_table_has_a_cell_a_recipe_and_imbalance(tmp_path):
   cells = {row[1]: dict(zip(table.headings, row, strict=True)) for row in table.rows}
   expected = '40.0 ± 14.1 (best 25.0 ± 0.0, 2 of 3 seeds); 27.63*'
   assert cells['cb_ce']['imbalance 100'] == expected
-  assert cells['l2rw']['imbalance 100'] == 'not run; 27.77*'  # of another setting
+  assert cells['l2rw']['imbalance 100'] == 'not run; 27.77*'  # from another setting
   assert cells['l2rw']['imbalance 10'] == 'not run; 17.88*'
   assert cells['ldam']['imbalance 50'] == 'not run; -'
   assert any(n.startswith('l2rw at 10: doubtful at its source') for n in notes)

@@ -1,4 +1,4 @@
-"""C-Digits, its small form and C-Faces: they build, whole, on what is here."""
+"""C-Digits, its small form and C-Faces: they build completely on local data."""
 
 import os
 import pathlib
@@ -21,7 +21,7 @@ STAGES = ('source', 'centroids', 'adversarial', 'domain_factor', 'scheduled')
 
 
 def write_digits(folder, rng, name, side, images=6):
-  """Writes a .npz of so many digits a class."""
+  """Writes a .npz with a number of digits per class."""
   label = np.tile(np.arange(10), images)
   x = rng.integers(0, 256, (len(label), side, side), np.uint8)
   np.savez(folder / f'{name}.npz', x_train=x, y_train=label, x_test=x, y_test=label)
@@ -29,7 +29,7 @@ def write_digits(folder, rng, name, side, images=6):
 
 @pytest.fixture
 def small(tmp_path, rng):
-  """The config of the small form over small files of its shapes."""
+  """The config of the small form on small files with the right shapes."""
   for name, side in (('usps', 16), ('mnist', 28), ('mnistm', 32)):
     write_digits(tmp_path, rng, name, side)
   config = c_digits_small.get_config(f'ocda,epochs=4,files={tmp_path}')
@@ -55,7 +55,7 @@ def test_the_small_form_is_one_source_two_targets_and_three_turns(small):
   for one in experiment.stages.values():
     state = train.state_shapes(one.method, one.streams)
     assert state.params['net']['head']
-  # An epoch of the curriculum is one of the stage, however many images it orders.
+  # An epoch of the curriculum is one of the stage, whatever the number of images.
   left = stage.reads['target']
   assert left.ordered_by == 'target/train/distance' and left.stage == 'domain_factor'
   distance = np.arange(60)[::-1].astype(np.float32)
@@ -95,7 +95,7 @@ def test_rates_and_fusions(recipe, form, rates):
 
 def test_lengths_and_rates_of_c_digits_are_those_of_the_code(no_data):
   config = c_digits.get_config('ocda,open=swit')
-  config.stages.scheduled.epochs = 50.0  # its schedules end with it
+  config.stages.scheduled.epochs = 50.0  # its schedules end with the stage
   config = resolve(config)
   assert config['open_domains'] == ['swit'] and config['batch'] == 128
   stages = {name: stage_config(config, name) for name in STAGES}
@@ -119,7 +119,7 @@ def test_the_network_of_c_digits_has_its_size():
 
 
 def write_faces(folder, rng):
-  """Writes lists and images of all cameras, two images a class."""
+  """Writes lists and images for all cameras, two images per class."""
   cameras = (c_faces.SOURCE, *c_faces.COMPOUND, c_faces.OPEN)
   for camera in cameras:
     home = folder / f'mp{camera}'
@@ -135,7 +135,7 @@ def write_faces(folder, rng):
 
 
 def test_faces_of_six_cameras(tmp_path, rng):
-  """A miniature: every stage builds, and streams read its files."""
+  """On a miniature every stage builds, and streams read its files."""
   write_faces(tmp_path, rng)
   config = c_faces.get_config(f'ocda,lists={tmp_path},images={tmp_path},size=32')
   config.update(batch=4, eval_batch=4)
@@ -170,7 +170,7 @@ def test_a_source_that_cannot_be_turned(spec, message):
 
 @pytest.mark.slow
 def test_real_digits_turn():
-  """MNIST whole, from the folder LT_JAX_DATA names."""
+  """All of MNIST, from the folder that LT_JAX_DATA names."""
   file = pathlib.Path(os.environ.get('LT_JAX_DATA', '.')) / 'mnist.npz'
   if not file.exists():
     pytest.skip('LT_JAX_DATA names no folder with mnist.npz')

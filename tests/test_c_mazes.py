@@ -1,4 +1,4 @@
-"""C-Mazes: recipes of adaptation build, and policies are played in all domains."""
+"""C-Mazes: adaptation recipes build, and policies are played in all domains."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ ADAPT = [
   pytest.param(name, marks=[pytest.mark.slow] * name.startswith('ocda_'))
   for name, recipe in RECIPES.items()
   if recipe.needs == ('target',)
-  if not name.startswith('finetune_target')  # whose images of the target are cut again
+  if not name.startswith('finetune_target')  # these split the target's images again
 ]
 DOMAINS = ('source', 'tinted', 'night', 'inverted')
 N = 16

@@ -1,4 +1,4 @@
-"""What a run warns of before it begins, and what its machine is too small for."""
+"""Warnings before a run starts, and runs that are too large for the machine."""
 
 import re
 
@@ -80,7 +80,7 @@ def test_the_doctor_tells_of_both(tmp_path):
 
 
 def test_memory_quadratic_in_the_classes_is_named(tmp_path, monkeypatch):
-  """OpenMax keeps the mean logits of each class; only its shape is asked for here."""
+  """OpenMax keeps the mean logits of each class; only the shape is needed here."""
   monkeypatch.setattr(footprint, 'machine_memory', lambda device: 25e9)
   config = tiny.config('', 'openmax')
   fake = {'classes': 100_000, 'train': 130_000, 'largest': 50, 'smallest': 1}

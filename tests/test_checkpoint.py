@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and damage is seen, told and set aside."""
+"""Checkpoints: saved States are restored; damage is found, reported and set aside."""
 
 import os
 
@@ -33,7 +33,7 @@ def target(devices=1):
 
 
 class Ladder:
-  """A ladder in a folder, and what it logged."""
+  """A ladder of checkpoints in a folder, and its log."""
 
   def __init__(self, folder, **options):
     self.folder = folder
@@ -208,7 +208,7 @@ def test_a_read_that_fails_may_pass_and_moves_nothing(folder, monkeypatch, error
 
 
 def test_a_failed_write_is_reported_and_older_steps_stay(tmp_path, monkeypatch):
-  """The manifest cannot be written: the error comes with the next call."""
+  """If the manifest cannot be written, the next call raises the error."""
   ladder = Ladder(tmp_path)
   ladder.checkpoints.save(1, make_state(1))
   ladder.checkpoints.wait()
@@ -243,11 +243,11 @@ def test_non_finite_is_seen_anywhere():
   assert not checkpoint.all_finite(broken)
 
 
-# Checkpoints from before every player had an optimiser state of its own.
+# Checkpoints from before every player had its own optimiser state.
 
 
 def with_one_optimiser_state(state):
-  """Returns a State as it was when `opt.net` held the state of all players."""
+  """Returns a State in the old form, where `opt.net` held the state of all players."""
   inner = state.opt['net'].inner_state
   by_player = {
     field: {

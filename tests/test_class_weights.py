@@ -87,7 +87,7 @@ def test_regions_that_overlap_count_once():
 
 @pytest.mark.parametrize('beta', [0.9, 1 - 2**-30])
 def test_effective_number_is_the_formula(beta):
-  """In exact arithmetic, so that cancellation in 1 - beta^n would show."""
+  """Uses exact arithmetic, so that cancellation in 1 - beta^n would show."""
   counts = [1000, 30, 7, 1]
   inverse = [(1 - Fraction(beta)) / (1 - Fraction(beta) ** n) for n in counts]
   expected = [float(4 * w / sum(inverse)) for w in inverse]

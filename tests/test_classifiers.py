@@ -1,4 +1,4 @@
-"""Classifiers of features: each is the answer of its problem."""
+"""Classifiers on features: each solves its problem."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def doubles():
 def test_support_vector_machines_agree_with_liblinear(examples, weighted):
   x, labels = examples
   weights = classifiers.balanced(labels, C) if weighted else None
-  costs = (1.0, 0.01)  # each in its place, whatever the order of solving
+  costs = (1.0, 0.01)  # each in its place, whatever the order of solution
   found = classifiers.svm(x, labels, C, costs, weights=weights, tolerance=1e-10)
   for cost, ours in zip(costs, found, strict=True):
     theirs = LinearSVC(C=cost, dual=False, tol=1e-10, max_iter=10000)
@@ -55,7 +55,7 @@ def test_softmax_is_logistic_regression(examples):
   (ours,) = classifiers.softmax(x, labels, C, (0.3,), tolerance=1e-10)
   theirs = LogisticRegression(C=0.3, tol=1e-10, max_iter=10000).fit(x, labels)
   np.testing.assert_allclose(ours.kernel, theirs.coef_.T, atol=1e-5)
-  bias = theirs.intercept_ - theirs.intercept_.mean()  # which is free by a constant
+  bias = theirs.intercept_ - theirs.intercept_.mean()  # determined up to a constant
   np.testing.assert_allclose(ours.bias - ours.bias.mean(), bias, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Flags, config files, and the one line with which a command ends."""
+"""Flags, config files, and the final line of a command."""
 
 import sys
 
@@ -169,7 +169,7 @@ def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, message):
 )
 @pytest.mark.parametrize('order', [1, -1])
 def test_any_option_of_any_named_function(parse, keys, path, value, order):
-  """Another name drops the options of the one before; the order does not matter."""
+  """A new name drops the old name's options; the order does not matter."""
   arguments = [f'--config.{key}={text}' for key, text in keys.items()][::order]
   found = parse('--config=digits_lt:ldam_drw', *arguments)
   for part in path.split('.'):

@@ -1,4 +1,4 @@
-"""Open compound domain adaptation: fusions, updates, stages, and what they leave."""
+"""Open compound domain adaptation: fusions, updates, stages, and their files."""
 
 import functools
 
@@ -33,7 +33,7 @@ def rate(base):
 
 
 def fused_by_numpy(form, params, v, m, d):
-  """Returns features and logits, an image at a time."""
+  """Returns features and logits, computed one image at a time."""
 
   def gate(x, name):
     return np.tanh(x @ params[name]['kernel'] + params[name]['bias'])
@@ -208,7 +208,7 @@ def factor(net, threshold=0.0, oracle=False, optimizer=None):
 
 @pytest.mark.parametrize('oracle', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_of_domain_factor_is_its_two_updates(oracle):
-  """With momentum, by which what is not moved would move too."""
+  """With momentum, which would also move players that must not move."""
   net, batches = plain_net(), batches_of(8, 4)
   batches['target']['domain'] = jnp.array([0, 1, 1, 0])
   domains = np.array([*[0] * 8, 1, 2, 2, 1])
@@ -263,7 +263,7 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
   if not oracle:
     key = named_key(state.key, 'random_labels', 0)
     drawn = jax.random.randint(key, (12,), 0, CLASSES)
-    # Blocks of two source images and one target image take turns.
+    # Blocks of two source images and one target image alternate.
     turns = np.arange(12).reshape(4, 3)
     order = np.concatenate([turns[:, :2].ravel(), turns[:, 2]])
     random = np.asarray(drawn)[order]
@@ -292,7 +292,7 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
 
 
 def test_a_class_discriminator_at_chance_stops_pushing():
-  """Trained on, the domain features tell less of the classes and show the images."""
+  """With training, domain features lose the classes but still show the images."""
   batches, net = batches_of(12, 12), plain_net()
   method = factor(net, optimizer=adam(rate(0.01)))
   step, traces = method.step, []
@@ -314,7 +314,7 @@ def test_a_class_discriminator_at_chance_stops_pushing():
 
 
 def test_the_target_moves_to_where_the_source_is():
-  """With a discriminator that waits, the loss falls; and one program does it all."""
+  """With a waiting discriminator the loss falls, in a single program."""
   batches, traces = batches_of(), []
   judge = Player(mlp(hidden=(4,)), sgd(rate(0.0)))
   method = compound(plain_net(), optimizer=adam(rate(0.005)), judge=judge)
@@ -341,7 +341,7 @@ MADE = {
 
 @functools.cache
 def two_steps(devices, name):
-  """The parameters after two steps on some devices."""
+  """Returns the parameters after two steps on some devices."""
   method = MADE[name](normalised_net())
   mesh = sharding.make_mesh(devices)
   batches = batches_of(16, 8)
@@ -392,7 +392,7 @@ def test_mistakes_are_reported_when_it_is_built(name, change, message):
 
 
 def test_features_are_drawn_to_centroids_that_start_apart():
-  """The memory's own network: what OLTR's second stage adds, and no head that reads."""
+  """A network with the memory of OLTR's second stage, but no head that reads it."""
   net, batches = plain_net(), batches_of()
   parts = {
     'class_weights': lambda step: jnp.ones(CLASSES),
@@ -433,7 +433,7 @@ def test_features_are_drawn_to_centroids_that_start_apart():
 
 
 def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_device):
-  """All stages; and what each hands on to the next."""
+  """Runs all stages and checks what each passes on to the next."""
   made = digits_domains.get_config('ocda,epochs=1.0,target=blended+inverted')
   made.model.trunk, made.model.trunk_options = 'tiny_cnn', {'width': 4}
   made.evaluate_every_epochs = 100.0
@@ -459,7 +459,7 @@ def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_devi
     'scheduled',
   }
   with np.load(tmp_path / 'features.npz') as stored:
-    memory = stored['centroids']  # the means of classes, not what was learned
+    memory = stored['centroids']  # class means, not learned centroids
   experiment = build.build(resolve(made), devices=1)
   stage = experiment.stages['centroids']
   split = experiment.dataset.splits['train']

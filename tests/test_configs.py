@@ -1,4 +1,4 @@
-"""Every config with every recipe builds and says what the papers say, without data."""
+"""Every config builds with every recipe and matches the papers, without data."""
 
 import dataclasses
 import inspect
@@ -101,7 +101,7 @@ DESCRIBED = {
   'scenes_zero_shot': scenes_zero_shot,
   'xlsa': xlsa,
 }
-"""Configs with unseen classes, which other recipes are for."""
+"""Configs with unseen classes, which need other recipes."""
 
 WITH_TARGET = {
   'digits_domains': digits_domains,
@@ -126,7 +126,7 @@ WITH_TARGET = {
   'pacs': pacs,
   'visda': visda,
 }
-"""Configs of a source and a target, which other recipes are for."""
+"""Configs with a source and a target, which need other recipes."""
 
 
 PAIRS = {
@@ -135,7 +135,7 @@ PAIRS = {
   'usps_mnist': (28, 7291),
   'svhn_mnist': (32, 73257),
 }
-"""Of two sets of digits each: the side of the images, the source's training images."""
+"""Pairs of digit sets -> (side of the images, training images of the source)."""
 
 
 TWO_TRAININGS = ('oltr', 'ce_aware', 'focal_aware', 'lifted', 'range', 'openmax')
@@ -143,7 +143,7 @@ IMPOSSIBLE = {
   *(('inat18', recipe) for recipe in (*TWO_TRAININGS, 'fslwf')),
   *((name, 'ce_plus_meta') for name in ('imagenet_lt', 'places_lt')),
 }
-"""No protocol has such a training there, or the meta images are of another split."""
+"""Combinations without such a training in the protocol, or with other meta images."""
 
 
 OFTEN = (
@@ -156,7 +156,7 @@ OFTEN = (
   'crt',
   'tau_norm',
 )
-"""Recipes that every config is asked for; all are where their networks are small."""
+"""Recipes that every config is built with; configs with small networks take all."""
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,8 @@ OFTEN = (
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
     if not {'target', 'heads', 'class_vectors'} & {*made.needs}
-    if name not in ('inat17', 'imagenet', 'ms1m_lt')  # as inat18; faces on their own
+    if name
+    not in ('inat17', 'imagenet', 'ms1m_lt')  # like inat18; faces are tested separately
   ],
 )
 def test_every_config_builds_with_every_recipe(no_data, name, recipe):
@@ -211,7 +212,7 @@ def test_pairs_of_digits_build_as_ganin_trains_them(no_data, monkeypatch, name, 
   stage = experiment.last
   assert [stage.batch, config['optimizer']['momentum']] == [64, 0.9]
   params = train.state_shapes(stage.method, stage.streams).params
-  if recipe == 'dann':  # of the flattened convolutions, as in the paper
+  if recipe == 'dann':  # size of the flattened convolutions, as in the paper
     kernels = [x.shape for x in jax.tree.leaves(params['discriminator']) if x.ndim == 2]
     assert (8192 if size == 32 else 768) in {shape[0] for shape in kernels}
   assert experiment.last.uses_target_labels == (recipe == 'target_only')
@@ -223,7 +224,7 @@ TRANSFER = {
   'fine_grained': fine_grained,
   'transfer': transfer,
 }
-"""Configs with tests of their own: test_transfer.py and test_multitask.py."""
+"""Configs with their own tests: test_transfer.py and test_multitask.py."""
 
 
 @pytest.mark.parametrize('name', [*CONFIGS, *WITH_TARGET, *TRANSFER, *DESCRIBED])
@@ -295,7 +296,7 @@ def test_the_protocols_are_those_of_the_papers(no_data):
   ],
 )
 def test_deferrals_after_the_end_are_rejected(path, recipe, set_, message):
-  """Or `ldam_drw` would be `ldam` without a word."""
+  """Otherwise `ldam_drw` would silently be `ldam`."""
   config = path.get_config(recipe)
   config.update(set_)
   resolved = resolve(config)
@@ -316,7 +317,7 @@ def test_a_deferral_follows_the_epochs_until_it_is_set():
   assert (config.epochs, config.class_weights.start_epoch) == (100, 30)
 
 
-@pytest.mark.parametrize(  # one of each head, and each way to begin a stage
+@pytest.mark.parametrize(  # one for each head, and for each way to start a stage
   'recipe', ['ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf']
 )
 @pytest.mark.parametrize('protocol', cifar.PROTOCOLS)
@@ -426,7 +427,7 @@ STEPS = {
   'cifar10_lt:ce': {'train': 19385},
   'cifar100_open:oltr': {'plain': 13327, 'memory': 13200},
 }
-"""Of Cui et al.'s code, and epochs times images over the batch."""
+"""From Cui et al.'s code, and epochs times images over the batch."""
 
 
 @pytest.mark.parametrize('which', STEPS)
@@ -500,9 +501,9 @@ def test_a_second_training_needs_a_protocol_that_has_one():
 def test_a_trunk_that_is_not_trained_needs_weights(tmp_path):
   config = resolve(digits_lt.get_config('ce'))
   config['optimizer']['learning_rate_scale'] = [['.*norm.*', 0.0], ['.*', 1.0]]
-  run.rehearsed(config, tmp_path)  # as random kernels are trained
+  run.rehearsed(config, tmp_path)  # because random kernels are trained
   config['optimizer']['learning_rate_scale'] = [['net/head/.*', 1.0], ['.*', 0.0]]
-  build.build(config)  # for what needs shapes alone
+  build.build(config)  # for code that only needs shapes
   with pytest.raises(UserError, match=r'cannot start at random: give --config.init='):
     run.rehearsed(config, tmp_path)
 
@@ -571,7 +572,7 @@ def test_meta_class_weights_continue_from_pre_training(no_data):
 
 
 def test_the_meta_stage_continues_from_the_last_state():
-  """Selection is of the stage that counts; the clock of a best State is behind."""
+  """Selection applies to the final stage; the clock of a best State is behind."""
   config = digits_lt.get_config('meta_ce')
   config.select = 'val/accuracy'
   resolved = resolve(config)
@@ -642,7 +643,7 @@ def test_evaluation_is_padded_and_leaves_no_device_idle():
 
 def test_a_number_is_a_weight_decay_for_every_parameter():
   assert as_rules('decay', 5e-4) == (('.*', 5e-4),)
-  assert as_rules('decay', (5e-4,)) == (('.*', 5e-4),)  # of the command line
+  assert as_rules('decay', (5e-4,)) == (('.*', 5e-4),)  # from the command line
   rules = [['net/head/bias', 0], 5e-4]
   assert as_rules('decay', rules) == (('net/head/bias', 0), ('.*', 5e-4))
   make_optimizer('sgd', lambda step: 0.1, weight_decay=5e-4)

@@ -1,4 +1,4 @@
-"""Crops: every file becomes RGB or one line, and windows are where they should be."""
+"""Crops: every file becomes RGB or a one-line error, and windows are correct."""
 
 import glob
 import io
@@ -25,7 +25,7 @@ def decode(encoded, where='x'):
 
 
 def ramp(width, height):
-  """An image whose red is the column and whose green is the row, scaled to 8 bits."""
+  """An image with the column in red and the row in green, scaled to 8 bits."""
   red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
   pixels = np.stack([red, green, np.full_like(red, 7)], -1).round().astype(np.uint8)
   return Image.fromarray(pixels)
@@ -122,7 +122,7 @@ FAST = ('simplejpeg', 'cykooz_resizer')
 
 @pytest.fixture(params=['fast', 'Pillow'])
 def level(request, monkeypatch):
-  """With the fast libraries and without; by how much their crops are off Pillow's."""
+  """With and without the fast libraries; how far crops may be from Pillow's."""
   for name in FAST:
     if request.param == 'fast':
       pytest.importorskip(name)
@@ -137,7 +137,7 @@ def assert_within(ours, theirs, level):
 
 
 def texture(rng, width, height):
-  """Smooth shapes and fine grain: amplitudes fall with the frequency, as in nature."""
+  """Smooth shapes and fine grain; amplitudes fall with frequency, as in nature."""
   wave = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
   wave[0, 0] = 1
   channels = []
@@ -168,7 +168,7 @@ def center_crop(image, size, resize):
 
 
 def expected_crops(image, seed=0, size=24):
-  """The same of a decoded one, with Pillow as torchvision uses it."""
+  """The same for a decoded image, with Pillow as torchvision uses it."""
   generator = np.random.default_rng(seed)
   box = crops._random_box(*image.size, generator, (0.08, 1.0), (3 / 4, 4 / 3))
   squares = [
@@ -248,7 +248,7 @@ def test_large_windows_are_close_to_exact(rng, level, size):
 
 
 def test_a_smaller_image_is_not_shifted(level):
-  # A shift by half a pixel would change the steepest places by 8 grey levels.
+  # A shift of half a pixel would change the steepest places by 8 grey levels.
   x, y = np.meshgrid(np.arange(640), np.arange(480))
   waves = [np.sin(0.157 * x), np.sin(0.157 * y), np.sin(0.111 * (x + y))]
   image = Image.fromarray((128 + 100 * np.stack(waves, -1)).round().astype(np.uint8))
@@ -275,7 +275,7 @@ def test_photographs_are_within_the_stated_tolerance(level):
     decoded = Image.open(io.BytesIO(encoded)).convert('RGB')
     exact, center = expected_crops(decoded, seed, 224)  # all of them below 448 pixels
     crop, ours = both_crops(encoded, name, seed, 224)
-    assert_within(crop, exact, 2 * level)  # its two passes round apart, very rarely
+    assert_within(crop, exact, 2 * level)  # its two passes rarely round differently
     assert_within(ours, center, 2 * level)
     crop, _ = both_crops(encoded, name, seed, 80)
     exact, _ = expected_crops(decoded, seed, 80)
@@ -352,7 +352,7 @@ def test_large_images_are_decoded_at_half_their_scale(
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
 def test_a_photograph_of_a_phone_is_within_a_limit_of_pillow(kind):
-  """With 108 megapixels; the header alone is looked at."""
+  """It has 108 megapixels; only the header is read."""
   encoded = jpeg_of(12000, 9000) if kind == 'JPEG' else png_of(12000, 9000)
   assert crops.open_image(io.BytesIO(encoded)).size == (12000, 9000)
   crops._check_size(12000, 9000, 'x')
@@ -362,7 +362,7 @@ def test_a_photograph_of_a_phone_is_within_a_limit_of_pillow(kind):
 def test_lost_pixels_are_never_grey(rng):
   pytest.importorskip('simplejpeg')
   encoded = encode(texture(rng, 64, 64), 'JPEG', quality=95)
-  lost = encoded[:-900] + b'\xff\xd9'  # with the marker that ends a whole image
+  lost = encoded[:-900] + b'\xff\xd9'  # with the end marker of a complete image
   assert Image.open(io.BytesIO(lost)).convert('RGB').size == (64, 64)
   for crop in (crops.pixels, both_crops):
     with pytest.raises(UserError, match='x: a damaged image: Corrupt JPEG data'):
@@ -416,7 +416,7 @@ def test_center_crop_of_a_strip_takes_little_memory():
 
 
 class Fixed:
-  """A generator that gives out prepared numbers, and records what it is asked."""
+  """A generator that returns prepared numbers and records requests."""
 
   def __init__(self, uniform, integers=()):
     self.numbers, self.places = list(uniform), list(integers)
@@ -455,7 +455,7 @@ def test_a_random_window_by_hand():
   ],
 )
 def test_impossible_windows_are_cut_from_the_middle(width, height, box):
-  # 100 times the area fits into nothing, whatever the ratio.
+  # 100 times the area never fits, whatever the ratio.
   generator = Fixed([100.0, 0.0] * 10)
   scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
   assert crops._random_box(width, height, generator, scale, ratio) == box
@@ -478,17 +478,17 @@ def test_windows_are_spread_as_they_should():
   assert 0.9 < share.max() <= 1.001
   assert 0.74 < ratios.min() < 0.76
   assert 1.32 < ratios.max() < 1.35
-  # Windows up to 0.6 of the area always fit, so that there the share is uniform.
+  # Windows of up to 0.6 of the area always fit, so there the share is uniform.
   small = share[share < 0.6]
   quarters = np.quantile(small, [0.25, 0.5, 0.75])
   np.testing.assert_allclose(quarters, 0.08 + 0.52 * np.array([1, 2, 3]) / 4, atol=0.02)
-  # The logarithm of the ratio is uniform, and so symmetric about 0, its ends half each.
+  # The logarithm of the ratio is uniform, so it is symmetric about 0.
   logs = np.log(ratios[share < 0.6])
   np.testing.assert_allclose(np.median(logs), 0, atol=0.02)
   np.testing.assert_allclose(
     np.quantile(logs, [0.25, 0.75]), np.log(4 / 3) * np.array([-0.5, 0.5]), atol=0.02
   )
-  # The place is uniform on what the window leaves free.
+  # The position is uniform over the free space.
   slack = width - (right - left)
   np.testing.assert_allclose((left / np.maximum(slack, 1)).mean(), 0.5, atol=0.03)
 

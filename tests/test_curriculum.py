@@ -1,4 +1,4 @@
-"""Curricula: how images are ordered, and what each epoch offers of them."""
+"""Curricula: how images are ordered, and which images each epoch offers."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lt_jax.optim import make_schedule
 
 EPOCHS, IMAGES = 200, 1000
 
-# Of the released code, from its formula.
+# The formula of the released code.
 RATIOS = {
   0: 0.5,
   1: 0.607,
@@ -35,7 +35,7 @@ def order():
 
 
 def ranks(sampler, order, epoch, seed=0):
-  """The places in the order of the images of an epoch."""
+  """The ranks of an epoch's images in the order."""
   place = np.empty(len(order), int)
   place[order] = np.arange(len(order))
   return place[sampler.indices(seed, epoch)]
@@ -48,7 +48,7 @@ def test_it_opens_as_the_released_code_does(epoch, ratio):
 
 @pytest.mark.parametrize('batch', [1, 64])
 def test_a_rate_rises_as_it_opens(batch):
-  """Epoch by epoch, wherever in an epoch a step is."""
+  """Per epoch, wherever in an epoch a step is."""
   rate = make_schedule('curriculum', 2.0, length=640, batch=batch, end=EPOCHS)
   steps = 640 // batch
   for epoch, ratio in RATIOS.items():
@@ -68,7 +68,7 @@ def test_an_epoch_offers_its_window_alone(window, order):
     first = int((share - 0.5) * IMAGES) if begins else 0
     seen = ranks(sampler, order, epoch)
     assert len(seen) == sampler.length == IMAGES
-    # All of the window, nothing else, and none more than once more than another.
+    # Exactly the images of the window, with counts that differ by one at most.
     counts = np.bincount(seen, minlength=IMAGES)
     assert not counts[:first].any() and not counts[last:].any()
     inside = counts[first:last]
@@ -83,12 +83,12 @@ def test_windows_do_not_meet_if_they_are_narrow(order):
 
 
 def test_it_is_a_pure_function_that_leaves_the_order_alone(order):
-  """The same whatever has been asked before; by seed and epoch another."""
+  """Independent of earlier calls; different for each seed and epoch."""
   given = order.copy()
   sampler = curriculum(given, epochs=EPOCHS)
   first = [sampler.indices(7, epoch).copy() for epoch in range(5)]
   np.testing.assert_array_equal(given, order)
-  given[:] = 0  # nor does it matter what becomes of it
+  given[:] = 0  # nor does changing it matter
   for epoch in reversed(range(5)):
     np.testing.assert_array_equal(sampler.indices(7, epoch), first[epoch])
   assert not np.array_equal(sampler.indices(8, 0), first[0])
@@ -97,7 +97,7 @@ def test_it_is_a_pure_function_that_leaves_the_order_alone(order):
 
 
 def test_an_epoch_can_be_of_another_length(order):
-  """As long as that of the stage: some of the window, or some of it twice."""
+  """As long as the stage's: part of the window, or parts of it twice."""
   for length in (300, 1600):
     sampler = curriculum(order, epochs=EPOCHS, positions=length, first=0.5)
     seen = ranks(sampler, order, 0)
@@ -108,7 +108,7 @@ def test_an_epoch_can_be_of_another_length(order):
 
 @pytest.mark.parametrize(('epoch', 'share'), [(1, 0.83), (10, 0.73), (50, 0.66)])
 def test_shuffled_in_place_ranks_leak_as_in_the_released_code(order, epoch, share):
-  """Of a window, how many images are its own; a copy of the order keeps all of them."""
+  """Counts a window's images that are its own; with a copied order all are."""
   sampler = curriculum(order, epochs=EPOCHS, in_place=True)
   ratio = 0.5 + 0.5 * (epoch / 170) ** 0.3
   first, last = int((ratio - 0.5) * IMAGES), int(ratio * IMAGES)
@@ -143,7 +143,7 @@ def test_mistakes_are_reported(options, message):
     curriculum(**{'order': np.arange(3), 'epochs': 4.0} | options)
 
 
-# What the order is made of.
+# What the order is made from.
 
 
 def outputs_of(rng, images):
@@ -160,7 +160,7 @@ def splits(rng):
 
 @pytest.fixture
 def survey(splits):
-  """Passes over outputs that stand there, the source's with a padded row."""
+  """Passes over given outputs, the source's with a padded row."""
 
   def total(state, split, fold):
     found = splits[split]

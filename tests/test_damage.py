@@ -1,4 +1,4 @@
-"""Damage to any file of a run: it is made anew, told or refused, never a traceback."""
+"""Damage to a run's files is repaired, reported or rejected, with no traceback."""
 
 import functools
 import io
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 
 class Built:
-  """A finished run of two stages, which select their States, and its config."""
+  """A finished run of two stages that select their States, and its config."""
 
   def __init__(self, folder):
     Image.new('L', (8, 8), 90).save(folder / 'image.png')
@@ -54,7 +54,7 @@ class Built:
     return pathlib.Path(shutil.copytree(self.folder, path))
 
   def main(self, workdir):
-    """Gives the command of the run again; its State must be the same."""
+    """Runs the command again; its State must be the same."""
     assert run.run(self.config, workdir)['state_sha256'] == self.result['state_sha256']
 
   def evaluate(self, workdir):
@@ -75,7 +75,7 @@ class Built:
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-  """The run; what is built of one config is built once, and compiled once."""
+  """The run; whatever a config builds is built and compiled only once."""
   with pytest.MonkeyPatch.context() as patch:
     for module, name in ((run, 'build'), (build, 'build'), (run, 'rehearsed')):
       patch.setattr(module, name, _once(getattr(module, name)))
@@ -86,7 +86,7 @@ def built(tmp_path_factory):
 
 
 def _once(make):
-  """Returns a function that makes what it has made of an equal config no more."""
+  """Returns a cached version of a function, keyed by config."""
   made = {}
 
   @functools.wraps(make)
@@ -101,11 +101,11 @@ def _once(make):
 
 
 def damages(path, every_key):
-  """Yields (what is done, bytes) for a file; of JSON the keys are changed, too.
+  """Yields (description, bytes) for damaged versions of a file; JSON keys change too.
 
   Args:
-    path: of the file.
-    every_key: whether each key is changed, or one only.
+    path: path of the file.
+    every_key: whether to change each key or only one.
   """
   data = path.read_bytes()
   middle = len(data) // 2
@@ -154,7 +154,7 @@ KINDS = (
   r'tensorboard/\w+/events\.out\.tfevents\..*',
   'lock',
 )
-"""Files of a run; of each kind one is damaged in the suite, and all by `slow`."""
+"""Files of a run; the suite damages one of each kind, `slow` tests all of them."""
 
 
 def test_all_files_of_a_run_are_known(built):
@@ -167,7 +167,7 @@ def _all_files(folder):
 
 
 def check(act, workdir):
-  """Runs a command on a damaged folder: it ends well, or with one line and code 2."""
+  """Runs a command on a damaged folder: it succeeds, or gives one line and code 2."""
   try:
     act(workdir)
   except Exception as error:
@@ -214,7 +214,7 @@ def test_any_damage_to_any_file_is_reported_by_every_command(built, tmp_path, co
       shutil.rmtree(workdir)
 
 
-# Rows that are lost.
+# Lost rows.
 
 
 def _flip_a_quote(data):
@@ -278,7 +278,7 @@ def test_a_damaged_event_is_reported_and_kept(built, tmp_path, capsys, was, now)
 
 
 def test_rows_stay_in_the_order_of_an_unbroken_run(built, tmp_path):
-  """Each start evaluates the end of a stage again, before later stages have rows."""
+  """Each start evaluates the end of a stage again, before later stages write rows."""
   workdir = built.copy(tmp_path / 'run')
   before = (workdir / 'metrics.jsonl').read_text()
   built.main(workdir)
@@ -306,7 +306,7 @@ def test_a_figure_says_that_its_file_is_damaged(built, tmp_path, name, figure):
     getattr(figures, figure)([runs.Run(epath.Path(workdir), 'run')])
 
 
-# What a run was trained with.
+# The recorded config and data.
 
 
 def edit(path, **changes):
@@ -368,7 +368,7 @@ def test_a_run_with_an_edited_config_resumes_with_its_own(built, tmp_path):
 
 
 def test_lost_files_do_not_permit_changes(built, tmp_path):
-  """The checkpoints still tell config and data."""
+  """The checkpoints still have the config and data."""
   workdir = built.copy(tmp_path / 'run')
   (workdir / 'config.json').unlink()
   (workdir / 'data.json').unlink()
@@ -382,7 +382,7 @@ def test_lost_files_do_not_permit_changes(built, tmp_path):
 
 
 def _with_old_keys(config):
-  """Returns a config as versions wrote it whose keys had other names."""
+  """Returns a config as earlier versions wrote it, with old names of keys."""
   older = json.loads(json.dumps(config))
   for part in (older, *older['stages'].values()):
     for old, new in RENAMED.items():
@@ -396,7 +396,7 @@ def _with_old_keys(config):
 
 @pytest.mark.parametrize('recorded', [True, False])
 def test_a_run_with_old_keys_is_used_by_every_command(built, tmp_path, recorded):
-  """Whether its manifests repeat the config under those keys, or do not have it yet."""
+  """Whether its manifests repeat the config under the old keys, or don't have it."""
   workdir = built.copy(tmp_path / 'run')
   older = _with_old_keys(built.config)
   (workdir / 'config.json').write_text(json.dumps(older))
@@ -439,7 +439,7 @@ def test_a_run_of_an_earlier_version_is_read(built, tmp_path, capsys):
   assert 'earlier version' not in capsys.readouterr().out
 
 
-# What to do.
+# Advice.
 
 
 @pytest.mark.parametrize('place', ['checkpoints/3', 'checkpoints/best'])
@@ -497,7 +497,7 @@ def test_a_closed_terminal_asks_to_stop_unless_nohup():
 
 
 def test_unlogged_metrics_are_kept(built, tmp_path, monkeypatch):
-  """Of a run that is asked to stop between two rows of the log."""
+  """For a run that is stopped between two log rows."""
   workdir = tmp_path / 'run'
   looks = iter([*[False] * 9, *[True] * 2])
   with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ from lt_jax.models.convolution import max_pool
 
 
 def shapes_of(net, image_shape):
-  """(shapes of the parameters, of the outputs) of one image."""
+  """Returns (shapes of the parameters, shapes of the outputs) for one image."""
 
   def run(images):
     variables = net.init(jax.random.key(0), images, train=False)
@@ -68,7 +68,7 @@ def test_layers_and_sizes_of_the_papers(trunk, shape, layers, size):
 
 
 def test_named_layers_follow_one_another(rng):
-  """`fc1` is of `conv`, `features` of `fc1`, the logits of `features`."""
+  """`fc1` comes from `conv`, `features` from `fc1`, the logits from `features`."""
   net = make_classifier('mnist_dann', 'linear', 3)
   images = jnp.asarray(rng.normal(size=(2, 16, 16, 1)), jnp.float32)
   variables = net.init(jax.random.key(0), images, train=False)
@@ -99,7 +99,7 @@ def test_layers_are_float32_whatever_the_trunk_computes_in():
 
 @pytest.mark.parametrize('side', [8, 7])
 def test_max_pooling_agrees_with_flax(side, rng):
-  """In value and both derivatives, also where maxima tie."""
+  """In value and both derivatives, even where maxima tie."""
   x = jnp.asarray(rng.integers(0, 3, (2, side, side, 3)), jnp.float32)
   g = jnp.asarray(rng.normal(size=(2, side // 2, side // 2, 3)), jnp.float32)
   t = jnp.asarray(rng.normal(size=x.shape), jnp.float32)

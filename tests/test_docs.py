@@ -22,7 +22,7 @@ PAGE = ROOT / 'docs' / 'extending.md'
 
 @pytest.fixture(scope='module')
 def examples():
-  """Name -> what the page's blocks of Python define."""
+  """Name -> what the page's Python blocks define."""
   names = {}
   for block in PAGE.read_text().split('```python\n')[1:]:
     code = block.partition('```')[0]

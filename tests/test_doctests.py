@@ -40,14 +40,14 @@ MODULES = (
 
 @pytest.mark.parametrize('name', MODULES)
 def test_examples_are_true(name):
-  """Each is complete but for `np` and `jnp`, and what its own module has."""
+  """Each is complete, except for `np`, `jnp` and the names in its own module."""
   module = importlib.import_module(f'lt_jax.{name}')
   failed, tried = doctest.testmod(module, extraglobs={'np': np, 'jnp': jnp})
   assert tried and not failed, 'the output above names the example'
 
 
 def public_functions(family):
-  """Yields the public functions of a dict, those inside named tuples too."""
+  """Yields the public functions in a dict, including those inside named tuples."""
   for entry in family.values():
     for one in entry if isinstance(entry, tuple) else (entry,):
       if inspect.isfunction(one) and not one.__name__.startswith(('_', '<')):

@@ -1,4 +1,4 @@
-"""Faults are planted, and the doctor finds each; a healthy run has none."""
+"""The doctor finds each planted fault, and none in a healthy run."""
 
 import os
 import shutil
@@ -12,11 +12,11 @@ from lt_jax.errors import UserError
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
-"""One class is many-shot, one medium-shot, two few-shot, in the bounds of `tiny`."""
+"""One class is many-shot, one medium-shot, two few-shot, by the bounds in `tiny`."""
 
 
 def arrays(seed=0):
-  """Returns the members of an .npz without a fault."""
+  """Returns the members of a healthy .npz."""
   generator = np.random.default_rng(seed)
   made, pattern = {}, generator.integers(0, 128, (len(COUNTS), 8, 8, 1), np.uint8)
   for split, counts in {'train': np.add(COUNTS, tiny.META), 'test': [2] * 4}.items():
@@ -28,7 +28,7 @@ def arrays(seed=0):
 
 @pytest.fixture
 def config(tmp_path):
-  """Returns a function (arrays) -> resolved config, of the healthy ones by default."""
+  """Returns a function (arrays) -> resolved config; arrays are healthy by default."""
 
   def write(members=None, **overrides):
     path = tmp_path / 'data.npz'
@@ -42,7 +42,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def listed(tmp_path, rng):
-  """Returns (config, folder) of twelve photographs a split, listed."""
+  """Returns (config, folder) of listed photographs, twelve per split."""
   folder = tmp_path / 'lists'
   folder.mkdir()
   for split in ('train', 'test'):
@@ -65,7 +65,7 @@ def listed(tmp_path, rng):
 
 
 def examine(case, *checks):
-  """Returns the findings of some checks, after the configuration is built."""
+  """Builds the config and returns the findings of some checks."""
   sections = {'open': (doctor.Case.open,), 'rest': checks}
   return [finding for _, finding in doctor.examine(case, sections)]
 
@@ -75,7 +75,7 @@ def text_of(found, level):
 
 
 def faults(found):
-  """Returns what is not as it should be, as one text."""
+  """Returns all problems as one text."""
   return text_of(found, 'odd') + text_of(found, 'wrong')
 
 
@@ -196,13 +196,13 @@ def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
   thorough = doctor.Case(config, thorough=True)
   found = examine(thorough, doctor.readable)
   assert 'train_5.jpg' in text_of(found, 'odd') and not text_of(found, 'wrong')
-  (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many for stand-ins
+  (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many to replace
   found = examine(thorough, doctor.readable)
   assert 'train: images that cannot be read: 2' in text_of(found, 'wrong')
 
 
 def test_a_bad_test_image_is_reported_and_counted(listed, tmp_path):
-  """By the rule of the training images: another of its class stands in."""
+  """As for training images, another image of its class replaces it."""
   config, folder = listed
   path = folder / 'test_3.jpg'
   path.write_bytes(path.read_bytes()[:300])
@@ -372,7 +372,7 @@ def test_nothing_moves_without_a_learning_rate(config):
 
 
 def trial(case, **values):
-  """Returns a trial of the first stage that nobody compiled."""
+  """Returns a trial of the first stage, without compiling."""
   examine(case)
   fields = dict.fromkeys(doctor.case.Trial._fields) | values
   return doctor.case.Trial(**fields)._replace(stage=case.experiment.stages['train'])
@@ -395,7 +395,7 @@ def test_images_that_are_decoded_too_slowly(listed):
   case.trials['train'] = trial(case)
   for seconds, level in ((1e-9, 'odd'), (1e3, 'ok')):
     case.steps['train'] = doctor.case.Step(1.0, True, {}, False, seconds)
-    (_, found) = examine(case, doctor.decoding)  # after what building says
+    (_, found) = examine(case, doctor.decoding)  # after the output of building
     assert found.level == level and 'images/s can be decoded' in found.text
 
 

@@ -1,4 +1,4 @@
-"""What the doctor says of several domains."""
+"""What the doctor says about several domains."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Domains and streams: who may see what, and what comes of it."""
+"""Domains and streams: who may see which data, and the results."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ ADAPT = [
   if recipe.needs == ('target',)
 ]
 NETS = {'dan': 'mnist_dann'}
-"""Recipes that compare layers which LeNet does not have."""
+"""Recipes that compare layers LeNet does not have."""
 
 LABELLED = (
   'target_only',
@@ -48,7 +48,7 @@ def config(recipe, options='epochs=1.0', **changes):
 
 
 def permuted(experiment, seed=0):
-  """Returns the data sets with the labels of the target in another order."""
+  """Returns the data sets with the target's labels permuted."""
   rng, datasets = np.random.default_rng(seed), dict(experiment.domains)
 
   def other(images):
@@ -78,11 +78,11 @@ def replaced(experiment):
 
 
 def given(stage, surveyed):
-  """Returns all that a stage's steps and surgeries are given, as NumPy.
+  """Returns everything that a stage's steps and surgeries get, as NumPy.
 
   Args:
-    stage: of a built experiment.
-    surveyed: split -> the pass over it that its surgeries can make.
+    stage: a stage of a built experiment.
+    surveyed: split -> the pass over it that surgeries can make.
   """
   found = {}
   for name, stream in stage.streams.items():
@@ -103,7 +103,7 @@ def given(stage, surveyed):
 
 
 def differing(before, after):
-  """Returns the stages of which anything that is given differs."""
+  """Returns the stages that get anything different."""
   assert before.keys() == after.keys()
   return {
     stage
@@ -115,7 +115,7 @@ def differing(before, after):
 
 @pytest.mark.parametrize('recipe', ADAPT)
 def test_labels_of_the_target_and_test_images_reach_no_step(recipe, monkeypatch):
-  """In no stage but those that say so does anything that is handed over change."""
+  """Nothing that a stage gets changes, except in stages that declare it."""
   made, surveyed, survey = config(recipe), [], build.survey
 
   def recorded(*args, passes, **options):
@@ -141,7 +141,7 @@ def test_labels_of_the_target_and_test_images_reach_no_step(recipe, monkeypatch)
 
 
 def two_steps(experiment):
-  """Returns the State after two steps of the last stage, on its devices."""
+  """Returns the State after two steps of the last stage on its devices."""
   stage, mesh = experiment.last, experiment.mesh
   arrays = {name: stream.arrays for name, stream in stage.streams.items()}
   key, step = jax.random.key(0), jax.jit(stage.method.step)
@@ -170,7 +170,7 @@ def test_a_step_on_the_source_is_the_same_program_with_targets_and_without():
 
 @pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_devices_agree_on_the_built_experiment(devices):
-  """Of two domains and two players, each device with its share of both."""
+  """Two domains and two players; each device has its share of both."""
   made = config('dann')
   one, many = (
     jax.device_get(two_steps(build.build(made, devices=n))) for n in (1, devices)
@@ -205,7 +205,7 @@ def test_a_surgery_sees_no_label_of_a_target_and_no_test_image():
 
 
 def check_what_it_leaves(folder, result):
-  """Checks that files tell of each domain what the result does."""
+  """Checks that files and the result agree on each domain."""
   with np.load(folder / 'predictions.npz') as stored:
     arrays = dict(stored)
   names = ['blended', 'inverted', 'source', 'sketched']
@@ -222,7 +222,7 @@ def check_what_it_leaves(folder, result):
     )
     accuracy = result['domains'][name]['accuracy']
     assert (label == prediction).mean() == pytest.approx(accuracy)
-    own = features['domain'] == number  # of fewer than 500 images: all of them
+    own = features['domain'] == number  # all of them, if fewer than 500
     np.testing.assert_array_equal(features['label'][own], label)
     np.testing.assert_array_equal(features['prediction'][own], prediction)
   rows = read_rows(folder / 'metrics.jsonl')
@@ -235,7 +235,7 @@ def check_what_it_leaves(folder, result):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """(config, folder, result) of a short run with two targets."""
+  """Returns (config, folder, result) of a short run with two targets."""
   made = config('dann', 'epochs=1.0,target=blended+inverted')
   for name in ('blended', 'inverted'):
     made['domains'][name]['mean'] = [0.4]
@@ -257,7 +257,7 @@ def test_the_headline_is_the_mean_over_the_targets(finished):
   assert all(0 <= value <= 2 for value in result['a_distance'].values())
   check_what_it_leaves(folder, result)
   (found,) = runs.find(folder)
-  assert found.state == 'finished'  # the files of the run agree with each other
+  assert found.state == 'finished'  # the run's files agree with each other
 
 
 def test_a_compound_target_is_one_stream_without_domains():
@@ -431,7 +431,7 @@ def test_it_says_whose_normalisation_and_statistics_predict():
 
 
 def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
-  """From 0 where the stage begins, at the end of the one before, to 1."""
+  """From 0 where the stage starts, at the end of the previous one, to 1."""
   seen = []
 
   def spy(net, optimizer, loss, *, class_weights, reduction, progress):
@@ -461,7 +461,7 @@ def test_progress_counts_within_a_stage_that_carries_the_clock(monkeypatch):
 
 
 def test_the_source_is_measured_with_statistics_of_its_own():
-  """Where each domain has its own; the target, and open domains, by the target's."""
+  """If each domain has its own; the target and open domains use the target's."""
   made = config('deep_coral')
   made['method']['statistics'] = 'domain_specific'
   made['model'] |= {'trunk': 'tiny_cnn', 'trunk_options': {'width': 4}}
@@ -512,7 +512,7 @@ def test_images_of_a_compound_target_lie_once_in_device_memory():
     np.testing.assert_array_equal(
       own.arrays['image'][own.rows[place] + own.offset], image
     )
-  # Nor does building from what is there put them in place again, as for other seeds.
+  # Nor does building from existing data place them again, as for other seeds.
   again = build.build(made, devices=1, datasets=experiment.domains)
   other = again.last.images['target/train']
   assert other.arrays['image'] is whole.arrays['image']
@@ -528,7 +528,7 @@ def test_only_a_domain_that_is_alone_is_standardised():
 
 
 def test_a_stage_on_the_targets_classes_says_that_it_reads_labels():
-  """Its passes, shot groups and choice would read them, whatever its streams do."""
+  """Its passes, shot groups and selection would read them, whatever its streams do."""
   made = config('source_only')
   made['stages']['train'] |= {
     'domain': 'blended',

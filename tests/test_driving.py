@@ -1,4 +1,4 @@
-"""Configs of real label maps: they build on miniatures in the real layouts, and run."""
+"""Configs for real label maps: they build and run on miniatures in the real layouts."""
 
 import json
 
@@ -60,7 +60,7 @@ CONFIGS = {
 
 
 def config(name, arg, folder, **changes):
-  """Returns a config on miniatures, whose images become larger, to be seen as maps."""
+  """Returns a config on miniatures, with images resized so networks leave a map."""
   module, writers = CONFIGS[name]
   made = module.get_config(arg)
   for number, write in enumerate(dict.fromkeys(writers.values())):

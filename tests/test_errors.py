@@ -1,4 +1,4 @@
-"""Messages: classes are named by number and name, and near misses are suggested."""
+"""Messages: classes are named by number and name, and near misses get suggestions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Metrics by domain, their means, and the gap that a method covers."""
+"""Metrics by domain, their means, and the gap a method covers."""
 
 import math
 
@@ -46,10 +46,10 @@ def test_of_each_domain_some_images_are_kept_evenly():
 def test_the_distance_of_two_gaussians_is_that_of_the_best_linear_classifier(
   apart, rng
 ):
-  """Of equal spheres the best one errs by Phi(-apart / 2)."""
+  """For equal spheres the best classifier errs by Phi(-apart / 2)."""
   source, target = rng.normal(size=(2, 1000, 5))
   target[:, 0] += apart
-  scaled = np.array([100, 1, 1, 1e-3, 0])  # by which nothing is told
+  scaled = np.array([100, 1, 1, 1e-3, 0])  # a scale that carries no information
   error = math.erfc(apart / 2 / math.sqrt(2)) / 2
   found = proxy_a_distance(source * scaled, 7 + target * scaled)
   shifted = proxy_a_distance(source * scaled, target * scaled)
@@ -59,7 +59,7 @@ def test_the_distance_of_two_gaussians_is_that_of_the_best_linear_classifier(
 
 
 def test_domains_that_differ_in_size_count_alike(rng):
-  """Or else a classifier that always says the larger one would be good."""
+  """Otherwise always predicting the larger one would look good."""
   few, many = rng.normal(size=(200, 3)), rng.normal(size=(4000, 3))
   assert proxy_a_distance(few, many) < 0.4 and proxy_a_distance(many, few) < 0.4
 

@@ -1,4 +1,4 @@
-"""Metrics: against cases made by hand, scikit-learn and the formulas."""
+"""Metrics compared with hand-made cases, scikit-learn and the formulas."""
 
 import functools
 import tracemalloc
@@ -134,8 +134,8 @@ def test_calibration_is_a_sum_over_masks(rng):
   assert calibration(confidence, correct)['ece'] == pytest.approx(total)
 
 
-# Known: right and sure, right and unsure, wrong and sure, wrong and unsure; open:
-# accepted, rejected. The six images make every cell of both definitions.
+# Known: right and confident, right and unsure, wrong and confident, wrong and unsure;
+# open: accepted, rejected. The six images cover every cell of both definitions.
 LABEL = np.array([0, 1, 2, 3, -1, -1])
 PREDICTION = np.array([0, 1, 0, 0, 2, 2])
 SCORE = np.array([0.9, 0.2, 0.8, 0.1, 0.7, 0.3])
@@ -250,7 +250,7 @@ def test_open_set_names_both_definitions_and_both_thresholds():
 
 
 def test_a_methods_own_rule_is_scored_beside_thresholds():
-  """Two known images are kept, one of them right; of three open ones one is kept."""
+  """Two known images are accepted, one of them correctly; one of three open ones is."""
   label = np.array([0, 1, 2, 3, -1, -1, -1])
   prediction = np.array([0, 0, 2, 3, 1, 2, 3])
   unknown = np.array([False, False, True, True, False, True, True])

@@ -1,4 +1,4 @@
-"""Networks taken out of their runs: written, read back, and the same."""
+"""Networks exported from their runs are unchanged when read back."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ from tests.test_predict import fitted, leave
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """The folder of a run whose method remembers more than parameters."""
+  """The folder of a run whose method has a memory besides parameters."""
   folder = tmp_path_factory.mktemp('run')
   config = tiny.config(tiny.write_npz(folder / 'tiny.npz', (8, 1, 1, 1)), 'openmax')
   leave(config, folder / 'run', fitted)
@@ -42,7 +42,7 @@ def expected(network, images):
 
 @pytest.fixture(scope='module')
 def arrays(workdir, tmp_path_factory):
-  """(exported file, what its header tells)."""
+  """Returns (exported file, contents of its header)."""
   path = tmp_path_factory.mktemp('arrays') / 'one.safetensors'
   return path, export.export(workdir, 'safetensors', path)
 
@@ -88,7 +88,7 @@ def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
 
 
 def test_other_tools_can_read_the_arrays(arrays, network):
-  """By the public library: flat paths, and what must be known in the header."""
+  """With the public library: flat paths, and all necessary facts in the header."""
   from safetensors import safe_open
 
   with safe_open(arrays[0], framework='numpy') as file:
@@ -134,7 +134,7 @@ def test_damaged_or_foreign_files_are_rejected(arrays, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('part', ['header', 'config'])
 def test_any_damage_to_an_exported_file_is_reported(arrays, tmp_path, part):
-  """Any key lost or of another type: refused in a line, or of no account."""
+  """Any key lost or of another type is rejected in one line or makes no difference."""
   header, tensors = export._read(arrays[0])
   path = tmp_path / 'bad.safetensors'
   content = header if part == 'header' else json.loads(header['config'])

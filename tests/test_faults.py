@@ -1,6 +1,6 @@
 """Faults injected into real runs of the command line, each in its own process.
 
-The numbers F1 ... F24 are those of the list in docs/reliability.md.
+The numbers F1 to F24 refer to the list in docs/reliability.md.
 """
 
 import errno
@@ -27,7 +27,7 @@ TIMING = ('images_per_second',)
 
 
 def rows(workdir):
-  """The metric rows of a run, timing left out."""
+  """The metric rows of a run, without timing."""
   return [
     {k: v for k, v in row.items() if k not in TIMING}
     for row in read_rows(workdir / 'metrics.jsonl')
@@ -51,7 +51,7 @@ def run(workdir, *overrides, fault='', output=None, **options):
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
-  """The folder of a run that nothing happened to."""
+  """The folder of a run without any fault."""
   workdir = tmp_path_factory.mktemp('unbroken') / 'run'
   code, output = run(workdir)
   assert code == 0, output
@@ -70,11 +70,11 @@ def assert_same_run(workdir, unbroken):
 
 @pytest.mark.slow
 def test_kill_9_by_the_shell_at_three_random_moments(tmp_path, unbroken):
-  """F1: the command itself, killed from outside and started again."""
+  """F1: the command itself is killed from outside and started again."""
   workdir = tmp_path / 'run'
   command = [sys.executable, '-m', 'lt_jax.main', *child.command(workdir)]
   ends = []
-  for wanted in sorted(random.sample(range(1, 66), 3)):  # no seed: any moment will do
+  for wanted in sorted(random.sample(range(1, 66), 3)):  # no seed: any moment is fine
     process = subprocess.Popen(
       command,
       cwd=child.ROOT,
@@ -135,7 +135,7 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
   ],
 )
 def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault, overrides):
-  """F1: two streams, two optimisers, and what a method draws once."""
+  """F1: two streams, two optimisers, and arrays that a method draws once."""
   options = child.two_domains(recipe)
   unbroken, workdir = tmp_path / 'unbroken', tmp_path / 'run'
   code, output = run(unbroken, *overrides, **options)
@@ -152,7 +152,7 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   """F2: each start dies up to 0.2 s after its first save begins."""
   workdir = tmp_path / 'run'
   codes = []
-  for _ in range(8):  # no seed: any moment will do
+  for _ in range(8):  # no seed: any moment is fine
     codes.append(run(workdir, fault=f'kill_after_save:{random.uniform(0, 0.2)}')[0])
   assert KILLED in codes and set(codes) <= {KILLED, 0}, codes
   code, output = run(workdir)
@@ -186,7 +186,7 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, unbroken, fault):
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
-  """F8: no file may grow past a limit that the data of a checkpoint exceed."""
+  """F8: files cannot grow past a limit that a checkpoint exceeds."""
   workdir = tmp_path / 'run'
   assert run(workdir, fault='kill_at:31')[0] == KILLED
   code, output = run(workdir, fault='file_size:9000')
@@ -201,7 +201,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
 
 
 def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
-  """F9: a file stands where the folder should be."""
+  """F9: there is a file where the folder should be."""
   (tmp_path / 'file').write_text('')
   code, output = run(tmp_path / 'file' / 'run', output=tmp_path / 'log')
   assert code == 2
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
 
 @pytest.mark.parametrize('devices', [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_resumes_on_other_devices(tmp_path, unbroken, devices):
-  """F10: begun on one device; equal to rounding, the same order of images."""
+  """F10: started on one device; equal up to rounding, with the same order of images."""
   workdir = tmp_path / 'run'
   assert run(workdir, fault='kill_at:40')[0] == KILLED
   code, output = run(workdir, fault=f'devices:{devices}')
@@ -231,15 +231,15 @@ def test_another_config_is_rejected_by_key(tmp_path, unbroken):
   assert 'schedule.base was 0.05 and is 0.5' in output
   assert 'optimizer.momentum was 0.9 and is 0.5' in output
   assert output.endswith('; give another workdir, or --allow_config_change\n')
-  code, output = run(workdir, '--config.keep_checkpoints=5')  # of no consequence
+  code, output = run(workdir, '--config.keep_checkpoints=5')  # makes no difference
   assert code == 0, output
-  assert_same_run(workdir, unbroken)  # and a finished run is not changed
+  assert_same_run(workdir, unbroken)  # a finished run is not changed either
   code, output = run(workdir, '--config.seed=1', '--allow_config_change')
   assert code == 0 and result(workdir)['seed'] == 1
   wider = ('--config.model.trunk=digits_cnn', '--allow_config_change')
   code, output = run(workdir, *wider)
   assert code == 2 and 'another network' in output
-  code, output = run(workdir, '--config.seed=1')  # the folder is as it was
+  code, output = run(workdir, '--config.seed=1')  # the folder is unchanged
   assert code == 0, output
 
 
@@ -339,7 +339,7 @@ def test_a_folder_in_use_is_rejected_and_a_dead_owner_is_not_in_the_way(tmp_path
 
 
 def test_a_signal_in_the_pass_of_a_surgery(tmp_path):
-  """F4: it does not wait for the end of the pass."""
+  """F4: the run does not wait for the pass to end."""
   options = {'config': 'digits_lt.py:ncm,epochs=4', 'fast': child.FAST[:1]}
   workdir = tmp_path / 'run'
   arguments = child.command(workdir, **options)
@@ -396,7 +396,7 @@ def test_a_class_without_images_is_reported(tmp_path):
 
 def test_a_result_goes_when_another_config_is_trained(tmp_path, unbroken):
   workdir = shutil.copytree(unbroken, tmp_path / 'run')
-  (workdir / 'error.json').write_text('{}')  # of a sweep; a start puts an end to it
+  (workdir / 'error.json').write_text('{}')  # left by a sweep; a new start removes it
   more = ('--config.epochs=30.0', '--allow_config_change')
   assert run(workdir, *more, fault='kill_at:75')[0] == KILLED
   assert not (workdir / 'result.json').exists()

@@ -1,4 +1,4 @@
-"""Feature files and other float arrays: they reach the head as they are."""
+"""Feature files and other float arrays reach the head unchanged."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ SPLITS = {'a': 24, 'b': 15}
 
 
 def features(rng, count, shift):
-  """Counts that tell their class; the last feature never changes."""
+  """Counts that depend on the class; the last feature is constant."""
   label = np.arange(count) % CLASSES
   x = rng.poisson(5.0 + shift, (count, WIDTH))
   x[np.arange(count), label] += 20
@@ -30,7 +30,7 @@ def features(rng, count, shift):
 
 @pytest.fixture(scope='module')
 def archive(tmp_path_factory):
-  """A file of two domains, as feature files are: a pair of arrays for each."""
+  """A feature file with two domains and a pair of arrays for each."""
   path = tmp_path_factory.mktemp('features') / 'two.npz'
   rng = np.random.default_rng(0)
   made = {name: features(rng, count, 0) for name, count in SPLITS.items()}
@@ -81,7 +81,7 @@ def test_features_reach_the_head_as_they_are(archive, tmp_path, one_device):
     found = stage.survey.collect(network.state, where, seen)
     expected = reference(stored[f'x_{name}'])
     np.testing.assert_allclose(found['features'], expected[found['index']], atol=2e-5)
-  # Alone, the network does to features what was done to the target's.
+  # On its own, the network treats features as it did the target's.
   outputs = jax.jit(network.predict)(
     network.state, stored['x_b'][:, None, None].astype(np.float32)
   )
@@ -94,7 +94,7 @@ def test_features_reach_the_head_as_they_are(archive, tmp_path, one_device):
   with pytest.raises(UserError, match='float arrays, but predict reads') as error:
     predict.predict(epath.Path(tmp_path), [str(photo)], str(tmp_path / 'found.csv'))
   assert '\n' not in str(error.value)
-  for kind in export.FORMATS:  # each is read back and compared before it counts
+  for kind in export.FORMATS:  # each is read back and compared before it is accepted
     description = export.export(
       epath.Path(tmp_path), kind, tmp_path / f'network.{kind}'
     )
@@ -154,7 +154,7 @@ def test_images_are_standardised_by_their_own_training_images(rng):
   ],
 )
 def test_nearest_neighbours_on_real_features(source, target, published):
-  """As Gong et al. 2012 print for Office-Caltech: what is normalised is right."""
+  """Matches Gong et al. 2012 on Office-Caltech, so the normalisation is right."""
   path = pathlib.Path(os.environ.get('LT_JAX_DATA', '')) / 'office_caltech10_surf.npz'
   if not path.exists():
     pytest.skip('LT_JAX_DATA names no folder with office_caltech10_surf.npz')

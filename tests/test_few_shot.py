@@ -1,4 +1,4 @@
-"""Few-shot parts: the generator by its formula, episodes by their promises."""
+"""Few-shot parts: the generator follows its formula, episodes keep their promises."""
 
 import functools
 import json
@@ -66,7 +66,7 @@ def unit(v):
 
 
 def proposal(z, params, kernel, attended):
-  """What one exemplar proposes, entry by entry, in float64."""
+  """One exemplar's proposal, entry by entry, in float64."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   z = unit(np.asarray(z, np.float64))
   query = unit(z @ p['query']['kernel'] + p['query']['bias'])
@@ -79,7 +79,7 @@ def proposal(z, params, kernel, attended):
 
 
 def random_generator(rng, width=WIDTH, classes=CLASSES):
-  """Parameters far from the first ones, so that each of them matters."""
+  """Parameters far from the initial ones, so that each of them matters."""
 
   def draw(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -94,7 +94,7 @@ def random_generator(rng, width=WIDTH, classes=CLASSES):
 
 
 def some_episode(rng, shots=(2, 3), most=4, queries=6):
-  """Two classes with some exemplars each, padded with what must not be looked at."""
+  """Two classes with a few exemplars each, padded with values that must be ignored."""
   mask = np.arange(most)[None] < np.array(shots)[:, None]
   exemplars = rng.normal(size=(len(shots), most, WIDTH)).astype(np.float32)
   return {
@@ -117,7 +117,7 @@ def state(rng):
 
 
 def first_loss(state, episode, dropout=0.0):
-  """The loss of one episode at the parameters as they are."""
+  """The loss of one episode at the current parameters."""
   _, metrics = compiled(dropout).step(state, {'train': episode})
   return float(metrics['loss'][0])
 
@@ -176,7 +176,7 @@ def test_without_attention_a_weight_starts_as_the_mean_direction(rng):
 
 
 def reference_loss(state, episode):
-  """Cross-entropy over base classes, the pretended ones with generated weights."""
+  """Cross-entropy over base classes, with generated weights for pretended ones."""
   head, classes = state.params['net']['head'], list(episode['classes'])
   kernel = np.asarray(head['kernel'], np.float64)
   attended = BASE & ~np.isin(np.arange(CLASSES), classes)
@@ -216,7 +216,7 @@ def with_column(state, c, column):
 
 @pytest.mark.parametrize(('c', 'matters'), [(3, False), (1, False), (2, False), (0, 1)])
 def test_own_weights_of_pretended_novel_classes_do_not_matter(rng, state, c, matters):
-  """Nor do those of classes that are not base; those of base classes do."""
+  """Nor do weights of classes that are not base; those of base classes do."""
   episode = some_episode(rng)
   column = jnp.asarray(rng.normal(size=WIDTH), jnp.float32)
   losses = [first_loss(s, episode) for s in (state, with_column(state, c, column))]
@@ -235,7 +235,7 @@ def test_padding_does_not_matter(rng, state, dropout):
 
 
 def test_the_trunk_is_held_and_the_rest_is_trained(rng, state):
-  """Base weights, scale and the generator; weight decay leaves the trunk alone."""
+  """Base weights, scale and generator train; weight decay does not touch the trunk."""
   new, metrics = compiled().step(state, {'train': some_episode(rng)})
   same = jax.tree.map(np.array_equal, state.params, new.params)
   assert all(jax.tree.leaves(same['net']['trunk']))
@@ -360,7 +360,7 @@ def train(steps, devices):
   stream = episode_stream(
     tasks, sharding.put_replicated(mesh, features.astype(np.float32)), seed=0
   )
-  made, traces, losses = method(), [], []  # a new one, as traces are counted
+  made, traces, losses = method(), [], []  # a new one, because traces are counted
 
   @jax.jit
   def one(state, arrays, payload):
@@ -431,7 +431,7 @@ def plain(key, batch):
 
 
 class Novel:
-  """A stage of no steps after one with a generator, on a few images a class."""
+  """A stage without steps after one with a generator, with a few images per class."""
 
   def __init__(self, rng, state, counts=(3, 2, 4, 1, 1, 2)):
     self.labels = np.repeat(np.arange(CLASSES), counts).astype(np.int32)
@@ -509,11 +509,12 @@ def test_three_stages_on_digits(digits_run):
   result = json.loads((digits_run / 'result.json').read_text())
   assert result['stage'] == 'novel' and result['step'] == 0
   with np.load(digits_run / 'stages' / 'base' / 'arrays.npz') as left:
-    assert left['features'].shape == (225, 8)  # images in training, base or not
+    assert left['features'].shape == (225, 8)  # training images, base or not
   rows = writers.read_rows(digits_run / 'metrics.jsonl')
   steps = {row['stage']: row['step'] for row in rows}
   assert steps['generator'] == 20
-  # The novel classes' weights are generated, the base ones' those of the generator.
+  # Weights of novel classes are generated, those of base classes come from the
+  # generator stage.
   again = evaluate.evaluate(digits_run)
   assert again['state_sha256'] == result['state_sha256']
   before = evaluate.evaluate(digits_run, stage_name='generator')

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is kept of given weights, what moves, and at which rate."""
+"""Fine-tuning: which initial weights are kept, which parts train, and how fast."""
 
 import functools
 import json
@@ -35,14 +35,14 @@ def npz(tmp_path_factory):
 
 
 def finetuned(npz, recipe, **overrides):
-  """Returns the config of a recipe on eight images, with rates that a recipe set."""
+  """Returns the config of a recipe on eight images, with rates set by the recipe."""
   config = tiny.config(npz, f'{recipe},epochs=4.0')
   return {**config, **overrides}
 
 
 @pytest.fixture(scope='module')
 def source(npz, tmp_path_factory):
-  """The folder of a finished run whose pixels are not those of the config."""
+  """The folder of a finished run with different preprocessing from the config's."""
   config = tiny.config(npz, 'ce,epochs=2.0')
   config['data'] |= {'mean': [0.25], 'std': [0.75]}
   folder = tmp_path_factory.mktemp('source') / 'run'
@@ -51,7 +51,7 @@ def source(npz, tmp_path_factory):
 
 
 def begun(config):
-  """Returns (the first stage, its State after weights and surgeries)."""
+  """Returns (the first stage, its State after initial weights and surgeries)."""
   stage = next(iter(build.build(config, devices=1).stages.values()))
   state = train.initial_state(
     stage.method, stage.streams, jax.random.key(3), build.sharding.make_mesh(1)
@@ -140,7 +140,7 @@ def test_an_anchored_parameter_decays_towards_its_start(rng, decoupled):
     buffer = 0.5 * buffer + g + (0 if decoupled else pull)
     p = p - 0.1 * (buffer + (pull if decoupled else 0))
   np.testing.assert_allclose(params['net']['trunk'], p, rtol=1e-5)
-  assert (params['net']['head'] < head).all()  # which decays towards zero
+  assert (params['net']['head'] < head).all()  # decays towards zero
 
 
 def test_rules_that_train_nothing_are_rejected():
@@ -156,7 +156,7 @@ def test_rules_that_train_nothing_are_rejected():
 
 
 def test_kept_layers_compute_what_they_did(rng):
-  """And those after them, with the head, begin anew."""
+  """Later layers and the head are initialised anew."""
   net = make_classifier('digits_cnn', 'linear', 3, trunk_options={'width': 2})
   images = jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
   variables = jax.jit(functools.partial(net.init, train=False))(
@@ -226,8 +226,8 @@ def test_a_frozen_trunk_stays_as_it_is_statistics_included(npz, source):
   assert same(after.params['net']['trunk'], state.params['net']['trunk'])
   assert same(after.stats['net'], state.stats['net'])
   assert not same(after.params['net']['head'], state.params['net']['head'])
-  assert len(jax.tree.leaves(after.opt)) == 2  # no buffer for what is frozen
-  # The norm of gradients counts those of the head alone, f^T (p - y) / B.
+  assert len(jax.tree.leaves(after.opt)) == 2  # no buffer for frozen parts
+  # The gradient norm only counts the head's, f^T (p - y) / B.
   arrays = {name: stream.arrays for name, stream in stage.streams.items()}
   payloads = train.payloads_at(stage.streams, 0)
   key = jax.random.key(0)
@@ -267,7 +267,7 @@ def test_statistics_are_measured_anew_on_request(npz, source):
   assert same(after.stats['net'], state.stats['net'])
 
 
-# Weights of a run of ours.
+# Weights of an lt_jax run.
 
 
 def test_a_run_starts_from_another_one_and_its_preprocessing(npz, source, tmp_path):

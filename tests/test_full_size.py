@@ -1,4 +1,4 @@
-"""Miniatures of ImageNet, iNaturalist 2018 and Places-LT by their unchanged configs."""
+"""Miniatures of ImageNet, iNaturalist 2018 and Places-LT with unchanged configs."""
 
 import numpy as np
 import pytest
@@ -21,11 +21,11 @@ STEPS = {
   'data.resize': 36,
   'model.trunk_options.width': 4,
 }
-"""Beside the data path, what makes two steps of a large network fast."""
+"""Besides the data path, settings that make two steps of a large network fast."""
 
 
 def small(config, **overrides):
-  """Returns a config with other data, small images and few steps."""
+  """Returns a config with miniature data, small images and few steps."""
   config.model.trunk_options.width = 64
   config.update_from_flattened_dict({**STEPS, **overrides})
   return resolve(config)
@@ -43,13 +43,13 @@ def test_inat18_from_records(inat, tmp_path):
   )
   result = run.run(config, tmp_path)
   assert result['step'] == 3  # ceil(0.001 * 16293 / 8)
-  assert np.isnan(result['test']['class_accuracy'][30])  # which has no test image here
+  assert np.isnan(result['test']['class_accuracy'][30])  # has no test image here
   assert result['select'] == 'last'
   assert {'many', 'medium', 'few'} <= set(result['test'])
 
 
 def test_imagenet_from_records(tmp_path):
-  """Trains, is evaluated again and has a page."""
+  """It trains, can be evaluated again and has a page."""
   folder = mini.write_imagenet(tmp_path / 'data', np.random.default_rng(0))
   config = small(
     imagenet.get_config('cb_focal,net=resnet10,epochs=0.005'),
@@ -82,7 +82,7 @@ def test_inat18_builds_with_the_recipes_of_its_papers(inat, recipe):
 
 
 def test_labels_are_scanned_once(inat, tmp_path):
-  """Without labels beside the records the first run reads them all, and keeps them."""
+  """Without labels beside the records, the first run reads and stores all labels."""
   (home,) = (inat / 'i_naturalist2018').iterdir()
   for file in home.glob('lt_jax-labels-*'):
     file.unlink()
@@ -119,7 +119,7 @@ def test_places_in_both_spellings(tmp_path, lists, images):
       'data.workers': 0,
     },
   )
-  if lists != images:  # as the spelling matters in reading alone
+  if lists != images:  # because the spelling only matters for reading
     stream = build.build(config).stages['train'].streams['train']
     with reading.reading({'train': stream}, 0, 1) as read:
       assert read('train', 0)['image'].shape == (8, 32, 32, 3)
@@ -129,12 +129,12 @@ def test_places_in_both_spellings(tmp_path, lists, images):
 
 
 WHOLE = {'batch': 2, 'eval_batch': 63, 'log_every_steps': 1, 'data.workers': 2}
-"""Of a network and images of full size, what a small machine can bear."""
+"""What a small machine can bear of a network and images of full size."""
 
 
 @pytest.fixture
 def whole(request, tmp_path):
-  """A configuration, unchanged but for its data, its batch and one step."""
+  """A config, unchanged except for its data, its batch and a single step."""
   config, write, options = request.param
   written = write(tmp_path, np.random.default_rng(0), **options)
   made = config.get_config('ce,epochs=0.00001')

@@ -1,4 +1,4 @@
-"""Generated features: their objective by its formula, and who may see what."""
+"""Generated features: their objective follows its formula, and who may see what."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def reference(real, made, labels, mean=None):
   """Returns (discrepancy, mean squared distance) in float64, pair by pair."""
   places = [np.flatnonzero(labels == c) for c in np.unique(labels[labels >= 0])]
   places = [p for p in places if len(p) > 1]
-  terms = []  # (weight, squared distance) of every pair that is compared
+  terms = []  # (weight, squared distance) of every compared pair
   total = sum(map(len, places))
   for p in places:
     n = len(p)
@@ -44,7 +44,7 @@ def reference(real, made, labels, mean=None):
 
 
 DISCREPANCY = jax.jit(jax.value_and_grad(class_mmd, argnums=1))
-LABELS = np.array([0, 1, 0, 2, 1, 0, -1, -1])  # of class 2 there is one
+LABELS = np.array([0, 1, 0, 2, 1, 0, -1, -1])  # class 2 has only one
 
 
 def test_the_discrepancy_and_its_gradient_are_the_formula(rng):
@@ -314,6 +314,6 @@ def test_a_description_is_placed_where_the_others_lead_to(rng):
   gram = unit[:5].T @ unit[:5] + 0.5 * np.eye(3)
   ridge = np.linalg.solve(gram, unit[:5].T @ (means - means.mean(0)))
   np.testing.assert_allclose(found, unit @ ridge + means.mean(0), atol=1e-6)
-  other = np.where(label[:, None] == 5, 99.0, points)  # not fitted to
+  other = np.where(label[:, None] == 5, 99.0, points)  # not used for fitting
   again = placed_by_description(other, label, vectors, seen, penalty=0.5)
   np.testing.assert_array_equal(found, again)

@@ -1,4 +1,4 @@
-"""Faces: metrics against loops over all pairs, lists, and runs of miniatures."""
+"""Faces: metrics compared with loops over all pairs, lists, and runs on miniatures."""
 
 import json
 import os
@@ -52,23 +52,23 @@ def test_a_comparison_is_a_loop_over_all_pairs(rng, block, rate):
   np.testing.assert_allclose(sorted(found.genuine), sorted(genuine), rtol=1e-12)
   kept = sorted(impostors, reverse=True)[: int(rate * len(impostors)) + 1]
   np.testing.assert_allclose(found.impostors[: len(kept)], kept, rtol=1e-12)
-  # The lowest threshold, of all cosines, above which there are few enough impostors.
+  # The lowest of all cosines above which there are few enough impostors.
   bounds = [-np.inf, *sorted(impostors)]
   t = next(t for t in bounds if np.mean(np.array(impostors) > t) <= rate)
   expected = np.mean(np.array(genuine) > t)
   assert faces.true_positive_rate(found, rate) == pytest.approx(expected)
-  assert faces.true_positive_rate(found, 1e-4) is None  # of so few pairs
+  assert faces.true_positive_rate(found, 1e-4) is None  # for so few pairs
 
 
 def images(*rows):
-  """Returns images in the plane by (angle in degrees, identity)."""
+  """Returns images in the plane, given (angle in degrees, identity)."""
   angle, identity = np.array(rows, float).T
   x = np.stack([np.cos(np.radians(angle)), np.sin(np.radians(angle))], axis=1)
   return faces.Images(x.astype(np.float32), identity.astype(int))
 
 
 def test_identification_by_hand():
-  """A probe of each kind: nearest, beside a nearer distractor, level with one."""
+  """A probe of each kind: nearest, with a nearer distractor, tied with one."""
   gallery = images((0, 0), (90, 1), (180, 7), (40, 9), (180, 9))
   probes = images((10, 0), (30, 0), (85, 1), (178, 7), (270, 1))
   found = faces.rank1(faces.compare(probes, gallery))
@@ -88,7 +88,7 @@ def test_equal_images_are_equal_whatever_float32_makes_of_them(rng):
 
 
 def by_trial(cosine, same):
-  """Returns the best accuracy there is, and the highest threshold that has it."""
+  """Returns the best accuracy and the highest threshold that reaches it."""
   steps = np.unique(cosine)
   tried = [np.inf, *((steps[1:] + steps[:-1]) / 2)[::-1], -np.inf]
   right = [((cosine >= t) == same).mean() for t in tried]
@@ -123,7 +123,7 @@ def test_a_fold_is_classified_with_the_threshold_of_the_others(rng):
 
 
 def test_pairs_have_one_identity_or_two(rng):
-  """Images of an identity are all the same direction, orthogonal to the others'."""
+  """Images of an identity share a direction, orthogonal to other identities'."""
   people = rng.integers(0, 6, 30)
   shown = np.append(np.arange(6), rng.integers(0, 8, 20))
   probes = faces.Images(np.eye(8)[people], people)
@@ -153,7 +153,7 @@ def test_probes_by_the_training_images_of_their_identities():
 
 
 def test_the_metrics_of_a_hand_case():
-  """Half of the trained are identified, all strangers are; each is in one group."""
+  """Half of the trained identities are identified, and all strangers."""
   gallery = images((0, 0), (90, 1), (180, 2), (20, 3))
   probes = images((3, 0), (18, 0), (91, 1), (179, 2))
   groups = {'many': np.array([True, True, True, False]), 'few': np.zeros(4, bool)}
@@ -293,7 +293,7 @@ def data(tmp_path_factory):
 
 
 def check(result):
-  """What holds of the miniature with any network that tells its pictures apart."""
+  """Checks what holds for any network that can distinguish the miniature's pictures."""
   test = result['test']
   assert test['rank1'] == 11 / 12 and test['rank1_zero'] == 3 / 4
   assert {test[f'rank1_{name}'] for name in ('many', 'medium', 'few', 'one')} == {1.0}
@@ -303,13 +303,15 @@ def check(result):
 
 
 def test_a_miniature_goes_through_the_config(one_device, data, tmp_path):
-  """Trains, identifies, is evaluated again, can predict and has a page."""
+  """It trains, identifies, can be evaluated again, can predict and has a page."""
   result = run.run(small('ce,net=resnet10,epochs=0.2', data), tmp_path)
   assert (result['step'], result['select']) == (2, 'last')
   check(result)
   again = evaluate.evaluate(epath.Path(tmp_path))
   assert again['test']['rank1'] == result['test']['rank1']
-  opened = trained.open_run(epath.Path(tmp_path), batch=8)  # where no data are at hand
+  opened = trained.open_run(
+    epath.Path(tmp_path), batch=8
+  )  # where no data are available
   assert len(opened.class_names) == len(mini.FACES)
   page = report.write(tmp_path).with_suffix('.md').read_text()
   assert 'rank-1, zero-shot' in page and 'TPR at FPR 1e-3' in page
@@ -341,7 +343,7 @@ def test_data_without_roles_are_rejected(data, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_thousand_identities_within_four_gigabytes(tmp_path):
-  """Images of full size, in a process of its own, whose peak the system tells."""
+  """Full-size images, in a separate process whose peak memory the system reports."""
   fake = {'classes': 20_000, 'train': 240_000, 'gallery': 4000, 'probe': 6000}
   options = {f'data.fake.{key}': value for key, value in fake.items()} | {
     'data.source': 'fake',

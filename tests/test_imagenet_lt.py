@@ -1,4 +1,4 @@
-"""OLTR's two stages on a miniature ImageNet-LT, as lists and as TFDS has it."""
+"""OLTR's two stages on a miniature ImageNet-LT, from lists and from TFDS."""
 
 import json
 import pathlib
@@ -35,7 +35,7 @@ SMALL = {
   'eval_batch': 127,
   'log_every_steps': 2,
 }
-"""What makes a step fast; data path and steps come beside it."""
+"""Settings that make a step fast; data path and steps are added."""
 
 
 def config(recipe, **overrides):
@@ -100,7 +100,7 @@ def test_images_that_moved_are_evaluated_again(finished, lists):
 
 @pytest.mark.parametrize('split', ['train', 'val', 'test'])
 def test_the_same_images_from_tfds(lists, tfds, split):
-  """To the bit, and cropped at the same places."""
+  """Bit for bit, and cropped at the same places."""
   ours, theirs = (build.build(config('ce', **source)) for source in (tfds, lists))
   for step in range(2):
     batches = [
@@ -116,7 +116,7 @@ def test_the_same_images_from_tfds(lists, tfds, split):
 
 @pytest.mark.slow
 def test_the_same_run_from_tfds(finished, tfds, tmp_path):
-  """Without the open set, but otherwise the same run to the digest."""
+  """Without the open set, but otherwise a run with the same digest."""
   run.run(config('oltr', **tfds), tmp_path)
   ours, theirs = (
     json.loads((folder / 'result.json').read_text()) for folder in (tmp_path, finished)
@@ -201,7 +201,7 @@ def test_a_run_starts_from_published_weights(lists, tmp_path, capsys):
   np.testing.assert_array_equal(ours, tiny_state()['conv1.weight'])
 
   weights.unlink()
-  again = run.run(begun, workdir)  # which needs the file no more
+  again = run.run(begun, workdir)  # no longer needs the file
   assert again['state_sha256'] == result['state_sha256']
   with pytest.raises(UserError, match='there is no file'):
     run.run(begun, tmp_path / 'another')
@@ -218,7 +218,7 @@ def test_weights_of_another_network_are_rejected_before_anything_runs(lists, tmp
 
 @pytest.fixture
 def damaged(tmp_path):
-  """Lists of which the first image of class 0 is cut short."""
+  """Lists in which the first image of class 0 is truncated."""
   folder, root = mini.write_lists(tmp_path / 'damaged', np.random.default_rng(0))
   file = root / 'train' / 'n00000000' / 'train_0.JPEG'
   file.write_bytes(file.read_bytes()[:400])
@@ -280,7 +280,7 @@ def test_damaged_images_are_reported_once_and_must_be_few(damaged, tmp_path):
       {},
     )
 
-  for _ in range(2):  # the second time as one that goes on
+  for _ in range(2):  # the second time as a resumed run
     runner = begun()
     for positions in ([0, 0], [0]):
       runner._bad_images('train', np.array(positions))

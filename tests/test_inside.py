@@ -1,4 +1,4 @@
-"""What a finished run shows of single images: weights, maps, embeddings."""
+"""What a finished run shows about single images: weights, maps, embeddings."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def npz(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weighed(npz, tmp_path_factory):
-  """A run whose largest |epsilon| of a batch is a half."""
+  """A run in which the largest |epsilon| of a batch is a half."""
   workdir = tmp_path_factory.mktemp('weighed') / 'run'
   config = tiny.config(npz, 'meta_ce,epochs=6.0')
   method = config['stages']['meta']['method']

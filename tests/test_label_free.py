@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def records(rng, n=40, classes=3, dims=4, shift=0.0, labelled=False, sharp=1.0):
-  """What `keep` would keep of n images."""
+  """What `keep` would keep for n images."""
   logits = sharp * rng.normal(size=(n, classes))
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
   found = {'log_p': log_p, 'features': rng.normal(size=(n, dims)) + shift}
@@ -61,7 +61,7 @@ def test_one_prediction_for_all_has_no_information():
 
 
 def test_deep_embedded_validation_weighs_what_looks_like_the_target():
-  """Where the source's images near the target are the wrong ones, it is higher."""
+  """It is higher if the source images near the target are classified wrongly."""
   rng = np.random.default_rng(1)
   train, target = records(rng, n=400), records(rng, n=400, shift=1.5)
   val = records(rng, n=400, labelled=True)

@@ -1,4 +1,4 @@
-"""Label shift: shares of classes that are found again, and what is done with them."""
+"""Label shift: class shares that are recovered, and how they are used."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def draw(shares, size, rng):
 
 
 def test_bbse_finds_the_shares_that_explain_the_predictions():
-  """Exactly, where the target's predictions are those of its shares."""
+  """Exactly, if the target's predictions match its shares."""
   confused = np.array([[0.8, 0.1, 0.1], [0.1, 0.7, 0.2], [0.1, 0.2, 0.7]])
   np.testing.assert_allclose(bbse(confused, confused @ TARGET), TARGET, atol=1e-12)
   # As the paper has it: the joint distribution, and weights instead of shares.
@@ -119,7 +119,7 @@ def test_a_target_has_a_tail_of_its_own():
   own, target = (class_counts('exponential', 10, 50, by).tolist() for by in (10, 5))
   assert domains['source'].counts.tolist() == own
   assert domains['blended'].counts.tolist() == target[::-1]
-  assert len(domains['blended'].tests['test'].rows) == 299  # which is not cut
+  assert len(domains['blended'].tests['test'].rows) == 299  # which has no long tail
   assert domains['sketched'].counts.sum() == 600
   forward = digits_domains.get_config('dann,target_imbalance=5').domains.blended
   assert class_counts(forward.profile, 10, forward.n_max, 5).tolist() == target

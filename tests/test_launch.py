@@ -1,4 +1,4 @@
-"""The launch scripts, with stubs in place of the programs of clouds and clusters."""
+"""The launch scripts, with stubs for the programs of clouds and clusters."""
 
 import os
 import pathlib
@@ -68,12 +68,12 @@ def stubs(tmp_path):
   return Stubs(tmp_path)
 
 
-# A shell cannot trap what its parent, such as nohup, ignores.
+# A shell cannot trap a signal that its parent, such as nohup, ignores.
 HEARING = ['env', '--default-signal=INT,HUP,TERM'] if sys.platform == 'linux' else []
 
 
 class Stubs:
-  """Programs first on the PATH that write down their arguments, one a line."""
+  """Programs first on the PATH that record their arguments, one per line."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -86,7 +86,7 @@ class Stubs:
       self.lines(name)
 
   def write(self, name, body):
-    """Makes a program `name` that goes on with `body`."""
+    """Makes a program `name` that then runs `body`."""
     path = self.folder / name
     path.write_text(STUB + body)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -120,10 +120,10 @@ class Stubs:
     return done.returncode, done.stdout + done.stderr
 
   def calls(self):
-    """Returns the calls since the last time, each a list of words."""
+    """Returns the calls since the last check, each as a list of words."""
     text = self.calls_file.read_text() if self.calls_file.exists() else ''
     self.calls_file.unlink(missing_ok=True)
-    # A call ends with an empty line; HARD has no empty word.
+    # A call ends with an empty line; HARD contains no empty word.
     return [call.split('\n') for call in text.split('\n\n')[:-1]]
 
   def tpu(self, *flags, **environment):
@@ -135,7 +135,7 @@ class Stubs:
 
 
 def _verb(call):
-  """Returns what a call of gcloud is about; None of one that changes nothing."""
+  """Returns what a gcloud call does; None if it changes nothing."""
   if call[0] != 'gcloud' or call[4] == 'list':
     return None
   if call[4] == 'ssh':
@@ -391,7 +391,7 @@ def test_the_words_of_the_tpu_commands(stubs):
 
 
 def _remote_python(stubs):
-  """Puts a python where a host has it, which also writes down TFDS_DATA_DIR."""
+  """Puts a python where a host has it; it also records TFDS_DATA_DIR."""
   path = stubs.folder / 'lt_jax' / '.venv' / 'bin' / 'python'
   path.parent.mkdir(parents=True)
   path.symlink_to(stubs.write('python', 'echo "$TFDS_DATA_DIR" >> "$CALLS"; echo'))
@@ -405,7 +405,7 @@ def test_flags_arrive_intact_on_the_hosts_of_a_tpu(stubs):
   (train,) = [call for call in stubs.calls() if _verb(call) == 'train']
   _remote_python(stubs)
   stubs.write('flock', 'shift 2; exec "$@"')
-  # gcloud takes the command apart at its blanks, and ssh joins it again.
+  # gcloud splits the command at blanks, and ssh joins it again.
   command = ' '.join(train[-1].removeprefix('--command=').split(' '))
   code, _ = stubs.run(['bash', '-c', command], cwd=stubs.folder)
   assert code == 0

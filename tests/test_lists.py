@@ -1,4 +1,4 @@
-"""Lists and folders of images: what is in the files, and faults with file and line."""
+"""Lists and folders of images: contents, and faults reported with file and line."""
 
 import copy
 import errno
@@ -20,7 +20,7 @@ def write_image(file, value=0, size=(4, 3)):
 
 
 def write_list(folder, name, lines, images=True):
-  """Writes a list, and an image for each line whose red is the number of the line."""
+  """Writes a list, and for each line an image with the line number as red."""
   folder.mkdir(exist_ok=True)
   (folder / name).write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
   for i, line in enumerate(lines if images else ()):
@@ -55,7 +55,7 @@ def test_a_list_and_its_images(tmp_path):
   assert loaded['test'][1].shape == (5, 7, 3)
   assert loaded['test'][1].dtype == np.uint8
   assert loaded['train'].encoded(2) == (tmp_path / 'b/1.png').read_bytes()
-  twin = copy.deepcopy(loaded['test'])  # by the protocol that sends it to a worker
+  twin = copy.deepcopy(loaded['test'])  # with the protocol that sends it to a worker
   np.testing.assert_array_equal(twin[1], loaded['test'][1])
 
 
@@ -154,7 +154,7 @@ def test_all_missing_images_are_reported_at_once(tmp_path):
   for i in range(18):
     (tmp_path / f'a/{i:02}.png').unlink()
   (tmp_path / 'b').mkdir()
-  (tmp_path / 'b' / '4.png').mkdir()  # a folder is no image
+  (tmp_path / 'b' / '4.png').mkdir()  # a folder is not an image
   with pytest.raises(UserError) as error:
     load(tmp_path)
   message = str(error.value)
@@ -265,7 +265,7 @@ def test_the_fingerprint_is_of_paths_and_labels(tmp_path):
 
   lines = ['a.png 0', 'b.png 1', 'c.png 1']
   first = digest('1', *lines)
-  assert first == digest('2', *lines)  # wherever it lies
+  assert first == digest('2', *lines)  # wherever it is
   others = [
     digest('3', 'a.png 0', 'b.png 1', 'd.png 1'),
     digest('4', 'a.png 0', 'b.png 1', 'c.png 0'),

@@ -9,7 +9,8 @@ import pytest
 from lt_jax.data import longtail
 from lt_jax.errors import UserError
 
-# Class counts of CIFAR-10-LT: all 5,000 images a class, and 4,990 with a meta set out.
+# Class counts of CIFAR-10-LT: all 5,000 images per class, and 4,990 without the meta
+# set.
 CIFAR10 = {
   (5000, 200): [5000, 2775, 1540, 854, 474, 263, 146, 81, 45, 25],
   (5000, 100): [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50],
@@ -215,7 +216,7 @@ def test_labels_that_start_at_one_are_reported():
 
 
 def pool_labels(name):
-  """Returns the training labels of a CIFAR pool, or skips the test."""
+  """Returns the training labels of a CIFAR pool or skips the test."""
   folder = pathlib.Path(os.environ.get('LT_JAX_DATA', '.'))
   for file in (folder / f'{name}.npz', folder / f'{name}_pool.npz'):
     if file.exists():

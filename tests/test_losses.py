@@ -1,4 +1,4 @@
-"""Every loss goes through one set of contract tests; then what is its own."""
+"""Every loss passes the same contract tests, followed by tests of its own."""
 
 import inspect
 import math
@@ -78,7 +78,7 @@ def reference_temperature(z, y, gamma):
 
 
 def reference_ranking(z, y, margin):
-  """Returns how far each other class comes up to the right one."""
+  """Returns how closely each other class approaches the right one."""
   return [max(0.0, margin + v - z[y]) for c, v in enumerate(z) if c != y]
 
 
@@ -203,7 +203,7 @@ def test_values_and_gradients(name, options, reference):
 
 @every_loss
 def test_float32(name, options, reference):
-  """Single precision, alone and in a batch, under a mask and at extreme logits."""
+  """Single precision: alone and in a batch, with a mask and at extreme logits."""
   logits, labels = batch()
   logits = logits.astype(np.float32)
   evaluate = derivatives(name, options)
@@ -286,7 +286,7 @@ def test_one_example_is_a_batch():
 
 
 PIXELS = (5, 7, 1)
-"""A shape of `BATCH` labels."""
+"""A shape with `BATCH` labels."""
 
 
 @every_loss
@@ -294,7 +294,7 @@ PIXELS = (5, 7, 1)
 def test_pixels_and_the_label_that_counts_for_nothing(
   name, options, reference, reduction
 ):
-  """Against plain floats that know neither pixels nor -1: they sum what is labelled."""
+  """Compared with sums of plain floats over labelled pixels."""
   logits, labels = batch()
   labelled = np.arange(BATCH) % 3 > 0
   weights = inverse_effective_number(COUNTS)
@@ -348,7 +348,7 @@ def masked(name, options, reduction):
 
 
 def test_a_custom_loss_is_masked_too(monkeypatch):
-  """Also one that indexes, to which -1 is the last class."""
+  """Even one that indexes with labels, for which -1 would be the last class."""
 
   def own(logits, labels):
     return -jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]

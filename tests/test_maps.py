@@ -1,4 +1,4 @@
-"""Adaptation in closed form: the maps are the papers', and reach the network."""
+"""Adaptation in closed form: the maps match the papers and reach the network."""
 
 import functools
 
@@ -25,7 +25,7 @@ D, C = 6, 3
 
 @pytest.fixture(scope='module')
 def domains():
-  """Features of two domains, with labels: the second is turned and moved."""
+  """Labelled features of two domains; the second is rotated and shifted."""
   rng = np.random.default_rng(0)
   labels = np.arange(60) % C
   centres, turn = rng.normal(size=(C, D)), np.linalg.qr(rng.normal(size=(D, D)))[0]
@@ -36,7 +36,7 @@ def domains():
 
 
 def base():
-  """A method that predicts by a linear head on images that are features."""
+  """A method with a linear head on images that are features."""
 
   def init(key, batches):
     head = {'kernel': jnp.ones((D, C)), 'bias': jnp.zeros(C)}
@@ -50,7 +50,7 @@ def base():
 
 
 def operated(domains, wrappers, surgeries, shown=None):
-  """Returns a method and its State after surgeries that see both domains."""
+  """Returns a method, and its State after surgeries that see both domains."""
   x, labels, z = domains
   method = functools.reduce(lambda made, wrap: wrap(made), wrappers, base())
   images = {
@@ -85,7 +85,8 @@ def test_subspaces_are_aligned_as_in_the_paper(domains):
   ours = maps.subspace_maps(maps.principal_axes(x), maps.principal_axes(z), d)
   source = (x - x.mean(0)) @ p_s @ p_s.T @ p_t
   target = (z - z.mean(0)) @ p_t
-  # Axes are known up to their sign, and the way back is an isometry: distances are not.
+  # Axes are determined up to sign, and the map back is an isometry; distances are
+  # unique.
   for a, b in ((ours[0](x), source), (ours[1](z), target)):
     np.testing.assert_allclose(a @ a.T, b @ b.T, atol=1e-9)
   np.testing.assert_allclose(ours[0](x) @ ours[1](z).T, source @ target.T, atol=1e-9)
@@ -208,7 +209,7 @@ def test_a_dimension_that_the_images_do_not_support_is_rejected(domains):
 
 
 class Normalised(nn.Module):
-  """Two layers of batch normalisation, the second of which sees the first."""
+  """Two layers of batch normalisation; the second reads the first."""
 
   norm: type = BatchNorm
 
@@ -233,7 +234,7 @@ def test_statistics_are_those_of_the_target(domains):
   )
 
   def total(state, split, fold, apply):
-    """Batches of 20: two full ones, and one that is padded."""
+    """Batches of 20: two full and one padded."""
     assert split == 'target/train'
     sums = [
       fold(apply(state, z[np.minimum(rows, 44)]), {'mask': rows < 45})
@@ -261,7 +262,7 @@ def test_statistics_are_those_of_the_target(domains):
 
 
 def test_ada_bn_keeps_the_statistics_of_the_source_for_the_source():
-  """In the built experiment; those of the target are where the network is deployed."""
+  """In the built experiment; the network is deployed with the target's."""
   made = digits_domains.get_config('ada_bn,epochs=1.0')
   made.model.update(trunk='tiny_cnn', trunk_options={'width': 4})
   experiment = build.build(resolve(made), devices=1)
@@ -291,7 +292,7 @@ def test_ada_bn_keeps_the_statistics_of_the_source_for_the_source():
 
 
 def test_a_copy_of_a_whole_network_has_its_head():
-  """As stages of no steps begin, whose trunk may have no parameters at all."""
+  """As stages without steps start; the trunk may have no parameters at all."""
   state = base().init(jax.random.key(0), {})
   other = jax.tree.map(lambda x: x, state).replace(
     params=jax.tree.map(lambda x: x + 1, state.params)

@@ -41,7 +41,7 @@ def loaded(source, **options):
 
 @pytest.fixture
 def listed(tmp_path):
-  """Two images to train on and one to test on, which is larger."""
+  """Two training images and a larger test image."""
   for number, size in enumerate([(12, 16), (12, 16), (24, 32)]):
     photograph(tmp_path / f'{number}.png', size, number)
     save(tmp_path / f'{number}_ids.png', ids(size, (0, 1, 2, VOID), number))
@@ -65,7 +65,7 @@ def test_lists_of_two_paths_a_line(listed):
 
 def test_pixels_are_counted_once(listed, monkeypatch):
   first = loaded(f'list:{listed}')
-  monkeypatch.setattr(masks, 'pixel_counts', None)  # which would be called again
+  monkeypatch.setattr(masks, 'pixel_counts', None)  # this would be called again
   again = loaded(f'list:{listed}')
   np.testing.assert_array_equal(first.counts, again.counts)
   save(listed / '1_ids.png', ids(seed=9))
@@ -243,7 +243,7 @@ def test_an_archive_with_label_maps(tmp_path):
   assert Unlabelled(test).arrays.keys() == {'image'}
 
 
-# What is refused.
+# Rejected input.
 
 
 @pytest.mark.parametrize(

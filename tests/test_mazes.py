@@ -1,4 +1,4 @@
-"""Mazes: they can be solved, their labels solve them, and every image is its own."""
+"""Mazes: they are solvable, their labels solve them, and every image is different."""
 
 import collections
 import functools
@@ -19,7 +19,7 @@ world = functools.cache(lambda domain, split='test': mazes.make_world(domain, sp
 
 
 def breadth_first(walls, goal):
-  """The moves from every cell that can be reached, by a queue."""
+  """Returns the number of moves from every reachable cell, by breadth-first search."""
   found, queue = {tuple(goal): 0}, collections.deque([tuple(goal)])
   while queue:
     cell = queue.popleft()
@@ -42,7 +42,7 @@ def test_distances_are_those_of_a_search_and_labels_are_optimal():
     found = breadth_first(made.walls[n], made.goal[n])
     floor = np.argwhere(~made.walls[n])
     assert floor.max() < size
-    assert len(found) == len(floor)  # every cell can be reached
+    assert len(found) == len(floor)  # every cell is reachable
     for cell in np.ndindex(made.walls[n].shape):
       assert made.distance[n][cell] == found.get(cell, -1)
     best = [
@@ -55,7 +55,7 @@ def test_distances_are_those_of_a_search_and_labels_are_optimal():
 
 
 def test_contents_of_the_drawings():
-  """Labels are balanced, some have equals, and mazes have loops and long ways."""
+  """Labels are balanced, some are ties, and mazes have loops and long paths."""
   made = mazes.make_mazes(mazes.draw('a test', 2000))
   optimal = mazes.optimal_actions(made.distance, made.start)
   assert (optimal.sum(1) > 1).mean() > 0.02
@@ -79,7 +79,7 @@ def picture(domain):
 
 
 def kinds(n):
-  """What each pixel of maze n shows, cell by cell: a key of `mazes.Look`."""
+  """What each pixel of maze n shows, per cell: a key of `mazes.Look`."""
   made = world('plain')[0].mazes
   size = int(made.size[n])
   first = {7: 8, 9: 6, 11: 4}[size]
@@ -110,12 +110,12 @@ def test_a_domain_is_another_rendering_of_the_same_mazes(domain):
   for n in range(0, N, 12):
     shown = kinds(n)
     of = {kind: images[n][shown == kind] for kind in mazes.Look._fields}
-    for kind in ('agent', 'goal'):  # one colour, which no other pixel has
+    for kind in ('agent', 'goal'):  # one colour that no other pixel has
       assert (of[kind] == of[kind][0]).all()
       assert (images[n] == of[kind][0]).all(-1).sum() == len(of[kind])
     if domain == 'inverted':
       np.testing.assert_array_equal(images[n], 255 - picture('plain')[n].astype(int))
-    elif domain != 'outlined':  # whose walls have the colour of the floor inside
+    elif domain != 'outlined':  # walls have the colour of the floor inside
       assert of['wall'].mean() < of['floor'].mean() - 10
 
 
@@ -146,7 +146,7 @@ def test_a_source_of_mazes_is_the_same_again_and_does_not_depend_on_its_length()
   np.testing.assert_array_equal(made['test'].labels[:N], labels)
   assert made['train'].class_names == ACTIONS
   np.testing.assert_array_equal(made['test'].world.optimal[:N], shown.optimal)
-  # The draw is a part of the data set: it never changes.
+  # The random draw is part of the data set: it never changes.
   assert labels[:12].tolist() == [2, 3, 2, 3, 0, 2, 3, 3, 3, 1, 1, 1]
   assert zlib.crc32(picture('textured').tobytes()) == 3182973204
 

@@ -18,7 +18,7 @@ from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.heads import meta_embedding
 from lt_jax.optim import sgd
 
-# The references: float64 NumPy, an image at a time, straight from the formulas.
+# References in float64 NumPy, one image at a time, straight from the formulas.
 
 
 def softmax(x):
@@ -31,7 +31,7 @@ def affine(params, x):
 
 
 def draw_like(rng, tree):
-  """Returns random numbers in the shapes of a tree, biases too."""
+  """Returns random numbers in the shapes of a tree, including biases."""
   return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), tree)
 
 
@@ -50,7 +50,7 @@ def numerical_gradient(function, x, step=1e-5):
 
 
 def attention_by_numpy(params, image):
-  """Returns the parts by name, of one image (H, W, C)."""
+  """Returns the parts by name, for one image (H, W, C)."""
   pixels = image.reshape(-1, image.shape[-1])
   parts = {name: affine(params[name], pixels) for name in ('theta', 'phi', 'g')}
   similarity = [[t @ p for p in parts['phi']] for t in parts['theta']]
@@ -107,7 +107,7 @@ def test_attention_in_bfloat16(rng, dtype):
 
 
 def test_attention_does_not_start_as_the_identity():
-  """Scales of the first weights: sqrt(2 / channels out), and PyTorch's elsewhere."""
+  """Scales of initial weights: sqrt(2 / output channels), and PyTorch's elsewhere."""
   x = jnp.ones((1, 2, 2, 128))
   init = jax.jit(ModulatedAttention().init_with_output)
   found, variables = init(jax.random.key(0), x)
@@ -130,7 +130,7 @@ SCALE, REACH = 3.0, 2.0
 
 
 def head_by_numpy(params, features, centroids, scale=SCALE, reach=REACH):
-  """Returns every quantity of the head by its name, and 'logits'."""
+  """Returns every quantity of the head by name, and 'logits'."""
   v, m = features, centroids
   hallucination = softmax(affine(params['hallucinator'], v))
   read = hallucination @ m
@@ -201,7 +201,7 @@ def test_first_weights_of_the_meta_embedding():
 
 
 def test_gradients_of_the_meta_embedding(head, rng):
-  """Also through the distance to the nearest centroid."""
+  """Including through the distance to the nearest centroid."""
   module, params, features, centroids = head
   direction = rng.normal(size=(BATCH, CLASSES))
 
@@ -241,7 +241,7 @@ def test_no_centroids_are_zeros(head):
 
 @pytest.mark.parametrize('value', [0.0, 1.0, 1e3])
 def test_a_feature_on_a_centroid_stays_finite(head, value):
-  """Zero on zero too: as it is before the centroids are measured."""
+  """Also zero on zero, the case before centroids are measured."""
   module, params, _, centroids = head
   centroids[2] = value
   params, centroids = jax.tree.map(
@@ -269,7 +269,7 @@ def test_logits_are_bounded_by_the_scale(head, rng, size):
 
 
 def test_far_features_get_flat_logits(head, rng):
-  """The length of the embedding is that of a direction over a distance."""
+  """The embedding has the length of a direction divided by a distance."""
   module, params, _, centroids = head
   far = 1e6 * rng.normal(size=(BATCH, WIDTH))
   near = centroids[:BATCH] + 1e-3 * rng.normal(size=(BATCH, WIDTH))
@@ -283,7 +283,7 @@ def test_far_features_get_flat_logits(head, rng):
 
 
 def arrays_of(jaxpr):
-  """Yields the shape of every value of a program, those of inner ones too."""
+  """Yields the shape of every value in a program, including nested programs."""
   for equation in jaxpr.eqns:
     yield from (getattr(v.aval, 'shape', ()) for v in equation.outvars)
     for value in jax.tree.leaves(
@@ -311,7 +311,9 @@ def test_nothing_is_as_large_as_batch_times_classes_times_width(head):
     return jnp.square(features[:, None] - centroids[None]).sum(-1).min(1)
 
   naive_shapes = list(arrays_of(jax.make_jaxpr(naive)(*arrays[1:]).jaxpr))
-  assert max(map(math.prod, naive_shapes)) == BATCH * CLASSES * WIDTH  # it is seen
+  assert (
+    max(map(math.prod, naive_shapes)) == BATCH * CLASSES * WIDTH
+  )  # the check sees it
 
 
 # The step.
@@ -341,7 +343,7 @@ def cross_entropy(outputs, batch):
 
 
 def method(projection=-1, *, rules=(('.*', 1.0),), form='released'):
-  """Its steps of length 1 are the gradients that it uses, negated."""
+  """A method whose steps of length 1 are its negated gradients."""
   return oltr(
     network(projection),
     sgd(lambda step: jnp.float32(1), momentum=0.0, learning_rate_scale=rules),
@@ -359,7 +361,7 @@ def compiled_step(options):
 
 
 def a_step(state, batch, **options):
-  """Returns what was taken from the parameters, the last State and the metrics."""
+  """Returns what a step subtracted from parameters, the new State and the metrics."""
   step = compiled_step(tuple(options.items()))
   last, metrics = step(state, {'train': batch})
   taken = jax.tree.map(lambda a, b: np.asarray(a - b), state.params, last.params)
@@ -368,7 +370,7 @@ def a_step(state, batch, **options):
 
 @pytest.fixture(scope='module')
 def begun():
-  """The first State, and a batch."""
+  """The initial State, and a batch."""
   images = np.random.default_rng(3).normal(size=(8, 8, 8, 1)).astype(np.float32)
   batch = {'image': images, 'label': LABELS}
   init = jax.jit(method().init)
@@ -392,7 +394,7 @@ def square(x):
 def released_by_numpy(features, centroids):
   """Returns the loss, its gradients by features and centroids, and active hinges.
 
-  The centroids' is what a step takes: with the weight, but where they are attracted.
+  The centroids' gradient is what a step uses: weighted, except for the attraction.
   """
   n, loss, hinge = len(LABELS), 0.0, 10.0
   of_features, attracted = np.zeros_like(features), np.zeros_like(centroids)
@@ -416,7 +418,7 @@ def released_by_numpy(features, centroids):
 
 
 def paper_by_numpy(features, centroids):
-  """The same of the printed loss, with a hinge an image."""
+  """The same for the printed loss, with one hinge per image."""
   n, loss, active = len(LABELS), 0.0, 0
   of_features, of_centroids = np.zeros_like(features), np.zeros_like(centroids)
   for b, y in enumerate(LABELS):
@@ -435,7 +437,7 @@ def paper_by_numpy(features, centroids):
 
 @jax.jit
 def network_gradient(params, stats, centroids, images, slopes):
-  """Returns the outputs, and the gradient of a function with slopes by outputs."""
+  """Returns the outputs, and the gradient of a function given its slopes by outputs."""
 
   def outputs(params):
     variables = {'params': params, 'batch_stats': stats}
@@ -457,7 +459,7 @@ class Expected(NamedTuple):
 
 
 def expected_step(state, batch, by_numpy):
-  """Returns what a step is made of, in doubles."""
+  """Returns the parts of a step, in float64."""
   arrays = state.params['net'], state.stats['net'], state.params['centroids']
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (*arrays, batch['image']))
   zeros = {'logits': np.zeros((8, COUNT)), 'features': np.zeros((8, WIDTH_OF_NETWORK))}
@@ -527,7 +529,7 @@ def test_a_step(begun, centroids, form, by_numpy, scale, active):
 @pytest.mark.parametrize('trained', ['net/head/.*', 'centroids'])
 def test_frozen_parameters_do_not_move_and_are_not_counted(begun, centroids, trained):
   state, batch = begun
-  state = with_centroids(state, 30 * centroids)  # far: a gradient of some size
+  state = with_centroids(state, 30 * centroids)  # far: a gradient of notable size
   grads = expected_step(state, batch, released_by_numpy).grads
   assert norm(grads['centroids']) > norm(grads['net']) / 10
 
@@ -550,7 +552,7 @@ def test_an_unknown_form_is_reported():
     method(form='papper')
 
 
-# First states and predictions.
+# Initial States and predictions.
 
 
 def test_centroids_start_at_zero(begun):

@@ -1,4 +1,4 @@
-"""Meta gradients by both routes and whole steps, against formulas written by hand."""
+"""Meta gradients by both routes, and whole steps, against hand-written formulas."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def cross_entropy(logits, label):
 
 
 class Problem(NamedTuple):
-  """Parameters with a history, a training batch and a meta batch."""
+  """Parameters with an optimiser history, a training batch and a meta batch."""
 
   params: dict
   train: dict
@@ -57,7 +57,7 @@ class Problem(NamedTuple):
   weight_net: dict
 
   def state(self, optimizer):
-    """A State whose optimiser has made two steps, so that nothing in it is zero."""
+    """A State after two optimiser steps, so that nothing in it is zero."""
     params = {'net': self.params}
     opt = optimizer.init(params)
     for step, grads in enumerate(self.history):
@@ -108,7 +108,7 @@ def make_problem(precision):
 
 
 def weight_player(rate=1e-5, **optimizer):
-  """Returns the weight network of the methods, under Adam by default."""
+  """Returns the weight network of the methods, by default with Adam."""
   made = make_optimizer(
     learning_rate=lambda step: jnp.float32(rate), **{'name': 'adam', **optimizer}
   )
@@ -116,7 +116,7 @@ def weight_player(rate=1e-5, **optimizer):
 
 
 def given(name):
-  """Returns what the library hands to a method of `meta`."""
+  """Returns the context that the library gives a method of `meta`."""
   return {
     'meta_weight_net': {'counts': COUNTS, 'players': {'weight_net': weight_player()}},
     'meta_reweight': {'class_weights': lambda step: jnp.asarray(CLASS_WEIGHTS)},
@@ -124,7 +124,7 @@ def given(name):
 
 
 def weighing(name, **options):
-  """Returns what a method of `meta` is made of."""
+  """Returns the `Weighing` of a method of `meta`."""
   return getattr(meta, name).__wrapped__(**{**given(name), **options})
 
 
@@ -154,7 +154,7 @@ def rate(step):
   return jnp.asarray(0.1)
 
 
-# The same by hand: the objective F, the updates of optimisers, and the definition.
+# The same by hand: the objective F, the optimisers' updates, and the definition.
 
 
 def v(losses, net):
@@ -179,7 +179,7 @@ OBJECTIVES = {
   'mwn mean': lambda loss, net, w: jnp.mean(v(loss, net) * loss),
   'mwn mean detached': lambda loss, net, w: jnp.mean(v(held(loss), net) * loss),
 }
-"""F of training losses, of what is learned, and of class weights."""
+"""F as a function of training losses, learned variables, and class weights."""
 
 
 def momentum(p, gradients, *, decay=0.0, nesterov=False):
@@ -204,11 +204,11 @@ UPDATES = {
   'nesterov': functools.partial(momentum, decay=0.01, nesterov=True),
   'adam': adam,
 }
-"""A parameter after the last of its gradients, the others being its history."""
+"""A parameter after its last gradient; the other gradients are its history."""
 
 
 def updated(problem, name, gradient):
-  """Returns the parameters after an update of the optimiser with its history."""
+  """Returns the parameters after an optimiser update with this history."""
   return jax.tree.map(
     lambda p, *gradients: UPDATES[name](p, gradients),
     problem.params,
@@ -218,7 +218,7 @@ def updated(problem, name, gradient):
 
 
 def by_hand(problem, kind, virtual, loss=cross_entropy):
-  """Returns (meta loss after the virtual step, its gradient): the definition."""
+  """Returns (meta loss after the virtual step, its gradient) by definition."""
   w = jnp.asarray(CLASS_WEIGHTS)[problem.train['label']]
 
   def outcome(learned):
@@ -238,7 +238,7 @@ def by_hand(problem, kind, virtual, loss=cross_entropy):
 
 @functools.cache
 def defined(kind, virtual):
-  """The same in float64, of the problem of the tests."""
+  """The same in float64, for the tests' problem."""
   with jax.enable_x64(True):
     by = jax.jit(by_hand, static_argnums=(1, 2))
     return by(make_problem('float64'), kind, virtual)
@@ -246,7 +246,7 @@ def defined(kind, virtual):
 
 @functools.partial(jax.jit, static_argnames=('route', 'kind', 'optimizer', 'layers'))
 def meta_gradient(problem, route, kind, optimizer, layers=(None, None)):
-  """Returns (meta loss, meta gradient) by a route, as a step of the method does."""
+  """Returns (meta loss, meta gradient) by a route, as in a step of the method."""
   name, options = WEIGHINGS[kind]
   how = weighing(name, **options)
   virtual, options = OPTIMIZERS[optimizer]
@@ -274,7 +274,7 @@ def meta_gradient(problem, route, kind, optimizer, layers=(None, None)):
 
 
 def assert_same_gradient(found, expected, precision):
-  """Compares (meta loss, gradient), the gradient by its largest entry."""
+  """Compares (meta loss, gradient), with the gradient relative to its largest entry."""
   np.testing.assert_allclose(found[0], expected[0], rtol=PRECISIONS[precision])
   ours, theirs = (
     np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
@@ -291,7 +291,7 @@ def precision(request):
 
 
 def marked(often):
-  """Returns pairs of a weighing and an optimiser; slow but those that are named."""
+  """Returns pairs of a weighting and an optimiser; all but the named ones are slow."""
   pairs = [(kind, 'sgd') for kind in WEIGHINGS]
   pairs += [(k, name) for k in ('multiplicative', 'mwn') for name in [*OPTIMIZERS][1:]]
   return [
@@ -332,7 +332,7 @@ def test_separate_passes_give_the_same(precision):
 
 
 def test_the_head_alone_has_a_closed_form(precision):
-  """-rate * r_i . (G^T h_i + g), with G and g of the meta batch at the moved head."""
+  """-rate * r_i . (G^T h_i + g), with G and g from the meta batch at the moved head."""
   problem = make_problem(precision)
 
   def take(tree):
@@ -367,7 +367,7 @@ def test_the_head_alone_has_a_closed_form(precision):
 
 
 def test_the_wrong_shortcut_is_wrong():
-  """Images one by one have other batch statistics: per-image gradients do not do."""
+  """Single images have other batch statistics, so per-image gradients are wrong."""
   with jax.enable_x64(True):
     problem = make_problem('float64')
     _, right = meta_gradient(problem, 'jvp', 'additive', 'sgd')
@@ -509,7 +509,7 @@ def test_weights_are_reported_per_class():
 
 
 def test_normalised_weights_are_compared_with_normalised_ones():
-  """Class-balanced weights of mean one have learned nothing; their spread stays."""
+  """Class-balanced weights with mean one have learned nothing; their spread stays."""
   prior = jnp.array([0.1, 0.1, 0.4])
   found = meta.weight_metrics(
     prior / 0.2, prior, jnp.array([0, 0, 2]), 3, mean_one=True
@@ -528,7 +528,7 @@ def test_normalised_weights_are_compared_with_normalised_ones():
 
 
 class Net(nn.Module):
-  """The network above, which keeps a running mean of what comes into its statistics."""
+  """The network above, with a running mean of the inputs of its statistics."""
 
   @nn.compact
   def __call__(self, images, train):
@@ -563,7 +563,7 @@ TAU = 0.7
 
 
 def moved_net(net, gradient):
-  """The weight network after Adam at its third step, of moments that were zero."""
+  """The weight network after Adam's third step, with moments that were zero."""
 
   def moved(p, g):
     mean, square = 0.1 * g / (1 - 0.9**3), 0.001 * g**2 / (1 - 0.999**3)
@@ -583,7 +583,7 @@ WEIGHTS = {
   'l2rw': lambda loss, gradient, w, net: TRAIN * clipped(gradient),
   'mwn': lambda loss, gradient, w, net: TRAIN * v_mean(loss, moved_net(net, gradient)),
 }
-"""Weights of the training step, of losses, meta gradient and class weights."""
+"""Weights of the training step, given losses, meta gradient and class weights."""
 
 
 @pytest.mark.filterwarnings('ignore:scatter inputs')  # metrics are float32
@@ -685,7 +685,7 @@ def test_a_whole_step_by_hand(kind, optimizer, loss, options):
     assert int(after.step) == 3
 
 
-# Whole steps, of the networks of the house.
+# Whole steps with the library's networks.
 
 ROWS = {'train': {'split': 'train'}}
 
@@ -817,7 +817,7 @@ def test_a_scan_leaves_the_meta_batch_out_as_single_calls_do(npz):
   assert int(metrics['meta_loss'][1]) == 2
 
 
-# What is refused.
+# Rejected options.
 
 
 @jax.custom_vjp
@@ -829,12 +829,12 @@ _reverse_only.defvjp(lambda x: (x, None), lambda _, g: (g,))
 
 
 def reverse_only(logits, labels):
-  """A loss that has a reverse-mode rule alone."""
+  """A loss with only a reverse-mode rule."""
   return cross_entropy(_reverse_only(logits), labels)
 
 
 def broken(logits, labels):
-  """A loss with a mistake of another kind."""
+  """A loss with a different error."""
   return cross_entropy(logits, labels) + None
 
 

@@ -1,6 +1,6 @@
-"""One table of contract checks over every recipe, on eight images.
+"""One table of contract checks for every recipe, on eight images.
 
-But for few-shot tasks, whose classes need more of them: see tests/test_few_shot.py.
+The exception are few-shot tasks, which need more: see tests/test_few_shot.py.
 """
 
 import functools
@@ -41,15 +41,14 @@ def extreme(tmp_path_factory):
 
 
 ELSEWHERE = ('recipe', 'stages', 'stage_order', 'sampler', 'surgeries')
-"""Keys of a configuration that the compiled step does not depend on."""
+"""Config keys on which the compiled step does not depend."""
 
 PROGRAMS = {}
-"""Compiled functions by what they depend on: recipes that differ in the sampler alone
-have one program."""
+"""Compiled functions by dependencies: recipes that differ in samplers share one."""
 
 
 class Runner:
-  """A recipe's last stage of any steps, on some devices, with its compiled step."""
+  """A recipe's last stage with steps, on some devices, with its compiled step."""
 
   def __init__(self, npz, recipe, devices=1, **overrides):
     config = tiny.config(npz, f'{recipe},epochs={STEPS}.0', **overrides)
@@ -84,7 +83,7 @@ class Runner:
     return counted
 
   def run(self, state, steps):
-    """Runs from where the state is; returns the last state and all metrics."""
+    """Runs from the given state; returns the last state and all metrics."""
     totals, bad = self.zeros
     for step in range(int(state.step), int(state.step) + steps):
       rows = train.payloads_at(self.stage.streams, step)
@@ -94,11 +93,11 @@ class Runner:
     return state, jax.device_get(totals), int(bad)
 
 
-# What a step of one domain and one player costs: nothing but itself.
+# A step with one domain and one player has no overhead.
 
 
 def described(npz, recipe):
-  """(the last stage of a recipe, its config, shapes of a State and of batches)."""
+  """Returns (last stage of a recipe, its config, shapes of a State and of batches)."""
   config = tiny.config(npz, f'{recipe},epochs={STEPS}.0')
   stage = build.build(config, devices=1).last
   image = jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32)
@@ -117,7 +116,7 @@ def tiny_net(config):
 
 @pytest.mark.parametrize('recipe', ['ce', 'meta_ce'])
 def test_a_step_that_is_built_is_the_method_called_by_hand(npz, recipe):
-  """Whatever a config can say of domains, players and alignments leaves no trace."""
+  """Config options on domains, players and alignments leave no trace in the step."""
   stage, config, state, batches = described(npz, recipe)
   counts = stage.dataset.counts
   weights = dict(config['class_weights'], start_step=0)
@@ -178,7 +177,7 @@ def test_a_step_compiles_to_the_program_of_the_same_written_plainly(npz):
   outside = {'mode': 'fill', 'fill_value': 0, 'wrap_negative_indices': False}
 
   def plain(state, batches):
-    """Cross-entropy, momentum and decay, and the metrics of a log row."""
+    """Cross-entropy, momentum and decay, with the metrics of a log row."""
     image, label = batches['train']['image'], batches['train']['label']
     seen, one = label >= 0, jnp.float32(1)
     table = jnp.where(state.step >= 0, jnp.ones(4), 1.0)
@@ -250,7 +249,7 @@ REPEATS = (
   'linear_svm',
   'nearest_neighbour',
 )
-"""Recipes with method and head of another one; their losses have tests of their own."""
+"""Recipes with another one's method and head; their losses have their own tests."""
 
 
 @pytest.fixture(
@@ -268,7 +267,7 @@ def runner(request, npz):
 
 @pytest.fixture(scope='module')
 def trained(runner):
-  """(first state's types, last state, metrics, first step that was not finite)."""
+  """Returns (types of the first state, last state, metrics, first non-finite step)."""
   state = runner.init()
   first = checkpoint.abstract(state, sharding.replicated(runner.mesh))
   return first, *runner.run(state, STEPS)
@@ -314,7 +313,7 @@ def test_saving_and_resuming_equals_the_unbroken_run(runner, trained, tmp_path):
 
 
 def assert_devices_agree(npz, recipe, one, devices):
-  """After three steps, since rounding grows from step to step."""
+  """Compares after three steps, because rounding errors grow with steps."""
   many = Runner(npz, recipe, devices=devices)
   first = sharding.put_replicated(many.mesh, jax.device_get(one.init()))
   chex.assert_trees_all_close(
@@ -326,7 +325,10 @@ def assert_devices_agree(npz, recipe, one, devices):
 
 
 ONE_A_FAMILY = ('ldam_drw', 'lifted', 'oltr', 'mwn', 'meta_ce')
-SHARDED = ('oltr', 'meta_ce')  # what the others say, and a memory and a second batch
+SHARDED = (
+  'oltr',
+  'meta_ce',
+)  # these cover the others, a memory and a second batch
 
 
 @pytest.mark.parametrize(
@@ -396,7 +398,7 @@ def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
   )
 
 
-@pytest.mark.parametrize(  # every method, and everything that depends on the counts
+@pytest.mark.parametrize(  # every method, and everything that uses counts
   'recipe',
   [
     'cb_focal',
@@ -476,7 +478,7 @@ def test_ema_is_the_average_and_is_what_predicts(npz):
   images = np.ones((8, 8, 8, 1), np.float32)
   plain = Runner(npz, 'ce').stage.method.predict
   state = runner.init()
-  np.testing.assert_array_equal(  # before the first step the parameters predict
+  np.testing.assert_array_equal(  # before step 1, predictions use the parameters
     runner.stage.method.predict(state, images)['logits'],
     plain(state, images)['logits'],
   )

@@ -1,4 +1,4 @@
-"""Batch penalties and centroid losses against their formulas, and at their corners."""
+"""Batch penalties and centroid losses compared with formulas, and in edge cases."""
 
 import functools
 import inspect
@@ -16,11 +16,11 @@ from lt_jax.losses import PENALTIES, make_penalty, metric
 CLASSES = 5
 DIMENSIONS = 7
 COUNTS = np.array([100, 40, 16, 6, 2])
-# Four images, three, two, one, none; not in order.
+# Classes with four, three, two, one and no images; not in order.
 LABELS = np.array([2, 0, 1, 0, 3, 1, 0, 2, 1, 0], np.int32)
 
 
-# The references: float64, loops over pairs, straight from the formulas.
+# References in float64 with loops over pairs, straight from the formulas.
 
 
 def length(v):
@@ -87,7 +87,7 @@ def reference_attraction(features, labels, centroids):
 
 
 def others(features, labels, centroids):
-  """For every image the distances to the centroids of the other classes."""
+  """For every image, the distances to the centroids of other classes."""
   return [
     [length(v - c) for j, c in enumerate(centroids) if j != y]
     for v, y in zip(features, labels, strict=True)
@@ -133,7 +133,7 @@ every_penalty = pytest.mark.parametrize(
 
 
 def example(name, rng):
-  """The array a penalty takes: features, or logits for LADE."""
+  """The array that a penalty takes: features, or logits for LADE."""
   return 2 * rng.normal(size=(len(LABELS), CLASSES if name == 'lade' else DIMENSIONS))
 
 
@@ -161,7 +161,7 @@ def compiled(name):
 
 
 def finite(name, x, labels):
-  """Value and gradient by the array; asserts that both are finite."""
+  """Returns value and gradient by the array; asserts that both are finite."""
   value, gradient = compiled(name)(jnp.asarray(x, jnp.float32), labels)
   assert np.isfinite(value)
   assert np.isfinite(gradient).all()
@@ -254,13 +254,13 @@ ALONE = np.zeros(4, np.int32)
 def test_corners(features, labels, lifted, range_loss):
   for name, expected in (('lifted', lifted), ('range', range_loss)):
     value, _ = finite(name, features, labels)
-    # Where images coincide, distances are the roots of rounding.
+    # If images coincide, distances are square roots of rounding errors.
     np.testing.assert_allclose(value, expected, rtol=5e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['lifted', 'range'])
 def test_nearly_coincident_features_keep_small_gradients(name, rng):
-  """Rounding in |v|^2 + |c|^2 - 2 v c must not be blown up by the root."""
+  """The square root must not amplify rounding in |v|^2 + |c|^2 - 2 v c."""
   base = rng.normal(size=(2, 64)).repeat(8, axis=0)
   noise = rng.normal(size=base.shape)
   labels = np.arange(2, dtype=np.int32).repeat(8)
@@ -270,7 +270,7 @@ def test_nearly_coincident_features_keep_small_gradients(name, rng):
 
 
 def test_range_takes_the_two_widest_pairs_of_the_class():
-  """Both of one image, or of two images: never the same pair twice."""
+  """Pairs may share an image, but no pair counts twice."""
   angles = np.radians([0, 10, 100, 103, 200])
   features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
   squares = sorted(
@@ -284,7 +284,7 @@ def test_range_takes_the_two_widest_pairs_of_the_class():
 
 
 def test_penalties_see_the_global_batch(rng):
-  """A batch split over devices costs what it costs on one."""
+  """A batch split over devices has the same penalty as on one."""
   mesh = jax.make_mesh((5,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.NamedSharding(mesh, jax.P('data'))
   for name in metric.PENALTIES:
@@ -296,7 +296,7 @@ def test_penalties_see_the_global_batch(rng):
 
 
 def joint_batch():
-  """Images x of three kinds and labels y, in a joint distribution p_s(x, y)."""
+  """Images x of three kinds and labels y with a joint distribution p_s(x, y)."""
   table = np.array([[12, 2, 1], [4, 6, 1], [2, 1, 3]])
   kinds, labels = np.indices(table.shape).reshape(2, -1)
   repeats = table.ravel()
@@ -305,7 +305,7 @@ def joint_batch():
 
 @pytest.mark.parametrize('weight_by_example', [False, True])
 def test_optimum_of_lade(weight_by_example):
-  """By the released code the training posterior, by the formula the balanced one."""
+  """The released code gives the training posterior, the formula the balanced one."""
   table, kinds, labels = joint_batch()
   joint = table / table.sum()
   if weight_by_example:
@@ -348,7 +348,7 @@ def features_and_centroids(rng):
     (metric.repulsion, {'margin': 20.0}, lambda *a: reference_repulsion(*a, 20.0)),
     (metric.repulsion, {'margin': 1.0}, lambda *a: reference_repulsion(*a, 1.0)),
     (metric.repulsion, {'margin': 3e6}, lambda *a: reference_repulsion(*a, 3e6)),
-    # Four others at about 3.7 each: all hinges open, some, none.
+    # Four others at about 3.7 each: all, some or no hinges are active.
     (metric.large_margin, {'margin': 30.0}, lambda *a: reference_large_margin(*a, 30)),
     (metric.large_margin, {'margin': 11.0}, lambda *a: reference_large_margin(*a, 11)),
     (metric.large_margin, {}, lambda *a: reference_large_margin(*a, 5.0)),
@@ -432,7 +432,7 @@ def test_centroid_losses_are_finite_at_coincidence(rng):
 
 
 def test_nothing_of_size_batch_by_classes_by_dimensions():
-  """The largest array in any of them is (B, C), (B, D) or (C, D)."""
+  """Their largest arrays are (B, C), (B, D) or (C, D)."""
   batch, classes, dimensions = 16, 32, 64
   v, c = jnp.zeros((batch, dimensions)), jnp.zeros((classes, dimensions))
   labels = jnp.zeros(batch, jnp.int32)

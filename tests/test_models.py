@@ -1,4 +1,4 @@
-"""Networks: against NumPy, against published sizes, and under both autodiff modes."""
+"""Networks compared with NumPy and published sizes, and in both autodiff modes."""
 
 import functools
 import math
@@ -165,7 +165,7 @@ def test_only_the_cpu_gets_barriers():
 
 
 def test_compiler_options_change_no_gradient(rng):
-  """And this version of XLA knows them."""
+  """And this version of XLA accepts them."""
   x = jnp.asarray(rng.normal(size=(4, 8, 8, 8)), jnp.float32)
   kernel = jnp.asarray(rng.normal(size=(3, 3, 8, 8)), jnp.float32)
 
@@ -239,7 +239,7 @@ def test_batch_norm_in_evaluation_and_frozen(rng, state, axes):
 
 
 def test_groups_are_separate_batches(variables, images):
-  """A network with two groups is the network on either half."""
+  """A network with two groups equals the network applied to each half."""
   train = functools.partial(small().apply, variables, train=True)
   halves = [train(half, mutable=['batch_stats']) for half in (images[:4], images[4:])]
   outputs, updated = small(batch_norm={'groups': 2}).apply(
@@ -268,7 +268,7 @@ def test_a_batch_that_does_not_divide_is_a_user_error(images, options):
 
 
 def test_a_constant_channel_is_finite(state):
-  """Where E[x^2] - E[x]^2 may round to something below zero."""
+  """There E[x^2] - E[x]^2 may round to a negative number."""
   x = jnp.full((6, 3), 1234.567)
 
   def total(x):
@@ -308,7 +308,7 @@ def test_per_device_statistics_need_no_communication(groups, reductions):
 
 @pytest.mark.slow
 def test_forward_over_reverse_is_reverse_over_reverse(rng, images):
-  """Hessian times vector, by both routes, and the slope by either mode."""
+  """Hessian-vector products by both routes, and gradients in either mode."""
   net = small('cosine_squash', batch_norm={'groups': 2})
   variables = net.init(jax.random.key(0), images[:1], train=False)
 
@@ -440,7 +440,7 @@ def test_glorot_is_uniform_of_both_fans():
 
 
 def test_every_trunk_takes_an_initialisation():
-  for trunk in TRUNKS.keys() - {'identity'}:  # which has no parameters
+  for trunk in TRUNKS.keys() - {'identity'}:  # has no parameters
     net = make_classifier(trunk, 'linear', 3, trunk_options={'init': 'glorot'})
     assert net.trunk.conv.keywords['kernel_init'] is glorot
 
@@ -467,12 +467,12 @@ SIDES = {
   'efficientnet_lite0': 32,
   'value_iteration': 32,
 }
-"""Trunks, one of each kind -> the side of their images."""
+"""One trunk of each kind -> the side of its images."""
 
 
 @pytest.mark.parametrize(('trunk', 'side'), SIDES.items())
 def test_a_batch_may_have_any_size(trunk, side):
-  """As that of an exported program: nothing in Python computes with it."""
+  """As for an exported program: Python code must not compute with it."""
   net = make_classifier(trunk, 'linear', 3)
   variables = shapes_of(net, (side, side, 3))
   (size,) = jax.export.symbolic_shape('b')

@@ -1,4 +1,4 @@
-"""Several tasks on one trunk: masks, weights, and what each is measured by."""
+"""Several tasks on one trunk: masks, weights and metrics."""
 
 import types
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def test_missing_labels_give_neither_loss_nor_gradient(rng):
-  """Against sums over what is there in float64."""
+  """Compared with float64 sums over existing labels."""
   z = rng.normal(size=(5, 3))
   labels = np.array([0, -1, 2, -1, 1])
   tags = np.array([[1, 0, -1], [-1, -1, -1], [0, 0, 1], [1, -1, 1], [0, 1, 0]])
@@ -56,7 +56,7 @@ def test_missing_labels_give_neither_loss_nor_gradient(rng):
 
 
 def test_uncertain_weights_have_their_optimum_where_the_derivative_is_zero():
-  """S = log(2 L) of a classification, log L of a regression; 0 counts for nothing."""
+  """S = log(2 L) for a classification, log L for a regression; 0 is ignored."""
   losses = jnp.array([0.3, 1.7, 5.0])
   halves = jnp.array([False, True, False])
   weigh = WEIGHTINGS['uncertainty'](jnp.array([0.5, 0.5, 0.0]), halves, 100)
@@ -68,7 +68,7 @@ def test_uncertain_weights_have_their_optimum_where_the_derivative_is_zero():
   np.testing.assert_allclose(jax.grad(total)(best), 0, atol=1e-6)
   assert float(total(best)) < float(total(best + jnp.array([0.1, -0.1, 0.0])))
   tiny = weigh.combine(losses / 1000, {'log_variance': best - 6.9}, {})[0]
-  assert float(tiny) < 0  # which is as it should be
+  assert float(tiny) < 0  # as intended
 
 
 def test_dynamic_weights_follow_the_ratio_of_two_periods():
@@ -172,7 +172,7 @@ def test_missing_labels_are_reported():
 
 
 def test_a_task_may_have_images_of_its_own():
-  """Labels of the second stream are those of its own classes."""
+  """Labels of the second stream belong to its own classes."""
   stage = stage_of(
     heads={'other': {'kind': 'softmax', 'outputs': 5, 'stream': 'other'}},
     domains={'other': {'source': 'digits_tasks:round'}},
@@ -188,7 +188,7 @@ def test_a_task_may_have_images_of_its_own():
   assert make_heads({}) == ()
 
 
-# Measures.
+# Metrics.
 
 
 def test_average_precision_at_eleven_points():

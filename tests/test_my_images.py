@@ -1,4 +1,4 @@
-"""The config for one's own photographs: what it cuts off, and its shot bounds."""
+"""The config for your own photographs: the splits it cuts off, and its shot bounds."""
 
 import json
 

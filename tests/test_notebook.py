@@ -16,7 +16,7 @@ from tests import tiny
 
 @pytest.fixture(scope='module')
 def fitted(tmp_path_factory):
-  """(run, its images, its result): trained by a thread, as some notebooks do."""
+  """Returns (run, its images, its result), trained in a thread as some notebooks do."""
   folder = tmp_path_factory.mktemp('notebook')
   path = tiny.write_npz(folder / 'images.npz')
   config = tiny.unresolved(path, 'ce')

@@ -1,4 +1,4 @@
-"""Seen, unseen and unknown classes in one run; a class is added when it is used."""
+"""Seen, unseen and unknown classes in one run; classes are added after training."""
 
 import csv
 import itertools
@@ -28,7 +28,7 @@ def made(recipe='eszsl'):
 
 @pytest.fixture(scope='module')
 def trained_run(tmp_path_factory, one_device):
-  """(its folder, its result, images of the unknown class 8 with their predictions)."""
+  """Returns (folder, result, images of the unknown class 8 with their predictions)."""
   folder = tmp_path_factory.mktemp('open')
   result = run.run(made(), folder / 'run')
   split = build.build(made(), devices=1).dataset.tests['open_test']
@@ -49,7 +49,7 @@ def test_the_three_settings_are_in_one_result(trained_run):
   stored = np.load(folder / 'run' / 'predictions.npz')
   unseen = np.isin(stored['label'], (3, 5))
   right = stored['label'] == stored['prediction']
-  assert test['unseen'] == pytest.approx(right[unseen].mean())  # as many of each
+  assert test['unseen'] == pytest.approx(right[unseen].mean())  # equally many of each
   assert test['seen'] == pytest.approx(right[~unseen].mean())
   facts = json.loads((folder / 'run' / 'data.json').read_text())
   assert facts['unseen'] == ['3', '5'] and facts['val_classes'] == ['1', '4']
@@ -70,7 +70,7 @@ def test_a_class_is_added_by_the_command_line(trained_run):
   folder, _ = trained_run
   new = folder / 'new.csv'
   codes = {'8': np.ones(7), '9': np.array([1, 1, 1, 1, 0, 1, 1])}
-  pairs = itertools.combinations(np.eye(7), 2)  # and signs that are no digits
+  pairs = itertools.combinations(np.eye(7), 2)  # and symbols that are not digits
   codes |= {f'sign {i}': a + b for i, (a, b) in enumerate(pairs)}
   rows = [','.join([name, *map(str, code)]) for name, code in codes.items()]
   new.write_text('\n'.join(['class,a,b,c,d,e,f,g', *rows]))
@@ -88,7 +88,7 @@ def test_a_class_is_added_by_the_command_line(trained_run):
   with_new = read(folder / 'with.csv')
   assert {row['prediction'] for row in read(without)} <= set('01234567')
   assert {row['prediction'] for row in with_new} & codes.keys()
-  # What the closed form says of the new descriptions, beside the old ones.
+  # What the closed form predicts with the new descriptions besides the old ones.
   network = trained.open_run(epath.Path(folder / 'run'))
   net = network.state
   kernel = np.asarray(net.params['net']['head']['kernel'], np.float64)
@@ -177,7 +177,7 @@ def test_most_confident_pixels_of_every_class_are_labelled():
   labels = top_of_class(survey, None, split='target/train', portion=0.3)
   expected = [-1, -1, -1, -1, 0, 0, 0, 2, -1, -1]
   assert labels.tolist() == expected
-  logits = logits.reshape(1, 5, 2, 3)  # of pixels
+  logits = logits.reshape(1, 5, 2, 3)  # for pixels
   labels = top_of_class(survey, None, split='target/train', portion=0.3)
   assert labels.shape == (1, 5, 2) and labels.ravel().tolist() == expected
 

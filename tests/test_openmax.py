@@ -1,4 +1,4 @@
-"""OpenMax: against SciPy's distances and fits, and a loop that follows the formula."""
+"""OpenMax compared with SciPy's distances and fits, and a loop over the formula."""
 
 import functools
 
@@ -29,14 +29,14 @@ def problem(rng, classes=CLASSES, images=40):
 
 
 def fitted(rng, classes=CLASSES, images=40, tail=20):
-  """Returns logits and the tails that were fitted to them."""
+  """Returns logits and the tails fitted to them."""
   logits, labels, means = problem(rng, classes, images)
   distances = own_distance(jnp.array(logits), labels, jnp.array(means))
   return logits, openmax.fit_tails(distances, labels, means, tail)
 
 
 def loop(logits, tails, alpha):
-  """Returns recalibrated logits one image and one rank at a time, in float64."""
+  """Returns recalibrated logits, one image and one rank at a time, in float64."""
   rows = []
   for image in logits.astype(np.float64):
     known, unknown = image.copy(), 0.0
@@ -84,7 +84,7 @@ def test_distance_makes_nothing_larger_than_its_result(rng):
 
 
 def test_a_program_holds_no_pairs_of_classes_except_the_means():
-  """With B images and C classes it needs O(B C) beside them, not O(C^2)."""
+  """With B images and C classes it needs O(B C) besides the means, not O(C^2)."""
   classes, images = 1000, 8
   numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
   logits, means = numbers((images, classes)), numbers((classes, classes))
@@ -136,7 +136,7 @@ def test_tails_are_fits_of_the_largest_distances(rng):
 
 
 def test_degenerate_classes_are_not_fitted():
-  # Of the classes: none; two images; all equal; three of fewer than `tail`; none.
+  # Images by class: none; two; all equal; three, fewer than `tail`; none.
   labels = np.array([1, 1, 2, 2, 2, 2, 3, 3, 3])
   distances = np.array([0.1, 0.2, *[np.float32(0.3)] * 4, 0.1, 0.2, 0.4])
   means = np.where(np.isin(np.arange(5), labels)[:, None], 1.0, np.nan) * np.eye(5)

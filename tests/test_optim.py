@@ -1,4 +1,4 @@
-"""Optimisers against plain NumPy loops, rules over parameters, schedules by epoch."""
+"""Optimisers against NumPy loops, rules for parameters, schedules by epoch."""
 
 import math
 
@@ -42,7 +42,7 @@ def toy_params(dtype=np.float32):
 
 
 def toy_grads(params, step):
-  """A gradient that depends on the parameters: of a shaken quadratic."""
+  """The gradient of a perturbed quadratic, which depends on the parameters."""
   return jax.tree.map(lambda p: 0.5 * p + jnp.cos(step + p.size), params)
 
 
@@ -66,7 +66,7 @@ def assert_trees_close(tree, expected, **tolerance):
 
 
 def reference(params, direction, decoupled):
-  """Trains every parameter alone; `direction(g, memory, t)` is torch's update."""
+  """Trains each parameter separately; `direction(g, memory, t)` is PyTorch's update."""
   decays = {'bias': 0.0, 'head': 0.1, 'trunk': 0.1}
   scales = {'bias': 1.0, 'head': 1.0, 'trunk': 0.1}
 
@@ -142,7 +142,7 @@ def test_adam(decoupled):
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_the_step_is_the_only_clock(name):
-  """Updates without a gradient leave a state as good as fresh."""
+  """After updates without gradients the state is as good as fresh."""
   optimizer = make_optimizer(name, rate)
   params = toy_params()
   fresh = used = optimizer.init(params)
@@ -191,7 +191,7 @@ def test_dtypes_are_kept(name):
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_update_is_differentiable_in_the_gradient(name):
-  """Meta-gradients pass through an update, also where a gradient is zero."""
+  """Meta-gradients pass through an update, even where a gradient is zero."""
   optimizer = make_optimizer(name, rate)
   params = {'w': jnp.ones(2)}
   opt_state = optimizer.init(params)
@@ -265,7 +265,7 @@ def test_epoch_start(epoch, length, batch, step):
 
 
 def first_and_last_step(epoch):
-  """The steps whose first example is of this 0-based epoch, by counting."""
+  """The steps whose first example is in this 0-based epoch, by counting."""
   first = -(-epoch * LENGTH // BATCH)
   last = -(-(epoch + 1) * LENGTH // BATCH) - 1
   return [first, last]
@@ -334,7 +334,7 @@ def test_dann_is_the_table_of_its_formula():
   last = 0.01 * 11**-0.75
   np.testing.assert_allclose(values, [0.01, 0.01 * 6**-0.75, last, last], rtol=1e-5)
   np.testing.assert_allclose(values[1:3], [0.00261, 0.00166], atol=5e-6)
-  # Others count steps: it is the same where training has 10,000.
+  # Others count steps: this is the same for a training of 10,000 steps.
   by_step = make_schedule('dann', 0.01, length=1, batch=1, end=10_000)
   expected = 0.01 * (1 + 0.001 * np.array([0, 1, 77, 5000, 10_000])) ** -0.75
   steps = jnp.asarray([0, 1, 77, 5000, 10_000], jnp.int32)
@@ -342,7 +342,7 @@ def test_dann_is_the_table_of_its_formula():
 
 
 def test_poly_ends_at_its_end():
-  """ADVENT's, which stops at 120,000 of 250,000 steps, and one that comes to zero."""
+  """ADVENT's, which stops at 120,000 of 250,000 steps, and one that reaches zero."""
   learning_rate = make_schedule('poly', 2.5e-4, length=1, batch=1, end=250_000)
   steps = jnp.asarray([0, 60_000, 120_000, 250_000, 300_000], jnp.int32)
   expected = 2.5e-4 * np.maximum(0, 1 - np.asarray(steps) / 250_000) ** 0.9

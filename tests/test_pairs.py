@@ -1,4 +1,4 @@
-"""Configs of pairs of domains: features and photographs, on small files."""
+"""Configs for pairs of domains: features and photographs, with small files."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ COUNTS = {'amazon': 60, 'webcam': 45, 'caltech': 48, 'dslr': 36}
 
 @pytest.fixture(scope='module')
 def features(tmp_path_factory):
-  """A file of a pair of arrays for each domain."""
+  """A file with a pair of arrays for each domain."""
   rng, path = np.random.default_rng(0), tmp_path_factory.mktemp('pairs') / 'all.npz'
   members = {'classes': np.array(['mug', 'pen', 'file'])}
   centres = rng.poisson(6.0, (CLASSES, WIDTH))
@@ -122,7 +122,7 @@ def test_stages_without_steps_on_features(features, tmp_path, one_device, recipe
 def test_nearest_neighbours_on_real_features_are_the_published_ones(
   tmp_path, one_device
 ):
-  """As Gong et al. 2012 print for Office-Caltech, through the whole command."""
+  """Matches Gong et al. 2012 on Office-Caltech, through the whole command."""
   path = pathlib.Path(os.environ.get('LT_JAX_DATA', '')) / 'office_caltech10_surf.npz'
   if not path.exists():
     pytest.skip('LT_JAX_DATA names no folder with office_caltech10_surf.npz')

@@ -1,4 +1,4 @@
-"""Adaptation of pixels: losses by their formulas, and what each method's step does."""
+"""Adaptation of pixels: losses follow their formulas, and steps do what they should."""
 
 import functools
 import re
@@ -41,7 +41,7 @@ def softmax(z):
 
 
 def numeric_gradient(function, x, step=1e-6):
-  """Central differences of a scalar function, one number after the other."""
+  """Central differences of a scalar function, one entry at a time."""
   grad = np.zeros_like(x)
   for index in np.ndindex(x.shape):
     ends = []
@@ -54,7 +54,7 @@ def numeric_gradient(function, x, step=1e-6):
 
 
 def entropies(z):
-  """Of every pixel (T, N), from loops, over log C."""
+  """Entropy of every pixel (T, N) divided by log C, with loops."""
   p = softmax(z).reshape(len(z), -1, z.shape[-1])
   most = np.log(z.shape[-1])
   return np.array([[-sum(q * np.log(q) for q in n) / most for n in i] for i in p])
@@ -68,7 +68,7 @@ def hinge(z, mu=0.5):
 
 
 def entropy_gradient(z):
-  """Of the mean entropy over log C: -p (log p + H) / (N log C), in closed form."""
+  """Gradient of the mean entropy over log C: -p (log p + H) / (N log C)."""
   p = softmax(z)
   h = -(p * np.log(p)).sum(-1, keepdims=True)
   return -p * (np.log(p) + h) / (np.log(z.shape[-1]) * p[..., 0].size)
@@ -118,7 +118,7 @@ def test_the_prior_of_classes_and_its_gradient(rng):
 
 
 def test_maps_of_information_at_their_ends(rng):
-  """Zero for what is sure, 1 in all for what is even, and finite gradients."""
+  """Zero for certain predictions, sum 1 for uniform ones, and finite gradients."""
   logits = jnp.asarray([[1e4, 0, 0], [0, 0, 0], [-1e4, 0, 1e4]], jnp.float32)
   found = self_information(logits)
   np.testing.assert_allclose(found.sum(-1), [0, 1, 0], atol=1e-6)
@@ -151,7 +151,7 @@ def test_an_auxiliary_output_has_the_same_loss():
 
 
 class Pixels(nn.Module):
-  """Two layers of logits of every pixel, from what surrounds it."""
+  """Two layers of logits for every pixel, from its surroundings."""
 
   @nn.compact
   def __call__(self, images, *, train):
@@ -192,7 +192,7 @@ PIXELS = {'train': ((0.4,), (0.5,)), 'target': ((0.6,), (0.25,))}
 
 
 def made(name, *, align_on=LAYERS, weight=0.1, alignment='none', **given):
-  """A method, from the context that a run gives it."""
+  """Returns a method, given the context that a run would give it."""
   players = {
     judge: Player(Judge(), sgd(rate(0.3), momentum=0.0))
     for judge in (JUDGES[: len(align_on)] if name == 'advent' else ())
@@ -245,7 +245,7 @@ def cross_entropy(logits, labels):
   ('shown', 'prior'), [('self_information', True), ('softmax', False)]
 )
 def test_advent_fools_discriminators_that_learn_from_the_same_maps(shown, prior):
-  """Source and target of two sizes; every player by its own gradient, at once."""
+  """Source and target differ in size; all players are updated at once."""
   batches = batches_of(4, 2)
   batches['target'] = batches_of(2, 2, side=8, seed=1)['target']
   alignment = 'class_prior' if prior else 'none'
@@ -257,7 +257,7 @@ def test_advent_fools_discriminators_that_learn_from_the_same_maps(shown, prior)
     return p if shown == 'softmax' else -p * jnp.log2(p) / 2  # log2 of 4 classes
 
   def probability(params, x):
-    """Of being a patch of the target."""
+    """Probability of being a patch of the target."""
     return jax.nn.sigmoid(Judge().apply({'params': params}, x))
 
   def losses(net, judges):
@@ -386,7 +386,7 @@ def test_a_mean_teacher_labels_what_the_student_sees_changed(trust, mix):
 
 
 def test_colours_change_and_labels_do_not():
-  """The source's objective is untouched, and two steps change colours differently."""
+  """The source's objective stays, and two steps change colours differently."""
   batches = batches_of()
   losses = {}
   for jitter in (0.0, 0.5):
@@ -418,7 +418,7 @@ def two_steps(devices, name):
   'name', ['advent', pytest.param('mean_teacher', marks=pytest.mark.slow)]
 )
 def test_many_devices_are_one(name, devices):
-  """And only sums are exchanged, no image or map."""
+  """And only sums are exchanged, no images or maps."""
   (one, _), (many, text) = (two_steps(n, name) for n in (1, devices))
   close(many, one, rtol=2e-3, atol=2e-5)
   assert 'all-reduce' in text

@@ -1,4 +1,4 @@
-"""Where data lie: from any folder, and after they moved."""
+"""Where data are: found from any folder, and after they moved."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests import tiny
 
 
 def test_data_are_found_from_any_folder(tmp_path, monkeypatch):
-  """config.json keeps the path as given; data.json has where that was."""
+  """config.json keeps the path as given; data.json has the absolute location."""
   monkeypatch.chdir(tmp_path)
   tiny.write_npz('tiny.npz')
   config = tiny.config('tiny.npz', 'ce')
@@ -98,7 +98,7 @@ def test_domains_are_found_where_they_lie(tmp_path, monkeypatch):
 
 
 def test_a_run_resumes_after_its_data_moved(one_device, tmp_path, capsys):
-  """Only with the same data, and in one line; nothing that was trained is lost."""
+  """Only with the same data, and reported in one line; no training is lost."""
   tiny.write_npz(tmp_path / 'old.npz')
   config = tiny.config(f'{tmp_path}/old.npz', 'ce,epochs=2.0')
   workdir = epath.Path(tmp_path / 'run')
@@ -110,7 +110,7 @@ def test_a_run_resumes_after_its_data_moved(one_device, tmp_path, capsys):
     evaluate.evaluate(workdir)
   now = provenance.moved(config, f'{tmp_path}/new.npz')
   assert not provenance.changes(config, now)
-  assert provenance.changes(config, now, same_place=True)  # which a sweep looks at
+  assert provenance.changes(config, now, same_place=True)  # a sweep reads this
   for _ in range(2):
     assert run.run(now, workdir)['state_sha256'] == before['state_sha256']
   assert capsys.readouterr().out.count(message) == 1

@@ -1,4 +1,4 @@
-"""What a run would take, on simulated CPU devices and on hand-written programs."""
+"""What a run would need, on simulated CPU devices and for hand-written programs."""
 
 import json
 
@@ -127,7 +127,7 @@ def test_the_gradient_is_all_reduced_once(stage, step):
 
 
 def test_flops_are_three_times_a_forward_pass(stage, step):
-  """But for the first layer, which needs no gradient of its input."""
+  """Except for the first layer, which needs no gradient of its input."""
   state = plan.train.state_shapes(stage.method, stage.streams)
   images = jax.ShapeDtypeStruct((64, 8, 8, 1), np.float32)
   forward = jax.jit(stage.method.predict).lower(state, images).cost_analysis()['flops']
@@ -136,14 +136,14 @@ def test_flops_are_three_times_a_forward_pass(stage, step):
 
 def test_memory_has_its_parts(step):
   assert step.memory['parameters'] == 4 * step.parameters
-  assert step.memory['optimiser state'] == 4 * step.parameters  # of the momentum
+  assert step.memory['optimiser state'] == 4 * step.parameters  # for the momentum
   assert step.memory['images on the device'] == 1797 * 64
-  assert step.memory['batch'] == 64 / 8 * (4 + 4)  # row and label of each
+  assert step.memory['batch'] == 64 / 8 * (4 + 4)  # row and label for each
   assert step.memory['activations, temporaries'] > 0
 
 
 def rows(table):
-  """Returns label -> value of the rows of a table, the last of each."""
+  """Returns label -> value for the rows of a table, taking the last of each."""
   split = (line.rsplit('  ', 1) for line in table.splitlines()[1:])
   return {parts[0].strip(): parts[-1].strip() for parts in split}
 
@@ -169,7 +169,7 @@ def test_one_table(stage, step):
 
 def test_streamed_images_must_be_decoded(step):
   resolved = resolve(imagenet_lt.get_config('ce'))
-  slow = step._replace(flops=0.4 * 494.7e12, collectives=[])  # a second a step
+  slow = step._replace(flops=0.4 * 494.7e12, collectives=[])  # one second per step
   rates = plan.Rates(decode_rate=100.0, price=3.0)
   found = rows(plan.plan(resolved, EIGHT, rates, compiled=lambda *_: slow))
   steps = 30 * 115_846 // 128 + 1
@@ -187,7 +187,7 @@ def test_only_stages_that_train_are_planned(step):
     plan.Rates(),
     compiled=lambda stage, mesh: seen.append(stage.name) or step,
   )
-  assert seen == ['train']  # the other stage makes no step
+  assert seen == ['train']  # the other stage has no steps
 
 
 def test_devices_that_do_not_divide_the_batch():

@@ -1,4 +1,4 @@
-"""The network that plans: with the right parameters it is a planner."""
+"""The planning network: with the right parameters it is a planner."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ NET = make_classifier('value_iteration', 'linear', 4, trunk_options={'width': 3}
 
 
 def planner():
-  """Parameters that read off plain mazes where walls, goal and agent are."""
+  """Parameters that find walls, goal and agent in plain mazes."""
   shapes = jax.eval_shape(
     lambda key: NET.init(key, jnp.zeros((1, 32, 32, 3)), train=False)['params'],
     jax.random.key(0),

@@ -1,4 +1,4 @@
-"""Players: some are moved and the others stay; they are made from a description."""
+"""Players: some are updated and others stay; they are made from a description."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_the_state_of_a_player_has_no_name_of_it_inside():
 
 
 def test_rules_are_checked_against_all_players_at_once():
-  """A rule for one player is no mistake where only the other one moves."""
+  """A rule for one player is not an error if only the other is updated."""
   net = {'net': params()['net']}
   with pytest.raises(UserError, match="'centroids' matches no parameter"):
     per_parameter(RULES, net)

@@ -1,4 +1,4 @@
-"""Post-hoc classifiers, and the surgeries that measure what they need."""
+"""Post-hoc classifiers, and the surgeries that measure their parameters."""
 
 import pathlib
 
@@ -24,12 +24,12 @@ from lt_jax.surgery import operate
 from lt_jax.train import Preempted
 from tests import tiny
 
-NOWHERE = pathlib.Path('nowhere')  # the folder of a run that never began
+NOWHERE = pathlib.Path('nowhere')  # the folder of a run that never started
 
 COUNTS = (12, 7, 5, 2)
 """26 training images: the last batch of eight has two."""
 VAL = 4
-"""Validation images a class."""
+"""Validation images per class."""
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +45,7 @@ def make_config(npz, recipe, val=VAL):
 
 
 FIRST = {}
-"""First States by configuration and stage: they are the same on any devices."""
+"""Initial States by config and stage; they do not depend on the devices."""
 
 
 def first_state(experiment, stage):
@@ -64,7 +64,7 @@ def with_head(state, **head):
 
 
 def images_of(experiment, split):
-  """Returns images as the network sees them, and labels; in NumPy alone."""
+  """Returns images as the network sees them, and labels; uses NumPy only."""
   split = experiment.dataset.every[split]
   images = np.stack([split.source[int(row)] for row in split.rows])
   return (images / 255 - 0.5).astype(np.float32) / 0.5, np.asarray(split.labels)
@@ -88,7 +88,7 @@ def least_squares(experiment, stage, state):
 
 
 def a_method(head):
-  """Features are the images (B, D); the head is what a test says."""
+  """Features are the images (B, D); tests set the head."""
 
   def predict(state, images):
     return {'features': images, 'logits': images @ jnp.asarray(head['kernel'])}
@@ -134,7 +134,7 @@ def test_a_strength_that_overflows_logits_is_rejected(tau):
 
 @pytest.mark.parametrize('tau', [0.0, 0.5, 1.0])
 def test_tau_normalised_logits(rng, tau):
-  """Columns over their length to the power of tau, and no bias."""
+  """Columns are divided by their length to the power of tau, without bias."""
   images = rng.normal(size=(4, 2)).astype(np.float32)
   method = a_method({'kernel': KERNEL, 'bias': np.full(3, 1e3, np.float32)})
   wrapped = tau_norm(method, taus=(0.0, 0.5, 1.0))
@@ -181,7 +181,7 @@ def test_a_head_that_is_not_linear_is_reported(npz, head):
 
 @pytest.fixture(scope='module', params=[1, 8])
 def chosen(request, npz):
-  """(experiment, first stage's State, the second's), on one device and on eight."""
+  """Returns (experiment, States of both stages), on one device and on eight."""
   config = make_config(npz, 'tau_norm')
   experiment = build.build(config, devices=request.param)
   assert experiment.mesh.size == request.param
@@ -255,7 +255,7 @@ def test_tau_is_not_chosen_on_the_test_set(npz):
 
 @pytest.mark.parametrize('recipe', ['tau_norm', 'ncm'])
 def test_a_run_that_must_end_ends_the_pass_of_a_surgery(npz, recipe):
-  """One that collects outputs of each image, and one that adds them up."""
+  """One that collects outputs of each image, and one that sums them."""
   looks = []
 
   def look():
@@ -273,7 +273,7 @@ def test_a_run_that_must_end_ends_the_pass_of_a_surgery(npz, recipe):
 
 @pytest.fixture
 def no_programs(monkeypatch):
-  """Whatever is told must be told before anything is computed."""
+  """Errors must be reported before anything is computed."""
 
   def computed(*args, **kwargs):
     raise AssertionError('a pass over data, or a step')
@@ -312,7 +312,7 @@ TAIL = 4
 
 @pytest.fixture(scope='module', params=[1, 8])
 def fitted(request, npz):
-  """(experiment, the earlier stage's State, before the surgeries, after them)."""
+  """Returns (experiment, earlier stage's State, States before and after surgeries)."""
   config = make_config(npz, 'openmax')
   surgeries = config['stages']['openmax']['surgeries']
   assert [name for name, _ in surgeries] == ['copy', 'fit_openmax']
@@ -400,7 +400,7 @@ def test_predictions_give_logits_to_the_unknown_class(fitted, rng):
 
 
 def test_a_known_score_is_the_share_of_the_known_classes():
-  """Also where the unknown class has all but 1e-30 of it."""
+  """Even if the unknown class has all but 1e-30 of the probability."""
   logits = np.array([[0.0, 1.0, 2.0], [-70.0, -71.0, -72.0]], np.float32)
   method = with_openmax(a_method({'kernel': np.eye(3, dtype=np.float32)}))
   state = method.init(jax.random.key(0), {'train': {'image': logits}})
@@ -413,7 +413,7 @@ def test_a_known_score_is_the_share_of_the_known_classes():
 
 
 def test_openmax_is_fitted_by_numbers_of_images_not_rows_of_classes(rng):
-  """What is collected of the training images is (N,), whatever the classes are."""
+  """Values collected from training images are (N,), whatever the class count."""
   logits = rng.normal(size=(12, 3)).astype(np.float32)
   label = jnp.asarray(logits.argmax(1))
   batch, collected = {'label': label, 'mask': jnp.ones(12, bool)}, {}

@@ -1,4 +1,4 @@
-"""Predictions of image files, by the run's folder alone."""
+"""Predictions for image files, from the run's folder alone."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ from tests import child, tiny
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
-  """(run, folder of its test images); it has moved since it was trained."""
+  """Returns (run, folder of its test images); the run has moved since training."""
   folder = tmp_path_factory.mktemp('digits')
   command = child.command(folder / 'run', config='digits_lt.py:ce,epochs=8')
   log = folder / 'log'
@@ -47,9 +47,9 @@ def digits(tmp_path_factory):
 
 
 def leave(config, workdir, change=lambda state: state):
-  """Leaves the folder of a run, without training; returns its test images.
+  """Writes the folder of a run without training; returns its test images.
 
-  There are two checkpoints of one State, of which step 0 is the selected one.
+  It has two checkpoints of the same State; step 0 is the selected one.
   """
   workdir.mkdir()
   experiment = build.build(config, devices=1)
@@ -73,7 +73,7 @@ def leave(config, workdir, change=lambda state: state):
 
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
-  """(run, folder of its test images), of photographs of many sizes."""
+  """Returns (run, folder of its test images) for photographs of many sizes."""
   folder = tmp_path_factory.mktemp('photographs')
   config = tiny.config('', 'ce', epochs=4.0, select='val/loss')
   fake = {'classes': 4, 'train': 16, 'largest': 7, 'smallest': 2, 'val': 8, 'test': 8}
@@ -94,7 +94,7 @@ def table(path):
 
 
 def check_is_as_evaluated(rows, workdir):
-  """The logits of predictions.npz are the same to float16."""
+  """The logits in predictions.npz are the same up to float16."""
   with np.load(workdir / 'predictions.npz') as stored:
     logits = stored['logits'].astype(np.float64)
   probability = np.exp(logits - logits.max(1, keepdims=True))
@@ -142,7 +142,7 @@ def labels(workdir):
 
 
 def fitted(state):
-  """Gives OpenMax tails, as if some had been fitted; others stay as they are."""
+  """Gives OpenMax tails as if fitted; other methods do not change."""
   if 'openmax' not in state.memory:
     return state
   mean = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32)
@@ -174,7 +174,7 @@ def test_other_memory_of_a_method_counts(tmp_path, recipe):
   'recipe', ['ldam_drw', 'meta_ce', 'cb_finetune', 'fslwf', 'crt']
 )
 def test_a_network_is_built_without_the_data(recipe):
-  """Of streams, classes and stages of every kind: from data.json, the same State."""
+  """With streams and stages of every kind, data.json gives the same State."""
   config = resolve(digits_lt.get_config(recipe))
   experiment = build.build(config, devices=1)
   facts = run._data_facts(experiment, epath.Path('nowhere'))
@@ -204,7 +204,7 @@ def test_the_state_is_the_one_of_the_result(photographs):
 def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
   photographs, tmp_path, capsys
 ):
-  """Of another one there is no telling which images are unknown."""
+  """With another State, nothing can say which images are unknown."""
   workdir = epath.Path(shutil.copytree(photographs[0], tmp_path / 'run'))
   chosen = {'threshold': {'value': 0.5}}
   data = files.read_json(workdir / 'data.json')
@@ -271,7 +271,7 @@ def test_other_sizes_and_colours_become_those_of_the_network(digits, tmp_path, c
 
 
 def test_a_reduced_image_is_smoothed_before(photographs, tmp_path):
-  """Thin stripes become grey, and not whatever pixels the grid happens to meet."""
+  """Thin stripes become grey, not whatever pixels the grid happens to hit."""
   workdir, _ = photographs
   network = trained.open_run(workdir)
   facts = {**network.facts, 'preprocessing': {'image_size': 0, 'resize': 0}}
@@ -346,7 +346,7 @@ def test_meaning_of_arguments(tmp_path, monkeypatch):
   passed_over = []
   assert list(predict.expand('b', passed_over)) == below
   assert passed_over == ['b/x.txt']
-  assert list(predict.expand('b/x.txt', [])) == ['b/x.txt']  # whatever its ending
+  assert list(predict.expand('b/x.txt', [])) == ['b/x.txt']  # whatever its extension
   pathlib.Path('list').write_text('\ufeffb/2.JPG\n\n  b\nabsent.png\n')
   assert list(predict.expand('@list', [])) == ['b/2.JPG', *below, 'absent.png']
   (tmp_path / 'empty').mkdir()
@@ -382,7 +382,7 @@ def test_mistakes_are_reported_before_anything_is_read(digits, tmp_path):
 
 @pytest.mark.parametrize('out', ['one.png', 'list', 'same.png', 'link.csv', 'lost'])
 def test_files_that_are_read_or_linked_are_not_replaced(tmp_path, monkeypatch, out):
-  """By whatever name; and before the run is opened."""
+  """Under any name, and before the run is opened."""
   monkeypatch.chdir(tmp_path)
   flat(tmp_path, 'one.png', (8, 8))
   pathlib.Path('list').write_text('absent.png\n')
@@ -447,7 +447,7 @@ def test_networks_of_other_channels(tmp_path, capsys, channels):
 
 
 def test_only_regular_files_are_images(digits, tmp_path):
-  """To open a pipe is to wait for whoever writes it."""
+  """Opening a pipe would wait for a writer."""
   folder = tmp_path / 'some'
   folder.mkdir()
   pipe, image = str(folder / 'b.png'), flat(folder, 'a.png', (8, 8))

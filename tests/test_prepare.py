@@ -72,7 +72,7 @@ def test_a_prepared_set_becomes_a_smaller_one(rng, tmp_path):
   assert before['train'].class_names == after['train'].class_names
   assert after['train'].labels.tolist() == [5, 8141, 0]
   assert min(Image.open(io.BytesIO(after['train'].encoded(0))).size) == 32
-  assert after['test'].example(0)[1] == -1  # unlabelled, and so it stays
+  assert after['test'].example(0)[1] == -1  # unlabelled, and stays so
 
 
 def test_invalid_sources_of_records(tmp_path):
@@ -178,7 +178,7 @@ def test_a_disk_that_labels_fill_can_pass(lists, tmp_path, monkeypatch):
     patch.setattr(sources, 'write_atomically', full)
     with pytest.raises(OSError, match='No space left on device'):
       prepare.convert(f'list:{folder}', **options)
-  with monkeypatch.context() as patch:  # they are known, and not read once more
+  with monkeypatch.context() as patch:  # they are known and not read again
     patch.setattr(sources.Records, 'read_labels', None)
     counts = prepare.convert(f'list:{folder}', **options)
   for split, source in load_source('tfds:mini_lt', str(tmp_path)).items():

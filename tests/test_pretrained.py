@@ -1,4 +1,4 @@
-"""Pretrained weights: against PyTorch's own outputs, and against files that lie."""
+"""Pretrained weights: compared with PyTorch's outputs, and files with false claims."""
 
 import functools
 import hashlib
@@ -84,7 +84,7 @@ def tiny_state(classes=3):
 
 
 def outputs_of(name):
-  """Returns what `golden.run` does, of our network with the same weights loaded."""
+  """Returns what `golden.run` does, for our network with the same weights."""
   style = 'caffe' if name == 'caffe' else 'torch'
   net = Classifier(TRUNKS[name](style=style), linear(golden.CLASSES))
   stem = resnet(basic, (), style=style)
@@ -154,7 +154,7 @@ def test_pytorch_reproduces_the_stored_outputs(stored):
   ('classes', 'head', 'taken'), [(3, True, True), (3, False, False), (5, True, False)]
 )
 def test_a_head_is_taken_where_it_fits_and_is_wanted(classes, head, taken):
-  """Of shapes, as in a rehearsal, which are checked and stay what they are."""
+  """For shapes, as in a rehearsal, which are checked and stay shapes."""
   shapes = shapes_of(TINY)
   params, stats, report = published.assign(
     weights(tiny_state(classes)), *shapes, head=head
@@ -207,7 +207,7 @@ def test_a_file_with_any_prefix_and_type(tmp_path, prefix, dtype):
 
 
 def test_parts_besides_the_trunk_stay(tmp_path):
-  """Another head has a kernel of the same shape, which means something else."""
+  """A different head has a kernel of the same shape with another meaning."""
   options = {'head': 'cosine', 'num_classes': 3, 'attention': True, 'projection': 5}
   net = make_classifier('resnet10', trunk_options={'width': 4}, **options)
   params, stats = zeros(shapes_of(net))
@@ -280,11 +280,11 @@ def test_weights_that_do_not_fit_are_rejected(edit, message):
   assert len(str(error.value)) < 300 and str(error.value).isprintable()
 
 
-# Files that lie.
+# Files with false claims.
 
 
 def raw(header, data=b''):
-  """Returns a file of a header, which may be anything, and data."""
+  """Returns the bytes of a file with an arbitrary header and data."""
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
   return struct.pack('<Q', len(text)) + text + data
 
@@ -334,7 +334,7 @@ def test_a_good_file_is_read(tmp_path):
     (GOOD + b'x', 'not fully covered'),
     (struct.pack('<Q', 2**40) + b'{}', 'truncated'),
     (struct.pack('<Q', 2**64 - 1) + b'{}', 'truncated'),
-    (raw(b' ' * 2**20 + b'{}'), 'claims a header of 1048578 bytes'),
+    (raw(b' ' * 2**20 + b'{}'), 'claims an impossible header of 1048578 bytes'),
     (raw({'a': claim('F32', [2**44], 0, 2**46)}), 'not fully covered'),
     (raw({'a': claim('F32', [2**62, 4], 0, 0)}), 'overflow'),
     (raw({'a': claim('F32', [2**44], 0, 4)}, b'....'), 'not a complete safetensors'),
@@ -368,7 +368,7 @@ def test_a_file_with_false_claims_is_rejected(tmp_path, data, message):
 def test_a_file_is_rejected_by_its_size_before_it_is_read(tmp_path):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(GOOD)
-  os.truncate(path, 2**42)  # takes no space
+  os.truncate(path, 2**42)  # takes no disk space
   with pytest.raises(UserError, match='4398046511104 bytes, more than any weights'):
     published.load(str(path))
 
@@ -382,7 +382,7 @@ def test_what_is_not_a_file_is_rejected(tmp_path):
 
 
 class Hostile:
-  """Leaves a mark where it is unpickled."""
+  """Leaves a mark if it is unpickled."""
 
   def __init__(self, mark):
     self.mark = mark
@@ -445,7 +445,7 @@ class LocalEntryNotFoundError(FileNotFoundError, EntryNotFoundError):
 
 @pytest.fixture
 def hub(monkeypatch):
-  """The one function of huggingface_hub, which answers from `hub.answers`."""
+  """Replaces the function of huggingface_hub by answers from `hub.answers`."""
   fake = types.ModuleType('huggingface_hub')
   fake.asked, fake.answers = [], []
 
@@ -512,7 +512,7 @@ def test_a_download_that_may_succeed_later(hub):
 
 
 def test_a_network_we_do_not_have_is_not_downloaded(hub):
-  """Of timm's, some have our names and shapes, but pool otherwise."""
+  """Some of timm's have our names and shapes but pool differently."""
   with pytest.raises(UserError, match="network of timm 'resnetaa50'; did you mean"):
     published.load('timm/resnetaa50.a1h_in1k')
   assert hub.asked == []

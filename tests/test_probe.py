@@ -1,4 +1,4 @@
-"""Probes of layers: what is measured, and what the command leaves."""
+"""Probes of layers: measurements, and the command's files."""
 
 import json
 
@@ -22,7 +22,7 @@ CLASSES, WIDTH = 4, 6
 
 @pytest.fixture(scope='module')
 def images():
-  """Training and test features of classes that lie apart, one of them rare."""
+  """Training and test features of well-separated classes, one of them rare."""
   rng = np.random.default_rng(0)
   centres = 3 * rng.normal(size=(CLASSES, WIDTH))
 
@@ -39,7 +39,7 @@ def test_maps_are_averaged_to_the_budget(rng):
   np.testing.assert_array_equal(probing.pooled(x, 0), x.reshape(2, -1))
   np.testing.assert_array_equal(probing.pooled(x, 245), x.reshape(2, -1))
   four = np.asarray(probing.pooled(x, 30)).reshape(2, 2, 2, 5)
-  for i, j in np.ndindex(2, 2):  # the squares overlap in the row in the middle
+  for i, j in np.ndindex(2, 2):  # the squares overlap in the middle row
     part = x[:, 3 * i : 3 * i + 4, 3 * j : 3 * j + 4].mean((1, 2))
     np.testing.assert_allclose(four[:, i, j], part, atol=1e-6)
   np.testing.assert_allclose(probing.pooled(x, 3), x.mean((1, 2)), atol=1e-6)
@@ -130,7 +130,7 @@ def test_every_layer_is_probed_and_kept(network, tmp_path, monkeypatch):
   params = {'net': {**state.params['net'], 'head': head}}
   same = network._replace(state=state.replace(params=params))
   again = probe.probe(same, layers, ['ridge'], draws, out, budget=48, retrieves=True)
-  assert again == found  # the head is not what features depend on
+  assert again == found  # features do not depend on the head
   moved = jax.tree.map(lambda leaf: leaf + 1, state.params)
   with pytest.raises(AssertionError, match='computed again'):
     other = network._replace(state=state.replace(params=moved))

@@ -16,7 +16,7 @@ BOTH = (0, 0)
 
 
 def run(workdir, *overrides, faults=('', ''), **options):
-  """Returns the exit codes of two processes with two devices each, and their words."""
+  """Returns the exit codes and outputs of two processes with two devices each."""
   outputs = [workdir.parent / f'{workdir.name}.{i}.log' for i in range(2)]
   arguments = child.command(workdir, *overrides, **options)
   codes = child.run_together(arguments, outputs, faults)
@@ -43,7 +43,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def together(tmp_path_factory):
-  """The two processes, on a mesh whose devices are listed in turns."""
+  """The two processes, on a mesh that lists their devices alternately."""
   workdir = tmp_path_factory.mktemp('together') / 'run'
   codes, words = run(workdir, faults=('in_turns', 'in_turns'))
   assert codes == BOTH, words
@@ -51,7 +51,7 @@ def together(tmp_path_factory):
 
 
 def assert_same(workdir, alone):
-  """Equal but for the order of additions across processes, which grows in time."""
+  """Equal up to the order of sums across processes, an error that grows over time."""
   ours, theirs = losses(workdir), losses(alone)
   assert ours.keys() == theirs.keys()
   for step in ours:
@@ -69,7 +69,7 @@ def test_two_processes_are_one_run(together, alone):
   np.testing.assert_array_equal(ours['label'], theirs['label'])
   assert result(workdir)['device'].startswith('4 x')
   assert '4 x cpu' in words[0]
-  assert 'step' not in words[1]  # process 0 speaks and writes for all
+  assert 'step' not in words[1]  # process 0 prints and writes for all
   steps = [
     row['step']
     for row in read_rows(workdir / 'metrics.jsonl')
@@ -80,7 +80,7 @@ def test_two_processes_are_one_run(together, alone):
 
 @pytest.mark.slow
 def test_two_processes_are_one_run_of_two_domains_and_players(tmp_path):
-  """Each has its share of both batches; the discriminator is one."""
+  """Each has its share of both batches; they share one discriminator."""
   options = child.two_domains('dann')
   alone, workdir, output = tmp_path / 'alone', tmp_path / 'run', tmp_path / 'log'
   arguments = child.command(alone, **options)
@@ -127,9 +127,9 @@ def test_one_is_killed_and_the_other_ends(tmp_path, alone):
 def test_one_hangs_and_the_other_gives_up(tmp_path):
   codes, words = run(tmp_path / 'run', faults=('give_up_after:5', 'hang_at:32'))
   assert codes[0] == 75
-  assert codes[1] not in (0, 2, 3), words[1]  # it lost its peer, and is ended by JAX
+  assert codes[1] not in (0, 2, 3), words[1]  # it lost its peer and JAX ends it
   assert 'process 0 made no step for 5 s: another one is stuck' in words[0]
-  assert 'most recent call first' in words[0]  # its stacks
+  assert 'most recent call first' in words[0]  # its stack traces
 
 
 def test_other_data_in_one_process_are_rejected(tmp_path):
@@ -141,20 +141,21 @@ def test_other_data_in_one_process_are_rejected(tmp_path):
 
 def test_a_folder_that_is_not_shared_is_rejected(tmp_path, alone):
   (tmp_path / 'run.elsewhere').mkdir()
-  # Left there by a run of long ago.
+  # Left by an old run.
   shutil.copy(alone / 'config.json', tmp_path / 'run.elsewhere')
   codes, words = run(tmp_path / 'run', faults=('', 'elsewhere'))
   assert codes == (2, 2), words
   for text in words:
     assert 'the workdir must be one folder for all of them' in text
-  assert not [*(tmp_path / 'run').glob('*.json')]  # nothing stands in the way
+  assert not [*(tmp_path / 'run').glob('*.json')]  # nothing is in the way
 
 
 @pytest.mark.slow
 def test_a_damaged_image_of_either_process_is_reported(tmp_path):
   lists, root = mini.write_lists(tmp_path, np.random.default_rng(0))
   labels = np.repeat(np.arange(mini.CLASSES), mini.COUNTS)
-  # What each of the two decodes up to the first row of the log, of classes of several.
+  # What each of the two decodes up to the first log row, for classes with several
+  # images.
   shares = [[], []]
   for step in range(5):
     for share, part in zip(
@@ -191,14 +192,14 @@ def test_a_damaged_image_of_either_process_is_reported(tmp_path):
     for row in read_rows(tmp_path / 'run' / 'events.jsonl')
     if row['event'] == 'bad_image'
   ]
-  # Two of 1,015 are too many, by one.
+  # Two of 1,015 are one too many.
   assert codes == (2, 2), words
   assert sorted(decoded) == sorted(map(str, files))
   assert all('2 images cannot be read, more than 0.1% of 1015' in w for w in words)
 
 
 def test_a_mistake_in_one_process_ends_both(tmp_path):
-  """With its own code at once; the other one soon, and never with success."""
+  """It ends at once with its own code; the other one soon after, never successfully."""
   began = time.monotonic()
   codes, words = run(tmp_path / 'run', faults=('', 'mistake_at:32'))
   assert codes[1] == 2 and 'error: bad.jpg: the file is empty' in words[1]

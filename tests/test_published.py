@@ -1,8 +1,8 @@
-"""Published numbers, wherever they stand: beside their own setting, or with a mark.
+"""Published numbers, wherever they appear, match their setting or carry a mark.
 
-The project carries them in published.json, in the docstrings of configs and in
-docs/results.md. Where LT_JAX_DATA names a folder that has published.csv, or has it in
-the folder `published` beside it, every number of that file is looked up too.
+They are in published.json, in the docstrings of configs and in docs/results.md. If
+LT_JAX_DATA names a folder with published.csv, or with `published/published.csv` beside
+it, every number of that file is looked up too.
 """
 
 import csv
@@ -31,12 +31,12 @@ def carried():
 
 
 def metric(name):
-  """Returns a metric, F-measures under one name, as tables have one column of them."""
+  """Returns a metric; F-measures share one name, as they share a column in tables."""
   return 'F' if name.startswith('f_measure') else name
 
 
 def test_settings_are_those_of_the_configurations():
-  """Where this fails, lt_jax/report/published.py says what to do."""
+  """If this fails, lt_jax/report/published.py says what to do."""
   assert published.made(CONFIGS) == published.PATH.read_text()
 
 
@@ -94,7 +94,7 @@ def test_every_fact_is_used():
 
 
 def check(config, name, cell):
-  """Refuses a number in a text that is not carried, or whose mark is not."""
+  """Fails for a number that published.json lacks, or has with another mark."""
   if cell in ('', '-') or cell.endswith('†'):
     return 0
   text = cell.rstrip('*')
@@ -114,7 +114,7 @@ COLUMNS = {
   'mnist_mnistm': [('', 'accuracy')] * 2,
   'inat18': [('', 'error')],
 }
-"""config -> what the columns of the table in its docstring are: option, metric."""
+"""config -> the columns (option, metric) of the table in its docstring."""
 
 KANG = {'ce, 90 epochs': 'ce,protocol=kang', 'lws, 90 epochs': 'lws'}
 
@@ -201,16 +201,16 @@ WITHOUT = {
   'feature_taps': 'no recipe classifies the features of single layers',
   'dann': 'no config has that pair of domains, or that method',
 }
-"""Why a number stands beside no recipe."""
+"""Reasons why a number has no recipe."""
 
 
 def looked_up(row):
-  """Returns the place of a row of published.csv in `carried`, or why it has none."""
+  """Returns the key in `carried` for a row of published.csv, or why it has none."""
   kind, value = row['table'], float(row['value'].partition('±')[0])
   if kind == 'cifar10_lt':
     option = row['setting'].replace('imbalance ', 'imbalance=')
     recipe = RECIPES[row['method']]
-    if value == 27.63:  # of LDAM-DRW's code, which normalises by the weights
+    if value == 27.63:  # from LDAM-DRW's code, which normalises by the weights
       recipe = 'cb_ce,protocol=cao'
     return f'cifar10_lt:{recipe},{option}', 'error', value
   if kind in ('ImageNet-LT', 'Places-LT'):
@@ -245,5 +245,5 @@ def test_every_published_number_has_its_place():
       assert marked is not None, f'no recipe and protocol for {row}: {found}'
       found = 'marked' if marked else 'exists'
     tally[found] += 1
-  print(tally)  # which `pytest -s` shows
+  print(tally)  # shown by `pytest -s`
   assert sum(tally.values()) == len(rows) and all(tally.values()), tally

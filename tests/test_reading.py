@@ -26,7 +26,7 @@ def stream(workers, make=payload, every=1):
 
 
 def values(workers, first, last, **options):
-  """Returns step -> value of what is read."""
+  """Returns step -> value read."""
   one = stream(workers, **options)
   with reading.reading({'train': one}, first, last) as read:
     steps = [step for step in range(first, last) if step % one.every == 0]
@@ -113,7 +113,7 @@ def test_an_error_that_cannot_be_sent_is_still_reported():
 
 @pytest.mark.skipif(not os.path.isdir('/dev/shm'), reason='no /dev/shm')
 def test_workers_keep_no_more_in_shared_memory_than_is_said():
-  size = 2**22 + 7 * 4096  # which nobody else has, in whole pages
+  size = 2**22 + 7 * 4096  # not shared with anyone, in whole pages
 
   def large(step):
     return {'x': np.full((1, size), step % 128, np.uint8)}
@@ -125,7 +125,7 @@ def test_workers_keep_no_more_in_shared_memory_than_is_said():
       time.sleep(0.1)
       held = 0
       for file in os.scandir('/dev/shm'):
-        with contextlib.suppress(FileNotFoundError):  # it has gone since
+        with contextlib.suppress(FileNotFoundError):  # it is gone by now
           held += file.stat().st_size == size
       most = max(most, held * size)
   assert 0 < most <= reading.shared_memory(streams.values())
@@ -244,7 +244,7 @@ if __name__ == '__main__':
 
 
 def test_a_stream_read_to_its_end_leaves_nothing(tmp_path):
-  """Of shared memory; also where what keeps track of it was signalled like the rest."""
+  """No shared memory, even if its tracker was signalled like the rest."""
   done = run_script(tmp_path, WHOLE)
   assert (done.returncode, done.stdout.strip()) == (0, str(39 * 600))
   assert not done.stderr
@@ -290,13 +290,13 @@ if __name__ == '__main__':
   ['TERM', *(pytest.param(s, marks=pytest.mark.slow) for s in ('EARLY', 'KILL'))],
 )
 def test_signals(sign, tmp_path):
-  """Workers outlive a signal to all processes, but not their parent."""
+  """Workers survive a signal to all processes, but not their parent."""
   done = run_script(tmp_path, PARENT, sign)
   pids, *rest = done.stdout.splitlines()
   if sign != 'KILL':
     assert done.returncode == 0, done.stderr
     assert rest == [str(49 * 600)]
-    assert 'leaked' not in done.stderr  # the batches that were ready too
+    assert 'leaked' not in done.stderr  # including the batches that were ready
   else:
     assert done.returncode == -signal.SIGKILL
   for _ in range(100):

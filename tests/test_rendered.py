@@ -1,4 +1,4 @@
-"""The embedded domains: which digits they hold, and how far apart they look."""
+"""The embedded domains: their digits, and how different they look."""
 
 import functools
 
@@ -35,7 +35,7 @@ def test_no_digit_is_in_two_splits_or_in_source_and_target():
   for name in TARGETS:
     for split, rows in split_rows(DIGITS.target, name).items():
       np.testing.assert_array_equal(rows, target[split])
-  # The draw is a part of the data set: it never changes.
+  # The random draw is part of the data set: it never changes.
   assert source['train'][:8].tolist() == [1180, 1168, 850, 1151, 360, 813, 374, 1258]
   share = np.bincount(DIGITS.target) / 1797
   for rows in (*source.values(), *target.values()):
@@ -62,7 +62,7 @@ def test_a_domain(name):
 
 
 def whole(name):
-  """The digits of a domain's test split, as all domains begin, as int16."""
+  """The digits of a domain's test split before rendering, as int16."""
   rows = split_rows(DIGITS.target, name)['test']
   grey = np.round(DIGITS.images[rows] * (255 / 16)).astype(np.uint8)[..., None]
   return resized(grey, SIDE, SIDE, 3).astype(np.int16)
@@ -75,7 +75,7 @@ def test_the_source_and_its_inversion_are_the_digits():
 
 
 def test_a_blend_is_the_absolute_difference():
-  """Where white meets a bright patch, uint8 alone would wrap around."""
+  """Where white meets a bright patch, plain uint8 would wrap around."""
   digit = np.full((SIDE, SIDE, 3), 10, np.uint8)
   digit[:8] = 255
   seen = rendered.blended(digit, np.random.default_rng(3)).astype(np.int16)
@@ -87,7 +87,8 @@ def test_a_blend_is_the_absolute_difference():
   assert (patch[8:] > 10).any()
   np.testing.assert_array_equal(seen[:8], 255 - patch[:8])
   np.testing.assert_array_equal(seen[8:], np.abs(10 - patch[8:]))
-  # Of no digit the photograph is left: patches differ, and both photographs are used.
+  # Without a digit only the photograph is left: patches differ, and both photographs
+  # are used.
   empty = np.zeros_like(digit)
   patches = [rendered.blended(empty, np.random.default_rng(i)) for i in range(40)]
   greens = [np.median(p[..., 1].astype(np.int16) - p[..., 2]) for p in patches]
@@ -106,7 +107,7 @@ def test_renderings_draw_anew_for_every_image():
 
 
 def test_how_far_the_domains_are_from_the_source():
-  """Accuracy of the nearest class mean of the source's training images."""
+  """Accuracy of nearest class means from the source's training images."""
   train = load('source')['train']
   flat = {
     name: load(name)['test'].images.reshape(-1, SIDE**2 * 3) for name in RENDERINGS

@@ -1,4 +1,4 @@
-"""Replicas: each what its run alone is, whatever becomes of the others."""
+"""Replicas: each equals its run alone, whatever happens to the others."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ def npz(tmp_path_factory):
 
 
 def update_by(method, streams, state, mesh, steps=STEPS):
-  """Returns the state and the totals after some steps of the loop's own program."""
+  """Returns the state and the totals after some steps of the loop's program."""
   placed = jax.tree.map(lambda x: x.sharding, state)
   update = train.make_update(method, streams, mesh, 1, placed)
   arrays = {name: stream.arrays for name, stream in streams.items()}
@@ -48,7 +48,7 @@ def last_stage(npz, recipe, seed, **given):
 
 
 RECIPES = ('ldam_drw', 'balanced_softmax', 'meta_ce', 'l2rw', 'mwn', 'oltr')
-"""One of every method; `ldam_drw` has a `lax.cond` of the clock, which stays one."""
+"""One of every method; the `lax.cond` on the clock in `ldam_drw` stays a cond."""
 
 
 OFTEN = (('meta_ce', 2),)
@@ -67,7 +67,7 @@ def test_a_replica_is_its_run_alone(npz, recipe, devices):
   for seed in SEEDS:
     _, own = last_stage(
       npz, recipe, seed, devices=1, datasets=experiment.domains
-    )  # whose order is its own
+    )  # has its own order
     shared = {
       name: stage.streams[name]._replace(payload=stream.payload)
       for name, stream in own.streams.items()
@@ -121,7 +121,7 @@ def test_a_replica_is_its_run_alone(npz, recipe, devices):
 
 
 def counter():
-  """Adds a batch to what it has; infinite, in metric or State, where that is told."""
+  """Adds a batch to its sum; becomes infinite, in metric or State, on request."""
 
   def init(key, batches):
     w = 0.0 * batches['train']['x'].sum()
@@ -131,7 +131,7 @@ def counter():
     x = batches['train']['x'].sum()
     noise = jax.random.uniform(named_key(state.key, 'noise', state.step))
     w = state.params['net']['w'] + x + noise
-    loss = jnp.where(jnp.isneginf(x), 1.0, w)  # which hides it in the State alone
+    loss = jnp.where(jnp.isneginf(x), 1.0, w)  # infinite only in the State
     new = state.replace(step=state.step + 1, params={'net': {'w': w}})
     return new, {'loss': mean_metric(loss)}
 
@@ -198,7 +198,7 @@ def test_incompatible_options_are_reported():
 # Whole runs.
 
 HUGE = 1e30
-"""A parameter that is finite, as every State is at first, and whose step is not."""
+"""A finite parameter, like every initial State, with a step that is not."""
 
 
 def configs(npz, seeds=SEEDS, recipe='ce', **overrides):
@@ -236,7 +236,7 @@ def test_each_leaves_an_ordinary_run(npz, tmp_path):
     assert not any('died_at' in row for row in rows)
     for row, other in zip(rows, rows_alone, strict=True):
       np.testing.assert_allclose(row['loss'], other['loss'], rtol=1e-3)
-    run.run(config, folder)  # goes on where it is: it has ended
+    run.run(config, folder)  # resumes where it is: at its end
     assert result(folder)['state_sha256'] == found['state_sha256']
 
 
@@ -277,7 +277,7 @@ def test_when_all_diverge_it_ends(npz, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_those_behind_come_up_to_the_others(npz, tmp_path, monkeypatch):
-  """As a kill leaves them: each with its own last checkpoint."""
+  """As after a kill: each has its own last checkpoint."""
   given = configs(npz, seeds=(0, 1, 2), evaluate_every_epochs=4.0)
   for config in given:
     run.run(config, tmp_path / f'alone{config["seed"]}')
@@ -314,9 +314,7 @@ def test_seeds_that_the_devices_do_not_divide(npz, tmp_path, monkeypatch):
   folders = [tmp_path / str(config['seed']) for config in given]
   run.run_seeds(given, folders)
   assert all(result(folder)['device'].startswith('4 x ') for folder in folders)
-  alone = run.run(
-    given[-1], tmp_path / 'alone'
-  )  # which shares its device with a filler
+  alone = run.run(given[-1], tmp_path / 'alone')  # shares its device with a filler
   np.testing.assert_allclose(
     result(folders[-1])['test']['loss'], alone['test']['loss'], rtol=1e-3
   )

@@ -1,4 +1,4 @@
-"""The report: numbers over seeds, what is refused, what is escaped, what is drawn."""
+"""The report: numbers over seeds, rejected input, escaping, figures."""
 
 import base64
 import html.parser
@@ -48,7 +48,7 @@ ARRAYS = {
   'weights.npz': {'weights', 'epsilons'},
   'features.npz': {'features'},
 }
-"""file -> the figures that are made of it."""
+"""file -> the figures made from it."""
 
 WEIGHTS = ('prior', 'mean', 'spread', 'learned')
 
@@ -84,7 +84,7 @@ def add_events(folder, *rows):
 
 
 def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
-  """Writes what a finished run leaves, with random arrays; returns the folder."""
+  """Writes the files of a finished run, with random arrays; returns the folder."""
   made = made or config()
   rng = np.random.default_rng(made['seed'])
   classes = len(counts)
@@ -160,7 +160,7 @@ def write_run(folder, made=None, accuracy=0.5, counts=COUNTS, names=NAMES):
 
 
 class Page(html.parser.HTMLParser):
-  """A page, parsed: tags, ids, what is referred to, and the text between tags."""
+  """A parsed page: tags, ids, references, and the text between tags."""
 
   def __init__(self, text):
     super().__init__()
@@ -185,7 +185,7 @@ def page_of(folder):
 
 
 def svgs(folder):
-  """Returns the figures of a run's report, parsed; and that the page has the same."""
+  """Returns the parsed figures of a run's report; checks that the page has the same."""
   text = (folder / 'report.html').read_text()
   found = re.findall(r'<svg .*?</svg>', text, re.DOTALL)
   return [ElementTree.fromstring(svg) for svg in found]
@@ -233,7 +233,7 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
 def test_names_and_paths_are_text(run_folder):
   page = page_of(run_folder)
   assert page.tags['script'] == 1 and page.tags['b'] == 0
-  assert NAMES[1] in page.text  # a sample of it, and what it was taken for
+  assert NAMES[1] in page.text  # a sample, with labels and predictions
   assert str(run_folder) in page.text
   for figure in ('confusion', 'class_accuracy'):
     path = run_folder / f'figures/{figure}.svg'
@@ -277,7 +277,7 @@ def test_the_same_files_give_the_same_page(run_folder):
 
 @pytest.fixture
 def tables_only(monkeypatch):
-  """Reports without figures, for what is about numbers and words."""
+  """Reports without figures, for tests of numbers and text."""
   for family in ('FIGURES', 'COMPARISONS', 'OF_ONE_RUN'):
     monkeypatch.setattr(figures, family, {})
 
@@ -382,7 +382,7 @@ def test_a_seed_counts_once(tables_only, tmp_path):
 
 
 def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
-  """Leaves what a sweep leaves of a cell that failed."""
+  """Writes what a sweep leaves for a failed cell."""
   folder.mkdir(parents=True, exist_ok=True)
   failure = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
   (folder / 'error.json').write_text(json.dumps(failure))
@@ -568,7 +568,7 @@ def test_a_torn_file_hides_no_runs_below_it(tables_only, tmp_path, name, text):
 
 
 def labels_below(groups):
-  """Returns what stands below the classes that methods are compared by."""
+  """Returns the labels below the classes by which methods are compared."""
   figure, caption = figures.compare_classes(groups)
   (axes,) = figure.axes
   ticks = [label.get_text() for label in axes.get_xticklabels()]
@@ -737,7 +737,7 @@ addEventListener('load', () => {
 
 
 def look_at(page, folder, *flags):
-  """Returns what a browser finds on a page; its policy lets in the probe alone."""
+  """Returns what a browser finds on a page; its policy only admits the probe."""
   browser = next(filter(None, map(shutil.which, BROWSERS)), None)
   if browser is None:
     pytest.skip('there is no Chromium')
@@ -804,7 +804,7 @@ def validated(folder, made, test, val):
 
 
 def weighted(beta, gamma, seed):
-  """Returns a config with two keys of a grid, and one that follows the first."""
+  """Returns a config with two grid keys, and one that follows the first."""
   weights = {'name': 'effective_number', 'beta': beta}
   second = {'class_weights': {'beta': beta}}
   loss = {'name': 'sigmoid_focal', 'gamma': gamma}
@@ -818,7 +818,7 @@ def test_values_of_a_grid_are_chosen_by_validation(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'COMPARISONS', {})
   val = {(0.9, 1.0): 0.6, (0.99, 1.0): 0.8, (0.9, 2.0): 0.7, (0.99, 2.0): 0.5}
   for (beta, gamma), value in val.items():
-    for seed in (0, 1):  # on the test set it would be the other way round
+    for seed in (0, 1):  # the test set would rank them the other way round
       folder = tmp_path / f'{beta}-{gamma}/{seed}'
       validated(folder, weighted(beta, gamma, seed), 1 - value, value + 0.1 * seed)
   write_run(tmp_path / 'ce')
@@ -838,7 +838,7 @@ def test_values_of_a_grid_are_chosen_by_validation(tmp_path, monkeypatch):
   (axes,) = figure.axes
   assert [tick.get_text() for tick in axes.get_xticklabels()] == ['0.9', '0.99']
   drawn = [c.lines[0] for c in axes.containers if c.get_label().endswith('gamma=1')]
-  errors = np.asarray(drawn[0].get_ydata(), float)  # in the order of beta
+  errors = np.asarray(drawn[0].get_ydata(), float)  # ordered by beta
   np.testing.assert_allclose(errors, [60, 80])
   assert 'class_weights.beta' in caption
 
@@ -886,7 +886,7 @@ def scored(folder, recipe, seed, rates, prediction):
 
 
 def test_f1_of_the_open_class_follows_from_reported_values(tmp_path, rng):
-  """By hand, from the images that were rejected."""
+  """Computed by hand from the rejected images."""
   label = np.append(np.repeat(np.arange(5), 10), np.full(20, -1))
   prediction, kept = rng.integers(0, 5, 70), rng.uniform(size=70) < 0.6
   known = label >= 0
@@ -906,7 +906,7 @@ def test_f1_of_the_open_class_follows_from_reported_values(tmp_path, rng):
 
 def test_gains_are_over_the_plain_network_by_class(tmp_path):
   label = np.repeat(np.arange(5), 10)
-  worse = np.where(label == 4, 0, label)  # the rarest class is taken for the first
+  worse = np.where(label == 4, 0, label)  # the rarest class is mistaken for the first
   low = {'class_accuracy': [1.0, 1, 1, 1, 0], 'open_accuracy': 0.25}
   high = {'class_accuracy': [0.9, 1, 1, 1, 1.0], 'open_accuracy': 0.75}
   for seed in (0, 1):
@@ -916,7 +916,7 @@ def test_gains_are_over_the_plain_network_by_class(tmp_path):
   figure, caption = across.compare_gains(groups)
   accuracy, f1 = ([text.get_text() for text in axes.texts] for axes in figure.axes)
   assert accuracy == ['-10', '+0', '+0', '+0', '+100', '+50']
-  assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F is told of the open class
+  assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F for the open class
   assert [t.get_text() for t in figure.axes[-1].get_xticklabels()][-1] == 'open'
   assert drawing.draw('gains', across.compare_gains, groups, 'page').svg
   note = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
@@ -938,7 +938,7 @@ def test_seeds_are_a_band_around_the_mean(tmp_path):
   for axes in figure.axes:
     mean = axes.lines[0]
     np.testing.assert_allclose(np.asarray(mean.get_ydata(), float), 60)
-    assert list(mean.get_xdata()) == [10, 20, 30, 40]  # two stages, one after the other
+    assert list(mean.get_xdata()) == [10, 20, 30, 40]  # two stages in sequence
     (band,) = axes.collections  # of the method with two seeds
     heights = band.get_paths()[0].vertices[:, 1]
     spread = np.std([50, 70], ddof=1)

@@ -28,9 +28,9 @@ def metrics(accuracy):
 
 
 def write_run(folder, made=None, accuracy=ACCURACY, judge=()):
-  """Writes what a run with four domains leaves; returns the folder.
+  """Writes the files of a run with four domains; returns the folder.
 
-  In the domain `inverted` it predicts class 0 always.
+  In the domain `inverted` it always predicts class 0.
   """
   made = made or config()
   plain.write_run(folder, made, accuracy['photo'])
@@ -110,7 +110,7 @@ def test_the_table_has_every_domain_its_means_and_distances(tmp_path):
 
 
 def write_sweep(folder, accuracies, **changes):
-  """Writes a run a seed of each recipe: recipe -> accuracies of photo and inverted."""
+  """Writes one run per seed, given recipe -> accuracies on photo and inverted."""
   for recipe, (photo, inverted) in accuracies.items():
     for seed in (0, 1):
       found = ACCURACY | {'photo': photo + 0.1 * seed, 'inverted': inverted}
@@ -234,7 +234,7 @@ def test_features_have_the_colours_of_domains_and_beside_them_of_classes(tmp_pat
   ]
   assert sizes == [[5] * 4, [4] * 5]
   figure, caption = figures.features([run])
-  assert '10 test features' in caption  # of the two targets alone
+  assert '10 test features' in caption  # for the two targets only
 
 
 def test_curves_are_of_source_targets_and_open_domains(tmp_path):
@@ -252,7 +252,7 @@ def test_curves_are_of_source_targets_and_open_domains(tmp_path):
 
 
 def test_an_order_and_what_is_borrowed_are_shown_by_domain(by_domain_only, tmp_path):
-  """Of a run that has left them: which domain comes first, and which borrows more."""
+  """For a run that wrote them: which domain comes first, and which borrows more."""
   folder = write_run(tmp_path / 'run')
   targets = np.array(['photo', 'inverted'])
   score = np.r_[np.linspace(0, 1, 40), np.linspace(1.5, 2, 40)]

@@ -1,4 +1,4 @@
-"""Arrays of different shapes become one: against a table by hand, and Pillow."""
+"""Arrays of different shapes become one, compared with a hand-made table and Pillow."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def source(*shape):
   ],
 )
 def test_the_weights_by_hand(old, new, table):
-  """Triangles of height 1 over the distance to the centre, at most `old / new` wide."""
+  """Triangles of height 1 in the distance to the centre, at most `old / new` wide."""
   table = np.asarray(table, np.float64)
   np.testing.assert_allclose(resizing._weights(old, new), table, atol=2**-20)
   images = source(5, old, old, 1).images
@@ -51,7 +51,7 @@ def test_within_one_level_of_pillow(monkeypatch, shape, size, monkey_chunk):
     )
     difference = ours - np.asarray(theirs, np.int16).reshape(ours.shape)
     assert np.abs(difference).max() <= 1
-    assert difference.any()  # as Pillow rounds twice
+    assert difference.any()  # because Pillow rounds twice
 
 
 def test_black_and_white_stay_so():

@@ -1,4 +1,4 @@
-"""Residual networks: against published sizes, and against loops over pixels."""
+"""Residual networks compared with published sizes and loops over pixels."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ def apply(net, variables, images, *, train):
 
 
 def shapes_of(net, *sides, **options):
-  """Returns the shapes of the map and of the variables; nothing is computed."""
+  """Returns the shapes of the map and of the variables, without computing."""
   images = jnp.zeros((1, *sides, 3))
   return jax.eval_shape(
     lambda: net.init_with_output(jax.random.key(0), images, train=False, **options)
@@ -44,7 +44,7 @@ def count(tree):
 
 
 def drawn(net, rng, *sides):
-  """Returns variables of a network, all of them random, in double precision."""
+  """Returns random variables of a network, in double precision."""
 
   def draw(path, leaf):
     value = rng.uniform(0.5, 1.5, leaf.shape)
@@ -85,7 +85,7 @@ def test_size_of_resnet10():
   ('sides', 'expected'), [((225, 97), (8, 4)), ((97, 224), (4, 7)), ((33, 1), (2, 1))]
 )
 def test_a_side_halves_five_times_and_rounds_up(sides, expected):
-  """As (n + 2p - k) // 2 + 1 of PyTorch does for (k, p) of (7, 3), (3, 1), (1, 0)."""
+  """Like PyTorch's (n + 2p - k) // 2 + 1 for (k, p) of (7, 3), (3, 1), (1, 0)."""
   for net in (resnet(basic, (1, 1, 1, 1)), resnet(GROUPED, (1, 1, 1, 1), width=4)):
     assert shapes_of(net, *sides)[0].shape[1:3] == expected
 
@@ -125,7 +125,7 @@ def convolved(x, kernel, stride=1, groups=1):
   parts = zip(
     np.split(x, groups, -1),
     np.split(kernel, groups, -1),
-    np.split(y, groups, -1),  # Views: writing to a part writes to y.
+    np.split(y, groups, -1),  # These are views: writing to a part writes to y.
     strict=True,
   )
   for inputs, weights, out in parts:
@@ -137,7 +137,7 @@ def convolved(x, kernel, stride=1, groups=1):
 
 
 def pooled(x):
-  """Returns the maximum of every 3x3 window at stride 2, nothing outside counting."""
+  """Returns the maximum of every 3x3 window at stride 2, ignoring pixels outside."""
   y = np.zeros((len(x), (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, x.shape[3]))
   for i in range(y.shape[1]):
     for j in range(y.shape[2]):
@@ -148,16 +148,16 @@ def pooled(x):
 
 
 def expected_map(variables, x, train, blocks, kinds, groups, small=False):
-  """Returns the map by the definition.
+  """Returns the map by definition.
 
   Args:
-    variables: by names.
+    variables: variables by name.
     x: images.
-    train: normalises by the batch.
-    blocks: number of blocks, a stage.
-    kinds: sizes of the kernels of a block.
-    groups: of the 3x3 convolutions of a bottleneck.
-    small: whether nothing strides before the first block.
+    train: normalise by batch statistics.
+    blocks: number of blocks in each stage.
+    kinds: kernel sizes in a block.
+    groups: groups of the 3x3 convolutions in a bottleneck.
+    small: whether nothing before the first block has a stride.
   """
   params, stats = variables['params'], variables['batch_stats']
 
@@ -244,7 +244,7 @@ def test_groups_of_the_batch_are_separate_batches(rng):
 
 
 def test_forward_over_reverse_is_reverse_over_reverse(rng):
-  """Through the maximum, which bilevel methods differentiate twice."""
+  """Through max-pooling, which bilevel methods differentiate twice."""
   net, images = resnet(basic, (), width=4), rng.normal(size=(2, 9, 9, 3))
   variables = drawn(net, rng, 9, 9)
   tangent = jax.tree.map(lambda p: rng.normal(size=p.shape), variables['params'])

@@ -1,4 +1,4 @@
-"""What a run leaves: predictions as they were evaluated, whatever numbers they have."""
+"""Files of a run: predictions as they were evaluated, whatever their values."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests import tiny
 @pytest.mark.parametrize('all_logits', [True, False])
 @pytest.mark.parametrize('scale', [1, 2.0**100])
 def test_predictions_are_those_of_the_metrics(tmp_path, monkeypatch, all_logits, scale):
-  """In float16 these logits are equal, or too large."""
+  """In float16 these logits are equal or too large."""
 
   def predict(state, images):
     scores = images.reshape(len(images), -1)[:, :4]

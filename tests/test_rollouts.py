@@ -1,4 +1,4 @@
-"""Policies in mazes: who arrives, who walks in circles, and who is lucky."""
+"""Policies in mazes: arriving, walking in circles, and being lucky."""
 
 import types
 
@@ -83,7 +83,7 @@ def test_games_are_played_side_by_side():
 
 
 def absorbed(made, moves):
-  """The chance to arrive within so many random moves, by powers of a matrix."""
+  """The probability of arriving within a number of random moves, by matrix powers."""
   chain = np.zeros((121, 121))
   for row, column in np.argwhere(~made.walls[0]):
     at = row * 11 + column
@@ -114,7 +114,7 @@ def test_random_moves_arrive_as_often_as_their_markov_chain(seed, patience):
 
 
 def test_success_rates_of_a_network():
-  """One that always goes right: it solves the mazes where that is enough."""
+  """A network that always moves right solves the mazes where that is enough."""
   worlds = {name: mazes.make_world(name, 'test', 40)[0] for name in ('plain', 'night')}
   sources = {
     name: Arrays(world.scene.background, None, (), world=world)
@@ -128,8 +128,8 @@ def test_success_rates_of_a_network():
     return {'logits': jnp.zeros((40, 4)).at[:, state].set(1.0)}
 
   found = rollouts.success_rates(predict, jnp.int32(RIGHT), sources)
-  assert traced.times == 1  # all moves in all domains are one program
-  assert found['plain'] == found['night']  # which have the same mazes
+  assert traced.times == 1  # all moves in all domains share one program
+  assert found['plain'] == found['night']  # they have the same mazes
   rates = found['plain']
   made = worlds['plain'].mazes
   straight = [  # nothing but floor between an agent and a goal to its right

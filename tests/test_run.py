@@ -1,4 +1,4 @@
-"""Runs of several stages, in their own processes, and what a run leaves behind."""
+"""Runs of several stages, in their own processes, and the files they write."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def carried(config_file, tmp_path_factory):
 
 
 def test_carried_stages_continue_as_one_run(carried, tmp_path):
-  """Pre-training and going on is the run of one stage: optimiser, clock and order."""
+  """Pre-training and continuing equals one stage: optimiser, clock and order."""
   workdir = tmp_path / 'run'
   one_stage = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
   code, output = run(workdir, one_stage)
@@ -136,7 +136,7 @@ def test_wall_time_is_that_of_all_starts(carried, config_file, tmp_path):
   rows = [
     ('started', 10.0),
     ('saved', 14.0),
-    ('started', 100.0),  # killed before it told anything
+    ('started', 100.0),  # killed before it logged anything
     ('started', 200.0),
     ('finished', 203.0),
     ('started', 300.0),
@@ -187,7 +187,7 @@ def test_a_stop_in_the_only_evaluation_still_selects(tmp_path):
 
 
 def test_averaged_weights_and_a_stage_without_steps(tmp_path):
-  """The average of the first stage does not leak into the second, nor random values."""
+  """Neither the average of the first stage nor random values leak into the second."""
   config = tmp_path / 'ema.py'
   config.write_text(
     'from configs import digits_lt\n'
@@ -223,7 +223,7 @@ def test_a_profile_is_recorded_on_request(tmp_path):
 
 
 def test_cifar10_pool_trains(cifar10_npz, tmp_path):
-  """The real images: one epoch of a small network, as the config has it."""
+  """Real images: one epoch of a small network with the config's settings."""
   arg = 'ldam_drw,imbalance=100,net=resnet8,epochs=0.2'
   config = f'{child.ROOT}/configs/cifar10_lt.py:{arg}'
   source = (f'--config.data.source=npz:{cifar10_npz}', '--config.data.subset=stored')
@@ -284,7 +284,7 @@ def test_a_kill_while_weights_are_learned_ends_in_the_same_run(learned, tmp_path
 
 @pytest.fixture(scope='module')
 def two_trainings(tmp_path_factory):
-  """(config, workdir) of a finished run, and the States that its stages began with."""
+  """Returns (config, workdir) of a finished run, and its stages' initial States."""
   folder = tmp_path_factory.mktemp('crt')
   config = tiny.config(tiny.write_npz(folder / 'tiny.npz'), 'crt', epochs=2.0)
   begun, real = [], train.train
@@ -304,12 +304,12 @@ def test_a_retrained_classifier_starts_from_other_weights(two_trainings):
   one, other = (np.asarray(s.params['net']['head']['kernel']) for s in (first, second))
   assert one.shape == other.shape and (one != other).all()
   np.testing.assert_array_equal(
-    *(jax.random.key_data(s.key) for s in (first, second))  # of augmentation
+    *(jax.random.key_data(s.key) for s in (first, second))  # for augmentation
   )
 
 
 def test_a_stage_resumes_only_from_the_states_it_started_with(two_trainings):
-  """Where the first training is prolonged, the second is not silently the old one."""
+  """If the first training is extended, the second is not silently the old one."""
   config, workdir, _ = two_trainings
   before = (workdir / 'result.json').read_bytes()
   longer = {**config, 'epochs': 4.0}
@@ -322,7 +322,7 @@ def test_a_stage_resumes_only_from_the_states_it_started_with(two_trainings):
 
 
 def test_a_run_from_before_paths_were_renamed_resumes(two_trainings, tmp_path):
-  """Its stages still began from the States that they say they began from."""
+  """Its stages still started from the States they say they started from."""
   _, workdir, _ = two_trainings
   older = epath.Path(shutil.copytree(workdir, tmp_path / 'run'))
   config = trained.read_config(older)

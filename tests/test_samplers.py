@@ -1,4 +1,4 @@
-"""Samplers: the law of positions, exact cycles, and frequencies."""
+"""Samplers: how positions map to images, exact cycles, and frequencies."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(name):
 @pytest.mark.parametrize('name', [name for name in OPTIONS if name != 'instance'])
 def test_samplers_by_class_draw_labelled_images(name):
   labels = np.where(np.arange(len(LABELS)) % 3 > 0, LABELS, -1)
-  labels[LABELS == 4] = 4  # the one image of its class
+  labels[LABELS == 4] = 4  # the only image of its class
   drawn = labels[make(name, labels, **OPTIONS[name]).indices(0, 0)]
   assert drawn.min() >= 0
   with pytest.raises(UserError, match=f"{name}.* no image has a label: use 'instance'"):
@@ -69,7 +69,7 @@ def test_samplers_by_class_draw_labelled_images(name):
 
 
 def test_samplers_do_not_share_random_numbers():
-  labels = np.repeat(np.arange(5), 100)  # where these two draw by equal weights
+  labels = np.repeat(np.arange(5), 100)  # there these two draw with equal weights
   a = samplers.square_root(labels).indices(0, 0)
   b = samplers.effective_number(labels, beta=0.5).indices(0, 0)
   assert np.mean(a == b) < 0.1
@@ -99,7 +99,7 @@ def test_images_of_a_class_are_drawn_alike():
   )
   per_image = np.bincount(drawn, minlength=len(LABELS))[LABELS == 1]
   mean = per_image.mean()
-  assert abs(per_image.var() / mean - 1) < 0.5  # Poisson, as independent draws are
+  assert abs(per_image.var() / mean - 1) < 0.5  # Poisson, like independent draws
   assert per_image.min() > 0.5 * mean
 
 

@@ -1,4 +1,4 @@
-"""What a stage saves of images reaches the batches of a later stage, image by image."""
+"""Outputs saved by a stage reach the batches of a later stage, image by image."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ ROW = {
 
 
 def config(row=ROW, saves=SAVES, **second):
-  """Self-training: a source, then the target's images under their predictions."""
+  """Self-training: a source, then target images labelled by their predictions."""
   made = base_config()
   data = {
     'source': 'fake',
@@ -51,7 +51,7 @@ def config(row=ROW, saves=SAVES, **second):
 
 
 def permuted(experiment):
-  """The data sets with the target's training labels in another order."""
+  """The data sets with the target's training labels permuted."""
   other = experiment.domains['other']
   images = other.splits['train']
   labels = np.random.default_rng(0).permutation(images.labels)
@@ -61,7 +61,7 @@ def permuted(experiment):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """A run of both stages; its folder, and what the first has left."""
+  """A run of both stages: its folder, and what the first stage saved."""
   workdir = tmp_path_factory.mktemp('saved')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('jax.device_count', lambda: 1)

@@ -1,4 +1,4 @@
-"""Street scenes: what is drawn, always the same, and a run from end to end."""
+"""Street scenes: reproducible drawings, and an end-to-end run."""
 
 import types
 
@@ -83,7 +83,7 @@ def test_mistakes_in_the_name_of_a_domain_are_reported(argument, message):
 
 
 def test_a_run_from_end_to_end_and_its_report(tmp_path):
-  """Source only, with a compound target, an open domain, and selection by entropy."""
+  """Trains on the source; a compound target, an open domain, selection by entropy."""
   made = config('source_only,train=16,steps=4,target=fog+rain', select='target/entropy')
   result = run.run(made, tmp_path)
   assert set(result['domains']) == {'fog', 'rain', 'source', 'snow'}
@@ -112,7 +112,7 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
 
 
 def check_predicted_maps(workdir):
-  """Files of the images give the label maps that the run's own evaluation drew."""
+  """Predicting image files gives the label maps that the run's evaluation drew."""
   with np.load(workdir / 'samples.npz') as stored:
     images, expected = stored['snow/test/image'], stored['snow/test/prediction']
   folder = workdir / 'photos'

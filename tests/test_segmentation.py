@@ -1,4 +1,4 @@
-"""The metrics of segmentation: against NumPy in float64, on hand cases and by batch."""
+"""Segmentation metrics compared with float64 NumPy, on hand-made cases and by batch."""
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def records(logits, label):
 def test_records_are_those_of_numpy_at_the_size_of_the_labels(case):
   logits, label = case
   found = records(logits, label)
-  # Bilinear by a factor of 2: 3/4 of the nearer pixel and 1/4 of the other, per axis.
+  # Bilinear with factor 2: 3/4 of the nearer pixel and 1/4 of the other, per axis.
   large = logits
   for axis in (1, 2):
     first, last = (np.take(large, [i], axis) for i in (0, -1))
@@ -117,7 +117,7 @@ def test_a_picture_shows_every_pixel_of_small_maps(case):
 
 
 def of_pixels(state, images):
-  """A network that sees one pixel at a time, and says so in two outputs."""
+  """A network that sees one pixel at a time and has two outputs."""
   return {
     'logits': images @ state,
     'low_logits': images,

@@ -1,4 +1,4 @@
-"""Networks of pixels: sizes, dilation and resizing against NumPy, heads of vectors."""
+"""Segmentation networks: sizes, dilation and resizing by NumPy, vector heads."""
 
 import functools
 import math

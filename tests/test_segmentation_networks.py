@@ -1,4 +1,4 @@
-"""Published networks of pixels: PyTorch, the strided networks, published sizes."""
+"""Published segmentation networks compared with PyTorch, strided versions and sizes."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ CONV = functools.partial(Conv, kernel_init=kaiming, dtype=None)
 
 
 def network(name):
-  """Returns ours of a network in `golden.NETWORKS`."""
+  """Returns our version of a network in `golden.NETWORKS`."""
   if name == 'discriminator':
     return patch_discriminator(width=8)
   if name.startswith('fcn'):
@@ -51,7 +51,7 @@ def stored():
 
 
 def loaded(name, net, tensors):
-  """Returns the variables of a network, its trunk loaded as published weights are."""
+  """Returns the variables of a network, with a trunk loaded like published weights."""
   images = jax.ShapeDtypeStruct(golden.images(name).shape, np.float32)
   train = {} if name == 'discriminator' else {'train': False}
   shapes = jax.eval_shape(
@@ -115,7 +115,7 @@ def test_pytorch_reproduces_the_stored_outputs(stored):
 
 
 def drawn(net, images, rng):
-  """Returns variables of a network, by which activations stay near one."""
+  """Returns variables of a network that keep activations near one."""
   shapes = jax.eval_shape(
     functools.partial(net.init, train=False), jax.random.key(0), images
   )
@@ -162,7 +162,7 @@ DILATING = {
   ],
 )
 def test_a_dilated_network_has_the_pixels_of_the_strided_one(name, stride, rng):
-  """And all their weights: so those of ImageNet serve either."""
+  """And the same weights, so ImageNet weights work for both."""
   images = jnp.asarray(rng.normal(size=(2, 97, 33, 3)), jnp.float32)
   nets = [DILATING[name](s) for s in (32, stride)]
   variables = drawn(nets[0], images, rng)
@@ -244,7 +244,9 @@ def test_fcn_has_the_size_of_vgg_and_logits_of_every_pixel(head, low):
   outputs, variables = shapes_of('fcn_vgg16', head, (500, 375))
   assert outputs['logits'].shape == (1, 500, 375, 19)
   assert outputs['low_logits'].shape[1] == low
-  assert count(variables['params']['trunk']) == 134_260_544  # VGG-16 but its last layer
+  assert (
+    count(variables['params']['trunk']) == 134_260_544
+  )  # VGG-16 without its last layer
   skips = {'fcn32': 0, 'fcn16': 512, 'fcn8': 512 + 256}[head]
   scores = {'fcn32': 1, 'fcn16': 2, 'fcn8': 3}[head]
   assert count(variables['params']['head']) == 19 * (4096 + skips + scores)
@@ -265,7 +267,7 @@ def test_lite0_with_dilation_is_a_trunk_of_maps():
 
 
 def test_weights_of_vgg_fit_a_trunk_without_hidden_layers(stored):
-  """Those of its hidden layers are left, and told."""
+  """Weights of hidden layers are left out, which is reported."""
   state = json.loads(bytes(stored['deeplab_vgg16_bn/state']))
   tensors = {
     key: resnet_torch.tensor(key, tuple(shape))
@@ -288,7 +290,7 @@ def test_weights_of_vgg_fit_a_trunk_without_hidden_layers(stored):
   assert report.loaded == sum('num_batches' not in key for key in tensors)
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Recipes of adaptation for labels of pixels, on the embedded pair of scenes."""
+"""Adaptation recipes for segmentation, on the embedded pair of scenes."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_an_auxiliary_output_is_adapted_too(recipe):
 
 
 def assert_resumes(recipe, workdir):
-  """Runs, takes away what came after the first checkpoint, and runs again."""
+  """Runs, removes everything after the first checkpoint, and runs again."""
   made = config(recipe)
   result = run.run(made, workdir)
   rows = _untimed(workdir)
@@ -142,7 +142,7 @@ def test_runs_on_one_two_and_eight_devices_agree(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe', ['advent', 'mean_teacher'])
 def test_kill_9_in_a_save_ends_in_the_same_run(recipe, tmp_path):
-  """By the command itself, in processes of its own."""
+  """With the command itself, in separate processes."""
   fast = (
     "--config.model.trunk_options={'width':4}",
     '--config.log_every_steps=2',

@@ -1,4 +1,4 @@
-"""Self-supervised tasks: what they do to images, and who learns from them how."""
+"""Self-supervised tasks: how they transform images, and how they are learned."""
 
 import functools
 
@@ -27,7 +27,7 @@ def head(labels, base=0.3):
   return Player(linear(labels), sgd(rate(base), momentum=0.0))
 
 
-# What is done to images.
+# Transformations of images.
 
 SHOWN = {
   'rotation': [np.asarray, lambda x: np.rot90(x), lambda x: np.rot90(x, 2), None],
@@ -63,7 +63,7 @@ def test_a_location_is_a_quarter_at_full_size(side, rng):
 
 
 def test_no_label_of_a_digit_is_half_a_turn(rng):
-  """Which makes a 6 of a 9, and leaves what is alike on both sides, such as a 0."""
+  """Half a turn would make a 9 a 6 and leave symmetric digits, such as 0, unchanged."""
   image = rng.normal(size=(6, 6, 1)).astype(np.float32)
   alike = image + np.rot90(image, 2)
   four, labels = np.stack([alike] * 4), np.arange(4)
@@ -81,7 +81,7 @@ def test_only_square_images_are_turned():
     changed('rotation', np.zeros((1, 4, 6, 1)), np.zeros(1, int))
 
 
-# What a step does.
+# Steps.
 
 
 def log_p(logits, labels):
@@ -140,7 +140,7 @@ def test_a_step_is_the_formula(order):
     order=order,
   )
   state = jax.jit(method.init)(jax.random.key(0), batches)
-  state = state.replace(step=jnp.int32(3))  # of whose labels the key is
+  state = state.replace(step=jnp.int32(3))  # the labels depend on it
   after, metrics = jax.jit(method.step)(state, batches)
   expected = jax.jit(
     functools.partial(expected_step, net, tasks=tasks, order=order, weight=0.5)
@@ -154,7 +154,7 @@ def test_a_step_is_the_formula(order):
 
 @functools.cache
 def two_steps(devices):
-  """Parameters and statistics after two steps of a normalised network."""
+  """Returns parameters and statistics after two steps of a normalised network."""
   method = made(
     'self_supervised',
     normalised_net(),

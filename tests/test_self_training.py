@@ -1,4 +1,4 @@
-"""Pseudo-labels: which predictions count, and what they add to a step."""
+"""Pseudo-labels: which predictions count, and what they contribute to a step."""
 
 import functools
 import json
@@ -49,7 +49,7 @@ def test_a_prediction_counts_where_its_own_class_says_so(rng):
 
 @pytest.mark.parametrize('portion', [0.1, 0.5, 1.0])
 def test_the_same_portion_of_every_class_is_labelled(portion, rng):
-  """Also of a class that the network is never sure of."""
+  """Even for a class that the network is never confident about."""
   predicted = np.repeat([0, 1, 3], [40, 7, 1])
   confidence = np.concatenate(
     [rng.uniform(0.8, 1, 40), rng.uniform(0.3, 0.4, 7), [0.5]]
@@ -58,7 +58,7 @@ def test_the_same_portion_of_every_class_is_labelled(portion, rng):
   passed = confidence >= thresholds[predicted]
   for label, images in ((0, 40), (1, 7), (3, 1)):
     assert passed[predicted == label].sum() == np.ceil(portion * images)
-  assert thresholds[2] == thresholds.max()  # which no image is predicted to be
+  assert thresholds[2] == thresholds.max()  # predicted for no image
   assert thresholds[2] <= 1
 
 

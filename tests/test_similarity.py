@@ -1,4 +1,4 @@
-"""Which source serves a target: the command, by files of features and by a network."""
+"""Which source suits a target: the command, with feature files and with a network."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Similarity of domains and transferability of networks, against independent forms."""
+"""Similarity of domains and transferability of networks, by independent formulas."""
 
 import itertools
 import sys
@@ -27,7 +27,7 @@ def some(rng, classes, name, width=6):
 
 @pytest.fixture(params=['POT', 'SciPy'])
 def solved(request, monkeypatch):
-  """Whichever solver, POT where it is installed."""
+  """Every solver; POT if it is installed."""
   if request.param == 'POT' and not HAS_POT:
     pytest.skip('POT is not installed')
   if request.param == 'SciPy':
@@ -128,7 +128,7 @@ def test_features_of_two_networks_do_not_compare(rng):
     similarity.similarity(some(rng, 3, 'a'), some(rng, 3, 'b', width=5))
 
 
-# Which classes serve a target.
+# Which classes suit a target.
 
 
 def test_the_paper_s_rule_is_the_distance_of_one_class(solved, rng):
@@ -156,7 +156,7 @@ def test_unions_have_each_class_once(rng):
 
 
 def test_a_target_of_several_groups_is_served_by_other_rules():
-  """The paper's rule takes what is in the middle, near to no class of the target."""
+  """The paper's rule takes classes in the middle, near no class of the target."""
   corners = np.array([(-10, 0), (10, 0), (0, -10), (0, 10)])
   target = made(corners, (1, 1, 1, 1), 't')
   source = made([*(0.9 * corners), (0, 0.1)], (1, 1, 1, 1, 1))
@@ -165,7 +165,7 @@ def test_a_target_of_several_groups_is_served_by_other_rules():
     assert similarity.select(source, [target], [4], rule)[0].tolist() == [0, 1, 2, 3]
 
 
-# Does similarity tell accuracy? The published numbers, columns as the tables have them.
+# Does similarity predict accuracy? Published numbers, with the tables' columns.
 
 
 EMD_OF = ('cub', 'flower', 'cars', 'dogs', 'aircraft', 'nabirds', 'food')
@@ -180,7 +180,7 @@ ACCURACY = {
   'inat': (89.26, 78.46, 97.64, 88.31, 82.61, 88.80, 87.91),
   'both': (85.84, 82.36, 97.07, 91.38, 85.21, 88.45, 83.98),
 }
-"""Of Cui et al.: EMD by the authors' demonstration, top-1 accuracy of Inception-v3."""
+"""From Cui et al.: EMD by the authors' demo, top-1 accuracy of Inception-v3."""
 
 
 def test_the_published_numbers_say_it_by_target_and_not_pooled():
@@ -233,7 +233,7 @@ def test_leep_and_nce_are_sums_over_images(outputs):
   )
   assert transferability.nce(theta, labels) == pytest.approx(-entropy, rel=1e-12)
   assert transferability.leep(np.eye(3)[labels], labels) == pytest.approx(0, abs=1e-12)
-  unused = np.pad(theta, ((0, 0), (0, 1)))  # a class that the source never predicts
+  unused = np.pad(theta, ((0, 0), (0, 1)))  # a class the source never predicts
   assert transferability.leep(unused, labels) == pytest.approx(total / 40, rel=1e-12)
 
 
@@ -253,7 +253,7 @@ def test_h_score_is_a_product_of_projections(outputs):
 
 @pytest.mark.parametrize('width', [7, 60])
 def test_logme_is_the_evidence_of_a_gaussian(rng, width):
-  """By the density of y itself; with more features than images too."""
+  """Compared with the density of y itself, also with more features than images."""
   labels = rng.integers(0, 2, 30)
   features = rng.normal(size=(30, width)) + labels[:, None]
   means = []

@@ -1,4 +1,4 @@
-"""Sources: what comes back is what was written, and bad files are told in a line."""
+"""Sources: files are read back as written, and bad files give a one-line error."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ PIXELS = np.random.default_rng(0)
 
 
 def archive(**changes):
-  """Returns the members of a small good archive, with changes; None leaves out."""
+  """Returns the members of a small valid archive, changed; None removes a member."""
   members = {
     'x_train': PIXELS.integers(0, 256, (6, 4, 5, 3), np.uint8),
     'y_train': np.array([0, 1, 2, 0, 1, 2]),
@@ -172,7 +172,7 @@ def test_npz_of_which_a_bit_changed(tmp_path):
   whole = file.read_bytes()
   for good, bad in (
     (b'v\0{', b'6\0{'),  # a header that ends too early
-    (b'PK\1\2\x2d\3\x2d', b'PK\1\2\x2d\3\x6d'),  # of a later version of ZIP
+    (b'PK\1\2\x2d\3\x2d', b'PK\1\2\x2d\3\x6d'),  # from a later version of ZIP
   ):
     assert good in whole
     file.write_bytes(whole.replace(good, bad, 1))
@@ -211,7 +211,7 @@ def encode(pixels, mode, kind):
 
 
 def write_tfds(folder, name, shape, examples, **more):
-  """Writes a data set as TFDS does, with ArrayRecord shards and without TensorFlow."""
+  """Writes a data set like TFDS, with ArrayRecord shards and without TensorFlow."""
   import tensorflow_datasets as tfds
 
   folder = folder / name / '1.0.0'
@@ -238,7 +238,7 @@ def write_tfds(folder, name, shape, examples, **more):
 
 
 def small_tfds(folder):
-  """Writes a set of seven training and two test images of one size."""
+  """Writes a set with seven training and two test images of the same size."""
   pixels = PIXELS.integers(0, 256, (9, 4, 5, 3), np.uint8)
   examples = [
     {'id': str(i), 'image': encode(image, 'RGB', 'png'), 'label': i % 2}
@@ -271,7 +271,7 @@ def test_a_large_tfds_stays_on_disk(tmp_path, monkeypatch):
     np.testing.assert_array_equal(source[i], pixels[i])
   assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
   assert source.labels.dtype == np.int32
-  twin = copy.deepcopy(source)  # by the protocol that sends it to a worker
+  twin = copy.deepcopy(source)  # with the protocol that sends it to a worker
   np.testing.assert_array_equal(twin[3], pixels[3])
 
 
@@ -454,7 +454,7 @@ def test_a_set_that_was_prepared_anew_has_another_fingerprint(tmp_path):
 
 
 def test_a_damaged_record_is_named(tmp_path):
-  pixels = PIXELS.integers(0, 256, (20, 20), np.uint8)  # which does not compress
+  pixels = PIXELS.integers(0, 256, (20, 20), np.uint8)  # which is not compressible
   examples = [{'id': '', 'image': encode(pixels, 'L', 'png'), 'label': 0}] * 3
   write_tfds(tmp_path, 'pets', (None, None, 3), {'train': examples})
   (shard,) = (tmp_path / 'pets' / '1.0.0').glob('*.array_record*')
@@ -477,7 +477,7 @@ def test_a_damaged_record_is_named(tmp_path):
     ('Corrupted Riegeli/records file: block header hash mismatch', UserError),
     ('Invalid Riegeli/records file: chunk boundary is 393216 but', UserError),
     ('ArrayRecord file should be at least 64KB big', UserError),
-    ('', UserError),  # of a shard that ends at the end of a block
+    ('', UserError),  # for a shard that ends with a block
     ('open() failed: No such file or directory; opening FILE', UserError),
     ('pread() failed: Input/output error; reading Corrupted; at byte 9', OSError),
     ('open() failed: Stale file handle; opening FILE', OSError),
@@ -503,7 +503,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path):
   source.encoded(0)
   (shard,) = (tmp_path / 'pets' / '1.0.0').glob('*.array_record*')
   opened = [n for n in os.listdir('/proc/self/fd') if _target(n) == str(shard)]
-  with open('/proc/self/mem', 'rb') as failing:  # whose first page gives EIO
+  with open('/proc/self/mem', 'rb') as failing:  # with EIO on its first page
     for number in opened:
       os.dup2(failing.fileno(), int(number))
   with pytest.raises(OSError, match='image 1: .*Input/output error'):
@@ -513,7 +513,7 @@ def test_a_disk_that_fails_is_no_damage(tmp_path):
 def _target(number):
   try:
     return os.readlink(f'/proc/self/fd/{number}')
-  except FileNotFoundError:  # that of listing them
+  except FileNotFoundError:  # the error of listing them
     return ''
 
 

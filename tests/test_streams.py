@@ -1,4 +1,4 @@
-"""Streams and augmentation: the right images, in the right place, on any process."""
+"""Streams and augmentation: the right images at the right place, in any process."""
 
 import jax
 import jax.numpy as jnp

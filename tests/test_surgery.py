@@ -1,4 +1,4 @@
-"""Surgery: what is named is taken, what is not stays fresh, and mistakes are told."""
+"""Surgery: named leaves are taken, others stay fresh, and mistakes are reported."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def test_surgeries_are_done_in_order():
 
 
 def test_no_buffer_is_shared_with_an_earlier_stage():
-  """A step that consumes the buffers of one must leave the other alone."""
+  """A step that donates one State's buffers must not affect the other."""
   origin = make_state(1.0)
   taken = operate(make_state(0.0), {'a': origin}, [copy(pattern='.*', stage='a')])
   ours = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(taken.params)}
@@ -157,7 +157,7 @@ def test_put_reports_what_it_cannot_replace(prepare, path, shape, message):
 
 
 def renamed(value):
-  """A State with the head of `make_state` in a part of its own."""
+  """A State with the head of `make_state` under a separate key."""
   state = make_state(value)
   net = state.params['net']
   head = {'hallucinator': net['head'], 'classifier': net['head']}
@@ -205,7 +205,7 @@ def npz(tmp_path_factory):
 
 
 FIRST = {}
-"""First States by configuration and stage: they are the same on any devices."""
+"""Initial States by config and stage; they do not depend on the devices."""
 
 
 def first_state(experiment, stage):
@@ -218,7 +218,7 @@ def first_state(experiment, stage):
 
 
 def measured(npz, recipe, devices):
-  """Returns (images, labels, outputs, first stage's State, last State)."""
+  """Returns (images, labels, outputs, State of the first stage, last State)."""
   experiment = build.build(tiny.config(npz, recipe), devices=devices)
   assert experiment.mesh.size == devices
   (before, _), (name, stage) = experiment.stages.items()
@@ -244,7 +244,7 @@ def test_centroids_start_as_class_means(npz, devices):
   expected = [outputs['features'][labels == c].mean(0) for c in range(4)]
   assert np.ptp(expected, axis=0).max() > 1e-3
   np.testing.assert_allclose(last.params['centroids'], expected, rtol=1e-4, atol=1e-6)
-  # And the network is what the surgeries before left it.
+  # And the network is as earlier surgeries left it.
   head, plain = last.params['net']['head'], before.params['net']['head']
   jax.tree.map(np.testing.assert_array_equal, head['hallucinator'], plain)
   jax.tree.map(
@@ -275,7 +275,7 @@ def test_nearest_class_mean(npz, devices):
 
 
 def test_the_head_of_class_means(rng):
-  """In doubles, from any means."""
+  """In float64, for any means."""
   features, means = rng.normal(size=(6, 5)), rng.normal(size=(3, 5))
   centre = rng.normal(size=5)
   with jax.enable_x64(True):
@@ -287,7 +287,7 @@ def test_the_head_of_class_means(rng):
 
 
 def a_survey(counts):
-  """Passes over a split whose sums are given: ones, and so many images a class."""
+  """Passes over a split with given sums: ones, and given images per class."""
   shapes = {
     'logits': jax.ShapeDtypeStruct((8, 3), np.float32),
     'features': jax.ShapeDtypeStruct((8, 2), np.float32),

@@ -1,4 +1,4 @@
-"""Sweeps: every cell an ordinary run, none made twice, and failures that stay alone."""
+"""Sweeps: every cell is an ordinary run, none runs twice, and failures are isolated."""
 
 import io
 import json
@@ -180,7 +180,7 @@ def test_an_interrupt_is_no_failure_of_a_cell(tmp_path):
   def interrupted(recipe):
     raise KeyboardInterrupt
 
-  with pytest.raises(KeyboardInterrupt):  # whose end is told as that of any command
+  with pytest.raises(KeyboardInterrupt):  # reported like the end of any command
     sweep.sweep(sweep.cells(['ce'], ['0', '1'], tmp_path), interrupted)
   assert not list(tmp_path.iterdir())
 

@@ -1,7 +1,7 @@
-"""The TPU compiler takes the step of every method, for 32 chips of eight hosts.
+"""The TPU compiler accepts the step of every method, for 32 chips on eight hosts.
 
-Needs no TPU, only the package libtpu: `make test-tpu` installs it. Networks are small,
-as each is compiled anew.
+It needs no TPU, only the package libtpu, which `make test-tpu` installs. Networks are
+small, because each is compiled anew.
 """
 
 import importlib.util
@@ -24,7 +24,9 @@ from lt_jax.methods import METHODS
 if not importlib.util.find_spec('libtpu'):
   pytest.skip('libtpu is not installed: make test-tpu', allow_module_level=True)
 
-jax.config.update('jax_platforms', 'cpu')  # or JAX looks for a TPU of this machine
+jax.config.update(
+  'jax_platforms', 'cpu'
+)  # otherwise JAX looks for a TPU in this machine
 
 POD = plan.parse_devices('v5e:4x8')
 
@@ -57,7 +59,7 @@ STAGES = {  # recipe and stage -> its method
   ('meta_ce', 'meta'): 'meta_reweight',
 }
 
-TWO_DOMAINS = {  # likewise, of the embedded pair
+TWO_DOMAINS = {  # likewise for the embedded pair
   ('deep_coral', 'train'): 'aligned',
   ('dann', 'train'): 'dann',
   ('cdan', 'train'): 'cdan',
@@ -79,7 +81,7 @@ OTHER_TASKS = {  # config, recipe and stage -> its method
   (digits_zero_shot, 'zsda,target=blended', 'refine'): 'saved_label',
 }
 
-OF_PIXELS = {  # recipe and stage -> its method, of the embedded scenes
+OF_PIXELS = {  # likewise for the embedded scenes
   ('minent', 'train'): 'aligned',
   ('advent', 'train'): 'advent',
   ('mean_teacher', 'train'): 'mean_teacher',
@@ -132,7 +134,7 @@ def test_a_method_compiles(recipe, name):
 
 @pytest.mark.parametrize(('recipe', 'name'), TWO_DOMAINS)
 def test_a_method_of_two_domains_compiles(recipe, name):
-  """And no image moves from a chip to another: only sums are exchanged."""
+  """And no image moves between chips: only sums are exchanged."""
   made = digits_domains.get_config(recipe)
   made.update(batch=64, eval_batch=64)
   made.model.dtype = 'bfloat16'
@@ -153,7 +155,7 @@ def test_a_method_of_another_task_compiles(file, recipe, name):
 
 @pytest.mark.parametrize(('recipe', 'name'), OF_PIXELS)
 def test_a_method_of_pixels_compiles(recipe, name):
-  """And no map moves from a chip to another, not where images are mixed either."""
+  """And no map moves between chips, even where images are mixed."""
   made = scenes.get_config(f'{recipe},train=64')
   made.update(batch=64, eval_batch=64)
   made.model.dtype = 'bfloat16'
@@ -175,7 +177,7 @@ def test_a_plain_step_exchanges_its_gradient_alone(plain):
 
 
 def test_in_bfloat16_most_of_the_gradient_is_half_as_large(plain):
-  """A kernel's gradient is exchanged as it was computed, and widened afterwards."""
+  """A kernel's gradient is exchanged in bfloat16 and widened afterwards."""
   step, _ = compiled('ce')
   assert len(all_reduces(step)) <= 3
   assert (
@@ -193,7 +195,7 @@ def test_flops_are_those_that_are_counted_without_it(plain):
   on_cpu = plan.compile_step(stage, plan.make_mesh(plan.Devices('h100', 8)))
   assert on_tpu.parameters == on_cpu.parameters
   more = on_tpu.flops * POD.count - on_cpu.flops * 8
-  # There every device's update of the parameters counts, here one in all.
+  # There every device's parameter update counts, here only one.
   assert 0 <= more <= 20 * on_tpu.parameters * POD.count
 
 

@@ -1,4 +1,4 @@
-"""The loop, with a method of three lines: what happens when, and that it resumes."""
+"""The loop, with a three-line method: when things happen, and that it resumes."""
 
 import collections
 import threading
@@ -38,7 +38,7 @@ def toy_method():
 
 
 def toy_stream(bad_step=None):
-  """Batches (B, 3) that are functions of the step; NaN at one of them."""
+  """Batches (B, 3) that are functions of the step, with NaN at one step."""
 
   def payload(step):
     x = np.random.default_rng(step).normal(size=(BATCH, 3)).astype(np.float32)
@@ -54,7 +54,7 @@ def _prepare(arrays, payload, key):
 
 
 class Recorder:
-  """Hooks that write down what the loop did."""
+  """Hooks that record what the loop did."""
 
   def __init__(self, stop_at=None):
     self.calls = []
@@ -168,7 +168,7 @@ def test_stopping_saves_and_resuming_equals_the_unbroken_run(unbroken, stop_at):
 
 
 def test_a_resumed_run_evaluates_again_where_it_stopped(unbroken):
-  """The evaluation at that step may have been the one that was interrupted."""
+  """That step's evaluation may have been interrupted."""
   recorder = Recorder(stop_at=12)
   states = {}
   recorder._save = lambda step, state: states.update(
@@ -187,7 +187,7 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_for_a_batch_saves(monkeypatc
 
   def payload(step):
     if step == 6:
-      recorder.stop_at = 0  # from now on it is asked to
+      recorder.stop_at = 0  # from now on it is asked to stop
       let_go.wait(30)
     return plain.payload(step)
 
@@ -250,7 +250,7 @@ def test_replaced_images_are_reported():
 def test_devices_of_a_process_are_neighbours_whatever_the_machine_calls_first(
   monkeypatch,
 ):
-  """As each process owns consecutive rows of a batch; a TPU counts along its torus."""
+  """Each process owns consecutive rows of a batch; a TPU counts along its torus."""
 
   class Device(NamedTuple):
     process_index: int

@@ -71,7 +71,7 @@ def test_impossible_lists_are_reported(text, message):
 
 @pytest.mark.parametrize('recipe', ['frozen', 'chop', 'ldam_drw', 'crt', 'l2_sp'])
 def test_settings_of_a_recipe_do_not_apply_to_the_source(recipe):
-  """Whatever is done on the target, the first stage is the same training."""
+  """Whatever happens on the target, the first stage is the same training."""
   config = resolve(digits_transfer.get_config(recipe))
   plain = resolve(digits_transfer.get_config('ce'))
   source, expected = (stage_config(c, 'source') for c in (config, plain))
@@ -84,7 +84,7 @@ def test_settings_of_a_recipe_do_not_apply_to_the_source(recipe):
 
 @pytest.fixture(scope='module')
 def ran(tmp_path_factory):
-  """The folder of a run: a union of two sources, then a frozen trunk."""
+  """The folder of a run with a union of two sources, then a frozen trunk."""
   config = digits_transfer.get_config('frozen,epochs=2')
   config.model.trunk_options = {'width': 2}
   config.stages.source.epochs = 1.0
@@ -119,7 +119,7 @@ def test_custom_sources_build():
 
 @pytest.mark.parametrize('target', TARGETS)
 def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
-  """On generated images of as many classes."""
+  """On generated images with the same numbers of classes."""
   config = fine_grained.get_config(f'frozen,target={target},net=resnet10')
   config.data.source = 'fake'
   made = TARGETS[target]

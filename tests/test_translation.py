@@ -23,7 +23,7 @@ PIXELS = {'train': ((0.2, 0.1), (0.5, 0.4)), 'target': ((0.6,), (0.25,))}
 
 
 def reference(source, target, beta):
-  """The formula, by the spectrum of each channel with its zero in the middle."""
+  """The formula, with each channel's spectrum centred at zero."""
   height, width, channels = source.shape
   reach = max(1, int(beta * min(height, width)))
   result = np.empty(source.shape)
@@ -56,7 +56,7 @@ def test_it_is_the_formula(shape, beta, rng):
 
 
 def test_the_window_is_never_empty(rng):
-  """Where beta is less than one pixel: the mean moves, and waves as long as a side."""
+  """If beta is below one pixel, the mean and waves as long as a side still change."""
   source = rng.uniform(size=(1, 16, 16, 1)).astype(np.float32)
   target = 0.5 * rng.uniform(size=(1, 16, 16, 1)).astype(np.float32)
   found = np.asarray(low_amplitudes(source, target, beta=0.01))
@@ -68,13 +68,13 @@ def test_the_window_is_never_empty(rng):
 
 def test_an_image_in_its_own_style_is_itself(rng):
   images = rng.uniform(size=(2, 8, 8, 3)).astype(np.float32)
-  images[1] = 0  # of which no phase is known
+  images[1] = 0  # its phase is undefined
   found = low_amplitudes(images, images, beta=0.2)
   np.testing.assert_allclose(found, images, atol=1e-6)
 
 
 def test_it_is_done_on_the_scale_where_black_is_zero(rng):
-  """Then the images are normalised as the target's are, of which there may be more."""
+  """Then the images are normalised like the target's, of which there may be more."""
   source, target = (rng.uniform(size=(n, 8, 8, 2)) for n in (2, 4))
   batches = {
     'train': {'image': jnp.asarray((source - [0.2, 0.1]) / [0.5, 0.4], jnp.float32)},
@@ -176,7 +176,7 @@ def test_without_its_own_terms_it_is_dann():
 
 
 def expected_grads(net, players, state, batches):
-  """Of all players, from the formula: who descends what, and who is turned around."""
+  """For all players, from the formula: who descends what, whose gradient reverses."""
   x, y = (batches[name]['image'] for name in ('train', 'target'))
   labels, weights = batches['train']['label'][:, None], WEIGHTS
 
@@ -259,7 +259,7 @@ def test_images_are_drawn_in_both_styles_on_the_scale_of_pixels():
   network = decoder(width=2).clone(shape=(8, 8, 2))
   params = {'params': state.params['target_decoder']}
   drawn = network.apply(params, outputs['features'])
-  close(outputs['as_target'], 0.25 * drawn + 0.6)  # as the target is normalised
+  close(outputs['as_target'], 0.25 * drawn + 0.6)  # normalised like the target
   assert outputs['as_source'].shape == (4, 8, 8, 2)
 
 

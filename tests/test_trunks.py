@@ -1,4 +1,4 @@
-"""Trunks for photographs: against PyTorch at every tap, NumPy, and published sizes."""
+"""Trunks for photographs compared with PyTorch at every tap, NumPy, published sizes."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ CONV = functools.partial(Conv, kernel_init=kaiming, dtype=None)
 
 
 def shapes_of(net, height, width, channels=3):
-  """Returns the shapes of a classifier's (params, stats); nothing is computed."""
+  """Returns the shapes of a classifier's (params, stats), without computing."""
   images = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
   init = functools.partial(net.init, train=False)
   variables = jax.eval_shape(init, jax.random.key(0), images)
@@ -87,8 +87,8 @@ def test_sizes_and_taps(trunk, options, size, taps):
 @pytest.mark.parametrize(
   ('style', 'size', 'sides'),
   [
-    # Krizhevsky's figure has 55, 27 and 13 before the maxima, that of Zeiler and Fergus
-    # 55 and 13 behind them.
+    # Krizhevsky's figure has 55, 27 and 13 before the pooling, Zeiler and Fergus's has
+    # 55 and 13 after it.
     ('krizhevsky', 227, (27, 13, 13, 13, 6)),
     ('krizhevsky', 224, (27, 13, 13, 13, 6)),
     ('zeiler_fergus', 224, (55, 13, 13, 13, 6)),
@@ -111,7 +111,7 @@ def test_images_that_are_too_small(trunk):
 
 
 def test_classes_of_torchvision_are_aligned_on_fc6_and_fc7():
-  """As named layers of the outputs; the features are fc7."""
+  """They are named layers of the outputs; the features are fc7."""
   net = Classifier(AlexNet(STYLES['torchvision'], hidden=8, conv=CONV), linear(3))
   images = jnp.ones((2, 70, 70, 3))
   outputs = jax.eval_shape(
@@ -137,7 +137,7 @@ def test_lite_normalises_with_the_epsilon_of_tensorflow():
 
 
 def network(name):
-  """Returns ours of a network in `golden.NETWORKS`."""
+  """Returns our version of a network in `golden.NETWORKS`."""
   if name == 'lite0':
     trunk = efficientnet_lite0()
   elif name.startswith('vgg'):
@@ -160,7 +160,7 @@ def stored():
 
 
 def state_of(stored, name):
-  """Returns PyTorch's own state of a network, with weights that follow from names."""
+  """Returns PyTorch's state of a network, with weights derived from names."""
   state = json.loads(bytes(stored[f'{name}/state']))
   return {key: resnet_torch.tensor(key, tuple(shape)) for key, shape in state}
 
@@ -172,7 +172,7 @@ def shapes_by_name(name):
 
 
 def assigned(name, tensors):
-  """Returns (params, stats, report) of a network with tensors loaded."""
+  """Returns (params, stats, report) of a network with these tensors loaded."""
   weights = published.Weights(tensors, 'FILE', '', '', (), ())
   return published.assign(weights, *map(zeros, shapes_by_name(name)), head=True)
 
@@ -215,7 +215,7 @@ def test_pytorch_reproduces_the_stored_outputs(stored):
 
 
 def renamed(tensors, *pairs):
-  """Returns tensors under other names, by pieces of the names."""
+  """Returns tensors under other names, replacing pieces of the names."""
 
   def name(key):
     for ours, theirs in pairs:
@@ -226,7 +226,7 @@ def renamed(tensors, *pairs):
 
 
 def test_the_port_of_lite0_has_other_names(stored):
-  """Which are those of its file: see its numbers of blocks, and its norms from 0."""
+  """They are those of its file: see its block numbers, and norms numbered from 0."""
   timm = state_of(stored, 'lite0')
   place, port = 0, {}
   for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)):
@@ -315,7 +315,7 @@ def test_a_network_of_timm_with_other_padding_is_not_downloaded():
   ],
 )
 def test_a_depthwise_convolution_by_either_form(rng, size, stride, side):
-  """Padded as in TensorFlow; values, both derivatives, and second ones."""
+  """Padded as in TensorFlow; values, both first derivatives, and second ones."""
   x = rng.normal(size=(2, side, side + 1, 3))
   kernel = rng.normal(size=(size, size, 1, 3))
 
@@ -353,7 +353,7 @@ def test_a_depthwise_convolution_by_either_form(rng, size, stride, side):
 
 
 def test_only_the_cpu_gets_products():
-  """A convolution elsewhere; for one pixel a product of matrices."""
+  """Elsewhere it is a convolution; for a 1x1 kernel, a matrix product."""
   x = jnp.ones((2, 4, 4, 8))
   for kernel, groups in ((jnp.ones((3, 3, 1, 8)), 8), (jnp.ones((1, 1, 8, 4)), 1)):
     traced = jax.jit(functools.partial(conv, groups=groups)).trace(x, kernel)
@@ -378,7 +378,7 @@ def test_the_adaptive_mean(rng, height, width, side):
 
 
 def test_response_normalisation(rng):
-  """Of activations so large that their neighbours matter."""
+  """With activations so large that neighbours matter."""
   x = rng.normal(size=(1, 2, 2, 7)) * 200
   expected = np.empty_like(x)
   for c in range(7):
@@ -412,7 +412,7 @@ def test_a_miniature_of_lite_learns(rng):
 
 # Published weights and real photographs.
 
-IMAGENET = {  # class of Caltech-101 -> its places in ImageNet's list of classes
+IMAGENET = {  # class of Caltech-101 -> its positions in ImageNet's list of classes
   'Leopards': (288, 289, 290),
   'accordion': (401,),
   'ant': (310,),
@@ -442,7 +442,7 @@ IMAGENET = {  # class of Caltech-101 -> its places in ImageNet's list of classes
 
 
 def real_file(variable, name):
-  """Returns a file of a folder that an environment variable names, or skips."""
+  """Returns a file from a folder that an environment variable names, or skips."""
   path = pathlib.Path(os.environ.get(variable, '.')) / name
   if not path.exists():
     pytest.skip(f'{variable} names no folder with {name}')
@@ -450,10 +450,10 @@ def real_file(variable, name):
 
 
 def test_published_weights_name_photographs():
-  """The first two test images of 25 classes of Caltech-101 that ImageNet has too.
+  """The first two test images of 25 Caltech-101 classes that are also in ImageNet.
 
-  Of all 434 test images of these classes, which are squashed to 128 x 128 pixels, the
-  first guess of 1,000 is right for 64 %, and one of the first five for 85 %.
+  On all 434 test images of these classes, squashed to 128 x 128 pixels, top-1 accuracy
+  among 1,000 classes is 64 % and top-5 accuracy is 85 %.
   """
   path = real_file('LT_JAX_WEIGHTS', 'lite0.safetensors')
   with np.load(real_file('LT_JAX_DATA', 'caltech101.npz'), allow_pickle=False) as file:

@@ -1,4 +1,4 @@
-"""Sources with other classes meet as the union of their label spaces."""
+"""Sources with different classes train on the union of their label spaces."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PLACES = {'zoo': (0, 1, 2), 'farm': (3, 1, 4), 'home': (1, 0)}
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """An archive a domain, whose images tell their class."""
+  """One archive per domain, with images that show their class."""
   path, rng = tmp_path_factory.mktemp('unions'), np.random.default_rng(0)
   for name, counts in TRAINED.items():
     y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -57,7 +57,7 @@ def test_labels_names_and_counts_are_those_of_the_union(folder):
   assert stage.dataset.counts.tolist() == [5, 4 + 2, 3, 6, 4]
   assert experiment.domains['home'].class_names == UNION
   assert experiment.domains['home'].counts.tolist() == [3, 3, 0, 0, 0]
-  # Each image says of which class of the union it is; the domains follow each other.
+  # Each image shows its class in the union; domains are in sequence.
   stream = stage.streams['train']
   seen = set()
   for step in range(3):

@@ -1,4 +1,4 @@
-"""Resizing and transposed convolutions: hand tables, loops in float64, PyTorch."""
+"""Resizing and transposed convolutions: hand-made tables, float64 loops, PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from lt_jax.errors import UserError
 from lt_jax.models.upsampling import resize, upsample
 
 TABLE = {
-  # (inputs, outputs, aligned): of the values 0, 4, 8, ...
+  # (inputs, outputs, aligned) for the values 0, 4, 8, ......
   (3, 5, True): (0, 2, 4, 6, 8),
   (2, 4, True): (0, 4 / 3, 8 / 3, 4),
   (5, 2, True): (0, 16),

@@ -1,4 +1,4 @@
-"""What a run says elsewhere: rows to a tracker."""
+"""Writers besides files: rows sent to a tracker."""
 
 import sys
 import types
@@ -14,7 +14,7 @@ CONFIG = {'name': 'digits_lt', 'recipe': 'ce', 'seed': 3, 'data': {'source': 'di
 
 
 class Tracker(types.ModuleType):
-  """Stands for wandb and trackio, and keeps what it is told."""
+  """Replaces wandb and trackio, and keeps what it receives."""
 
   def __init__(self):
     super().__init__('tracker')
@@ -36,7 +36,7 @@ class Tracker(types.ModuleType):
 def test_a_tracker_gets_every_row(monkeypatch, tmp_path, name):
   tracker, workdir = Tracker(), epath.Path(tmp_path)
   monkeypatch.setitem(sys.modules, name, tracker)
-  for _ in range(2):  # the second goes on
+  for _ in range(2):  # the second continues
     with (
       pytest.raises(KeyError),
       writers.tracking(name, CONFIG, workdir) as track,

@@ -1,4 +1,4 @@
-"""Zero-shot learning: closed forms, views and curves beside independent forms."""
+"""Zero-shot learning: closed forms, views and curves by independent formulas."""
 
 import itertools
 import math
@@ -111,7 +111,7 @@ def test_attributes_are_ridge_regressions_with_sigmoids():
   for m in range(mini_zsl.ATTRIBUTES):
     alpha = params['kernel'][:, m] @ ridge[:, m] / (ridge[:, m] @ ridge[:, m])
     np.testing.assert_allclose(params['kernel'][:, m], alpha * ridge[:, m], atol=1e-9)
-    # The sigmoid is where the likelihood of Platt's targets is stationary.
+    # The sigmoid is at the stationary point of the likelihood of Platt's targets.
     p = 1 / (1 + np.exp(-(seen.x @ params['kernel'][:, m] + params['bias'][m])))
     has = wanted[:, m] > 0
     target = np.where(has, (has.sum() + 1) / (has.sum() + 2), 1 / ((~has).sum() + 2))
@@ -121,7 +121,7 @@ def test_attributes_are_ridge_regressions_with_sigmoids():
 
 
 def loops(form, params, x, described, raw):
-  """Returns the scores of a form, class by class, from its formula."""
+  """Returns the scores of a form per class, from its formula."""
   has = raw > raw.mean()
   found = np.empty((len(x), len(raw)))
   for i, c in itertools.product(range(len(x)), range(len(raw))):
@@ -278,7 +278,7 @@ def test_the_curve_is_that_of_every_gamma(rng):
   ]
   assert (curve.unseen[0], curve.seen[-1]) == (0, pytest.approx(0, abs=1e-12))
   assert [curve.seen[0], curve.unseen[-1]] == pytest.approx(alone)
-  # The best place is the best of all, and its gamma is in the middle of where it holds.
+  # The best point is the best of all, and gamma is in the middle of its range.
   h = [float(harmonic_mean(*point)) for point in points]
   assert harmonic_mean(*curve.at(curve.between(curve.best))) == pytest.approx(max(h))
   only_seen = Scores(*(x[~unseen[label]] for x in scores))
@@ -291,7 +291,7 @@ def classes():
 
 
 def test_choices_do_not_depend_on_unseen_classes():
-  """Their scores may be anything, and gamma is the same."""
+  """Gamma is the same whatever their scores are."""
   x, label, _ = mini_zsl.planted()
   mask = ~UNSEEN[label]
   scores = np.random.default_rng(0).normal(size=(mask.sum(), mini_zsl.CLASSES))
@@ -406,7 +406,7 @@ def test_a_run_is_the_closed_form(folder, tmp_path, one_device):
   assert test['seen_plain'] != test['seen'] and 0 < test['ausuc'] < 1
   curve = np.load(tmp_path / 'zero_shot.npz')
   assert curve['chosen'].tolist() == pytest.approx([test['seen'], test['unseen']])
-  # What it is used by is in its folder; a class may be added there.
+  # The folder has everything that prediction needs; a class can be added there.
   network = trained.open_run(epath.Path(tmp_path))
   images = x[~is_train][:, None, None].astype(np.float32)
   outputs = jax.jit(network.predict)(network.state, images)
@@ -422,7 +422,7 @@ def test_a_run_learns_what_unseen_classes_look_like(
   result = run.run(config(folder, recipe), tmp_path)
   assert result['test']['zero_shot'] > 0.6
   assert result['memory']['calibrated_stacking.gamma'] != 0
-  if recipe == 'two_tower':  # which has not collapsed
+  if recipe == 'two_tower':  # not collapsed
     network = trained.open_run(epath.Path(tmp_path))
     x = mini_zsl.planted()[0][:, None, None].astype(np.float32)
     outputs = jax.jit(network.stage.method.predict)(network.state, x)

@@ -9,13 +9,13 @@ COUNTS = (5, 1, 1, 1)
 
 
 META = 2
-"""Images a class of the meta set, so that it fills a batch."""
+"""Meta images per class, enough to fill a batch."""
 
 
 def write_npz(path, counts=COUNTS, seed=0):
   """Writes 8x8 images, half noise and half their class; returns the path.
 
-  There are as many a class to train on as `counts` says, and `META` more.
+  There are `counts` training images per class, and `META` more.
   """
   generator = np.random.default_rng(seed)
   label = np.repeat(np.arange(len(counts)), np.add(counts, META))
@@ -27,7 +27,7 @@ def write_npz(path, counts=COUNTS, seed=0):
 
 
 def config(path, arg, **overrides):
-  """Returns the resolved config of a recipe on such a file."""
+  """Returns the resolved config of a recipe for such a file."""
   made = unresolved(path, arg)
   for key, value in overrides.items():
     made[key] = value
@@ -35,7 +35,7 @@ def config(path, arg, **overrides):
 
 
 def unresolved(path, arg):
-  """Returns the config of a recipe on such a file, as a config file makes it."""
+  """Returns the config of a recipe for such a file, as a config file makes it."""
   made = digits_lt.get_config(arg)
   made.data.update(
     source=f'npz:{path}',
@@ -54,9 +54,11 @@ def unresolved(path, arg):
   made.update(batch=8, eval_batch=8, select='last')
   made.schedule = {'name': 'constant', 'base': 0.05}
   for stage in (made, *made.stages.values()):
-    if 'meta' in stage.streams and stage.streams.meta.batch != 8:  # or it follows
+    if (
+      'meta' in stage.streams and stage.streams.meta.batch != 8
+    ):  # otherwise it follows
       stage.streams.meta.batch = 8
-    for key in ('schedule', 'optimizer'):  # one for all of them, and nothing frozen
+    for key in ('schedule', 'optimizer'):  # one rate for all, nothing frozen
       if key in stage and stage is not made:
         del stage[key]
     if 'sampler' in stage and stage.sampler.name == 'class_aware':
