@@ -1,4 +1,4 @@
-"""Runs the tutorials, whose figures the site shows: python docs/site/tutorials.py.
+"""Runs the tutorials, or those named: python docs/site/tutorials.py [NAME ...].
 
 The blocks of a page, ```bash and ```python, run one after the other in one empty
 folder. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
@@ -51,5 +51,6 @@ def run(page: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  for tutorial in sorted(PAGES.glob('*.md')):
+  named = [PAGES / f'{name}.md' for name in sys.argv[1:]]
+  for tutorial in named or sorted(PAGES.glob('*.md')):
     run(tutorial)

@@ -24,11 +24,16 @@ TASKS: dict[str, Task] = {
   'zero_shot_segmentation': ZERO_SHOT_SEGMENTATION,
 }
 
-TITLES = {
-  name: task.metrics[name].title
-  for only_headlines in (True, False)
-  for task in TASKS.values()
-  for name in ([task.headline] if only_headlines else task.metrics)
-  if task.metrics[name].title
-}
-"""What tables show of a result, by the names in result.json; headlines first."""
+
+def titles() -> dict[str, str]:
+  """Returns what tables call each metric, by its name in result.json; headlines first.
+
+  A function, so that a task that is added to `TASKS` later is in it.
+  """
+  return {
+    name: task.metrics[name].title
+    for only_headlines in (True, False)
+    for task in TASKS.values()
+    for name in ([task.headline] if only_headlines else task.metrics)
+    if task.metrics[name].title
+  }
