@@ -9,7 +9,7 @@ Validation and test images that are not there are cut from the training images, 
 of each class as the smallest class can spare. A class is many-shot above twice the
 median number of training images, few-shot below half of it; data.json keeps the bounds.
 
-docs/my_images.md takes you through it in ten minutes. Without data= the images are
+docs/tutorials/my_images.md takes ten minutes. Without data= the images are
 generated, to see that everything runs.
 
 Cost: a step of 32 images, a third of a second with ResNet-10 at 112 pixels on two CPU
