@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lt_jax import config_file, files, report, run, trained
+from lt_jax import config_file, files, run, trained
 from lt_jax.config import resolve
 from lt_jax.data.streams import Pass, Stream
 from lt_jax.errors import UserError, one_line
@@ -54,7 +54,7 @@ def fit(
       made.update_from_flattened_dict(dict(overrides))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(one_line(error)) from None
-  return run.run(resolve(made), files.absolute(workdir))
+  return run.run(resolve(made, overrides), files.absolute(workdir))
 
 
 class Page:
@@ -85,6 +85,8 @@ def show(folder: epath.PathLike) -> Page:
   Raises:
     UserError: there is no run in it, or the folder cannot be written.
   """
+  from lt_jax import report  # which imports matplotlib
+
   return Page(report.write(files.absolute(folder)))
 
 

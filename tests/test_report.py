@@ -10,11 +10,13 @@ import re
 import shutil
 import subprocess
 import urllib.parse
+import warnings
 from collections import Counter
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import scipy.stats
 from etils import epath
 from PIL import Image
 
@@ -25,6 +27,7 @@ from lt_jax.errors import UserError
 from lt_jax.report import (
   across,
   curves,
+  differences,
   drawing,
   figures,
   grids,
@@ -219,8 +222,9 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
     if link.startswith('#'):
       assert link[1:] in page.ids
     elif not link.startswith('data:image/'):
-      assert (tmp_path / urllib.parse.unquote(link)).is_file()
-  assert 'ce/report.html' in page.links
+      assert (tmp_path / urllib.parse.unquote(link)).exists()
+  for address in ('ce/report.html', 'l2rw/'):  # from both tables with a row a run
+    assert page.links.count(address) == 2
   text = (tmp_path / 'report.html').read_text()
   assert "default-src 'none'" in text
   assert set(re.findall(r'https?://[^"\' ]*', text)) <= {*drawing.NAMESPACES.values()}
@@ -228,7 +232,7 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
 
 def test_names_and_paths_are_text(run_folder):
   page = page_of(run_folder)
-  assert page.tags['script'] == page.tags['b'] == 0
+  assert page.tags['script'] == 1 and page.tags['b'] == 0
   assert NAMES[1] in page.text  # a sample of it, and what it was taken for
   assert str(run_folder) in page.text
   for figure in ('confusion', 'class_accuracy'):
@@ -237,12 +241,32 @@ def test_names_and_paths_are_text(run_folder):
     assert 'a & "b"' in text and '$x_1$' in text and '<script>aler' in text
 
 
-def test_what_no_text_can_hold_is_replaced(tmp_path):
+def test_characters_that_text_cannot_hold_are_replaced(tmp_path):
   names = ('\x00\x1b[31m', '\udc80', '\n', '漢字', 'x' * 200)
   run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
   drawn = drawing.draw('confusion', figures.confusion, [run], 'page')
   text = ''.join(ElementTree.fromstring(drawn.svg).itertext())
   assert '\ufffd\ufffd[31m' in text and '漢字' in text and '\x1b' not in text
+  assert 'DejaVu' not in drawn.svg and drawing.FONTS.split(',')[0] in drawn.svg
+
+
+def test_names_of_any_script_stay_whole_and_have_room(tmp_path):
+  family = '\U0001f469\u200d\U0001f469\u200d\U0001f467'
+  names = ('می\u200cخواهم', family, '蝴蝶與花園的長名稱', 'e\u0301' * 14, 'cat')
+  run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
+  assert tuple(run.class_names) == names
+  shown = [drawing.shortened(name).replace(drawing.ROOM, '') for name in names]
+  assert shown == [*names[:2], '蝴蝶與花園的…', *names[3:]]
+  assert drawing.shortened('x' * 15) == 'x' * 13 + '…'
+  figure, _ = figures.confusion([run])
+  (axes,) = figure.axes
+  with warnings.catch_warnings(action='ignore'):  # of missing glyphs
+    figure.draw_without_rendering()
+    _, _, wide, _, latin = (
+      label.get_window_extent().width / figure.dpi for label in axes.get_yticklabels()
+    )
+  size = axes.get_yticklabels()[0].get_size() / 72
+  assert wide > 6.5 * size > latin  # an em a character, and the dots
 
 
 @pytest.mark.slow
@@ -285,10 +309,10 @@ def test_other_configurations_are_not_averaged(tables_only, tmp_path):
   page = page_of(tmp_path)
   assert row_of(tmp_path, 'ce (epochs=200)')['accuracy'] == '50.0'
   assert row_of(tmp_path, 'ce (epochs=100)')['accuracy'] == '70.0'
-  told = 'runs of 2 configurations or data sets, which are not averaged'
-  assert told in page.text
-  assert told in (tmp_path / 'report.md').read_text()
-  assert told in (tmp_path / 'report.tex').read_text()
+  warning = 'runs of 2 configurations or data sets, which are not averaged'
+  assert warning in page.text
+  assert warning in (tmp_path / 'report.md').read_text()
+  assert warning in (tmp_path / 'report.tex').read_text()
 
 
 def test_other_data_are_not_averaged(tables_only, tmp_path):
@@ -300,7 +324,7 @@ def test_other_data_are_not_averaged(tables_only, tmp_path):
   assert row_of(tmp_path, 'ce (data=eeeeeee)')['accuracy'] == '70.0'
 
 
-def test_what_a_result_warns_of_is_told_once(tables_only, tmp_path):
+def test_warnings_of_a_result_are_shown_once(tables_only, tmp_path):
   for name in ('a', 'b'):
     path = write_run(tmp_path / name, config(seed=ord(name))) / 'result.json'
     result = json.loads(path.read_text()) | {'warnings': ['an untrained network']}
@@ -333,12 +357,12 @@ def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):
   labels = ['ce (batch=-, epochs=200)', 'ce (batch=-, epochs=40)']
   for label in (*labels, 'ce (batch=64, epochs=40)'):
     assert row_of(tmp_path, label)['runs'] == '1 finished'
-  for told in ('schedule.boundaries=[160.0]', 'batch=64, ', 'warm=0.1', 'epochs=200, '):
-    assert told in notes
+  for note in ('schedule.boundaries=[160.0]', 'batch=64, ', 'warm=0.1', 'epochs=200, '):
+    assert note in notes
   assert 'defer_epoch=' not in notes and 'ema=' not in notes
 
 
-def test_what_looks_the_same_is_told_apart_by_its_digest(tables_only, tmp_path):
+def test_equal_names_are_distinguished_by_digest(tables_only, tmp_path):
   found = [
     runs.Run(write_run(tmp_path / str(epochs), config(epochs=epochs)), 'run')
     for epochs in (200.0, 200.00001)
@@ -360,12 +384,12 @@ def test_a_seed_counts_once(tables_only, tmp_path):
 def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
   """Leaves what a sweep leaves of a cell that failed."""
   folder.mkdir(parents=True, exist_ok=True)
-  told = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
-  (folder / 'error.json').write_text(json.dumps(told))
+  failure = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
+  (folder / 'error.json').write_text(json.dumps(failure))
   return folder
 
 
-def test_what_failed_stands_in_the_table(tables_only, tmp_path):
+def test_failed_cells_are_in_the_table(tables_only, tmp_path):
   fail(tmp_path / 'ce/0')
   write_run(tmp_path / 'ce/1', config(seed=1))
   (fail(write_run(tmp_path / 'ce/2', config(seed=2)), seed=2) / 'result.json').unlink()
@@ -376,9 +400,9 @@ def test_what_failed_stands_in_the_table(tables_only, tmp_path):
   text = page_of(tmp_path).text
   assert text.count('failed: OSError: no <space> left') == 3
   assert 'failed: ValueError: \ufffd' in text
-  told = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
-  told |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
-  assert {label: row_of(tmp_path, label)['runs'] for label in told} == told
+  cells = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
+  cells |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
+  assert {label: row_of(tmp_path, label)['runs'] for label in cells} == cells
 
 
 def test_a_failed_run_alone_has_a_page(tmp_path):
@@ -388,7 +412,7 @@ def test_a_failed_run_alone_has_a_page(tmp_path):
   assert 'error.json is damaged' in page_of(tmp_path / 'run').text
 
 
-def test_what_failed_once_and_then_finished_has_finished(run_folder):
+def test_a_cell_that_failed_and_then_finished_has_finished(run_folder):
   assert runs.Run(fail(run_folder), 'run').state == 'finished'
 
 
@@ -430,7 +454,7 @@ def test_a_threshold_without_a_finite_value_is_none(tables_only, run_folder):
   assert 'finished' in page.text and 'Threshold' not in page.text
 
 
-def test_rows_of_metrics_that_are_none_are_left_out(run_folder):
+def test_invalid_rows_of_metrics_are_left_out(run_folder):
   path = run_folder / 'metrics.jsonl'
   good = path.read_text()
   wrong = [{'step': '10'}, {'step': 10, 'stage': [], 'split': 'train', 'loss': 'x'}]
@@ -446,7 +470,7 @@ def test_a_folder_need_not_have_a_name_of_text(tables_only, tmp_path):
     assert 'caf\ufffd' in page_of(path).text
 
 
-def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
+def test_unfinished_cells_are_in_the_table(tables_only, tmp_path):
   write_run(tmp_path / '0', config(), 0.5)
   for seed in (1, 2, 3):
     (write_run(tmp_path / f'{seed}', config(seed=seed)) / 'result.json').unlink()
@@ -462,8 +486,8 @@ def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
     '1 result.json is damaged',
     '1 unfinished',
   ]
-  for told in ('diverged at step 15', 'unfinished, without a log yet'):
-    assert told in page.text
+  for reason in ('diverged at step 15', 'unfinished, without a log yet'):
+    assert reason in page.text
 
 
 def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
@@ -475,7 +499,7 @@ def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
   assert {path.stem for path in (folder / 'figures').iterdir()} == {'training'}
 
 
-def test_a_diverged_run_that_goes_on_has_not_failed(tables_only, run_folder):
+def test_a_diverged_run_that_continues_has_not_failed(tables_only, run_folder):
   (run_folder / 'result.json').unlink()
   add_events(run_folder, DIVERGED, STARTED)
   assert 'unfinished, at step 20' in page_of(run_folder).text
@@ -499,7 +523,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
     assert damage == 'something else' or name in drawn.caption
 
 
-def test_predictions_of_an_earlier_version_are_told_as_such(run_folder):
+def test_predictions_of_an_earlier_version_are_marked(run_folder):
   path = run_folder / 'predictions.npz'
   label = np.load(path)['label']
   np.savez(path, label=label, logits=np.zeros((len(label), 5), np.float16))
@@ -524,7 +548,7 @@ def test_the_command_names_the_page(tables_only, run_folder, capsys):
   assert capsys.readouterr().out == f'{run_folder}/report.html\n'
 
 
-def test_a_folder_without_runs_is_refused(tmp_path):
+def test_a_folder_without_runs_is_rejected(tmp_path):
   (tmp_path / 'model').mkdir()
   (tmp_path / 'model/config.json').write_text('{"hidden_size": 3}')
   with pytest.raises(UserError, match='no config.json'):
@@ -552,18 +576,18 @@ def labels_below(groups):
 
 
 @pytest.mark.parametrize('classes', [5, 40])
-def test_training_images_are_told_where_all_methods_have_the_same(tmp_path, classes):
+def test_training_images_are_shown_if_all_methods_have_the_same(tmp_path, classes):
   names = [f'class {c}' for c in range(classes)]
   few, many = (tuple(range(n, n + classes)) for n in (10, 200))
   for recipe, counts in (('ce', few), ('focal', few), ('ldam', many)):
     write_run(tmp_path / recipe, config(recipe), counts=counts, names=names)
   groups, _ = runs.grouped(runs.find(epath.Path(tmp_path)))
-  same, told, caption = labels_below(groups[:2])
+  same, rows, caption = labels_below(groups[:2])
   assert same[0] == ('class 4\n14' if classes == 5 else '49 to 48')
-  assert 'training images' in told and 'different' not in caption
-  other, told, caption = labels_below(groups)
+  assert 'training images' in rows and 'different' not in caption
+  other, rows, caption = labels_below(groups)
   assert other[0] == ('class 4' if classes == 5 else '1 to 2')
-  assert 'training images' not in told and 'different numbers of images' in caption
+  assert 'training images' not in rows and 'different numbers of images' in caption
 
 
 def test_many_classes_are_drawn_in_blocks(tmp_path):
@@ -590,7 +614,7 @@ def test_a_curve_of_one_row_is_a_point(run_folder):
   assert drawn == ['o'] * 3
 
 
-def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
+def test_steps_continue_where_a_stage_carries_the_clock(tmp_path):
   folder = write_run(tmp_path / 'run')
   run = runs.Run(folder, 'run')
   assert curves.stages_of(run) == {'plain': (0, 0), 'second': (20, 20)}
@@ -646,7 +670,7 @@ def test_one_other_key_is_another_setting(change):
   assert published.beside(resolved(cifar10_lt, 'meta_ce', **change)) == []
 
 
-def test_a_setting_may_begin_with_weights_wherever_they_lie():
+def test_a_setting_may_start_from_weights_anywhere():
   config = resolved(places_lt, 'oltr', init='weights.safetensors')
   assert len(published.beside(config)) == 8
   assert published.beside(resolved(places_lt, 'oltr')) == []
@@ -678,7 +702,7 @@ document.addEventListener('securitypolicyviolation', e => problems.push(e.blocke
 console.error = console.warn = (...given) => problems.push(given.join(' '));
 addEventListener('load', () => {
   const size = e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height];
-  const drawn = [...document.querySelectorAll('figure > svg, figure > img')];
+  const drawn = [...document.querySelectorAll('figure svg, figure img')];
   const followed = [...document.querySelectorAll('table a')].map(a => {
     const to = a.getAttribute('href');
     if (!to.startsWith('#')) return [to, true];
@@ -688,8 +712,15 @@ addEventListener('load', () => {
     return [to, location.hash === to && seen];
   });
   const ink = e => getComputedStyle(e).fill;
+  const table = document.querySelector('table');
+  const sorted = [2, 2, 0].map(i => {
+    const head = table.tHead.rows[0].cells[i];
+    (head.querySelector('button') ?? head).click();
+    const rows = [...table.tBodies[0].rows];
+    return [head.ariaSort, ...rows.map(row => row.cells[i].innerText)];
+  });
   const found = {
-    problems, followed,
+    problems, followed, sorted,
     sizes: drawn.map(size),
     text: [...new Set([...document.querySelectorAll('svg text')].map(ink))],
     colour: getComputedStyle(document.body).color,
@@ -711,9 +742,8 @@ def look_at(page, folder, *flags):
   if browser is None:
     pytest.skip('there is no Chromium')
   text = page.read_text()
-  allowed = "default-src 'none'; script-src 'nonce-test'"
-  assert text.count("default-src 'none'") == 1
-  text = text.replace("default-src 'none'", allowed).replace(
+  assert text.count("script-src 'sha256-") == 1
+  text = text.replace("script-src '", "script-src 'nonce-test' '").replace(
     '<style>', f'{PROBE}<style>', 1
   )
   copy = page.with_name('probed.html')
@@ -739,7 +769,8 @@ def look_at(page, folder, *flags):
 @pytest.mark.parametrize('dark', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   for recipe, seed in (('ce', 0), ('ce', 1), ('l2rw', 0)):
-    write_run(tmp_path / f'runs/{recipe}/#{seed}', config(recipe, seed))
+    folder = tmp_path / f'runs/{recipe}/#{seed}'
+    write_run(folder, config(recipe, seed), 0.09 if recipe == 'l2rw' else 0.5)
   alone = report.write(tmp_path / 'runs/ce/#0')
   flags = [f'--blink-settings=preferredColorScheme={0 if dark else 1}']
   page = report.write(tmp_path / 'runs')
@@ -749,7 +780,11 @@ def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   assert min(map(min, found['sizes'])) > 50
   links = [link for link, there in found['followed'] if there]
   assert len(links) == len(found['followed'])
-  assert set(links) == {'#group-0', '#group-1', 'ce/%230/report.html'}
+  folders = {'ce/%231/', 'l2rw/%230/'}
+  assert set(links) == {'#group-0', '#group-1', 'ce/%230/report.html', *folders}
+  rising = ['ascending', '9.0', '50.0 ± 0.0']
+  falling = ['descending', *reversed(rising[1:])]  # as numbers, not as text
+  assert found['sorted'] == [falling, rising, ['ascending', 'ce', 'l2rw']]
   assert found['width'] <= 0
   brightness = [sum(map(int, re.findall(r'\d+', found[k]))) for k in ('colour', 'back')]
   assert (brightness[0] > brightness[1]) == dark
@@ -850,7 +885,7 @@ def scored(folder, recipe, seed, rates, prediction):
   np.savez(folder / 'predictions.npz', **arrays)
 
 
-def test_f1_of_the_open_class_follows_from_what_is_told(tmp_path, rng):
+def test_f1_of_the_open_class_follows_from_reported_values(tmp_path, rng):
   """By hand, from the images that were rejected."""
   label = np.append(np.repeat(np.arange(5), 10), np.full(20, -1))
   prediction, kept = rng.integers(0, 5, 70), rng.uniform(size=70) < 0.6
@@ -884,8 +919,8 @@ def test_gains_are_over_the_plain_network_by_class(tmp_path):
   assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F is told of the open class
   assert [t.get_text() for t in figure.axes[-1].get_xticklabels()][-1] == 'open'
   assert drawing.draw('gains', across.compare_gains, groups, 'page').svg
-  told = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
-  assert 'no finished run of the plain network' in told
+  note = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
+  assert 'no finished run of the plain network' in note
 
 
 def test_seeds_are_a_band_around_the_mean(tmp_path):
@@ -911,3 +946,102 @@ def test_seeds_are_a_band_around_the_mean(tmp_path):
       [heights.min(), heights.max()], [60 - spread, 60 + spread]
     )
     assert len(axes.lines) == 2
+
+
+def compared(folder):
+  """Returns what methods are compared with, and how, by label."""
+  groups = runs.grouped(runs.find(epath.Path(folder)))[0]
+  return {found.group.label: found for found in differences.compare(groups)}
+
+
+def test_seeds_in_common_are_compared_by_a_paired_t_test(tables_only, tmp_path):
+  values = {'ce': (0.5, 0.6, 0.7), 'same': (0.52, 0.57, 0.71), 'more': (0.6, 0.71, 0.8)}
+  for recipe, accuracies in values.items():
+    for seed, accuracy in enumerate(accuracies):
+      write_run(tmp_path / f'{recipe}/{seed}', config(recipe, seed), accuracy)
+  write_run(tmp_path / 'same/9', config('same', 9), 0.0)  # ce has no such seed
+  found = compared(tmp_path)
+  assert set(found) == {'same', 'more'}  # and nothing is compared with itself
+  for recipe, one in found.items():
+    assert (one.reference.label, one.test) == ('ce', 'paired t, 3 seeds')
+    expected = scipy.stats.ttest_rel(values[recipe], values['ce'])
+    interval = expected.confidence_interval()
+    got = one.intervals['accuracy']
+    np.testing.assert_allclose(got[1:], [interval.low, interval.high], rtol=1e-9)
+    assert got.within_noise == (expected.pvalue > 0.05) == (recipe == 'same')
+  page = report.write(tmp_path).read_text()
+  grey = re.findall(r'<td class="faint">(.*?)</td>', page)
+  assert grey.count(tables.percent([*values['same'], 0])) == 2  # accuracy and medium
+  assert not any(text.startswith('70.3') for text in grey)  # the mean of more
+  assert 'Differences from ce' in page and 'paired t-test over seeds' in page
+  assert '+10.3 (+8.9 to +11.8)' in (tmp_path / 'report.md').read_text()
+
+
+def write_predictions(folder, recipe, right):
+  """Writes a run that is right on the given test images, ten a class."""
+  label = np.repeat(np.arange(5), 10)
+  prediction = np.where(right, label, (label + 1) % 5)
+  path = write_run(folder, config(recipe), accuracy=right.mean()) / 'result.json'
+  result = json.loads(path.read_text())
+  classes = right.reshape(5, 10).mean(1)
+  groups = runs.Run(folder, 'run').groups.items()
+  result['test'] |= {name: classes[mask].mean() for name, mask in groups}
+  path.write_text(json.dumps(result))
+  arrays = {'label': label, 'prediction': prediction, 'confidence': np.ones(50)}
+  np.savez(folder / 'predictions.npz', **arrays)
+
+
+def test_single_runs_are_compared_by_a_bootstrap_over_images(tmp_path, rng):
+  ours, theirs = rng.uniform(size=50) < 0.9, rng.uniform(size=50) < 0.4
+  write_predictions(tmp_path / 'ce', 'ce', theirs)
+  write_predictions(tmp_path / 'l2rw', 'l2rw', ours)
+  one = compared(tmp_path)['l2rw']
+  assert one.test == 'bootstrap, seed 0'
+  label, gain = np.repeat(np.arange(5), 10), ours * 1.0 - theirs
+  drawn = rng.integers(0, 50, (2000, 50))
+  few = [  # of the classes of 8 and 3 training images
+    np.mean([gain[rows][label[rows] == c].mean() for c in (3, 4)]) for rows in drawn
+  ]
+  for name, gains in (('accuracy', gain[drawn].mean(1)), ('few', few)):
+    expected = np.percentile(gains, [2.5, 97.5])
+    found = one.intervals[name]
+    np.testing.assert_allclose(found[1:], expected, atol=0.25 * np.std(gains))
+  assert one.intervals['few'].difference == pytest.approx(gain[30:].mean())
+  path = tmp_path / 'l2rw/predictions.npz'
+  np.savez(path, **{**np.load(path), 'label': np.zeros(50, int)})
+  assert compared(tmp_path) == {}  # which were not the same images
+
+
+def _miou(confusion):
+  right = np.diag(confusion)
+  return (right / (confusion.sum(0) + confusion.sum(1) - right)).mean()
+
+
+def test_label_maps_are_compared_by_images(tmp_path, rng):
+  theirs = rng.integers(1, 9, (6, 5, 5))
+  ours = np.roll(theirs, 1, axis=2)  # with as many pixels of each label
+  for recipe, n in (('ce', theirs), ('advent', ours)):
+    made = config(recipe, task='segmentation')
+    path = write_run(tmp_path / recipe, made) / 'result.json'
+    result = json.loads(path.read_text())
+    result |= {'test': {'miou': _miou(n.sum(0))}, 'best_on_test': None}
+    path.write_text(json.dumps(result))
+    np.savez(tmp_path / recipe / 'predictions.npz', confusion=n)
+  one = compared(tmp_path)['advent']
+  assert set(one.intervals) == {'miou'} and one.test == 'bootstrap, seed 0'
+  drawn = rng.integers(0, 6, (2000, 6))
+  gains = [_miou(ours[rows].sum(0)) - _miou(theirs[rows].sum(0)) for rows in drawn]
+  expected = np.percentile(gains, [2.5, 97.5])
+  found = one.intervals['miou']
+  np.testing.assert_allclose(found[1:], expected, atol=0.2 * np.std(gains))
+
+
+def test_without_a_control_others_are_compared_with_the_best(tmp_path):
+  for recipe, accuracy in (('a', 0.5), ('b', 0.7)):
+    for seed in range(3):
+      write_run(tmp_path / recipe / f'{seed}', config(recipe, seed), accuracy)
+  other = tmp_path / 'c'
+  for seed in range(3):  # on other data
+    path = write_run(other / f'{seed}', config('c', seed), 0.9) / 'data.json'
+    path.write_text(path.read_text().replace('f' * 64, 'e' * 64))
+  assert [(k, v.reference.label) for k, v in compared(tmp_path).items()] == [('a', 'b')]

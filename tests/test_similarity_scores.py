@@ -83,8 +83,8 @@ def test_both_solvers_agree(rng):
   assert by_pot == pytest.approx(
     similarity._linear_programme(a.weights, b.weights, cost)[0], rel=1e-9
   )
-  told = '20 and 15 classes did not converge in 1 iter'
-  with pytest.raises(UserError, match=told), pytest.warns(UserWarning):
+  message = '20 and 15 classes did not converge in 1 iter'
+  with pytest.raises(UserError, match=message), pytest.warns(UserWarning):
     similarity.transport(a.weights, b.weights, cost, most_iterations=1)
 
 
@@ -102,7 +102,7 @@ def test_a_solver_that_gives_up_is_believed(monkeypatch):
     similarity.similarity(*HAND)
 
 
-def test_means_and_what_is_left_out(rng):
+def test_means_and_their_exceptions(rng):
   features, labels = rng.normal(size=(9, 3)), np.array([0, 0, 1, 1, 1, -1, 2, 0, 0])
   found = similarity.domain('d', features, labels, ('a', 'b', 'c'), min_images=2)
   assert found.classes == ('a', 'b') and found.counts.tolist() == [4, 3]
@@ -124,7 +124,7 @@ def test_gamma_must_be_positive(gamma):
 
 
 def test_features_of_two_networks_do_not_compare(rng):
-  with pytest.raises(UserError, match='a has 6 features an image and b 5'):
+  with pytest.raises(UserError, match='a has 6 features per image and b 5'):
     similarity.similarity(some(rng, 3, 'a'), some(rng, 3, 'b', width=5))
 
 
@@ -149,7 +149,7 @@ def test_unions_have_each_class_once(rng):
   wanted = {*np.argsort(scores['t'])[:2], *np.argsort(scores['u'])[:3]}
   assert chosen.tolist() == sorted(wanted)
   assert len(similarity.select(source, targets, [99])[0]) == 8
-  with pytest.raises(UserError, match='2 targets need as many numbers'):
+  with pytest.raises(UserError, match='2 targets need 2 numbers'):
     similarity.select(source, targets, [1, 2, 3])
   with pytest.raises(UserError, match="did you mean 'greedy'"):
     similarity.select(source, targets, [1], 'gredy')

@@ -113,7 +113,12 @@ def test_npz_of_features_and_of_other_splits(tmp_path):
     ({'x_train': np.zeros((0, 4, 5, 3), np.uint8)}, r'x_train must be.*\(0, 4'),
     ({'x_test': np.zeros((3, 8, 8, 3), np.uint8)}, r'x_train has .*x_test of \(8, 8'),
     ({'y_train': np.zeros(5, int)}, r'y_train must be whole numbers \(6,\)'),
-    ({'y_train': np.zeros((6, 1), int)}, r'y_train must be .*\(6, 1\)'),
+    ({'y_train': np.zeros((6, 1), int)}, r'y_train must be .*\(6, 1\).*ravel'),
+    ({'y_train': np.eye(6)}, r'y_train must be .*\(6, 6\); if .* one-hot.*argmax\(1\)'),
+    (
+      {'x_train': np.zeros((4, 5, 3, 6), np.uint8)},
+      r'x_train has the shape \(4, 5, 3, 6\), images last.*transpose\(3, 0, 1, 2\)',
+    ),
     ({'y_train': np.zeros(6)}, 'y_train must be whole numbers.*float64'),
     ({'y_train': np.array([0, 1, -1, 0, 1, 2])}, 'y_train: label -1 at index 2'),
     ({'y_train': np.array([0, 1, 2, 255, 1, 2])}, 'y_train: label 255 at index 3'),
@@ -176,7 +181,7 @@ def test_npz_of_which_a_bit_changed(tmp_path):
     assert '\n' not in str(error.value)
 
 
-def test_npz_that_is_none(tmp_path):
+def test_a_file_that_is_not_npz(tmp_path):
   (tmp_path / 'text.npz').write_text('x')
   write_npz(tmp_path / 'cut.npz')
   whole = (tmp_path / 'cut.npz').read_bytes()
@@ -244,7 +249,7 @@ def small_tfds(folder):
   return pixels
 
 
-def test_tfds_of_one_size_is_read_into_memory(tmp_path):
+def test_tfds_with_one_image_size_is_read_into_memory(tmp_path):
   pixels = small_tfds(tmp_path)
   loaded = sources.load_source('tfds:small_set', data_dir=str(tmp_path))
   assert set(loaded) == {'train', 'test'}
@@ -467,7 +472,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('told', 'kind'),
+  ('message', 'kind'),
   [
     ('Corrupted Riegeli/records file: block header hash mismatch', UserError),
     ('Invalid Riegeli/records file: chunk boundary is 393216 but', UserError),
@@ -480,13 +485,13 @@ def test_a_damaged_record_is_named(tmp_path):
     ('PerformWork() - CURL error [6]=Could not resolve hostname', OSError),
   ],
 )
-def test_only_damage_is_a_bad_record(told, kind):
+def test_only_damage_is_a_bad_record(message, kind):
   class Shard:
     def __getitem__(self, position):
-      raise RuntimeError(told)
+      raise RuntimeError(message)
 
   source = sources.Records('tfds:pets', 1, Shard(), ('cat',), (None, None, 3), None)
-  with pytest.raises(kind, match='^tfds:pets: image 7: .*' + re.escape(told)):
+  with pytest.raises(kind, match='^tfds:pets: image 7: .*' + re.escape(message)):
     source.encoded(7)
 
 
