@@ -545,10 +545,18 @@ class _Output:
 def terminal(soft_wrap: bool = True) -> Console:
   """Returns the terminal, or whatever else standard output is.
 
+  A notebook gets plain lines: it says that it is a terminal, but cannot redraw a bar.
+
   Args:
     soft_wrap: leaves it to the terminal to break long lines.
   """
-  return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=soft_wrap)
+  return Console(
+    file=_Output(sys.stdout),
+    highlight=False,
+    soft_wrap=soft_wrap,
+    force_jupyter=False,
+    force_terminal=False if Console().is_jupyter else None,
+  )
 
 
 class Screen:
