@@ -10,8 +10,8 @@ the training images, as many from each class as the smallest class can spare. A 
 many-shot above twice the median number of training images, few-shot below half of it;
 data.json records the bounds.
 
-docs/my_images.md takes you through it in ten minutes. Without data= the images are
-generated, so you can check that everything runs.
+docs/tutorials/my_images.md takes you through it in ten minutes. Without data= the
+images are generated, so you can check that everything runs.
 
 Cost: each step of 32 images takes a third of a second with ResNet-10 at 112 pixels on
 two CPU cores. There is no published number.

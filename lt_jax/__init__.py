@@ -4,11 +4,11 @@ __version__ = '0.1.0'
 
 from typing import Any
 
-_FROM_PYTHON = ('fit', 'load')
+_FROM_PYTHON = ('fit', 'load', 'show')
 
 
 def __getattr__(name: str) -> Any:
-  """Imports `fit` and `load` on first use, since that imports JAX."""
+  """Imports `fit`, `load` and `show` on first use, since that imports JAX."""
   if name not in _FROM_PYTHON:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   from lt_jax import notebook

@@ -1,12 +1,14 @@
-"""Training and prediction from Python, as in a notebook: `lt_jax.fit`, `lt_jax.load`.
+"""Use from Python, as in a notebook: `lt_jax.fit`, `lt_jax.show` and `lt_jax.load`.
 
   result = lt_jax.fit('digits_lt:ldam_drw', 'runs/digits', {'seed': 1})
+  lt_jax.show('runs/digits')  # as the last line of a cell: the report, inline
   network = lt_jax.load('runs/digits')
   found = network.predict(['one.jpg', 'photographs/'])
 
 They do what the commands do, and write the same run folder.
 """
 
+import html
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -53,6 +55,39 @@ def fit(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(one_line(error)) from None
   return run.run(resolve(made, overrides), files.absolute(workdir))
+
+
+class Page:
+  """A report. A notebook shows it inline when it is the last line of a cell.
+
+  Attributes:
+    path: of report.html.
+  """
+
+  def __init__(self, path: epath.Path):
+    self.path = path
+
+  def __repr__(self) -> str:
+    return f'Page({str(self.path)!r})'
+
+  def _repr_html_(self) -> str:
+    """Returns the page in a frame, so that its styles leave the notebook alone."""
+    page = html.escape(self.path.read_text())
+    return f'<iframe srcdoc="{page}" width="100%" height="800"></iframe>'
+
+
+def show(folder: epath.PathLike) -> Page:
+  """Writes the report of a run, or of all runs below a folder, and shows it.
+
+  Args:
+    folder: a run's folder, or one that holds several.
+
+  Raises:
+    UserError: there is no run in it, or the folder cannot be written.
+  """
+  from lt_jax import report  # which imports matplotlib
+
+  return Page(report.write(files.absolute(folder)))
 
 
 def load(workdir: epath.PathLike, which: str | None = None) -> 'Network':

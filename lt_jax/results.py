@@ -15,7 +15,7 @@ from lt_jax import checkpoint, files
 from lt_jax.build import Experiment, Stage
 from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, SOURCE, TARGET, config_digest, flatten
-from lt_jax.evals import TITLES
+from lt_jax.evals import titles
 from lt_jax.evals.classification import half
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.domains import (
@@ -613,7 +613,7 @@ def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> 
   test = result['test']
   shown = {
     title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
-    for name, title in TITLES.items()
+    for name, title in titles().items()
     if name in test
   }
   screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())

@@ -201,12 +201,12 @@ def sweep(
 
 def _headline(cell: Cell) -> str:
   """Returns the first test metric of a result; '' without one."""
-  from lt_jax.evals import TITLES
+  from lt_jax.evals import titles
 
   try:
     test = files.read_json(cell.workdir / 'result.json')['test']
-    name = next(name for name in TITLES if test.get(name) is not None)
-    return f'{100 * test[name]:.1f} % {TITLES[name]}'
+    name = next(name for name in titles() if test.get(name) is not None)
+    return f'{100 * test[name]:.1f} % {titles()[name]}'
   except (UserError, LookupError, TypeError, AttributeError, StopIteration):
     return ''
 

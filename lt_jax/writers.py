@@ -545,10 +545,18 @@ class _Output:
 def terminal(soft_wrap: bool = True) -> Console:
   """Returns a console for standard output, be it a terminal or not.
 
+  A notebook gets plain lines: it says that it is a terminal, but cannot redraw a bar.
+
   Args:
     soft_wrap: let the terminal break long lines.
   """
-  return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=soft_wrap)
+  return Console(
+    file=_Output(sys.stdout),
+    highlight=False,
+    soft_wrap=soft_wrap,
+    force_jupyter=False,
+    force_terminal=False if Console().is_jupyter else None,
+  )
 
 
 class Screen:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lt_jax.errors import UserError
+from lt_jax.evals import CLASSIFICATION, TASKS, titles
 from lt_jax.evals.calibration import calibration
 from lt_jax.evals.classification import across, measure, rank, record
 from lt_jax.evals.closed_set import closed_set
@@ -20,6 +21,7 @@ from lt_jax.evals.open_set import (
   open_set,
   ranking,
 )
+from lt_jax.evals.tasks import Metric
 
 MANY, FEW = np.array([True, True, False, False]), np.array([False, False, False, True])
 
@@ -278,3 +280,11 @@ def test_a_methods_own_rule_is_scored_beside_thresholds():
   assert (
     not found.keys() & across(records, num_classes=4, groups=groups).metrics['test']
   )
+
+
+def test_tables_know_the_metrics_of_a_task_that_is_added_later(monkeypatch):
+  before = titles()
+  more = {**CLASSIFICATION.metrics, 'within_one': Metric('within one grade')}
+  monkeypatch.setitem(TASKS, 'grades', CLASSIFICATION._replace(metrics=more))
+  assert titles() == {**before, 'within_one': 'within one grade'}
+  assert next(iter(titles())) == CLASSIFICATION.headline

@@ -1,9 +1,14 @@
 """Training and prediction from Python."""
 
+import ast
+import asyncio
+import json
+import pathlib
 import subprocess
 import sys
 import threading
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,3 +76,44 @@ def test_importing_the_package_imports_nothing_heavy():
   code = "import sys, lt_jax; print({'jax', 'flax', 'matplotlib'} & set(sys.modules))"
   found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert found.stdout == 'set()\n', found.stderr
+
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / 'docs' / 'quickstart.ipynb'
+
+SHORT = """
+METHODS, EPOCHS = ['ldam_drw'], 2
+CHANGES = {'model.trunk': 'tiny_cnn', 'evaluate_every_epochs': 2.0}
+"""
+
+
+def run_cell(source, names):
+  """Runs a cell; returns the value of its last line, which a notebook shows."""
+  tree = ast.parse(source)
+  if isinstance(tree.body[-1], ast.Expr):
+    shown = ast.Assign([ast.Name('_', ast.Store())], tree.body[-1].value)
+    tree.body[-1] = ast.fix_missing_locations(ast.copy_location(shown, tree.body[-1]))
+  exec(compile(tree, str(QUICKSTART), 'exec'), names)
+  return names.get('_')
+
+
+def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, one_device):
+  notebook = json.loads(QUICKSTART.read_text())
+  cells = {c['id']: c for c in notebook['cells'] if c['cell_type'] == 'code'}
+  assert not any(cell['outputs'] for cell in cells.values())
+  sources = {name: ''.join(cell['source']) for name, cell in cells.items()}
+  assert '%pip' in sources.pop('install')
+  sources['parameters'] = SHORT
+  monkeypatch.chdir(tmp_path)
+  names = {}
+
+  async def kernel():  # cells run inside an event loop, as in Jupyter
+    return {name: run_cell(source, names) for name, source in sources.items()}
+
+  shown = asyncio.run(kernel())
+  drawn = [axis.get_title() for axis in names['axes'].flat]
+  plt.close('all')
+  assert set(drawn) <= {'unknown', *map(str, range(8))} and len(drawn) == 16
+  assert names['result']['recipe'] == 'ldam_drw'
+  frame = shown['report']._repr_html_()
+  assert frame.startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;') and 'svg' in frame
+  assert shown['report'].path == tmp_path / 'runs' / 'report.html'

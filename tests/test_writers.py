@@ -102,3 +102,12 @@ def test_a_tracker_that_does_not_start_is_reported_in_a_line(monkeypatch, tmp_pa
 def test_without_a_tracker_nothing_is_reported(tmp_path):
   with writers.tracking('', CONFIG, epath.Path(tmp_path)) as track:
     track({'loss': 1.0})
+
+
+def test_a_notebook_gets_plain_lines(monkeypatch):
+  monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+  monkeypatch.setenv('TERM', 'xterm')
+  assert writers.terminal().is_terminal
+  monkeypatch.setattr('rich.console._is_jupyter', lambda: True)
+  console = writers.terminal()
+  assert not console.is_terminal and not console.is_jupyter

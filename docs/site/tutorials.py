@@ -1,9 +1,9 @@
-"""Runs the tutorials, whose figures the site shows: python docs/site/tutorials.py.
+"""Runs the tutorials, or those named: python docs/site/tutorials.py [NAME ...].
 
 The blocks of a page, ```bash and ```python, run one after the other in one empty
 folder. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
 docs/tutorials/figures/NAME.svg. `make docs` does this first, so that a page that no
-longer runs has no site.
+longer runs has no site. All pages share one cache of compiled programs.
 """
 
 import os
@@ -20,11 +20,16 @@ BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```$', re.M | re.S)
 FIGURE = re.compile(r'^<!-- figure: (\S+) as (\S+) -->$', re.M)
 
 
-def run(page: pathlib.Path) -> None:
+def run(page: pathlib.Path, cache: str) -> None:
   """Runs a page and keeps its figures."""
   text, began = page.read_text(), time.monotonic()
   first = os.fspath(pathlib.Path(sys.executable).parent)
-  environment = {**os.environ, 'PATH': f'{first}{os.pathsep}{os.environ["PATH"]}'}
+  environment = {
+    **os.environ,
+    'PATH': f'{first}{os.pathsep}{os.environ["PATH"]}',
+    'JAX_COMPILATION_CACHE_DIR': cache,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   starts = {
     'bash': ['bash', '-euo', 'pipefail', '-c'],
     'python': [sys.executable, '-c'],
@@ -51,5 +56,7 @@ def run(page: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  for tutorial in sorted(PAGES.glob('*.md')):
-    run(tutorial)
+  named = [PAGES / f'{name}.md' for name in sys.argv[1:]]
+  with tempfile.TemporaryDirectory() as shared:
+    for tutorial in named or sorted(PAGES.glob('*.md')):
+      run(tutorial, shared)

@@ -24,11 +24,16 @@ TASKS: dict[str, Task] = {
   'zero_shot_segmentation': ZERO_SHOT_SEGMENTATION,
 }
 
-TITLES = {
-  name: task.metrics[name].title
-  for only_headlines in (True, False)
-  for task in TASKS.values()
-  for name in ([task.headline] if only_headlines else task.metrics)
-  if task.metrics[name].title
-}
-"""Name in result.json -> title in tables; headline metrics come first."""
+
+def titles() -> dict[str, str]:
+  """Returns name in result.json -> title in tables; headline metrics come first.
+
+  It is a function, so that it knows tasks that were added to `TASKS` later.
+  """
+  return {
+    name: task.metrics[name].title
+    for only_headlines in (True, False)
+    for task in TASKS.values()
+    for name in ([task.headline] if only_headlines else task.metrics)
+    if task.metrics[name].title
+  }

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lt_jax.evals import titles
 from lt_jax.report.drawing import OTHER_CONTENTS, finite_mean
 from lt_jax.report.noise import LEVEL, RESAMPLES, Interval, paired_bootstrap, paired_t
 from lt_jax.report.runs import Group, NoData, Run, printable
-from lt_jax.report.tables import TITLES, Table
+from lt_jax.report.tables import Table
 
 CONTROLS = ('ce', 'source_only')
 """Recipes that others are compared with: plain networks, of one domain or of two."""
@@ -197,7 +198,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def differences_table(found: Sequence[Comparison]) -> Table:
   """Returns a row a method: its differences in points, grey within noise."""
   names = {name for comparison in found for name in comparison.intervals}
-  columns = {name: title for name, title in TITLES.items() if name in names}
+  columns = {name: title for name, title in titles().items() if name in names}
   rows, faint = [], set()
   for row, comparison in enumerate(found):
     cells = [comparison.group.label, comparison.reference.label, comparison.test]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import matplotlib
 import numpy as np
 
-from lt_jax.evals import TITLES
+from lt_jax.evals import titles
 from lt_jax.report.curves import curve
 from lt_jax.report.domains import Domain, domains
 from lt_jax.report.drawing import (
@@ -404,7 +404,7 @@ def compare_domains(groups: Sequence[Group]) -> Drawn:
       label=_title(domain),
     )
   axes.set_yticks(place, [short_label(group.label) for group in groups])
-  measure = TITLES[groups[0].counted[0].headline]
+  measure = titles()[groups[0].counted[0].headline]
   axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes, 3)
   return figure, (

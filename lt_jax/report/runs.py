@@ -14,7 +14,7 @@ from lt_jax import files, provenance
 from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
-from lt_jax.evals import CLASSIFICATION, TASKS, TITLES
+from lt_jax.evals import CLASSIFICATION, TASKS, titles
 from lt_jax.evals.tasks import Task
 from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.writers import (
@@ -47,11 +47,11 @@ SHAPES: dict[str, Any] = {
   },
   'result.json': {
     'test': {
-      **dict.fromkeys(TITLES, MAYBE),
+      **dict.fromkeys(titles(), MAYBE),
       'class_accuracy': (None, [MAYBE]),
       'iou_by_class': (None, [MAYBE]),
     },
-    'val': (None, dict.fromkeys(TITLES, MAYBE)),
+    'val': (None, dict.fromkeys(titles(), MAYBE)),
     'threshold': (None, {'value': MAYBE}),
     'best_on_test': (None, {}),
     'versions': (None, {}),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lt_jax.evals import TITLES
+from lt_jax.evals import titles
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
@@ -139,7 +139,7 @@ def classes_table(groups: Sequence[Group]) -> Table:
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
   """Returns the metrics that any run has, with their titles."""
   there = {name for run in runs if run.result for name in run.result['test']}
-  return {name: title for name, title in TITLES.items() if name in there}
+  return {name: title for name, title in titles().items() if name in there}
 
 
 def _states(group: Group) -> str:
@@ -166,7 +166,7 @@ def published_table(groups: Sequence[Group]) -> Table:
       rows.append(
         [
           group.label,
-          _METRICS.get(row['metric'], TITLES.get(row['metric'], row['metric'])),
+          _METRICS.get(row['metric'], titles().get(row['metric'], row['metric'])),
           percent(values),
           percent(best) if best else '-',
           _published(row),
