@@ -1,4 +1,4 @@
-r"""Targets of transfer: birds, dogs, flowers, cars, aircraft, food, and Caltech's.
+r"""Targets of transfer: birds, dogs, flowers, cars, aircraft, food, Caltech's, VOC's.
 
   python -m lt_jax.main --workdir=runs/cub/ce \
     --config=configs/fine_grained.py:ce,target=cub200,init=timm/resnet50.tv_in1k
@@ -14,6 +14,13 @@ r"""Targets of transfer: birds, dogs, flowers, cars, aircraft, food, and Caltech
   caltech101        102  30 a class  6,084  tfds:caltech101, with the background class
   caltech256        257  60 a class   rest  data=folder:DIR with a test split
   cats_vs_dogs        2    19,262    4,000  tfds:cats_vs_dogs, 2,000 of each cut off
+  voc2007            20     2,501    4,952  tfds:voc/2007, whose images have several
+
+An image of voc2007 is of the classes of all its objects; where an object is difficult
+and no other is of its class, the class is not known there and counts for nothing. Every
+class has a sigmoid, and the headline is the mean over classes of the average precision
+at 11 points, as in the challenge. `ce` and the recipes of fine-tuning then train the
+sigmoid cross-entropy; cb_sigmoid and cb_focal weigh an image by its rarest class.
 
 Prepare a TFDS set once: python -m lt_jax.prepare NAME. Without data the images are
 generated: --config.data.source=fake.

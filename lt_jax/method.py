@@ -5,10 +5,11 @@
   predict(state, images) -> Outputs        evaluation mode
 
 `batches` is a dict of named batches, one a stream: {'train': {'image': (B, H, W, 3)
-float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count) of
-arrays of any shape, which the loop adds up over a log interval and divides: scalars
-become columns of metrics.jsonl, vectors go to a file of their own. `Outputs` is a
-dict: 'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score'
+float32, 'label': (B,) int32}, ...}; images with several classes each also have
+'classes' (B, C), see `lt_jax.data.arrays`. `metrics` maps a name to a pair (sum,
+count) of arrays of any shape, which the loop adds up over a log interval and divides:
+scalars become columns of metrics.jsonl, vectors go to a file of their own. `Outputs`
+is a dict: 'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score'
 (B,), higher meaning more surely a known class, and 'is_unknown' (B,), its own rule for
 rejecting an image.
 

@@ -156,15 +156,16 @@ class Trained(NamedTuple):
       images: (B, H, W, channels) of `dtype`.
 
     Returns:
-      'logits' (B, C), 'probabilities' (B, C), their softmax, 'known_score' (B,), the
-      method's or else the largest probability, and 'features' (B, D). Of pixels the
+      'logits' (B, C), 'probabilities' (B, C), their softmax, or sigmoid where images
+      have several classes, 'known_score' (B,), the method's or else the largest
+      probability, and 'features' (B, D). Of pixels the
       first three are maps, (B, h, w, C) and (B, h, w).
     """
     told = self.facts['preprocessing']
     images = augment.unit(images, told.get('unit') or 'none')
     normalised = augment.normalise(images, told['mean'], told['std'])
     outputs = self.stage.method.predict(state, normalised)
-    probabilities = jax.nn.softmax(outputs['logits'])
+    probabilities = self.stage.task.probability(outputs['logits'])
     return {
       'logits': outputs['logits'],
       'probabilities': probabilities,

@@ -129,6 +129,7 @@ def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
   assert len(data.class_names) == made.classes
   expected = made.per_class or made.train // made.classes
   cut = 0 if made.test else min(2000, made.train // made.classes // 5)
-  assert set(data.counts) == {expected - cut}
+  each = 2 if made.several else 1
+  assert set(data.counts) == {each * (expected - cut)}
   if made.test:
     assert len(data.tests['test'].rows) == made.test

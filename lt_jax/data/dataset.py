@@ -474,6 +474,8 @@ def _dataset(
     )
     for name, (origin, rows) in splits.items()
   }
+  for name, split in cut.items():
+    _check_classes(split, known, name)
   train = cut['train']
   return Dataset(
     splits={name: split for name, split in cut.items() if name not in TESTS},
@@ -485,6 +487,24 @@ def _dataset(
     passed_over=_passed_over(sources, [origin for origin, _ in splits.values()]),
     dtype=train.dtype.name,
   )
+
+
+def _check_classes(split: Split, known: int, name: str) -> None:
+  """Refuses several classes an image that are not those of the data set."""
+  classes = split.numbers().get('classes')
+  if classes is None:
+    return
+  if classes.shape != (len(split.rows), known):
+    raise UserError(
+      f"split {name!r}: the attribute 'classes' has the shape {classes.shape}, but "
+      f'there are {len(split.rows)} images and {known} classes: images with several '
+      'classes are used with all classes'
+    )
+  if not np.isin(classes, (-1, 0, 1)).all():
+    raise UserError(
+      f"split {name!r}: the attribute 'classes' must be 1, 0, or -1 where it is not "
+      'known'
+    )
 
 
 def _passed_over(sources: Mapping[str, Any], used: Sequence[Any]) -> tuple[str, ...]:

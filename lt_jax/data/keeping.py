@@ -22,6 +22,7 @@ class Kept:
     class_names: of the kept classes, in the order of the source.
     image_shape: of the source.
     dtype: of its images.
+    attributes: further labels of the images, name -> (N, ...).
   """
 
   def __init__(self, source: Any, rows: np.ndarray, labels: np.ndarray, names):
@@ -31,6 +32,8 @@ class Kept:
     self.dtype = np.dtype(getattr(source, 'dtype', np.uint8))
     self.name = getattr(source, 'name', '')
     self.passed_over = getattr(source, 'passed_over', ())
+    attributes = getattr(source, 'attributes', {})
+    self.attributes = {key: values[rows] for key, values in attributes.items()}
     if hasattr(source, 'encoded'):
       self.encoded = lambda row: source.encoded(int(rows[row]))
       self.where = lambda row: source.where(int(rows[row]))

@@ -115,10 +115,14 @@ class Split(NamedTuple):
   def counts(self, num_classes: int) -> np.ndarray:
     """Returns (C,) int, the images of each class; or its pixels, if they have labels.
 
-    Those of label maps in files are counted when they are first asked for.
+    An image with several classes counts for each of them. Those of label maps in files
+    are counted when they are first asked for.
     """
     if self.of_pixels:
       return self.class_pixels().sum(0)
+    several = self.numbers().get('classes')
+    if several is not None:
+      return (several == 1).sum(0)
     return label_counts(self.labels, num_classes)
 
   def class_pixels(self) -> np.ndarray:

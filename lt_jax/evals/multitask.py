@@ -14,6 +14,7 @@ import numpy as np
 
 from lt_jax.evals import classification
 from lt_jax.evals.collect import Collected
+from lt_jax.evals.multilabel import average_precision
 from lt_jax.evals.tasks import Metric, Record, Task
 from lt_jax.losses.tasks import KINDS
 from lt_jax.method import Batch, Outputs
@@ -58,38 +59,6 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]
   valid = labels >= 0
   right = outputs[valid].argmax(-1) == labels[valid]
   return {'accuracy': float(right.mean()) if valid.any() else None}
-
-
-def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
-  r"""Returns the 11-point average precision of one label.
-
-  .. math:: \frac1{11} \sum_{t \in \{0, 0.1, \dots, 1\}} \max_{r \ge t} p(r)
-
-  Args:
-    scores: (N,).
-    labels: (N,) int, 1 or 0, -1 for images that do not count.
-
-  Returns:
-    None where no image has the label.
-
-  Examples:
-    >>> scores, labels = np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1])
-    >>> round(average_precision(scores, labels), 3)  # (6 * 1 + 5 * 2/3) / 11
-    0.848
-
-  Source: Everingham et al., IJCV 88, 2010, section 4.2.
-  """
-  valid = labels >= 0
-  scores, positive = scores[valid], labels[valid] == 1
-  if not positive.any():
-    return None
-  hits = positive[np.argsort(-scores, kind='stable')].cumsum()
-  precision = hits / np.arange(1, len(hits) + 1)
-  # Recall in whole tenths, which floats would not hold exactly.
-  best = [
-    precision[10 * hits >= tenth * hits[-1]].max(initial=0.0) for tenth in range(11)
-  ]
-  return float(np.mean(best))
 
 
 def mean_average_precision(

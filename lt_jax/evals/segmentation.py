@@ -245,5 +245,6 @@ SEGMENTATION = Task(
   picture=picture,
   per_pixel=True,
   by_class='iou_by_class',
+  of_class='IoU',
 )
 """The groups of classes are by their training pixels, and their metric is the mIoU."""

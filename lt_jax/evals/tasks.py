@@ -73,6 +73,8 @@ class Task(NamedTuple):
       errors on rare classes.
     per_pixel: whether every pixel has a label, and logits.
     by_class: the metric (C,) of single classes whose mean over them tables have.
+    of_class: what figures call it.
+    probability: from logits to what predictions are told by.
     groups: counts (C,) -> name -> (C,) bool, groups of classes that it measures beside
       the shot groups.
     reads: what batches of test images must have beside a label -> how data come by it.
@@ -89,6 +91,8 @@ class Task(NamedTuple):
   picture: Record | None = None
   per_pixel: bool = False
   by_class: str = 'class_accuracy'
+  of_class: str = 'accuracy'
+  probability: Callable[[jax.Array], jax.Array] = jax.nn.softmax
   groups: Callable[[np.ndarray], dict[str, np.ndarray]] = no_groups
   reads: Mapping[str, str] = {}
 

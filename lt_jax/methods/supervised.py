@@ -153,11 +153,15 @@ def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
 
   Args:
     outputs: with 'logits' (..., C).
-    batch: with 'label' (...); -1 is in neither of them.
+    batch: with 'label' (...); -1 is in neither of them. Of an image with several
+      'classes' (B, C) any of them is right.
     losses: (...), unweighted.
   """
   logits, labels = outputs['logits'], batch['label']
-  correct = jnp.argmax(logits, axis=-1) == labels
+  first = jnp.argmax(logits, axis=-1)
+  correct = first == labels
+  if 'classes' in batch:
+    correct = jnp.take_along_axis(batch['classes'], first[:, None], axis=1)[:, 0] == 1
   return {
     'accuracy': (
       correct.sum(dtype=jnp.float32),
