@@ -1,9 +1,10 @@
-"""Classifiers of features with a unique optimum, trained to convergence.
+"""Classifiers of features: those with a unique optimum, and a small network.
 
 Linear support vector machines, softmax and ridge regression, class means and nearest
-neighbours. Each is an entry of `CLASSIFIERS`: a function of features, labels and a list
-of strengths that returns one classifier a strength. `chosen` picks the strength by
-folds of the training data. Arrays in, arrays out: no network and no config.
+neighbours; `small_network` has a file of its own. Each is an entry of `CLASSIFIERS`: a
+function of features, labels and a list of strengths that returns one classifier a
+strength. `chosen` picks the strength by folds of the training data. Arrays in, arrays
+out: no config, and no network but the small one.
 
 The convex ones are solved by L-BFGS for all classes at once. A step costs two products
 of the features with a (D, C) matrix: on a line the scores are linear in the step, so
@@ -20,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from lt_jax.errors import UserError, lookup
+from lt_jax.surgeries.small_network import small_network
 
 HISTORY = 10
 """Pairs of steps and changes of the gradient from which L-BFGS knows the curvature."""
@@ -520,6 +522,7 @@ class Classifier(NamedTuple):
 
 COSTS = tuple(10.0**power for power in range(-5, 3))
 PENALTIES = tuple(10.0**power for power in range(6, -3, -1))
+DECAYS = (0.1, 0.01, 0.001)
 
 CLASSIFIERS = {
   'svm': Classifier(svm, COSTS, 0.01),
@@ -527,6 +530,7 @@ CLASSIFIERS = {
   'ridge': Classifier(ridge, PENALTIES, 1000.0),
   'class_means': Classifier(class_means, (0.0,), 0.0),
   'neighbours': Classifier(neighbours, (1,), 1),
+  'small_network': Classifier(small_network, DECAYS, 0.01),
 }
 
 
