@@ -419,6 +419,7 @@ def evaluation_pass(
   workers: int = 0,
   stand_in: bool = False,
   view: Callable[[Any], Any] = lambda state: state,
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Pass:
   """Returns one pass over a split; every process makes the same number of batches.
 
@@ -429,6 +430,7 @@ def evaluation_pass(
     workers: as for `train_stream`; up to `SMALL_PASS` images are read by threads.
     stand_in: as for `train_stream`.
     view: see `Pass`.
+    beside: as for `train_stream`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -446,6 +448,7 @@ def evaluation_pass(
     transform=transform,
     workers=workers,
     training=False,
+    beside=beside,
   )
 
   def payload(step: int) -> dict[str, np.ndarray]:

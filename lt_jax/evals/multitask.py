@@ -15,7 +15,7 @@ import numpy as np
 from lt_jax.evals import classification
 from lt_jax.evals.collect import Collected
 from lt_jax.evals.multilabel import average_precision
-from lt_jax.evals.tasks import Metric, Record, Task
+from lt_jax.evals.tasks import Across, Metric, Record, Task
 from lt_jax.losses.tasks import KINDS
 from lt_jax.method import Batch, Outputs
 
@@ -111,23 +111,67 @@ def measure(
   classes' accuracy among them, None where one has none.
   """
   found = classification.measure(records, num_classes=num_classes, groups=groups)
-  firsts = [found['accuracy']]
+  return found | _with_mean(found['accuracy'], _measured(records))
+
+
+def _measured(records: Collected) -> dict[str, dict[str, float | None]]:
+  """Returns task -> its measures, of the tasks that have a head of their own."""
+  found = {}
   for key in records:
     kind, _, rest = key.partition('/')
     if kind in MEASURES and rest.endswith('/output'):
       name = rest.removesuffix('/output')
-      values = MEASURES[kind](records[key], records[f'{kind}/{name}/label'])
-      firsts.append(next(iter(values.values())))
-      found |= {f'{name}_{what}': value for what, value in values.items()}
-  mean = None if None in firsts else float(np.mean(firsts))
-  return found | {'task_mean': mean}
+      found[name] = MEASURES[kind](records[key], records[f'{kind}/{name}/label'])
+  return found
+
+
+def _with_mean(
+  accuracy: float, tasks: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, float | None]:
+  """Returns NAME_MEASURE of each task, and 'task_mean'."""
+  firsts = [accuracy, *(next(iter(values.values())) for values in tasks.values())]
+  return {
+    **{
+      f'{name}_{what}': value
+      for name, values in tasks.items()
+      for what, value in values.items()
+    },
+    'task_mean': None if None in firsts else float(np.mean(firsts)),
+  }
+
+
+def across(
+  records: Mapping[str, Collected],
+  *,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+) -> Across:
+  """Returns what classification does, and measures of tasks with images of their own.
+
+  Args:
+    records: split -> what `record` keeps; of the test images of another stream, which
+      no class of the network's own head is told of, 'test/STREAM'.
+    num_classes: C.
+    groups: name -> (C,) bool.
+  """
+  found = classification.across(records, num_classes=num_classes, groups=groups)
+  others = [own for split, own in records.items() if split.startswith('test/')]
+  if not others:
+    return found
+  test = records['test']
+  accuracy = float((test['label'] == test['prediction']).mean())
+  tasks = {
+    name: values for own in (test, *others) for name, values in _measured(own).items()
+  }
+  more = found.metrics.get('test', {}) | _with_mean(accuracy, tasks)
+  return found._replace(metrics={**found.metrics, 'test': more})
 
 
 MULTITASK = Task(
   record,
   keep,
   measure,
-  classification.across,
+  across,
   {**classification.METRICS, 'task_mean': Metric('mean over tasks')},
 )
 

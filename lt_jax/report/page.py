@@ -63,6 +63,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   alone = runs[0].folder == folder
   losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
   judges = domains.discriminator_notes(groups)
+  controls = multitask.remarks(groups)
   notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   by_domain = domains.domains_table(groups)
@@ -87,6 +88,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
     tasks=tasks,
+    task_remarks=controls,
     chosen=chosen,
     remarks=[tables.UNITS, *notes],
     figures=compared,
@@ -98,7 +100,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   )
   shown = [results, by_domain, by_class, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
-  remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
+  remarks = [tables.UNITS, *domains.remarks(by_domain), *controls, *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
   latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
   texts = {
