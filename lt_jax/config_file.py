@@ -145,7 +145,7 @@ def _errors_name_the_line(path: str) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     if isinstance(error, SyntaxError):
       place = f'{path}:{error.lineno}' if error.lineno else path
     else:

@@ -87,6 +87,7 @@ def test_an_option_without_its_value_is_told():
       ': get_config must return a ConfigDict; it returns dict',
     ),
     ('x = 1\n', ' defines no function get_config'),
+    ('import sys\nsys.exit(0)\n', ':2: SystemExit: 0'),
   ],
 )
 def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, told):
