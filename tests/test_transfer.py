@@ -1,6 +1,8 @@
 """Transfer in one run: tasks of digits, kept classes, a source and a target."""
 
+import copy
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from lt_jax.data.keeping import Kept, class_list, keep_classes
 from lt_jax.data.sources import fingerprint
 from lt_jax.errors import UserError
 from lt_jax.protocols.fine_grained import TARGETS
+from lt_jax.report.runs import find
+from lt_jax.report.sources import sources_table
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -107,6 +111,26 @@ def test_a_union_is_measured_on_each_of_its_sources(ran):
   assert [*domains] == ['round', 'straight']
   mean = np.mean([domains[name]['accuracy'] for name in domains])
   assert measured['test']['accuracy'] == pytest.approx(mean)
+
+
+def test_the_report_has_the_union_beside_each_source_alone(ran):
+  """From files that runs leave: the last rows of the stage on the source."""
+  runs = find(ran)
+  (union,) = runs
+  alone = copy.deepcopy(union.config)
+  alone['stages']['source']['domain'] = 'round'
+  row = {'stage': 'source', 'split': 'test', 'accuracy': 0.25}
+  other = types.SimpleNamespace(
+    config=alone, result=union.result, rows=[row], seed=0, headline='accuracy'
+  )
+  groups = [types.SimpleNamespace(counted=own) for own in ([union], [union], [other])]
+  table = sources_table(groups)
+  assert table.headings == ['trained on', 'round', 'straight']
+  both, one = table.rows
+  measured = evaluate.evaluate(ran, stage_name='source')['domains']
+  wanted = [f'{100 * measured[name]["accuracy"]:.1f}' for name in measured]
+  assert both == ['source on round + straight', *wanted]
+  assert one == ['source on round', '25.0', '-']
 
 
 def test_the_sources_of_a_user_build():

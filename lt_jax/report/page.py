@@ -21,6 +21,7 @@ from lt_jax.report import (
   multitask,
   pictures,
   selection,
+  sources,
   tables,
   zero_shot,
 )
@@ -64,6 +65,7 @@ def write(folder: epath.PathLike) -> epath.Path:
   losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
   judges = domains.discriminator_notes(groups)
   controls = multitask.remarks(groups)
+  by_source = sources.sources_table(groups)
   notes = [*notes, *_warnings(runs), *judges, *losses]
   results, published = tables.results_table(groups), tables.published_table(groups)
   by_domain = domains.domains_table(groups)
@@ -87,6 +89,8 @@ def write(folder: epath.PathLike) -> epath.Path:
     classes=by_class,
     domain_remarks=domains.remarks(by_domain),
     selection=selected,
+    sources=by_source,
+    source_remark=sources.TOLD,
     tasks=tasks,
     task_remarks=controls,
     chosen=chosen,
@@ -98,7 +102,7 @@ def write(folder: epath.PathLike) -> epath.Path:
     colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
   )
-  shown = [results, by_domain, by_class, tasks, selected, chosen, published]
+  shown = [results, by_domain, by_source, by_class, tasks, selected, chosen, published]
   shown = [table for table in shown if table.rows]
   remarks = [tables.UNITS, *domains.remarks(by_domain), *controls, *notes]
   plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
