@@ -11,8 +11,8 @@ r"""Targets of transfer: birds, dogs, flowers, cars, aircraft, food, Caltech's, 
   aircraft          100     6,667    3,333  data=folder:DIR or data=list:DIR
   food              101    75,750   25,250  tfds:food101
   nabirds           555    23,929   24,633  data=folder:DIR or data=list:DIR
-  caltech101        102  30 a class  6,084  tfds:caltech101, with the background class
-  caltech256        257  60 a class   rest  data=folder:DIR with a test split
+  caltech101        101  30 a class   rest  tfds:caltech101, without background_google
+  caltech256        256  60 a class   rest  data=folder:DIR, without 257.clutter
   cats_vs_dogs        2    19,262    4,000  tfds:cats_vs_dogs, 2,000 of each cut off
   voc2007            20     2,501    4,952  tfds:voc/2007, whose images have several
 
@@ -23,7 +23,7 @@ at 11 points, as in the challenge. `ce` and the recipes of fine-tuning then trai
 sigmoid cross-entropy; cb_sigmoid and cb_focal weigh an image by its rarest class.
 
 Prepare a TFDS set once: python -m lt_jax.prepare NAME. Without data the images are
-generated: --config.data.source=fake.
+generated: data=fake.
 
 Published top-1 accuracy in %, Cui et al. (CVPR 2018), Inception-v3 at 299 pixels, whose
 fine-tuning is not published, so that no run here is of that setting:
@@ -50,6 +50,7 @@ the rate under protocol=tllib; frozen, layer_decay, chop, l2_sp, ...) and
   net        resnet50, or any trunk of configs/my_images.py
   size       224; 0 for images in memory, such as data=npz:FILE, which keep their own
   per_class  training images of each class, instead of the protocol's
+  background 1: with the class of images that show none of the others (Caltech)
   protocol   tllib, cui (the authors' demonstration) or bit
   epochs     instead of the protocol's
 """

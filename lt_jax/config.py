@@ -144,7 +144,7 @@ def base_config() -> ConfigDict:
         'dir': '',  # of TFDS; its own default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
-        'keep_classes': '',  # a file with a name a line, or NAME+NAME; '': all
+        'keep_classes': '',  # a file with a name a line, NAME+NAME, or -NAME; '': all
         'known_classes': 0,  # classes from this one on are open; 0: all are known
         'profile': 'original',
         'n_max': 0,

@@ -53,6 +53,9 @@ def test_classes_that_are_kept_are_all_there_are(tmp_path):
   assert fingerprint(lazy, np.arange(9)) == fingerprint(few, np.arange(9))
   listed = tmp_path / 'keep_classes.txt'
   listed.write_text('2\n7\n')
+  others = keep_classes(sources, ('-2', '-7'), 'digits')['train']
+  assert others.class_names == tuple(d for d in '0123456789' if d not in '27')
+  assert len(others.labels) + len(few.labels) == len(whole.labels)
   loaded = load_dataset(
     'digits_tasks:digits', to_device=lambda x: x, keep_classes=str(listed)
   )
@@ -66,6 +69,8 @@ def test_classes_that_are_kept_are_all_there_are(tmp_path):
     ('1+1', 'must name classes, each of them once'),
     ('none.txt', 'there is no file none.txt'),
     ('1+11', "digits has no class '11'"),
+    ('-11', "digits has no class '11'"),
+    ('+'.join(f'-{d}' for d in range(10)), 'leaves no class of digits'),
   ],
 )
 def test_lists_that_cannot_be_are_told(text, told):
@@ -84,6 +89,12 @@ def test_what_a_recipe_sets_is_not_for_the_source(recipe):
   assert source['kept_layers'] == '' and source['surgeries'] == []
   first = stage_config(config, config['stage_order'][1])
   assert first['surgeries'][0][0] == 'copy' and first['domain'] == 'task'
+
+
+def test_the_background_class_is_left_out_unless_it_is_asked_for():
+  for arg, kept in (('', '-background_google'), (',background=1', '')):
+    config = fine_grained.get_config(f'ce,target=caltech101{arg}')
+    assert config.data.keep_classes == kept
 
 
 @pytest.fixture(scope='module')
@@ -144,8 +155,7 @@ def test_the_sources_of_a_user_build():
 @pytest.mark.parametrize('target', TARGETS)
 def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
   """On generated images of as many classes."""
-  config = fine_grained.get_config(f'frozen,target={target},net=resnet10')
-  config.data.source = 'fake'
+  config = fine_grained.get_config(f'frozen,target={target},net=resnet10,data=fake')
   made = TARGETS[target]
   config = resolve(config)
   experiment = build.build(config, devices=1)

@@ -127,7 +127,7 @@ def load_dataset(
     seed: of splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
     keep_classes: the classes that are used, as if there were no others: a file with a
-      name a line, or names with + between them; empty: all.
+      name a line, or names with + between them; '-NAME' is all but this. Empty: all.
     known_classes: classes from this one on form the open set; 0: all are known.
     profile: a key of `longtail.PROFILES`.
     n_max: images of the largest class; stated, never derived from the source.

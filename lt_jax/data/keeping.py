@@ -56,7 +56,7 @@ def class_list(text: str) -> tuple[str, ...]:
 
   Args:
     text: a file with a name a line, such as keep_classes.txt of `lt_jax.similarity`;
-      or the names themselves, with + between them.
+      or the names themselves, with + between them. '-NAME' is every class but this.
 
   Raises:
     UserError: the file holds no name, or one twice.
@@ -80,7 +80,7 @@ def keep_classes(
 
   Args:
     sources: split -> source.
-    names: of the classes.
+    names: of the classes; if each begins with '-', those that are left out.
     name: of the data set, for messages.
 
   Raises:
@@ -93,12 +93,16 @@ def keep_classes(
       raise UserError(
         f'data.keep_classes cannot be used with {name}, which has a gallery and probes'
       )
-    for one in names:
+    without = all(one.startswith('-') and one not in known for one in names)
+    named = [one.removeprefix('-') for one in names] if without else names
+    for one in named:
       if one not in known:
         raise UserError(
           f'data.keep_classes: {name} has no class {one!r}{suggest(one, known)}'
         )
-    order = [own for own in source.class_names if own in names]
+    order = [own for own in source.class_names if (own in named) != without]
+    if not order:
+      raise UserError(f'data.keep_classes leaves no class of {name}')
     place = np.full(len(known) + 1, -2, np.int32)  # the last one is that of -1
     place[-1] = -1
     place[[known[own] for own in order]] = np.arange(len(order))

@@ -21,6 +21,8 @@ class Target(NamedTuple):
     per_class: training images of each class that the protocol takes; 0: all.
     test_split: of the source.
     several: whether an image may have several classes.
+    background: the class of images that show none of the others; '' where there is
+      none. It is left out, unless it is asked for.
   """
 
   source: str
@@ -30,6 +32,7 @@ class Target(NamedTuple):
   per_class: int = 0
   test_split: str = 'test'
   several: bool = False
+  background: str = ''
 
 
 TARGETS: dict[str, Target] = {
@@ -42,8 +45,10 @@ TARGETS: dict[str, Target] = {
   'aircraft': Target('', 100, 6667, 3333),
   'food': Target('tfds:food101', 101, 75750, 25250, test_split='val'),
   'nabirds': Target('', 555, 23929, 24633),
-  'caltech101': Target('tfds:caltech101', 102, 3060, 6084, per_class=30),
-  'caltech256': Target('', 257, 15420, 15187, per_class=60),
+  'caltech101': Target(
+    'tfds:caltech101', 102, 3060, 6084, per_class=30, background='background_google'
+  ),
+  'caltech256': Target('', 257, 15420, 15187, per_class=60, background='257.clutter'),
   'cats_vs_dogs': Target('tfds:cats_vs_dogs', 2, 23262, 0),
   # The 2,510 images of 'val' choose here; the challenge trains on both, 5,011 images.
   'voc2007': Target('tfds:voc/2007', 20, 2501, 4952, several=True),
@@ -106,6 +111,7 @@ def fine_grained(arg: str | None) -> ConfigDict:
     net='resnet50',
     size=224,
     per_class=-1,
+    background=0,
     protocol='tllib',
     epochs=0.0,
   )
@@ -116,6 +122,8 @@ def fine_grained(arg: str | None) -> ConfigDict:
   data: Overrides = {'source': option.data or target.source or 'fake'}
   if per_class:
     data |= {'profile': 'balanced', 'n_max': per_class}
+  if target.background and not option.background and data['source'] != 'fake':
+    data['keep_classes'] = f'-{target.background}'
   if target.test:
     data |= {'test_split': target.test_split}
   else:
