@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import fine_grained
-from lt_jax import build, cautions, run
+from lt_jax import build, cautions, report, run
 from lt_jax.config import resolve
 from lt_jax.data.arrays import rarest
 from lt_jax.data.digit_tasks import TRAITS, digit_task
@@ -221,6 +221,10 @@ def test_a_run_of_several_classes(tmp_path):
     classes, logits = stored['classes'], stored['logits']
   wanted = [by_definition(logits[:, c], classes[:, c]) for c in range(len(ap))]
   np.testing.assert_allclose(ap, wanted, atol=0.02)  # of logits in float16
+  report.write(tmp_path)
+  page = (tmp_path / 'report.md').read_text()
+  told = ' | '.join(f'{100 * value:.1f}' for value in ap)
+  assert 'average precision by class' in page and told in ' '.join(page.split())
 
 
 def test_what_cannot_be_is_told(tmp_path):
