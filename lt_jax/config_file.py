@@ -61,6 +61,11 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
   return given
 
 
+def overrides() -> dict[str, Any]:
+  """Returns key -> value of what --config.KEY=VALUE sets."""
+  return config_flags.get_override_values(flags.FLAGS['config'])
+
+
 def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
   """Makes a config ready for keys that are about to be set, see `options.prepare`."""
   if given:

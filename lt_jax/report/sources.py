@@ -7,7 +7,7 @@ from typing import Any
 from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
-TOLD = (
+REMARK = (
   'Test accuracy in % at the end of the stage that trains on a source, before anything '
   'is learned of the target. A union is tested on the images of each of its sources, '
   'among the classes of all of them.'
