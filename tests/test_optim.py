@@ -221,8 +221,8 @@ def test_per_parameter_first_full_match_wins():
   'rules, message',
   [
     ((('net/head/.*', 1.0),), "no rule covers 'net/trunk/kernel'"),
-    ((('head/bias', 0.0), ('.*', 1.0)), "'head/bias' applies to no parameter"),
-    ((('.*', 1.0), ('net/head/bias', 0.0)), "'net/head/bias' applies to no parameter"),
+    ((('head/bias', 0.0), ('.*', 1.0)), "'head/bias' matches no parameter"),
+    ((('.*', 1.0), ('net/head/bias', 0.0)), "'net/head/bias' matches no parameter"),
     ((('net/(head', 1.0), ('.*', 1.0)), r"'net/\(head' is not a regular expression"),
     ((), 'no rule covers'),
   ],
@@ -341,7 +341,7 @@ def test_dann_is_the_table_of_its_formula():
   np.testing.assert_allclose(by_step(steps), expected, rtol=1e-5)
 
 
-def test_poly_ends_where_it_is_told_to():
+def test_poly_ends_at_its_end():
   """ADVENT's, which stops at 120,000 of 250,000 steps, and one that comes to zero."""
   learning_rate = make_schedule('poly', 2.5e-4, length=1, batch=1, end=250_000)
   steps = jnp.asarray([0, 60_000, 120_000, 250_000, 300_000], jnp.int32)

@@ -69,12 +69,12 @@ def test_the_state_of_a_player_has_no_name_of_it_inside():
 def test_rules_are_checked_against_all_players_at_once():
   """A rule for one player is no mistake where only the other one moves."""
   net = {'net': params()['net']}
-  with pytest.raises(UserError, match="'centroids' applies to no parameter"):
+  with pytest.raises(UserError, match="'centroids' matches no parameter"):
     per_parameter(RULES, net)
   values = per_parameter(RULES, net, some=True)
   assert values['net'] == {'head': {'bias': 0.0}, 'trunk': {'kernel': 0.5}}
   optimizer = make_optimizer('sgd', rate, learning_rate_scale=RULES)
-  with pytest.raises(UserError, match="'centroids' applies to no parameter"):
+  with pytest.raises(UserError, match="'centroids' matches no parameter"):
     optimizer.init(net)
   assert_same(optimizer.held(net), net)
 
@@ -101,7 +101,7 @@ def test_a_player_is_made_of_its_three_parts():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'told'),
+  ('changes', 'message'),
   [
     ({'network': {'name': 'weightnet'}}, "unknown network .*mean 'weight_net'"),
     ({'network': {'hidden': 7}}, 'network must be a dict with a name'),
@@ -120,25 +120,25 @@ def test_a_player_is_made_of_its_three_parts():
     ({'epochs': 3}, "no option 'epochs'"),
   ],
 )
-def test_a_description_that_makes_no_player_is_told(changes, told):
-  with pytest.raises(UserError, match=f'players.critic: .*{told}') as error:
+def test_a_description_that_makes_no_player_is_reported(changes, message):
+  with pytest.raises(UserError, match=f'players.critic: .*{message}') as error:
     make_players(described(**changes), length=20, batch=10)
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ('names', 'told'),
+  ('names', 'message'),
   [
     ((), "needs a player 'critic': set players.critic"),
     (('critic', 'other'), "has no player 'other'"),
     (('critics',), "did you mean 'critic'"),
   ],
 )
-def test_a_method_names_its_players(names, told):
-  with pytest.raises(UserError, match=told):
+def test_a_method_names_its_players(names, message):
+  with pytest.raises(UserError, match=message):
     named_players(dict.fromkeys(names, Player(None, None)), 'critic')
 
 
-def test_a_weight_network_without_units_is_told():
+def test_a_weight_network_without_units_is_reported():
   with pytest.raises(UserError, match='hidden must be positive, got 0'):
     WeightNet(0).init(jax.random.key(0), jnp.zeros(1))
