@@ -32,7 +32,7 @@ from typing import NamedTuple
 from lt_jax import commands, files, report
 from lt_jax.config import resolve, trained_by
 from lt_jax.errors import WRONG_INPUT
-from lt_jax.evals import TITLES
+from lt_jax.evals import titles
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs as read
 from lt_jax.sweep import cells, loader, parse_grid
@@ -253,7 +253,7 @@ def table(config, runs):
         },
         'test': {
           metric: [result['test'][metric] for result in results]
-          for metric in TITLES
+          for metric in titles()
           if metric in results[0]['test']
         },
       }
@@ -263,7 +263,7 @@ def table(config, runs):
 
 def headline(results):
   """Returns the metric that tables show for every domain."""
-  return next(metric for metric in TITLES if metric in results[0]['test'])
+  return next(metric for metric in titles() if metric in results[0]['test'])
 
 
 def overrides(before, config):

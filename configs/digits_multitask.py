@@ -15,12 +15,20 @@ sweeps into one folder. The report shows the relative gain over the controls:
   python -m lt_jax.sweep --config=configs/digits_multitask.py --methods=multitask \
     --seeds=0,1,2 --grid=method.only=label,coarse,parity,ink --workdir=runs/tasks
 
+The best fixed weights are chosen by validation images. `val=6` takes six of each digit
+from the training images; give it to the two sweeps above as well, as only runs on the
+same images are compared:
+
+  python -m lt_jax.sweep --config=configs/digits_multitask.py:val=6 --seeds=0,1,2 \
+    --methods=multitask --grid=method.weights.ink=0.1,0.25,1 --workdir=runs/tasks
+
 There is no published number.
 
 Cost: 470 steps of 32 images, a few seconds on two CPU cores.
 
 Argument: a recipe (multitask, multitask_uncertainty or multitask_dynamic) and
   labelled  1, the share of images that have the labels of the other tasks
+  val       0, validation images of each digit
   epochs    25; the schedule scales with it
 """
 
@@ -30,7 +38,7 @@ from lt_jax.protocols import Protocol, cosine, train_by
 
 def get_config(arg: str | None = None):
   """Returns the config of a recipe: 'multitask', 'multitask_uncertainty', ..."""
-  recipe, option = parse_arg(arg, 'multitask', labelled=1.0, epochs=0.0)
+  recipe, option = parse_arg(arg, 'multitask', labelled=1.0, val=0, epochs=0.0)
   spec = 'digits_tasks:fine'
   config = apply(
     base_config(),
@@ -43,6 +51,7 @@ def get_config(arg: str | None = None):
         'pad': 1,
         'many_shot': 80,
         'few_shot': 20,
+        'val_per_class': option.val,
       },
       'heads': {
         'coarse': {'kind': 'softmax', 'outputs': 2},

@@ -13,8 +13,9 @@ alone, and the source classes that `lt_jax.similarity` kept for the target:
     --methods=frozen,ce --grid=stages.source.domain=source,round,straight,kept \
     --workdir=runs/sources
 
-`python -m lt_jax.evaluate --workdir=RUN --stage=source` evaluates the first stage; for
-the union, on the test images of each of its sources.
+The report of that folder has a table of the first stage too: the union on the test
+images of each of its sources, beside training on that source alone. For one run
+`python -m lt_jax.evaluate --workdir=RUN --stage=source` measures it.
 
 There is no published number.
 

@@ -1,4 +1,4 @@
-r"""Transfer targets: birds, dogs, flowers, cars, aircraft, food, and Caltech's objects.
+r"""Transfer targets: birds, dogs, flowers, cars, aircraft, food, Caltech's and VOC's.
 
   python -m lt_jax.main --workdir=runs/cub/ce \
     --config=configs/fine_grained.py:ce,target=cub200,init=timm/resnet50.tv_in1k
@@ -11,12 +11,20 @@ r"""Transfer targets: birds, dogs, flowers, cars, aircraft, food, and Caltech's 
   aircraft          100     6,667    3,333  data=folder:DIR or data=list:DIR
   food              101    75,750   25,250  tfds:food101
   nabirds           555    23,929   24,633  data=folder:DIR or data=list:DIR
-  caltech101        102  30 / class  6,084  tfds:caltech101, with the background class
-  caltech256        257  60 / class   rest  data=folder:DIR with a test split
+  caltech101        101  30 / class   rest  tfds:caltech101, without background_google
+  caltech256        256  60 / class   rest  data=folder:DIR, without 257.clutter
   cats_vs_dogs        2    19,262    4,000  tfds:cats_vs_dogs, 2,000 of each held out
+  voc2007            20     2,501    4,952  tfds:voc/2007, several classes per image
+
+An image of voc2007 has the classes of all its objects. If all objects of a class are
+marked difficult, it is unknown whether the image has that class, and it counts for
+nothing. Every class has a sigmoid, and the headline is the mean over classes of the
+11-point average precision, as in the challenge. `ce` and the fine-tuning recipes then
+train the sigmoid cross-entropy; cb_sigmoid and cb_focal weight an image by its rarest
+class.
 
 Prepare a TFDS set once: python -m lt_jax.prepare NAME. If you have no data, train on
-generated images: --config.data.source=fake.
+generated images: data=fake.
 
 Published top-1 accuracy in %, Cui et al. (CVPR 2018), Inception-v3 at 299 pixels. The
 fine-tuning is not published, so no run here matches that setting:
@@ -43,6 +51,7 @@ the rate under protocol=tllib; frozen, layer_decay, chop, l2_sp, ...) and
   net        resnet50, or any trunk of configs/my_images.py
   size       224; 0 for images in memory, such as data=npz:FILE, which keep their size
   per_class  training images per class, overriding the protocol's
+  background 1 keeps Caltech's class of images that show none of the others
   protocol   tllib, cui (the authors' demonstration) or bit
   epochs     overrides the protocol's
 """

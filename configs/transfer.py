@@ -14,6 +14,9 @@ alone, and the classes that `lt_jax.similarity` kept:
     --config=configs/transfer.py:source=A+B,target=T,kept=A,keep=keep_classes.txt \
     --grid=stages.source.domain=source,source1,source2,kept
 
+The report has a table of the first stage too: the union on the test images of each
+source, beside training on that source alone.
+
 If there are no test images, they are split off the training images, as in my_images.py.
 Without source and target photographs are generated, so you can check that everything
 runs.

@@ -57,6 +57,18 @@ def _unused_domains(experiment: Experiment) -> Iterator[str]:
       yield unused(name)
 
 
+def _several_classes(experiment: Experiment) -> Iterator[str]:
+  """Warns where of several classes an image one alone is measured."""
+  for stage in experiment.stages.values():
+    test = stage.dataset.tests.get('test')
+    known = {*stage.task.reads, *experiment.config['heads']}
+    if test is not None and 'classes' in test.numbers() and 'classes' not in known:
+      yield (
+        f'stage {stage.name!r}: images have several classes, of which its task knows '
+        "only the rarest: set task to 'multilabel'"
+      )
+
+
 def _same_names(experiment: Experiment) -> Iterator[str]:
   """Warns of classes with the same name in several sources that count as different."""
   owners: dict[str, list[str]] = {}
@@ -190,6 +202,7 @@ CAUTIONS = (
   _untrained,
   _unused_domains,
   _same_names,
+  _several_classes,
   _same_data,
   _trained_on_tests,
   _short_stages,

@@ -144,7 +144,7 @@ def base_config() -> ConfigDict:
         'dir': '',  # folder of TFDS; its default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
-        'keep_classes': '',  # a file with one name per line, or NAME+NAME; '': all
+        'keep_classes': '',  # a file with a name per line, NAME+NAME or -NAME; '': all
         'known_classes': 0,  # classes from this one on are open; 0: all are known
         'profile': 'original',
         'n_max': 0,

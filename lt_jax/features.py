@@ -98,7 +98,9 @@ def network(source: str, trunk: str = '', size: int = 224) -> Network:
 
   def look(images: np.ndarray) -> dict[str, jax.Array]:
     outputs = see(opened.state, images)
-    return {key: outputs[key] for key in ('features', 'probabilities')}
+    shares = outputs['probabilities']  # which sigmoids do not add up to one
+    shares = shares / shares.sum(-1, keepdims=True)
+    return {'features': outputs['features'], 'probabilities': shares}
 
   crop = opened.crop or Crop(shape[0], round(shape[0] * 8 / 7))
   return Network(source, look, shape, crop, opened.class_names)

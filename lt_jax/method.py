@@ -5,8 +5,9 @@
   predict(state, images) -> Outputs        evaluation mode
 
 `batches` is a dict of named batches, one per stream: {'train': {'image': (B, H, W, 3)
-float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count) of
-arrays of any shape. The loop adds them up over a log interval and divides: scalars
+float32, 'label': (B,) int32}, ...}; images with several classes each also have
+'classes' (B, C), see `lt_jax.data.arrays`. `metrics` maps a name to a pair (sum, count)
+of arrays of any shape. The loop adds them up over a log interval and divides: scalars
 become columns of metrics.jsonl, vectors go to files of their own. `Outputs` is a dict:
 'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score' (B,),
 which is higher for images of known classes, and 'is_unknown' (B,), its own rule for

@@ -13,9 +13,10 @@ classes on the test images.
 
 Leaves probe.json, probe.md and probe.svg in --out, which is the run's folder `probe` by
 default. --retrieval measures besides how well test images find training images of their
-class. --save=FILE.npz writes features of one layer, of every domain, as a file that
-`npz:` reads; domains of an earlier file stay. Nothing is trained and no number of the
-run changes.
+class, and leaves retrieval.html: some of them with what is nearest, by the features of
+the layer that does it best. --save=FILE.npz writes features of one layer, of every
+domain, as a file that `npz:` reads; domains of an earlier file stay. Nothing is trained
+and no number of the run changes.
 """
 
 import hashlib
@@ -50,7 +51,7 @@ from lt_jax.evals.collect import collector
 from lt_jax.method import State
 from lt_jax.models.taps import tap_shapes, tapped
 from lt_jax.pretrained import ours
-from lt_jax.report import drawing
+from lt_jax.report import drawing, retrieval
 from lt_jax.report.page import STANDALONE
 from lt_jax.surgeries.classifiers import CLASSIFIERS
 from lt_jax.writers import write_npz
@@ -107,6 +108,8 @@ def main() -> None:
   files.write_json(out / 'probe.json', found)
   (out / 'probe.md').write_text(table(found))
   (out / 'probe.svg').write_text(figure(found))
+  if RETRIEVAL.value:
+    write_retrieval(network, found, out, BUDGET.value)
   print(table(found))
   print(out / 'probe.json')
 
@@ -294,6 +297,50 @@ def probe(
       told['retrieval'] = probing.retrieval(held_out, own)
     found['layers'][layer] = told
   return found
+
+
+SHOWN_QUERIES, SHOWN_FOUND = 30, 8
+
+
+def write_retrieval(
+  network: Network, found: Mapping[str, Any], out: epath.Path, budget: int
+) -> None:
+  """Writes retrieval.html: test images, and the training images that are found.
+
+  Args:
+    network: the network.
+    found: what `probe` returns, with retrieval.
+    out: the folder of the page, which has the features.
+    budget: most values of a layer.
+  """
+  measured = {layer: told['retrieval'] for layer, told in found['layers'].items()}
+  best = max(measured, key=lambda layer: measured[layer]['mean_average_precision'])
+  splits = [network.stage.dataset.every[name] for name in ('test', 'train')]
+  if splits[0].dtype != np.uint8:
+    print('retrieval.html is left out: float arrays are no pictures')
+    return
+  queries, gallery = (
+    cached(network, [best], name, out / 'features', budget)[best]
+    for name in ('test', 'train')
+  )
+  shown = probing.one_of_each(queries.labels, SHOWN_QUERIES)
+  near = probing.nearest(queries.features[shown], gallery.features)[:, :SHOWN_FOUND]
+
+  def image(split: Split, position: int) -> np.ndarray:
+    return split.image(split.rows[position])
+
+  rows = [
+    retrieval.Query(
+      image(splits[0], query),
+      found['classes'][queries.labels[query]],
+      [image(splits[1], place) for place in places],
+      [found['classes'][gallery.labels[place]] for place in places],
+    )
+    for query, places in zip(shown, near, strict=True)
+  ]
+  page = retrieval.page(best, measured[best], rows)
+  files.write_atomically(out / 'retrieval.html', page)
+  print(out / 'retrieval.html')
 
 
 def save(

@@ -34,6 +34,7 @@ from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
 PREDICTIONS = (
   'domain',
   'label',
+  'classes',
   'prediction',
   'confidence',
   'logits',

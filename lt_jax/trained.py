@@ -160,16 +160,17 @@ class Trained(NamedTuple):
       images: (B, H, W, channels) of `dtype`.
 
     Returns:
-      'logits' (B, C); 'probabilities' (B, C), their softmax; 'known_score' (B,), the
-      method's or else the largest probability; 'features' (B, D). If pixels have
-      classes, the first three are maps, (B, h, w, C) and (B, h, w).
+      'logits' (B, C); 'probabilities' (B, C), their softmax, or their sigmoid if images
+      have several classes; 'known_score' (B,), the method's or else the largest
+      probability; 'features' (B, D). If pixels have classes, the first three are maps,
+      (B, h, w, C) and (B, h, w).
     """
     preprocessing = self.facts['preprocessing']
     images = augment.unit(images, preprocessing.get('unit') or 'none')
     mean, std = preprocessing['mean'], preprocessing['std']
     normalised = augment.normalise(images, mean, std)
     outputs = self.stage.method.predict(state, normalised)
-    probabilities = jax.nn.softmax(outputs['logits'])
+    probabilities = self.stage.task.probability(outputs['logits'])
     return {
       'logits': outputs['logits'],
       'probabilities': probabilities,

@@ -110,12 +110,17 @@ def write_records(folder, name, rows, shard=8):
   import tensorflow_datasets as tfds
 
   info = tfds.builder(name, data_dir=folder).info
+  base, _, variant = name.partition('/')
   home = folder / name / str(info.version)
   home.mkdir(parents=True)
   writer = tfds.core.SequentialWriter(
     tfds.core.DatasetInfo(
       builder=tfds.core.dataset_info.DatasetIdentity(
-        name=name, version=info.version, data_dir=str(home), module_name='tests'
+        name=base,
+        config_name=variant or None,
+        version=info.version,
+        data_dir=str(home),
+        module_name='tests',
       ),
       features=info.features,
     ),

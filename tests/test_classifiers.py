@@ -1,6 +1,7 @@
 """Classifiers on features: each solves its problem."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -8,6 +9,7 @@ from sklearn.svm import LinearSVC
 
 from lt_jax.errors import UserError
 from lt_jax.surgeries import classifiers
+from lt_jax.surgeries.small_network import objective
 
 N, D, C = 120, 12, 4
 
@@ -98,6 +100,29 @@ def test_class_means_and_neighbours_are_nearest(examples):
   at_home = one(x[:3])  # an example of the training set, at distance 0
   np.testing.assert_array_equal(at_home.argmax(1), labels[:3])
   assert np.isfinite(at_home).all()
+
+
+def test_a_small_network_learns_what_no_line_can(rng):
+  """Opposite corners of a square are alike; who has no weight is not seen."""
+  x = np.sign(rng.normal(size=(80, 2))) + 0.2 * rng.normal(size=(80, 2))
+  labels = (x[:, 0] * x[:, 1] > 0).astype(int)
+  weights = (np.arange(80) % 4 > 0).astype(np.float64)
+  x = x.astype(np.float32)
+  (net,) = classifiers.small_network(x, labels, 2, (0.001,), weights=weights)
+  out = weights == 0
+  assert (np.argmax(net(x[out]), 1) == labels[out]).mean() > 0.9
+  (line,) = classifiers.softmax(x, labels, 2, (1.0,))
+  assert (np.argmax(line(x), 1) == labels).mean() < 0.8
+  other = np.where(out[:, None], 100, x).astype(np.float32)
+  (again,) = classifiers.small_network(other, labels, 2, (0.001,), weights=weights)
+  np.testing.assert_array_equal(again.kernels[0], net.kernels[0])
+  hidden = np.maximum(x.astype(np.float64) @ net.kernels[0] + net.biases[0], 0)
+  z = hidden @ net.kernels[1] + net.biases[1]
+  log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+  wanted = -(weights * log_p[np.arange(80), labels]).sum() / weights.sum()
+  wanted += 0.05 * sum((np.float64(kernel) ** 2).sum() for kernel in net.kernels)
+  found = objective(net, x, labels, jnp.asarray(weights, jnp.float32), 0.1)
+  assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_strength_is_chosen_by_classifiers_that_did_not_see_an_example(examples):

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from configs import digits_multitask
-from lt_jax import build, report, run, train
+from lt_jax import build, report, results, run, train
 from lt_jax.config import resolve
 from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
 from lt_jax.evals import multitask as measures
 from lt_jax.losses.tasks import KINDS, mean_of_valid
+from lt_jax.method import forward
 from lt_jax.methods.multitask import WEIGHTINGS, make_heads
-from lt_jax.report.multitask import multitask_table
+from lt_jax.report.multitask import multitask_table, remarks
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -93,6 +94,8 @@ def stage_of(**changes):
   config.batch = 8
   config.data.pad = 0
   resolved = resolve(config)
+  if 'heads' in changes:
+    resolved['method']['weights'] = {}  # which name those of the config
   for key, value in changes.items():
     resolved[key] = {**resolved[key], **value} if key == 'method' else value
   return build.build(resolved, devices=1).last
@@ -172,20 +175,46 @@ def test_missing_labels_are_reported():
 
 
 def test_a_task_may_have_images_of_its_own():
-  """Labels of the second stream belong to its own classes."""
-  stage = stage_of(
-    heads={'other': {'kind': 'softmax', 'outputs': 5, 'stream': 'other'}},
-    domains={'other': {'source': 'digits_tasks:round'}},
-    streams={
+  """Labels, running averages and test images are those of its stream."""
+  config = digits_multitask.get_config('multitask,epochs=1')
+  config.model.trunk_options = {'width': 2}
+  config.batch, config.data.pad = 8, 0
+  resolved = resolve(config) | {
+    'heads': {'other': {'kind': 'softmax', 'outputs': 5, 'stream': 'other'}},
+    'domains': {'other': {'source': 'digits_tasks:round'}},
+    'streams': {
       'train': {'split': 'train'},
       'other': {'domain': 'other', 'split': 'train', 'labels': True, 'batch': 8},
     },
-  )
+  }
+  resolved['method'] |= {'statistics': 'by_stream', 'weights': {}}
+  experiment = build.build(resolved, devices=1)
+  stage = experiment.last
   state, batches = first(stage)
   assert set(np.asarray(batches['other']['label'])) <= set(range(5))
-  _, metrics = stage.method.step(state, batches)
+  after, metrics = stage.method.step(state, batches)
   assert metrics['loss_other'][0] > 0
   assert make_heads({}) == ()
+  for place, stream in (('net', 'train'), ('net_other', 'other')):
+    own = forward(
+      stage.net,
+      state.params['net'],
+      state.stats['net'],
+      batches[stream]['image'],
+      train=True,
+    )[1]
+    jax.tree.map(np.testing.assert_array_equal, after.stats[place], own)
+  test = experiment.domains['other'].tests['test']
+  images = np.float32(test.source.images[test.rows] / 255 - 0.306) / np.float32(0.377)
+  outputs = stage.method.predict(after, images)
+  right = np.asarray(outputs['softmax/other']).argmax(1) == test.labels
+  found = results.evaluate(experiment, stage, after).metrics['test']
+  assert found['other_accuracy'] == pytest.approx(right.mean())
+  assert found['task_mean'] == pytest.approx((found['accuracy'] + right.mean()) / 2)
+  swapped = after.replace(stats={**after.stats, 'net_other': after.stats['net']})
+  other = stage.method.predict(swapped, images)
+  assert np.abs(other['softmax/other'] - outputs['softmax/other']).max() > 1e-3
+  np.testing.assert_array_equal(other['logits'], outputs['logits'])
 
 
 # Metrics.
@@ -217,12 +246,18 @@ def test_each_kind_has_its_measure(rng):
   assert measures.relative_gain({'a': 0.9}, {'a': 0.0}, {'a': 1}) is None
 
 
-def group(label, only='', **test):
+def group(label, only='', weights=None, val=None, weighting='fixed', **test):
   config = {
-    'method': {'name': 'multitask', 'only': only},
+    'method': {
+      'name': 'multitask',
+      'only': only,
+      'weights': weights or {},
+      'weighting': weighting,
+    },
     'heads': {'ink': {'kind': 'regression'}},
   }
-  one = types.SimpleNamespace(config=config, result={'test': test}, kind=('', 'data'))
+  result = {'test': test, 'val': val and {'task_mean': val}}
+  one = types.SimpleNamespace(config=config, result=result, kind=('', 'data'))
   return types.SimpleNamespace(label=label, anchor=label, counted=[one])
 
 
@@ -236,7 +271,26 @@ def test_the_gain_is_over_networks_that_learned_one_task():
   gain = 100 * (0.1 / 0.8 - 0.006 / 0.024) / 2
   assert [row[-1] for row in table.rows] == [f'{gain:+.1f}', '-', '-']
   assert multitask_table(groups[:2]).rows[0][-1] == '-'
-  assert table.rows[0][1:3] == ['90.0', '3.0']
+  assert table.rows[0][1:4] == ['equal', '90.0', '3.0']
+  assert table.rows[1][1] == 'one task alone: label'
+  (best,) = remarks(groups)
+  assert 'best fixed weights are not known' in best
+  assert remarks(groups[1:]) == [] and len(remarks(groups[:1])) == 2
+
+
+def test_the_best_fixed_weights_are_those_of_validation():
+  """Whatever the test images say, and the learned weights."""
+  groups = [
+    group('a', weights={'label': 1.0, 'ink': 1.0}, val=0.7, accuracy=0.9),
+    group('b', weights={'label': 1.0, 'ink': 0.1}, val=0.8, accuracy=0.8),
+    group('c', weighting='uncertainty', val=0.9, accuracy=0.8),
+  ]
+  told = [row[1] for row in multitask_table(groups).rows]
+  assert told == ['equal', 'fixed (1, 0.1), best on validation', 'uncertainty']
+  assert len(remarks(groups)) == 1  # the controls alone are missing
+  groups[0].counted[0].result['val'] = None
+  assert 'best' not in multitask_table(groups).rows[1][1]
+  assert len(remarks(groups[1:])) == 3
 
 
 def test_a_run_of_several_tasks_and_its_page(tmp_path):

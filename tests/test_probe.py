@@ -15,9 +15,11 @@ from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.evals import probing
 from lt_jax.models.taps import tapped
+from lt_jax.report.pictures import uri
 from tests import child
 
 CLASSES, WIDTH = 4, 6
+SPLITS = ('train', 'test')
 
 
 @pytest.fixture(scope='module')
@@ -135,6 +137,31 @@ def test_every_layer_is_probed_and_kept(network, tmp_path, monkeypatch):
   with pytest.raises(AssertionError, match='computed again'):
     other = network._replace(state=state.replace(params=moved))
     probe.probe(other, layers, ['ridge'], draws, out, budget=48)
+
+
+def test_a_page_shows_what_is_found(network, tmp_path):
+  out, draws = epath.Path(tmp_path), probing.Draws()
+  found = probe.probe(network, ['conv1', 'conv2'], [], draws, out, 48, retrieves=True)
+  probe.write_retrieval(network, found, out, 48)
+  text = (tmp_path / 'retrieval.html').read_text()
+  best = max(
+    found['layers'],
+    key=lambda layer: found['layers'][layer]['retrieval']['mean_average_precision'],
+  )
+  shown = probe.SHOWN_QUERIES
+  assert f'Features of {best}:' in text
+  assert text.count('data:image/png') == shown * (1 + probe.SHOWN_FOUND)
+  sets = {
+    s: probe.cached(network, [best], s, out / 'features', 48)[best] for s in SPLITS
+  }
+  queries, gallery = sets['test'], sets['train']
+  places = probing.one_of_each(queries.labels, shown)
+  near = probing.nearest(queries.features[places], gallery.features)
+  same = gallery.labels[near[:, : probe.SHOWN_FOUND]] == queries.labels[places][:, None]
+  assert text.count('class="right"') == same.sum()
+  assert text.count('class="wrong"') == (~same).sum()
+  split = network.experiment.dataset.splits['train']
+  assert uri(split.image(split.rows[near[0, 0]])) in text
 
 
 def test_features_of_a_layer_are_a_file_that_is_a_source(network, tmp_path):

@@ -1,6 +1,8 @@
 """Transfer in one run: tasks of digits, kept classes, a source and a target."""
 
+import copy
 import json
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from lt_jax.data.keeping import Kept, class_list, keep_classes
 from lt_jax.data.sources import fingerprint
 from lt_jax.errors import UserError
 from lt_jax.protocols.fine_grained import TARGETS
+from lt_jax.report.runs import find
+from lt_jax.report.sources import sources_table
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -49,6 +53,9 @@ def test_kept_classes_are_the_only_classes(tmp_path):
   assert fingerprint(lazy, np.arange(9)) == fingerprint(few, np.arange(9))
   listed = tmp_path / 'keep_classes.txt'
   listed.write_text('2\n7\n')
+  others = keep_classes(sources, ('-2', '-7'), 'digits')['train']
+  assert others.class_names == tuple(d for d in '0123456789' if d not in '27')
+  assert len(others.labels) + len(few.labels) == len(whole.labels)
   loaded = load_dataset(
     'digits_tasks:digits', to_device=lambda x: x, keep_classes=str(listed)
   )
@@ -62,6 +69,8 @@ def test_kept_classes_are_the_only_classes(tmp_path):
     ('1+1', 'must name classes, each only once'),
     ('none.txt', 'there is no file none.txt'),
     ('1+11', "digits has no class '11'"),
+    ('-11', "digits has no class '11'"),
+    ('+'.join(f'-{d}' for d in range(10)), 'leaves no class of digits'),
   ],
 )
 def test_impossible_lists_are_reported(text, message):
@@ -80,6 +89,12 @@ def test_settings_of_a_recipe_do_not_apply_to_the_source(recipe):
   assert source['kept_layers'] == '' and source['surgeries'] == []
   first = stage_config(config, config['stage_order'][1])
   assert first['surgeries'][0][0] == 'copy' and first['domain'] == 'task'
+
+
+def test_the_background_class_is_left_out_unless_it_is_asked_for():
+  for arg, kept in (('', '-background_google'), (',background=1', '')):
+    config = fine_grained.get_config(f'ce,target=caltech101{arg}')
+    assert config.data.keep_classes == kept
 
 
 @pytest.fixture(scope='module')
@@ -109,6 +124,26 @@ def test_a_union_is_measured_on_each_of_its_sources(ran):
   assert measured['test']['accuracy'] == pytest.approx(mean)
 
 
+def test_the_report_has_the_union_beside_each_source_alone(ran):
+  """From files that runs leave: the last rows of the stage on the source."""
+  runs = find(ran)
+  (union,) = runs
+  alone = copy.deepcopy(union.config)
+  alone['stages']['source']['domain'] = 'round'
+  row = {'stage': 'source', 'split': 'test', 'accuracy': 0.25}
+  other = types.SimpleNamespace(
+    config=alone, result=union.result, rows=[row], seed=0, headline='accuracy'
+  )
+  groups = [types.SimpleNamespace(counted=own) for own in ([union], [union], [other])]
+  table = sources_table(groups)
+  assert table.headings == ['trained on', 'round', 'straight']
+  both, one = table.rows
+  measured = evaluate.evaluate(ran, stage_name='source')['domains']
+  wanted = [f'{100 * measured[name]["accuracy"]:.1f}' for name in measured]
+  assert both == ['source on round + straight', *wanted]
+  assert one == ['source on round', '25.0', '-']
+
+
 def test_custom_sources_build():
   config = resolve(transfer.get_config('frozen,source=fake+fake,net=resnet10,size=32'))
   experiment = build.build(config)
@@ -120,8 +155,7 @@ def test_custom_sources_build():
 @pytest.mark.parametrize('target', TARGETS)
 def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
   """On generated images with the same numbers of classes."""
-  config = fine_grained.get_config(f'frozen,target={target},net=resnet10')
-  config.data.source = 'fake'
+  config = fine_grained.get_config(f'frozen,target={target},net=resnet10,data=fake')
   made = TARGETS[target]
   config = resolve(config)
   experiment = build.build(config, devices=1)
@@ -129,6 +163,7 @@ def test_targets_of_transfer_have_the_sizes_of_their_papers(target):
   assert len(data.class_names) == made.classes
   expected = made.per_class or made.train // made.classes
   cut = 0 if made.test else min(2000, made.train // made.classes // 5)
-  assert set(data.counts) == {expected - cut}
+  each = 2 if made.several else 1
+  assert set(data.counts) == {each * (expected - cut)}
   if made.test:
     assert len(data.tests['test'].rows) == made.test

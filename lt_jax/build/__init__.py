@@ -375,15 +375,8 @@ def _passes(
     tested |= {f'{name}/{n}': (name, split) for n, split in tests.items()}
 
   def make(domain: str, split: Split | Unlabelled) -> Pass:
-    data = domains.data[domain]
-    return evaluation_pass(
-      split,
-      batch=sharding.round_up(config['eval_batch'], mesh.size),
-      transform=domains.transforms[domain][1],
-      workers=workers(data['workers']),
-      stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
-      view=as_source if adapts and domain == own else lambda state: state,
-    )
+    view = as_source if adapts and domain == own else lambda state: state
+    return _pass(config, domains, mesh, domain, split, view=view)
 
   few = {}
   if adapts:
@@ -398,7 +391,53 @@ def _passes(
     raise UserError(f'domain {own!r} has no images to test on, and there is no target')
   seen = {name: make(*one) for name, one in learnt.items()}
   evaluated = {name: seen.get(name) or make(*one) for name, one in tested.items()}
-  return {name: split for name, (_, split) in tested.items()}, evaluated, seen, few
+  images = {name: split for name, (_, split) in tested.items()}
+  for name, (domain, split, beside) in _tests_of_heads(config, domains).items():
+    images[name] = split
+    evaluated[name] = _pass(config, domains, mesh, domain, split, beside=beside)
+  return images, evaluated, seen, few
+
+
+def _pass(
+  config: Config,
+  domains: Domains,
+  mesh: Mesh,
+  domain: str,
+  split: Split | Unlabelled,
+  **more: Any,
+) -> Pass:
+  """Returns a pass over images of a domain, as `evaluation_pass` makes it."""
+  data = domains.data[domain]
+  return evaluation_pass(
+    split,
+    batch=sharding.round_up(config['eval_batch'], mesh.size),
+    transform=domains.transforms[domain][1],
+    workers=workers(data['workers']),
+    stand_in=lookup(ON_BAD_IMAGE, 'answer to a bad image', data['on_bad_image']),
+    **more,
+  )
+
+
+def _tests_of_heads(
+  config: Config, domains: Domains
+) -> dict[str, tuple[str, Split, dict[str, np.ndarray]]]:
+  """Returns the test images of heads that have a stream of their own.
+
+  Returns:
+    'test/STREAM' -> (domain, its test images without their labels, which are classes
+    that the network's own head does not have, and these as labels of the heads).
+  """
+  found = {}
+  for stream, row in config['streams'].items():
+    heads = [n for n, head in config['heads'].items() if head.get('stream') == stream]
+    domain = row.get('domain')
+    if stream == CLOCK or not heads or not domain:
+      continue
+    test = domains.dataset(domain).tests.get('test')
+    if test is not None:
+      hidden = test._replace(labels=np.full_like(test.labels, -1))
+      found[f'test/{stream}'] = domain, hidden, dict.fromkeys(heads, test.labels)
+  return found
 
 
 MOST_COMPARED = 1000

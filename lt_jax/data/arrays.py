@@ -66,9 +66,11 @@ class Arrays(InMemory):
   Images are uint8. Features and other arrays are float32, and their own normalisation.
   Images that are pictures of a world, such as a maze, may have it as `world`. Further
   labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
-  missing, or float32, of which NaN is. Where the files describe their classes and say
-  which are unseen, `described` has the former, see `attributes.Described`, and `unseen`
-  the names of the latter.
+  missing, or float32, of which NaN is. Images with several classes each have them as
+  the attribute 'classes' (N, C): 1 for a class of the image, 0 for others, -1 where it
+  is not known; their label is one of them, see `rarest`. Where the files describe their
+  classes and say which are unseen, `described` has the former, see
+  `attributes.Described`, and `unseen` the names of the latter.
   """
 
   images: np.ndarray
@@ -83,3 +85,29 @@ class Arrays(InMemory):
   def identity(self, rows: np.ndarray) -> np.ndarray:
     """Returns the images themselves."""
     return self.images[rows]
+
+
+def rarest(classes: np.ndarray) -> np.ndarray:
+  """Returns (N,) int32, of the classes of each image the one that fewest images have.
+
+  It is the label of an image with several classes: what draws images by label, such as
+  a sampler that balances classes or a tail that is cut, then sees rare classes where
+  they are. A class that is nowhere the rarest is still the label of one of its images.
+
+  Args:
+    classes: (N, C), 1 for each class of an image, 0 for others, -1 where it is not
+      known. Where an image has no class, one that is not known serves, or else -1.
+
+  Examples:
+    >>> rarest(np.array([[1, 1], [1, 0], [-1, 0], [0, 0]])).tolist()
+    [1, 0, 0, -1]
+  """
+  order = np.argsort((classes == 1).sum(0), kind='stable')
+  has = classes[:, order]
+  has = np.where((has == 1).any(1, keepdims=True), has == 1, has == -1)
+  label = np.where(has.any(1), order[has.argmax(1)], -1)
+  for c in np.setdiff1d(order, label):
+    own = np.flatnonzero(classes[:, c] == 1)
+    if own.size:  # the one whose label most other images have too
+      label[own[np.argmax((label[own][:, None] == label).sum(1))]] = c
+  return label.astype(np.int32)

@@ -127,7 +127,7 @@ def load_dataset(
     seed: for splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
     keep_classes: the classes to use, as if there were no others: a file with one name
-      per line, or names joined by +; empty: all.
+      per line, names joined by +, or '-NAME', all but this one; empty: all.
     known_classes: classes from this one on form the open set; 0: all are known.
     profile: a key of `longtail.PROFILES`.
     n_max: images of the largest class; never derived from the source.
@@ -469,6 +469,8 @@ def _dataset(
     )
     for name, (origin, rows) in splits.items()
   }
+  for name, split in cut.items():
+    _check_classes(split, known, name)
   train = cut['train']
   return Dataset(
     splits={name: split for name, split in cut.items() if name not in TESTS},
@@ -480,6 +482,24 @@ def _dataset(
     passed_over=_passed_over(sources, [origin for origin, _ in splits.values()]),
     dtype=train.dtype.name,
   )
+
+
+def _check_classes(split: Split, known: int, name: str) -> None:
+  """Refuses several classes an image that are not those of the data set."""
+  classes = split.numbers().get('classes')
+  if classes is None:
+    return
+  if classes.shape != (len(split.rows), known):
+    raise UserError(
+      f"split {name!r}: the attribute 'classes' has the shape {classes.shape}, but "
+      f'there are {len(split.rows)} images and {known} classes: images with several '
+      'classes are used with all classes'
+    )
+  if not np.isin(classes, (-1, 0, 1)).all():
+    raise UserError(
+      f"split {name!r}: the attribute 'classes' must be 1, 0, or -1 where it is not "
+      'known'
+    )
 
 
 def _passed_over(sources: Mapping[str, Any], used: Sequence[Any]) -> tuple[str, ...]:

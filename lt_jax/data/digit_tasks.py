@@ -13,6 +13,7 @@ grey images and its own classes.
 | `coarse` | target | `round` against `straight` |
 | `parity` | target | even against odd |
 | `one` | target | 1 against the even digits |
+| `traits` | target | round, odd, prime and square, of which a digit may have several |
 
 Beside its label each image has all of these as attributes, and `ink`, the mean of its
 pixels in [0, 1], for learning several at once.
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_jax.data.arrays import Arrays
+from lt_jax.data.arrays import Arrays, rarest
 from lt_jax.errors import UserError, lookup
 
 ROUND = (0, 3, 6, 8, 9)
@@ -52,6 +53,14 @@ TASKS: dict[str, tuple[int, Groups]] = {
 }
 """name -> (half, class -> its digits)."""
 
+TRAITS: Groups = {
+  'round': ROUND,
+  'odd': (1, 3, 5, 7, 9),
+  'prime': (2, 3, 5, 7),
+  'square': (0, 4, 9),
+}
+"""Class -> its digits, where a digit may be of several classes."""
+
 
 def labels_of(groups: Groups, digits: np.ndarray) -> np.ndarray:
   """Returns (N,) int32, the class of each digit; -1 of those that are in none."""
@@ -59,6 +68,12 @@ def labels_of(groups: Groups, digits: np.ndarray) -> np.ndarray:
   for number, members in enumerate(groups.values()):
     label[list(members)] = number
   return label[digits]
+
+
+def traits_of(digits: np.ndarray) -> np.ndarray:
+  """Returns (N, 4) int32, 1 for each trait of a digit and 0 for others."""
+  has = [np.isin(digits, members) for members in TRAITS.values()]
+  return np.stack(has, axis=1).astype(np.int32)
 
 
 def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
@@ -77,14 +92,17 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
   name, _, share = name.partition(',')
   if not name:
     raise UserError(f"source 'digits_tasks' needs a task: {', '.join(TASKS)}")
-  half, groups = lookup(TASKS, 'task of digits', name)
+  tasks = {**TASKS, 'traits': (_TARGET, TRAITS)}
+  half, groups = lookup(tasks, 'task of digits', name)
   data = load_digits()
   order = np.random.default_rng(SEED).permutation(len(data.target))
   mine = np.array_split(order, 2)[half]
   tested = int(len(mine) * TEST_SHARE)
   sources = {}
   for split, rows in (('train', mine[tested:]), ('test', mine[:tested])):
-    label = labels_of(groups, data.target[rows])
+    several = traits_of(data.target[rows])
+    is_several = name == 'traits'
+    label = rarest(several) if is_several else labels_of(groups, data.target[rows])
     rows, label = rows[label >= 0], label[label >= 0]
     images = np.round(data.images[rows] * (255 / 16)).astype(np.uint8)[..., None]
     attributes = {
@@ -92,6 +110,8 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
       for task, (of_half, own) in TASKS.items()
       if of_half == _TARGET
     }
+    if is_several:
+      attributes['classes'] = several
     attributes['ink'] = (data.images[rows].mean((1, 2)) / 16).astype(np.float32)
     if share and split == 'train':
       bare = np.random.default_rng(SEED).random(len(rows)) >= float(share)

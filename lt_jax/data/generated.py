@@ -28,7 +28,7 @@ class Photographs:
     labels: (N,) int32.
     class_names: names of classes 0 ... C - 1.
     image_shape: height and width are those of each file.
-    attributes: of each image, name -> (N,) int32, see `roles.attributes`.
+    attributes: of each image, name -> (N, ...) int32, see `arrays.Arrays`.
   """
 
   labels: np.ndarray
@@ -179,6 +179,7 @@ def sources(
   distractors: int = 0,
   image_size: int = 0,
   label_maps: bool = False,
+  several: bool = False,
 ) -> dict[str, Any]:
   """Returns generated splits.
 
@@ -197,6 +198,7 @@ def sources(
     distractors: images of nobody who is looked for.
     image_size: side of the images; 0: photographs of many sizes.
     label_maps: gives images a label map instead, and of all splits at least one.
+    several: gives images a second class each, the one after theirs.
 
   Returns:
     split -> source.
@@ -215,12 +217,16 @@ def sources(
     'test': np.arange(test) % classes,
     'open': np.full(open, -1),
   }
-  attributes = {}
+  attributes: dict[str, dict[str, np.ndarray]] = {}
+  if several:
+    both = np.eye(classes, dtype=np.int32)
+    both |= np.roll(both, 1, axis=1)
+    attributes = {split: {'classes': both[y]} for split, y in labels.items()}
   if gallery:
     known = min(classes, -(-3 * gallery // 4))
     spread = np.linspace(0, classes - 1, known).astype(int)
     identities = np.append(spread, classes + np.arange(gallery - known))
-    attributes = roles.attributes(
+    attributes['test'] = roles.attributes(
       {
         'test': labels['test'],
         'gallery': identities,
@@ -228,11 +234,9 @@ def sources(
         'distractors': np.full(distractors, classes + gallery),
       }
     )
-    labels['test'] = attributes['identity']
+    labels['test'] = attributes['test']['identity']
   return {
-    split: _source(
-      y.astype(np.int32), names, image_size, attributes if split == 'test' else {}
-    )
+    split: _source(y.astype(np.int32), names, image_size, attributes.get(split, {}))
     for split, y in labels.items()
     if y.size
   }

@@ -22,6 +22,7 @@ class Kept:
     class_names: of the kept classes, in the order of the source.
     image_shape: of the source.
     dtype: of its images.
+    attributes: further labels of the images, name -> (N, ...).
   """
 
   def __init__(self, source: Any, rows: np.ndarray, labels: np.ndarray, names):
@@ -31,6 +32,8 @@ class Kept:
     self.dtype = np.dtype(getattr(source, 'dtype', np.uint8))
     self.name = getattr(source, 'name', '')
     self.passed_over = getattr(source, 'passed_over', ())
+    attributes = getattr(source, 'attributes', {})
+    self.attributes = {key: values[rows] for key, values in attributes.items()}
     if hasattr(source, 'encoded'):
       self.encoded = lambda row: source.encoded(int(rows[row]))
       self.where = lambda row: source.where(int(rows[row]))
@@ -53,7 +56,8 @@ def class_list(text: str) -> tuple[str, ...]:
 
   Args:
     text: a file with one name per line, such as keep_classes.txt of
-      `lt_jax.similarity`; or the names themselves, joined by +.
+      `lt_jax.similarity`; or the names themselves, joined by +. '-NAME' is every class
+      but this one.
 
   Raises:
     UserError: there is no name, or one occurs twice.
@@ -77,7 +81,7 @@ def keep_classes(
 
   Args:
     sources: split -> source.
-    names: names of the classes to keep.
+    names: names of the classes to keep; if each begins with '-', of those to leave out.
     name: name of the data set, for messages.
 
   Raises:
@@ -90,12 +94,16 @@ def keep_classes(
       raise UserError(
         f'data.keep_classes cannot be used with {name}, which has a gallery and probes'
       )
-    for one in names:
+    without = all(one.startswith('-') and one not in known for one in names)
+    named = [one.removeprefix('-') for one in names] if without else names
+    for one in named:
       if one not in known:
         raise UserError(
           f'data.keep_classes: {name} has no class {one!r}{suggest(one, known)}'
         )
-    order = [own for own in source.class_names if own in names]
+    order = [own for own in source.class_names if (own in named) != without]
+    if not order:
+      raise UserError(f'data.keep_classes leaves no class of {name}')
     place = np.full(len(known) + 1, -2, np.int32)  # the last entry is for label -1
     place[-1] = -1
     place[[known[own] for own in order]] = np.arange(len(order))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lt_jax.data.arrays import Arrays, Source
+from lt_jax.data.arrays import Arrays, Source, rarest
 from lt_jax.data.crops import DECODE_ERRORS
 from lt_jax.data.digit_tasks import digit_task
 from lt_jax.data.features import xlsa
@@ -70,19 +70,22 @@ class Records:
   @functools.cached_property
   def labels(self) -> np.ndarray:
     """(N,) int32, from `labels_file`, which is written first if missing."""
-    if self.labels_file.exists():
-      labels = _stored_labels(self.labels_file)
-    else:
-      labels = self.read_labels()
-      with contextlib.suppress(OSError):  # of a folder that is not ours to write in
-        write_labels(self.labels_file, labels)
     return _checked_labels(
-      labels,
+      self._known_labels(),
       len(self),
       len(self.class_names),
       self.name,
       is_open=self.name.endswith('/open'),
     )
+
+  def _known_labels(self) -> np.ndarray:
+    """Returns what `read_labels` does, from `labels_file` if it is there."""
+    if self.labels_file.exists():
+      return _stored_labels(self.labels_file)
+    labels = self.read_labels()
+    with contextlib.suppress(OSError):  # of a folder that is not ours to write in
+      write_labels(self.labels_file, labels)
+    return labels
 
   def read_labels(self) -> np.ndarray:
     """Returns (N,) int64 labels from all records, -1 for an image without one."""
@@ -91,7 +94,7 @@ class Records:
     positions = track(range(len(self)), f'labels of {self.name}', transient=True)
     return np.array([self.example(i)[1] for i in positions], np.int64)
 
-  def example(self, position: int) -> tuple[bytes, int]:
+  def example(self, position: int) -> tuple[bytes, Any]:
     """Returns (JPEG or PNG file, label) as stored.
 
     Raises:
@@ -105,13 +108,17 @@ class Records:
       # Parsed here, because the decoders of TFDS take eight times as long.
       example = tf_example_pb2.Example.FromString(self.records[position])
       feature = example.features.feature
-      return feature['image'].bytes_list.value[0], feature['label'].int64_list.value[0]
+      return feature['image'].bytes_list.value[0], self._label(feature)
     except (RuntimeError, ValueError, DecodeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
       passing = isinstance(error, RuntimeError) and not _LASTING.match(reason)
       raise (OSError if passing else UserError)(
         f'{self.where(position)}: a record that cannot be read: {reason}'
       ) from None
+
+  def _label(self, feature: Mapping[str, Any]) -> Any:
+    """Returns the label of a record."""
+    return feature['label'].int64_list.value[0]
 
   def decode(self, position: int, encoded: bytes) -> np.ndarray:
     """Returns a stored image as (H, W, channels) uint8, whatever its colour model."""
@@ -143,6 +150,32 @@ class Records:
     return str(self.size).encode()
 
 
+class RecordsOfSeveral(Records):
+  """Records of images with several classes each, those of their objects, as of VOC.
+
+  A class whose objects are all marked as difficult in an image is not known there, as
+  in VOC's own lists of images.
+  """
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """(N,) int32, the rarest class of each image."""
+    return rarest(self.attributes['classes'])
+
+  @functools.cached_property
+  def attributes(self) -> dict[str, np.ndarray]:
+    """'classes' (N, C) int32: 1, 0, or -1 for those of difficult objects alone."""
+    return {'classes': self._known_labels().astype(np.int32)}
+
+  def _label(self, feature: Mapping[str, Any]) -> np.ndarray:
+    """Returns the classes (C,) of a record."""
+    classes = np.zeros(len(self.class_names), np.int64)
+    classes[list(feature['labels'].int64_list.value)] = -1
+    plain = 'labels_no_difficult' if 'labels_no_difficult' in feature else 'labels'
+    classes[list(feature[plain].int64_list.value)] = 1
+    return classes
+
+
 _PIL_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # by the number of channels
 
 # How array_record's messages begin for damage (for a truncated shard they are empty)
@@ -163,7 +196,8 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
       of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
       or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
       of any type, with labels (N,) int, and perhaps class_names (C,) str and further
-      labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN;
+      labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN, of
+      which y_SPLIT.classes (N, C) are the classes of images with several;
       'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
       `lists.list_source`; 'folder:DIR', image files in a folder a class, see
       `lists.folder_source`; 'xlsa:PATH', features with unseen classes, see
@@ -224,9 +258,9 @@ def write_labels(file: epath.Path, labels: Sequence[int]) -> None:
 def fingerprint(source: Source, *indices: np.ndarray) -> str:
   """Returns the SHA-256 of the data, which shows whether they have changed.
 
-  Labels, class names and the length count, and of the images what `identity` says:
-  those in memory byte for byte, those in files by their paths, and a TFDS data set by
-  its name, version and number of bytes.
+  Labels, attributes, class names and the length count, and of the images what
+  `identity` says: those in memory byte for byte, those in files by their paths, and a
+  TFDS data set by its name, version and number of bytes.
 
   Args:
     source: of any kind.
@@ -242,6 +276,9 @@ def fingerprint(source: Source, *indices: np.ndarray) -> str:
     digest.update(f'split of {len(rows)}'.encode())
     digest.update(np.ascontiguousarray(rows, '<i8'))
     digest.update(source.labels[rows].astype('<i4'))
+    for name, values in sorted(getattr(source, 'attributes', {}).items()):
+      digest.update(f'{name} {values.dtype} {values.shape[1:]}'.encode())
+      digest.update(np.ascontiguousarray(values[rows]))
     digest.update(source.identity(rows))
   return digest.hexdigest()
 
@@ -540,7 +577,9 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   features = dict(builder.info.features)
   if 'segmentation_label' in features:
     return _tfds_maps(builder)
-  image, label = features.get('image'), features.get('label')
+  image, label, kind = features.get('image'), features.get('label'), Records
+  if label is None:  # of an image with several it is a sequence of them
+    label, kind = getattr(features.get('labels'), 'feature', None), RecordsOfSeveral
   if not (
     isinstance(image, tfds.features.Image)
     and image.np_dtype == np.uint8
@@ -548,8 +587,8 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
     and isinstance(label, tfds.features.ClassLabel)
   ):
     raise UserError(
-      f"tfds:{name} needs the features 'image' (uint8) and 'label' (a class), has "
-      + ', '.join(sorted(features))
+      f"tfds:{name} needs the features 'image' (uint8) and 'label' (a class), or "
+      f"'labels' (several), has {', '.join(sorted(features))}"
     )
   raw = tfds.decode.DeserializeMethod.RAW_BYTES
   try:
@@ -560,7 +599,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
       'which has no random access; prepare it as array_record in another folder'
     ) from None
   sources = {
-    _SPLIT_NAMES.get(str(split), str(split)): Records(
+    _SPLIT_NAMES.get(str(split), str(split)): kind(
       name=f'tfds:{builder.info.full_name}/{split}',
       size=builder.info.splits[split].num_bytes,
       records=data.data_source,
@@ -652,9 +691,13 @@ def _check_metadata(name: str, data_dir: str | None) -> None:
 
 
 def _in_memory_if_small(source: Records) -> Source:
-  """Reads a source whose images have one size and fill `MEMORY_LIMIT` at most."""
+  """Reads a source whose images have one size and fill `MEMORY_LIMIT` at most.
+
+  One with several classes an image is left where it is.
+  """
   shape = (len(source), *source.image_shape)
-  if None in shape or math.prod(shape) > MEMORY_LIMIT:
+  several = isinstance(source, RecordsOfSeveral)
+  if several or None in shape or math.prod(shape) > MEMORY_LIMIT:
     return source
   images, labels = np.empty(shape, np.uint8), np.empty(len(source), np.int64)
   for i in range(len(source)):

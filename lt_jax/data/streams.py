@@ -115,10 +115,14 @@ class Split(NamedTuple):
   def counts(self, num_classes: int) -> np.ndarray:
     """Returns (C,) int, images per class, or pixels per class if these have labels.
 
-    Those of label maps in files are counted when they are first asked for.
+    An image with several classes counts for each of them. Those of label maps in files
+    are counted when they are first asked for.
     """
     if self.of_pixels:
       return self.class_pixels().sum(0)
+    several = self.numbers().get('classes')
+    if several is not None:
+      return (several == 1).sum(0)
     return label_counts(self.labels, num_classes)
 
   def class_pixels(self) -> np.ndarray:
@@ -414,6 +418,7 @@ def evaluation_pass(
   workers: int = 0,
   stand_in: bool = False,
   view: Callable[[Any], Any] = lambda state: state,
+  beside: Mapping[str, np.ndarray] | None = None,
 ) -> Pass:
   """Returns one pass over a split, with as many batches in every process.
 
@@ -424,6 +429,7 @@ def evaluation_pass(
     workers: as for `train_stream`; threads read up to `SMALL_PASS` images.
     stand_in: as for `train_stream`.
     view: see `Pass`.
+    beside: as for `train_stream`.
   """
 
   def read(place: int, position: int) -> tuple[np.ndarray, bool]:
@@ -441,6 +447,7 @@ def evaluation_pass(
     transform=transform,
     workers=workers,
     training=False,
+    beside=beside,
   )
 
   def payload(step: int) -> dict[str, np.ndarray]:

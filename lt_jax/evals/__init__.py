@@ -8,6 +8,7 @@ of confusion matrices, whatever the batch size or the devices.
 
 from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.evals.identification import IDENTIFICATION
+from lt_jax.evals.multilabel import MULTILABEL
 from lt_jax.evals.multitask import MULTITASK
 from lt_jax.evals.rollouts import MAZES
 from lt_jax.evals.segmentation import SEGMENTATION
@@ -18,6 +19,7 @@ TASKS: dict[str, Task] = {
   'classification': CLASSIFICATION,
   'identification': IDENTIFICATION,
   'mazes': MAZES,
+  'multilabel': MULTILABEL,
   'multitask': MULTITASK,
   'zero_shot': ZERO_SHOT,
   'segmentation': SEGMENTATION,

@@ -14,7 +14,8 @@ import numpy as np
 
 from lt_jax.evals import classification
 from lt_jax.evals.collect import Collected
-from lt_jax.evals.tasks import Metric, Record, Task
+from lt_jax.evals.multilabel import average_precision
+from lt_jax.evals.tasks import Across, Metric, Record, Task
 from lt_jax.losses.tasks import KINDS
 from lt_jax.method import Batch, Outputs
 
@@ -58,38 +59,6 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]
   valid = labels >= 0
   right = outputs[valid].argmax(-1) == labels[valid]
   return {'accuracy': float(right.mean()) if valid.any() else None}
-
-
-def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
-  r"""Returns the 11-point average precision of one label.
-
-  .. math:: \frac1{11} \sum_{t \in \{0, 0.1, \dots, 1\}} \max_{r \ge t} p(r)
-
-  Args:
-    scores: (N,).
-    labels: (N,) int, 1 or 0, -1 for images that do not count.
-
-  Returns:
-    None where no image has the label.
-
-  Examples:
-    >>> scores, labels = np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1])
-    >>> round(average_precision(scores, labels), 3)  # (6 * 1 + 5 * 2/3) / 11
-    0.848
-
-  Source: Everingham et al., IJCV 88, 2010, section 4.2.
-  """
-  valid = labels >= 0
-  scores, positive = scores[valid], labels[valid] == 1
-  if not positive.any():
-    return None
-  hits = positive[np.argsort(-scores, kind='stable')].cumsum()
-  precision = hits / np.arange(1, len(hits) + 1)
-  # Recall in whole tenths, which floats would not hold exactly.
-  best = [
-    precision[10 * hits >= tenth * hits[-1]].max(initial=0.0) for tenth in range(11)
-  ]
-  return float(np.mean(best))
 
 
 def mean_average_precision(
@@ -142,23 +111,67 @@ def measure(
   classes' accuracy among them, None where one has none.
   """
   found = classification.measure(records, num_classes=num_classes, groups=groups)
-  firsts = [found['accuracy']]
+  return found | _with_mean(found['accuracy'], _measured(records))
+
+
+def _measured(records: Collected) -> dict[str, dict[str, float | None]]:
+  """Returns task -> its measures, of the tasks that have a head of their own."""
+  found = {}
   for key in records:
     kind, _, rest = key.partition('/')
     if kind in MEASURES and rest.endswith('/output'):
       name = rest.removesuffix('/output')
-      values = MEASURES[kind](records[key], records[f'{kind}/{name}/label'])
-      firsts.append(next(iter(values.values())))
-      found |= {f'{name}_{what}': value for what, value in values.items()}
-  mean = None if None in firsts else float(np.mean(firsts))
-  return found | {'task_mean': mean}
+      found[name] = MEASURES[kind](records[key], records[f'{kind}/{name}/label'])
+  return found
+
+
+def _with_mean(
+  accuracy: float, tasks: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, float | None]:
+  """Returns NAME_MEASURE of each task, and 'task_mean'."""
+  firsts = [accuracy, *(next(iter(values.values())) for values in tasks.values())]
+  return {
+    **{
+      f'{name}_{what}': value
+      for name, values in tasks.items()
+      for what, value in values.items()
+    },
+    'task_mean': None if None in firsts else float(np.mean(firsts)),
+  }
+
+
+def across(
+  records: Mapping[str, Collected],
+  *,
+  num_classes: int,
+  groups: Mapping[str, np.ndarray],
+) -> Across:
+  """Returns what classification does, and measures of tasks with images of their own.
+
+  Args:
+    records: split -> what `record` keeps; of the test images of another stream, which
+      no class of the network's own head is told of, 'test/STREAM'.
+    num_classes: C.
+    groups: name -> (C,) bool.
+  """
+  found = classification.across(records, num_classes=num_classes, groups=groups)
+  others = [own for split, own in records.items() if split.startswith('test/')]
+  if not others:
+    return found
+  test = records['test']
+  accuracy = float((test['label'] == test['prediction']).mean())
+  tasks = {
+    name: values for own in (test, *others) for name, values in _measured(own).items()
+  }
+  more = found.metrics.get('test', {}) | _with_mean(accuracy, tasks)
+  return found._replace(metrics={**found.metrics, 'test': more})
 
 
 MULTITASK = Task(
   record,
   keep,
   measure,
-  classification.across,
+  across,
   {**classification.METRICS, 'task_mean': Metric('mean over tasks')},
 )
 

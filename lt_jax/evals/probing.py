@@ -177,6 +177,41 @@ def _mean(values: np.ndarray) -> float | None:
   return float(known.mean()) if len(known) else None
 
 
+def nearest(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+  """Returns the gallery in the order of its nearness to each query, (Q, N) int.
+
+  By the cosine of features that are centred by the gallery.
+
+  Args:
+    queries: features (Q, D).
+    gallery: features (N, D).
+  """
+  centre = gallery.mean(0)
+
+  def unit(x: np.ndarray) -> np.ndarray:
+    x = x - centre
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+  return np.argsort(-unit(queries) @ unit(gallery).T, axis=1, kind='stable')
+
+
+def one_of_each(labels: np.ndarray, most: int) -> np.ndarray:
+  """Returns the positions of at most so many images, of as many classes as can be.
+
+  Drawn at random, in the order of their classes.
+
+  Examples:
+    >>> labels = np.array([0, 0, 0, 1, 2, 2])
+    >>> labels[one_of_each(labels, most=4)].tolist()
+    [0, 0, 1, 2]
+  """
+  place = places_in_class(labels, seed=0)
+  rng = np.random.default_rng(0)
+  # First of every class one, then a second: among equals at random.
+  order = np.lexsort((rng.random(len(labels)), place))[:most]
+  return order[np.argsort(labels[order], kind='stable')]
+
+
 def retrieval(
   queries: Images, gallery: Images, ranks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
@@ -206,19 +241,12 @@ def retrieval(
     >>> retrieval(query, gallery, ranks=(1, 2))  # the second that is found
     {'recall@1': 0.0, 'recall@2': 1.0, 'mean_average_precision': 0.5}
   """
-  centre = gallery.features.mean(0)
-
-  def unit(x: np.ndarray) -> np.ndarray:
-    x = x - centre
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
   kept = np.isin(queries.labels, gallery.labels)
   if not kept.any():
     raise UserError('retrieval: no query is of a class that is in the gallery')
-  theirs = unit(gallery.features)
   first, precision = [], []
   for part in np.array_split(np.flatnonzero(kept), -(-kept.sum() // 500)):
-    order = np.argsort(-unit(queries.features[part]) @ theirs.T, axis=1, kind='stable')
+    order = nearest(queries.features[part], gallery.features)
     relevant = gallery.labels[order] == queries.labels[part][:, None]
     first.append(relevant.argmax(1))
     so_far = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)

@@ -244,5 +244,6 @@ SEGMENTATION = Task(
   picture=picture,
   per_pixel=True,
   by_class='iou_by_class',
+  of_class='IoU',
 )
 """Shot groups are by training pixels; the metric of a group is its mIoU."""

@@ -335,10 +335,13 @@ def select(
   if len(most) == 1:
     most = [*most] * len(targets)
   if len(most) != len(targets) or min(most) < 1:
-    raise UserError(
-      f'{len(targets)} targets need {len(targets)} numbers of classes, each at least '
-      f'1, or one for all; got {", ".join(map(str, most))}'
-    )
+    needed = '1 target needs one number of classes, at least 1'
+    if len(targets) > 1:
+      needed = (
+        f'{len(targets)} targets need {len(targets)} numbers of classes, each at least '
+        '1, or one for all'
+      )
+    raise UserError(f'{needed}; got {", ".join(map(str, most))}')
   scores = {target.name: score(source, target) for target in targets}
   chosen = {
     int(place)

@@ -75,6 +75,8 @@ class Task(NamedTuple):
       errors on rare classes.
     per_pixel: whether every pixel has a label, and logits.
     by_class: the per-class metric (C,) whose mean over classes is in tables.
+    of_class: what figures call it.
+    probability: turns logits into the probabilities that predictions report.
     groups: counts (C,) -> name -> (C,) bool, groups of classes that it measures besides
       the shot groups.
     reads: what batches of test images must have besides a label -> how to provide it.
@@ -91,6 +93,8 @@ class Task(NamedTuple):
   picture: Record | None = None
   per_pixel: bool = False
   by_class: str = 'class_accuracy'
+  of_class: str = 'accuracy'
+  probability: Callable[[jax.Array], jax.Array] = jax.nn.softmax
   groups: Callable[[np.ndarray], dict[str, np.ndarray]] = no_groups
   reads: Mapping[str, str] = {}
 

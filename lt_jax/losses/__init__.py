@@ -2,8 +2,9 @@
 
 A loss is a function (logits (B, C), labels (B,), *, options) -> (B,). A penalty is a
 function (features (B, D), labels (B,), *, options) -> (), or the same with logits (B,
-C) instead of features. Either has a keyword `counts` if it needs the training counts.
-To add one, write it and add it to `LOSSES` or `PENALTIES` in its file.
+C) instead of features. Either has a keyword `counts` if it needs the training counts; a
+loss that can use all classes of an image that has several has a keyword `classes`. To
+add one, write it and add it to `LOSSES` or `PENALTIES` in its file.
 
 The label -1 is ignored: `make_loss` gives it no loss and no gradient whatever the loss,
 and the reductions divide by the number of labels. `make_loss` also applies a loss per
@@ -46,7 +47,8 @@ def make_loss(
   Returns:
     (outputs, batch) -> (...), computed from outputs['logits'] (..., C) and
     batch['label'] (...), which is (B,) for images and (B, H, W) for pixels. The loss is
-    0 where the label is -1.
+    0 where the label is -1. A loss with a keyword `classes` is given batch['classes']
+    (B, C), if there is one.
 
   Raises:
     UserError: an unknown name or option, or an empty class if the loss uses counts.
@@ -59,24 +61,27 @@ def make_loss(
   """
   per_example = lookup(LOSSES, 'loss', name)
   what = f'loss {name!r}'
-  check_options(what, per_example, options, 'logits', 'labels', 'counts')
-  if 'counts' in inspect.signature(per_example).parameters:
+  check_options(what, per_example, options, 'logits', 'labels', 'counts', 'classes')
+  asked = inspect.signature(per_example).parameters
+  if 'counts' in asked:
     options['counts'] = check_counts(counts, what)
 
-  def loss_of(logits, labels):
+  def loss_of(logits, batch):
+    labels = batch['label']
     chex.assert_shape(labels, logits.shape[:-1])
+    several = {key: batch[key] for key in ('classes',) if key in asked and key in batch}
     logits, each = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if classes is not None:
       logits = only(logits, classes)
     # Where the label is -1 any class will do: the loss there is discarded below.
-    losses = per_example(logits, jnp.maximum(each, 0), **options)
+    losses = per_example(logits, jnp.maximum(each, 0), **several, **options)
     return jnp.where(each >= 0, losses, 0).reshape(labels.shape)
 
   def loss(outputs, batch):
-    value = loss_of(outputs['logits'], batch['label'])
+    value = loss_of(outputs['logits'], batch)
     if auxiliary:
       other = lookup(outputs, 'layer of this network', 'auxiliary_logits')
-      value += auxiliary * loss_of(other, batch['label'])
+      value += auxiliary * loss_of(other, batch)
     return value
 
   return loss

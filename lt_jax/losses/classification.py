@@ -61,12 +61,17 @@ def cross_entropy(
   return optax.softmax_cross_entropy(logits, targets)
 
 
-def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def sigmoid_cross_entropy(
+  logits: jax.Array, labels: jax.Array, *, classes: jax.Array | None = None
+) -> jax.Array:
   r"""Binary cross-entropy of every class against the rest, summed over classes.
 
   .. math::
     \ell = \sum_c \mathrm{softplus}(-s_c z_c), \qquad
     s_c = +1 \text{ if } c = y \text{ else } -1
+
+  An image with several classes has s_c = +1 for each of them, and no term for a class
+  of which it is not known.
 
   The head's bias should start at -log(C - 1), a prior of 1/C for every class; otherwise
   the C - 1 negatives dominate the first steps.
@@ -74,6 +79,8 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   Args:
     logits: (B, C).
     labels: (B,) int.
+    classes: (B, C) int, 1 for each class of an image, 0 for others, -1 where it is not
+      known; None: the label is the only class.
 
   Returns:
     (B,) losses in nats.
@@ -85,7 +92,8 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
   Cui et al., CVPR 2019, arXiv 1901.05555.
   """
-  return jax.nn.softplus(-_signed(logits, labels)).sum(-1)
+  signed, known = _signed(logits, labels, classes)
+  return jnp.where(known, jax.nn.softplus(-signed), 0).sum(-1)
 
 
 def softmax_focal(
@@ -123,7 +131,11 @@ def softmax_focal(
 
 
 def sigmoid_focal(
-  logits: jax.Array, labels: jax.Array, *, gamma: float = 1.0
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  gamma: float = 1.0,
+  classes: jax.Array | None = None,
 ) -> jax.Array:
   r"""Focal loss of every class against the rest, summed over classes.
 
@@ -138,6 +150,7 @@ def sigmoid_focal(
     logits: (B, C).
     labels: (B,) int.
     gamma: focusing exponent, >= 0.
+    classes: (B, C) of images with several, as for `sigmoid_cross_entropy`.
 
   Returns:
     (B,) losses in nats.
@@ -150,9 +163,9 @@ def sigmoid_focal(
   Cui et al., CVPR 2019, arXiv 1901.05555, whose code (richardaecn/class-balanced-loss)
   writes log(1 - p) with an exponential that overflows for very negative logits.
   """
-  signed = _signed(logits, labels)
+  signed, known = _signed(logits, labels, classes)
   focus = jnp.exp(-gamma * jax.nn.softplus(signed))
-  return (focus * jax.nn.softplus(-signed)).sum(-1)
+  return jnp.where(known, focus * jax.nn.softplus(-signed), 0).sum(-1)
 
 
 def balanced_softmax(
@@ -355,6 +368,15 @@ LOSSES = {
 }
 
 
-def _signed(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns logits with the sign flipped for every class but the true one."""
-  return (2 * one_hot_targets(logits, labels) - 1) * logits
+def _signed(
+  logits: jax.Array, labels: jax.Array, classes: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns logits with the sign flipped for classes that an image does not have.
+
+  Also (B, C) bool: whether it is known if the image has the class.
+  """
+  targets = one_hot_targets(logits, labels)
+  if classes is None:
+    classes = targets
+  chex.assert_equal_shape([logits, classes])
+  return jnp.where(classes == 1, logits, -logits), classes >= 0

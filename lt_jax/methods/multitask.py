@@ -5,7 +5,7 @@ r"""Several tasks on one trunk: the classes, and further labels of the images.
 The first task, 'label', is the classification that the network does anyway, with the
 loss, class weights and reduction of the config. Each other task has a linear head on
 the features, and uses further labels of the same images, or the images of its own
-stream.
+stream. Streams share the running averages of batch normalisation, or each has its own.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -188,6 +188,12 @@ def dynamic(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
 
 WEIGHTINGS = {'fixed': fixed, 'uncertainty': uncertainty, 'dynamic': dynamic}
 
+STATISTICS: dict[str, Callable[[str], str]] = {
+  'shared': lambda stream: 'net',
+  'by_stream': lambda stream: 'net' if stream == 'train' else f'net_{stream}',
+}
+"""Name -> stream -> where in `State.stats` its running averages are."""
+
 
 def multitask(
   net: Network,
@@ -200,6 +206,7 @@ def multitask(
   weights: Mapping[str, float] | None = None,
   only: str = '',
   period: int = 100,
+  statistics: str = 'shared',
 ) -> Method:
   """Trains several tasks at once.
 
@@ -214,10 +221,13 @@ def multitask(
       default, have one over the number of tasks.
     only: the single task that is learned, a control; the others have the weight 0.
     period: steps after which 'dynamic' looks at the losses.
+    statistics: a key of `STATISTICS`. In training a batch is normalised by itself in
+      any case; 'by_stream' lets the heads of a stream predict by averages over its own
+      batches, with one more pass through the network for each such stream.
 
   Raises:
-    UserError: an unknown task or weighting, a negative weight, or a stream that is not
-      there or not read.
+    UserError: an unknown task, weighting or kind of statistics, a negative weight, or a
+      stream that is not there or not read.
   """
   names = (LABEL, *(head.name for head in heads))
   given = {name: 1 / len(names) for name in names}
@@ -240,6 +250,7 @@ def multitask(
   for stream in streams:
     if stream not in read:
       raise UserError(f'no head reads the stream {stream!r}')
+  place_of = lookup(STATISTICS, 'kind of batch statistics', statistics)
   halves = jnp.array([False, *(KINDS[head.kind].half for head in heads)])
   weigh = lookup(WEIGHTINGS, 'weighting', weighting)(
     jnp.array([given[name] for name in names], jnp.float32), halves, period
@@ -262,7 +273,7 @@ def multitask(
     if weigh.params:
       weighed = {'weights': weigh.params}
       own, opt = own | weighed, opt | learner.init(weighed)
-    state = first_state(key, own, {'net': stats}, opt)
+    state = first_state(key, own, {place_of(stream): stats for stream in read}, opt)
     return state.replace(memory={'weights': weigh.memory} if weigh.memory else {})
 
   def losses_of(params: PyTree, stats: PyTree, batches, step: jax.Array):
@@ -270,7 +281,11 @@ def multitask(
     losses, metrics = {}, {}
     for stream in read:
       batch = batches[stream]
-      outputs, stats = forward(net, params['net'], stats, batch['image'], train=True)
+      place = place_of(stream)
+      outputs, after = forward(
+        net, params['net'], stats[place], batch['image'], train=True
+      )
+      stats = {**stats, place: after}
       if stream == 'train':
         losses[LABEL], metrics = objective(outputs, batch, step)
       for head in heads:
@@ -287,7 +302,7 @@ def multitask(
 
     def total(own: PyTree, learned: PyTree):
       held = optimizer.held(own)
-      losses, aux = losses_of(held, state.stats['net'], batches, state.step)
+      losses, aux = losses_of(held, state.stats, batches, state.step)
       value, weights = weigh.combine(losses, learned, memory)
       return value, (losses, weights, *aux)
 
@@ -304,12 +319,17 @@ def multitask(
     if memory:
       after = weigh.remember(memory, losses, state.step)
       state = state.replace(memory={**state.memory, 'weights': after})
-    return tick(state.replace(stats={'net': stats})), metrics | norms
+    return tick(state.replace(stats=stats)), metrics | norms
 
   def predict(state: State, images: jax.Array) -> Outputs:
-    params, stats = state.params, state.stats['net']
-    outputs = forward(net, params['net'], stats, images, train=False)[0]
-    return outputs | {head.key: _apply(head, params, outputs) for head in heads}
+    params = state.params
+    seen = {
+      place: forward(net, params['net'], state.stats[place], images, train=False)[0]
+      for place in dict.fromkeys(place_of(stream) for stream in read)
+    }
+    return seen['net'] | {
+      head.key: _apply(head, params, seen[place_of(head.stream)]) for head in heads
+    }
 
   return Method(init, step, predict)
 

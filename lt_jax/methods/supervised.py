@@ -154,11 +154,15 @@ def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
 
   Args:
     outputs: outputs with 'logits' (..., C).
-    batch: batch with 'label' (...); -1 counts in neither.
+    batch: batch with 'label' (...); -1 counts in neither. For an image with several
+      'classes' (B, C), predicting any of them is right.
     losses: (...), unweighted.
   """
   logits, labels = outputs['logits'], batch['label']
-  correct = jnp.argmax(logits, axis=-1) == labels
+  first = jnp.argmax(logits, axis=-1)
+  correct = first == labels
+  if 'classes' in batch:
+    correct = jnp.take_along_axis(batch['classes'], first[:, None], axis=1)[:, 0] == 1
   return {
     'accuracy': (
       correct.sum(dtype=jnp.float32),

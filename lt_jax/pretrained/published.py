@@ -220,7 +220,10 @@ def load(source: str) -> Weights:
     )
   if not source.endswith('.safetensors'):
     if not MODEL.fullmatch(source) or epath.Path(source).exists():
-      raise UserError(f'{source!r} is neither a .safetensors file nor OWNER/MODEL')
+      raise UserError(
+        f'{source!r} is neither a .safetensors file, nor OWNER/MODEL, nor the folder '
+        'of a run'
+      )
     file, revision = _download(source)
     pixels |= _pixels(source)
   data = _read(file)

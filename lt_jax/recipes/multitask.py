@@ -2,23 +2,29 @@
 
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from lt_jax.config import Overrides
 from lt_jax.recipes.parts import Recipe
 
 
 def _multitask(**options: Any) -> Recipe:
-  return Recipe(
-    lambda config: {
+  """Equal weights, each a key of its own: --config.method.weights.NAME=0.5."""
+
+  def overrides(config: ConfigDict) -> Overrides:
+    tasks = ('label', *config.heads)
+    return {
       'task': 'multitask',
       'method': {
         'name': 'multitask',
-        'weights': {},
+        'weights': dict.fromkeys(tasks, 1 / len(tasks)),
         'only': '',
         'weighting': 'fixed',
         **options,
       },
-    },
-    needs=('heads',),
-  )
+    }
+
+  return Recipe(overrides, needs=('heads',))
 
 
 RECIPES: dict[str, Recipe] = {

@@ -302,7 +302,8 @@ def training(runs: Sequence[Run]) -> Drawn:
 
 def _logged(run: Run) -> str:
   """Returns what an axis of the metrics in the log is called."""
-  return 'accuracy, mIoU (%)' if run.task.per_pixel else 'accuracy (%)'
+  title = run.task.metrics[run.headline].title
+  return f'accuracy, {title} (%)' if title != 'accuracy' else 'accuracy (%)'
 
 
 def mark_stages(panels: Sequence[Axes], run: Run) -> str:

@@ -25,20 +25,24 @@ MEASURE = {
 }
 """Kind -> (the measure that is shown, whether more of it is better or less)."""
 
+ALONE, EQUAL, FIXED = 'one task alone', 'equal', 'fixed'
+
 
 def multitask_table(groups: Sequence[Group]) -> Table:
   """Returns a row a method of several tasks, with the relative gain over controls.
 
   A control is a run that learned one task alone (`method.only`), on the same data.
   Measures are in %, of a regression the root mean squared error. The last column is the
-  mean relative gain, '-' where a control is missing.
+  mean relative gain, '-' where a control is missing. Of fixed weights those with the
+  best mean over tasks on validation images are marked as such.
   """
-  shown = [group for group in groups if group.counted and _tasks(group.counted[0])]
+  shown = _of_several(groups)
   tasks = list(dict.fromkeys(t for group in shown for t in _tasks(group.counted[0])))
   alone: dict[tuple[str, str], float] = {}
   for group in shown:
     if only := _only(group):
       alone[_data(group), only] = np.mean(_values(group, only))
+  best = _best_fixed(shown)
   rows = []
   for group in shown:
     own = _tasks(group.counted[0])
@@ -47,18 +51,92 @@ def multitask_table(groups: Sequence[Group]) -> Table:
       together = {task: float(np.mean(_values(group, task))) for task in own}
       single = {task: alone[_data(group), task] for task in own}
       gain = relative_gain(together, single, {k: sign for k, (_, sign) in own.items()})
+    chosen = any(group is one for one in best)
     rows.append(
       [
         group.label,
+        _weights(group) + ', best on validation' * chosen,
         *(percent(_values(group, task)) if task in own else '-' for task in tasks),
         '-' if gain is None else f'{100 * gain:+.1f}',
       ]
     )
   return Table(
-    ['method', *tasks, 'gain over single tasks'],
+    ['method', 'weights', *tasks, 'gain over single tasks'],
     rows,
     [f'#{group.anchor}' for group in shown],
   )
+
+
+def remarks(groups: Sequence[Group]) -> list[str]:
+  """Returns a line for every control that a table of several tasks lacks."""
+  shown, lines = _of_several(groups), []
+  for data in dict.fromkeys(map(_data, shown)):
+    own = [group for group in shown if _data(group) == data]
+    if all(_only(group) for group in own):
+      continue
+    tasks = dict.fromkeys(task for group in own for task in _tasks(group.counted[0]))
+    kinds, controls = (
+      {_weights(group) for group in own},
+      {_only(group) for group in own},
+    )
+    if missing := [task for task in tasks if task not in controls]:
+      lines.append(
+        f'No network learned {", ".join(missing)} alone, so there is no gain over '
+        f'single tasks: --grid=method.only={",".join(tasks)}.'
+      )
+    if EQUAL not in kinds:
+      lines.append('No run has equal weights: --methods=multitask.')
+    if not _best_fixed(own):
+      lines.append(
+        'The best fixed weights are not known: they take several fixed weights, '
+        '--grid=method.weights.TASK=..., on data with validation images.'
+      )
+  return lines
+
+
+def _of_several(groups: Sequence[Group]) -> list[Group]:
+  """Returns the groups that have finished and are of several tasks."""
+  return [group for group in groups if group.counted and _tasks(group.counted[0])]
+
+
+def _weights(group: Group) -> str:
+  """Says how the tasks are weighed."""
+  if only := _only(group):
+    return f'{ALONE}: {only}'
+  run = group.counted[0]
+  method = run.config['method']
+  kind = method.get('weighting') or FIXED
+  if kind != FIXED:
+    return kind
+  tasks = _tasks(run)
+  given = method.get('weights') or {}
+  values = [given.get(task, 1 / len(tasks)) for task in tasks]
+  if len(set(values)) == 1:
+    return EQUAL
+  return f'{FIXED} ({", ".join(f"{value:.3g}" for value in values)})'
+
+
+def _best_fixed(groups: Sequence[Group]) -> list[Group]:
+  """Returns of each data set the fixed weights that are best by validation images.
+
+  None where fewer than two were tried, or a run has no validation images.
+  """
+  found = []
+  for data in dict.fromkeys(map(_data, groups)):
+    fixed = [
+      group
+      for group in groups
+      if _data(group) == data and _weights(group).startswith((EQUAL, FIXED))
+    ]
+    means = [_validated(group) for group in fixed]
+    if len(fixed) > 1 and None not in means:
+      found.append(fixed[int(np.argmax(means))])
+  return found
+
+
+def _validated(group: Group) -> float | None:
+  values = [(run.result.get('val') or {}).get('task_mean') for run in group.counted]
+  return None if None in values else float(np.mean(values))
 
 
 def _tasks(run: Run) -> dict[str, tuple[str, int]]:

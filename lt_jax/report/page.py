@@ -25,6 +25,7 @@ from lt_jax.report import (
   multitask,
   pictures,
   selection,
+  sources,
   tables,
   zero_shot,
 )
@@ -160,7 +161,13 @@ def _parts(
   parts = [
     Part('results', 'Results', results, [tables.UNITS], notes),
     Part('domains', 'By domain', by_domain, domains.remarks(by_domain)),
-    Part('tasks', 'By task', multitask.multitask_table(groups), [multitask.REMARK]),
+    Part('sources', 'By source', sources.sources_table(groups), [sources.REMARK]),
+    Part(
+      'tasks',
+      'By task',
+      multitask.multitask_table(groups),
+      [multitask.REMARK, *multitask.remarks(groups)],
+    ),
     Part('classes', 'By class', tables.classes_table(groups), [tables.BY_CLASS]),
     Part(
       'differences',

@@ -50,6 +50,7 @@ SHAPES: dict[str, Any] = {
       **dict.fromkeys(titles(), MAYBE),
       'class_accuracy': (None, [MAYBE]),
       'iou_by_class': (None, [MAYBE]),
+      'class_average_precision': (None, [MAYBE]),
     },
     'val': (None, dict.fromkeys(titles(), MAYBE)),
     'threshold': (None, {'value': MAYBE}),
@@ -155,7 +156,7 @@ class Run:
   @property
   def measure(self) -> str:
     """What figures call the metric of its classes."""
-    return 'IoU' if self.task.per_pixel else 'accuracy'
+    return self.task.of_class
 
   @property
   def counted(self) -> str:

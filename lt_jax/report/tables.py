@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lt_jax.evals import titles
+from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
 UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
-BY_CLASS = 'Test IoU in %, of several targets the mean.'
+BY_CLASS = 'On test images in %, of several targets the mean.'
 PUBLISHED = (
   'Most authors report the best epoch on the test set; ours is the State that the run '
   'selected.'
@@ -117,13 +118,18 @@ def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
 
 
 def classes_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with the test IoU of each class in %, where pixels have one.
+  """Returns a row a method with the metric of each class in %, where it is no accuracy.
 
-  Of several seeds it is the mean; a class that is nowhere in a run has none there.
+  Such as the IoU of pixels, or the average precision of images with several classes. Of
+  several seeds it is the mean; a class that is nowhere in a run has none there.
   """
   found = [
-    group for group in groups if group.counted and group.counted[0].task.per_pixel
+    group
+    for group in groups
+    if group.counted and group.counted[0].measure != CLASSIFICATION.of_class
   ]
+  measure = found[0].counted[0].measure if found else ''
+  found = [group for group in found if group.counted[0].measure == measure]
   names = found[0].counted[0].class_names if found else []
   rows, links = [], []
   for group in found:
@@ -133,7 +139,7 @@ def classes_table(groups: Sequence[Group]) -> Table:
       shown = [percent([one[c] for one in values]) for c in range(len(names))]
       rows.append([group.label, *shown])
       links.append(f'#{group.anchor}')
-  return Table(['IoU by class', *names], rows, links)
+  return Table([f'{measure} by class', *names], rows, links)
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, str]:

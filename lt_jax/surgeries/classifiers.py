@@ -1,10 +1,10 @@
-"""Classifiers on features that have a unique optimum, trained to convergence.
+"""Classifiers on features: those with a unique optimum, and a small network.
 
 There are linear support vector machines, softmax and ridge regression, class means and
-nearest neighbours. Each is an entry of `CLASSIFIERS`: a function of features, labels
-and a list of strengths that returns one classifier per strength. `chosen` picks the
-strength by cross-validation on the training data. Everything works on arrays, without a
-network or a config.
+nearest neighbours; `small_network` has a file of its own. Each is an entry of
+`CLASSIFIERS`: a function of features, labels and a list of strengths that returns one
+classifier per strength. `chosen` picks the strength by cross-validation on the training
+data. Everything works on arrays, without a config.
 
 The convex ones are solved by L-BFGS for all classes at once. A step costs two products
 of the features with a (D, C) matrix. The line search needs no more, because scores are
@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from lt_jax.errors import UserError, lookup
+from lt_jax.surgeries.small_network import small_network
 
 HISTORY = 10
 """Number of (step, gradient change) pairs from which L-BFGS estimates curvature."""
@@ -521,6 +522,7 @@ class Classifier(NamedTuple):
 
 COSTS = tuple(10.0**power for power in range(-5, 3))
 PENALTIES = tuple(10.0**power for power in range(6, -3, -1))
+DECAYS = (0.1, 0.01, 0.001)
 
 CLASSIFIERS = {
   'svm': Classifier(svm, COSTS, 0.01),
@@ -528,6 +530,7 @@ CLASSIFIERS = {
   'ridge': Classifier(ridge, PENALTIES, 1000.0),
   'class_means': Classifier(class_means, (0.0,), 0.0),
   'neighbours': Classifier(neighbours, (1,), 1),
+  'small_network': Classifier(small_network, DECAYS, 0.01),
 }
 
 
