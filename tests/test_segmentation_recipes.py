@@ -10,7 +10,8 @@ import pytest
 from configs import scenes as config_file
 from lt_jax import build, run, train
 from lt_jax.config import resolve
-from lt_jax.data import scenes
+from lt_jax.data import samplers, scenes
+from lt_jax.errors import UserError
 from lt_jax.recipes import segmentation
 from lt_jax.writers import read_rows
 from tests import child
@@ -64,6 +65,19 @@ def test_every_recipe_makes_a_step_without_labels_of_the_target(recipe, datasets
   assert METRICS[recipe] <= metrics.keys()
   assert not stage.uses_target_labels
   assert ('discriminator' in state.params) == recipe.startswith('ad')
+
+
+def test_a_mean_teacher_is_shown_rare_classes(datasets):
+  experiment = build.build(config('mean_teacher'), devices=1, datasets=datasets)
+  rows = experiment.last.streams['train'].payload(0)['index']
+  pixels = datasets['source'].splits['train'].class_pixels(len(scenes.CLASSES))
+  sampler = samplers.rare_class(pixels, temperature=0.01)
+  np.testing.assert_array_equal(rows, samplers.batch_indices(sampler, 0, 8, 0))
+  rarest = pixels.sum(0).argmin()
+  assert (pixels[rows, rarest] > 0).mean() > (pixels[:, rarest] > 0).mean()
+  made = config('minent') | {'sampler': {'name': 'class_balanced'}}
+  with pytest.raises(UserError, match="have label maps: use 'rare_class'"):
+    build.build(made, devices=1, datasets=datasets)
 
 
 @pytest.mark.parametrize('recipe', ['minent', 'advent', 'adapt_seg'])

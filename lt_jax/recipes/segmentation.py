@@ -53,9 +53,10 @@ def _advent(
 
 
 def _mean_teacher(config: ConfigDict) -> Overrides:
-  """A teacher's labels on images into which the source is mixed."""
+  """A teacher's labels on images into which the source is mixed, rare classes first."""
   return {
     **target_stream(config),
+    'sampler': {'name': 'rare_class', 'temperature': 0.01, 'start_epoch': 0.0},
     'method': {'name': 'mean_teacher', 'statistics': 'separate'},
     'alignment': {'weight': {'name': 'constant', 'weight': 1.0}},
   }
