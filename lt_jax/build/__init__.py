@@ -567,6 +567,7 @@ def _method(
       weights,
       counts=counts,
       start_step=start_step,
+      class_pixels=functools.partial(_class_pixels, train.dataset),
     ),
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
@@ -613,6 +614,20 @@ def _method(
   # What is traced once for shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
   return method, weigh
+
+
+def _class_pixels(dataset: Dataset) -> np.ndarray:
+  """Returns (N, C), the pixels of each class in each training image.
+
+  Raises:
+    UserError: the images have one label each.
+  """
+  if not dataset.of_pixels:
+    raise UserError(
+      'class_weights.name asks for label maps, but each image has one label: take '
+      "'inverse_frequency'"
+    )
+  return dataset.splits['train'].class_pixels(len(dataset.class_names))
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
