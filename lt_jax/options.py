@@ -25,7 +25,7 @@ from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.losses import LOSSES, PENALTIES, make_loss
 from lt_jax.losses.alignment import ALIGNMENTS
 from lt_jax.methods import METHODS
-from lt_jax.models import HEADS, TRUNKS
+from lt_jax.models import HEADS, OF_PIXELS, TRUNKS
 from lt_jax.optim import OPTIMIZERS, SCHEDULES
 
 Table = Mapping[str, Callable | None]
@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, Table]] = {
   'schedule': ('schedule.name', SCHEDULES),
   'method': ('method.name', METHODS),
   'model.trunk_options': ('model.trunk', TRUNKS),
-  'model.head_options': ('model.head', HEADS),
+  'model.head_options': ('model.head', HEADS | OF_PIXELS),
 }
 """Key of the options -> (key of the function's name, the functions)."""
 

@@ -63,7 +63,7 @@ from lt_jax.optim import (
   per_parameter,
 )
 from lt_jax.players import make_players
-from lt_jax.surgeries import maps, posthoc, shallow, shift, zero_shot
+from lt_jax.surgeries import maps, pixels, posthoc, shallow, shift, zero_shot
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = (
@@ -87,6 +87,7 @@ SURGERIES = (
   | self_training.SURGERIES
   | shift.SURGERIES
   | zero_shot.SURGERIES
+  | pixels.SURGERIES
 )
 
 
