@@ -75,6 +75,7 @@ WRAPPERS = (
   | shift.WRAPPERS
   | zero_shot.WRAPPERS
   | tiled.WRAPPERS
+  | pixels.WRAPPERS
 )
 
 

@@ -1,20 +1,24 @@
-"""A memory of pixels: the formulas, what a surgery puts into it, and OCDA on scenes."""
+"""What segmentation remembers: a memory of pixels, class shares, a second network."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lt_jax import run, trained
 from lt_jax.data import scenes
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
-from lt_jax.method import first_state
+from lt_jax.method import Method, first_state
+from lt_jax.methods import METHODS
 from lt_jax.models import make_classifier
 from lt_jax.models.heads import Linear
 from lt_jax.models.pixel_memory import PixelMemory
+from lt_jax.optim import sgd
 from lt_jax.recipes import compound
-from lt_jax.surgeries.pixels import pixel_memory
+from lt_jax.surgeries import pixels, posthoc
+from tests.test_memory import numerical_gradient
 from tests.test_segmentation_recipes import TINY, config
 
 CLASSES, D = 3, 4
@@ -70,7 +74,7 @@ def test_without_a_memory_nothing_is_added(rng):
   """And with one nothing in the first step, but the gate learns."""
   v = {'features': jnp.asarray(rng.normal(size=(2, 2, 3, D)), jnp.float32)}
   net = PixelMemory(Linear(CLASSES), CLASSES)
-  variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), v, (2, 3))
+  variables = net.init(jax.random.key(0), v, (2, 3))
   plain = Linear(CLASSES).apply(
     {'params': variables['params']['head']}, v['features'].reshape(-1, D)
   )
@@ -134,7 +138,7 @@ def test_the_memory_is_the_mean_feature_of_each_class(rng):
   sizes = {'centroids': (CLASSES, D), 'centre': (D,), 'spread': ()}
   stats = {'net': {'head': {name: jnp.zeros(size) for name, size in sizes.items()}}}
   state = first_state(jax.random.key(0), {}, stats, {})
-  found = pixel_memory(survey=survey)(state, {}).stats['net']['head']
+  found = pixels.pixel_memory(survey=survey)(state, {}).stats['net']['head']
   np.testing.assert_allclose(found['centroids'], expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found['centre'], domain.mean(0), rtol=1e-5)
   away = np.linalg.norm(domain - domain.mean(0), axis=1)
@@ -171,6 +175,7 @@ def test_what_was_released_for_images_alone_is_told(recipe):
     config(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('one_device')
 def test_a_run_enriches_pixels_and_orders_the_target(tmp_path):
   made = config('ocda_entropy,target=fog+rain', evaluate_every_epochs=9.0, epochs=1.0)
@@ -196,3 +201,119 @@ def test_a_run_enriches_pixels_and_orders_the_target(tmp_path):
   # Each domain is predicted by its own statistics.
   norms = (state.stats[name]['trunk'] for name in ('net', 'net_source'))
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, norms), strict=True))
+
+
+# Class shares of whole images.
+
+
+def test_a_ridge_is_chosen_by_leaving_each_image_out(rng):
+  x = rng.normal(size=(14, 5)) * (1, 10, 0.1, 1, 0) + 3
+  y = softmax(x @ rng.normal(size=(5, CLASSES)) / 4 + rng.normal(size=(14, CLASSES)))
+  kernel, bias = pixels.ridge(x, y)
+  scale = np.where(x.std(0) > 0, x.std(0), 1)
+
+  def fit(penalty, keep):
+    """By the normal equations, the bias unpenalised."""
+    design = np.c_[(x - x.mean(0)) / scale, np.ones(14)][keep]
+    cost = np.diag([14 * penalty] * 5 + [0])
+    return np.linalg.solve(design.T @ design + cost, design.T @ y[keep])
+
+  def left_out(penalty):
+    error = 0
+    for i in range(14):
+      weights = fit(penalty, np.arange(14) != i)
+      error += ((np.append((x[i] - x.mean(0)) / scale, 1) @ weights - y[i]) ** 2).sum()
+    return error
+
+  best = fit(min(pixels.PENALTIES, key=left_out), np.arange(14))
+  expected = np.c_[(x - x.mean(0)) / scale, np.ones(14)] @ best
+  np.testing.assert_allclose(x @ kernel + bias, expected, rtol=1e-8)
+
+
+def first(params, **others):
+  return first_state(jax.random.key(0), params, {}, {}).replace(**others)
+
+
+def test_class_shares_come_from_a_linear_map(rng):
+  features, kernel = rng.normal(size=(3, D)), rng.normal(size=(D, CLASSES))
+  outputs = {'features': jnp.asarray(features), 'logits': jnp.zeros((3, 2, 2, CLASSES))}
+  plain = Method(lambda key, batches: first({}), None, lambda state, images: outputs)
+  method = pixels.label_shares(plain)
+  state = method.init(jax.random.key(0), {'train': {'image': jnp.zeros((3, 2, 2, 3))}})
+  even = method.predict(state, None)['label_shares']
+  np.testing.assert_allclose(even, 1 / CLASSES, rtol=1e-6)
+  memory = {'label_shares': {'kernel': kernel, 'bias': np.full(CLASSES, 0.3)}}
+  found = method.predict(state.replace(memory=memory), None)['label_shares']
+  raw = np.maximum(features @ kernel + 0.3, 1e-6)
+  np.testing.assert_allclose(found, raw / raw.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_the_prior_asks_for_the_shares_of_an_image(rng):
+  """The method adds to the source's loss the cross-entropy of shares, and no more."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+      logits = nn.Dense(CLASSES, use_bias=False, name='head')(images)
+      return {'logits': logits, 'features': images.mean((1, 2))}
+
+  source, target = rng.normal(size=(2, 4, 2, 3, D)).astype(np.float32)
+  shares = softmax(rng.normal(size=(4, CLASSES))).astype(np.float32)
+
+  def objective(outputs, batch, step):
+    return (outputs['logits'] ** 2).mean(), {}
+
+  method = METHODS['label_prior'](
+    Net(),
+    sgd(lambda step: jnp.float32(0.1), momentum=0.0),
+    objective=objective,
+    alignment_weight=lambda step: jnp.float32(0.5),
+    streams=('train', 'target'),
+  )
+  batches = {
+    'train': {'image': source},
+    'target': {'image': target, 'label_shares': shares},
+  }
+  state = jax.jit(method.init)(jax.random.key(0), batches)
+  kernel = np.asarray(state.params['net']['head']['kernel'], np.float64)
+
+  def total(w):
+    p = softmax(target @ w).mean((1, 2))
+    return ((source @ w) ** 2).mean() - 0.5 * (shares * np.log(p)).sum(1).mean()
+
+  after, metrics = jax.jit(method.step)(state, batches)
+  np.testing.assert_allclose(
+    metrics['loss'][0] + 0.5 * metrics['label_prior'][0], total(kernel), rtol=1e-5
+  )
+  moved = kernel - 0.1 * numerical_gradient(total, kernel)
+  np.testing.assert_allclose(after.params['net']['head']['kernel'], moved, atol=1e-5)
+  with pytest.raises(UserError, match="reads 'label_shares' of the stream 'target'"):
+    jax.eval_shape(method.step, state, batches | {'target': {'image': target}})
+
+
+# Two networks.
+
+
+def test_the_logits_of_two_networks_are_averaged():
+  def predict(state, images):
+    return {
+      'logits': images * state.params['net'] + state.stats['net'],
+      'other': images,
+    }
+
+  init = first({'net': jnp.float32(2)}, stats={'net': jnp.float32(1)})
+  plain = Method(lambda key, batches: init, None, predict)
+  method = posthoc.average_logits(plain, weight=0.25)
+  state = method.init(jax.random.key(0), {})
+  second = first({'net': jnp.float32(10)}, stats={'net': jnp.float32(5)})
+  state = posthoc.second_network(stage='b')(state, {'b': second})
+  found = method.predict(state, jnp.float32(4))
+  assert found == {'logits': 0.75 * 9 + 0.25 * 45, 'other': 4}
+  with pytest.raises(UserError, match="stage 'c' has another network"):
+    posthoc.second_network(stage='c')(
+      state, {'c': second.replace(params={'net': jnp.zeros(3)})}
+    )
+  with pytest.raises(UserError, match="no wrapper 'average_logits'"):
+    posthoc.second_network(stage='b')(init, {'b': second})
+  with pytest.raises(UserError, match='weight must be in'):
+    posthoc.average_logits(plain, weight=2.0)
