@@ -11,7 +11,8 @@ on the same 300 layouts.
 
 There is no published number: the data are our own, and their mIoU compares methods with
 each other, never with Cityscapes. Expected: source_only below MinEnt (`entropy`) and
-FDA, those below target_only.
+FDA, those below target_only; with target=fog+night+rain also source_only below
+adapt_seg, and that below `ocda`.
 
 With tail=10 one in ten of the source's cars, poles and persons is left in its training
 images, and the tail is what the losses of long tails are for, which count pixels:
