@@ -1,11 +1,11 @@
-# Each target sets up everything it needs: a virtual environment with the exact
-# versions of requirements.lock and the project itself, editable.
+# Each target first sets up what it needs: a virtual environment with the exact
+# versions of requirements.lock and an editable install of the project.
 #
-#   make demo                          train on the bundled digits and show the table
+#   make demo                          train on the bundled digits and print the table
 #   make test lint docs                what CI runs
 #   make test PYTHON=python3.12 VENV=.venv312      the same with another Python
 #
-# The newest working Python from 3.11 on is taken unless PYTHON names one.
+# Uses the newest working Python, 3.11 or later, unless PYTHON names one.
 
 VENV ?= .venv
 CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
@@ -25,7 +25,7 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-# With those that say the same of more recipes, devices and moments.
+# Also runs the slow tests: the same checks for more recipes, devices and moments.
 test-all: $(READY)
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m ""
 
@@ -33,13 +33,13 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Runs the tutorials, which draw their figures; then a broken link, or a reference to
-# nothing, fails.
+# Runs the tutorials, which draw their figures, then builds the site. Broken links and
+# missing references fail.
 docs: $(READY)
 	$(RUN) docs/site/tutorials.py
 	$(RUN) -m zensical build --strict --clean
 
-# Needs no TPU: the real compiler makes programs for one.
+# Needs no TPU: the real compiler compiles for one.
 test-tpu:
 	$(MAKE) VENV=.venv-tpu .venv-tpu/.ready
 	.venv-tpu/bin/python -m pip install --quiet --constraint requirements.lock "jax[tpu]"

@@ -1,14 +1,15 @@
-"""Steps of adaptation on digits, beside the same steps written plainly in PyTorch.
+"""Training steps of adaptation methods on digits, compared with plain PyTorch.
 
   python -m benchmarks.adaptation_step [--torch_python=PATH] [--json=FILE]
 
-DANN's MNIST network, 64 images of either domain of 28 x 28 x 3 pixels: DANN with the
-paper's domain classifier; DAN, whose multi-kernel MMD compares 768 numbers of the
-convolutions, or 2,048 features; and the last stage of OCDA, with memory, features of
-the domain and two updates. The first two by SGD with momentum and both schedules, OCDA
-by Adam. Beside them the network trained on the source alone, and with Deep CORAL.
-PyTorch runs in its usual layout and in channels-last. Sides take turns within one run;
-medians over the rounds are shown, of times and of ratios within a round.
+The network is DANN's for MNIST, with 64 images of 28 x 28 x 3 pixels from each domain.
+The methods are DANN with the paper's domain classifier; DAN, whose multi-kernel MMD
+compares the 768 outputs of the convolutions or 2,048 features; and the last stage of
+OCDA, with its memory, domain features and two updates. The first two use SGD with
+momentum and both schedules, OCDA uses Adam. For comparison the network is also trained
+on the source alone, and with Deep CORAL. PyTorch runs in its default layout and in
+channels-last. Sides take turns within one run; the table shows medians over the rounds,
+of times and of ratios within a round.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from lt_jax.models import NETWORKS, make_classifier
 from lt_jax.optim import make_optimizer, make_schedule
 
 TRAINING = 5000
-"""Steps of a whole training, by which the schedules go."""
+"""Steps of a whole training, which the schedules assume."""
 
 COUNTS = np.ones(10)
 
@@ -57,7 +58,7 @@ TWO_DOMAINS = {
 
 
 def network(**model):
-  """The network and its optimiser."""
+  """Returns the network and its optimiser."""
   schedule = make_schedule('dann', 0.01, length=1, batch=1, end=TRAINING)
   return (
     make_classifier('mnist_dann', 'linear', 10, **model),
@@ -66,7 +67,7 @@ def network(**model):
 
 
 def aligned(name, layer, **model):
-  """The method of an alignment of one layer."""
+  """Returns the method that aligns one layer."""
   alignment = make_alignment(
     name, align_on=(layer,), weight=WEIGHT, counts=COUNTS, progress=progress
   )
@@ -74,7 +75,7 @@ def aligned(name, layer, **model):
 
 
 def dann():
-  """DANN."""
+  """Returns the method DANN."""
   net, optimizer = network()
   return METHODS['dann'](
     net,
@@ -87,7 +88,7 @@ def dann():
 
 
 def ocda():
-  """The last stage of OCDA, in which every step moves everybody."""
+  """Returns the last stage of OCDA, in which every step updates all players."""
 
   def adam(rate):
     return make_optimizer('adam', make_schedule('constant', rate, length=1, batch=1))
@@ -107,7 +108,7 @@ def ocda():
 
 
 def make_methods():
-  """Returns the methods that are timed, by name; those of `COMPARED` beside PyTorch."""
+  """Returns the methods to time, by name; PyTorch also has those of `COMPARED`."""
   return {
     'source only': METHODS['supervised'](*network(), **SUPERVISED),
     'deep_coral': aligned('coral', 'logits'),
@@ -135,7 +136,7 @@ class Side:
     self.params = sum(x.size for x in jax.tree.leaves(self.state.params))
 
   def run(self, steps):
-    """Seconds of so many steps."""
+    """Returns the seconds that `steps` steps take."""
     state = self.state
     began = time.perf_counter()
     for _ in range(steps):
@@ -146,7 +147,7 @@ class Side:
 
 
 class Torch:
-  """The other side, in a process of its own."""
+  """The PyTorch side, in its own process."""
 
   def __init__(self, python, batch):
     command = [python, HERE / 'torch_adaptation_step.py', f'--batch={batch}']
@@ -165,7 +166,7 @@ class Torch:
     }
 
   def run(self, steps, method, layout):
-    """Seconds of so many steps of a method."""
+    """Returns the seconds that `steps` steps of a method take."""
     self.process.stdin.write(f'{method} {layout} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
@@ -175,7 +176,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--batch', type=int, default=64, help='images of each domain')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=50, help='a round')
+  parser.add_argument('--steps', type=int, default=50, help='per round')
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
@@ -190,15 +191,15 @@ def main():
   }
   ours = {name: Side(method, batches) for name, method in make_methods().items()}
   sides = {name: side.run for name, side in ours.items()}
-  beside = dict.fromkeys(ours, 'dann')  # which side another one is compared with
+  beside = dict.fromkeys(ours, 'dann')  # side -> the side it is compared with
   python = find_torch(options.torch_python)
   if python:
     torch = Torch(python, options.batch)
     for name in COMPARED:
       counts = torch.params[name], ours[name].params
       assert counts[0] == counts[1], (name, *counts)
-      for layout, told in (('plain', ''), ('channels_last', ', channels last')):
-        side = f'{name}, PyTorch {torch.version}{told}'
+      for layout, text in (('plain', ''), ('channels_last', ', channels last')):
+        side = f'{name}, PyTorch {torch.version}{text}'
         sides[side] = lambda steps, at=(name, layout): torch.run(steps, *at)
         beside[side] = name
   seconds = timing.in_turn(sides, options.rounds, options.steps)
@@ -213,7 +214,7 @@ def main():
     median, base = statistics.median(taken), beside[name]
     over = timing.ratio(taken, seconds[base])
     table[name] = {'seconds_per_step': median, 'beside': base, 'ratio': over}
-    print(f'  {name:40s}{1e3 * median:9.2f} ms a step   {over:6.3f} of {base}')
+    print(f'  {name:40s}{1e3 * median:9.2f} ms per step   {over:6.3f} of {base}')
   report = {
     'batch': options.batch,
     'rounds': options.rounds,

@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0 with its depthwise convolutions in two forms, on the CPU.
+"""EfficientNet-Lite0 on the CPU with two implementations of depthwise convolution.
 
   python -m benchmarks.depthwise [--json=FILE]
 
-A forward pass and a training step (SGD) with the sum of shifted images that the library
-has there, and with XLA's convolution of as many groups as channels, which it has
-elsewhere. A third side computes convolutions with one pixel by XLA as well. Sides take
-turns within one run; medians over the rounds are shown, of times and of ratios within a
+Times a forward pass and a training step (SGD) with the sum of shifted images, which the
+library uses on CPUs, and with XLA's grouped convolution (one group per channel), which
+it uses elsewhere. A third side also leaves 1x1 convolutions to XLA. Sides take turns
+within one run; the table shows medians over the rounds, of times and of ratios within a
 round.
 """
 
@@ -26,11 +26,11 @@ FORMS = {
   'shifted, 1x1 by XLA': ('_pixel_by_pixel',),
   'grouped': ('_shifted_products', '_pixel_by_pixel'),
 }
-"""Sides -> what of `convolution` XLA's own form replaces."""
+"""Side -> the functions of `convolution` that XLA's own convolution replaces."""
 
 
 def by_xla(groups):
-  """Returns XLA's form of a part of `convolution`."""
+  """Returns XLA's replacement for a function of `convolution`."""
 
   def convolved(x, kernel, stride=1, padding=((0, 0), (0, 0))):
     x = convolution._unfused(x)
@@ -43,7 +43,7 @@ def by_xla(groups):
 
 
 def compiled(form, kind, net, variables, images):
-  """Returns the compiled function of a kind, 'forward' or 'training'."""
+  """Returns the compiled function of a kind: 'forward' or 'training'."""
   replaced = {name: getattr(convolution, name) for name in FORMS[form]}
   for name in replaced:
     setattr(convolution, name, by_xla(groups=name == '_shifted_products'))
@@ -62,7 +62,7 @@ def forward(net, variables, images):
 
 
 def step(net, variables, images):
-  """Returns the variables after a step of gradient descent on the entropy."""
+  """Returns the variables after a step of gradient descent on a simple loss."""
 
   def loss(params):
     outputs, updated = net.apply(
@@ -80,7 +80,7 @@ def main():
   parser.add_argument('--batch', type=int, default=32)
   parser.add_argument('--size', type=int, default=128, help='pixels')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=1, help='a round')
+  parser.add_argument('--steps', type=int, default=1, help='per round')
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
 

@@ -2,15 +2,15 @@
 
   python -m benchmarks.digests [--config=FILE.py] [--epochs=10] [--beside=CHECKOUT]
 
-A change that should not change what is trained leaves every digest as it was. Recipes
-are trained for a few epochs with one seed, in turn, each in a fresh folder. With
---beside the other checkout does the same in a process of its own, and each row shows
+A change that should not affect training leaves every digest as it was. Each recipe is
+trained for a few epochs with one seed, one after the other, each in a fresh folder.
+With --beside, the other checkout does the same in its own process. Each row then shows
 both digests and whether they are equal; the exit code is 1 if any differs.
 
-A digest covers the paths of arrays, so it changes where `lt_jax/renamed.py` gives them
-other ones. Such a row counts the arrays of all checkpoints that the run left in its
-stages, and those that were renamed; all must have the shape, type and bytes that the
-other checkout has under the old path, and it must have no others.
+A digest includes the paths of arrays, so it changes where `lt_jax/renamed.py` renames
+them. In that case the row counts the arrays of all checkpoints in the run's stages, and
+how many were renamed. Every array must have the shape, type and bytes that the other
+checkout has under the old path, and the other checkout must have no other arrays.
 """
 
 import argparse
@@ -63,11 +63,11 @@ for recipe in recipes:
 with open(sys.argv[4], 'w') as file:
   json.dump(found, file)
 """
-"""What each checkout runs, in its own root."""
+"""The program that each checkout runs in its own root."""
 
 
 def digests(checkout, config, epochs, recipes):
-  """Returns recipe -> (state_sha256, arrays), as a checkout trains them.
+  """Trains the recipes in a checkout; returns recipe -> (state_sha256, arrays).
 
   The arrays are checkpoint -> path -> (shape, type, SHA-256).
   """
@@ -85,11 +85,11 @@ def digests(checkout, config, epochs, recipes):
 
 
 def compared(ours, theirs):
-  """Returns how the arrays of a recipe are equal, '' if they are not.
+  """Returns a text that counts the equal arrays of a recipe, '' if some differ.
 
   Args:
     ours: checkpoint -> path -> (shape, type, SHA-256).
-    theirs: the same in the other checkout, which may have the old paths.
+    theirs: the same in the other checkout, possibly with the old paths.
   """
   number = renamed = 0
   if ours.keys() != theirs.keys():

@@ -1,10 +1,10 @@
-"""Draws the effective number, and what random regions cover, side by side.
+"""Plots the effective number and what random regions cover, side by side.
 
   python -m benchmarks.effective_number [--out=docs/effective_number.svg]
 
-A class is a circle of length N, an image an arc of length 1 that begins anywhere. A
-point is left uncovered by n arcs with the probability (1 - 1/N)^n, so that they cover
-N (1 - (1 - 1/N)^n), the effective number of n images, in expectation.
+A class is a circle of length N, an image an arc of length 1 that begins anywhere. The
+probability that n arcs miss a point is (1 - 1/N)^n, so the expected length they cover
+is N (1 - (1 - 1/N)^n), the effective number of n images.
 """
 
 import argparse
@@ -22,28 +22,28 @@ TRIALS = 20
 
 
 def union(begins, length):
-  """Returns what arcs of length 1 cover of a circle.
+  """Returns the length of a circle that arcs of length 1 cover.
 
   Args:
-    begins: (..., n) where they begin, in [0, length).
+    begins: (..., n) where the arcs begin, in [0, length).
     length: of the circle.
 
   Returns:
     (...).
   """
   ascending = np.sort(begins, axis=-1)
-  first = ascending[..., :1] + length  # the next one of the last arc
+  first = ascending[..., :1] + length  # comes after the last arc
   gaps = np.diff(np.concatenate([ascending, first], axis=-1), axis=-1)
   return np.minimum(gaps, 1).sum(axis=-1)
 
 
 def simulated(examples, prototypes, trials, rng):
-  """Returns (trials,) what random arcs cover, in units of one."""
+  """Returns (trials,) the length that random arcs of length 1 cover."""
   return union(rng.uniform(0, prototypes, (trials, examples)), prototypes)
 
 
 def covering(rng):
-  """Draws the formula as lines, simulations as points with their deviation."""
+  """Plots the formula as lines, and simulations as points with error bars."""
   figure, axes = drawing.plot(size=(5.6, 3.4))
   counts = np.unique(np.geomspace(1, MOST, 200).round())
   places = np.unique(np.geomspace(1, MOST, 13).round().astype(int))

@@ -2,10 +2,10 @@
 
   python -m benchmarks.epoch [--torch_python=PATH] [--json=FILE] [--source=npz:PATH]
 
-Seconds from a configuration to the last file, compiling, evaluation after every epoch
-and results included; PyTorch's loop, with a DataLoader, from its first tensor to its
-last accuracy. The sides take turns. Images are generated unless a pool is named, which
-changes no time.
+Seconds from the config to the last file, including compilation, an evaluation after
+every epoch and the results. PyTorch's loop uses a DataLoader and is timed from its
+first tensor to its last accuracy. The sides take turns. Images are generated unless
+--source names a file, which makes no difference to the times.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def configs(options, seeds):
-  """Returns a resolved configuration for each seed."""
+  """Returns a resolved config for each seed."""
   made = []
   for seed in range(seeds):
     argument = f'ce,net={options.net},epochs={options.epochs}'
@@ -40,7 +40,7 @@ def configs(options, seeds):
 
 
 def one_seed(options):
-  """Seconds of a run."""
+  """Returns the seconds of a run."""
   (config,) = configs(options, 1)
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()
@@ -49,7 +49,7 @@ def one_seed(options):
 
 
 def all_seeds(options):
-  """Seconds of several as one program."""
+  """Returns the seconds of runs with several seeds as one program."""
   given = configs(options, options.seeds)
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()
@@ -58,7 +58,7 @@ def all_seeds(options):
 
 
 def write_pool(options, path):
-  """Writes what ours trains on and is tested on as .npz, for PyTorch."""
+  """Writes our training and test images as .npz, for PyTorch."""
   (config,) = configs(options, 1)
   splits = build.build(config, devices=1).dataset.every
   arrays = {}
@@ -70,7 +70,7 @@ def write_pool(options, path):
 
 
 def torch_run(options, python, pool):
-  """(seconds, version, device) of PyTorch's run."""
+  """Returns (seconds, version, device) of PyTorch's run."""
   command = [python, HERE / 'torch_epoch.py', f'--data={pool}']
   command += [f'--epochs={options.epochs}', f'--workers={options.workers}']
   command += [f'--depth={options.net.removeprefix("resnet")}']
@@ -112,10 +112,10 @@ def main():
   }
   print(f'\n{jax.devices()[0].device_kind}: {options.net}, {options.epochs} epochs')
   for name, values in seconds.items():
-    told = f'{min(values):8.1f} s  {report["ratios"][name]:6.2f} x one seed'
-    print(f'  {name:<20}{told}')
+    text = f'{min(values):8.1f} s  {report["ratios"][name]:6.2f} x one seed'
+    print(f'  {name:<20}{text}')
   if not python:
-    print('  PyTorch: not run, as no Python was found that has it')
+    print('  PyTorch: not run, because no Python with it was found')
   timing.write_report(options.json, report)
 
 

@@ -1,21 +1,22 @@
-"""Images a second and core, from JPEG files to random crops of 224 pixels in uint8.
+"""Images per second and core, from JPEG files to random 224-pixel crops in uint8.
 
   python -m benchmarks.input_pipeline --images=FOLDER [--torch_python=PATH]
     [--tf_python=PATH] [--json=FILE]
 
-1. Ours, the same steps in plain Pillow, and, in processes of their own, torchvision's
-   in PyTorch's DataLoader and tf.data's fused decoding and cropping, where this Python
-   or the one that is named has them. Then a batch of crops on the device: transfer,
-   flip and normalisation.
-2. The same after the photographs were prepared as `lt_jax.prepare` does with
-   --short_side=320. What that changes in a central crop is shown in grey levels.
+1. Our crops, the same steps in plain Pillow, and, in separate processes, torchvision's
+in PyTorch's DataLoader and tf.data's fused decoding and cropping, if this Python or the
+one you name has them. Then a batch of crops on the device: transfer, flip and
+normalisation.
 
-3. On all cores: batches by worker processes, read ahead and put on the device, over the
-   rate of one core times the cores.
+2. The same after preparing the photographs as `lt_jax.prepare` does with
+--short_side=320. Also prints how much that changes a central crop, in grey levels.
 
-In 1 and 2 sides take turns within one run, every one of them on the same core. Medians
-over the rounds are shown, of times and of ratios within a round. Files come from the
-page cache.
+3. On all cores: batches by worker processes, read ahead and put on the device, relative
+to the rate of one core times the number of cores.
+
+In 1 and 2 the sides take turns within one run, all on the same core. The tables show
+medians over the rounds, of times and of ratios within a round. Files come from the page
+cache.
 """
 
 import argparse
@@ -47,14 +48,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def ours(path, generator):
-  """A random crop by our code."""
+  """Returns a random crop by our code."""
   return crops.random_resized_crop(
     path.read_bytes(), path.name, generator, size=SIZE, scale=SCALE, ratio=RATIO
   )
 
 
 def by_pillow(path, generator):
-  """The same as torchvision goes about it."""
+  """Returns the same crop, made the way torchvision makes it."""
   with open(path, 'rb') as file:
     image = Image.open(file).convert('RGB')
   box = crops._random_box(*image.size, generator, SCALE, RATIO)
@@ -71,7 +72,7 @@ class Here:
     self.position = 0
 
   def run(self, steps):
-    """Seconds of so many crops, stacked to batches."""
+    """Returns the seconds that `steps` crops take, stacked into batches."""
     began = time.perf_counter()
     images = []
     for position in range(self.position, self.position + steps):
@@ -85,7 +86,7 @@ class Here:
 
 
 class Elsewhere:
-  """A worker process with a Python of its own."""
+  """A side in a worker process, possibly with another Python."""
 
   def __init__(self, python, script, folders, batch):
     command = [python, HERE / script, f'--size={SIZE}', f'--batch={batch}', *folders]
@@ -98,7 +99,7 @@ class Elsewhere:
     self.versions = ready[1:]
 
   def run(self, steps, folder):
-    """Seconds of so many crops from a folder, given by its position."""
+    """Returns the seconds that `steps` crops take; `folder` is a position."""
     self.process.stdin.write(f'{folder} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
@@ -119,7 +120,7 @@ def find(module, named):
 
 
 class Device:
-  """A batch of crops: to the device, flipped and normalised there."""
+  """Moves a batch of crops to the device; flips and normalises it there."""
 
   def __init__(self, paths, batch):
     images = [
@@ -132,7 +133,7 @@ class Device:
     )
 
   def run(self, steps):
-    """Seconds of so many images, in whole batches; as if there were no more of them."""
+    """Returns the seconds of `steps` images, scaled from whole batches."""
     batches = max(1, steps // len(self.images))
     began = time.perf_counter()
     for _ in range(batches):
@@ -141,7 +142,7 @@ class Device:
 
 
 def end_to_end(paths, batch, batches, rounds):
-  """Returns what worker processes, one a core, make of the rate of one core."""
+  """Compares the rate of one worker process per core with that of one core."""
   cores = usable_cores()
 
   def payload(step):
@@ -159,7 +160,7 @@ def end_to_end(paths, batch, batches, rounds):
 
   def together(steps):
     stream = Stream({}, payload, lambda arrays, rows, key: rows, workers=cores)
-    ready = 3 * cores  # what is made while processes start is not counted
+    ready = 3 * cores  # batches made while processes start are not counted
     with reading({'train': stream}, 0, ready + steps) as read:
       for step in range(ready + steps):
         if step == ready:
@@ -170,7 +171,7 @@ def end_to_end(paths, batch, batches, rounds):
   seconds = {'alone': [], 'together': []}
   for _ in range(rounds):
     seconds['alone'].append(alone(batches))
-    seconds['together'].append(together(cores * batches))  # as long, at best
+    seconds['together'].append(together(cores * batches))  # takes as long, at best
   share = timing.ratio(seconds['alone'], seconds['together'])
   rates = {k: batch * batches / statistics.median(v) for k, v in seconds.items()}
   rates['together'] *= cores
@@ -182,7 +183,7 @@ def end_to_end(paths, batch, batches, rounds):
 
 
 def write_smaller(paths, folder, short):
-  """Writes prepared photographs; returns by how much their central crops differ."""
+  """Writes prepared photographs; returns how much their central crops differ."""
   differences = []
   for path in paths:
     before = path.read_bytes()
@@ -203,7 +204,7 @@ def write_smaller(paths, folder, short):
 
 
 def sides_of(stack, folders, options):
-  """Returns name -> a function (steps, position of a folder) -> seconds."""
+  """Returns name -> a function (steps, position of the folder) -> seconds."""
   sides = {}
   for name, crop in (('ours', ours), ('Pillow', by_pillow)):
     here = [Here(crop, folder, options.batch) for folder in folders]
@@ -222,7 +223,7 @@ def sides_of(stack, folders, options):
 
 
 def print_table(seconds, names, bases):
-  """Prints and returns a row a side, its rate over that of the bases."""
+  """Prints and returns one row per side, with its rate relative to the bases."""
   print(f'  {"":30s}      ms  images/s' + ''.join(f'{"/ " + b:>12s}' for b in bases))
   table = {}
   for label, key in names.items():
@@ -241,7 +242,7 @@ def print_table(seconds, names, bases):
 
 
 def describe(folder):
-  """Returns the number, usual size and mean kilobytes of the files in a folder."""
+  """Returns the number, median size and mean kilobytes of a folder's photographs."""
   paths = sorted(pathlib.Path(folder).glob('*.jpg'))
   encoded = [path.read_bytes() for path in paths]
   sizes = [Image.open(io.BytesIO(e)).size for e in encoded]
@@ -254,7 +255,7 @@ def describe(folder):
 
 
 def one_core():
-  """Binds this process, and those that it starts, to one core; returns if it could."""
+  """Pins this process and its children to one core; returns whether it could."""
   if not hasattr(os, 'sched_setaffinity'):
     return False
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -263,9 +264,9 @@ def one_core():
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--images', required=True, help='a folder of photographs, *.jpg')
+  parser.add_argument('--images', required=True, help='folder of photographs, *.jpg')
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--steps', type=int, default=200, help='images a round')
+  parser.add_argument('--steps', type=int, default=200, help='images per round')
   parser.add_argument('--batch', type=int, default=50)
   parser.add_argument('--short_side', type=int, default=320)
   parser.add_argument('--torch_python', default=None)
@@ -295,8 +296,8 @@ def main():
 
   print(
     f'{options.rounds} rounds in turn of {options.steps} images, '
-    + ('one core' if bound else 'threads not bound to a core')
-    + '; rates are over those of Pillow and tf.data on the originals'
+    + ('one core' if bound else 'threads not pinned to a core')
+    + '; rates are relative to Pillow and tf.data on the originals'
   )
   bases = {'Pillow': ('Pillow', 0)}
   for name in sides:

@@ -1,18 +1,20 @@
-"""What a memory of class centroids costs: its head, its share of a step, its filling.
+"""The cost of a memory of class centroids: its head, its share of a step, filling it.
 
   python -m benchmarks.memory_head [--torch_python=PATH] [--full] [--json=FILE]
 
-1. The meta-embedding head beside a linear one, forward and backward to the features
-   and every parameter, with the FLOPs that the compiler counts and its peak of
-   temporary memory. Where PyTorch is installed, a linear head there and the direct
-   meta-embedding, which makes arrays (B, C, D); not where one of them is too large.
-2. The head's share of the FLOPs of a training step (`oltr`, ResNet-10, 224 pixels);
-   with --full, also its share of the time in small batches.
-3. The pass that fills the memory with class means, beside the bare forward pass of the
-   same batches.
+1. The meta-embedding head and a linear one, forward and backward to the features and
+every parameter, with the compiler's FLOP count and its peak temporary memory. If
+PyTorch is installed, also a linear head there and the direct meta-embedding, which
+makes arrays (B, C, D); it is skipped if one of them would be too large.
 
-Sides take turns within one run; medians over the rounds are shown, of times and of
-ratios within a round.
+2. The head's share of the FLOPs of a training step (`oltr`, ResNet-10, 224 pixels);
+with --full, also its share of the time with small batches.
+
+3. The pass that fills the memory with class means, compared with only the forward pass
+on the same batches.
+
+Sides take turns within one run; the tables show medians over the rounds, of times and
+of ratios within a round.
 """
 
 import argparse
@@ -43,11 +45,11 @@ STEP_CLASSES = 1000
 SMALL_BATCH = 8
 SPLIT_BATCHES, SPLIT_BATCH, SPLIT_CLASSES = 4, 128, 100
 IN_FLIGHT = 2
-"""Batches that the pass may be ahead of the device; fewer than SPLIT_BATCHES."""
+"""How many batches the pass can be ahead of the device; fewer than SPLIT_BATCHES."""
 
 
 class Program:
-  """A compiled function, its arguments, and what the compiler says of it."""
+  """A compiled function, its arguments, and the compiler's FLOP and memory counts."""
 
   def __init__(self, function, *arguments, options=None):
     self.arguments = arguments
@@ -58,7 +60,7 @@ class Program:
     self.memory_mib = self.call.memory_analysis().temp_size_in_bytes / 2**20
 
   def run(self, steps):
-    """Seconds of so many calls."""
+    """Returns the seconds that `steps` calls take."""
     began = time.perf_counter()
     for _ in range(steps):
       done = self.call(*self.arguments)
@@ -67,7 +69,7 @@ class Program:
 
 
 def head_program(name, classes, batch=BATCH):
-  """Returns the gradients of the cross-entropy after a head, with random inputs."""
+  """Returns the program of a head's cross-entropy gradients, with random inputs."""
   generator = np.random.default_rng(0)
 
   def normal(*shape):
@@ -90,7 +92,7 @@ def head_program(name, classes, batch=BATCH):
 
 
 class TorchHead(Torch):
-  """The heads in PyTorch, in a process of their own."""
+  """The heads in PyTorch, in their own process."""
 
   def __init__(self, python, classes):
     command = [python, HERE / 'torch_memory_head.py', f'--classes={classes}']
@@ -100,11 +102,11 @@ class TorchHead(Torch):
     )
     ready = self.process.stdout.readline().split()
     if not ready:
-      raise SystemExit(f'{python} cannot run torch_memory_head.py: has it PyTorch?')
+      raise SystemExit(f'{python} cannot run torch_memory_head.py; is PyTorch there?')
     self.version, self.device = ready[2], ready[3]
 
   def close(self):
-    """Ends the process, and gives back its memory."""
+    """Ends the process, which frees its memory."""
     self.process.communicate()
 
 
@@ -122,7 +124,7 @@ def compare_heads(classes, options):
     if fits:
       sides['PyTorch, direct'] = lambda n: torch.run(n, 'direct')
   seconds = timing.in_turn(sides, options.rounds, steps)
-  print(f'  C = {classes:,}; {steps} steps a round')
+  print(f'  C = {classes:,}; {steps} steps per round')
   report = {
     'steps': steps,
     'difference_mib': difference / 2**20,
@@ -136,7 +138,7 @@ def compare_heads(classes, options):
 
 
 def print_table(seconds, base, programs):
-  """Prints and returns a row a side, with what is known of its program."""
+  """Prints and returns one row per side, with the counts of its program, if any."""
   over = f'/ {base}'
   print(f'  {"":28s}{"ms":>10s} {over:>10s}' + '   GFLOP     MiB' * bool(programs))
   table = {}
@@ -154,7 +156,7 @@ def print_table(seconds, base, programs):
 
 
 def make_method(net, classes):
-  """Returns the second stage of open long-tailed recognition."""
+  """Returns the method of OLTR's second stage."""
   schedule = make_schedule('constant', 0.01, length=BATCH, batch=BATCH)
   return oltr(
     make_classifier(net, 'meta_embedding', classes, attention=True, projection=-1),
@@ -166,7 +168,7 @@ def make_method(net, classes):
 
 
 def photographs(batch):
-  """Returns ResNet-10's method, and its State and batches as shapes."""
+  """Returns the method with ResNet-10, and the shapes of its State and batches."""
   method = make_method('resnet10', STEP_CLASSES)
   images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -175,14 +177,14 @@ def photographs(batch):
 
 
 def share_of_step(options):
-  """Prints and returns the head's part of a training step."""
+  """Prints and returns the head's share of a training step."""
   method, *shapes = photographs(BATCH)
   step = Program(method.step, *shapes, options=sharding.compiler_options())
   head = head_program('meta_embedding', STEP_CLASSES)
   share = head.gflop / step.gflop
   print(
     f'2. oltr, ResNet-10, 224 pixels, batch {BATCH}, C = {STEP_CLASSES:,}: a step of '
-    f'{step.gflop:,.0f} GFLOP\n  of them the head {head.gflop:.2f}, {100 * share:.2f} %'
+    f'{step.gflop:,.0f} GFLOP\n  in the head {head.gflop:.2f}, {100 * share:.2f} %'
   )
   report = {'step_gflop': step.gflop, 'head_gflop': head.gflop, 'of_flops': share}
   if options.full:
@@ -194,7 +196,7 @@ def share_of_step(options):
     seconds = timing.in_turn({'step': step.run, 'head': head.run}, options.rounds, 2)
     share = timing.ratio(seconds['head'], seconds['step'])
     median = statistics.median(seconds['step'])
-    print(f'  in batches of {SMALL_BATCH}: {100 * share:.2f} % of {median:.2f} s')
+    print(f'  with batches of {SMALL_BATCH}: {100 * share:.2f} % of {median:.2f} s')
     report |= {'small_batch': SMALL_BATCH, 'small_step': median, 'of_time': share}
   return report
 
@@ -204,7 +206,7 @@ def _scaled(key, batch):
 
 
 class Filling:
-  """A pass over small images that adds up features by class, and the bare forward."""
+  """A pass over small images that sums features by class, and the bare forward pass."""
 
   def __init__(self, batches):
     examples = SPLIT_BATCH * (batches + 1)  # the first is not timed
@@ -218,13 +220,13 @@ class Filling:
     self.forward = Program(features_of(self.method), self.state, batch['image'])
 
   def means(self, steps):
-    """Seconds of all batches but the first, in which the pass compiles its program."""
+    """Returns the seconds of all batches except the first, which compiles."""
     stream = self.one_pass.stream
     began = 0.0
 
     def payload(step):
       nonlocal began
-      if step == IN_FLIGHT + 1:  # asked for once the first batch is done
+      if step == IN_FLIGHT + 1:  # requested when the first batch is done
         began = time.perf_counter()
       return stream.payload(step)
 
@@ -245,7 +247,7 @@ def features_of(method):
 
 
 def fill_memory(options):
-  """Prints and returns what class means cost beside the forward pass."""
+  """Prints and returns the cost of class means relative to the forward pass."""
   filling = Filling(SPLIT_BATCHES)
   sides = {'forward': filling.forward.run, 'class means': filling.means}
   seconds = timing.in_turn(sides, options.rounds, SPLIT_BATCHES)
@@ -277,12 +279,15 @@ def main():
   parser.add_argument('--sizes', type=int, nargs='+', default=[1000, 8142, 85000])
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument(
-    '--steps', type=int, default=4, help='a round at C = 1000; fewer where C is larger'
+    '--steps', type=int, default=4, help='per round at C = 1000; fewer for larger C'
   )
   parser.add_argument(
-    '--most_bytes', type=float, default=1e9, help='of one array (B, C, D) in PyTorch'
+    '--most_bytes',
+    type=float,
+    default=1e9,
+    help='limit for one (B, C, D) array of PyTorch',
   )
-  parser.add_argument('--full', action='store_true', help='times a ResNet-10 step too')
+  parser.add_argument('--full', action='store_true', help='also time a ResNet-10 step')
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What a step with learned weights costs: ResNet-32, 100 training and 100 meta images.
+"""The cost of a step with learned weights: ResNet-32, 100 training and 100 meta images.
 
   python -m benchmarks.meta_step [--torch_python=PATH] [--json=FILE]
 
-The plain weighted step, the exact meta step by both routes and in low memory, its
-head-only form, and a meta batch in one of four steps; with the FLOPs that the compiler
-counts and its peak of temporary memory. Where PyTorch is installed, the same meta step
-there, by double backward and by torch.func.jvp. Sides take turns within one run;
-medians over the rounds are shown, of times and of ratios within a round.
+The plain weighted step, the exact meta step by both routes and with low memory, its
+head-only form, and a meta batch in one of four steps; with the compiler's FLOP count
+and its peak temporary memory. If PyTorch is installed, also the same meta step there,
+by double backward and by torch.func.jvp. Sides take turns within one run; the table
+shows medians over the rounds, of times and of ratios within a round.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SIDES = {
 
 
 def make_method(options, net):
-  """Returns plain class-weighted training, or meta class-weights with options."""
+  """Returns plain class-weighted training, or meta-reweighting if there are options."""
   optimizer = make_optimizer(
     'sgd',
     make_schedule('constant', 0.001, length=BATCH, batch=BATCH),
@@ -82,7 +82,7 @@ class Side:
     return lowered.compile(sharding.compiler_options())
 
   def run(self, steps, every=1):
-    """Seconds of so many steps, with a meta batch in those that `every` divides."""
+    """Returns the seconds of `steps` steps, of which every `every`-th has meta data."""
     state, alone = self.state, {'train': self.batches['train']}
     began = time.perf_counter()
     for i in range(steps):
@@ -99,15 +99,15 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--net', default='resnet32')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=0, help='a round; 0 chooses')
+  parser.add_argument('--steps', type=int, default=0, help='per round; 0: automatic')
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
-  # As the command of this step does, before JAX starts.
+  # As lt_jax.main does for this step, before JAX starts.
   allocator.keep_pages(cifar10_lt.get_config(f'meta_ce,net={options.net}'))
   steps = options.steps or (EVERY if jax.default_backend() == 'cpu' else 100)
   if steps % EVERY:
-    parser.error(f'--steps must be a multiple of {EVERY}, as of meta_every')
+    parser.error(f'--steps must be a multiple of meta_every, {EVERY}')
 
   generator = np.random.default_rng(0)
   batches = {

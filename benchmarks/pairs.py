@@ -1,11 +1,12 @@
-"""Tables of pairs of domains: every method from every domain to every other.
+"""Tables of domain pairs: every method from every domain to every other.
 
   python -m benchmarks.pairs office_caltech10 --workdir=runs/office_caltech10
 
-of features that are in files, see configs/NAME.py; --features=FILE where they are
-called otherwise. One process, one program for runs of one shape. The same command again
-runs what is not finished. Numbers go to results/NAME.json; with --methods or --seeds,
-which make another table, to WORKDIR/NAME.json.
+The features come from files, see configs/NAME.py; --features=FILE if yours has another
+name. There is one process, and runs of the same shape share one compiled program. Run
+the same command again to run what has not finished. The numbers go to
+results/NAME.json; with --methods or --seeds, which make a different table, they go to
+WORKDIR/NAME.json.
 """
 
 import argparse
@@ -25,13 +26,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Table(NamedTuple):
-  """What is run.
+  """The runs of a table.
 
   Attributes:
     domains: their names.
     features: the file they are in.
-    methods: arguments of the config, a recipe first.
-    seeds: one of recipes whose result depends on no random number.
+    methods: arguments of the config, starting with a recipe.
+    seeds: one seed is enough for recipes without random numbers.
   """
 
   domains: tuple[str, ...]
@@ -64,7 +65,7 @@ TABLES = {
 
 
 def cell(name, method, pair, seed, features, workdir):
-  """Returns the accuracy on the target of one run, which is made if it is missing."""
+  """Returns (target accuracy, seconds, memory) of a run; runs it if it is missing."""
   folder = workdir / f'{method}/{"-".join(pair)}/{seed}'
   made = importlib.import_module(f'configs.{name}').get_config(
     f'{method},source={pair[0]},target={pair[1]},features={features}'
@@ -78,7 +79,7 @@ def cell(name, method, pair, seed, features, workdir):
 
 
 def percent(values):
-  """Returns a mean in %, and the deviation over seeds if there are several."""
+  """Returns the mean in %, with the standard deviation if there are several seeds."""
   values = 100 * np.asarray(values)
   if len(values) == 1:
     return f'{values[0]:.2f}'
@@ -89,7 +90,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('name', choices=TABLES)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--features', default='', help='the .npz, if it is not here')
+  parser.add_argument('--features', default='', help='the .npz, if it is elsewhere')
   parser.add_argument('--methods', nargs='*', default=None)
   parser.add_argument('--seeds', type=int, nargs='*', default=None)
   given = parser.parse_args()
@@ -117,12 +118,12 @@ def make(given):
   print('|---' * (len(titles) + 2) + '|')
   for method, found in rows.items():
     accuracy = np.array([[one[0] for one in cells] for cells in found.values()])
-    told = [percent(own) for own in accuracy]
-    print(f'| `{method}` | {" | ".join(told)} | {percent(accuracy.mean(0))} |')
+    texts = [percent(own) for own in accuracy]
+    print(f'| `{method}` | {" | ".join(texts)} | {percent(accuracy.mean(0))} |')
   whole = given.methods is None and given.seeds is None
   folder = ROOT / 'results' if whole else workdir
   path = pathlib.Path(folder) / f'{given.name}.json'
-  told = {
+  report = {
     'command': f'python -m benchmarks.pairs {given.name} --workdir=DIR',
     'seeds': list(seeds),
     'versions': versions(),
@@ -138,7 +139,7 @@ def make(given):
       for method, found in rows.items()
     },
   }
-  path.write_text(json.dumps(told, indent=1) + '\n')
+  path.write_text(json.dumps(report, indent=1) + '\n')
   print(path)
 
 

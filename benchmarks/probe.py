@@ -1,10 +1,10 @@
-"""Time of a linear support vector machine, beside scikit-learn's at one objective.
+"""Times our linear support vector machine and scikit-learn's on the same objective.
 
   python -m benchmarks.probe --json=benchmarks/results/probe.json
 
-One problem of --images images with --features features of --classes classes, in one
-process, both sides in turn: seconds of one fit and of the whole path of costs, and the
-objectives, which must agree to --within.
+One problem of --images images with --features features and --classes classes. Both
+sides run in one process and take turns. Reports the seconds of one fit and of the whole
+path of costs, and the objectives, which must agree to --within.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lt_jax.surgeries import classifiers
 
 
 def problem(images, features, classes):
-  """Returns features (N, D) float32 of classes that overlap, and labels (N,)."""
+  """Returns features (N, D) float32 of overlapping classes, and labels (N,)."""
   rng = np.random.default_rng(0)
   labels = np.arange(images) % classes
   centres = rng.normal(size=(classes, features))
@@ -28,7 +28,7 @@ def problem(images, features, classes):
 
 
 def objective(found, x, labels, classes, cost):
-  """Returns the sum over classes of what liblinear minimises, in float64."""
+  """Returns liblinear's objective, summed over classes, in float64."""
   sign = np.where(labels[:, None] == np.arange(classes), 1.0, -1.0)
   kernel, bias = (np.float64(part) for part in found)
   losses = np.maximum(1 - sign * (x @ kernel + bias), 0) ** 2
@@ -72,7 +72,7 @@ def main():
     objective(found, x, labels, given.classes, given.cost) for found in (own, other)
   ]
   apart = (values[0] - values[1]) / values[1]
-  told = {
+  report = {
     'problem': [given.images, given.features, given.classes, given.cost],
     'seconds': {name: [round(s, 2) for s in times[1:]] for name, times in rows.items()},
     'first': {name: round(times[0], 2) for name, times in rows.items()},
@@ -80,9 +80,9 @@ def main():
     'ours_above_theirs': apart,
     'versions': versions(),
   }
-  print(json.dumps(told, indent=1))
+  print(json.dumps(report, indent=1))
   if given.json:
-    given.json.write_text(json.dumps(told, indent=1) + '\n')
+    given.json.write_text(json.dumps(report, indent=1) + '\n')
   if apart > given.within:
     raise SystemExit(f'our objective is {apart:.1e} above theirs')
 

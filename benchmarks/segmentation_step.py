@@ -1,14 +1,14 @@
-"""A step of AdvEnt on scenes, beside the same step written plainly in PyTorch.
+"""A training step of AdvEnt on street scenes, compared with plain PyTorch.
 
   python -m benchmarks.segmentation_step [--network=small] [--torch_python=PATH]
   python -m benchmarks.segmentation_step --network=deeplab_resnet50 --steps=2
 
-'small' is the network for CPUs at 240 x 180 pixels, 4 images of either domain and 11
-classes; 'deeplab_resnet50' is DeepLab-v2 with both its outputs at 512 x 256 pixels, one
-image of either domain and 19 classes. Each with ADVENT's discriminators, SGD and Adam.
-Beside it the network trained on the source alone, and its step with MinEnt. PyTorch
-runs in its usual layout and in channels-last. Sides take turns within one run; medians
-over the rounds are shown, of times and of ratios within a round.
+'small' is the network for CPUs at 240 x 180 pixels, with 4 images per domain and 11
+classes; 'deeplab_resnet50' is DeepLab-v2 with both its outputs at 512 x 256 pixels,
+with one image per domain and 19 classes. Both use ADVENT's discriminators, SGD and
+Adam. For comparison the network is also trained on the source alone, and with MinEnt.
+PyTorch runs in its default layout and in channels-last. Sides take turns within one
+run; the table shows medians over the rounds, of times and of ratios within a round.
 """
 
 import argparse
@@ -33,18 +33,18 @@ from lt_jax.models import NETWORKS, make_classifier
 from lt_jax.optim import make_optimizer, make_schedule
 
 TRAINING = 3000
-"""Steps of a whole training, by which the schedules go."""
+"""Steps of a whole training, which the schedules assume."""
 
 
 class Case(NamedTuple):
-  """What is timed.
+  """A network and the size of its batches.
 
   Attributes:
     parts: trunk, head and their options.
-    classes: how many.
+    classes: number of classes.
     size: (H, W).
-    batch: images of either domain.
-    layers: of logits.
+    batch: images of each domain.
+    layers: the network's outputs of logits.
   """
 
   parts: dict[str, Any]
@@ -81,7 +81,7 @@ def progress(step):
 
 
 def make_methods(case):
-  """Returns the methods that are timed, by name."""
+  """Returns the methods to time, by name."""
   length = {'length': 1, 'batch': 1, 'end': TRAINING}
   optimizer = make_optimizer(
     'sgd',
@@ -126,7 +126,7 @@ def make_methods(case):
 
 
 class Torch:
-  """The other side, in a process of its own."""
+  """The PyTorch side, in its own process."""
 
   def __init__(self, python, network, case):
     height, width = case.size
@@ -150,7 +150,7 @@ class Torch:
     self.version, self.params = ready[2], int(ready[4])
 
   def run(self, steps, kind):
-    """Seconds of so many steps of a kind."""
+    """Returns the seconds that `steps` steps of a kind take."""
     self.process.stdin.write(f'{kind} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
@@ -163,7 +163,7 @@ def main():
   parser.add_argument('--height', type=int, default=0)
   parser.add_argument('--width', type=int, default=0)
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=10, help='a round')
+  parser.add_argument('--steps', type=int, default=10, help='per round')
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
@@ -200,7 +200,7 @@ def main():
     median = statistics.median(taken)
     over_advent = timing.ratio(taken, seconds['advent'])
     table[name] = {'seconds_per_step': median, 'over_advent': over_advent}
-    print(f'  {name:32s}{1e3 * median:9.1f} ms a step   {over_advent:6.3f} of advent')
+    print(f'  {name:32s}{1e3 * median:9.1f} ms per step   {over_advent:6.3f} of advent')
   report = {
     'network': options.network,
     'batch': case.batch,

@@ -1,12 +1,12 @@
-"""The earth mover's distances of the paper's size: 21 pairs of domains in one run.
+"""Earth mover's distances at the paper's size: 21 pairs of domains in one run.
 
   python -m benchmarks.similarity --json=benchmarks/results/similarity.json
 
-Three sources of 1,000, 5,089 and 6,089 classes and seven targets of 100 to 555, each
-class a point of 2,048 features: random ones, as the features of the paper are not
-published. The authors' demonstration took 2,516 s on square matrices. Beside ours: POT
-called plainly, on distances that are given, and SciPy's linear programme on pairs of at
-most 300 by 100 classes. All three must agree.
+Three sources with 1,000, 5,089 and 6,089 classes and seven targets with 100 to 555;
+each class is a point of 2,048 features. The features are random, because the paper's
+are not published. The authors' demonstration took 2,516 s on square matrices. For
+comparison: a direct call of POT on the same distances, and SciPy's linear programme on
+pairs of at most 300 by 100 classes. All three must agree.
 """
 
 import json
@@ -18,9 +18,9 @@ from absl import app, flags
 from lt_jax.evals import similarity
 from lt_jax.evals.similarity import Domain
 
-JSON = flags.DEFINE_string('json', None, 'Where the results go.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 SMALL = flags.DEFINE_bool(
-  'small', False, 'A tenth of the classes, to see that it runs.'
+  'small', False, 'Use a tenth of the classes, to check that it runs.'
 )
 
 SOURCES = (1000, 5089, 6089)
@@ -76,11 +76,11 @@ def main(_):
       rows.append(row)
       print(
         f'{sizes[0]:5} x {sizes[1]:3}: {seconds:7.3f} s, POT alone '
-        f'{row["pot_seconds"] or float("nan"):7.3f} s; of {a} x {b}: '
+        f'{row["pot_seconds"] or float("nan"):7.3f} s; on {a} x {b}: '
         f'{ours:.3f} s, SciPy {row["part_scipy_seconds"]:.3f} s'
       )
   total = sum(row['seconds'] for row in rows)
-  print(f'{len(rows)} pairs in {total:.1f} s, by {similarity.solver()}')
+  print(f'{len(rows)} pairs in {total:.1f} s, with {similarity.solver()}')
   if JSON.value:
     with open(JSON.value, 'w') as file:
       json.dump(

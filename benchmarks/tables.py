@@ -1,18 +1,18 @@
-"""The tables of docs/results.md: each a sweep, whose numbers go to results/NAME.json.
+"""The tables of docs/results.md: each is a sweep whose numbers go to results/NAME.json.
 
   python -m benchmarks.tables digits_lt --workdir=runs/digits_lt
 
-The table of the two-component approach is benchmarks/two_component.py.
+benchmarks/two_component.py makes the table of the two-component approach.
 
-The same command again runs what is not finished, and so fills a table in several
-sittings. On a CPU the methods are shared out to sweeps of one core each, which is
-faster for networks as small as those; on an accelerator there is one sweep, with what
-follows `--` as its options, such as `-- --vectorise`. The tables in print are those of
-report.md in the same folder.
+Run the same command again to run what has not finished; that way you can fill a table
+in several sittings. On a CPU the methods are split among sweeps of one core each, which
+is faster for networks this small. On an accelerator there is one sweep, which gets
+whatever follows `--` as its options, such as `-- --vectorise`. The published tables are
+those of report.md in the same folder.
 
-An option may also say where the data are (`-- --config.data.source=npz:FILE`). With any
-other (`-- --config.epochs=2`, `-- --methods=ce --seeds=0`) a table is not the one in
-print, and its numbers go to DIR/NAME.json.
+An option can also say where the data are (`-- --config.data.source=npz:FILE`). Any
+other option (`-- --config.epochs=2`, `-- --methods=ce --seeds=0`) makes a different
+table from the published one, so its numbers go to DIR/NAME.json.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from lt_jax.sweep import cells, loader, parse_grid
 ONE_DOMAIN = [
   name for name, made in RECIPES.items() if {'meta', 'held_out'}.issuperset(made.needs)
 ]
-"""Recipes that learn from one data set alone."""
+"""Recipes that learn from a single data set."""
 
 TWO_DOMAINS = [name for name, made in RECIPES.items() if made.needs == ('target',)]
-"""Recipes that adapt images of one domain to another, and their controls."""
+"""Recipes for domain adaptation, and their controls."""
 
 ZERO_SHOT = [n for n, made in RECIPES.items() if made.needs == ('class_vectors',)]
 
@@ -65,7 +65,7 @@ PIXELS = (
 
 
 class Sweep(NamedTuple):
-  """What `lt_jax.sweep` is given for a table."""
+  """The arguments of `lt_jax.sweep` for a table."""
 
   config: str
   methods: str
@@ -80,24 +80,24 @@ SWITCHES = (
   '--grid=stages.meta.method.prior=class_weights,none',
   '--grid=stages.meta.method.clip=False,True',
   '--grid=stages.meta.method.normalise=False,True',
-  # An epsilon that can be seen: without a prior the weights are nothing else.
+  # Large enough to have an effect: without a prior, epsilon is the whole weight.
   '--config.stages.meta.method.eps_scale=relative',
   '--config.stages.meta.method.eps_lr=0.5',
 )
 """The switches between learning to reweight and the two-component approach."""
 
-# Images to choose by, which no CIFAR protocol has.
+# Validation images, which no CIFAR protocol has.
 VALIDATED = ('--config.data.n_max=4950', '--config.data.val_per_class=50')
 
 
 def cifar(classes: int, imbalance: int) -> Sweep:
-  """Returns a table of the papers: ResNet-32, their schedules, three seeds."""
+  """Returns a table in the papers' setting: ResNet-32, their schedules, three seeds."""
   return Sweep(f'cifar{classes}_lt.py:imbalance={imbalance}', CIFAR, '0,1,2')
 
 
 TABLES = {
   'digits_lt': Sweep('digits_lt.py', ','.join(ONE_DOMAIN), '0,1,2,3,4'),
-  # Learned weights that move further than the papers' constants let them.
+  # Learned weights that change more than the papers' constants allow.
   'digits_lt_mwn': Sweep(
     'digits_lt.py:mwn',
     'mwn',
@@ -113,13 +113,13 @@ TABLES = {
       '--config.stages.meta.method.eps_lr=0.5',
     ),
   ),
-  # The tail as a shift: the balanced set without labels, and its controls.
+  # The tail as a domain shift: the balanced set without labels, and controls.
   'digits_lt_tail_shift': Sweep(
     'digits_lt.py',
     'ce,ce_plus_meta,meta_ce,tail_mmd,tail_dann,tail_self_supervised,tail_mmd_meta',
     '0,1,2,3,4',
   ),
-  # The best class-balanced loss, by validation images.
+  # The best class-balanced loss, chosen on validation images.
   'digits_lt_cb_focal': Sweep('digits_lt.py', 'cb_focal', '0,1,2,3,4', (GAMMAS, BETAS)),
   'digits_lt_cb': Sweep('digits_lt.py', 'cb_ce,cb_sigmoid', '0,1,2,3,4', (BETAS,)),
   'digits_lt_switches': Sweep(
@@ -182,31 +182,31 @@ TABLES = {
   f'cifar{classes}_lt_{imbalance}': cifar(classes, imbalance)
   for imbalance, classes in itertools.product((100, 10, 200, 50, 20), (10, 100))
 }
-"""name -> its sweep, the most telling first."""
+"""name -> its sweep, the most informative first."""
 
 SAME_TABLE = re.compile(r'--vectorise|--config\.(data|domains\.\w+)\.(source|dir)=.*')
-"""Options with which a table is still the one in print."""
+"""Options that leave a table the same as the published one."""
 
 
 def sweep(chosen, workdir):
-  """Runs what is not finished of a table; what fails stays out of it.
+  """Runs the cells of a table that have not finished; failed ones are left out.
 
   Returns:
-    The exit codes of its sweeps; of the first look alone, if that finds a mistake.
+    The exit codes of its sweeps, or only that of the check before them if it fails.
   """
   methods = chosen.methods.split(',')
-  look = [*_command(chosen, methods, workdir), '--list']
-  wrong = subprocess.run(look, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
-  if wrong:
-    return [wrong]
+  check = [*_command(chosen, methods, workdir), '--list']
+  code = subprocess.run(check, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
+  if code:
+    return [code]
   cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else set()
   own = sorted(cores)[: len(methods)] if cores and backend() == 'cpu' else [None]
   started = []
-  # What is asked of this process alone, as by `timeout`, its sweeps must hear of.
+  # Passes on signals that only this process gets, as from `timeout`.
   signal.signal(signal.SIGTERM, lambda number, _: [p.terminate() for p in started])
   for i, core in enumerate(own):
     if core is not None:
-      os.sched_setaffinity(0, {core})  # which a process that begins here takes over
+      os.sched_setaffinity(0, {core})  # inherited by the process started below
     command = _command(chosen, methods[i :: len(own)], workdir)
     started.append(subprocess.Popen(command, cwd=ROOT))
   if cores:
@@ -215,21 +215,21 @@ def sweep(chosen, workdir):
 
 
 def _command(chosen, methods, workdir):
-  """Returns the command of a sweep over some methods of a table."""
+  """Returns the command that sweeps over some methods of a table."""
   command = [sys.executable, '-m', 'lt_jax.sweep', f'--config=configs/{chosen.config}']
   command += [f'--methods={",".join(methods)}', f'--seeds={chosen.seeds}']
   return [*command, f'--workdir={workdir}', *chosen.options]
 
 
 def backend():
-  """Returns what JAX computes on, asked elsewhere: this process shall not hold it."""
+  """Returns JAX's backend, from another process so that this one doesn't hold it."""
   command = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
   return done.stdout.strip()
 
 
 def table(config, runs):
-  """Returns the rows of a table: one a method, with every seed's numbers."""
+  """Returns the rows of a table: one per method, with every seed's numbers."""
   file, _, argument = config.partition(':')
   argument = ','.join(part for part in argument.split(',') if '=' in part)
   make = loader(os.fspath(ROOT / 'configs' / file), argument, {})
@@ -271,12 +271,12 @@ def table(config, runs):
 
 
 def headline(results):
-  """Returns the metric that tables show of every domain."""
+  """Returns the metric that tables show for every domain."""
   return next(metric for metric in TITLES if metric in results[0]['test'])
 
 
 def overrides(before, config):
-  """Returns the options that make of a recipe's configuration that of a run."""
+  """Returns the options that turn a recipe's config into that of a run."""
   before = trained_by(resolve(before))
   return [
     anywhere(f'--config.{key}={tuple(value) if isinstance(value, list) else value}')
@@ -286,12 +286,12 @@ def overrides(before, config):
 
 
 def anywhere(option):
-  """Returns an option without folders of this machine: npz:x.npz of npz:/home/x.npz."""
+  """Removes this machine's folders from an option: npz:/home/x.npz -> npz:x.npz."""
   return re.sub(r'(=|:)~?/[^\s:]*/', r'\1', option)
 
 
 def learned_over_prior(run):
-  """Returns mean |learned weight| over mean prior, of all steps that learned."""
+  """Returns mean |learned weight| over mean prior, averaged over the meta steps."""
   rows = [row['learned_over_prior'] for row in run.rows if 'learned_over_prior' in row]
   return sum(rows) / len(rows) if rows else None
 
@@ -308,20 +308,20 @@ def main():
 
 
 def make_table(name, workdir, passed):
-  """Makes a table, and ends with the exit code of its sweep."""
+  """Makes a table, and exits with the exit code of its sweep."""
   config, methods, seeds, options = TABLES[name]
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument('--methods', default=methods)
   parser.add_argument('--seeds', default=seeds)
-  told, rest = parser.parse_known_args(passed)
-  chosen = Sweep(config, told.methods, told.seeds, (*options, *rest))
+  own, rest = parser.parse_known_args(passed)
+  chosen = Sweep(config, own.methods, own.seeds, (*options, *rest))
   workdir = files.absolute(workdir)
   given = [o.removeprefix('--grid=') for o in chosen.options if o.startswith('--grid=')]
   grid = parse_grid(given)
-  every = cells(told.methods.split(','), told.seeds.split(','), workdir, grid)
+  every = cells(own.methods.split(','), own.seeds.split(','), workdir, grid)
   code = next(filter(None, sweep(chosen, workdir)), 0)
   if code and not workdir.exists():
-    raise SystemExit(code)  # which has been told
+    raise SystemExit(code)  # the sweep has printed why
   report.write(workdir)
   folders = {cell.workdir for cell in every}
   rows = table(config, [run for run in read.find(workdir) if run.folder in folders])

@@ -1,9 +1,9 @@
-"""The fused decoding and cropping of tf.data on files of images, as a worker process.
+"""tf.data's fused decoding and cropping of image files, as a worker process.
 
-Started by the benchmark, perhaps under another Python. For each line `FOLDER COUNT` on
-its standard input, a position in the list of folders, it passes over the folder until
-it has made COUNT crops and answers with the seconds that took. Its resize is bilinear
-and not antialiased, as in the pipelines that are written so.
+Started by the benchmark, possibly with another Python. For each line `FOLDER COUNT` on
+standard input, where FOLDER is a position in the list of folders, it passes over the
+folder until it has made COUNT crops, and answers with the seconds that took. Its resize
+is bilinear without antialiasing, as is usual in such pipelines.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tensorflow as tf  # noqa: E402
 
 
 def random_crop(path, size):
-  """Returns a random window of a file as (size, size, 3) uint8."""
+  """Returns a random crop of a file as (size, size, 3) uint8."""
   encoded = tf.io.read_file(path)
   begin, shape, _ = tf.image.sample_distorted_bounding_box(
     tf.image.extract_jpeg_shape(encoded),
@@ -40,7 +40,7 @@ def make_batches(folder, size, batch):
   options = tf.data.Options()
   options.threading.private_threadpool_size = 1
   options.autotune.enabled = False
-  # Or else it works ahead, unseen, while others are timed.
+  # Otherwise it works ahead while other sides are timed.
   options.experimental_optimization.apply_default_optimizations = False
   data = tf.data.Dataset.from_tensor_slices(paths).repeat()
   data = data.map(lambda path: random_crop(path, size)).batch(batch)

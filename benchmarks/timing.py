@@ -1,4 +1,4 @@
-"""Times several sides within one run, in turn, and writes what was seen."""
+"""Times several sides in turn within one run, and writes the report."""
 
 import json
 import pathlib
@@ -9,14 +9,15 @@ import jax
 
 
 def in_turn(sides, rounds, steps):
-  """Returns name -> seconds a step, of each round.
+  """Returns name -> seconds per step, in each round.
 
-  Who comes after whom changes with the round; the first round warms up.
+  The order of the sides rotates with each round. The first round warms up and is not
+  counted.
 
   Args:
     sides: name -> (steps) -> seconds.
-    rounds: how many are kept.
-    steps: a side, a round.
+    rounds: how many rounds count.
+    steps: per side and round.
   """
   seconds = {name: [] for name in sides}
   for number in range(rounds + 1):
@@ -29,12 +30,12 @@ def in_turn(sides, rounds, steps):
 
 
 def ratio(seconds, base):
-  """Returns the median, over the rounds, of seconds over those of a base."""
+  """Returns the median over the rounds of seconds divided by those of a base."""
   return statistics.median(s / b for s, b in zip(seconds, base, strict=True))
 
 
 def facts():
-  """Returns what a report says of the machine."""
+  """Returns the facts about the machine that a report records."""
   return {
     'device': jax.devices()[0].device_kind,
     'machine': platform.machine(),
@@ -43,7 +44,7 @@ def facts():
 
 
 def write_report(path, report):
-  """Writes a report as JSON, if there is a path."""
+  """Writes a report as JSON, if a path is given."""
   if path:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Steps of adaptation on digits written plainly in PyTorch, as a worker process.
+"""Training steps of adaptation methods in plain PyTorch, as a worker process.
 
-Started by `benchmarks.adaptation_step`, perhaps under another Python. For each line
-`METHOD LAYOUT K` on its standard input it makes K steps of a method of `METHODS` in a
-layout of `LAYOUTS` and answers with the seconds they took.
+Started by `benchmarks.adaptation_step`, possibly with another Python. For each line
+`METHOD LAYOUT K` on standard input it runs K steps of a method of `METHODS` in a layout
+of `LAYOUTS` and answers with the seconds they took.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Reverse(torch.autograd.Function):
 
 
 def convolutions():
-  """The MNIST network of DANN, up to its 768 flattened numbers."""
+  """Returns the convolutions of DANN's MNIST network, with 768 flattened outputs."""
   return nn.Sequential(
     nn.Conv2d(3, 32, 5),
     nn.ReLU(),
@@ -44,7 +44,7 @@ def convolutions():
 
 
 def hidden():
-  """Its hidden layers."""
+  """Returns its hidden layers."""
   return nn.Sequential(nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
 
 
@@ -61,7 +61,7 @@ class Cosine(nn.Module):
 
 
 def progress(step, steps):
-  """lambda(p) of DANN."""
+  """Returns DANN's lambda(p)."""
   p = torch.tensor(step / steps)
   return (2 / (1 + torch.exp(-10 * p)) - 1).item()
 
@@ -80,11 +80,11 @@ class Method:
 
   @property
   def params(self):
-    """How many numbers there are to learn."""
+    """Number of learned parameters."""
     return sum(p.numel() for p in self.parts.parameters())
 
   def sgd(self):
-    """What DANN and DAN are trained by here."""
+    """Makes the optimiser and schedule of DANN and DAN."""
     self.optimiser = torch.optim.SGD(self.parts.parameters(), lr=0.01, momentum=0.9)
     self.schedule = torch.optim.lr_scheduler.LambdaLR(
       self.optimiser, lambda step: (1 + 10 * step / self.steps) ** -0.75
@@ -93,7 +93,7 @@ class Method:
   optimisers = sgd
 
   def descend(self, loss):
-    """One step of all there is."""
+    """Updates all parameters once."""
     self.optimiser.zero_grad(set_to_none=True)
     loss.backward()
     self.optimiser.step()
@@ -103,7 +103,7 @@ class Method:
 
 
 class Dann(Method):
-  """A discriminator behind a reversed gradient."""
+  """DANN: a discriminator behind a reversed gradient."""
 
   def build(self):
     domain = nn.Sequential(nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 1))
@@ -183,7 +183,7 @@ class Ocda(Method):
     self.parts = nn.ModuleList([self.net, self.fixed, self.fusion, self.judge])
 
   def optimisers(self):
-    """Adam, the fusion at a tenth of the rate."""
+    """Makes Adam's optimisers; the fusion has a tenth of the rate."""
     moved = [
       {'params': self.net.parameters(), 'lr': 1e-4},
       {'params': self.fusion.parameters(), 'lr': 1e-5},
@@ -196,7 +196,7 @@ class Ocda(Method):
     return super().params + self.centroids.numel()
 
   def plain(self):
-    """An update of the discriminator, then one of the others."""
+    """Updates the discriminator, then the others."""
     source_net, domain_net = self.fixed
     with torch.no_grad():
       conv, fc, head = source_net

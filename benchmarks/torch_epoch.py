@@ -1,6 +1,6 @@
-"""A whole CIFAR-10-LT run as it is plainly written in PyTorch, as a process of its own.
+"""A whole CIFAR-10-LT run in plain PyTorch, as a separate process.
 
-Started by `epoch.py`, perhaps under another Python. Reads an .npz of x_train, y_train,
+Started by `epoch.py`, possibly with another Python. Reads an .npz of x_train, y_train,
 x_test and y_test, trains, evaluates after every epoch, and prints the seconds it took.
 """
 
@@ -17,7 +17,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class Images(Dataset):
-  """Images by number; for training padded, cropped at random and flipped."""
+  """Images in memory; for training padded, randomly cropped and flipped."""
 
   def __init__(self, images, labels, training):
     self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -38,7 +38,7 @@ class Images(Dataset):
 
 
 def accuracy(net, batches, device):
-  """Returns the share of images that are classified well."""
+  """Returns the share of correctly classified images."""
   net.eval()
   right = count = 0
   with torch.no_grad():

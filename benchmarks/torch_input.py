@@ -1,8 +1,8 @@
-"""The transforms of torchvision on files of images, as a worker process.
+"""torchvision's transforms on image files, as a worker process.
 
-Started by the benchmark, perhaps under another Python. For each line `FOLDER COUNT` on
-its standard input, a position in the list of folders, it passes over the folder until
-it has made COUNT crops and answers with the seconds that took.
+Started by the benchmark, possibly with another Python. For each line `FOLDER COUNT` on
+standard input, where FOLDER is a position in the list of folders, it passes over the
+folder until it has made COUNT crops, and answers with the seconds that took.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Two classification heads written plainly in PyTorch, as a worker process.
+"""Two classification heads in plain PyTorch, as a worker process.
 
-Started by benchmarks/memory_head.py, perhaps under another Python. For each line
-`KIND K` on its standard input it makes K forward and backward passes of a kind and
-answers with the seconds they took.
+Started by benchmarks/memory_head.py, possibly with another Python. For each line `KIND
+K` on standard input it runs K forward and backward passes of that kind and answers with
+the seconds they took.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 class Direct(nn.Module):
-  """The meta-embedding, every difference of a feature and a centroid written out."""
+  """The meta-embedding, which stores every difference of a feature and a centroid."""
 
   def __init__(self, centroids):
     super().__init__()

@@ -1,7 +1,7 @@
-"""The step of AdvEnt written plainly in PyTorch, as a worker process.
+"""The training step of AdvEnt in plain PyTorch, as a worker process.
 
-Started by `benchmarks.segmentation_step`, perhaps under another Python. For each line
-`KIND K` on its standard input it makes K steps and answers with the seconds they took.
+Started by `benchmarks.segmentation_step`, possibly with another Python. For each line
+`KIND K` on standard input it runs K steps and answers with the seconds they took.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 
 def branches(inputs, classes, dilations):
-  """Returns the convolutions whose sum is a head."""
+  """Returns the convolutions whose outputs a head adds up."""
   return nn.ModuleList(
     nn.Conv2d(inputs, classes, 3, padding=d, dilation=d) for d in dilations
   )
@@ -104,7 +104,7 @@ NETWORKS = {'small': (Small, 11), 'deeplab_resnet50': (DeepLab, 19)}
 
 
 def discriminator(classes, width=64):
-  """Returns a discriminator of maps."""
+  """Returns a patch discriminator."""
   layers, sizes = [], (classes, *(width * n for n in (1, 2, 4, 8)), 1)
   for inputs, outputs in zip(sizes, sizes[1:], strict=False):
     layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -118,7 +118,7 @@ def information(scores):
 
 
 def asks(z, value):
-  """Returns the cross-entropy of patches being all of one domain."""
+  """Returns the cross-entropy for labelling all patches with one domain."""
   return functional.binary_cross_entropy_with_logits(z, torch.full_like(z, value))
 
 

@@ -1,7 +1,7 @@
-"""The same ResNet steps written plainly in PyTorch, as a worker process.
+"""The same ResNet steps in plain PyTorch, as a worker process.
 
-Started by the benchmarks, perhaps under another Python. For each line `KIND K` on its
-standard input it makes K steps of a kind and answers with the seconds they took.
+Started by the benchmarks, possibly with another Python. For each line `KIND K` on
+standard input it runs K steps of that kind and answers with the seconds they took.
 """
 
 import argparse
@@ -100,11 +100,11 @@ PHOTOGRAPHS = {
   'resnet34': (basic, (3, 4, 6, 3)),
   'resnet50': (bottleneck, (3, 4, 6, 3)),
 }
-"""name -> (branch, blocks a stage) of the networks for photographs."""
+"""name -> (branch, blocks per stage) of the networks for photographs."""
 
 
 def photographs(name, classes=1000):
-  """Returns one of `PHOTOGRAPHS`."""
+  """Returns the network of that name in `PHOTOGRAPHS`."""
   branch, stages = PHOTOGRAPHS[name]
   layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
   layers.append(nn.MaxPool2d(3, 2, 1))
@@ -138,7 +138,7 @@ class Photographs:
       return functional.cross_entropy(self.net(self.images), self.labels)
 
   def plain(self):
-    """Gradient descent on the mean loss."""
+    """Steps down the gradient of the mean loss."""
     self.sgd.zero_grad(set_to_none=True)
     loss = self.loss()
     loss.backward()
@@ -147,7 +147,7 @@ class Photographs:
 
 
 class Training:
-  """A network, its optimiser and fixed batches; a method a kind of step."""
+  """A network, its optimiser and fixed batches; one method per kind of step."""
 
   def __init__(self, depth, batch, device):
     self.net = resnet(depth).to(device).train()
@@ -162,11 +162,11 @@ class Training:
     self.prior = torch.linspace(0.05, 4.0, 10, device=device)[self.labels]
 
   def plain(self):
-    """Gradient descent on the mean loss."""
+    """Steps down the gradient of the mean loss."""
     return self._descend(functional.cross_entropy(self.net(self.images), self.labels))
 
   def double(self):
-    """Meta class-weights by double backward: autograd through the virtual step."""
+    """Meta-reweights by double backward: autograd through the virtual step."""
     eps = torch.zeros_like(self.prior, requires_grad=True)
     params = dict(self.net.named_parameters())
     objective = ((self.prior + eps) * self._losses()).sum()
@@ -176,7 +176,7 @@ class Training:
     return self._descend(((self.prior - 0.01 * gradient) * self._losses()).mean())
 
   def jvp(self):
-    """The same by one forward-mode pass; one forward pass serves both gradients."""
+    """Does the same by one forward-mode pass; both gradients share a forward pass."""
     params = dict(self.net.named_parameters())
     losses = self._losses()
     objective = (self.prior * losses).sum()

@@ -1,20 +1,20 @@
-"""Images a second of a training step: bare, inside the loop, and written in PyTorch.
+"""Images per second of a training step: bare, inside the loop, and in PyTorch.
 
   python -m benchmarks.train_step [--torch_python=PATH] [--json=FILE]
 
-The sides take turns within one run, so that what else the machine does falls on all of
-them; medians over the rounds are shown, of times and of ratios within a round. PyTorch
-runs where this Python, or the one that --torch_python names, has it.
+The sides take turns within one run, so that other load on the machine affects all of
+them. The table shows medians over the rounds, of times and of ratios within a round.
+PyTorch runs if this Python, or the one that --torch_python names, has it.
 
 On an accelerator the step runs in a scan over device-resident data, and one epoch of
 CIFAR-10-LT (imbalance 100: 12,406 images) is timed as the loop runs it.
 
   python -m benchmarks.train_step --net=resnet50 --size=224 --dtype=bfloat16 --peak=989
 
-With --size other than 32 it is a step of ImageNet-LT. The loop then reads its batches
-from a worker process, which has them decoded before, so that what is seen is the cost
-of handing them over; the bare step has one batch on the device. The model-FLOP
-utilisation is that of the compiled step over --peak TFLOP/s.
+If --size is not 32, the step is one of ImageNet-LT. The loop then gets its batches,
+already decoded, from a worker process, so the difference is the cost of handing them
+over; the bare step has one batch on the device. The model-FLOP utilisation is that of
+the compiled step relative to --peak TFLOP/s.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def synthetic(spec, data_dir=None):
-  """Random images with the counts of CIFAR-10; stands in for the source."""
+  """Returns random images with CIFAR-10's counts; replaces the real source."""
   del spec, data_dir
   rng = np.random.default_rng(0)
 
@@ -52,7 +52,7 @@ def synthetic(spec, data_dir=None):
 
 
 def make_config(options):
-  """Returns the config of CIFAR-10-LT, or of photographs if --size is not 32."""
+  """Returns the config of CIFAR-10-LT, or of ImageNet-LT if --size is not 32."""
   if options.size == 32:
     config = cifar10_lt.get_config(f'ce,net={options.net}')
   else:
@@ -65,7 +65,7 @@ def make_config(options):
 
 
 def make_stage(config):
-  """Returns (stage, mesh); photographs come from the host, decoded before."""
+  """Returns (stage, mesh); photographs come from the host, already decoded."""
   dataset.load_source = synthetic
   experiment = build.build(resolve(config), devices=1)
   stage = experiment.stages['train']
@@ -103,14 +103,14 @@ class Jax:
     self.params = sum(x.size for x in jax.tree.leaves(self.state.params))
 
   def lower(self, *arguments):
-    """With `compile`: stands in for the jitted update that the loop would make."""
+    """With `compile`, replaces the jitted update that the loop would make."""
     return self
 
   def compile(self):
     return self.update
 
   def bare(self, steps):
-    """Seconds of so many steps, called one after the other with one payload."""
+    """Returns the seconds of `steps` steps, called in a row with one payload."""
     state, bad = self.state, self.bad
     began = time.perf_counter()
     for _ in range(steps // self.chunk):
@@ -120,10 +120,10 @@ class Jax:
     return time.perf_counter() - began
 
   def loop(self, steps):
-    """Seconds of so many steps of the loop, up to a row of the log.
+    """Returns the seconds of `steps` steps of the loop, up to a row of the log.
 
-    With a host stream twice as many are made, and the first half is not counted: its
-    worker process starts then.
+    With a host stream it runs twice as many and does not count the first half, in which
+    the worker process starts.
     """
     seconds = []
     rows = 1 if self.stage.streams['train'].workers is None else 2
@@ -153,7 +153,7 @@ class Jax:
 
 
 class Torch:
-  """The other side, in a process of its own: a network with as many parameters."""
+  """The PyTorch side, in its own process; its network has as many parameters."""
 
   def __init__(self, python, net, params, batch, size=32, dtype='float32'):
     command = [python, HERE / 'torch_step.py', f'--net={net}', f'--batch={batch}']
@@ -170,11 +170,11 @@ class Torch:
         self.process.kill()
       raise SystemExit(
         f'{net} has {params:,} parameters here and {int(ready[4]):,} in PyTorch: '
-        'torch_step.py has no counterpart of it'
+        'torch_step.py has no equivalent network'
       )
 
   def run(self, steps, kind='plain'):
-    """Seconds of so many steps of a kind."""
+    """Returns the seconds that `steps` steps of a kind take."""
     self.process.stdin.write(f'{kind} {steps}\n')
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
@@ -195,16 +195,16 @@ def main():
   parser.add_argument('--net', default='resnet32')
   parser.add_argument('--batch', type=int, default=128)
   parser.add_argument('--size', type=int, default=32, help='pixels; 32 is CIFAR')
-  parser.add_argument('--dtype', default='float32', help='of --size other than 32')
+  parser.add_argument('--dtype', default='float32', help='only if --size is not 32')
   parser.add_argument('--peak', type=float, default=0, help='TFLOP/s of the device')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=0, help='a round; 0 chooses')
+  parser.add_argument('--steps', type=int, default=0, help='per round; 0: automatic')
   parser.add_argument('--torch_python', default=None)
   parser.add_argument('--json', default=None)
   options = parser.parse_args()
 
   config = make_config(options)
-  allocator.keep_pages(config)  # as the command does, before JAX starts
+  allocator.keep_pages(config)  # as lt_jax.main does, before JAX starts
   on_cpu = jax.default_backend() == 'cpu'
   config.log_every_steps = steps = options.steps or (4 if on_cpu else 200)
   ours = Jax(config)
@@ -222,7 +222,7 @@ def main():
     f'{options.net}, {ours.params:,} parameters, batch {options.batch} of '
     f'{options.size} pixels, {options.dtype}, '
     f'JAX {jax.__version__} on {kind}; {options.rounds} rounds of {steps} steps in '
-    f'turn, {ours.chunk} a call; compiled in {ours.compile_seconds:.1f} s'
+    f'turn, {ours.chunk} per call; compiled in {ours.compile_seconds:.1f} s'
   )
   bare = seconds['bare step']
   base = statistics.median(bare)
@@ -238,7 +238,7 @@ def main():
       'rate_over_bare': rate,
     }
     print(
-      f'  {name:16s} {1e3 * median:9.2f} ms a step   '
+      f'  {name:16s} {1e3 * median:9.2f} ms per step   '
       f'{options.batch / median:10,.0f} images/s   {rate:6.3f} of bare'
     )
   report = {

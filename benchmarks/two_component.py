@@ -2,13 +2,13 @@
 
   python -m benchmarks.two_component --classes=10 --workdir=DIR [--show]
 
-Each column is a sweep or two under DIR/IMBALANCE; the same command again runs what is
-not finished, and so fills the table in several sittings. --show runs nothing. A cell
-says top-1 error in %, of the last epoch and of the best one on the test set, and the
-published number, with an asterisk where that was measured otherwise or is doubtful at
-its source. What has not been run says so. What follows `--` goes to the sweeps, such as
-`-- --vectorise`; runs of another setting, as with `-- --config.epochs=2`, are not
-counted.
+Each column is one or two sweeps under DIR/IMBALANCE. Run the same command again to run
+what has not finished; that way you can fill the table in several sittings. --show runs
+nothing. A cell shows the top-1 error in % of the last epoch and of the epoch that is
+best on the test set, and the published number, with an asterisk if that was measured in
+another way or is doubtful in its source. Cells that have not been run say so. Whatever
+follows `--` goes to the sweeps, such as `-- --vectorise`; runs with another setting, as
+with `-- --config.epochs=2`, are not counted.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROWS = {
   'ldam_drw': 'LDAM-DRW',
   'meta_ldam': 'two components, LDAM',
 }
-"""Recipe and its options -> what it is called in the talk."""
+"""Recipe and its options -> its name in the talk."""
 
 IMBALANCES = (200, 100, 50, 20, 10, 1)
 SEEDS = '0,1,2'
@@ -69,19 +69,19 @@ def options(imbalance, option):
 
 
 def cells(classes, workdir):
-  """Returns (row, imbalance) -> the runs of that cell's setting that have finished."""
+  """Returns (row, imbalance) -> the finished runs with that cell's setting."""
   found = {}
   for row in ROWS:
     recipe, _, option = row.partition(',')
     for imbalance in IMBALANCES:
-      told = options(imbalance, option)
+      argument = options(imbalance, option)
       path = os.fspath(tables.ROOT / 'configs' / f'cifar{classes}_lt.py')
-      make = loader(path, told, {})
+      make = loader(path, argument, {})
       own = published.setting(resolve(make(recipe)))
       here = files.absolute(workdir) / folder(imbalance, option) / recipe
       try:
         there = runs.find(here) if here.is_dir() else []
-      except UserError:  # nothing has begun
+      except UserError:  # no run has started
         there = []
       found[row, imbalance] = [
         run for run in there if run.result and published.setting(run.config) == own
@@ -89,8 +89,8 @@ def cells(classes, workdir):
   return found
 
 
-def told(ours, number):
-  """Returns the text of a cell: ours, or that it was not run; and the published one."""
+def cell_text(ours, number):
+  """Returns the text of a cell: our error or 'not run', and the published number."""
   text = 'not run'
   if ours:
     best = [(run.result.get('best_on_test') or {}).get('accuracy') for run in ours]
@@ -106,7 +106,7 @@ def told(ours, number):
 
 
 def table(classes, found):
-  """Returns the table, and what its asterisks mean.
+  """Returns the table, and notes on its asterisks.
 
   Args:
     classes: 10 or 100.
@@ -118,13 +118,13 @@ def table(classes, found):
     texts = []
     for imbalance in IMBALANCES:
       number = numbers.get(f'cifar{classes}_lt:{row},imbalance={imbalance}')
-      texts.append(told(found[row, imbalance], number))
+      texts.append(cell_text(found[row, imbalance], number))
       if number and 'mark' in number:
         notes.setdefault((row, number['mark']), []).append(str(imbalance))
     rows.append([title, row, *texts])
   headings = ['method', 'recipe', *(f'imbalance {n}' for n in IMBALANCES)]
-  told_of = [f'{row} at {", ".join(at)}: {mark}' for (row, mark), at in notes.items()]
-  return Table(headings, rows, [''] * len(rows)), told_of
+  lines = [f'{row} at {", ".join(at)}: {mark}' for (row, mark), at in notes.items()]
+  return Table(headings, rows, [''] * len(rows)), lines
 
 
 def main():
@@ -133,7 +133,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--classes', type=int, choices=(10, 100), required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--show', action='store_true', help='runs nothing')
+  parser.add_argument('--show', action='store_true', help='only print the table')
   chosen = parser.parse_args(given[:end])
   code = 0
   for imbalance in () if chosen.show else IMBALANCES:
@@ -143,7 +143,7 @@ def main():
       code = next(filter(None, [code, *codes]), 0)
   made, notes = table(chosen.classes, cells(chosen.classes, chosen.workdir))
   lines = [
-    'Top-1 error in %: ours of the last epoch (and the best one); published.',
+    'Top-1 error in %: ours at the last epoch (and the best one); published.',
     markdown(made),
     '\n'.join(f'* {note}' for note in notes),
   ]

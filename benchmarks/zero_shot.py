@@ -1,12 +1,13 @@
-"""Closed forms of zero-shot learning beside plain NumPy, and an epoch of a loss.
+"""Closed forms of zero-shot learning compared with plain NumPy, and an epoch of a loss.
 
   python benchmarks/zero_shot.py [--out=FILE] [--images=23527] [--features=2048]
 
-Features of the size of AwA2's (23,527 x 2,048, and 85 attributes of 40 seen classes)
-are drawn at random. A closed form is timed with its whole grid, as a run searches it,
-and beside it the formula with one solve for each set of hyper-parameters; both in this
-process, alternating, the best of `--rounds`. An epoch of `ale` is the compiled step on
-features in device memory, with its rate in images and gigabytes of features a second.
+Uses random features with the size of AwA2's (23,527 x 2,048, and 85 attributes of 40
+seen classes). A closed form is timed with its whole grid, as a run searches it, and
+compared with the plain formula, which does one solve per set of hyper-parameters. Both
+run in this process, alternating; the best of `--rounds` counts. An epoch of `ale` is
+the compiled step on features in device memory, reported in images and gigabytes of
+features per second.
 """
 
 import argparse
@@ -27,7 +28,7 @@ ATTRIBUTES, CLASSES, BATCH = 85, 40, 64
 
 
 def drawn(images: int, features: int) -> Seen:
-  """Returns random features with some structure, in float64."""
+  """Returns random features that depend on their class's attributes, in float64."""
   rng = np.random.default_rng(0)
   raw = rng.uniform(size=(CLASSES, ATTRIBUTES))
   label = rng.integers(0, CLASSES, images)
@@ -38,7 +39,7 @@ def drawn(images: int, features: int) -> Seen:
 
 
 def plain_eszsl(seen: Seen, sets: list[dict[str, float]]) -> list[np.ndarray]:
-  """Returns W for every pair of g and l, by the formula: a solve each."""
+  """Returns W for every pair of g and l by the formula, with one solve each."""
   x, s = seen.x, seen.described
   y = np.where(seen.y[:, None] == np.arange(CLASSES)[None], 1.0, -1.0)
   gram, right, inner = x.T @ x, x.T @ y @ s, s.T @ s
@@ -53,7 +54,7 @@ def plain_eszsl(seen: Seen, sets: list[dict[str, float]]) -> list[np.ndarray]:
 
 
 def plain_sae(seen: Seen, sets: list[dict[str, float]]) -> list[np.ndarray]:
-  """Returns W for every weight, by SciPy's solver of Sylvester equations."""
+  """Returns W for every weight by SciPy's solver for Sylvester equations."""
   codes = seen.described[seen.y].T
   a, b, c = codes @ codes.T, seen.x.T @ seen.x, codes @ seen.x
   return [
@@ -63,7 +64,7 @@ def plain_sae(seen: Seen, sets: list[dict[str, float]]) -> list[np.ndarray]:
 
 
 def timed(function, rounds: int) -> float:
-  """Returns the least of some times, in seconds."""
+  """Returns the shortest time over the rounds, in seconds."""
   times = []
   for _ in range(rounds):
     begun = time.perf_counter()
@@ -73,7 +74,7 @@ def timed(function, rounds: int) -> float:
 
 
 def closed(seen: Seen, name: str, plain, rounds: int) -> dict[str, float]:
-  """Times a closed form beside its plain form, and compares what they find."""
+  """Times a closed form and its plain version, and compares their results."""
   sets = FORMS[name].sets({})
   ours, theirs = [], []
   seconds = {'ours': [], 'plain': []}
@@ -90,7 +91,7 @@ def closed(seen: Seen, name: str, plain, rounds: int) -> dict[str, float]:
 
 
 def epoch(seen: Seen, rounds: int) -> dict[str, float]:
-  """Times an epoch of `ale` by gradient descent, its batches sliced on the device."""
+  """Times an epoch of `ale` by gradient descent; batches are sliced on the device."""
   loss = make_loss('ale', np.ones(CLASSES), margin=1.0)
   x, y = jnp.asarray(seen.x, jnp.float32), jnp.asarray(seen.y, jnp.int32)
   described = jnp.asarray(seen.described, jnp.float32)
@@ -124,7 +125,7 @@ def epoch(seen: Seen, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-  """Prints a table, and writes it as JSON where `--out` says."""
+  """Prints a table, and writes it as JSON to `--out`."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--out', default='')
   parser.add_argument('--images', type=int, default=23527)
@@ -144,13 +145,13 @@ def main() -> None:
   for name in ('eszsl', 'sae'):
     row = found[name]
     print(
-      f'{name}: a grid of {row["sets"]} in {row["ours_seconds"]} s, plainly '
+      f'{name}: a grid of {row["sets"]} in {row["ours_seconds"]} s, plain NumPy '
       f'{row["plain_seconds"]} s; largest difference {row["relative_difference"]:.1e}'
     )
-  told = found['ale']
+  ale = found['ale']
   print(
-    f'ale: an epoch of {asked.images:,} images in {told["seconds"]} s, '
-    f'{told["images_per_second"]:,} images/s, {told["gigabytes_per_second"]} GB/s'
+    f'ale: an epoch of {asked.images:,} images in {ale["seconds"]} s, '
+    f'{ale["images_per_second"]:,} images/s, {ale["gigabytes_per_second"]} GB/s'
   )
   if asked.out:
     with open(asked.out, 'w') as file:

@@ -3,14 +3,15 @@
   python -m lt_jax.main --config=configs/awa1.py:eszsl --workdir=runs/awa1 \
     --config.data.source=xlsa:FEATURES --config.data.dir=AWA1_att_splits.mat
 
-FEATURES is an `.npz` with 'features' (30475, D), 'labels' (30475,) from 0 and 'classes'
-(50,), in the order of images of the split, and of classes in any; or the res101.mat of
-Xian et al. (configs/xlsa.py has those with their published numbers). Of the published
-histograms, as here, numbers are lower than those of networks that have seen ImageNet.
+FEATURES is an `.npz` with 'features' (30475, D), 'labels' (30475,) counted from 0, and
+'classes' (50,). Its images must be in the order of the split file; its classes can be
+in any order. It can also be the res101.mat of Xian et al. (configs/xlsa.py has those
+features with their published numbers). The published histogram features, used here,
+give lower numbers than features of networks trained on ImageNet.
 
-Two splits: `proposed` has test images of seen classes too; `standard`, Lampert et
-al.'s, has those of its ten unseen classes alone, so there is the zero-shot view only.
-Thirteen of the seen classes, drawn by the data seed, are the validation classes.
+There are two splits. `proposed` also has test images of seen classes. `standard`, by
+Lampert et al., only tests its ten unseen classes, so it only gives zero-shot metrics.
+Thirteen of the seen classes, drawn with the data seed, are the validation classes.
 
   recipe          split      T
   dap             standard   40.5 †
@@ -20,9 +21,9 @@ Thirteen of the seen classes, drawn by the data seed, are the validation classes
 Cost: closed forms take seconds on two CPU cores, the kernel form two minutes (and 4 GB
 of memory), methods with gradients one or two minutes.
 
-Argument: a recipe of zero-shot learning (see docs/methods.md) and
+Argument: a recipe for zero-shot learning (see docs/methods.md) and
   split    proposed (default) or standard
-  epochs   10, of methods with gradients; schedules scale with it
+  epochs   10, for methods with gradients; schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg

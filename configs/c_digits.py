@@ -1,21 +1,22 @@
-"""C-Digits: SVHN, then a compound target of MNIST, MNIST-M and USPS, then another set.
+"""C-Digits: from SVHN to a mix of MNIST, MNIST-M and USPS, tested on one more set too.
 
   python -m lt_jax.main --config=configs/c_digits.py:ocda --workdir=runs/c_digits
 
 The benchmark of Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv
-1909.03403, as the authors' code has it. The source has 4,659 training images of every
-class, as many as its rarest; the target mixes the training images of three sets without
-telling which image is of which; of the open domain nothing is seen in training. All
-images are brought to 32x32x3.
+1909.03403, set up like the authors' code. The source has 4,659 training images per
+class, as many as its rarest class. The target mixes the training images of three sets
+without saying which image comes from which. No image of the open domain is used in
+training. All images are converted to 32x32x3.
 
-Data: the TFDS sets `svhn_cropped` and `mnist` (`python -m lt_jax.prepare svhn_cropped`
-and `... mnist` once); mnistm.npz and usps.npz as in configs/mnist_mnistm.py and
-configs/mnist_usps.py; and the open domain as NAME.npz (x_train, y_train, x_test,
-y_test), all in the folder where the command runs. In the code the open domain is
-`synth`, of which synth_test_32x32.mat alone is used (x_train may hold any images); the
-paper calls its one SWIT, which is not public under this name: open=swit reads swit.npz.
+Data: the TFDS sets `svhn_cropped` and `mnist` (run `python -m lt_jax.prepare
+svhn_cropped` and `... mnist` once); mnistm.npz and usps.npz as in
+configs/mnist_mnistm.py and configs/mnist_usps.py; and the open domain as NAME.npz
+(x_train, y_train, x_test, y_test). All .npz files belong in the working directory. In
+the authors' code the open domain is `synth`, and only its synth_test_32x32.mat is used
+(x_train can hold any images). The paper calls its open domain SWIT, which is not public
+under this name; open=swit reads swit.npz.
 
-Accuracy in % on test images of each domain:
+Accuracy in % on the test images of each domain:
 
   recipe              mnist  mnistm   usps   open  mean of targets  and open
   ocda, code's page   89.62   64.53  81.17  87.86            78.44     80.80
@@ -24,21 +25,21 @@ Accuracy in % on test images of each domain:
   jan                 65.1†   43.0†  63.5†  85.6†
   mcd                 69.6†   48.6†  70.6†  89.8†
 
-† quoted from memory, unverified. Published by the authors: the first row is what the
-page of their code says of it, with the open domain `synth`; its means are computed. Of
-the paper the open domain is another one. Neither dropout nor the draw of the balanced
-subset is reproduced here (`lt_jax.models.digits.DTN`).
+† quoted from memory, unverified. Published by the authors. The first row comes from the
+page of their code, with the open domain `synth`; we computed its means. The paper has
+another open domain. Neither the dropout nor the exact balanced subset of the authors is
+reproduced here (`lt_jax.models.digits.DTN`).
 
-Protocol: Adam, batches of 128 + 128, 100 epochs on the source and 200 of every other
-stage, rates of 1e-4, and 1e-5 in the stage `adversarial`. Other recipes: Adam, 1e-4,
-100 epochs, which no paper states.
+Protocol: Adam, batches of 128 + 128 images, 100 epochs on the source and 200 in every
+other stage, a learning rate of 1e-4, and 1e-5 in the stage `adversarial`. Other
+recipes: Adam, 1e-4, 100 epochs; no paper states these.
 
-Cost: 36,399 steps on the source and 72,798 of each of three other stages. Reckoned by
-operations, not measured: two weeks on two CPU cores, some hours on an accelerator.
-epochs=... shortens all stages alike.
+Cost: 36,399 steps on the source and 72,798 in each of three other stages. Estimated
+from operation counts, not measured: two weeks on two CPU cores, a few hours on an
+accelerator. epochs=... shortens all stages by the same factor.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
-  epochs   100, on the source; all others scale
+Argument: a recipe for domain adaptation (see docs/methods.md) and
+  epochs   100, on the source; all other stages scale with it
   open     synth, or the name of another file
   net      dtn
 """

@@ -1,31 +1,32 @@
-"""A small C-Digits: USPS, then MNIST and MNIST-M mixed, then digits that are turned.
+"""A small C-Digits: from USPS to MNIST and MNIST-M mixed; rotated digits are open.
 
   python -m lt_jax.main --config=configs/c_digits_small.py:ocda --workdir=runs/c_small
 
-A compound target and open domains of real digits, for two CPU cores. The source is
-USPS (7,291 training images); 1,000 images a class of MNIST and as many of MNIST-M are
-one target, whose images do not tell of which of the two they are; the open domains, of
-which nothing is seen in training, are MNIST's test images turned to the left by 30, 60
-and 90 degrees. All are brought to 28x28x3.
+A compound target and open domains of real digits, small enough for two CPU cores. The
+source is USPS (7,291 training images). The target mixes 1,000 images per class of MNIST
+and as many of MNIST-M, without saying which image comes from which. The open domains,
+never seen in training, are MNIST's test images rotated counterclockwise by 30, 60 and
+90 degrees. All images are converted to 28x28x3.
 
 Data: usps.npz and mnistm.npz as in configs/mnist_usps.py and configs/mnist_mnistm.py,
-and mnist.npz (x_train (60000, 28, 28), y_train, x_test, y_test), in the folder where
-the command runs, or in another one: files=FOLDER. That the target is balanced takes its
-labels: to make the data set, not to train on it.
+and mnist.npz (x_train (60000, 28, 28), y_train, x_test, y_test), in the working
+directory or in another folder: files=FOLDER. The target's labels are used to balance
+it, which is part of making the data set; they are not used in training.
 
-There is no published number: the data are a choice of our own. Compare with
+There is no published number, because we chose the data ourselves. Compare with
 configs/c_digits.py, whose source is SVHN.
 
-Protocol: the MNIST network of Ganin et al., 30 epochs of 64 + 64 images a stage; `ocda`
-by the rates of its authors' code, which in the stages `source` and `domain_factor` are
-ten times as high, as these are a tenth as long; other recipes by momentum, as in
-configs/mnist_usps.py.
+Protocol: the MNIST network of Ganin et al., 30 epochs of 64 + 64 images per stage.
+`ocda` uses the learning rates of its authors' code, except that those of the stages
+`source` and `domain_factor` are ten times as high, since these stages are a tenth as
+long. Other recipes use momentum, as in configs/mnist_usps.py.
 
-Cost: 3,418 steps of 64 + 64 images a stage, four stages of `ocda`. Reckoned from a run
-of 2 epochs on a busy machine: some 25 minutes on two CPU cores, with epochs=10 a third.
+Cost: 3,418 steps of 64 + 64 images per stage; `ocda` has four stages. About 25 minutes
+on two CPU cores (estimated from a run of 2 epochs on a busy machine), a third of that
+with epochs=10.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
-  epochs   30, of every stage; all schedules scale
+Argument: a recipe for domain adaptation (see docs/methods.md) and
+  epochs   30, in every stage; all schedules scale with it
   net      mnist_dann, lenet or dtn
   files    the folder of the .npz files
 """
@@ -37,7 +38,7 @@ from lt_jax.protocols import compound_rates, train_by
 from lt_jax.protocols.digits import ganin
 
 TURNED = (30, 60, 90)
-"""Degrees of the open domains."""
+"""Angles of the open domains, in degrees."""
 
 
 def get_config(arg: str | None = None):
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None):
   def file(name: str) -> str:
     return f'npz:{os.path.join(option.files, name)}.npz'
 
-  some = {'profile': 'balanced', 'n_max': 1000}
+  balanced = {'profile': 'balanced', 'n_max': 1000}
   config = apply(
     base_config(),
     {
@@ -60,11 +61,11 @@ def get_config(arg: str | None = None):
         'std': (0.5,),
       },
       'domains': {
-        'mnist': {'source': file('mnist'), **some},
-        'mnistm': {'source': file('mnistm'), **some},
+        'mnist': {'source': file('mnist'), **balanced},
+        'mnistm': {'source': file('mnistm'), **balanced},
       }
       | {
-        f'mnist_{angle}': {'source': f'rotated:{angle}:{file("mnist")}', **some}
+        f'mnist_{angle}': {'source': f'rotated:{angle}:{file("mnist")}', **balanced}
         for angle in TURNED
       },
       'target': ('mnist', 'mnistm'),

@@ -1,16 +1,17 @@
-"""C-Driving: streets of GTA5 with labels; then rain, snow and clouds of BDD100K, mixed.
+"""C-Driving: from GTA5 streets with labels to rain, snow and clouds of BDD100K, mixed.
 
   python -m lt_jax.main --config=configs/c_driving.py:advent --workdir=runs/c_driving \
       --config.init=WEIGHTS.safetensors
 
 Data: GTA5 as for `gta5_cityscapes`, and BDD100K (`images/10k`, `images/100k/train`,
 `labels/sem_seg/masks`, and the label files of the detection set, whose
-`attributes.weather` tells the weather) in the folder `bdd100k`, or anywhere with
---config.domains.rainy.source=bdd100k_rainy:DIR, and so for each domain. Rainy, snowy
-and cloudy (BDD's "partly cloudy") are one compound target that is trained on without
-labels and without telling which; overcast is open. All images of a weather that have a
-label map are tested on, and are in no training set. The authors' own lists, where you
-have them, are a source `list:FOLDER`: lines of an image and its label map, or `-`.
+`attributes.weather` gives the weather) in the folder `bdd100k`, or anywhere with
+--config.domains.rainy.source=bdd100k_rainy:DIR, and likewise for each domain. Rainy,
+snowy and cloudy (BDD's "partly cloudy") images form one compound target: they are
+trained on without labels and without their weather. Overcast is the open domain. All
+images of a weather that have a label map are test images and are in no training set. If
+you have the authors' own lists, use a source `list:FOLDER`: each line names an image
+and its label map, or `-`.
 
 Published mIoU over 19 classes in %, DeepLab on VGG-16 with batch normalisation:
 
@@ -21,19 +22,19 @@ Published mIoU over 19 classes in %, DeepLab on VGG-16 with batch normalisation:
 and OCDA itself (`ocda`) 22.0†, 22.9†, 27.0†, 27.9†.
 
 † quoted from memory, unverified: Liu et al., Open Compound Domain Adaptation, CVPR
-2020, arXiv 1909.03403. Of its code for segmentation only the baseline adapt_seg was
-released (XingangPan/OCDA-Driving-Example). The network is that one, with hidden layers
-of 1,024 features and no auxiliary output; it is trained there for 40,000 steps of 8 + 8
-images, at a learning rate of 0.01 (0.005 of the discriminator). Splits and training
-here are ours, `ocda` is a re-creation (see docs/methods.md), and numbers will not be
-comparable to the point.
+2020, arXiv 1909.03403. The authors' segmentation code only includes the baseline
+adapt_seg (XingangPan/OCDA-Driving-Example). The network is theirs: hidden layers of
+1,024 features in front of the branches, and no auxiliary output. They train it for
+40,000 steps of 8 + 8 images at a learning rate of 0.01 (discriminator 0.005). Splits
+and training here are ours, and `ocda` is a re-creation (see docs/methods.md), so
+numbers will not be comparable to the point.
 
-Cost: 100,000 steps of 1 + 1 images: not run, of the order of a day on one GPU; `ocda`
-about one and a half times that.
+Cost: 100,000 steps of 1 + 1 images: not run, on the order of a day on one GPU. `ocda`
+takes about one and a half times as long.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   net      vgg16_bn (default), resnet101, resnet50, vgg16, lite0, or small for CPUs
-  steps    100000; all schedules scale
+  steps    100000; all schedules scale with it
 """
 
 from lt_jax.config import parse_arg

@@ -1,32 +1,32 @@
-"""C-Faces: expressions seen by one camera, then by others, then by one more.
+"""C-Faces: expressions seen by one camera, adapted to four others; a sixth is open.
 
   python -m lt_jax.main --config=configs/c_faces.py:ocda,lists=LISTS,images=IMAGES \
     --workdir=runs/c_faces
 
 A benchmark of Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv
-1909.03403, on Multi-PIE, which is to be licensed. A domain is a camera: 05 the source,
-08, 09, 13 and 14 one compound target, 19 open.
+1909.03403, on Multi-PIE, which requires a licence. Each camera is a domain: 05 is the
+source, 08, 09, 13 and 14 are one compound target, 19 is open.
 
-Data: faces cut out of Multi-PIE, and of every camera the lists that come with the
-authors' code: LISTS/mp05/mp05_train.txt and mp05_test.txt of lines `path label`, and so
-on; the paths are relative to IMAGES (of those lists the folder mp05 is a part of the
-path). The code speaks of five expressions in one place and of six in another; here the
-labels tell.
+Data: faces cropped from Multi-PIE, and for every camera the lists that come with the
+authors' code: LISTS/mp05/mp05_train.txt and mp05_test.txt with lines `path label`, and
+so on. Paths are relative to IMAGES (in these lists the folder mp05 is part of the
+path). The authors' code mentions five expressions in one place and six in another; here
+the labels decide.
 
-No code for it was published, and of its numbers none is quoted here: a gain of some ten
-points, by its authors.
+No code for this benchmark was published, and we quote none of its numbers; the authors
+report a gain of about ten points.
 
-Protocol: ResNet-18 from random weights on 224 pixels, Adam, batches of 128 + 128, 100
-epochs on the source and 200 of every other stage, as in the authors' configuration of
-it. Training images are cropped at random, evaluation takes the central square.
+Protocol: ResNet-18 from random weights on 224 pixels, Adam, batches of 128 + 128
+images, 100 epochs on the source and 200 in every other stage, as in the authors'
+configuration. Training uses random crops, evaluation the central square.
 
-Cost: not run, but for a miniature in the tests. A step of `ocda` takes some three
-passes of ResNet-18 over 256 images: for accelerators.
+Cost: not run, except for a miniature in the tests. A step of `ocda` takes about three
+passes of ResNet-18 over 256 images, so use an accelerator.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   lists    the folder of the lists (multipie)
-  images   the folder that their paths are relative to (that of the lists)
-  epochs   100, on the source; all others scale
+  images   the folder that their paths are relative to (default: that of the lists)
+  epochs   100, on the source; all other stages scale with it
   net      resnet18, or resnet34, 50, efficientnet_lite0, ...
   size     224, side of the images
 """
@@ -38,7 +38,7 @@ from lt_jax.protocols import Protocol, train_by
 from lt_jax.recipes.compound import ADAM, RECIPES
 
 SOURCE, COMPOUND, OPEN = '05', ('08', '09', '13', '14'), '19'
-"""Cameras."""
+"""Camera numbers."""
 
 LONG = {'epochs': 200.0}
 

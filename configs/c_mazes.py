@@ -1,40 +1,42 @@
-"""C-Mazes: a policy that is learned in plain mazes, and then meets others.
+"""C-Mazes: a policy learned in plain mazes, adapted to mazes that look different.
 
   python -m lt_jax.main --config=configs/c_mazes.py:dann --workdir=runs/mazes
 
-An image shows a maze of 7x7 to 11x11 cells, an agent and a goal; the label is the next
-move of an optimal planner. The source is plain; the compound target renders other mazes
-in other colours (`tinted`), textures (`textured`) and walls (`outlined`), without
-telling which; the open domains are `night` and `inverted`. Nothing is downloaded: all
-mazes are made when a run starts, 13,000 images a domain in some two seconds.
+Each image shows a maze of 7x7 to 11x11 cells, an agent and a goal; the label is the
+next move of an optimal planner. The source is plain. The compound target draws other
+mazes with other colours (`tinted`), textures (`textured`) and walls (`outlined`),
+without saying which; the open domains are `night` and `inverted`. Nothing is
+downloaded: all mazes are generated when a run starts, 13,000 images per domain in about
+two seconds.
 
-Beside the accuracy of single moves a result has the success rate: the greedy policy is
-played in 500 unseen mazes of every domain, the same ones in all, and fails after four
-times the shortest path. Random moves and an optimal planner stand beside it. Of several
-optimal moves the label is one, drawn at random, so that accuracy stays below 1.
+Besides the accuracy of single moves, a result has the success rate. The greedy policy
+plays 500 unseen mazes, the same ones in every domain, and fails if it takes more than
+four times the shortest path. Random moves and an optimal planner are reported for
+comparison. Where several moves are optimal, the label is one of them drawn at random,
+so accuracy stays below 1.
 
-There is no published number. Liu et al., Open Compound Domain Adaptation
-(arXiv 1909.03403), report on mazes that were never released; these are our own.
+There is no published number. Liu et al., Open Compound Domain Adaptation (arXiv
+1909.03403), report on mazes that were never released; these are our own.
 
-Cost: 1,563 steps of 64 images, or 64 + 64; `source_only` takes some two minutes on two
-CPU cores, `ocda` with its four stages several times as long.
+Cost: 1,563 steps of 64 images, or 64 + 64. `source_only` takes about two minutes on two
+CPU cores; `ocda`, with its four stages, takes several times as long.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   target      tinted+textured+outlined (default), or any of the domains, joined by +
-  train       10000 training images of every domain
-  epochs      10; all schedules scale
+  train       10000 training images per domain
+  epochs      10; all schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg
 from lt_jax.protocols import Protocol, compound_rates, train_by
 
 OPEN = ('night', 'inverted')
-"""Domains that no training image is of."""
+"""Domains without training images."""
 
 
 def training(epochs: float) -> Protocol:
   """Returns how policies are trained, for any recipe."""
-  aligned = {'alignment': {'align_on': ('conv',)}}  # where a domain is still to be seen
+  aligned = {'alignment': {'align_on': ('conv',)}}  # where domains still differ
   return Protocol(
     {
       'batch': 64,

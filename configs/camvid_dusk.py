@@ -2,25 +2,25 @@
 
   python -m lt_jax.main --config=configs/camvid_dusk.py:source_only --workdir=runs/dusk
 
-Data: the day is the sequences 0006R0 and 0016E5 of CamVid, of which 305 frames are
-trained on with labels; the dusk is 0001TP, 62 frames without labels, and 62 others that
-are tested on. 11 classes. Either archives of arrays, day.npz and dusk.npz, in the
-folder where the command runs (x_train, y_train, x_test, y_test, class_names; images (N,
-H, W, 3), label maps (N, H, W), void 255), or a folder as SegNet lays it out (`train`,
-`trainannot`, `val`, ...), which tells the sequences by the names of the files:
+Data: the day domain is CamVid's sequences 0006R0 and 0016E5, 305 training frames with
+labels. The dusk domain is 0001TP: 62 frames without labels for training, and 62 others
+for testing. 11 classes. Use either archives of arrays, day.npz and dusk.npz in the
+working directory (x_train, y_train, x_test, y_test, class_names; images (N, H, W, 3),
+label maps (N, H, W), void 255), or a folder in SegNet's layout (`train`, `trainannot`,
+`val`, ...), where the file names identify the sequences:
 
   --config.data.source=camvid_day:DIR --config.domains.dusk.source=camvid_dusk:DIR
 
-There is no published number for this split, which is ours: the dusk of CamVid is two
-parts of one drive, so that training and test images are of neighbouring streets.
+There is no published number for this split, which is ours: both parts of dusk come from
+one drive, so training and test images show neighbouring streets.
 
-Cost: 2,000 steps of 4 images (or 4 + 4) at 240 x 180; some ten minutes (or twenty) on
+Cost: 2,000 steps of 4 images (or 4 + 4) at 240 x 180; about ten minutes (or twenty) on
 two CPU cores. net=lite0, with steps=1000 and --config.init=WEIGHTS.safetensors of
 EfficientNet-Lite0, takes about as long.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   net      small (default), lite0, or those of `gta5_cityscapes`
-  steps    2000; all schedules scale
+  steps    2000; all schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -29,7 +29,7 @@ from lt_jax.protocols import Protocol, train_by
 from lt_jax.protocols.driving import NETS
 
 BATCH, DAY = 4, 305
-"""Images a step, and images of the source."""
+"""Images per step, and images of the source."""
 
 
 def training(epochs: float) -> Protocol:
@@ -61,7 +61,7 @@ def get_config(arg: str | None = None):
       'target': ('dusk',),
     },
   )
-  # An epoch begins at the next whole step.
+  # Epochs are rounded up to whole steps.
   epochs = (option.steps - 0.5) * BATCH / DAY
   net = Protocol(lookup(NETS, 'network', option.net))
   return train_by(config, recipe, training(epochs), net)

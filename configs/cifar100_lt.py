@@ -3,12 +3,12 @@
   python -m lt_jax.main --config=configs/cifar100_lt.py:ldam_drw,imbalance=100 \
     --config.seed=1 --workdir=runs/cifar100_lt/ldam_drw/1
 
-Data: the TFDS set `cifar100` (`python -m lt_jax.prepare cifar100` once), or any .npz
-of x_train, y_train, x_test, y_test with --config.data.source=npz:PATH. Training counts
-at imbalance 100: 500 477 455 434 415 ... 6 5 5 5 5, in all 10,847.
+Data: the TFDS set `cifar100` (run `python -m lt_jax.prepare cifar100` once), or any
+.npz of x_train, y_train, x_test, y_test with --config.data.source=npz:PATH. Training
+counts at imbalance 100: 500 477 455 434 415 ... 6 5 5 5 5, 10,847 in all.
 
-Published top-1 error in %, the best test epoch, as FaMUS (CVPR 2021, table 8) prints
-it; of `ldam_drw`, Cao et al. (NeurIPS 2019):
+Published top-1 error in % at the best test epoch, as printed by FaMUS (CVPR 2021, table
+8); for `ldam_drw`, by Cao et al. (NeurIPS 2019):
 
   recipe               imbalance 100   imbalance 10
   ce,protocol=cui              61.68          44.29
@@ -20,9 +20,9 @@ it; of `ldam_drw`, Cao et al. (NeurIPS 2019):
   meta_ce                      56.65          40.42
   meta_ldam                   55.92*         42.00*
 
-* measured in another setting, or in one that its source does not tell: the report says
-which. Those of `cb_focal` are of the best class-balanced loss, with beta 0.9 at
-imbalance 100, and beta 0.999 and gamma 0.5 at imbalance 10†.
+* measured in another setting, or the source does not say in which; the report gives the
+details. The numbers of `cb_focal` are for the best class-balanced loss: beta 0.9 at
+imbalance 100, beta 0.999 and gamma 0.5 at imbalance 10†.
 
 † quoted from memory, unverified.
 

@@ -2,19 +2,19 @@
 
   python -m lt_jax.main --config=configs/cifar100_open.py:oltr --workdir=runs/open
 
-Data: the TFDS set `cifar100` (`python -m lt_jax.prepare cifar100` once), or any .npz
-with --config.data.source=npz:PATH. Classes 0 to 79 have 490 to 4 training images; ten
-more of each are validation images, and ten of each of the classes 80 to 99 open ones.
+Data: the TFDS set `cifar100` (run `python -m lt_jax.prepare cifar100` once), or any
+.npz with --config.data.source=npz:PATH. Classes 0 to 79 have 490 to 4 training images,
+and ten validation images each. Classes 80 to 99 have ten open validation images each.
 The test set is that of CIFAR-100: 8,000 images of known classes, 2,000 open ones. This
 split is ours: there is no published number.
 
-Cost: `oltr` makes 13,327 + 13,200 steps of 128 images with ResNet-32. On two CPU cores
+Cost: `oltr` takes 13,327 + 13,200 steps of 128 images with ResNet-32. On two CPU cores
 a step takes about a second; with `net=resnet8,epochs=10` the run takes minutes.
 
 Argument: a recipe (see docs/methods.md) and
   imbalance   n_max / n_min, 100
   known       number of known classes, 80
-  epochs      of the first training, 200; all schedules scale
+  epochs      200, in the first stage; all schedules scale with it
   net         resnet32, or resnet8, 20, 44, 56
 """
 

@@ -1,28 +1,29 @@
-"""An embedded pair of domains: digits, and other digits drawn in other ways.
+"""An embedded pair of domains: digits, and other digits drawn in other styles.
 
   python -m lt_jax.main --config=configs/digits_domains.py:dann --workdir=runs/domains
 
 The source is half of scikit-learn's 1,797 handwritten digits (600 / 100 / 198 training,
 validation and test images), at 16x16x3. The other half is split once into 600 training
-and 299 test images; the target, the further targets and the open domain all render it,
-so no digit is in the source and in a target. Nothing is downloaded.
+and 299 test images. The target, any further targets and the open domain are all
+rendered from that half, so no digit is in both the source and a target. Nothing is
+downloaded.
 
-There is no published number: `blended` is made as MNIST-M is, but of other digits and
-of the two photographs that scikit-learn bundles.
+There is no published number: `blended` is made like MNIST-M, but from other digits and
+from the two photographs that scikit-learn bundles.
 
-A target's tail is cut by its labels, as in every such benchmark: to make the data set,
-not to train on it. Its test images are not cut.
+A target's tail is cut with its labels, as in every such benchmark. This is part of
+making the data set: training does not use them. The target's test images are not cut.
 
 Cost: 1,407 steps of 32 + 32 images, a minute on two CPU cores.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
-  target      blended (default), inverted, rotated, noisy, or several with +, which are
-              then one compound target: target=blended+inverted
-  imbalance   of the source: 1, or such as 10 for a long-tailed exponential profile
+Argument: a recipe for domain adaptation (see docs/methods.md) and
+  target      blended (default), inverted, rotated, noisy, or several joined by +, which
+              then form one compound target: target=blended+inverted
+  imbalance   of the source: 1, or e.g. 10 for a long-tailed exponential profile
   target_imbalance  of the target's training images, likewise
   target_profile    exponential (default), or reversed: the source's rarest class is
               then the target's most frequent one
-  epochs      75; all schedules scale
+  epochs      75; all schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -30,7 +31,7 @@ from lt_jax.protocols import Protocol, compound_rates, train_by
 from lt_jax.protocols.digits import tail
 
 OPEN = 'sketched'
-"""The rendering that no training image has."""
+"""The rendering without training images."""
 
 
 def training(epochs: float) -> Protocol:
@@ -46,7 +47,7 @@ def training(epochs: float) -> Protocol:
       'model': {'trunk': 'lenet'},
     },
     recipes={
-      # What LeNet has not: a second hidden layer, batch normalisation.
+      # LeNet lacks a second hidden layer and batch normalisation.
       'dan': {'alignment': {'align_on': ('features', 'logits')}},
       'ada_bn': {'model': {'trunk': 'digits_cnn'}},
       **compound_rates(10.0),

@@ -1,17 +1,17 @@
 """Digits-LT: the 8x8 handwritten digits bundled with scikit-learn, long-tailed.
 
 Eight known classes (0 to 7) with 90 55 34 20 12 7 4 3 training images, a balanced test
-set of 50 a class, and classes 8 and 9 as the open set. It needs no download and no
-accelerator: it is where a method is tried first, and what the tests train.
+set of 50 images per class, and classes 8 and 9 as the open set. It needs no download
+and no accelerator: use it to try a method first. The tests train on it too.
 
   python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=runs/digits
 
-Cost: 704 steps of a network of 37,000 parameters, a few seconds on two CPU cores.
-There is no published number.
+Cost: 704 steps of a network of 37,000 parameters, a few seconds on two CPU cores. There
+is no published number.
 
 Argument: a recipe (see docs/methods.md), and `epochs` (200; schedules scale with it),
-`imbalance` (30) and `n_max` (90). Every recipe sets ten images a class aside as the
-balanced meta set; only those that learn weights, and two controls, use it.
+`imbalance` (30) and `n_max` (90). Every recipe sets ten images per class aside as the
+balanced meta set; only the recipes that learn weights, and two controls, use it.
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -20,7 +20,7 @@ from lt_jax.protocols import Protocol, steps, train_by
 FEW_SHOT = {
   stage: {'shot_groups': ('many', 'medium')} for stage in ('base', 'generator', 'novel')
 }
-"""Two classes are many-shot, too few for `fslwf` to learn from."""
+"""Only two classes are many-shot, too few for `fslwf` to learn from."""
 
 
 def training(epochs: float) -> Protocol:

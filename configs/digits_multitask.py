@@ -2,12 +2,13 @@ r"""Several tasks at once on the embedded digits: which digit, its shape, and it
 
   python -m lt_jax.main --config=configs/digits_multitask.py:multitask --workdir=runs/a
 
-The images are half of scikit-learn's digits (599 to train on, 299 to test), each with
-four labels: the digit, round or straight, even or odd, and the mean of its pixels. They
-are tasks of the kinds softmax and regression; the digit is the network's own task.
+The images are half of scikit-learn's digits (599 for training, 299 for testing), each
+with four labels: the digit, round or straight, even or odd, and the mean of its pixels.
+These are tasks of the kinds softmax and regression; the digit is the network's main
+task.
 
-Every weighting beside its controls, networks that learn one task alone, is two sweeps
-into one folder; its report has the relative gain over the controls:
+To compare every weighting with its controls, networks that learn a single task, run two
+sweeps into one folder. The report shows the relative gain over the controls:
 
   python -m lt_jax.sweep --config=configs/digits_multitask.py --seeds=0,1,2 \
     --methods=multitask,multitask_uncertainty,multitask_dynamic --workdir=runs/tasks
@@ -16,11 +17,11 @@ into one folder; its report has the relative gain over the controls:
 
 There is no published number.
 
-Cost: 470 steps of 32 images, some seconds on two CPU cores.
+Cost: 470 steps of 32 images, a few seconds on two CPU cores.
 
 Argument: a recipe (multitask, multitask_uncertainty or multitask_dynamic) and
   labelled  1, the share of images that have the labels of the other tasks
-  epochs    25; the schedule scales
+  epochs    25; the schedule scales with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg

@@ -1,20 +1,20 @@
-r"""Embedded tasks of transfer: digits as sources and targets, with no download.
+r"""Embedded transfer tasks: digits as sources and targets, with no download.
 
   python -m lt_jax.main --config=configs/digits_transfer.py:frozen --workdir=runs/a
 
 A run has two parts: the stage `source` trains on digits of one half of scikit-learn's
-1,797, then the recipe fine-tunes on the other half, of which few images a class are
-taken. No digit is in both. The tasks are those of lt_jax/data/digit_tasks.py.
+1,797, then the recipe fine-tunes on a few images per class of the other half. No digit
+is in both. The tasks are those of lt_jax/data/digit_tasks.py.
 
-The ablation of sources is one command: the union of two sources, either of them, and
-those of all source classes that `lt_jax.similarity` kept for the target:
+One command runs the ablation over sources: the union of two sources, each of them
+alone, and the source classes that `lt_jax.similarity` kept for the target:
 
   python -m lt_jax.sweep --config=configs/digits_transfer.py:keep=keep_classes.txt \
     --methods=frozen,ce --grid=stages.source.domain=source,round,straight,kept \
     --workdir=runs/sources
 
-`python -m lt_jax.evaluate --workdir=RUN --stage=source` measures the first stage, the
-union on the test images of each of its sources.
+`python -m lt_jax.evaluate --workdir=RUN --stage=source` evaluates the first stage; for
+the union, on the test images of each of its sources.
 
 There is no published number.
 
@@ -23,11 +23,11 @@ CPU cores.
 
 Argument: a recipe (see docs/methods.md; `ce` fine-tunes everything) and
   target    fine (default), coarse, parity or one
-  source    source (default), the union of round and straight; one of these; or kept
-  keep      the classes of kept: a file with a name a line, or such as 0+3+6
-  shots     10, training images a class of the target
+  source    source (default), the union of round and straight; either of these; or kept
+  keep      the classes of kept: a file with one name per line, or names like 0+3+6
+  shots     10, training images per class of the target
   imbalance 1, of the target's training images
-  epochs    40, on the target; schedules scale
+  epochs    40, on the target; schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg

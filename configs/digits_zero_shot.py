@@ -1,25 +1,25 @@
-"""Zero-shot digits: classes that are known by the segments of a display alone.
+"""Zero-shot digits: unseen classes are known only by the segments of a display.
 
-A digit is described by which of the seven segments of a display are lit; all ten codes
-differ. The images are scikit-learn's 1,797 handwritten digits, 8x8: no training image
-is of an unseen class. Nothing is downloaded.
+Each digit is described by which of the seven segments of a display are lit; all ten
+codes differ. The images are scikit-learn's 1,797 handwritten digits, 8x8, and no
+training image shows an unseen class. Nothing is downloaded.
 
   python -m lt_jax.main --config=configs/digits_zero_shot.py:eszsl --workdir=runs/zsl
 
-Seven bits are few, and a hand does not write segments: an unseen digit is told by
-chance in a third of the cases, and methods are to be compared here, not admired. Two of
-the seen digits are the validation classes, by which hyper-parameters and gamma are
-chosen, with a network that was trained without them.
+Seven bits are few, and nobody writes in segments. Chance gets an unseen digit right a
+third of the time, so compare methods here and don't expect high numbers. Two of the
+seen digits are the validation classes: hyper-parameters and gamma are chosen on them,
+with a network trained without them.
 
 Cost: two trainings of 37,000 parameters, half a minute on two CPU cores. There is no
 published number.
 
-With a target the same is asked in another domain, whose images have no labels and are
-of all ten classes: `zsda` adapts, `two_tower` does not. Source and target are those of
-configs/digits_domains.py; a result then has S, U and H of both.
+With a target, the same task is posed in another domain, whose images have no labels and
+come from all ten classes: `zsda` adapts to it, `two_tower` does not. Source and target
+are those of configs/digits_domains.py; a result then has S, U and H for both.
 
-Argument: a recipe of zero-shot learning (see docs/methods.md) and
-  unseen   3+5+8 (default): names, with + between them
+Argument: a recipe for zero-shot learning (see docs/methods.md) and
+  unseen   3+5+8 (default): names, joined by +
   val      0+6: the validation classes, likewise
   target   none (default), or blended, inverted, rotated or noisy
   epochs   40; schedules scale with it
@@ -75,7 +75,7 @@ def get_config(arg: str | None = None):
 
 
 def _domains(target: str):
-  """Returns what two domains change: rendered digits, whose splits are their own."""
+  """Returns the overrides for two domains: rendered digits with splits of their own."""
   return {
     'data': {
       'source': 'digits_domains:source',

@@ -2,10 +2,11 @@
 
   python -m lt_jax.main --config=configs/imagenet.py:cb_focal --workdir=gs://BUCKET/run1
 
-Data: the TFDS set `imagenet2012` (once: `python -m lt_jax.prepare imagenet2012`, for
-which TFDS asks for the archives of ILSVRC2012). 1,281,167 training images, 1,300 to 732
-a class, which is hardly a tail; the 50,000 of 'val' are the test set, as in all papers,
-so no State is chosen: the last one counts. Without data: --config.data.source=fake.
+Data: the TFDS set `imagenet2012` (run `python -m lt_jax.prepare imagenet2012` once;
+TFDS asks for the ILSVRC2012 archives). 1,281,167 training images, 1,300 to 732 per
+class, which is hardly a tail. The 50,000 images of 'val' are the test set, as in all
+papers, so there is no validation set to select a checkpoint on: the last one is
+evaluated. If you have no data, train on generated images: --config.data.source=fake.
 
 Published, top-1 and top-5 error in % (Cui et al., CVPR 2019; protocol cui):
 
@@ -15,13 +16,13 @@ Published, top-1 and top-5 error in % (Cui et al., CVPR 2019; protocol cui):
 
 † quoted from memory, unverified.
 
-Cost: `cb_focal` makes 112,603 steps of 1,024 images; not run. What that takes:
+Cost: `cb_focal` takes 112,603 steps of 1,024 images; not run. To see what that needs:
 
   python -m lt_jax.plan --config=configs/imagenet.py:cb_focal --devices=v5e:4x8
 
 Argument: a recipe (see docs/methods.md) and
   net         resnet50, or resnet10, 18, 34, 101, 152, resnext50_32x4d
-  epochs      90, of the first stage; all stages scale
+  epochs      90, in the first stage; all stages scale with it
 """
 
 from lt_jax.protocols import photographs

@@ -2,17 +2,17 @@
 
   python -m lt_jax.main --config=configs/imagenet_lt.py:oltr --workdir=gs://BUCKET/oltr
 
-Data: the TFDS set `imagenet_lt` (`python -m lt_jax.prepare imagenet_lt` once), or the
-published lists, with the open set if there is one, over a folder of images:
+Data: the TFDS set `imagenet_lt` (run `python -m lt_jax.prepare imagenet_lt` once), or
+the published lists, including the open set if you have it, and a folder of images:
 
   --config.data.source=list:LISTS --config.data.dir=IMAGES
 
-LISTS holds ImageNet_LT_train.txt, _val.txt, _test.txt and perhaps _open.txt; IMAGES has
-the folders train and val of ILSVRC2012 (and ImageNet_LT_open). 1,000 classes of 1,280
-to 5 images, in all 115,846; 385 are many-shot, 479 medium-shot and 136 few-shot.
+LISTS holds ImageNet_LT_train.txt, _val.txt, _test.txt and optionally _open.txt; IMAGES
+has the folders train and val of ILSVRC2012 (and ImageNet_LT_open). 1,000 classes with
+1,280 to 5 images, 115,846 in all; 385 are many-shot, 479 medium-shot and 136 few-shot.
 
 Published, in % (Liu et al., CVPR 2019; F as 'oltr2019', on the closed set many, medium,
-few and all classes; `plain` is `ce` here):
+few and all classes; the paper's `plain` is `ce` here):
 
   recipe           many  medium   few    all      F
   ce               40.9    10.7   0.4   20.9   29.5
@@ -23,21 +23,21 @@ few and all classes; `plain` is `ce` here):
   fslwf           40.9*   22.1* 15.0*  28.4*  34.7*
   oltr            43.2*   35.1* 18.5*  35.6*  47.4*
 
-* no code was published for the baselines, whose constants are ours; `oltr` follows the
-authors' last configuration, which is later than the table.
+* the authors published no code for the baselines, so their constants are ours; `oltr`
+follows the authors' last configuration, which is newer than the table.
 
 `ce` trains for 30 epochs as in that table, the others for 90 in all, which favours
-them: `ce,epochs=90` is the fair control. The State that counts is the best on
-validation images, in every stage but that of few-shot episodes.
+them: `ce,epochs=90` is the fair control. Every stage keeps its best State by validation
+images, except the one of few-shot episodes.
 
-Cost: `oltr` makes 27,152 + 54,300 steps of 128 images; not run.
+Cost: `oltr` takes 27,152 + 54,300 steps of 128 images; not run.
 
 Argument: a recipe (see docs/methods.md) and
   net         resnet10, or resnet18, 34, 50, 101, 152, resnext50_32x4d
   protocol    liu (30 epochs, batch 128, steps; a second stage of 60) or kang (90
-              epochs, batch 512, cosine; not for recipes with a second training); by
-              default that of the recipe's own paper
-  epochs      of the first stage instead; all stages scale
+              epochs, batch 512, cosine; not for recipes with a second training); the
+              default is that of the recipe's own paper
+  epochs      overrides those of the first stage; all stages scale with it
 """
 
 from lt_jax.protocols import photographs

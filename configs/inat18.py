@@ -2,12 +2,13 @@
 
   python -m lt_jax.main --config=configs/inat18.py:cb_focal --workdir=gs://BUCKET/run1
 
-Data: the TFDS set `i_naturalist2018` (once: `python -m lt_jax.prepare
-i_naturalist2018`), or the published lists over the images
-(--config.data.source=list:LISTS --config.data.dir=IMAGES, LISTS with
-iNaturalist18_train.txt and _val.txt). 437,513 training images, 1,000 to 2 a class; the
-24,426 of 'val', three a class, are the test set, as in all papers, so no State is
-chosen: the last one counts. Without data: --config.data.source=fake.
+Data: the TFDS set `i_naturalist2018` (run `python -m lt_jax.prepare i_naturalist2018`
+once), or the published lists and a folder of images (--config.data.source=list:LISTS
+--config.data.dir=IMAGES, where LISTS has iNaturalist18_train.txt and _val.txt). 437,513
+training images, 1,000 to 2 per class. The 24,426 images of 'val', three per class, are
+the test set, as in all papers, so there is no validation set to select a checkpoint on:
+the last one is evaluated. If you have no data, train on generated images:
+--config.data.source=fake.
 
 Published, top-1 error in %:
 
@@ -22,13 +23,13 @@ Published, top-1 error in %:
 
 † quoted from memory, unverified.
 
-Cost: `cb_focal` makes 38,454 steps of 1,024 images; not run.
+Cost: `cb_focal` takes 38,454 steps of 1,024 images; not run.
 
 Argument: a recipe (see docs/methods.md) and
   net         resnet50, or resnet10, 18, 34, 101, 152, resnext50_32x4d
   protocol    cui (90 epochs, batch 1024, steps) or kang (90 epochs, batch 512, cosine;
               for the decoupled recipes)
-  epochs      of the first stage instead; all stages scale
+  epochs      overrides those of the first stage; all stages scale with it
 """
 
 from lt_jax.protocols import photographs

@@ -1,19 +1,20 @@
-"""Your own photographs: a folder of images a class, or lists of image files.
+"""Your own photographs: one folder of images per class, or lists of image files.
 
   python -m lt_jax.main --config=configs/my_images.py:ldam_drw,data=photos \
     --workdir=runs/photos
 
-Data: `photos/CLASS/*.jpg`, or `photos/train/CLASS/*.jpg` with perhaps `val` and `test`
-like it, or a folder with train.txt of `path label` lines (list=LISTS,data=IMAGES).
-Validation and test images that are not there are cut from the training images, as many
-of each class as the smallest class can spare. A class is many-shot above twice the
-median number of training images, few-shot below half of it; data.json keeps the bounds.
+Data: `photos/CLASS/*.jpg`, or `photos/train/CLASS/*.jpg` and optionally `val` and
+`test` in the same form, or a folder with train.txt of `path label` lines
+(list=LISTS,data=IMAGES). If there are no validation or test images, they are split off
+the training images, as many from each class as the smallest class can spare. A class is
+many-shot above twice the median number of training images, few-shot below half of it;
+data.json records the bounds.
 
 docs/my_images.md takes you through it in ten minutes. Without data= the images are
-generated, to see that everything runs.
+generated, so you can check that everything runs.
 
-Cost: a step of 32 images, a third of a second with ResNet-10 at 112 pixels on two CPU
-cores. There is no published number.
+Cost: each step of 32 images takes a third of a second with ResNet-10 at 112 pixels on
+two CPU cores. There is no published number.
 
 Argument: a recipe (see docs/methods.md) and
   data     the folder of images
@@ -21,8 +22,8 @@ Argument: a recipe (see docs/methods.md) and
   net      resnet10, or resnet18, 34, 50, 101, 152, resnext50_32x4d, or
            efficientnet_lite0, which is the fastest on a CPU, vgg16, vgg16_bn, alexnet
   size     128, side of the images that the network sees
-  epochs   60; all schedules scale
-  init     weights to begin with, such as timm/resnet18.tv_in1k: with few images they
+  epochs   60; all schedules scale with it
+  init     initial weights, such as timm/resnet18.tv_in1k: with few images they
            matter more than any method
 """
 

@@ -1,35 +1,35 @@
-"""Office-Caltech10 by SURF features: four domains, twelve pairs, methods without steps.
+"""Office-Caltech10 with SURF features: four domains, twelve pairs, mostly no training.
 
   python -m lt_jax.main --config=configs/office_caltech10.py:nearest_neighbour \
     --workdir=runs/office_caltech10
 
 Data: the features of Gong et al., histograms of 800 visual words, as one .npz of pairs
-x_DOMAIN (N, 800) and y_DOMAIN, DOMAIN being caltech (1,123 images), amazon (958),
-webcam (295) and dslr (157), with `classes`: office_caltech10_surf.npz in the folder
-where the command runs, or features=FILE. The authors publish a .mat a domain, `fts`
-and `labels`. As in the literature a histogram is divided by its sum, every feature is
-standardised in each domain by itself, and all images of both domains are used: those of
-the target without labels in training, and all of them to test on.
+x_DOMAIN (N, 800) and y_DOMAIN, where DOMAIN is caltech (1,123 images), amazon (958),
+webcam (295) or dslr (157), and `classes`: office_caltech10_surf.npz in the working
+directory, or features=FILE. The authors publish one .mat per domain, with `fts` and
+`labels`. As in the literature, each histogram is divided by its sum, every feature is
+standardised in each domain separately, and all images of both domains are used: those
+of the target without labels for training, and all of them for testing.
 
 Published accuracy in % of the nearest neighbour after this (Gong et al., Geodesic Flow
-Kernel, CVPR 2012, as later papers repeat it), by first letters:
+Kernel, CVPR 2012, as repeated by later papers); domains by their first letters:
 
   C>A   C>W   C>D   A>C   A>W   A>D   W>C   W>A   W>D   D>C   D>A   D>W
   23.70 25.76 25.48 26.00 29.83 25.48 19.86 22.96 59.24 26.27 28.50 63.39
 
-All pairs, and the methods beside it: python -m benchmarks.pairs office_caltech10
+To run all pairs and compare the methods: python -m benchmarks.pairs office_caltech10
 
-Cost: some seconds a pair, no steps; a linear head trained by source_only takes 100
-epochs.
+Cost: a few seconds per pair without training; a linear head (source_only) trains for
+100 epochs.
 
-Argument: a recipe of no steps (nearest_neighbour, linear_svm, sa, sa_oracle,
+Argument: a recipe without training (nearest_neighbour, linear_svm, sa, sa_oracle,
   coral_shallow), or one that trains a linear head (source_only, target_only,
   deep_coral, entropy, mcc), and
   source      caltech (default), amazon, webcam or dslr
   target      amazon (default), likewise
   classifier  of sa and coral_shallow: nearest_neighbour (default) or linear_svm
   features    the file
-  epochs      100, of recipes that train
+  epochs      100, for recipes that train
 """
 
 from ml_collections import ConfigDict
@@ -43,10 +43,10 @@ DOMAINS = ('caltech', 'amazon', 'webcam', 'dslr')
 
 
 def untrained(classifier: str) -> dict[str, Overrides]:
-  """Returns what recipes of no steps set: nothing comes before, and their classifier.
+  """Returns the overrides of recipes without training: no steps, and a classifier.
 
   Args:
-    classifier: of those that align the domains first.
+    classifier: what recipes that first align the domains fit after that.
   """
   lookup(parts.SHALLOW, 'classifier', classifier)
   stages = {
@@ -61,7 +61,7 @@ def untrained(classifier: str) -> dict[str, Overrides]:
       name: {
         'stages': {
           'source': no_steps,
-          stage: {**own, 'wrappers': ConfigDict(own['wrappers'])},  # these alone
+          stage: {**own, 'wrappers': ConfigDict(own['wrappers'])},  # replaces the dict
         }
       }
       for name, (stage, own) in stages.items()

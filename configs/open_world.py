@@ -1,25 +1,25 @@
-"""The open world on digits: a long tail, classes without images, classes unheard of.
+"""An open world of digits: a long tail, unseen classes and unknown classes.
 
 Of ten digits six are seen, with 90 to 9 training images (a long tail); two are unseen
-but described, by the segments that a display lights for them; two are unknown, with
-neither. A result has all three:
+but described, by the segments that a display lights for them; two are unknown: they
+have neither images nor descriptions. A result measures all three:
 
-  seen           S, mean accuracy of the seen classes, among all eight that are known
-  unseen         U, the same of the two unseen ones
+  seen           S, mean accuracy on the seen classes, among all eight known ones
+  unseen         U, the same on the two unseen classes
   harmonic_mean  of S and U
   unknown        the share of images of unknown classes that are rejected, at the
-                 threshold that keeps known and unknown validation images best apart
+                 threshold that best separates known from unknown validation images
 
   python -m lt_jax.main --config=configs/open_world.py:eszsl --workdir=runs/open
 
-The images are the 1,797 digits of scikit-learn; nothing is downloaded. With
-`target=blended` the same is asked in a domain without labels: the source is half of the
-digits as they are, the target the other half over photographs, see
-configs/digits_domains.py. There is no published number.
+The images are the 1,797 digits of scikit-learn; nothing is downloaded. `target=blended`
+poses the same task in a domain without labels: the source is half of the digits as they
+are, the target the other half over photographs (see configs/digits_domains.py). There
+is no published number.
 
 Cost: two trainings of 37,000 parameters, half a minute on two CPU cores.
 
-Argument: a recipe of zero-shot learning (see docs/methods.md) and
+Argument: a recipe for zero-shot learning (see docs/methods.md) and
   imbalance  10: of the seen classes, n_max / n_min
   target     none (default), or a rendering of configs/digits_domains.py
   epochs     60; schedules scale with it
@@ -83,7 +83,7 @@ def get_config(arg: str | None = None):
 
 
 def _domains(target: str):
-  """Returns what two domains change: rendered digits, and no cuts of their own."""
+  """Returns the overrides for two domains: rendered digits with splits of their own."""
   own = {
     'source': f'digits_domains:{target}',
     'known_classes': CLASSES['known_classes'],

@@ -3,21 +3,21 @@
   python -m lt_jax.main --config=configs/pacs.py:dann,source=photo,target=sketch,\
 init=timm/resnet50.tv_in1k --workdir=runs/pacs
 
-Data: the set of Li et al. (ICCV 2017), unpacked as pacs/DOMAIN/CLASS/*.jpg, DOMAIN
-being photo (1,670 images), art_painting (2,048), cartoon (2,344) and sketch (3,929). It
-is not in TFDS; the authors' page on domain generalization has it. data=FILE.npz and
-features=FILE.npz are as for configs/office31.py, whose protocol this is. All images of
-both domains are used, those of the target without labels, and all of them are tested
-on.
+Data: the set of Li et al. (ICCV 2017), unpacked as pacs/DOMAIN/CLASS/*.jpg, where
+DOMAIN is photo (1,670 images), art_painting (2,048), cartoon (2,344) or sketch (3,929).
+It is not in TFDS; get it from the authors' page on domain generalization. data=FILE.npz
+and features=FILE.npz work as in configs/office31.py, whose protocol is used. All images
+of both domains are used for training, those of the target without labels, and all of
+them are tested on.
 
-Published numbers of these pairs are of other protocols (the set was made for domain
-generalization, with three sources and a target that is not seen), so none stands here.
+Published numbers for these pairs use other protocols (the set was made for domain
+generalization, with three sources and an unseen target), so we quote none.
 
 Cost: 10,000 steps of 32 + 32 images; ResNet-50 needs an accelerator.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   source, target   photo and sketch by default
-  net, data, features, size, init, steps   as for configs/office31.py
+  net, data, features, size, init, steps   as in configs/office31.py
 """
 
 from lt_jax.protocols.pairs import Pairs, pair_of_photographs

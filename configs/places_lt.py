@@ -1,13 +1,13 @@
-"""Places-LT with ResNet-152: scenes, from an ImageNet network.
+"""Places-LT with ResNet-152: scenes, starting from an ImageNet network.
 
   python -m lt_jax.main --config=configs/places_lt.py:oltr \
     --config.data.source=list:LISTS --config.data.dir=IMAGES --workdir=runs/places
 
-Data: the published lists over a folder of images (Places365, 256 x 256 pixels). LISTS
+Data: the published lists and a folder of images (Places365, 256 x 256 pixels). LISTS
 (by default the folder Places_LT) holds Places_LT_train.txt, _val.txt, _test.txt and
-perhaps _open.txt, in either of their two spellings of paths (or Places_LT_v2_*.txt);
-IMAGES is either archive unpacked. 365 classes of 4,980 to 5 images, in all 62,500; 131
-are many-shot, 163 medium and 71 few.
+optionally _open.txt, with either of their two spellings of paths (or
+Places_LT_v2_*.txt); IMAGES is either archive, unpacked. 365 classes with 4,980 to 5
+images, 62,500 in all; 131 are many-shot, 163 medium and 71 few.
 
 Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
 
@@ -22,14 +22,15 @@ Published, in % (Liu et al., CVPR 2019; closed set, F as 'oltr2019'):
 
 * as in configs/imagenet_lt.py.
 
-These start from a network that was trained on ImageNet: give it by --config.init=FILE
-(`python -m lt_jax.convert` makes FILE.safetensors of a PyTorch file) or
---config.init=timm/resnet152.tv_in1k. From random weights they are out of reach, and
-protocol kang, which trains the last block of the trunk alone, refuses to begin.
+These numbers start from a network trained on ImageNet. Pass yours with
+--config.init=FILE (`python -m lt_jax.convert` turns a PyTorch file into
+FILE.safetensors) or --config.init=timm/resnet152.tv_in1k. Random weights will not get
+there, and protocol kang, which only trains the last block of the trunk, refuses to
+start from them.
 
-Cost: `oltr` makes 14,649 + 14,640 steps of 128 images; not run.
+Cost: `oltr` takes 14,649 + 14,640 steps of 128 images; not run.
 
-Argument: as in configs/imagenet_lt.py, with kang's 30 epochs of batches of 256.
+Argument: as in configs/imagenet_lt.py; kang has 30 epochs of batches of 256.
 """
 
 from lt_jax.protocols import photographs

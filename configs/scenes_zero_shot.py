@@ -1,33 +1,33 @@
-"""Street scenes with classes that no pixel is trained on: zero-shot segmentation.
+"""Street scenes where some classes have no training pixels: zero-shot segmentation.
 
-Two of the seven classes are unseen: their pixels are void in training images, and what
-is known of them is a few words, as of all classes (`street_words` in
-lt_jax/data/attributes.py: "car: red, on the ground, built, moves"). Images are those of
-configs/scenes.py; nothing is downloaded. A result has
+Two of the seven classes are unseen: their pixels are void in training images, and like
+all classes they are described in a few words (`street_words` in
+lt_jax/data/attributes.py: "car: red, on the ground, built, moves"). The images are
+those of configs/scenes.py; nothing is downloaded. A result has
 
   seen           mean IoU of the seen classes, where each pixel is one of all seven
-  unseen         the same of the unseen ones
+  unseen         the same for the unseen classes
   harmonic_mean  of the two
 
   python -m lt_jax.main --config=configs/scenes_zero_shot.py:zero_shot_pixels \
     --workdir=runs/unseen
 
-With target=real the unseen classes are private to a target without labels, as the seen
-ones are shared ("boundless" adaptation): `boundless` adapts, the others do not. The
-headline is then that of the target; `domains` in result.json has the source too.
+With target=real the unseen classes are private to a target without labels, and the seen
+ones are shared ("boundless" adaptation): `boundless` adapts, the other recipes do not.
+The headline is then the target's; `domains` in result.json has the source too.
 
-There is no published number. Five classes are few to learn from what words look like,
-and IoU of unseen classes depends on which they are: after 300 steps H was 19 % with
-road+pole, and 4 % with building+person. The default was chosen after seeing those test
-numbers, so compare methods here with each other alone.
+There is no published number. Five classes are too few to learn well what words look
+like, and the IoU of unseen classes depends on which they are: after 300 steps H was 19
+% with road+pole, and 4 % with building+person. We chose the default after seeing those
+test numbers, so only compare methods here with each other.
 
-Cost: as configs/scenes.py, two trainings, half a training more for self-training.
+Cost: as configs/scenes.py, for two trainings, plus half a training for self-training.
 
-Argument: a recipe of zero-shot segmentation (see docs/methods.md) and
-  unseen   road+pole (default): names, with + between them
+Argument: a recipe for zero-shot segmentation (see docs/methods.md) and
+  unseen   road+pole (default): names, joined by +
   target   none (default), real, or another domain of configs/scenes.py
-  train    1000 training images of every domain
-  steps    3000 of each training; all schedules scale
+  train    1000 training images per domain
+  steps    3000 for each training; all schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -57,7 +57,7 @@ def get_config(arg: str | None = None):
         'mean': (0.5,),
         'std': (0.25,),
         'flip': True,
-        'many_shot': 0,  # twice the median of the pixels of a class
+        'many_shot': 0,  # twice the median number of pixels per class
         'few_shot': 0,
       },
       'model': {'trunk': 'small_segmenter'},

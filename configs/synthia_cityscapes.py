@@ -1,20 +1,20 @@
-"""SYNTHIA to Cityscapes: rendered streets with labels, then real ones without.
+"""SYNTHIA to Cityscapes: from rendered streets with labels to real ones without.
 
   python -m lt_jax.main --config=configs/synthia_cityscapes.py:advent \
       --workdir=runs/synthia --config.init=timm/resnet101.tv_in1k
 
 Data: SYNTHIA-RAND-CITYSCAPES (`RGB`, `GT/LABELS`; 9,400 images) in the folder
 `synthia`, or anywhere with --config.data.source=synthia:DIR, and Cityscapes as for
-`gta5_cityscapes`. The label files of SYNTHIA have three channels of 16 bits, the id in
-the first: write that channel alone, of 8 bits, over them, once (such as with OpenCV:
-`imwrite(path, imread(path, -1)[..., 2].astype('uint8'))`).
+`gta5_cityscapes`. SYNTHIA's label files have three 16-bit channels, with the id in the
+first. Overwrite each file once with just that channel, in 8 bits (for example with
+OpenCV: `imwrite(path, imread(path, -1)[..., 2].astype('uint8'))`).
 
-The 16 classes are those that SYNTHIA has; classes=13 leaves out wall, fence and pole,
-in training too, where papers leave them out of the mean of a network of 16.
-`iou_by_class` of result.json has what such a mean takes.
+The 16 classes are those of SYNTHIA. classes=13 leaves out wall, fence and pole in
+training too; papers train with 16 classes and leave them out of the mean.
+`iou_by_class` of result.json has what you need for such a mean.
 
 Published mIoU in %, DeepLab-v2 on ResNet-101, over 16 classes and over 13 of them; the
-best of many checkpoints on the images that are tested on, as for `gta5_cityscapes`:
+best of many checkpoints on the test images, as for `gta5_cityscapes`:
 
   recipe        16      13              ours
   source_only           41.5 (TLLib)    not run
@@ -26,17 +26,17 @@ best of many checkpoints on the images that are tested on, as for `gta5_cityscap
 
 With net=vgg16: minent_cp 30.4† / 35.4†, advent_cp 31.4† / 36.6†.
 
-† quoted from memory, unverified. Sources as for `gta5_cityscapes`. Its setting, too,
-but for images of the source at 1280 x 760 and a decay for 90,000 steps, all of which
-are made here.
+† quoted from memory, unverified. Sources as for `gta5_cityscapes`. So is the setting,
+except that source images have 1280 x 760 pixels, and that all 90,000 steps of the decay
+are run.
 
-Cost: 90,000 steps of 1 + 1 images: not run, of the order of a day
-and a half on one GPU.
+Cost: 90,000 steps of 1 + 1 images: not run, on the order of a day and a half on one
+GPU.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
+Argument: a recipe for domain adaptation (see docs/methods.md) and
   net      resnet101 (default), resnet50, vgg16, vgg16_bn, lite0, or small for CPUs
   classes  16 (default) or 13
-  steps    90000; all schedules scale
+  steps    90000; all schedules scale with it
 """
 
 from lt_jax.config import parse_arg
@@ -44,7 +44,7 @@ from lt_jax.errors import lookup
 from lt_jax.protocols.driving import adaptation
 
 KINDS = {16: ('synthia', 'cityscapes16'), 13: ('synthia13', 'cityscapes13')}
-"""Number of classes -> the layouts that have them."""
+"""Number of classes -> the layouts of source and target with that many."""
 
 
 def get_config(arg: str | None = None):

@@ -3,34 +3,35 @@ r"""Specialised pre-training in one run: your source, then your target.
   python -m lt_jax.main --workdir=runs/birds \
     --config=configs/transfer.py:frozen,source=folder:animals,target=folder:birds
 
-The stage `source` trains on the source from random weights (or --config.init=WEIGHTS),
-the recipe then fine-tunes on the target. Several sources, with + between them, are one:
-their union, in which classes stay apart unless the sources have the same classes;
---config.stages.source.domain=source1 takes the first alone, source2 the second. So the
-ablation of sources is one sweep and one table, on all classes, on either source, and on
-the classes that `lt_jax.similarity` kept:
+The stage `source` trains on the source from random weights (or --config.init=WEIGHTS);
+the recipe then fine-tunes on the target. Several sources, joined by +, are merged into
+their union, in which classes stay separate unless the sources have the same classes.
+--config.stages.source.domain=source1 uses only the first, source2 the second. So one
+sweep runs the ablation over sources and makes one table: all classes, each source
+alone, and the classes that `lt_jax.similarity` kept:
 
   python -m lt_jax.sweep --methods=ce --workdir=runs/sources \
     --config=configs/transfer.py:source=A+B,target=T,kept=A,keep=keep_classes.txt \
     --grid=stages.source.domain=source,source1,source2,kept
 
-Test images that are not there are cut from the training images, as in my_images.py.
-Without source and target photographs are generated, to see that everything runs.
+If there are no test images, they are split off the training images, as in my_images.py.
+Without source and target photographs are generated, so you can check that everything
+runs.
 
-There is no published number of these very runs; those of the paper (Cui et al., CVPR
-2018, arXiv 1806.06193) stand in docs/tools.md beside `lt_jax.similarity`.
+There is no published number for these exact runs; those of the paper (Cui et al., CVPR
+2018, arXiv 1806.06193) are in docs/tools.md, under `lt_jax.similarity`.
 
-Cost: as of configs/my_images.py, once for each stage.
+Cost: that of configs/my_images.py, once for each stage.
 
 Argument: a recipe (see docs/methods.md; `ce` fine-tunes everything) and
-  source         a source such as folder:DIR, tfds:NAME or npz:FILE; several with +
+  source         a source such as folder:DIR, tfds:NAME or npz:FILE; several joined by +
   target         likewise
   kept, keep     a source of which only some classes are used, and the file that lists
-                 them: the domain `kept`
+                 them; this is the domain `kept`
   net            resnet18, or any trunk of configs/my_images.py
-  size           128, side of the images that the network sees; 0 for images of one size
+  size           128, side of the images that the network sees; 0 if all have one size
   source_epochs  60
-  epochs         30, on the target; schedules scale
+  epochs         30, on the target; schedules scale with it
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -105,7 +106,7 @@ def get_config(arg: str | None = None):
 
 
 def domain(spec: str):
-  """Returns the data of a source by its specification."""
+  """Returns the data overrides for a source, such as 'folder:DIR'."""
   if spec == 'fake':
     fake = base_config().data.fake.to_dict()
     return {'source': 'fake', 'fake': {**fake, 'image_size': 0}}

@@ -1,16 +1,18 @@
-"""USPS to MNIST: the smaller of two sets of handwritten digits teaches the larger.
+"""USPS to MNIST: from a small set of handwritten digits to a large one.
 
   python -m lt_jax.main --config=configs/usps_mnist.py:dann --workdir=runs/usps_mnist
 
 Data: USPS, which is not in TFDS, as a .npz of x_train (7291, 16, 16), y_train, x_test
-(2007, 16, 16) and y_test in the folder where the command runs, or anywhere with
---config.data.source=npz:PATH, and the TFDS set `mnist` (`python -m lt_jax.prepare
-mnist` once). All images are brought to 28x28x3, and all training images are used: many
-papers take 1,800 of USPS and 2,000 of MNIST instead, or draw USPS anew.
+(2007, 16, 16) and y_test in the working directory, or anywhere with
+--config.data.source=npz:PATH, and the TFDS set `mnist` (run `python -m lt_jax.prepare
+mnist` once). All images are converted to 28x28x3, and all training images are used.
+Many papers use 1,800 images of USPS and 2,000 of MNIST instead, or split USPS
+differently.
 
-Published accuracy on the target's test images, USPS to MNIST, by such another protocol
-and network, so that neither is to be reached here (source: Tzeng et al., Adversarial
-Discriminative Domain Adaptation, CVPR 2017, arXiv 1702.05464, table 2):
+Published accuracy on the target's test images, USPS to MNIST. The protocol and network
+differ in this way, so don't expect to reproduce these numbers here (source: Tzeng et
+al., Adversarial Discriminative Domain Adaptation, CVPR 2017, arXiv 1702.05464, table
+2):
 
   recipe         ADDA paper
   source_only         .571†
@@ -18,12 +20,12 @@ Discriminative Domain Adaptation, CVPR 2017, arXiv 1702.05464, table 2):
 
 † quoted from memory, unverified.
 
-Cost: 5,000 steps of 64 + 64 images; some 4 minutes on two CPU cores.
+Cost: 5,000 steps of 64 + 64 images; about 4 minutes on two CPU cores.
 
-Argument: a recipe of domain adaptation (see docs/methods.md) and
-  steps   5000; all schedules scale
+Argument: a recipe for domain adaptation (see docs/methods.md) and
+  steps   5000; all schedules scale with it
   net     mnist_dann, or lenet
-  imbalance   of the source: 1, or such as 100 for a long-tailed exponential profile
+  imbalance   of the source: 1, or e.g. 100 for a long-tailed exponential profile
   target_imbalance  of the target's training images, likewise; its labels are used to
               make the data set, as in every such benchmark, and not to train
   target_profile    exponential (default), or reversed: the source's rarest class is

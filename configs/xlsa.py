@@ -1,11 +1,12 @@
-"""The benchmark of Xian et al.: features of a ResNet-101, attributes, proposed splits.
+"""The benchmark of Xian et al.: ResNet-101 features, attributes, proposed splits.
 
   python -m lt_jax.main --config=configs/xlsa.py:eszsl,data=cub --workdir=runs/cub \
     --config.data.source=xlsa:xlsa17/data/CUB
 
-The folder holds res101.mat and att_splits.mat; both digests are printed, as there are
-two versions of the splits. In the proposed split no unseen class is in ImageNet-1k,
-which the features have seen: data.pretrain_classes=FILE checks that of other features.
+The folder holds res101.mat and att_splits.mat. The digests of both are printed, because
+there are two versions of the splits. In the proposed split no unseen class is in
+ImageNet-1k, on which the features were trained; data.pretrain_classes=FILE checks this
+for other features.
 
 Per-class accuracy in %, zero-shot T; then generalised U / S / H, not calibrated:
 
@@ -18,19 +19,19 @@ Per-class accuracy in %, zero-shot T; then generalised U / S / H, not calibrated
   iap      19.4†   24.0†   35.9†   35.9†   36.6†    0.2  72.8  0.4†   0.9 87.6  1.8†
   conse    38.8†   34.3†   45.6†   44.5†   26.9†    1.6  72.2  3.1†   0.5 90.6  1.0†
 
-Published by Xian et al., TPAMI 2018 (arXiv 1707.00600), as public code repeats them;
-† quoted from memory, unverified. Public code has 54.8 for eszsl on AwA2. Ours: not run,
-as the features must be downloaded; the command is above.
+Published by Xian et al., TPAMI 2018 (arXiv 1707.00600), as repeated in public code; †
+quoted from memory, unverified. Public code has 54.8 for eszsl on AwA2. Ours: not run,
+because the features must be downloaded; the command is above.
 
 Cost: closed forms take seconds on two CPU cores, the kernel form minutes and 8 bytes
-times the square of the training images, methods with gradients minutes.
+times the square of the number of training images, methods with gradients minutes.
 
-Argument: a recipe of zero-shot learning (see docs/methods.md) and
+Argument: a recipe for zero-shot learning (see docs/methods.md) and
   data     awa2 (default), awa1, cub, sun or apy
-  epochs   10, of methods with gradients; schedules scale with it
+  epochs   10, for methods with gradients; schedules scale with it
 
-A standard split, by classes alone, is data.train_split='all', data.test_split='all' and
-data.unseen=('@testclasses.txt',).
+For a standard split, by classes only, set data.train_split='all', data.test_split='all'
+and data.unseen=('@testclasses.txt',).
 """
 
 from lt_jax.config import apply, base_config, parse_arg
@@ -39,7 +40,7 @@ from lt_jax.protocols import train_by
 from lt_jax.protocols.features import training
 
 VALIDATION = {'awa1': 13, 'awa2': 13, 'cub': 50, 'sun': 65, 'apy': 5}
-"""Seen classes that play unseen ones, as many as the authors have."""
+"""Number of seen classes that play unseen ones for validation, as in the paper."""
 
 
 def get_config(arg: str | None = None):

@@ -3,10 +3,10 @@
 #
 #   launch/local.sh --config=configs/digits_lt.py:ldam_drw --workdir=runs/ldam_drw
 #
-# --dry_run prints the command only.
+# --dry_run only prints the command.
 set -euo pipefail
 
-PYTHON=${PYTHON:-.venv/bin/python}  # that of `make`
+PYTHON=${PYTHON:-.venv/bin/python}  # created by `make`
 # export TFDS_DATA_DIR=/data/tensorflow_datasets
 
 cd "$(dirname "$0")/.."

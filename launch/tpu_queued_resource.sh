@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU: asks for it, waits, sets up and runs on every host, and deletes
-# it. After a preemption it deletes what is left and asks again; the run goes on from
-# its checkpoint in the bucket. What is committed is what runs. From a machine that
-# stays on:
+# Trains on a Cloud TPU: requests it, waits, sets up and runs on every host, and deletes
+# it. After a preemption it deletes what is left and requests a new one; the run resumes
+# from its checkpoint in the bucket. It runs the last commit. Run this from a machine
+# that stays on:
 #
 #   NAME=ldam-drw ZONE=us-west4-a BUCKET=gs://MINE launch/tpu_queued_resource.sh \
 #     --config=configs/inat18.py:ldam_drw
 #
-# --dry_run prints the commands only.
+# --dry_run only prints the commands.
 set -euo pipefail
 
-NAME=${NAME:?of the TPU and the run, such as ldam-drw}
-ZONE=${ZONE:?of the TPU, such as us-west4-a}
+NAME=${NAME:?name of the TPU and the run, such as ldam-drw}
+ZONE=${ZONE:?zone of the TPU, such as us-west4-a}
 BUCKET=${BUCKET:?gs://..., in the same region}
 WORKDIR=${WORKDIR:-$BUCKET/runs/$NAME}
 TFDS_DATA_DIR=${TFDS_DATA_DIR:-$BUCKET/tensorflow_datasets}
 ACCELERATOR_TYPE=${ACCELERATOR_TYPE:-v5litepod-32}
-RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}  # goes with the type
-SPOT=${SPOT-1}                      # empty: never preempted, at the full price
-KEEP=${KEEP-}                       # 1: the TPU, and its bill, stay when this ends
-MAX_ATTEMPTS=${MAX_ATTEMPTS:-10}    # at asking for one TPU, or at training on it
+RUNTIME_VERSION=${RUNTIME_VERSION:-v2-alpha-tpuv5-lite}  # depends on the type
+SPOT=${SPOT-1}                      # empty: never preempted, at full price
+KEEP=${KEEP-}                       # 1: keep the TPU, and its bill, when this ends
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-10}    # to get one TPU, or to train on it
 POLL_SECONDS=${POLL_SECONDS:-60}
 
 cd "$(dirname "$0")/.."
@@ -39,7 +39,7 @@ delete() {
   run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
 }
 
-# Prints the state of the queued resource; of an ACTIVE one, that of its TPU.
+# Prints the state of the queued resource or, if that is ACTIVE, of its TPU.
 state() {
   local queued tpu
   queued=$(gcloud compute tpus queued-resources list --zone="$ZONE" \
@@ -62,7 +62,7 @@ setup() {
     on_all_hosts 'tar -xzf lt_jax.tar.gz && lt_jax/launch/tpu_setup.sh'
 }
 
-# The lock makes this wait for a run that was left behind when a connection broke.
+# The lock waits for a run that a broken connection left behind.
 train() {
   on_all_hosts "cd lt_jax && $(quoted env TFDS_DATA_DIR="$TFDS_DATA_DIR" \
     flock --close /tmp/lt_jax.lock .venv/bin/python -m lt_jax.main \
@@ -76,15 +76,15 @@ attempt() {
 run git archive --prefix=lt_jax/ --output="$code_file" HEAD
 if [[ $DRY_RUN ]]; then
   create
-  echo '# once it is ready, and again after a failure that is no mistake:'
+  echo '# once it is ready, and again after a temporary failure:'
   setup
   train
-  echo '# in the end; and after a preemption, before it is created again:'
+  echo '# at the end; also after a preemption, before it is created again:'
   delete
   exit
 fi
 
-found=$(state)  # a wrong login, project or zone ends here, before there is one to delete
+found=$(state)  # fails on a wrong login, project or zone, before there is a TPU to delete
 [[ $KEEP ]] || trap 'delete || true' EXIT
 [[ $found ]] || create
 attempts=0

@@ -13,7 +13,7 @@ import numpy as np
 from lt_jax import footprint
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.streams import batch_sizes
-from lt_jax.config import SOURCE, TARGET, stage_config
+from lt_jax.config import SOURCE, TARGET, stage_config, unused
 from lt_jax.data.attributes import names_of_words, words_of
 from lt_jax.errors import UserError
 from lt_jax.surgeries import shallow
@@ -54,10 +54,7 @@ def _unused_domains(experiment: Experiment) -> Iterator[str]:
   """Warns of domains that nothing is done with."""
   for name in experiment.config['domains']:
     if name not in experiment.domains:
-      yield (
-        f'domain {name!r} has no role and is not used: name it in sources, target or '
-        'open_domains, or as the domain of a stage'
-      )
+      yield unused(name)
 
 
 def _same_names(experiment: Experiment) -> Iterator[str]:

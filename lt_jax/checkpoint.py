@@ -1,7 +1,7 @@
 """Verified checkpoints: the only file that imports Orbax.
 
-Orbax makes a checkpoint appear atomically. It does not notice later damage, and does
-not fall back to an older checkpoint. So, beside it:
+Orbax writes checkpoints atomically, but it does not notice later damage, and it does
+not fall back to an older checkpoint. So there is more than a checkpoint per step:
 
   <directory>/<step>/                  written by Orbax, kept in the ladder
   <directory>/manifests/<step>.json    size and SHA-256 of every file, written last
@@ -9,8 +9,8 @@ not fall back to an older checkpoint. So, beside it:
   <directory>/manifests/best.json      its manifest, with the value it was chosen by
   <directory>/quarantine/              what failed a check: moved aside, never deleted
 
-A checkpoint without its manifest was interrupted between the two, and is not trusted
-while a verified one exists.
+If a checkpoint has no manifest, its save was interrupted. It is not trusted while a
+verified one exists.
 
 Arrays are stored under their paths in the state. `lt_jax.renamed` lists the paths that
 have changed, so that older checkpoints can be read.
@@ -47,15 +47,15 @@ MANIFEST = {
   'rows': ({str: int}, None),
   **dict.fromkeys(('begun_from', 'config', 'data'), ({}, None)),
 }
-"""What is relied on in a manifest, see `files.fits`; later keys may be missing."""
+"""What readers rely on in a manifest, see `files.fits`; newer keys may be missing."""
 
 
 class SaveError(RuntimeError):
-  """A checkpoint could not be written (a full disk, say); older ones are intact."""
+  """A checkpoint could not be written, as on a full disk; older ones are intact."""
 
 
 class Restored(NamedTuple):
-  """A state that came back.
+  """A restored state.
 
   Attributes:
     state: the state.
@@ -74,7 +74,7 @@ class Checkpoints:
   """The ladder of checkpoints of one stage.
 
   Saving is asynchronous: the state is copied to the host, then written, hashed and
-  given its manifest in the background. An error there is raised by the next call.
+  given its manifest in the background. The next call raises an error that occurs there.
   """
 
   def __init__(
@@ -103,7 +103,7 @@ class Checkpoints:
     self.last_saved: int | None = None
 
   def save(self, step: int, state: PyTree, **facts: Any) -> None:
-    """Begins to save a state; surfaces the error of the save before it first.
+    """Starts to save a state; first raises the error of the save before, if any.
 
     Raises:
       SaveError: this save, or the one before it, failed.
@@ -112,7 +112,7 @@ class Checkpoints:
     self.last_saved = step
 
   def save_best(self, step: int, state: PyTree, **facts: Any) -> None:
-    """Begins to save the selected state, replacing the one before.
+    """Starts to save the selected state, replacing the one before.
 
     Raises:
       SaveError: this save, or the one before it, failed.
@@ -133,7 +133,7 @@ class Checkpoints:
         raise SaveError(_one_line(error)) from error
 
   def close(self) -> None:
-    """Waits for the background work and lets its threads go.
+    """Waits for the background work and ends its threads.
 
     Raises:
       SaveError: the last save failed.
@@ -149,7 +149,7 @@ class Checkpoints:
       raise SaveError(str(failure)) from failure
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a finished checkpoint, oldest first."""
+    """Returns the steps with a finished checkpoint, oldest first."""
     if not self._directory.exists():
       return []
     return sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
@@ -157,20 +157,20 @@ class Checkpoints:
   def restore(self, target: PyTree, *, quarantine: bool = True) -> Restored | None:
     """Restores the newest checkpoint that passes every check.
 
-    Newest to oldest: manifest, sizes, digests, structure, finite values. What fails is
-    moved aside and logged, so that a later save of the same step is not refused. A
-    checkpoint that merely lacks its manifest is used, and given one, if no verified
-    one is left.
+    From the newest to the oldest, checks manifest, sizes, digests, structure, and that
+    values are finite. A checkpoint that fails is moved aside and logged, so that its
+    step can be saved again. One that merely lacks a manifest is used, and given one, if
+    no verified checkpoint is left.
 
     Args:
       target: a tree of `jax.ShapeDtypeStruct` with shardings.
-      quarantine: False leaves the folder as it is, for readers beside the run.
+      quarantine: False leaves the folder as it is, for readers other than the run.
 
     Returns:
       What was restored, or None if there is no checkpoint at all.
 
     Raises:
-      UserError: there are checkpoints and none is usable.
+      UserError: there are checkpoints, but none is usable.
     """
     manifests = dict(agreed([[s, self._manifest(str(s))] for s in self.steps()]))
     trusted_first = sorted(
@@ -193,10 +193,10 @@ class Checkpoints:
     stray = [p.name for p in folder.glob('[0-9]*.json')] if folder.exists() else []
     if not rejected and not agreed(stray):
       return None
-    told = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
+    reasons = '; '.join(f'{step}: {reason}' for step, reason in rejected.items())
     raise UserError(
       f'no usable checkpoint in {self._directory} '
-      f'({told or "only manifests are left"}); {self.begin_again()}'
+      f'({reasons or "only manifests are left"}); {self.how_to_retrain()}'
     )
 
   def restore_best(self, target: PyTree) -> Restored | None:
@@ -213,22 +213,21 @@ class Checkpoints:
     if any_process(reason is not None):
       raise UserError(
         f'the selected checkpoint {directory} is damaged: {reason}; '
-        f'{self.begin_again()}'
+        f'{self.how_to_retrain()}'
       )
     state = self._read(directory, target)
     return Restored(state, manifest['step'], manifest, True)
 
   def arrays(self, prefixes: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns arrays of the State that counts, by their paths, without its structure.
+    """Returns arrays of the selected State, or else of the newest intact one.
 
-    That is the selected State, where one was selected, or else the newest one that is
-    whole.
+    They are returned by their paths, without the structure of the State.
 
     Args:
-      prefixes: of the paths that are wanted, such as 'params.net.'.
+      prefixes: what the paths to return start with, such as 'params.net.'.
 
     Raises:
-      UserError: there is no State that is whole.
+      UserError: no State is intact.
     """
     best, places = self._manifest('best'), []
     if best:
@@ -249,13 +248,13 @@ class Checkpoints:
           for name, leaf in leaves.items()
           if name.startswith(tuple(prefixes))
         }
-    raise UserError(f'{self._directory} holds no checkpoint that is whole')
+    raise UserError(f'{self._directory} holds no intact checkpoint')
 
   def amend(self, step: int, **facts: Any) -> None:
-    """Has the manifests of a step and of the selected state tell other facts.
+    """Changes facts in the manifests of a step and of the selected state.
 
-    For a run that goes on from them with another config, on request, or is older than
-    these facts.
+    For runs that resume with another config, on request, and for runs of versions that
+    did not record these facts.
     """
     for name in (str(step), 'best'):
       manifest = self._manifest(name)
@@ -272,18 +271,18 @@ class Checkpoints:
     manifest = self._manifest('best')
     if manifest == {}:
       path = self._directory / 'manifests' / 'best.json'
-      raise UserError(f'{path} is damaged; {self.begin_again()}')
+      raise UserError(f'{path} is damaged; {self.how_to_retrain()}')
     return manifest
 
-  def begin_again(self) -> str:
-    """Says how to train a stage again whose checkpoints are lost."""
+  def how_to_retrain(self) -> str:
+    """Says how to retrain a stage whose checkpoints are lost."""
     return (
-      f'delete {self._directory.parent}, and the training command trains this stage '
-      'again from its beginning'
+      f'delete {self._directory.parent} and run the training command again to retrain '
+      'this stage'
     )
 
   def _start(self, name, step, state, facts, prune) -> None:
-    """Copies a state to the host and leaves the rest to the background thread."""
+    """Copies a state to the host; the background thread does the rest."""
     self.wait()
     _hush_closed_loops()
     directory = self._directory / name / (str(step) if name == 'best' else '')
@@ -301,7 +300,7 @@ class Checkpoints:
     )
 
   def _finish(self, name, directory, manifest, prune) -> None:
-    """Waits for Orbax, then writes the manifest: from here on the save counts."""
+    """Waits for Orbax, then writes the manifest, which makes the save valid."""
     self._checkpointer.wait_until_finished()
     if jax.process_index() == 0:
       self._write_manifest(name, directory, manifest)
@@ -313,7 +312,7 @@ class Checkpoints:
     files.write_json(self._directory / 'manifests' / f'{name}.json', manifest)
 
   def _manifest(self, name: str) -> dict[str, Any] | None:
-    """Returns a manifest, None if there is none; a torn one vouches for nothing."""
+    """Returns a manifest; None if there is none, {} if it is damaged."""
     path = self._directory / 'manifests' / f'{name}.json'
     if not path.exists():
       return None
@@ -328,12 +327,12 @@ class Checkpoints:
   ) -> tuple[PyTree | None, str]:
     """Returns (state, '') or (None, why this checkpoint cannot be used)."""
     directory = self._directory / str(step)
-    # Read and hashed by one process; what follows is done by all together.
+    # One process reads and hashes; all of them do what follows, together.
     damage = None
     if manifest is not None and jax.process_index() == 0:
       damage = _damage(directory, manifest)
     if any_process(damage is not None):
-      return None, damage or 'process 0 finds it damaged'
+      return None, damage or 'process 0 found it damaged'
     try:
       state = self._read(directory, target)
     except UserError:
@@ -341,17 +340,17 @@ class Checkpoints:
     except Exception as error:
       if manifest is None:
         return None, f'not readable: {_one_line(error)}'
-      if isinstance(error, OSError):  # of a disk or a network: not of what was written
+      if isinstance(error, OSError):  # the disk or network failed, not the checkpoint
         raise
-      # Files that are as they were written and yet do not load are of another
-      # version: older ones are no better, and none is damaged.
+      # Intact files that do not load were written by another version: older checkpoints
+      # would not load either, and none is damaged.
       raise UserError(
-        f'checkpoint {directory} is whole, but not readable: {_one_line(error)}'
+        f'checkpoint {directory} is intact, but not readable: {_one_line(error)}'
       ) from error
     return (state, '') if all_finite(state) else (None, 'it holds non-finite values')
 
   def _prune(self) -> None:
-    """Deletes what is older than the newest `keep` verified checkpoints."""
+    """Deletes checkpoints that are older than the newest `keep` verified ones."""
     steps = self.steps()
     verified = [s for s in steps if self._manifest(str(s)) is not None]
     for step in steps:
@@ -365,7 +364,7 @@ class Checkpoints:
         path.rmtree()
 
   def _set_aside(self, reasons: Mapping[int, str], quarantine: bool) -> None:
-    """Moves checkpoints that failed into quarantine, and says why."""
+    """Moves checkpoints that failed a check into quarantine, and logs why."""
     for step, reason in reasons.items():
       self._log('checkpoint_rejected', step=step, reason=reason)
       if quarantine and jax.process_index() == 0:
@@ -380,8 +379,8 @@ class Checkpoints:
     """Reads a checkpoint into the structure and shardings of `target`.
 
     Raises:
-      UserError: it is of another structure.
-      OSError: reading failed, which may pass.
+      UserError: the checkpoint has another structure.
+      OSError: reading failed for a reason that may pass.
     """
     files.seen(directory)
     stored = self._checkpointer.metadata(directory).item_metadata.tree
@@ -398,17 +397,17 @@ class Checkpoints:
       name = differing[0]
       here = wanted[name].shape if name in wanted else 'absent'
       raise UserError(
-        f'checkpoint {directory} is of another network or method: {name} is '
+        f'checkpoint {directory} belongs to another network or method: {name} is '
         f'{shapes.get(name, "absent")} there and {here} here '
         f'({len(differing)} leaves differ)'
       )
     try:
       leaves = self._checkpointer.restore(directory, wanted)
-    except ValueError as error:  # of TensorStore, which has no other
+    except ValueError as error:  # the only type that TensorStore raises
       if 'Error reading' not in str(error):
         raise
       raise OSError(f'{directory} could not be read: {_one_line(error)}') from error
-    # Paths that have changed may share an array, but no two leaves share a buffer.
+    # Several renamed paths may share an array, but no two leaves may share a buffer.
     found = {
       path: leaves[name] if path == name else jnp.copy(leaves[name])
       for path, name in names.items()
@@ -417,13 +416,13 @@ class Checkpoints:
 
 
 def _stored_name(path: str, stored: Container[str]) -> str:
-  """Returns the name of an array in a checkpoint, perhaps that of an older version."""
+  """Returns the name of an array in a checkpoint: its path today, or an older one."""
   before = old_path(path)
   return before if path not in stored and before in stored else path
 
 
 def _to_leaves(tree: PyTree) -> dict[str, Any]:
-  """Returns {path: array}, random keys as their raw data: no classes on disk."""
+  """Returns {path: array}, with random keys as raw data: no classes on disk."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): _raw(leaf)
@@ -487,10 +486,10 @@ def _damage(directory: epath.Path, manifest: Mapping[str, Any]) -> str | None:
 
 @functools.cache
 def _hush_closed_loops() -> None:
-  """Keeps a failed save from printing tracebacks; its error is told by itself.
+  """Keeps a failed save from printing tracebacks; its error is raised anyway.
 
-  Orbax closes the event loop of a save that fails, while TensorStore still reports to
-  it what has become of each array; Python prints a traceback for every report.
+  If a save fails, Orbax closes its event loop while TensorStore still reports to it on
+  every array, and Python prints a traceback for each report.
   """
   before = sys.unraisablehook
 
@@ -519,11 +518,11 @@ def all_finite(state: PyTree) -> bool:
 def digest(state: PyTree, *, old_paths: bool = False) -> str:
   """Returns the SHA-256 of every leaf of a state, with paths, shapes and types.
 
-  Two runs that agree in it are the same run, bit for bit.
+  Two runs with the same digest are the same run, bit for bit.
 
   Args:
     state: the state.
-    old_paths: gives the digest that the state had before its paths were renamed.
+    old_paths: return the digest that the state had before its paths were renamed.
   """
   leaves = _to_leaves(state)
   if old_paths:

@@ -33,11 +33,11 @@ flags.disclaim_key_flags()  # so that --help of a command shows those defined he
 Flag = flags.Flag | flags.FlagHolder
 
 GRACE = 3.0
-"""Seconds that process 0 of several leaves the others to find the same mistake."""
+"""Seconds that process 0 of several gives the others to find the same mistake."""
 
 
 def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
-  """Returns a flag that several commands have; one of all that a process imports."""
+  """Returns a flag that several commands share; a process defines it only once."""
   if name not in flags.FLAGS:
     return define(name, *options)
   flags.declare_key_flag(name)
@@ -45,7 +45,7 @@ def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
 
 
 class _PathParser(flags.ArgumentParser):
-  """Expands ~, which a shell leaves alone behind a =."""
+  """Expands ~, which a shell does not expand after an equals sign."""
 
   def parse(self, argument: str) -> str:
     return os.path.expanduser(argument)
@@ -54,32 +54,31 @@ class _PathParser(flags.ArgumentParser):
     return 'path'
 
 
-def path_flag(name: str, told: str) -> Flag:
+def path_flag(name: str, help: str) -> Flag:
   """Returns a flag that takes a path."""
 
   def define(name: str) -> Flag:
-    return flags.DEFINE(_PathParser(), name, None, told)
+    return flags.DEFINE(_PathParser(), name, None, help)
 
   return _shared(name, define)
 
 
 def workdir_flag() -> Flag:
   """Returns the flag --workdir."""
-  told = 'The folder of the run, or runs, such as runs/digits.'
-  return path_flag('workdir', told)
+  return path_flag('workdir', 'The folder of the run or runs, such as runs/digits.')
 
 
 def config_flag() -> Flag:
   """Returns the flag --config."""
-  told = 'FILE.py:ARGUMENT, or the NAME of a config that comes with lt_jax, such as '
-  told += 'digits_lt:ldam_drw,epochs=40; --config.KEY=VALUE sets a key.'
-  return _shared('config', config_file.define, None, told)
+  help = 'FILE.py:ARGUMENT, or the NAME of a config that comes with lt_jax, such as '
+  help += 'digits_lt:ldam_drw,epochs=40; --config.KEY=VALUE sets a key.'
+  return _shared('config', config_file.define, None, help)
 
 
 def data_dir_flag() -> Flag:
   """Returns the flag --data_dir."""
-  told = 'Where the data are, if they have moved; see docs/tools.md.'
-  return path_flag('data_dir', told)
+  help = 'Where the data are, if they have moved; see docs/tools.md.'
+  return path_flag('data_dir', help)
 
 
 def out_flag() -> Flag:
@@ -89,30 +88,29 @@ def out_flag() -> Flag:
 
 def init_flag() -> Flag:
   """Returns the flag --init."""
-  told = 'The network that computes features: a run folder, or published weights.'
-  return _shared('init', flags.DEFINE_string, '', told)
+  help = 'The network that computes features: a run folder, or published weights.'
+  return _shared('init', flags.DEFINE_string, '', help)
 
 
-def list_flag(name: str, told: str) -> Flag:
-  """Returns a flag that takes several values, with commas between them."""
-  return _shared(name, flags.DEFINE_list, [], told)
+def list_flag(name: str, help: str) -> Flag:
+  """Returns a flag that takes several values, separated by commas."""
+  return _shared(name, flags.DEFINE_list, [], help)
 
 
 def tracker_flag() -> Flag:
   """Returns the flag --tracker."""
-  told = 'Also logs to wandb or trackio.'
-  return _shared('tracker', flags.DEFINE_string, '', told)
+  return _shared('tracker', flags.DEFINE_string, '', 'Also logs to wandb or trackio.')
 
 
 def which_flag() -> Flag:
   """Returns the flag --which."""
-  told = 'The last State, or the one selected on val. By default the one in the '
-  told += 'result; evaluate uses the last.'
-  return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], told)
+  help = 'The last State, or the one selected on val. By default the one in the '
+  help += 'result; evaluate uses the last.'
+  return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], help)
 
 
 def cause(error: flags.Error) -> Exception:
-  """Returns the message that an error of a flag wraps, where it is clear without."""
+  """Returns the `UserError` that a flag's error wraps, or the error itself."""
   inner = error.__context__
   return inner if isinstance(inner, UserError) else error
 
@@ -123,15 +121,15 @@ def launch(
   """Parses the flags, runs a command and exits with its code.
 
   Args:
-    command: takes the arguments, reads its flags and raises what goes wrong.
+    command: takes the positional arguments and reads its flags.
     *required: names of the flags that must be given.
-    arguments: how many arguments that are no flags it takes; None: any number.
+    arguments: how many positional arguments it takes; None: any number.
   """
 
   def parse(given: Sequence[str]) -> list[str]:
     try:
       rest = flags.FLAGS(list(given))
-    except SystemExit:  # of --help, which absl calls a failure
+    except SystemExit:  # from --help, which absl treats as a failure
       sys.exit(0)
     except flags.Error as error:
       fail(cause(error), WRONG_INPUT)
@@ -143,8 +141,8 @@ def launch(
     if arguments is not None and len(rest) - 1 != arguments:
       many = 'one argument is' if arguments == 1 else f'{arguments} arguments are'
       fail(f'{many} expected, got {rest[1:]}', WRONG_INPUT)
-    logging.set_verbosity(logging.FATAL)  # what Orbax logs, it raises too
-    sys.stdout.reconfigure(errors='backslashreplace')  # of paths that are no UTF-8
+    logging.set_verbosity(logging.FATAL)  # Orbax also raises what it logs
+    sys.stdout.reconfigure(errors='backslashreplace')  # for paths that are not UTF-8
     return rest
 
   app.run(lambda rest: exit_code(lambda: command(*rest[1:])), flags_parser=parse)
@@ -152,11 +150,11 @@ def launch(
 
 
 def exit_code(command: Callable[[], None]) -> int:
-  """Runs a command; returns its exit code, after saying what went wrong."""
+  """Runs a command and returns 0; if it fails, says why and exits with its code."""
   try:
     command()
   except KeyboardInterrupt:
-    fail('interrupted; what was saved is whole', INTERRUPTED)
+    fail('interrupted; saved files are intact', INTERRUPTED)
   except Exception as error:
     known = explained(error)
     if known is None:
@@ -166,7 +164,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def explained(error: Exception) -> tuple[str, int] | None:
-  """Returns a line for a person and the exit code of an error; None of a bug."""
+  """Returns the message and exit code for an error; None if it is a bug of ours."""
   if isinstance(error, UserError):
     return str(error), WRONG_INPUT
 
@@ -174,48 +172,48 @@ def explained(error: Exception) -> tuple[str, int] | None:
   from lt_jax.train import Diverged, Preempted
 
   if isinstance(error, Preempted):
-    return 'stopped as asked, and saved: the same command goes on', PREEMPTED
+    return 'stopped on request and saved: run the same command to resume', PREEMPTED
   if isinstance(error, Diverged):
-    told = 'nothing of it was saved, and the same command would diverge again: change '
-    told += 'the config, in another workdir or with --allow_config_change'
-    return f'diverged: {error}; {told}', DIVERGED
+    advice = 'that State was not saved, and the same command would diverge again: '
+    advice += 'change the config, in another workdir or with --allow_config_change'
+    return f'diverged: {error}; {advice}', DIVERGED
   if isinstance(error, SaveError):
     return f'a checkpoint could not be written: {error}', TRY_AGAIN
   if isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
-    return f'{error}: a folder and a file have changed places; remove it', WRONG_INPUT
+    return f'{error}: a file is where a folder should be, or vice versa', WRONG_INPUT
   if isinstance(error, OSError):
-    return f'{error}; what was saved is whole', TRY_AGAIN
+    return f'{error}; saved files are intact', TRY_AGAIN
   return None
 
 
 def fail(error: BaseException | str, code: int) -> NoReturn:
   """Ends the process with one line and an exit code."""
   if code == INTERRUPTED:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is in a hurry sends two
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # impatient users press Ctrl-C twice
   try:
     print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
   except OSError:  # the terminal is closed
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   if _one_of_several():
-    # Not through JAX's farewell, which waits minutes for peers that wait for us. The
-    # others end with process 0, which connects them, unless it leaves them some time.
+    # Skips JAX's shutdown, which would wait minutes for peers that are waiting for us.
+    # Process 0 connects the others, which die with it, so it gives them some time.
     sys.stdout.flush()
     if sys.modules['jax'].process_index() == 0:
       time.sleep(GRACE)
     os._exit(code)
-  if code == INTERRUPTED or _reads_still():  # not in wait of what was under way
+  if code == INTERRUPTED or _read_is_stuck():  # does not wait for unfinished work
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
 
 
-def _reads_still() -> bool:
-  """Returns whether a read that hangs would keep this process from its end."""
+def _read_is_stuck() -> bool:
+  """Returns whether a read that hangs would keep this process from exiting."""
   reading = sys.modules.get('lt_jax.data.reading')
   return bool(reading) and reading.is_stuck()
 
 
 def _one_of_several() -> bool:
-  """Returns whether this is a process of a run of several."""
+  """Returns whether this is one of several processes of a run."""
   jax = sys.modules.get('jax')
   return bool(jax) and jax.distributed.is_initialized() and jax.process_count() > 1

@@ -415,13 +415,61 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
   return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 
-def resolve(config: Any) -> dict[str, Any]:
+def domains_of_stages(config: Config) -> list[str]:
+  """Returns the domains that stages and their streams are of, each by its name."""
+  stages = [config, *config['stages'].values()]
+  names = [stage['domain'] for stage in stages if 'domain' in stage]
+  for stage in stages:
+    rows = stage.get('streams', {}).values()
+    names += [row['domain'] for row in rows if row.get('domain') in config['domains']]
+  return list(dict.fromkeys(names))
+
+
+def check_set_domains(config: Config, given: Mapping[str, Any]) -> None:
+  """Refuses keys of a domain that is not used, as setting them would change nothing.
+
+  A config file may describe more domains than a run uses, such as all that can be the
+  target; of these there is only a warning.
+
+  Args:
+    config: the config.
+    given: what was set after the config file was read, by key: 'domains.NAME.KEY'.
+
+  Raises:
+    UserError: it names the domain.
+  """
+  roles = (*config['sources'], *config['target'], *config['open_domains'])
+  used = {*roles, *domains_of_stages(config)}
+  for key, value in given.items():
+    first, *rest = key.split('.')
+    named = rest[:1] or (value if isinstance(value, Mapping) else ())
+    for name in named if first == 'domains' else ():
+      if name not in used:
+        raise UserError(
+          f'config.domains.{name} is set, but {unused(name)}; the target is '
+          f'{", ".join(config["target"]) or "not set"}'
+        )
+
+
+def unused(name: str) -> str:
+  """Returns what to say of a domain that nothing uses."""
+  return (
+    f'domain {name!r} has no role and is not used: name it in sources, target or '
+    'open_domains, or as the domain of a stage'
+  )
+
+
+def resolve(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
   """Returns a `ConfigDict` as plain data, just as config.json gives it back.
 
   Where it begins with weights of ours, the pixels are those that they were trained on.
 
+  Args:
+    config: the config.
+    given: key -> value of what was set after the config file was read.
+
   Raises:
-    UserError: a number is not finite.
+    UserError: a number is not finite, or keys of a domain that is not used are given.
   """
   plain = config.to_dict()
   plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}
@@ -432,6 +480,7 @@ def resolve(config: Any) -> dict[str, Any]:
     raise UserError(
       f'{told}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
     )
+  check_set_domains(plain, given or {})
   return ours.adopted(plain)
 
 

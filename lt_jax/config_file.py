@@ -61,6 +61,11 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
   return given
 
 
+def overrides() -> dict[str, Any]:
+  """Returns key -> value of what --config.KEY=VALUE sets."""
+  return config_flags.get_override_values(flags.FLAGS['config'])
+
+
 def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
   """Makes a config ready for keys that are about to be set, see `options.prepare`."""
   if given:
@@ -145,7 +150,7 @@ def _errors_name_the_line(path: str) -> Iterator[None]:
     yield
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     if isinstance(error, SyntaxError):
       place = f'{path}:{error.lineno}' if error.lineno else path
     else:

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and names that the user may type."""
+"""Errors that users can fix, and checks of the names and options they type."""
 
 import contextlib
 import difflib
@@ -21,16 +21,13 @@ MOST_SUGGESTED = 6
 class UserError(ValueError):
   """A mistake in the user's input, reported in one line; the command exits with 2.
 
-  Raise it for configurations, data and files, naming the file, key or class at
+  Raise it for mistakes in configs, data and files, and name the file, key or class at
   fault. A broken invariant of our own is an `AssertionError` or plain `ValueError`.
   """
 
 
 class ClassError(UserError):
-  """A mistake in one class, named by number if the class names are not known.
-
-  `class_names` puts in the name.
-  """
+  """A mistake in one class, known by its number until `class_names` adds its name."""
 
   def __init__(self, before: str, label: int, after: str):
     """Makes the message 'BEFORE class 3 AFTER'."""
@@ -45,7 +42,7 @@ class ClassError(UserError):
 
 @contextlib.contextmanager
 def class_names(names: Sequence[str]) -> Iterator[None]:
-  """Has every `ClassError` within tell the name of the class."""
+  """Adds the name of the class to every `ClassError` raised inside."""
   try:
     yield
   except ClassError as error:
@@ -53,15 +50,15 @@ def class_names(names: Sequence[str]) -> Iterator[None]:
 
 
 def one_line(text: object) -> str:
-  """Returns a text without its line breaks; all else in it stays, such as a path."""
+  """Joins the lines of a text; other white space stays, as it may be in a path."""
   return re.sub(r'\s*[\r\n]\s*', ' ', str(text).strip('\r\n'))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
   """Returns "; did you mean X?" for a near miss, else the list of known names.
 
-  Names that begin with what was typed come first, then the one that looks most like
-  it, then those that contain it, whatever the case.
+  Prefers names that start with what was typed, then the most similar name, then names
+  that contain it. Ignores case.
   """
   known = [str(k) for k in known]
   typed, folded = str(name).casefold(), {k.casefold(): k for k in known}
@@ -77,7 +74,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def named_class(label: int, names: Sequence[str]) -> str:
-  """Returns "class 3 ('cat')", or "class 3" where the name says no more."""
+  """Returns "class 3 ('cat')", or "class 3" if the name is only the number."""
   name = names[label] if label < len(names) else str(label)
   return f'class {label}' + (f' ({name!r})' if name != str(label) else '')
 
@@ -100,9 +97,9 @@ KINDS = {
   bool: (bool, 'True or False'),
   int: (numbers.Integral, 'a whole number'),
   float: (numbers.Real, 'a number'),
-  str: (str, 'a text'),
+  str: (str, 'a string'),
 }
-"""Annotation of an option -> what its value must be an instance of, in words too."""
+"""Annotation of an option -> (the type its value must have, that type in words)."""
 
 
 def _check_kind(what: str, value: Any, annotation: Any) -> None:
@@ -112,12 +109,12 @@ def _check_kind(what: str, value: Any, annotation: Any) -> None:
     if not isinstance(value, list | tuple):
       raise UserError(f'{what} is {value!r}; it must be a list')
     for one in value:
-      _check_kind(f'{what}: one of it', one, inner)
+      _check_kind(f'{what}: an element', one, inner)
     return
-  kind, told = KINDS.get(annotation, (object, ''))
+  kind, must_be = KINDS.get(annotation, (object, ''))
   is_number = kind in (numbers.Integral, numbers.Real)
   if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
-    raise UserError(f'{what} is {value!r}; it must be {told}')
+    raise UserError(f'{what} is {value!r}; it must be {must_be}')
 
 
 def check_options(
@@ -129,11 +126,11 @@ def check_options(
     what: what the function is, for the message, such as "loss 'ldam'".
     function: what will be called with the options.
     options: what the user wrote.
-    *given: names of the parameters that are not the user's to set.
+    *given: names of the parameters that the user cannot set.
 
   Raises:
-    UserError: an unknown option, with the near miss, a missing one, or a value of
-      another type.
+    UserError: an option is unknown (the message suggests a near miss), missing, or of
+      the wrong type.
   """
   parameters = inspect.signature(function).parameters
   known = [name for name in parameters if name not in given]
@@ -163,11 +160,11 @@ def construct(
     name: the name the user gave.
     *args: its first arguments.
     options: what the user wrote; checked against the factory's signature.
-    **context: what a factory may ask for, such as `counts`; it is given only what it
-      names among its parameters.
+    **context: values that a factory may ask for, such as `counts`; it gets those that
+      it names among its parameters.
 
   Raises:
-    UserError: an unknown name, an unknown option or a missing one.
+    UserError: the name or an option is unknown, or an option is missing.
   """
   factory = lookup(table, kind, name)
   parameters = list(inspect.signature(factory).parameters)

@@ -86,6 +86,7 @@ def evaluate(
     stage = stage._replace(method=adjusted)
   screen = Screen()
   screen.line(f'evaluating stage {name!r} at step {restored.step}, the {which} State')
+  screen.line(f'images: {experiment.evaluates_by(stage)}')
 
   def tell(event: str, split: str, image: str) -> None:
     screen.line(f'{event.replace("_", " ")}: split {split}, image {image}')

@@ -98,6 +98,7 @@ def export(
     files.write_json(path, told)
   size = out.stat().length
   print(f'{out}: {size:,} bytes, checked: within {off:.1g} of what the run predicts')
+  print(f'images: {network.predicts_by}')
   return told
 
 
@@ -195,7 +196,8 @@ def load(path: epath.PathLike) -> Trained:
     experiment.mesh, put_back(tensors, held, os.fspath(path))
   )
   state = shapes.replace(step=np.int32(step), key=jax.random.key(0), opt={}, **held)
-  return Trained(config, told, {}, stage, experiment.mesh, state, step, verified=True)
+  by = experiment.predicts_by
+  return Trained(config, told, {}, stage, experiment.mesh, state, step, True, by)
 
 
 def put_back(tensors: Mapping[str, np.ndarray], tree: Any, source: str) -> Any:

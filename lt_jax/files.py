@@ -23,13 +23,13 @@ from etils import epath
 from lt_jax.errors import UserError, lookup
 
 SEEN_WITHIN = 90.0
-"""Seconds within which a file system shows a new file to every host; NFS takes 60."""
+"""Seconds that a file system may take to show a new file to all hosts; NFS takes 60."""
 
 NUMBER = int | float
-MAYBE = NUMBER | None  # null is what is not finite, or was not measured
+MAYBE = NUMBER | None  # null: not finite, or not measured
 
 LARGEST = 1e15
-"""Nothing that a run counts or measures is larger."""
+"""No number that a run counts or measures is larger."""
 
 
 STORES = {
@@ -47,25 +47,25 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def write_atomically(path: epath.PathLike, data: str | bytes) -> None:
-  """Writes a file so that a reader, or a crash, sees the old or the new one whole.
+  """Writes a file so that readers see the old or the new one whole, even after a crash.
 
   Raises:
-    UserError: it may not be written, as on a read-only file system.
-    OSError: writing failed, which may pass, as on a full disk.
+    UserError: the file cannot be written, as on a read-only file system.
+    OSError: writing failed for a reason that may pass, such as a full disk.
   """
   with _may_be_written(path):
     _write_atomically(epath.Path(path), data)
 
 
 def make_folder(path: epath.Path) -> None:
-  """Creates a folder that may be there; raises as `write_atomically`."""
+  """Creates a folder if it does not exist; raises what `write_atomically` does."""
   with _may_be_written(path):
     path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def _may_be_written(path: epath.PathLike) -> Iterator[None]:
-  """Turns an error that will not pass into a `UserError`."""
+  """Turns a permanent error into a `UserError`."""
   try:
     yield
   except OSError as error:
@@ -87,12 +87,12 @@ def _write_atomically(path: epath.Path, data: str | bytes) -> None:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except BaseException:
-    temporary.unlink(missing_ok=True)  # where the disk is full it would hold the rest
+    temporary.unlink(missing_ok=True)  # it would take space on a full disk
     raise
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-  """Copies a damaged file to a name beside it; returns that name."""
+  """Copies a damaged file to a new name beside it and returns the new path."""
   aside = path.with_name(f'{path.name}.damaged')
   number = 1
   while aside.exists():
@@ -106,20 +106,20 @@ def read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads all arrays of a .npz file.
 
   Raises:
-    UserError: it is damaged, or no such file.
-    OSError: it is not there, or reading failed.
+    UserError: it is damaged, or not a .npz file.
+    OSError: it does not exist, or reading failed.
   """
   data = epath.Path(path).read_bytes()
   try:
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
       return dict(stored)
-  except Exception as error:  # there is no list of what a damaged archive raises
-    told = ' '.join(str(error).split()) or type(error).__name__
-    raise UserError(f'{path} is damaged: {told}') from None
+  except Exception as error:  # damaged archives raise errors of many types
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise UserError(f'{path} is damaged: {reason}') from None
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-  """Writes JSON atomically; non-finite numbers are refused, as JSON has none."""
+  """Writes JSON atomically; rejects non-finite numbers, which JSON does not have."""
   text = json.dumps(value, indent=1, allow_nan=False, default=_plain)
   write_atomically(path, text + '\n')
 
@@ -130,7 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_regular(path: epath.PathLike) -> None:
-  """Raises a `UserError` for a pipe or a device, which may never end."""
+  """Raises a `UserError` for a pipe or a device, since reading it may never end."""
   path = os.fspath(path)
   if not is_remote(path) and os.path.exists(path):
     mode = os.stat(path).st_mode
@@ -142,14 +142,14 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    UserError: the file is missing or damaged; it names the file.
+    UserError: the file is missing or damaged; the message names it.
   """
   check_regular(path)
   try:
     value = json.loads(epath.Path(path).read_text())
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}') from None
-  except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
+  except (ValueError, RecursionError) as error:  # bad JSON, or a bad encoding
     raise UserError(f'{path} is not valid JSON: {error}') from None
   if not isinstance(value, dict):
     raise UserError(f'{path} does not hold a JSON object')
@@ -157,13 +157,12 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
 
 def fits(value: Any, shape: Any) -> bool:
-  """Returns whether JSON is of a shape.
+  """Returns whether a JSON value has a given shape.
 
   Args:
-    value: as `json.loads` returns it; a key that is missing counts as null.
-    shape: a type, or None; [the shape of each element]; {key: its shape}, which allows
-      other keys; {str: the shape of each value}; or a tuple of shapes, of which it is
-      one.
+    value: as `json.loads` returns it; a missing key counts as null.
+    shape: a type; None; [shape of each element]; {key: shape of its value}, where other
+      keys are allowed; {str: shape of each value}; or a tuple of alternatives.
   """
   match shape:
     case tuple():
@@ -178,22 +177,22 @@ def fits(value: Any, shape: Any) -> bool:
       return isinstance(value, list) and all(fits(one, element) for one in value)
     case None:
       return value is None
-  moderate = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # and no NaN
+  moderate = not isinstance(value, NUMBER) or abs(value) <= LARGEST  # False for NaN
   return isinstance(value, shape) and moderate
 
 
 def check_fits(
   found: Mapping[str, Any], shapes: Mapping[str, Any], path: epath.PathLike
 ) -> None:
-  """Refuses what a file of JSON holds unless all that is relied on is there.
+  """Checks that a JSON file holds everything that its readers rely on.
 
   Args:
-    found: what it holds.
-    shapes: key -> the shape of what must stand there, see `fits`.
-    path: of the file, for the message.
+    found: what the file holds.
+    shapes: key -> the shape that its value must have, see `fits`.
+    path: the path of the file, for the message.
 
   Raises:
-    UserError: a key is missing, or holds something else.
+    UserError: a key is missing, or its value has another shape.
   """
   for key, shape in shapes.items():
     if not fits(found.get(key), shape):
@@ -204,10 +203,10 @@ def check_fits(
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-  """Returns the folder of a run as an absolute path, which Orbax asks for.
+  """Returns the folder of a run as an absolute path, which Orbax requires.
 
   Raises:
-    UserError: the path is empty, or in a store that nothing installed can read.
+    UserError: the path is empty, or in an object store that no installed package reads.
   """
   text = os.fspath(path)
   if not text:
@@ -221,21 +220,22 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def make_workdir(path: epath.PathLike) -> epath.Path:
-  """Creates the folder of a run and proves that it can be written.
+  """Creates the folder of a run and checks that it is writable.
 
   Returns:
     Its absolute path.
 
   Raises:
-    UserError: it cannot be written; with the path and the system's reason.
+    UserError: it cannot be written; the message has the path and the system's reason.
   """
   path = absolute(path)
-  # TensorStore begins a new folder at the first, and takes no text with the others.
+  # TensorStore treats a backslash as a separator, and rejects what is not UTF-8.
   if re.search(r'[\\\ud800-\udfff]', os.fspath(path)):
     raise UserError(
-      f'{path} has a backslash, or bytes that are no UTF-8, as no checkpoint may'
+      f'{path} has a backslash, or bytes that are not UTF-8: checkpoints cannot be '
+      'stored there'
     )
-  probe = path / f'.probe.{uuid.uuid4().hex}'  # containers share process numbers
+  probe = path / f'.probe.{uuid.uuid4().hex}'  # containers can share a process ID
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
@@ -258,11 +258,11 @@ OF_A_RUN = frozenset(
 
 
 def check_out(path: epath.PathLike) -> None:
-  """Refuses an --out that cannot be written, or would replace what it must not.
+  """Rejects an --out that cannot be written, or that would replace a file of a run.
 
   Raises:
-    UserError: its folder is not there; it is a folder, a link or a device; or it has
-      the place of a file of a run.
+    UserError: its folder does not exist; it is a folder, a link or a device; or its
+      path is that of a file of a run.
   """
   path = epath.Path(path)
   if not path.parent.is_dir():
@@ -280,15 +280,15 @@ def check_out(path: epath.PathLike) -> None:
 
 
 def is_run(folder: epath.Path) -> bool:
-  """Returns whether a folder is that of a run, even if one of its files is lost."""
+  """Returns whether a folder belongs to a run, even if one of its files is lost."""
   both = (folder / 'config.json').exists() and (folder / 'data.json').exists()
   return both or (folder / 'stages').is_dir()
 
 
 def seen(path: epath.Path) -> bool:
-  """Returns whether a file is there; one of several processes waits for it to appear.
+  """Returns whether a file exists; if there are several processes, first waits for it.
 
-  A network file system shows a new file to other hosts late.
+  Network file systems show new files to other hosts with a delay.
   """
   until = time.monotonic() + (SEEN_WITHIN if jax.process_count() > 1 else 0)
   while not path.exists() and time.monotonic() < until:
@@ -302,12 +302,12 @@ class InUse(UserError):
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-  """Holds a run's folder for this process; a second process is refused at once.
+  """Locks a run's folder for this process; a second process fails at once.
 
-  The kernel holds the lock, so it ends with the process, however that dies: there is
-  no stale lock to judge. The file only names the owner for the message. Taken by
-  process 0 alone, since the others work in the same folder. Object stores and some
-  network file systems have no locks; there the launcher must not start twice.
+  The kernel drops the lock when the process ends, however it dies, so there are no
+  stale locks. The file only names the owner, for the message. In a run of several
+  processes only process 0 takes the lock, since all work in the same folder. Object
+  stores and some network file systems have no locks; there, never start a run twice.
 
   Raises:
     InUse: another process holds the folder.

@@ -7,9 +7,8 @@ same command again to resume. `lt_jax.commands` lists the exit codes.
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
-from lt_jax import allocator, commands
+from lt_jax import allocator, commands, config_file
 from lt_jax.errors import UserError
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
@@ -33,11 +32,12 @@ def main() -> None:
   from lt_jax import provenance, run
   from lt_jax.config import resolve
 
-  if 'recipe' in config_flags.get_override_values(flags.FLAGS['config']):
+  given = config_file.overrides()
+  if 'recipe' in given:
     raise UserError('a recipe is chosen after the colon: --config=FILE.py:RECIPE')
   if DISTRIBUTED.value:
     _start_distributed()
-  config = resolve(CONFIG.value)
+  config = resolve(CONFIG.value, given)
   if DATA_DIR.value:
     config = provenance.moved(config, DATA_DIR.value)
   try:

@@ -52,7 +52,7 @@ def fit(
       made.update_from_flattened_dict(dict(overrides))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(one_line(error)) from None
-  return run.run(resolve(made), files.absolute(workdir))
+  return run.run(resolve(made, overrides), files.absolute(workdir))
 
 
 def load(workdir: epath.PathLike, which: str | None = None) -> 'Network':

@@ -1,8 +1,8 @@
 """Options of the functions that a config names, as keys on the command line.
 
-A config lists the options that it sets, but a function may have more. Before
-`--config.optimizer.name=adam --config.optimizer.b1=0.8` sets them, in any order,
-`prepare` drops the options of SGD and adds `b1`, which is in Adam's signature.
+A config lists only the options that it sets; the function may have more. Before
+`--config.optimizer.name=adam --config.optimizer.b1=0.8` is applied, in any order,
+`prepare` drops SGD's options and adds `b1`, which it finds in Adam's signature.
 """
 
 import ast
@@ -51,20 +51,20 @@ TYPES = {bool: bool, int: int, float: float, str: str, Any: object}
 
 
 def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
-  """Makes a config ready for keys that are about to be set.
+  """Prepares a config for keys that are about to be set.
 
   Args:
-    config: changed in place: options that another function does not have are dropped,
-      those that it has and are given are there, without a value.
-    given: key -> value, such as {'optimizer.name': 'adam'}; a key of a stage begins
-      with 'stages.STAGE.'.
+    config: changed in place. If a key names another function, the old function's
+      options are dropped, and those that `given` sets are added without a value.
+    given: key -> value, such as {'optimizer.name': 'adam'}; keys of a stage start with
+      'stages.STAGE.'.
 
   Raises:
-    UserError: an unknown key, function or option, with the near miss; a text that is
-      no value of the key.
+    UserError: a key, function or option is unknown (the message suggests a near miss),
+      or a text is not a valid value for its key.
   """
   names = {name: options for options, (name, _) in FAMILIES.items()}
-  # What a stage follows comes before the stage.
+  # The top level first, because stages follow it.
   for key in sorted(given, key=lambda key: key.count('.')):
     stage, own = _split(key)
     if own in names:
@@ -90,7 +90,10 @@ def _get(config: ConfigDict, key: str) -> Any:
 
 
 def _rename(config: ConfigDict, stage: str, options: str, name: str) -> None:
-  """Names another function, at the top level for stages that follow it, too."""
+  """Sets the name of a function, and drops options that belonged to the old one.
+
+  Set at the top level, it also applies to the stages that follow the top level.
+  """
   key, table = FAMILIES[options]
   lookup(table, key.removesuffix('.name'), name)
   places = [stage] if stage else ['', *(f'stages.{one}.' for one in config.stages)]
@@ -98,7 +101,7 @@ def _rename(config: ConfigDict, stage: str, options: str, name: str) -> None:
   holder, _, last = (stage + key).rpartition('.')
   _get(config, holder)[last] = name
   parameters = [_parameters(function) for function in table.values()]
-  # What all functions of a family have means the same in all of them.
+  # An option that every function of a family has means the same in all of them.
   dropped = set().union(*parameters) - set.intersection(*map(set, parameters))
   for place in places:
     if before[place] != _get(config, place + key):
@@ -118,10 +121,10 @@ def _defaults(function: Callable | None) -> dict[str, inspect.Parameter]:
 
 
 def _make_room(config: ConfigDict, key: str) -> None:
-  """Adds a key that is an option of a named function and is not there yet.
+  """Adds a key to the config if it is an option of a named function.
 
   Raises:
-    UserError: it is unknown.
+    UserError: the key is unknown.
   """
   holder, path = config, ''
   *parents, last = key.split('.')
@@ -139,32 +142,32 @@ def _make_room(config: ConfigDict, key: str) -> None:
     return
   stage, own = _split(path)
   if wrapper := _wrapper(own):
-    name, called, table = 'the wrapper', wrapper, WRAPPERS
+    name, chosen, table = 'the wrapper', wrapper, WRAPPERS
   elif own in FAMILIES:
     name, table = FAMILIES[own]
-    called = _get(config, stage + name) or _get(config, name)
+    chosen = _get(config, stage + name) or _get(config, name)
   else:
     raise UserError(f'unknown config key {key}{suggest(last, holder)}')
-  parameters = _parameters(table.get(called)) | _defaults(MAKERS.get(own))
+  parameters = _parameters(table.get(chosen)) | _defaults(MAKERS.get(own))
   kinds = {option: _type(p.annotation) for option, p in parameters.items()}
   if not kinds.get(last):
     known = sorted({*holder, *filter(kinds.get, kinds)})
     raise UserError(
-      f'unknown config key {key}: {name} is {called!r}{suggest(last, known)}'
+      f'unknown config key {key}: {name} is {chosen!r}{suggest(last, known)}'
     )
   holder[last] = placeholder(kinds[last])
 
 
 def _wrapper(own: str) -> str:
-  """Returns NAME of 'wrappers.NAME', whose keys are that wrapper's options; or ''."""
+  """Returns NAME if the key is 'wrappers.NAME', which holds its options, else ''."""
   holder, _, name = own.partition('.')
   return name if holder == 'wrappers' and '.' not in name else ''
 
 
 def _check_text(config: ConfigDict, key: str, text: str) -> None:
-  """Refuses a text that a flag of the type of a key would not take.
+  """Rejects a text that a flag of the key's type would reject.
 
-  The parsers of flags say so too, but in words about themselves.
+  The flag parsers would do so too, but their messages do not name the key.
   """
   *parents, last = key.split('.')
   group = functools.reduce(ConfigDict.get, parents, config)
@@ -176,20 +179,20 @@ def _check_text(config: ConfigDict, key: str, text: str) -> None:
     parse(text)
   except (ValueError, SyntaxError):
     if kind is ConfigDict:
-      told = f'cannot be {text!r}: {_keys_of(key, group[last])}'
+      problem = f'cannot be {text!r}: {_keys_of(key, group[last])}'
     else:
-      told = f'is {text!r}; it must be {must_be}'
-    raise UserError(f'config.{key} {told}') from None
+      problem = f'is {text!r}; it must be {must_be}'
+    raise UserError(f'config.{key} {problem}') from None
 
 
 def _finite(text: str) -> None:
-  """Raises a ValueError of what is no finite number."""
+  """Raises a ValueError unless a text is a finite number."""
   if not math.isfinite(float(text)):
     raise ValueError(text)
 
 
 def _dict(text: str) -> None:
-  """Raises a ValueError, as `ast` does, of what is no dict."""
+  """Raises a ValueError, as `ast` does, unless a text is a dict."""
   if not isinstance(ast.literal_eval(text), dict):
     raise ValueError(text)
 
@@ -200,11 +203,11 @@ _PARSERS: dict[type, tuple[Callable, str]] = {
   float: (_finite, 'a finite number'),
   ConfigDict: (_dict, ''),
 }
-"""Type of a key -> what reads its text, what it must be."""
+"""Type of a key -> (what parses its text, what the text must be)."""
 
 
 def _keys_of(key: str, value: ConfigDict) -> str:
-  """Says how to set what has keys of its own."""
+  """Says how to set a key that holds further keys."""
   if 'name' in value:
     return f'set config.{key}.name'
   if not value:
@@ -223,7 +226,7 @@ def _child(holder: ConfigDict, part: str, path: str) -> ConfigDict:
 
 
 def _type(annotation: Any) -> type | None:
-  """Returns the type of an option; None of what a config cannot hold."""
+  """Returns the type of an option; None if a config cannot hold it."""
   if typing.get_origin(annotation) in _SEQUENCES:
     return tuple
   return TYPES.get(annotation)

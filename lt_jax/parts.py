@@ -42,8 +42,8 @@ class Part(NamedTuple):
     return (self.least, self.most, self.anchored or self.drawn) != (1, 1, False)
 
   @property
-  def told(self) -> str:
-    """What the table says of it."""
+  def description(self) -> str:
+    """What the table says about it."""
     rate = f'{self.least:.3g}'
     if self.least != self.most:
       rate = f'{self.least:.3g} to {self.most:.3g}'

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lt_jax import build, commands, files, footprint, sharding, train
+from lt_jax import build, commands, config_file, files, footprint, sharding, train
 from lt_jax.config import Config, resolve, stage_config
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.evals import TASKS
@@ -492,7 +492,7 @@ def main() -> None:
     )
   if DECODE_RATE.value is not None and not DECODE_RATE.value > 0:
     raise UserError(f'--decode_rate is {DECODE_RATE.value}; it must be positive')
-  config = resolve(CONFIG.value)
+  config = resolve(CONFIG.value, config_file.overrides())
   price = read_price(PRICES.value, devices.kind) if PRICES.value else None
   rates = Rates(UTILISATION.value, DECODE_RATE.value, price)
   print(plan(config, devices, rates))

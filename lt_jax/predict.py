@@ -351,6 +351,7 @@ def _maps(
   rows = [
     ('State', f'stage {network.stage.name}, step {network.step}'),
     ('images', f'{written} predicted, {len(pictures.bad)} skipped'),
+    ('pixels', network.predicts_by),
     ('classes', ', '.join(label_maps.legend(network.class_names))),
   ]
   told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
@@ -409,6 +410,7 @@ def _tell(
   rows = [
     ('State', f'stage {network.stage.name}, step {network.step}{state}'),
     ('images', f'{len(score)} predicted, {len(pictures.bad)} skipped'),
+    ('pixels', network.predicts_by),
   ]
   if network.threshold is not None:
     below = (score < network.threshold).sum()

@@ -29,7 +29,16 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from lt_jax import build, commands, evaluate, files, sharding, train, trained
+from lt_jax import (
+  build,
+  commands,
+  config_file,
+  evaluate,
+  files,
+  sharding,
+  train,
+  trained,
+)
 from lt_jax.build import Experiment, Stage
 from lt_jax.build.experiment import PREPROCESSING
 from lt_jax.cautions import cautions
@@ -123,7 +132,7 @@ def opened() -> Network:
     stage = experiment.last
     state = trained.restore(workdir, stage, experiment.mesh, None).state
     return Network(experiment, stage, state)
-  config = resolve(CONFIG.value)
+  config = resolve(CONFIG.value, config_file.overrides())
   if INIT.value:
     config = ours.adopted({**config, 'init': INIT.value})
   experiment = build.build(config)

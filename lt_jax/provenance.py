@@ -1,8 +1,8 @@
 """The config and data a run was trained with, as its folder records them.
 
 Commands read config.json and data.json. The manifest of every checkpoint repeats the
-config and holds digests of the data, so that a file that was edited, damaged or lost
-does not silently lead to other numbers.
+config and holds digests of the data, so that an edited, damaged or lost file does not
+silently change results.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ DATA_KEYS = (
   'val_classes',
   'class_vectors',
 )
-"""Keys of data.json that describe the data; others say where they lie, or results."""
+"""Keys of data.json that describe the data; others are their places, or results."""
 
 RECORD = {'config': {}, 'data': {str: str}, 'time': files.NUMBER}
 
@@ -46,26 +46,26 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-  """Reads a file of a run that its training command writes anew.
+  """Reads a file of a run that the training command can write again.
 
   Raises:
-    UserError: it is missing or damaged; says what to do.
+    UserError: it is missing or damaged; the message says what to do.
   """
   if not path.exists():
-    raise UserError(f'{path} is missing: the training command writes it again')
+    raise UserError(f'{path} is missing: run the training command to write it again')
   try:
     return files.read_json(path)
   except UserError as error:
-    told = 'delete it, and the training command writes it anew'
-    raise UserError(f'{error}; {told}') from None
+    advice = 'delete it and run the training command to write it again'
+    raise UserError(f'{error}; {advice}') from None
 
 
 def facts(config: Config, data: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what a manifest records of a run.
+  """Returns what a manifest records about a run.
 
   Args:
     config: the resolved config.
-    data: what data.json tells.
+    data: the contents of data.json.
   """
   return {
     'config': config,
@@ -79,9 +79,9 @@ def _digest(value: Any) -> str:
 
 
 def recorded(workdir: epath.Path) -> dict[str, Any] | None:
-  """Returns what the newest checkpoint of a run records; None if there is none.
+  """Returns what the newest checkpoint of a run records, see `facts`.
 
-  Runs of older versions have no record.
+  None if there is no checkpoint; older versions recorded nothing.
   """
   found = [
     manifest
@@ -99,13 +99,13 @@ def _read_or_none(path: epath.Path) -> dict[str, Any] | None:
 
 
 def changes(before: Config, now: Config, *, same_place: bool = False) -> list[str]:
-  """Returns which config keys that affect training differ, with both values.
+  """Returns the config keys that affect training and differ, with both values.
 
   Args:
     before: a config.
-    now: another.
-    same_place: whether a path of the data counts. Otherwise it does not, as data may
-      move, and their fingerprint tells whether they are the same.
+    now: another config.
+    same_place: whether a changed path of the data counts. By default it does not, since
+      data may move, and their fingerprint says whether they are the same.
   """
   before, now = trained_by(upgraded(before)), trained_by(upgraded(now))
 
@@ -130,7 +130,7 @@ def _kind(source: Any) -> str:
 
 
 def found(config: Config) -> dict[str, Any]:
-  """Returns what data.json records of where the data lie, as absolute paths.
+  """Returns where the data are, as data.json records it, with absolute paths.
 
   Args:
     config: the resolved config.
@@ -140,11 +140,11 @@ def found(config: Config) -> dict[str, Any]:
 
 
 def moved_since(before: Any, now: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns (where they were, where they are) of data that have moved.
+  """Returns (old place, new place) of data that have moved.
 
   Args:
-    before: what data.json recorded, see `found`; nothing if it is damaged.
-    now: what it would record.
+    before: what data.json recorded, see `found`; ignored if it is damaged.
+    now: what it would record now.
   """
   then = _recorded(before)
   return [
@@ -159,8 +159,8 @@ def moved(config: Config, data_dir: str) -> Config:
 
   Args:
     config: the resolved config.
-    data_dir: where the data lie now, see `places.moved`; where domains lie, as
-      NAME=PATH, with commas between several ('source' is the name of `data`).
+    data_dir: where the data are now, see `places.moved`. For domains NAME=PATH,
+      separated by commas; 'source' is the name of `data`.
 
   Raises:
     UserError: there is no such domain, or its source has no files.
@@ -169,17 +169,18 @@ def moved(config: Config, data_dir: str) -> Config:
 
 
 def located(config: Config, recorded: Any, data_dir: str | None = None) -> Config:
-  """Returns a config with the paths where the data lie.
+  """Returns a config with the paths where the data are.
 
-  That is where `data_dir` says, or where the run found them, or where its config says.
+  These come from `data_dir`, or else from where the run found the data, or else from
+  its config.
 
   Args:
     config: the resolved config of a run.
-    recorded: what its data.json tells, see `found`; older runs do not tell.
-    data_dir: as for `moved`; None: they have not moved.
+    recorded: what its data.json recorded, see `found`; older runs did not record it.
+    data_dir: as for `moved`; None if the data have not moved.
 
   Raises:
-    UserError: they are not there; or as for `moved`.
+    UserError: the data are not there; or as for `moved`.
   """
   at = _moved(config, data_dir) if data_dir else {}
   then = _recorded(recorded)
@@ -199,7 +200,7 @@ def located(config: Config, recorded: Any, data_dir: str | None = None) -> Confi
 
 
 def _with_files(config: Config) -> dict[str, Config]:
-  """Returns the keys of `data` of the config, and of domains that lie elsewhere."""
+  """Returns domain -> its `data`: the config's own, and domains with other files."""
   own = [name for name, keys in config['domains'].items() if keys.keys() & {*_WHERE}]
   return {SOURCE: config['data'], **{name: domain_data(config, name) for name in own}}
 
@@ -208,7 +209,7 @@ _WHERE = {'source': str, 'dir': str}
 
 
 def _recorded(recorded: Any) -> dict[str, places.Place]:
-  """Returns the place of each domain; of none that is damaged or was not recorded."""
+  """Returns the recorded place of each domain, leaving out damaged records."""
   if not files.fits(recorded, _WHERE):
     return {}
   domains = recorded.get('domains')
@@ -216,7 +217,7 @@ def _recorded(recorded: Any) -> dict[str, places.Place]:
 
 
 def _moved(config: Config, data_dir: str) -> dict[str, places.Place]:
-  """Returns where domains lie now, by their names."""
+  """Returns domain -> where its data are now."""
   every = _with_files(config)
   paths = {SOURCE: data_dir}
   if len(every) > 1 and '=' in data_dir and not os.path.exists(data_dir):
@@ -233,7 +234,7 @@ def _placed(config: Config, at: Mapping[str, places.Place]) -> Config:
   return {**config, 'data': config['data'] | here, 'domains': domains}
 
 
-_RESTORE = 'undo that, or delete it and give the training command again'
+_RESTORE = 'undo that, or delete the file and run the training command again'
 
 
 def check_config(workdir: epath.Path, config: Config) -> dict[str, Any] | None:
@@ -241,19 +242,18 @@ def check_config(workdir: epath.Path, config: Config) -> dict[str, Any] | None:
 
   Args:
     workdir: the run's folder.
-    config: what config.json holds.
+    config: the contents of config.json.
 
   Returns:
     What it was compared with, see `recorded`.
 
   Raises:
-    UserError: they differ, with the keys.
+    UserError: they differ; the message names the keys.
   """
   record = recorded(workdir)
-  if record and (told := changes(record['config'], config)):
-    path = workdir / 'config.json'
-    told = ', '.join(told)
-    raise UserError(f'{path} was changed after training: {told}; {_RESTORE}')
+  if record and (differing := changes(record['config'], config)):
+    path, keys = workdir / 'config.json', ', '.join(differing)
+    raise UserError(f'{path} was changed after training: {keys}; {_RESTORE}')
   return record
 
 
@@ -262,14 +262,13 @@ def check_data(workdir: epath.Path, data: Mapping[str, Any]) -> None:
 
   Args:
     workdir: the run's folder.
-    data: what data.json holds.
+    data: the contents of data.json.
 
   Raises:
-    UserError: they differ, with the keys.
+    UserError: they differ; the message names the keys.
   """
   record, now = recorded(workdir), facts({}, data)['data']
   then = record['data'] if record else {}
-  if told := [key for key, digest in then.items() if now.get(key) != digest]:
-    path = workdir / 'data.json'
-    told = ', '.join(told)
-    raise UserError(f'{path} was changed after training: {told}; {_RESTORE}')
+  if differing := [key for key, digest in then.items() if now.get(key) != digest]:
+    path, keys = workdir / 'data.json', ', '.join(differing)
+    raise UserError(f'{path} was changed after training: {keys}; {_RESTORE}')

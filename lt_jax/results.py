@@ -1,4 +1,4 @@
-"""What a run leaves behind: final metrics, predictions, features, worst errors."""
+"""The results of a run: final metrics, predictions, features, worst errors."""
 
 import os
 import platform
@@ -42,13 +42,13 @@ PREDICTIONS = (
   'label_logit',
   'log_sum_exp',
 )
-"""What predictions.npz may hold; two logits may be equal in float16."""
+"""What predictions.npz may hold; in float16 two logits may become equal."""
 
 OF_A_DOMAIN = ('label', 'prediction', 'confidence')
-"""What it holds of a domain that is not among those of the split 'test'."""
+"""What it holds for each domain that is not part of the split 'test'."""
 
 OF_PIXELS = ('confusion', 'pixels', 'right', 'confidence')
-"""What it holds where every pixel has a label: of each image, its confusion matrix, and
+"""What it holds if every pixel has a label: for each image, its confusion matrix and
 its pixels by confidence, see `evals.segmentation.record`."""
 
 FEATURES = 2000
@@ -62,13 +62,13 @@ class Evaluated(NamedTuple):
   """A State, evaluated on every split.
 
   Attributes:
-    metrics: 'val' and 'test' -> name -> value. The open set's are in 'test', for the
-      method's known score, and in 'test_by_energy' for the energy of the logits.
-    threshold: of the known score, how it was chosen and its value, which is None
-      without validation images; None without an open test set.
+    metrics: 'val' and 'test' -> name -> value. Those of the open set are in 'test' for
+      the method's known score, and in 'test_by_energy' for the energy of the logits.
+    threshold: the threshold of the known score: how it was chosen, and its value, which
+      is None without validation images; None without an open test set.
     curves: score -> `open_set.curve`; empty without an open test set.
-    arrays: name of a file -> what else is written, see `Across`.
-    records: split -> what the task keeps; those of test splits, of every domain, with
+    arrays: name of a file -> further arrays to write, see `Across`.
+    records: split -> what the task keeps; test splits, of every domain, also have
       logits and features.
   """
 
@@ -86,18 +86,18 @@ def evaluate(
   stop: Callable[[], bool] = lambda: False,
   bad_images: Callable[[str, np.ndarray], None] = lambda split, rows: None,
 ) -> Evaluated:
-  """Evaluates a State on every split there is.
+  """Evaluates a State on every split.
 
   Args:
     experiment: the experiment.
     stage: the stage whose method is evaluated.
     state: its State.
     stop: whether to end at once.
-    bad_images: takes (split, positions in the source) of images that cannot be read,
-      for which others stood in; it may raise.
+    bad_images: called with (split, positions in the source) of images that could not be
+      read and were replaced by others; may raise.
 
   Raises:
-    Preempted: `stop()` turned true on the way.
+    Preempted: `stop()` returned True during the evaluation.
   """
   task, classes = stage.task, len(stage.dataset.class_names)
   keep = task.keep(stage.passes['test'].examples, classes)
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def split_metrics(records: Collected, stage: Stage) -> dict[str, Any]:
-  """Returns what a stage's task measures of a split with labels."""
+  """Returns what a stage's task measures on a split with labels."""
   classes = len(stage.dataset.class_names)
   return stage.task.measure(records, num_classes=classes, groups=stage.groups)
 
@@ -132,7 +132,7 @@ def is_test(split: str) -> bool:
 
 
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
-  """Returns the domains of the split 'test'; none of a run with one domain."""
+  """Returns the domains of the split 'test'; none if the run has only one domain."""
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
   if targets or opened:
     return targets or (stage.domain,)
@@ -143,9 +143,10 @@ def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
 def test_rows(
   records: Collected, experiment: Experiment, stage: Stage
 ) -> dict[str, dict[str, Any]]:
-  """Returns the metrics of the split 'test', and of several targets each 'NAME/test'.
+  """Returns the metrics of the split 'test'.
 
-  'test' is then the mean over them, as in result.json.
+  With several targets, each has its own as 'NAME/test', and 'test' is the mean over
+  them, as in result.json.
   """
   names = test_domains(experiment, stage)
   if len(names) < 2:
@@ -160,7 +161,7 @@ def test_rows(
 def _played(
   experiment: Experiment, stage: Stage, state: State
 ) -> dict[str, dict[str, Any]]:
-  """Returns domain -> what a stage's task measures by the network itself."""
+  """Returns domain -> what a stage's task measures by running the network itself."""
   if stage.task.play is None:
     return {}
   prepare = stage.passes['test'].stream.prepare
@@ -181,11 +182,11 @@ def _test_metrics(
   experiment: Experiment,
   stage: Stage,
 ) -> dict[str, Any]:
-  """Returns 'test', and 'domains' where there are others than the stage's own.
+  """Returns 'test', and with several domains also 'domains' and 'domain_means'.
 
-  With target domains 'test' is the mean over them. 'domains' has the metrics of every
-  domain, and their means over the targets ('compound') and over targets and open
-  domains ('compound_open').
+  With target domains, 'test' is the mean over them. 'domains' has the metrics of every
+  domain. 'domain_means' has their means over the targets ('compound') and over targets
+  and open domains ('compound_open').
   """
   names, opened = test_domains(experiment, stage), experiment.roles[OPEN]
   if not names:
@@ -203,7 +204,7 @@ def _test_metrics(
 
 
 def bad_rows(stage: Stage, split: str, records: Collected) -> np.ndarray:
-  """Returns the positions in the source of a split's images that cannot be read."""
+  """Returns the positions in the source of images of a split that cannot be read."""
   rows = stage.images[split].rows
   return rows[records['bad']] if 'bad' in records else rows[:0]
 
@@ -219,17 +220,17 @@ def write_results(
   wall_seconds: float,
   replicas: int = 1,
 ) -> dict[str, Any]:
-  """Evaluates the last State and writes everything that a run leaves behind.
+  """Evaluates the last stage and writes all results of a run.
 
   Args:
     experiment: the experiment.
     workdir: the run's folder.
     stage: the last stage.
-    state: its State that counts.
+    state: its selected or last State.
     stop: whether the run must end at once.
     bad_images: as for `evaluate`.
-    wall_seconds: from the start to here, of all starts together.
-    replicas: how many runs it trained together in that time.
+    wall_seconds: from start to here, summed over all starts.
+    replicas: how many runs trained together in that time.
 
   Returns:
     What result.json holds.
@@ -299,10 +300,10 @@ def write_results(
 
 
 def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-  """Returns which published weights the run began with; None if they were random."""
+  """Returns which published weights the run started from; None if they were random."""
   rows = [row for row in events if row['event'] == 'began_with_weights']
-  told = ('source', 'revision', 'sha256')
-  return {name: rows[-1].get(name) for name in told} if rows else None
+  names = ('source', 'revision', 'sha256')
+  return {name: rows[-1].get(name) for name in names} if rows else None
 
 
 def _features(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
@@ -315,10 +316,11 @@ def a_distances(
 ) -> dict[str, Any]:
   """Returns 'a_distance': target -> its distance from the stage's own domain.
 
-  By features of training images, as `predict` has them; empty without a target.
+  Measured on features of training images, as `predict` returns them; empty without a
+  target.
 
   Raises:
-    Preempted: `stop()` turned true on the way.
+    Preempted: `stop()` returned True during the evaluation.
   """
   collect = collector(stage.method.predict, _features, experiment.mesh)
   found = {name: collect(state, one, stop) for name, one in stage.compared.items()}
@@ -343,9 +345,9 @@ def _write_arrays(
   Args:
     stage: the last stage.
     workdir: the run's folder.
-    state: its State that counts.
-    records: split -> records; those of test images with features.
-    names: the domains of the split 'test'; none of a run with one domain.
+    state: its selected or last State.
+    records: split -> records; those of test images have features.
+    names: the domains of the split 'test'; none if the run has only one domain.
   """
   test = records['test']
   domains = records_by_domain(records, names) if names else {}
@@ -380,7 +382,7 @@ def _write_arrays(
 def _write_matrices(
   workdir: epath.Path, records: Mapping[str, Collected], names: Sequence[str]
 ) -> None:
-  """Writes predictions.npz where pixels have labels: what each image's were taken for.
+  """Writes predictions.npz if pixels have labels: the confusion matrix of each image.
 
   Args:
     workdir: the run's folder.
@@ -401,11 +403,11 @@ def _write_matrices(
 def _pictures(
   experiment: Experiment, stage: Stage, state: State
 ) -> dict[str, np.ndarray]:
-  """Returns a few test images of every domain, and what a task shows of them.
+  """Returns a few test images of every domain, and the task's pictures of them.
 
   Returns:
-    'SPLIT/image' (N, H, W, channels) uint8, and the task's own under such names; {} of
-    a task that shows nothing of this kind.
+    'SPLIT/image' (N, H, W, channels) uint8, and the task's pictures as 'SPLIT/NAME'; {}
+    if the task has none.
   """
   if stage.task.picture is None:
     return {}
@@ -428,11 +430,10 @@ def _pictures(
 def _translations(
   experiment: Experiment, stage: Stage, state: State
 ) -> dict[str, np.ndarray]:
-  """Returns a few test images and what the method draws of them; {} if it does not.
+  """Returns a few test images and their translations; {} if the method has none.
 
-  A method that translates returns images as 'as_source' and 'as_target', on the scale
-  where white is 1. The names are those of `stage.passes`: 'test', of the target, and
-  'source/test'.
+  A method that translates outputs images 'as_source' and 'as_target', in which white is
+  1. The splits are those of `stage.passes`: 'test', of the target, and 'source/test'.
   """
   shapes = stage.survey.outputs(state, 'train')
   drawn = [name for name in shapes if name in ('as_source', 'as_target')]
@@ -455,7 +456,7 @@ def _translations(
 
 
 def _write_borrowed(workdir: epath.Path, domains: Mapping[str, Collected]) -> None:
-  """Writes borrowed.npz, of a method whose features are not all an image's own.
+  """Writes borrowed.npz, if part of a feature comes from the method's memory.
 
   Args:
     workdir: the run's folder.
@@ -477,18 +478,18 @@ def _write_order(workdir: epath.Path, experiment: Experiment, stage: Stage) -> N
 
   Args:
     workdir: the run's folder.
-    experiment: whose target it is.
+    experiment: has the target.
     stage: the last stage.
   """
-  for stream, left in stage.reads.items():
-    if not left.ordered_by or stage.trained_on[stream] != f'{TARGET}/train':
+  for stream, saved in stage.reads.items():
+    if not saved.ordered_by or stage.trained_on[stream] != f'{TARGET}/train':
       continue
-    stored = files.read_npz(workdir / 'stages' / left.stage / 'arrays.npz')
-    names = experiment.roles[TARGET]  # in this order, they are one target
+    stored = files.read_npz(workdir / 'stages' / saved.stage / 'arrays.npz')
+    names = experiment.roles[TARGET]  # the target is their concatenation in this order
     sizes = [len(experiment.domains[name].splits['train'].rows) for name in names]
     write_npz(
       workdir / 'order.npz',
-      score=stored[left.ordered_by],
+      score=stored[saved.ordered_by],
       domain=np.repeat(np.arange(len(names), dtype=np.int32), sizes),
       domains=np.array(names),
     )
@@ -497,9 +498,9 @@ def _write_order(workdir: epath.Path, experiment: Experiment, stage: Stage) -> N
 def _write_weights(workdir: epath.Path, stage: Stage, counts: np.ndarray) -> None:
   """Writes weights.npz, if the stage learned the weights of its examples.
 
-  Of each log interval and class: the mean weight, its standard deviation, the fraction
-  that is negative, and the mean's ratio to the weight without learning, on its scale;
-  and what was learned, which is lost in the mean where it is a millionth of it.
+  For each log interval and class: the mean weight, its standard deviation, the fraction
+  of negative weights, and the ratio of the mean to the weight without learning. Also
+  the learned part alone, which float32 would lose in a mean a million times larger.
   """
   metrics = workdir / 'stages' / stage.name / 'metrics'
   names = ('prior', 'learned', 'about', 'about_square', 'negative')
@@ -536,12 +537,12 @@ def _class_means(features: np.ndarray, label: np.ndarray, stage: Stage) -> np.nd
 def worst_tail_errors(
   test: Collected, counts: np.ndarray, few: np.ndarray
 ) -> np.ndarray:
-  """Returns which test images of the tail were missed worst, by their loss.
+  """Returns the misclassified test images of the tail with the largest loss.
 
   Args:
     test: records of the test split.
     counts: (C,) training images.
-    few: (C,) bool, the few-shot classes; where there are none, the rarest quarter.
+    few: (C,) bool, the few-shot classes; if there are none, the rarest quarter is used.
 
   Returns:
     (M,) positions, at most 64, the largest loss first.
@@ -553,7 +554,7 @@ def worst_tail_errors(
 
 
 def _best_on_test(rows: list[dict[str, Any]], stage: Stage) -> dict[str, Any] | None:
-  """Returns the best headline on test data: a number, never a State in use."""
+  """Returns the best headline on test data, for the record: it selects no State."""
   headline = stage.task.headline
   rows = [r for r in rows if r['stage'] == stage.name and r['split'] == 'test']
   rows = [r for r in rows if r.get(headline) is not None]
@@ -564,14 +565,14 @@ def _best_on_test(rows: list[dict[str, Any]], stage: Stage) -> dict[str, Any] | 
 
 
 def _scalars(memory: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the single numbers in a State's memory, such as a tau that was chosen."""
+  """Returns the single numbers in a State's memory, such as a chosen tau."""
   return {
     path: float(value) for path, value in flatten(memory).items() if np.ndim(value) == 0
   }
 
 
 def jsonable(value: Any) -> Any:
-  """Returns a value with arrays as lists, and null for what is not a number."""
+  """Returns a value with arrays as lists, and None for numbers that are not finite."""
   if isinstance(value, Mapping):
     return {key: jsonable(entry) for key, entry in value.items()}
   if isinstance(value, np.ndarray | list | tuple):
@@ -580,10 +581,10 @@ def jsonable(value: Any) -> Any:
 
 
 def seconds_of_earlier_starts(events: Sequence[Mapping[str, Any]]) -> float:
-  """Returns how long a run has taken before its last start.
+  """Returns how long a run took before its last start.
 
-  Each start counts up to the last thing it told, such as a save: what came after that
-  is not in the result.
+  Each start counts up to its last event, such as a save: later work is not in the
+  result.
 
   Args:
     events: rows of events.jsonl.
@@ -608,7 +609,7 @@ def versions() -> dict[str, str]:
 
 
 def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
-  """Prints the table of a result, and where its files are."""
+  """Prints the table of a result and the path of its files."""
   test = result['test']
   shown = {
     title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'

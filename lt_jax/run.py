@@ -1,4 +1,4 @@
-"""A run: its folder, its stages in order, and what they leave behind."""
+"""A run: its folder, its stages in order, and its results."""
 
 import contextlib
 import functools
@@ -43,62 +43,72 @@ def run(
   allow_config_change: bool = False,
   profile: tuple[int, int] | None = None,
   tracker: str = '',
+  screen: Screen | None = None,
 ) -> dict[str, Any]:
   """Trains every stage, resuming an interrupted run, and writes the results.
 
   Args:
-    config: the resolved configuration.
+    config: the resolved config.
     workdir: the run's folder.
-    allow_config_change: goes on although the configuration differs from the one the
-      folder was begun with.
+    allow_config_change: resume although the config differs from the saved one.
     profile: (first, last) step of a profiler trace of each stage.
-    tracker: where metrics go besides, see `writers.tracking`.
+    tracker: where metrics are also sent, see `writers.tracking`; '' for nowhere.
+    screen: shows the run; None for the terminal.
 
   Returns:
     What result.json holds.
 
   Raises:
-    UserError: the configuration, the data or the folder is wrong.
-    Preempted: it was asked to stop and saved itself.
-    Diverged: something was not finite; nothing of it was saved.
+    UserError: the config, the data or the folder is wrong.
+    Preempted: the run was asked to stop, and was saved.
+    Diverged: something was not finite; that State was not saved.
     SaveError: a checkpoint could not be written.
   """
   began = time.time()
-  opened = functools.partial(
-    _opened, allow_config_change=allow_config_change, tracker=tracker
-  )
   with (
     StopRequest() as stop,
-    opened(config, workdir, stop, lambda: rehearsed(config, workdir, stop)) as at,
+    _opened(
+      config,
+      workdir,
+      stop,
+      lambda: rehearsed(config, workdir, stop),
+      allow_config_change=allow_config_change,
+      tracker=tracker,
+      screen=screen,
+    ) as opened,
   ):
     earlier: dict[str, State] = {}
-    for name in at.experiment.stages:
-      runner = at.runner(name, stop, profile)
+    for name in opened.experiment.stages:
+      runner = opened.runner(name, stop, profile)
       earlier[name] = runner.run(earlier)
-    return _finish(at, earlier[name], stop, began)
+    return _finish(opened, earlier[name], stop, began)
 
 
 def run_seeds(
-  configs: Sequence[Config], workdirs: Sequence[epath.PathLike]
+  configs: Sequence[Config],
+  workdirs: Sequence[epath.PathLike],
+  screens: Sequence[Screen] = (),
 ) -> list[dict[str, Any] | train.Diverged]:
   """Trains runs that differ only in the seed as one program.
 
-  Each has a folder like any other run, at every moment, so that it can go on alone.
+  At every moment, the folder of each is like that of any other run, so that any of them
+  can be resumed alone.
 
   Args:
-    configs: the resolved configurations.
-    workdirs: a folder for each.
+    configs: the resolved configs.
+    workdirs: one folder for each.
+    screens: one for each; none for the terminal, where one run is followed.
 
   Returns:
-    What result.json holds, or how the run diverged, for each.
+    For each run, what result.json holds, or how the run diverged.
 
   Raises:
-    UserError: as for `run`; or they differ in more than the seed, there are several
+    UserError: as for `run`; or the runs differ in more than the seed, there are several
       processes, or the images are not on the devices.
-    Preempted: it was asked to stop and saved all.
+    Preempted: the runs were asked to stop, and all were saved.
     SaveError: a checkpoint could not be written.
 
-  Any of these, of one run, ends all; what was saved is whole.
+  Any of these, in one run, ends all of them; saved files are intact.
   """
   began = time.time()
   if len({config_digest(config) for config in configs}) > 1:
@@ -115,11 +125,13 @@ def run_seeds(
         )
       else:
         make = functools.partial(rehearsed, config, workdir, stop, len(configs))
-      screen = Screen(
-        f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None
+      screen = (
+        screens[len(runs)]
+        if screens
+        else Screen(f'seed {config["seed"]}: ', beside=runs[0].screen if runs else None)
       )
-      opened = _opened(config, workdir, stop, make, screen=screen, seeds=seeds)
-      runs.append(stack.enter_context(opened))
+      context = _opened(config, workdir, stop, make, screen=screen, seeds=seeds)
+      runs.append(stack.enter_context(context))
     states: list[dict[str, State]] = [{} for _ in runs]
     outcomes: list[Any] = [None] * len(runs)
     for name in runs[0].experiment.stages:
@@ -132,9 +144,9 @@ def run_seeds(
           outcomes[i] = end
         else:
           states[i][name] = end
-    for i, at in enumerate(runs):
+    for i, opened in enumerate(runs):
       if outcomes[i] is None:
-        outcomes[i] = _finish(at, states[i][name], stop, began, len(runs))
+        outcomes[i] = _finish(opened, states[i][name], stop, began, len(runs))
     return outcomes
 
 
@@ -151,7 +163,7 @@ class _Run(NamedTuple):
   def runner(
     self, stage: str, stop: StopRequest, profile: tuple[int, int] | None = None
   ) -> StageRunner:
-    """Returns what runs one of its stages."""
+    """Returns the runner of one of its stages."""
     return StageRunner(
       self.experiment,
       self.experiment.stages[stage],
@@ -177,17 +189,17 @@ def _opened(
   allow_config_change: bool = False,
   tracker: str = '',
 ) -> Iterator[_Run]:
-  """Opens the folder of a run, after looking whether all is in order.
+  """Opens the folder of a run, after checking that everything is in order.
 
   Args:
-    config: the resolved configuration.
+    config: the resolved config.
     workdir: the folder.
     stop: whether the run must end.
     make: makes the experiment.
-    screen: where it shows; None for the terminal.
-    seeds: of the runs that train together, whose first has the banner.
+    screen: where output is shown; None for the terminal.
+    seeds: those of the runs that train together; the first run shows the banner.
     allow_config_change: as for `run`.
-    tracker: likewise.
+    tracker: as for `run`.
   """
   workdir, screen = files.make_workdir(workdir), screen or Screen()
   with files.locked(workdir):
@@ -200,7 +212,7 @@ def _opened(
     data = _data_facts(experiment, workdir)
     moved = _moved_since(workdir, data)
     events = Events(workdir, screen)
-    stop()  # from here on there are signs of life
+    stop()  # a first sign of life, for the watchdog
     with (
       watched(lambda: stop.last_look),
       _names_the_folder(workdir),
@@ -218,7 +230,7 @@ def _opened(
 
 @contextlib.contextmanager
 def _names_the_folder(workdir: epath.Path) -> Iterator[None]:
-  """Adds the folder to an error that names no file, such as that of a full disk."""
+  """Adds the folder to errors that name no file, such as a full disk."""
   try:
     yield
   except OSError as error:
@@ -228,30 +240,31 @@ def _names_the_folder(workdir: epath.Path) -> Iterator[None]:
 
 
 def _finish(
-  at: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
+  opened: _Run, state: State, stop: StopRequest, began: float, replicas: int = 1
 ) -> dict[str, Any]:
   """Evaluates the last State, writes the results and shows them."""
-  events = read_rows(at.workdir / 'events.jsonl')
-  before = results.seconds_of_earlier_starts(events)
+  experiment, workdir, events = opened.experiment, opened.workdir, opened.events
+  rows = read_rows(workdir / 'events.jsonl')
+  before = results.seconds_of_earlier_starts(rows)
   result = results.write_results(
-    at.experiment,
-    at.workdir,
-    [*at.experiment.stages.values()][-1],
+    experiment,
+    workdir,
+    [*experiment.stages.values()][-1],
     state,
     stop=stop.alone,
-    bad_images=BadImages(at.experiment.last.images, at.events, events),
+    bad_images=BadImages(experiment.last.images, events, rows),
     wall_seconds=before + time.time() - began,
     replicas=replicas,
   )
-  at.events('finished', state_sha256=result['state_sha256'])
-  results.show(result, at.workdir, at.screen)
+  events('finished', state_sha256=result['state_sha256'])
+  results.show(result, workdir, opened.screen)
   return result
 
 
 def reseeded(experiment: Experiment, config: Config, replicas: int) -> Experiment:
-  """Returns an experiment with another seed, which shares everything else.
+  """Returns the experiment with another seed; everything else is shared.
 
-  So its programs are the same objects, and none of them is compiled again.
+  Its programs are the same objects, so none of them is compiled again.
   """
   own = build(config, replicas=replicas, datasets=experiment.domains)
 
@@ -275,15 +288,15 @@ def rehearsed(
   stop: StopRequest | None = None,
   replicas: int = 1,
 ) -> Experiment:
-  """Builds the experiment and goes through its stages without computing anything.
+  """Builds the experiment and runs through its stages on shapes, computing nothing.
 
-  Shapes tell most of what can be wrong, and tell it before the first stage has been
-  trained for days: networks, optimisers, augmentation, surgeries.
+  This finds most mistakes in networks, optimisers, augmentation and surgeries before
+  the first stage has trained for days.
 
   Args:
-    config: the resolved configuration.
+    config: the resolved config.
     workdir: the run's folder.
-    stop: whether the run must end, which passes of its surgeries look at; None: never.
+    stop: whether the run must end, checked while surgeries pass over data; None: never.
     replicas: how many seeds train together.
   """
   workdir = epath.Path(workdir)
@@ -296,10 +309,10 @@ def rehearsed(
     experiment = build(config, replicas=replicas, look=look)
     shapes: dict[str, State] = {}
     for name, stage in experiment.stages.items():
-      # Of the clock there is more to know than its shape.
+      # The clock has a known value, not only a shape.
       state = state_shapes(stage.method, stage.streams).replace(step=np.int32(0))
       if stage.start and not (workdir / 'stages' / name).exists():
-        stage.start(state)  # a run that goes on needs the file no more
+        stage.start(state)  # a run that resumes no longer needs the file
       for surgery in stage.surgeries:
         state = surgery(state, shapes)
       begin, end = state.step, stage.plan.steps
@@ -313,7 +326,7 @@ def rehearsed(
     if isinstance(error, UserError):
       raise
     raise UserError(
-      f'the configuration cannot be built: {type(error).__name__}: {error}'
+      f'the config cannot be built: {type(error).__name__}: {error}'
     ) from error
   return experiment
 
@@ -322,10 +335,10 @@ def rehearsed(
 def _claimed(
   config: Config, data: Mapping[str, Any], workdir: epath.Path
 ) -> Iterator[None]:
-  """Writes config.json and data.json; a start that fails puts back what was there.
+  """Writes config.json and data.json; if the start fails, restores what was there.
 
-  So that a mistake does not stand in the way of the corrected command. What is true no
-  more goes: that an earlier start failed, and the result of another configuration.
+  So a mistake does not block the corrected command. Stale files are removed: the error
+  of an earlier start, and the result of another config.
   """
   facts = {'config.json': config, 'data.json': data}
   paths = {name: workdir / name for name in (*facts, 'result.json')}
@@ -350,17 +363,17 @@ def _claimed(
 
 
 def _same_training(text: bytes | None, config: Config) -> bool:
-  """Returns whether what config.json holds trains as a configuration does."""
+  """Returns whether the text of a config.json trains the same run as a config."""
   try:
     return not provenance.changes(json.loads(text or b''), config)
-  except (ValueError, TypeError, AttributeError, RecursionError):  # torn, no object
+  except (ValueError, TypeError, AttributeError, RecursionError):  # torn or no object
     return False
 
 
 def _check_shared(workdir: epath.Path) -> None:
-  """Refuses a folder that is not one for all processes.
+  """Refuses a folder that the processes do not share.
 
-  Process 0 leaves a file there with a name that it has just made up.
+  Process 0 creates a file there with a random name, which the others must see.
   """
   if jax.process_count() == 1:
     return
@@ -379,50 +392,50 @@ def _check_shared(workdir: epath.Path) -> None:
 
 
 def _check_peers(experiment: Experiment) -> None:
-  """Refuses to run beside a process that has another configuration or other data."""
+  """Refuses to run beside a process that has another config, data or seed."""
   config = experiment.config
   ours = [config_digest(config), experiment.fingerprint[:12], config['seed']]
   if any_process(agreed(ours) != ours):
     raise UserError(
-      'the processes of this run differ in configuration, data or seed: here these are '
+      'the processes of this run differ in config, data or seed: this one has '
       f'{ours[0]}, {ours[1]} and {ours[2]}'
     )
 
 
 class OtherConfig(UserError):
-  """A folder was begun with another configuration."""
+  """A folder was started with another config."""
 
 
 def check_config(config: Config, workdir: epath.Path) -> None:
-  """Refuses a config other than the one the folder was begun with.
+  """Refuses a config other than the one the folder was started with.
 
-  That is the one of its checkpoints; before the first of them config.json has it. Data
-  may lie elsewhere than they did, if `check_data` finds that they are the same.
+  That is the one in its checkpoints or, before the first checkpoint, in config.json.
+  The data may have moved, if `check_data` finds that they are the same.
   """
   record, path = provenance.recorded(workdir), workdir / 'config.json'
   stored = provenance.read_config(workdir) if path.exists() else {}
   before = record['config'] if record else stored
-  if before and (told := provenance.changes(before, config)):
+  if before and (changes := provenance.changes(before, config)):
     raise OtherConfig(
-      f'{workdir} was begun with another configuration: {", ".join(told)}; give '
+      f'{workdir} was started with another config: {", ".join(changes)}; give '
       'another workdir'
     )
-  if stored and (told := provenance.changes(stored, config)):
+  if stored and (changes := provenance.changes(stored, config)):
     raise UserError(
-      f'{path} was changed after training: {", ".join(told)}; the checkpoints were '
-      f'trained with the config of this command, so delete {path} to go on'
+      f'{path} was changed after training: {", ".join(changes)}; the checkpoints were '
+      f'trained with the config of this command, so delete {path} to resume'
     )
 
 
 def check_data(experiment: Experiment, workdir: epath.Path) -> None:
-  """Refuses data other than those the run was begun with."""
+  """Refuses data other than those the run was started with."""
   path, now = workdir / 'data.json', {'fingerprint': experiment.fingerprint}
   if path.exists():
     stored = provenance.read_json(path)
     files.check_fits(stored, {'fingerprint': str}, path)
     if stored['fingerprint'] != now['fingerprint']:
       raise UserError(
-        f'the data have changed since {workdir} was begun: fingerprint '
+        f'the data have changed since {workdir} was started: fingerprint '
         f'{stored["fingerprint"][:12]} then, {now["fingerprint"][:12]} now; give '
         'another workdir'
       )
@@ -435,14 +448,14 @@ def check_data(experiment: Experiment, workdir: epath.Path) -> None:
 
 
 def _moved_since(workdir: epath.Path, data: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Returns from where to where data have moved since the run was begun."""
+  """Returns (old place, new place) of data that moved since the run was started."""
   path = workdir / 'data.json'
   before = provenance.read_json(path).get('found') if path.exists() else None
   return provenance.moved_since(before, data['found'])
 
 
 def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
-  """Returns what data.json tells; what else is in it already stays."""
+  """Returns the contents of data.json; other keys that it already has stay."""
   path, dataset = workdir / 'data.json', experiment.dataset
   classes = len(dataset.class_names)
   data = experiment.config['data']
@@ -472,21 +485,21 @@ def _data_facts(experiment: Experiment, workdir: epath.Path) -> dict[str, Any]:
 
 
 def _unseen(dataset: Dataset) -> list[tuple[str, str]]:
-  """Returns a row of the banner that names unseen classes and those of validation."""
+  """Returns a row of the banner with the unseen classes and those for validation."""
   if dataset.unseen is None:
     return []
   masks = {'unseen': dataset.unseen, 'validation': dataset.val_classes}
-  told = {
+  found = {
     kind: [n for n, m in zip(dataset.class_names, mask, strict=True) if m]
     for kind, mask in masks.items()
     if mask is not None
   }
-  parts = (f'{len(names)} {kind} ({", ".join(names)})' for kind, names in told.items())
-  return [('apart', '; '.join(parts))]
+  parts = (f'{len(names)} {kind} ({", ".join(names)})' for kind, names in found.items())
+  return [('held out', '; '.join(parts))]
 
 
 def _described(dataset: Dataset) -> dict[str, Any]:
-  """Returns what data.json tells of unseen classes and of descriptions."""
+  """Returns what data.json says about unseen classes and class descriptions."""
   found: dict[str, Any] = {}
   for key in ('unseen', 'val_classes'):
     mask = getattr(dataset, key)
@@ -500,7 +513,7 @@ def _described(dataset: Dataset) -> dict[str, Any]:
 def _banner(
   experiment: Experiment, workdir: epath.Path, screen: Screen, seeds: Sequence[int]
 ) -> None:
-  """Says what is about to run, before anything is compiled.
+  """Shows what is about to run, before anything is compiled.
 
   Raises:
     UserError: the first steps need more memory than there is.
@@ -513,10 +526,10 @@ def _banner(
   params = sum(x.size for x in jax.tree.leaves(state.params))
   idle = jax.device_count() - mesh.size
   idle_note = f' ({idle} idle: they do not divide the batches)' if idle else ''
-  a_device = f'{config["batch"] // mesh.size} a device'
+  per_device = f'{config["batch"] // mesh.size} per device'
   if len(seeds) > 1:
     idle_note = f' ({idle} idle: too few seeds)' if idle else ''
-    a_device = f'of each seed, {-(-len(seeds) // mesh.size)} seeds a device'
+    per_device = f'for each seed, {-(-len(seeds) // mesh.size)} seeds per device'
   sizes = _sizes(dataset)
   kind = jax.devices()[0].device_kind
   imbalance = counts.max() / counts[counts > 0].min(initial=counts.max())
@@ -524,7 +537,7 @@ def _banner(
     f'{config["name"]}: {config["recipe"]}, {_named(seeds or [config["seed"]])}',
     [
       ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
-      ('batch', f'{config["batch"]} ({a_device})'),
+      ('batch', f'{config["batch"]} ({per_device})'),
       ('images', sizes),
       *_unseen(dataset),
       *(
@@ -536,11 +549,12 @@ def _banner(
       *(('note', line) for line in dataset.passed_over),
       (
         'classes',
-        f'{len(counts)}, {_some(counts)} {dataset.counted}, imbalance {imbalance:.4g}',
+        f'{len(counts)}, {_abridged(counts)} {dataset.counted}, '
+        f'imbalance {imbalance:.4g}',
       ),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),
-      ('config', f'{config_digest(config)} (seed left out)'),
+      ('config', f'{config_digest(config)} (without the seed)'),
       ('workdir', os.fspath(workdir)),
     ],
   )
@@ -553,11 +567,11 @@ def _sizes(dataset: Dataset) -> str:
 
 
 def _named(seeds: Sequence[int]) -> str:
-  told = ', '.join(map(str, seeds))
-  return f'seeds {told} as one program' if len(seeds) > 1 else f'seed {told}'
+  numbers = ', '.join(map(str, seeds))
+  return f'seeds {numbers} as one program' if len(seeds) > 1 else f'seed {numbers}'
 
 
-def _some(counts: np.ndarray) -> str:
+def _abridged(counts: np.ndarray) -> str:
   numbers = [str(n) for n in counts]
   return ' '.join(
     numbers if len(numbers) <= 10 else [*numbers[:5], '...', *numbers[-3:]]

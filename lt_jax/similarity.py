@@ -66,7 +66,7 @@ def main() -> None:
     raise UserError('--target is missing: give data or a run')
   if not (SOURCE.value or RUNS.value):
     raise UserError('--source is missing; or give --runs, a folder of finished runs')
-  lookup(measures.RULES, 'rule of selection', RULE.value)
+  lookup(measures.RULES, 'selection rule', RULE.value)
   folder = files.make_workdir(OUT.value)
   found: dict[str, Any] = {}
   if RUNS.value:

@@ -1,4 +1,4 @@
-"""One stage of a run: restores or starts it, and gives the loop its hooks."""
+"""One stage of a run: restores or starts it, and provides the hooks of the loop."""
 
 import contextlib
 import functools
@@ -40,38 +40,44 @@ from lt_jax.writers import (
 
 
 class BadImages:
-  """Tells of images that cannot be read, where others may stand in; each once.
+  """Reports images that cannot be read and are replaced by others; each only once.
 
-  Too many of a split end the run.
+  Too many of them in one split end the run.
   """
 
   def __init__(
-    self, splits: Mapping[str, Split], tell: Callable[..., None], told: Iterable[Row]
+    self, splits: Mapping[str, Split], tell: Callable[..., None], events: Iterable[Row]
   ):
-    """Takes the splits, what tells an event, and the events so far."""
+    """Stores the splits.
+
+    Args:
+      splits: name -> split.
+      tell: called with an event and its values for every new image.
+      events: the rows of events.jsonl so far.
+    """
     self._splits = splits
     self._tell = tell
-    self._told = {
+    self._reported = {
       (str(row.get('split', 'train')), str(row.get('image')))
-      for row in told
+      for row in events
       if row['event'] == 'bad_image'
     }
 
   def __call__(self, name: str, rows: Iterable[int]) -> None:
-    """Tells of images of a split; all processes are here together.
+    """Reports images of a split; all processes call this together.
 
     Args:
-      name: of the split.
-      rows: their positions in the source.
+      name: the split.
+      rows: positions of the images in its source.
 
     Raises:
       UserError: there are more than `most_bad`.
     """
     split = self._splits[name]
-    for bad in {(name, split.source.where(row)) for row in rows} - self._told:
-      self._told.add(bad)
+    for bad in {(name, split.source.where(row)) for row in rows} - self._reported:
+      self._reported.add(bad)
       self._tell('bad_image', split=name, image=bad[1])
-    count, most = sum(known == name for known, _ in self._told), most_bad(split)
+    count, most = sum(known == name for known, _ in self._reported), most_bad(split)
     if any_process(count > most):
       raise UserError(
         f'{count} images of {name} cannot be read, but at most {most} of '
@@ -80,14 +86,14 @@ class BadImages:
 
 
 class StageRunner:
-  """One stage of a run: restores or begins it, and gives the loop its hooks.
+  """One stage of a run: restores or starts it, and provides the hooks of the loop.
 
-  `run` does it all. Where one program trains several runs, `begin` and `end` are called
-  before and after, and the loop calls the `hooks` of each.
+  `run` does everything. If one program trains several runs, `begin` and `end` are
+  called before and after training, and the loop calls the `hooks` of each.
 
   Attributes:
     stage: the stage.
-    plan: when things happen; known once it has begun.
+    plan: when things happen; set by `begin`.
   """
 
   def __init__(
@@ -108,12 +114,12 @@ class StageRunner:
       experiment: what the run is made of.
       stage: the stage.
       workdir: the run's folder.
-      screen: where it shows.
-      events: takes what happens.
+      screen: where output is shown.
+      events: records events.
       stop: whether the run must end.
       profile: (first, last) step of a profiler trace.
-      track: takes every row of metrics.
-      origin: what manifests tell of config and data, see `provenance.facts`.
+      track: called with every row of metrics.
+      origin: what manifests record of config and data, see `provenance.facts`.
     """
     self._experiment = experiment
     self.stage = stage
@@ -138,7 +144,7 @@ class StageRunner:
     self._began = time.time()
 
   def run(self, earlier: Mapping[str, State]) -> State:
-    """Trains the stage to its end and returns the State that counts."""
+    """Trains the stage to its end; returns its selected State, or else its last one."""
     with contextlib.closing(self):
       state = self.begin(earlier)
       try:
@@ -154,13 +160,13 @@ class StageRunner:
       except train.Diverged as diverged:
         self._report_divergence(diverged)
         raise
-      except train.Preempted:  # a process that ends may take the others with it
+      except train.Preempted:  # if this process exited now, the others might die too
         self._wait_for_saves()
         raise
       return self.end(state)
 
   def begin(self, earlier: Mapping[str, State]) -> State:
-    """Returns the State from which the stage goes on, after opening its files."""
+    """Opens the files of the stage; returns the State at which it starts or resumes."""
     mesh = self._experiment.mesh
     self._begun_from = {name: checkpoint.digest(s)[:16] for name, s in earlier.items()}
     stage = self.stage = self._with_arrays(self.stage)
@@ -185,7 +191,7 @@ class StageRunner:
       profile_dir=os.fspath(self._folder / 'profile'),
     )
     self._announce(step, restored)
-    self._tell_parts(shapes)
+    self._report_parts(shapes)
     if restored is not None and jax.process_index() == 0:
       self._checkpoints.amend(step, **self._origin)
     self._metrics = MetricWriter(
@@ -197,13 +203,13 @@ class StageRunner:
       track=self._track,
       tell=self._events.damaged,
     )
-    if stage.plan.steps == first and restored is None:  # a stage of no steps
+    if stage.plan.steps == first and restored is None:  # a stage without steps
       self._save(step, state)
     self._screen.start_bar(stage.name, step, stage.plan.steps)
     return state
 
   def hooks(self) -> train.Hooks:
-    """Returns what happens at a step."""
+    """Returns the callbacks of the loop."""
     return train.Hooks(
       first_call=self._first_call,
       progress=self._screen.progress,
@@ -216,21 +222,28 @@ class StageRunner:
     )
 
   def end(self, state: State) -> State:
-    """Returns the State that counts, given the last one, and leaves what it must."""
+    """Ends the stage: saves outputs for later stages, and returns its result.
+
+    Args:
+      state: the last State.
+
+    Returns:
+      The selected State, if the stage selects one, or else the last.
+    """
     self._metrics.close()
     self._wait_for_saves()
     if self.stage.select is not None and self.stage.plan.steps > self.plan.first:
       state = self._checkpoints.restore_best(self._target).state
-    self._leave(state)
+    self._save_outputs(state)
     return state
 
   def _wait_for_saves(self) -> None:
-    """Waits until what is saved has its manifest, which process 0 alone writes."""
+    """Waits until saves have their manifests, which only process 0 writes."""
     self._checkpoints.wait()
     wait_for_all('saved')
 
   def close(self) -> None:
-    """Ends what is under way."""
+    """Removes the progress bar, closes files and waits for saves."""
     self._screen.stop_bar()
     if self._metrics is not None:
       self._metrics.abandon()
@@ -239,8 +252,8 @@ class StageRunner:
   def _first_state(self, later: bool) -> State:
     """Returns the State of step 0.
 
-    A later stage draws other parameters than the first one did, or a classifier that is
-    trained again would begin just where the first did.
+    A later stage draws other parameters than the first; otherwise a retrained
+    classifier would start from the same ones as in the first stage.
     """
     stage, key = self.stage, jax.random.key(self._experiment.config['seed'])
     drawn_by = named_key(key, f'stage {stage.name}', 0) if later else key
@@ -250,16 +263,16 @@ class StageRunner:
     key = sharding.put_replicated(self._experiment.mesh, key)
     state = state.replace(key=key)
     if stage.start:
-      state, told = stage.start(state)
-      if any_process(agreed(told['sha256']) != told['sha256']):
-        raise UserError(f'the processes have different files of {told["source"]}')
-      self._events('began_with_weights', **told)
+      state, report = stage.start(state)
+      if any_process(agreed(report['sha256']) != report['sha256']):
+        raise UserError(f'the processes have different files of {report["source"]}')
+      self._events('began_with_weights', **report)
       data = self._experiment.config['data']
-      wanted = {key: tuple(round(x, 4) for x in told[key]) for key in ('mean', 'std')}
+      wanted = {key: tuple(round(x, 4) for x in report[key]) for key in ('mean', 'std')}
       ours = {key: tuple(round(x, 4) for x in data[key]) for key in wanted}
-      if told['mean'] and wanted != ours:
+      if report['mean'] and wanted != ours:
         self._screen.line(
-          'those weights expect other pixels: set '
+          'these weights expect pixels normalised differently: set '
           f'--config.data.mean="{wanted["mean"]}" --config.data.std="{wanted["std"]}"'
         )
     return state
@@ -267,48 +280,48 @@ class StageRunner:
   def _check_origin(
     self, begun_from: Mapping[str, str], earlier: Mapping[str, State]
   ) -> None:
-    """Refuses to go on with a stage whose earlier stages have changed since."""
+    """Refuses to resume a stage if its earlier stages have changed since it started."""
     for name, digest in self._begun_from.items():
-      told = begun_from.get(name)
-      if told != digest and told != _old_digest(earlier[name]):
+      recorded = begun_from.get(name)
+      if recorded != digest and recorded != _old_digest(earlier[name]):
         raise UserError(
-          f'stage {self.stage.name!r} began from another State of stage {name!r}, '
-          f'which was trained on since: delete {self._folder} to begin it again'
+          f'stage {self.stage.name!r} started from another State of stage {name!r}, '
+          f'which has changed since: delete {self._folder} to train the stage again'
         )
 
   def _with_arrays(self, stage: Stage) -> Stage:
-    """Returns the stage with what earlier stages have left for its streams in place.
+    """Returns the stage with arrays that earlier stages saved added to its streams.
 
     Raises:
-      UserError: they are not there, or not as they should be.
+      UserError: an array is missing or has another shape.
     """
     streams = dict(stage.streams)
     put = functools.partial(sharding.put_replicated, self._experiment.mesh)
-    for name, left in stage.reads.items():
-      path = self._workdir / 'stages' / left.stage / 'arrays.npz'
+    for name, saved in stage.reads.items():
+      path = self._workdir / 'stages' / saved.stage / 'arrays.npz'
       if not files.seen(path):
         raise UserError(
-          f'stage {stage.name!r} reads what {left.stage!r} leaves in {path}'
+          f'stage {stage.name!r} needs {path}, which stage {saved.stage!r} writes'
         )
       found = _arrays(path)
-      for key, expected in left.shapes.items():
+      for key, expected in saved.shapes.items():
         shape = found[key].shape if key in found else None
         if shape != expected:
           raise UserError(
             f'{path}: {key} is {shape or "missing"}, but it should be {expected}'
-            '; delete the file, and the same command makes it anew'
+            '; delete the file and run the same command to write it again'
           )
-      streams[name] = left.into(streams[name], found, put)
+      streams[name] = saved.into(streams[name], found, put)
     return stage._replace(streams=streams)
 
-  def _leave(self, state: State) -> None:
+  def _save_outputs(self, state: State) -> None:
     """Writes arrays.npz: outputs of the final State for every image of some splits."""
     path, names = self._folder / 'arrays.npz', self.stage.save_outputs
     if not names:
       return
     origin = checkpoint.digest(state)
-    known_by = (origin, checkpoint.digest(state, old_paths=True))
-    if agreed(path.exists() and _origin(path) in known_by):
+    digests = (origin, checkpoint.digest(state, old_paths=True))
+    if agreed(path.exists() and _origin(path) in digests):
       return
     found = collect_saved(self.stage.survey, state, names)
     if jax.process_index() == 0:
@@ -316,21 +329,21 @@ class StageRunner:
     wait_for_all(f'{path} is written')
 
   def _announce(self, step: int, restored: checkpoint.Restored | None) -> None:
-    told = 'fresh start'
+    start = 'fresh start'
     if restored is not None:
-      told = (
+      start = (
         f'resuming from {step} ({"verified" if restored.verified else "UNVERIFIED"})'
       )
     elif step:
-      told = f'fresh start at step {step}, carried over'
+      start = f'fresh start at step {step}, carried over'
     epochs = self.stage.plan.steps / self.stage.epoch_steps
-    self._screen.detail(
+    self._screen.line_if_followed(
       f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
-      f'of {self.stage.epoch_steps:.4g} steps; {told}'
+      f'of {self.stage.epoch_steps:.4g} steps; {start}'
     )
 
-  def _tell_parts(self, shapes: State) -> None:
-    """Writes parameters.json: what is trained, at which rate; shows what is unusual."""
+  def _report_parts(self, shapes: State) -> None:
+    """Writes parameters.json: what trains at which rate; shows it if it is unusual."""
     rows = parts(self.stage, shapes)
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -340,7 +353,7 @@ class StageRunner:
       total = sum(row.parameters for row in rows)
       self._screen.table(
         f'stage {self.stage.name} trains {trained:,} of {total:,} parameters',
-        [(row.part, row.told) for row in rows],
+        [(row.part, row.description) for row in rows],
       )
 
   def _first_call(self, compile_seconds: float) -> None:
@@ -354,31 +367,30 @@ class StageRunner:
   def _log(
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
-    self._tell_bad_images()
+    self._report_bad_images()
     rate = steps * self.stage.batch / seconds
     epoch = step / self.stage.epoch_steps
     self._metrics.write('train', step, epoch, values, images_per_second=round(rate, 1))
     left = (self.plan.steps - step) / steps * seconds
     loss, accuracy = (float(values.get(k, np.nan)) for k in ('loss', 'accuracy'))
-    self._screen.note(
+    self._screen.status(
       f'loss {loss:.4f}  {rate:,.0f} images/s',
       f'step {step}/{self.plan.steps}  epoch {epoch:.2f}  loss {loss:.4f}  '
       f'accuracy {accuracy:.4f}  {rate:,.0f} images/s  ETA {left:.0f} s',
     )
 
   def _bad_images(self, stream: str, positions: np.ndarray) -> None:
-    """Notes images that this process cannot read, for the next row of the log."""
+    """Remembers images that this process cannot read, until the next log row."""
     self._new_bad[stream].update(positions.tolist())
 
-  def _tell_bad_images(self) -> None:
-    """Tells of training images that cannot be read; too many of a split end the run.
+  def _report_bad_images(self) -> None:
+    """Reports training images that cannot be read; too many in a split end the run.
 
-    All processes are here together, and tell of what any of them has found.
+    All processes call this together, and report what any of them has found.
     """
     for stream, new in self._new_bad.items():
       if self.stage.streams[stream].workers is None:
         continue
-      name = self.stage.trained_on[stream]
       name = self.stage.trained_on[stream]
       found = of_any_process(sorted(new))
       new.difference_update(found)
@@ -398,8 +410,8 @@ class StageRunner:
       )
 
   def _hold(self, unlogged: train.Unlogged) -> None:
-    """Leaves what the next log row has added up for the start that goes on."""
-    self._tell_bad_images()
+    """Saves the partial sums of the next log row, for the run that resumes."""
+    self._report_bad_images()
     if jax.process_index() == 0:
       totals = {
         f'{name}/{part}': value
@@ -410,9 +422,9 @@ class StageRunner:
       write_npz(self._folder / 'unlogged.npz', **totals, **numbers)
 
   def _unlogged(self) -> train.Unlogged | None:
-    """Returns what `_hold` has left, if it is whole.
+    """Returns what `_hold` saved, if it is intact.
 
-    Several processes leave nothing: they stop at a log row.
+    Several processes save nothing: they stop at a log row.
     """
     path = self._folder / 'unlogged.npz'
     if jax.process_count() > 1 or not path.exists():
@@ -424,11 +436,11 @@ class StageRunner:
       step, logged = (int(stored[name]) for name in ('step', 'logged'))
       return train.Unlogged(step, logged, float(stored['seconds']), totals)
     except (UserError, KeyError, TypeError, ValueError) as error:
-      self._events.damaged(f'{path}: {error}; the next log row is of fewer steps')
+      self._events.damaged(f'{path}: {error}; the next log row covers fewer steps')
       return None
 
   def _evaluate(self, step: int, state: State) -> None:
-    """Evaluates closed-set accuracy on validation and test data, and selects."""
+    """Evaluates on validation and test data, and keeps the best State."""
     rows = {}
     for split, one_pass in self.stage.passes.items():
       if split.rpartition('/')[2] in ('val', 'test'):
@@ -440,8 +452,7 @@ class StageRunner:
         else:
           rows[split] = results.split_metrics(records, self.stage)
     headline = self.stage.task.headline
-    values = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
-    told = ', '.join(f'{k} {value:.4f}' for k, value in values.items())
+    shown = {k: v[headline] for k, v in rows.items() if v[headline] is not None}
     if self.stage.scores is not None:
       scores = self.stage.scores(state, self._stop.alone)
       if scores is None:
@@ -449,12 +460,12 @@ class StageRunner:
       rows |= scores
     for split, values in rows.items():
       self._metrics.write(split, step, step / self.stage.epoch_steps, values)
-    self._screen.detail(f'step {step}: {headline} on {told}')
+    self._screen.evaluated(step, headline, shown)
     if self.stage.select is not None:
       self._keep_best(step, state, rows)
 
   def _keep_best(self, step: int, state: State, rows: Mapping[str, Any]) -> None:
-    """Saves a State that is strictly better than the best so far."""
+    """Saves the State if it is strictly better than the best so far."""
     split, metric, sign = self.stage.select
     value = sign * float(rows[split][metric])
     self._checkpoints.wait()
@@ -462,38 +473,42 @@ class StageRunner:
     than = -np.inf if best is None else best.get('value')
     if than is None:
       raise UserError(
-        f'{self._folder / "checkpoints/manifests/best.json"} lacks the value that the '
-        f'State was selected by; {self._checkpoints.begin_again()}'
+        f'{self._folder / "checkpoints/manifests/best.json"} lacks the value by which '
+        f'the State was selected; {self._checkpoints.how_to_retrain()}'
       )
     better = value > than or step < best['step']
     if agreed(better):
       self._checkpoints.save_best(step, state, split=split, metric=metric, value=value)
 
   def diverged(self, step: int) -> train.Diverged:
-    """Returns that a step was not finite, after telling of it."""
+    """Records that a step was not finite; returns the error."""
     diverged = train.Diverged(step, train.payloads_at(self.stage.streams, step))
     self._report_divergence(diverged)
     return diverged
 
   def follow(self) -> None:
-    """Has the screen follow this run, among others that train with it."""
+    """Makes the screen show this run, among those that train together."""
     self._screen.follow(self.stage.name, self.plan.steps)
 
   def _report_divergence(self, diverged: train.Diverged) -> None:
-    """Says where it happened, and on which examples: every process its own."""
+    """Records where it happened and on which examples; every process records its own.
+
+    Args:
+      diverged: the step and its payload.
+    """
     examples = {
       name: {k: v.tolist() for k, v in payload.items() if k in ('index', 'label')}
       for name, payload in diverged.payload.items()
     }
-    ours = f'.{jax.process_index()}' if jax.process_index() else ''
-    path = self._folder / f'not_finite{ours}.json'
+    process = f'.{jax.process_index()}' if jax.process_index() else ''
+    path = self._folder / f'not_finite{process}.json'
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:
-  """Reads what an earlier stage has left; {} of a damaged file."""
+  """Reads the arrays that an earlier stage saved; {} if the file is damaged."""
   try:
     return files.read_npz(path)
   except UserError:
@@ -501,17 +516,17 @@ def _arrays(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _old_digest(state: State) -> str:
-  """Returns the short digest of a State, as it was before its paths were renamed."""
+  """Returns the short digest that a State had before its paths were renamed."""
   return checkpoint.digest(state, old_paths=True)[:16]
 
 
 def _origin(path: epath.Path) -> str:
-  """Returns the digest of the State that left some arrays; '' of a damaged file."""
+  """Returns the digest of the State that made the arrays; '' if they are damaged."""
   return str(_arrays(path).get('state_sha256', ''))
 
 
 def _facts(experiment: Experiment) -> dict[str, Any]:
-  """Returns what a manifest tells of the run it belongs to."""
+  """Returns what a manifest records about its run."""
   return {
     'config_digest': config_digest(experiment.config),
     'seed': experiment.config['seed'],

@@ -1,8 +1,8 @@
 """How a run ends early: on request, or because a peer is stuck.
 
-In a run of several processes all must stop at one step, since each waits for the others
-in every all-reduce. So they agree, at the steps at which they wait for the devices
-anyway; and where one waits in vain, it ends itself.
+The processes of a run must all stop at the same step, since each waits for the others
+in every all-reduce. So they agree when to stop, at steps where they wait for the
+devices anyway. A process that waits for the others in vain ends itself.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ STUCK_AFTER = 1800.0
 
 
 class StopRequest:
-  """Whether this process is asked to stop: by SIGTERM, SIGUSR1 or a closed terminal.
+  """Whether this process was asked to stop: by SIGTERM, SIGUSR1 or a closed terminal.
 
-  The terminal sends SIGHUP, which `nohup` has us ignore.
+  A closed terminal sends SIGHUP, which is ignored under `nohup`.
 
   Attributes:
-    last_look: when that was last looked at, which is at every step and every batch of
-      an evaluation: a sign of life.
+    last_look: when this was last checked. That happens at every step and at every batch
+      of an evaluation, so it is a sign of life.
   """
 
   def __init__(self):
@@ -58,61 +58,62 @@ class StopRequest:
     self._asked = True
 
   def __call__(self) -> bool:
-    """Returns whether it was asked."""
+    """Returns whether it was asked to stop."""
     self.last_look = time.monotonic()
     return self._asked
 
   def alone(self) -> bool:
-    """Returns whether it was asked and may stop without the consent of others."""
+    """Returns whether it was asked to stop and has no other process to agree with."""
     return self() and jax.process_count() == 1
 
 
 def any_process(flag: bool) -> bool:
-  """Returns whether it is true in any process; all must ask."""
+  """Returns whether a flag is true in any process; all processes must call this."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def agreed(value: Any) -> Any:
-  """Returns what process 0 has of a value that JSON can hold; all must ask.
+  """Returns process 0's value, which must fit in JSON; all processes must call this.
 
-  Files are read so: another host may for a while see an older one, or none.
+  Used for what is read from files: another host may for a while see an older file, or
+  none.
   """
   if jax.process_count() == 1:
     return value
   ours = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(ours))))
-  padded = np.zeros(-(-size // 1024) * 1024, np.uint8)  # of few sizes: each compiles
+  padded = np.zeros(-(-size // 1024) * 1024, np.uint8)  # few sizes, as each compiles
   padded[: min(size, len(ours))] = ours[:size]
   return json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
 
 
 def of_any_process(numbers: Sequence[int]) -> list[int]:
-  """Returns the numbers that any process has, of each 64 at most; all must ask."""
+  """Returns the numbers that any process has, at most 64 each; all must call this."""
   if jax.process_count() == 1:
     return list(numbers)
-  ours = np.full(64, -1, np.int32)  # where there is none
+  ours = np.full(64, -1, np.int32)  # -1: no number
   ours[: len(numbers)] = numbers[:64]
   found = np.unique(multihost_utils.process_allgather(ours))
   return [int(number) for number in found if number >= 0]
 
 
 def wait_for_all(what: str) -> None:
-  """Waits until every process is here."""
+  """Waits until every process has reached this point."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def watched(last_look: Callable[[], float]) -> Iterator[None]:
-  """Ends this process, one of several, where nothing moves for `STUCK_AFTER` seconds.
+  """Ends this process, one of several, after `STUCK_AFTER` seconds without progress.
 
-  A peer that hangs, but lives, is not noticed otherwise: the others wait for it in an
-  all-reduce for ever. The stacks of all threads go to standard error first.
+  Otherwise nobody would notice a peer that hangs but lives: the others would wait for
+  it in an all-reduce forever. Dumps the stacks of all threads to standard error first.
 
   Args:
-    last_look: when there was a last sign of life, by `time.monotonic`.
+    last_look: returns the time of the last sign of life, by `time.monotonic`.
   """
   if jax.process_count() == 1:
     yield
@@ -125,7 +126,7 @@ def watched(last_look: Callable[[], float]) -> Iterator[None]:
         faulthandler.dump_traceback(all_threads=True)
         print(
           f'error: process {jax.process_index()} made no step for {STUCK_AFTER:g} s: '
-          'another one is stuck; what was saved is whole',
+          'another one is stuck; saved files are intact',
           file=sys.stderr,
           flush=True,
         )

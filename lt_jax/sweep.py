@@ -8,8 +8,8 @@ A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was inte
 keys too, each combination in a folder of its own between METHOD and SEED; the report
 then chooses among them by validation images.
 The same command again runs what is not finished. A cell that fails is told and does not
-stop the rest; error.json in its folder says why, until it is begun again. At the end
-DIR/report.html shows them all.
+stop the rest; error.json in its folder says why, until it is begun again. A terminal
+shows the cells in one table. DIR/report.html shows what there is after every cell.
 
 What stands behind the colon of --config are options for all methods
 (--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs the I-th cell
@@ -18,19 +18,22 @@ alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list show
 
 import ast
 import contextlib
+import functools
 import itertools
 import os
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from lt_jax import allocator, commands, config_file, files
-from lt_jax.config import resolve
+from lt_jax import allocator, commands, config_file, files, live
+from lt_jax.config import check_set_domains, resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
+from lt_jax.writers import terminal
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
@@ -51,6 +54,9 @@ LIST = flags.DEFINE_bool('list', False, 'Lists the cells and runs nothing.')
 
 
 MOST_SEED = 2**31 - 1
+
+LONG_CELL = 60.0
+"""Seconds of a cell that may well be followed by the seconds that figures take."""
 
 
 class Cell(NamedTuple):
@@ -136,10 +142,16 @@ def _folder(point: Sequence[tuple[str, str]]) -> list[str]:
   return [name.replace('/', '%')] if name else []
 
 
+Board = Mapping[Cell, live.CellScreen]
+"""Where each cell shows on a terminal; empty for plain lines."""
+
+
 def sweep(
   chosen: Sequence[Cell],
   make_config: Callable[[str], ConfigDict],
   vectorise: bool = False,
+  table: live.LiveTable | None = None,
+  after: Callable[[float], None] = lambda seconds: None,
 ) -> dict[Cell, Exception]:
   """Runs unfinished cells; a failure ends only its own cell.
 
@@ -147,6 +159,8 @@ def sweep(
     chosen: the cells.
     make_config: recipe -> config.
     vectorise: trains the seeds of a method as one program.
+    table: shows the cells, in this order; None for plain lines.
+    after: called with how long they took when cells have ended and others follow.
 
   Returns:
     cell -> what went wrong; empty if nothing did.
@@ -155,20 +169,46 @@ def sweep(
     Preempted: it was asked to stop; the cell that ran is saved.
   """
   failed: dict[Cell, Exception] = {}
+  board = {cell: table.screen(i) for i, cell in enumerate(chosen)} if table else {}
   done = 0
   for _, group in itertools.groupby(
     chosen, key=lambda cell: (cell.method, cell.point) if vectorise else cell
   ):
-    members = list(group)
+    members, began = list(group), time.monotonic()
     seeds = ', '.join(str(cell.seed) for cell in members)
     done += len(members)
-    print(f'\ncell {done} of {len(chosen)}: {members[0].told}, seed {seeds}')
-    wrong = _attempt(members, make_config)
+    if not table:
+      print(f'\ncell {done} of {len(chosen)}: {members[0].told}, seed {seeds}')
+    for cell in set(members) & set(board):
+      board[cell].begin()
+    ended = _attempt(members, make_config, board)
+    wrong = {cell: error for cell, error in ended.items() if error is not None}
     for cell, error in wrong.items():
-      print(f'failed: seed {cell.seed}: {_line(error)}')
+      place = f'{cell.told}, ' if table else ''
+      print(f'failed: {place}seed {cell.seed}: {_line(error)}')
       _leave(cell, error)
     failed |= wrong
+    for cell in set(members) & set(board):
+      board[cell].end(cell in wrong, _headline(cell))
+    if ended:
+      seconds = time.monotonic() - began
+      if table and not wrong:
+        table.took(seconds, len(ended))
+      if done < len(chosen):
+        after(seconds)
   return failed
+
+
+def _headline(cell: Cell) -> str:
+  """Returns the first test metric of a result; '' without one."""
+  from lt_jax.evals import TITLES
+
+  try:
+    test = files.read_json(cell.workdir / 'result.json')['test']
+    name = next(name for name in TITLES if test.get(name) is not None)
+    return f'{100 * test[name]:.1f} % {TITLES[name]}'
+  except (UserError, LookupError, TypeError, AttributeError, StopIteration):
+    return ''
 
 
 def _line(error: Exception) -> str:
@@ -202,17 +242,17 @@ def _code(failed: Iterable[Exception]) -> int:
 
 
 def _attempt(
-  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict]
-) -> dict[Cell, Exception]:
+  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict], board: Board
+) -> dict[Cell, Exception | None]:
   """Runs cells of one method; what cannot be done together is done one by one.
 
   Returns:
-    cell -> what went wrong with it.
+    cell -> what went wrong with it, or None; without those that were finished before.
   """
   from lt_jax.train import Preempted
 
   try:
-    return _run(cells, make_config)
+    return _run(cells, make_config, board)
   except (Preempted, KeyboardInterrupt):
     raise
   except Exception as error:  # of any kind: the other cells are wanted
@@ -221,17 +261,17 @@ def _attempt(
     if len(cells) == 1:
       return {cells[0]: error}
     print(f'not as one program: {error}')
-  alone = [_attempt([cell], make_config) for cell in cells]
-  return {cell: error for wrong in alone for cell, error in wrong.items()}
+  alone = [_attempt([cell], make_config, board) for cell in cells]
+  return {cell: error for ended in alone for cell, error in ended.items()}
 
 
 def _run(
-  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict]
-) -> dict[Cell, Exception]:
+  cells: Sequence[Cell], make_config: Callable[[str], ConfigDict], board: Board
+) -> dict[Cell, Exception | None]:
   """Runs those cells of one method that are not finished, as one program if many.
 
   Returns:
-    cell -> how it diverged, while others went on.
+    cell -> how it diverged, while others went on, or None.
   """
   from lt_jax import run
 
@@ -241,16 +281,21 @@ def _run(
     config.seed = cell.seed
     configs[cell] = resolve(config)
     if _finished(cell, configs[cell]):
-      print(f'is finished: {cell.workdir}')
+      if not board:
+        print(f'is finished: {cell.workdir}')
       del configs[cell]
+  if not configs:
+    return {}
   if len(configs) == 1:
     ((cell, config),) = configs.items()
-    run.run(config, cell.workdir, tracker=TRACKER.value)
-  if len(configs) <= 1:
-    return {}
-  ends = run.run_seeds([*configs.values()], [cell.workdir for cell in configs])
+    tracker = TRACKER.value
+    run.run(config, cell.workdir, tracker=tracker, screen=board.get(cell))
+    return {cell: None}
+  screens = [board[cell] for cell in configs if board]
+  workdirs = [cell.workdir for cell in configs]
+  ends = run.run_seeds([*configs.values()], workdirs, screens)
   pairs = zip(configs, ends, strict=True)
-  return {cell: end for cell, end in pairs if isinstance(end, Exception)}
+  return {cell: end if isinstance(end, Exception) else None for cell, end in pairs}
 
 
 def at_point(config: ConfigDict, point: Sequence[tuple[str, str]]) -> ConfigDict:
@@ -316,9 +361,31 @@ def loader(
       config.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(f'{recipe}: {one_line(error)}') from None
+    check_set_domains(config, overrides)
     return config
 
   return make
+
+
+@contextlib.contextmanager
+def _table(cells: Sequence[Cell]) -> Iterator[live.LiveTable | None]:
+  """Opens the table of the cells, if there is a terminal to show it."""
+  console = terminal(soft_wrap=False)
+  if not console.is_terminal:
+    yield None
+    return
+  with live.LiveTable([(cell.told, cell.seed) for cell in cells], console) as table:
+    yield table
+
+
+def _write_page(workdir: epath.Path, seconds: float) -> None:
+  """Writes the report while the sweep goes on, with figures after a long cell."""
+  from lt_jax import report
+
+  try:
+    report.write(workdir, draw=seconds >= LONG_CELL)
+  except (OSError, UserError) as error:
+    print(f'no report for now: {error}')
 
 
 def main() -> None:
@@ -331,7 +398,7 @@ def main() -> None:
     raise UserError('--methods is missing: names of recipes, such as ce,ldam_drw')
   flag = flags.FLAGS['config']
   path, _, options = flag.config_filename.partition(':')
-  overrides = config_flags.get_override_values(flag)
+  overrides = config_file.overrides()
   for key in ('seed', 'recipe'):
     if key in overrides:
       raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
@@ -357,9 +424,12 @@ def main() -> None:
   if VECTORISE.value and TRACKER.value:
     raise UserError('--vectorise: a tracker takes one run at a time; leave --tracker')
   chosen = every if CELL.value is None else [every[CELL.value]]
-  failed = sweep(chosen, make_config, VECTORISE.value)
+  whole = CELL.value is None  # one cell of a cluster leaves the page to others
+  after = functools.partial(_write_page, workdir) if whole else lambda seconds: None
+  with _table(chosen) as table:
+    failed = sweep(chosen, make_config, VECTORISE.value, table, after)
   left = [c.workdir / name for c in every for name in ('config.json', 'error.json')]
-  if CELL.value is None and any(path.exists() for path in left):
+  if whole and any(path.exists() for path in left):
     try:
       page = report.write(workdir)
       print(f'\n{(workdir / "report.md").read_text()}\n{page}')

@@ -17,17 +17,17 @@ from lt_jax.stage import StageRunner
 def run_together(
   runners: Sequence[StageRunner], earlier: Sequence[Mapping[str, State]], mesh: Mesh
 ) -> list[State | train.Diverged]:
-  """Trains a stage of several runs that differ in their seed as one program.
+  """Trains a stage of several runs that differ only in the seed as one program.
 
-  Those that are behind, as a crash can leave them, first come up to the others.
+  Runs that are behind, as after a crash, first catch up with the others.
 
   Args:
-    runners: of the runs.
-    earlier: the States of the earlier stages of each.
+    runners: one per run.
+    earlier: for each run, the States of its earlier stages.
     mesh: the devices.
 
   Returns:
-    The State that counts of each, or how it diverged.
+    For each run, the State that `StageRunner.end` returns, or how it diverged.
   """
   with contextlib.ExitStack() as stack:
     for runner in runners:
@@ -58,7 +58,7 @@ def run_together(
 
 
 class _Together:
-  """Runs at one step of one stage, and what happens to each while they train."""
+  """Runs at the same step of one stage, and their hooks while they train together."""
 
   def __init__(self, runners: Sequence[StageRunner], mesh: Mesh, until: int | None):
     self._runners = runners
@@ -69,12 +69,12 @@ class _Together:
     self._ends: list[train.Diverged | None] = [None] * len(runners)
 
   def run(self, states: Sequence[State]) -> list[State | train.Diverged]:
-    """Returns the last State of each, or how it diverged."""
+    """Returns, for each run, its last State or how it diverged."""
     first, missing = self._runners[0], -len(states) % self._mesh.size
     first.follow()
     if len(states) == self._mesh.size == 1:
       return [self._alone(first, states[0])]
-    # Where some are gone every device still needs as many; nobody looks at these.
+    # Every device needs equally many, even if some are gone; the extra ones are unused.
     runners = [*self._runners, *[first] * missing]
     states = [*states, *[states[0]] * missing]
     streams = {
@@ -99,7 +99,7 @@ class _Together:
     return [self._one(state, i) if e is None else e for i, e in enumerate(self._ends)]
 
   def _alone(self, runner: StageRunner, state: State) -> State | train.Diverged:
-    """Trains one run as it would be trained without the others, to the bit."""
+    """Trains one run exactly as without the others, bit for bit."""
     try:
       return train.train(
         runner.stage.method,
@@ -120,7 +120,7 @@ class _Together:
       save=functools.partial(self._with_state, 'save'),
       evaluate=functools.partial(self._with_state, 'evaluate'),
       stop=self._hooks[0].stop,
-      bad_images=lambda stream, positions: None,  # they lie on the devices
+      bad_images=lambda stream, positions: None,  # all images are on the devices
     )
 
   def _alive(self) -> list[int]:
@@ -131,7 +131,7 @@ class _Together:
       getattr(self._hooks[i], name)(value)
 
   def _with_state(self, name: str, step: int, state: State) -> None:
-    """Saves or evaluates every replica that is finite, as far as is known here."""
+    """Saves or evaluates every replica that has been finite so far."""
     finite = jax.device_get(state.memory[replicas.ALIVE])
     for i in self._alive():
       if finite[i]:
@@ -140,7 +140,7 @@ class _Together:
   def _log(
     self, step: int, values: dict[str, np.ndarray], steps: int, seconds: float
   ) -> None:
-    """Gives each replica its values, and takes leave of those that diverged."""
+    """Logs the values of each replica, and ends those that diverged."""
     died_at = values.pop(replicas.DIED_AT)
     for i in self._alive():
       runner = self._runners[i]

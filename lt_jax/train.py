@@ -1,7 +1,7 @@
 """The loop: payload -> steps -> log -> save -> evaluate. It knows no method.
 
 Everything happens at fixed multiples of the absolute step, so that a resumed run does
-what the unbroken run did. What saving, logging and evaluating mean is the caller's.
+what an uninterrupted one does. The caller decides how to save, log and evaluate.
 """
 
 import collections
@@ -22,9 +22,9 @@ from lt_jax.method import Method, Metrics, State, named_key
 from lt_jax.stopping import any_process
 
 IN_FLIGHT = 4
-"""Calls the host may be ahead of the device.
+"""How many calls the host may be ahead of the device.
 
-On simulated CPU devices more of them dead-lock in the all-reduce; elsewhere four keep
+On simulated CPU devices, more would deadlock in the all-reduce; elsewhere, four keep
 the device busy and bound the memory of waiting payloads.
 """
 
@@ -33,15 +33,15 @@ class Plan(NamedTuple):
   """When things happen, all in steps.
 
   Attributes:
-    first: the step this stage begins at.
-    steps: the step it ends at.
-    chunk: steps a compiled call; the intervals below are multiples of it.
+    first: the step at which this stage starts.
+    steps: the step at which it ends.
+    chunk: steps per compiled call; the intervals below are multiples of it.
     log_every: interval of log rows.
     save_every: interval of checkpoints, a multiple of `log_every`.
     evaluate_every: interval of evaluations.
     profile: (first, last) step of a profiler trace; None for no trace.
     profile_dir: where the trace goes.
-    until: the step at which the loop returns before the end; None for the end.
+    until: an earlier step at which the loop returns; None for the end.
   """
 
   first: int
@@ -55,19 +55,19 @@ class Plan(NamedTuple):
   until: int | None = None
 
   def due(self, step: int, every: int) -> bool:
-    """Returns whether something that happens `every` so many steps is due."""
+    """Returns whether something that happens every `every` steps is due."""
     return step > self.first and (step % every == 0 or step == self.steps)
 
 
 class Unlogged(NamedTuple):
-  """What the next log row has added up when a run is asked to stop.
+  """Partial sums of the next log row, when a run is asked to stop.
 
-  With it, a run that goes on writes the row that an unbroken run writes.
+  With them, the resumed run writes the same row as an uninterrupted one.
 
   Attributes:
-    step: of the State that is saved.
+    step: the step of the saved State.
     logged: the step of the last row.
-    seconds: that the steps since have taken.
+    seconds: how long the steps since then took.
     totals: metric -> (total, count).
   """
 
@@ -78,17 +78,18 @@ class Unlogged(NamedTuple):
 
 
 class Hooks(NamedTuple):
-  """Callbacks at a step.
+  """Callbacks of the loop.
 
   Attributes:
-    first_call: (seconds of compiling it) once a program has made its first call.
-    progress: (step) after every call, cheap.
+    first_call: (seconds it took to compile); called after a program's first call.
+    progress: (step); called after every call of a program, so it must be cheap.
     log: (step, metrics as means, steps since the last row, seconds they took).
-    save: (step, state); begins a checkpoint.
-    evaluate: (step, state); returns early, without a result, when `stop` turns true.
-    stop: () whether the run must end at once.
-    bad_images: (stream, their positions in the source) for which others stood in.
-    hold: (what is not logged yet) after the last save of a run that is asked to stop.
+    save: (step, state); starts to save a checkpoint.
+    evaluate: (step, state); returns early, without a result, if `stop` turns true.
+    stop: () -> whether the run must end at once.
+    bad_images: (stream, positions in its source); called if images could not be read
+      and others replaced them.
+    hold: (partial sums); called after the last save of a run that was asked to stop.
   """
 
   first_call: Callable[[float], None]
@@ -102,7 +103,7 @@ class Hooks(NamedTuple):
 
 
 class Preempted(Exception):
-  """The run was asked to stop, and has saved its State."""
+  """The run was asked to stop, and its State was saved."""
 
 
 class Diverged(Exception):
@@ -122,7 +123,7 @@ class Diverged(Exception):
 def batches_at(
   streams: Mapping[str, Stream], arrays: Any, payloads: Any, key: Any, step: Any
 ) -> dict[str, Any]:
-  """Prepares the batch of every payload; each stream has random keys of its own."""
+  """Prepares the batch of every payload; each stream has its own random keys."""
   return {
     name: streams[name].prepare(arrays[name], payload, named_key(key, name, step))
     for name, payload in payloads.items()
@@ -145,7 +146,7 @@ def initial_state(
 def state_shapes(method: Method, streams: Mapping[str, Stream]) -> State:
   """Returns the shapes of a state; nothing is computed or compiled.
 
-  The arrays of a stream may be shapes too: what an earlier stage is yet to leave.
+  Arrays of a stream may be shapes too, if an earlier stage has yet to save them.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
   payloads = _payload_shapes(streams)
@@ -174,12 +175,12 @@ def make_update(
     method: the method.
     streams: its streams; only their `prepare` is used here.
     mesh: the devices.
-    length: steps a call. One is called as it is, with the payloads that it is given;
-      more run in a `lax.scan`, where a step leaves out the streams that are not due.
+    length: steps per call. A single step uses the payloads it is given; several run in
+      a `lax.scan`, where each step ignores the streams that are not due.
     placed: shardings of the state; None: every device has a copy.
 
-  `totals` adds up the metrics, `bad` is the first step whose metrics were not finite,
-  -1 while there is none, and `payloads` has a leading axis of `length`.
+  `totals` adds up the metrics; `bad` is the first step whose metrics were not finite,
+  or -1; `payloads` has a leading axis of `length`.
   """
   every = {name: s.every for name, s in streams.items() if s.every > 1}
 
@@ -193,7 +194,7 @@ def make_update(
     return (new, jax.tree.map(jnp.add, totals, metrics), bad), None
 
   def one_of_many(carry, payloads, arrays):
-    """Makes a step of a scan, which is handed a payload of every stream."""
+    """Makes one step of a scan, which gets a payload from every stream."""
     if not every:
       return one(carry, payloads, arrays)
     (period,) = set(every.values())
@@ -234,21 +235,21 @@ def train(
   Args:
     method: the method.
     streams: name -> stream, as the method's step expects them.
-    state: where to begin, on the devices; its buffers are consumed.
+    state: where to start, on the devices; its buffers are donated.
     mesh: the devices.
     plan: when things happen.
     hooks: what happens.
-    unlogged: what `hooks.hold` was given at the state's step, if anything.
+    unlogged: what `hooks.hold` got at the state's step, if anything.
 
   Returns:
     The state after the last step, or at `plan.until`.
 
   Raises:
-    Preempted: `hooks.stop()` turned true; the state was saved.
+    Preempted: `hooks.stop()` returned True; the state was saved.
     Diverged: something is not finite.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
-  compiled: dict[tuple, Callable] = {}  # by length, and which streams there are
+  compiled: dict[tuple, Callable] = {}  # by length and by which streams are present
   in_flight: collections.deque = collections.deque()
   step = logged = begun = int(jax.device_get(state.step))
   zeros, bad = empty_totals(method, streams, state, mesh)
@@ -277,23 +278,23 @@ def train(
   def preempt() -> None:
     save()
     if step > logged:
-      told = seconds + time.perf_counter() - clock
-      hooks.hold(Unlogged(step, logged, told, jax.device_get(totals)))
+      elapsed = seconds + time.perf_counter() - clock
+      hooks.hold(Unlogged(step, logged, elapsed, jax.device_get(totals)))
     raise Preempted
 
   def look() -> None:
-    """Ends a run that was asked to stop while it waits, if it is the only process."""
+    """Ends a waiting run that was asked to stop, if it is the only process."""
     if hooks.stop() and jax.process_count() == 1:
       preempt()
 
   with reading(streams, step, plan.steps, look) as read:
     while True:
-      if step == plan.until:  # what else is due here is left to who goes on
+      if step == plan.until:  # whoever continues does what else is due at this step
         if step > logged:
           log()
         return state
       if plan.due(step, plan.evaluate_every):
-        check()  # which also waits, so that the pause begins when the training ends
+        check()  # also waits for the devices, so that the time below is evaluation only
         began = time.perf_counter()
         hooks.evaluate(step, state)
         clock += time.perf_counter() - began
@@ -347,15 +348,16 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _asked_to_stop(hooks: Hooks, plan: Plan, step: int) -> bool:
-  """Returns whether the run must end here: in all processes or in none."""
+  """Returns whether the run must end here, in all processes alike."""
   asked = hooks.stop()
   if jax.process_count() == 1:
     return asked
-  return plan.due(step, plan.log_every) and any_process(asked)  # they wait here anyway
+  # At log rows all processes wait for each other anyway.
+  return plan.due(step, plan.log_every) and any_process(asked)
 
 
 def means(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-  """Returns total / count, NaN where nothing was counted (a class without images)."""
+  """Returns total / count, or NaN where the count is 0 (a class without images)."""
   total, count = np.asarray(total, np.float64), np.asarray(count, np.float64)
   return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
@@ -380,7 +382,7 @@ def _payload_shapes(streams: Mapping[str, Stream]) -> dict[str, Any]:
 def _stack(read: Read, streams: Mapping[str, Stream], step: int, length: int) -> Any:
   """Returns the payloads of `length` steps with a leading axis.
 
-  One step has those of the streams that are due; many have all of them.
+  A single step has the payloads of the streams that are due; several have all of them.
   """
   if length > 1:
     payloads = [
@@ -389,7 +391,7 @@ def _stack(read: Read, streams: Mapping[str, Stream], step: int, length: int) ->
   else:
     due = [name for name, stream in streams.items() if step % stream.every == 0]
     payloads = [{name: read(name, step) for name in due}]
-  # One is not stacked, which would copy its images.
+  # A single one is not stacked, as that would copy its images.
   stack = (lambda *rows: np.stack(rows)) if length > 1 else (lambda row: row[None])
   return jax.tree.map(stack, *payloads)
 
@@ -399,7 +401,7 @@ def metric_shapes(
 ) -> Any:
   """Returns the shapes of a step's metrics; nothing is computed or compiled.
 
-  The step is traced on the mesh, so that the program need not trace it again.
+  The step is traced on the mesh, so that compiling need not trace it again.
   """
   arrays = {name: stream.arrays for name, stream in streams.items()}
   given = (state, arrays, _payload_shapes(streams))
@@ -412,7 +414,7 @@ def metric_shapes(
 def empty_totals(
   method: Method, streams: Mapping[str, Stream], state: State, mesh: Mesh
 ) -> tuple[Metrics, jax.Array]:
-  """Returns metrics of zero, in the shapes a step gives, and "no bad step"."""
+  """Returns zero metrics, in the shapes that a step returns, and -1: no bad step."""
   metrics = metric_shapes(method, streams, state, mesh)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
   return sharding.put_replicated(mesh, (zeros, np.int32(-1)))
@@ -427,13 +429,13 @@ class _Profiler:
     self._on = False
 
   def before(self, step: int, length: int) -> None:
-    """Starts at the first call that has a step of the range."""
+    """Starts at the first call that contains a step of the range."""
     if not self._on and step <= self._last and step + length > self._first:
       jax.profiler.start_trace(self._folder)
       self._on = True
 
   def after(self, step: int) -> None:
-    """Stops when the next call has none."""
+    """Stops once the range is over."""
     if self._on and step > self._last:
       self.stop()
 

@@ -1,6 +1,6 @@
-"""A trained run, opened for use: its configuration, network and State.
+"""A trained run, opened for use: its config, network and State.
 
-What a network predicts by is all in the run's folder: no training data are needed.
+The run's folder has everything that prediction needs; the training data are not needed.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from lt_jax.method import Outputs, State
 from lt_jax.train import state_shapes
 
 Facts = Mapping[str, Any]
-"""What data.json tells."""
+"""The contents of data.json."""
 
 THRESHOLD = (None, {'value': MAYBE})
 
@@ -34,7 +34,7 @@ FACTS = {
   'class_names': [str],
   'counts': {'train': [int], **dict.fromkeys(('meta', 'val', 'test'), (None, [int]))},
   'image_shape': [int],
-  'image_dtype': (None, str),  # of older runs it is uint8
+  'image_dtype': (None, str),  # uint8 if an older run lacks it
   'preprocessing': {
     **dict.fromkeys(('mean', 'std'), [NUMBER]),
     **dict.fromkeys(('image_size', 'resize'), int),
@@ -45,25 +45,26 @@ FACTS = {
   'val_classes': (None, [str]),
   'class_vectors': (None, [int]),
 }
-"""What of it a network is built of and used by, see `files.fits`."""
+"""What building and using a network relies on in data.json, see `files.fits`."""
 
 RESULT = {'step': int, 'threshold': THRESHOLD, 'warnings': (None, [str])}
-"""The same of result.json."""
+"""The same for result.json."""
 
 
 class Trained(NamedTuple):
-  """A network that has learned, with all that it takes to predict by it.
+  """A trained network, with everything that prediction needs.
 
   Attributes:
-    config: the resolved configuration of its run.
-    facts: what data.json tells: class names, image shape, preprocessing, and the
+    config: the resolved config of its run.
+    facts: the contents of data.json: class names, image shape, preprocessing, and the
       threshold, if it was chosen for this State.
-    result: what result.json tells; empty if the run has not ended.
-    stage: the stage whose network it is.
+    result: the contents of result.json; empty if the run has not finished.
+    stage: the stage that trained it.
     mesh: the devices.
-    state: its State; what predicts is in `params`, `stats` and `memory`.
-    step: of the State.
+    state: its State; prediction uses `params`, `stats` and `memory`.
+    step: the step of the State.
     verified: whether the files of the State had the recorded digests.
+    predicts_by: whose normalisation and batch statistics, see `Experiment`.
   """
 
   config: Config
@@ -74,6 +75,7 @@ class Trained(NamedTuple):
   state: State
   step: int
   verified: bool
+  predicts_by: str
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -82,53 +84,55 @@ class Trained(NamedTuple):
 
   @property
   def of_pixels(self) -> bool:
-    """Whether a prediction is of every pixel of an image, and not of the whole."""
+    """Whether it predicts a class for every pixel rather than one per image."""
     return bool(self.facts.get('label_maps'))
 
   def check_whole(self, workdir: epath.PathLike) -> None:
-    """Raises a `UserError` where predictions are of pixels."""
+    """Raises a `UserError` if the network predicts a class for every pixel."""
     if self.of_pixels:
       raise UserError(
-        f'{workdir} predicts a class for every pixel, and this is for one per image: '
-        'lt_jax.predict writes label maps, lt_jax.evaluate measures them'
+        f'{workdir} predicts a class for every pixel, but this needs one per image: '
+        'use lt_jax.predict to write label maps, lt_jax.evaluate to measure them'
       )
 
   @property
   def crop(self) -> Crop | None:
-    """What brings photographs to one size; None where images were of one size."""
-    told = self.facts['preprocessing']
-    return Crop(told['image_size'], told['resize']) if told['image_size'] else None
+    """How photographs are cropped to one size; None if the data had one size."""
+    preprocessing = self.facts['preprocessing']
+    size, resize = preprocessing['image_size'], preprocessing['resize']
+    return Crop(size, resize) if size else None
 
   @property
   def dtype(self) -> np.dtype:
-    """The type of the images: uint8, or float32 of features and other arrays."""
+    """The type of the images: uint8, or float32 for features and other arrays."""
     return np.dtype(self.facts.get('image_dtype') or 'uint8')
 
   @property
   def threshold(self) -> float | None:
-    """The known score below which an image is of an unknown class.
+    """The known score below which an image belongs to an unknown class.
 
-    None: none was chosen for this State.
+    None if no threshold was chosen for this State.
     """
     chosen = self.facts.get('threshold')
     return chosen['value'] if chosen else None
 
   def with_classes(self, described: Described) -> 'Trained':
-    """Returns the network with further classes, known by their descriptions alone.
+    """Returns the network with more classes, known only by their descriptions.
 
-    Nothing is trained. A class that it has under the same name is described anew.
+    Nothing is trained. If it already has a class of that name, the new description
+    replaces the old one.
 
     Args:
       described: names and descriptions, as long as those it was trained with.
 
     Raises:
-      UserError: the network does not read descriptions, or others.
+      UserError: the network reads no descriptions, or descriptions of another length.
     """
     head = self.state.stats['net'].get('head', {})
     if 'class_vectors' not in head:
       raise UserError(
         f'the network of recipe {self.config["recipe"]!r} reads no descriptions of '
-        'classes, so that none can be added'
+        'classes, so no class can be added'
       )
     rows = dict(zip(self.class_names, np.asarray(head['class_vectors']), strict=True))
     width = next(iter(rows.values())).size
@@ -149,20 +153,21 @@ class Trained(NamedTuple):
     )
 
   def predict(self, state: State, images: jax.Array) -> Outputs:
-    """Predicts images as they are stored; pure.
+    """Predicts images as they are stored; a pure function.
 
     Args:
-      state: of this network.
+      state: a State of this network.
       images: (B, H, W, channels) of `dtype`.
 
     Returns:
-      'logits' (B, C), 'probabilities' (B, C), their softmax, 'known_score' (B,), the
-      method's or else the largest probability, and 'features' (B, D). Of pixels the
-      first three are maps, (B, h, w, C) and (B, h, w).
+      'logits' (B, C); 'probabilities' (B, C), their softmax; 'known_score' (B,), the
+      method's or else the largest probability; 'features' (B, D). If pixels have
+      classes, the first three are maps, (B, h, w, C) and (B, h, w).
     """
-    told = self.facts['preprocessing']
-    images = augment.unit(images, told.get('unit') or 'none')
-    normalised = augment.normalise(images, told['mean'], told['std'])
+    preprocessing = self.facts['preprocessing']
+    images = augment.unit(images, preprocessing.get('unit') or 'none')
+    mean, std = preprocessing['mean'], preprocessing['std']
+    normalised = augment.normalise(images, mean, std)
     outputs = self.stage.method.predict(state, normalised)
     probabilities = jax.nn.softmax(outputs['logits'])
     return {
@@ -178,9 +183,9 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
 
   Args:
     workdir: the run's folder, or a copy of it.
-    which: 'last' or 'best'; None for the State that the run's result is of.
-    batch: images that will be predicted at once, which devices share; 0: as many as in
-      the run's evaluation.
+    which: 'last' or 'best'; None for the State behind the run's result.
+    batch: images to predict at once, shared by the devices; 0: as many as in the run's
+      evaluation.
 
   Raises:
     UserError: there is no such run or State, or it is damaged.
@@ -202,14 +207,17 @@ def open_run(workdir: epath.Path, which: str | None = None, batch: int = 0) -> T
       f'{workdir}/data.json has another threshold than result.json: one of them was '
       'changed after training; undo that'
     )
-  return Trained(config, facts, result, stage, experiment.mesh, state, step, verified)
+  told = experiment.predicts_by
+  return Trained(
+    config, facts, result, stage, experiment.mesh, state, step, verified, told
+  )
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
-  """Reads the configuration of a run.
+  """Reads the config of a run.
 
-  Keys of data that it lacks are newer than the run and have their defaults, which are
-  what was done before there were such keys.
+  Keys of `data` that it lacks are newer than the run. They get their defaults, which
+  are what older versions did.
 
   Raises:
     UserError: there is no run, another version wrote it, or it is damaged.
@@ -217,22 +225,22 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   path = workdir / 'config.json'
   if not path.exists():
     lost = (workdir / 'stages').exists()
-    told = '; the training command, given again, writes it anew' if lost else ''
-    raise UserError(f'{workdir} is not a run: it has no config.json{told}')
+    advice = '; run the training command again to write it' if lost else ''
+    raise UserError(f'{workdir} is not a run: it has no config.json{advice}')
   config = checked_config(provenance.read_config(workdir), path)
   provenance.check_config(workdir, config)
   return config
 
 
 def checked_config(config: Config, path: epath.PathLike) -> dict[str, Any]:
-  """Returns a config that was stored, with all keys of data.
+  """Returns a stored config with all keys of `data`.
 
   Args:
-    config: under the keys of today.
+    config: the config, with the keys of today.
     path: where it was stored, for messages.
 
   Raises:
-    UserError: a key is missing, or holds something else.
+    UserError: a key is missing, or has a value of another type.
   """
   base = resolve(base_config())
   shapes = {k: NUMBER if isinstance(v, NUMBER) else type(v) for k, v in base.items()}
@@ -254,24 +262,24 @@ def read_facts(workdir: epath.Path) -> dict[str, Any]:
 
 
 def predicts_pixels(workdir: epath.Path) -> bool:
-  """Returns whether a run predicts pixels; False where there is no run to tell."""
+  """Returns whether a run predicts pixels; False if there is no such run."""
   there = (workdir / 'data.json').exists()
   return there and bool(provenance.read_json(workdir / 'data.json').get('label_maps'))
 
 
 def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:
-  """Builds a run from what data.json tells, for prediction only.
+  """Builds a run from data.json, for prediction only.
 
-  Its streams have the shapes of the images that it was trained on, and no images.
+  Its streams have the shapes of the images it was trained on, but no images.
 
   Args:
-    config: of the run.
-    facts: what data.json tells.
-    batch: images that will be predicted at once, which devices share; 0: as many as in
-      the run's evaluation.
+    config: the config of the run.
+    facts: the contents of data.json.
+    batch: images to predict at once, shared by the devices; 0: as many as in the run's
+      evaluation.
   """
   here = {'device': 'any', 'eval_batch': batch or config['eval_batch']}
-  # Of several domains the images have one shape, and their number does not matter.
+  # Images of all domains have one shape, and their number does not matter.
   names = (SOURCE, TARGET, *config['domains'])
   with building():
     return build.build(
@@ -281,7 +289,7 @@ def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experime
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-  """Takes what goes wrong in building a stored config for damage to it.
+  """Reports errors in building a stored config as damage to it.
 
   Configs of earlier versions cannot be compared with their checkpoints.
   """
@@ -290,19 +298,19 @@ def building() -> Iterator[None]:
   except UserError:
     raise
   except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-    told = ' '.join(f'{type(error).__name__}: {error}'.split())
-    raise UserError(f'the stored config.json cannot be built: {told}') from error
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise UserError(f'the stored config.json cannot be built: {reason}') from error
 
 
 def _shapes_of(facts: Facts) -> Dataset:
-  """Returns the data set of a run as labels and shapes: as many images, and none."""
+  """Returns the data set of a run as labels and shapes, without its images."""
   shape, dtype = tuple(facts['image_shape']), facts.get('image_dtype') or 'uint8'
 
   def split(counts: list[int]) -> Split:
-    if facts.get('label_maps'):  # whose counts are of pixels
+    if facts.get('label_maps'):  # counts are of pixels
       arrays = {'image': (1, *shape), 'label': (1, *shape[:2])}
       stored = {k: jax.ShapeDtypeStruct(v, 'uint8') for k, v in arrays.items()}
-      # As many as any batch: how many images there were is not told.
+      # The number of images is not recorded; 2**16 fill any batch.
       return Split(None, np.arange(2**16), np.full(2**16, -1, np.int32), stored)
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     images = jax.ShapeDtypeStruct((len(labels), *shape), dtype)
@@ -323,13 +331,13 @@ def _shapes_of(facts: Facts) -> Dataset:
 
 
 def _mask(facts: Facts, key: str) -> np.ndarray | None:
-  """Returns (C,) bool, the classes that a fact names; None if there is no such fact."""
+  """Returns (C,) bool, the classes listed under a key; None if there is no such key."""
   named = facts.get(key)
   return np.isin(facts['class_names'], named) if named else None
 
 
 def _descriptions(facts: Facts) -> Block | None:
-  """Returns descriptions of the right shape; what they were is in the State."""
+  """Returns descriptions of the right shape; their values are in the State."""
   shape = facts.get('class_vectors')
   return Block(np.zeros(shape), ()) if shape else None
 
@@ -343,7 +351,7 @@ def restore(
     workdir: the run's folder.
     stage: the stage.
     mesh: the devices.
-    which: 'last' or 'best'; None for the State that the run's result is of.
+    which: 'last' or 'best'; None for the State behind the run's result.
 
   Raises:
     UserError: there is no such State, or it is damaged.
@@ -363,7 +371,7 @@ def restore(
   if restored is None:
     raise UserError(
       f'{workdir} has no {which} checkpoint of stage {stage.name!r}: '
-      'give the training command again'
+      'run the training command again'
     )
   if provenance.recorded(workdir) is None:
     print(

@@ -1,9 +1,9 @@
-"""Output of a run while it runs: JSON lines, TensorBoard, a tracker, the screen.
+"""What a run writes as it goes: JSON lines, TensorBoard, a tracker, the screen.
 
-Only process 0 writes. Files grow by whole lines; a line torn by a crash is dropped
-when the run goes on, and so is every row after the step that it goes on from. Rows that
-are damaged or missing cannot be made anew: they are told, and a damaged file is copied
-to `NAME.damaged` before it is written without them.
+Only process 0 writes. Files grow by whole lines. When a run resumes, it drops a line
+torn by a crash, and all rows after the step it resumes from. Rows that are damaged or
+missing cannot be recomputed: they are reported, and a damaged file is copied to
+`NAME.damaged` before it is rewritten without them.
 """
 
 import collections
@@ -32,7 +32,7 @@ from lt_jax.files import MAYBE, NUMBER
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
-"""Takes a line about a file that is damaged."""
+"""Reports, in one line, that a file is damaged."""
 
 ROWS: dict[str, Any] = {
   'events.jsonl': {'event': str, 'time': NUMBER},
@@ -44,7 +44,7 @@ ROWS: dict[str, Any] = {
     ),
   },
 }
-"""file of JSON lines -> what its readers rely on in every row, see `files.fits`."""
+"""JSON lines file -> what its readers rely on in every row, see `files.fits`."""
 
 EVENTS: dict[str, Any] = {
   'started': {'pid': int, 'host': str},
@@ -56,16 +56,16 @@ EVENTS: dict[str, Any] = {
   'diverged': {'stage': str, 'step': int, 'see': str},
   'finished': {'state_sha256': str},
 }
-"""event -> what its row in events.jsonl has had in every version."""
+"""event -> what its row in events.jsonl contains in every version."""
 
 
 class Lines(NamedTuple):
-  """A file of JSON lines, as it was read.
+  """The contents of a JSON lines file.
 
   Attributes:
-    rows: those that are whole.
-    damaged: how many lines are no such row.
-    torn: whether the last line has no end, as a crash can leave it.
+    rows: the valid rows.
+    damaged: how many lines are not valid rows.
+    torn: whether the last line is incomplete, as after a crash.
   """
 
   rows: list[Row]
@@ -74,7 +74,7 @@ class Lines(NamedTuple):
 
 
 def read_lines(path: epath.PathLike) -> Lines:
-  """Reads a file of `ROWS`; one that is not there has no lines."""
+  """Reads a file listed in `ROWS`; a missing file has no lines."""
   path = epath.Path(path)
   if not path.exists():
     return Lines([], 0, False)
@@ -86,14 +86,18 @@ def read_lines(path: epath.PathLike) -> Lines:
 
 
 def _is_row(row: Any, name: str) -> bool:
-  """Returns whether a row has what the rows of a file have."""
+  """Returns whether a row has what every row of its file must have."""
   if not files.fits(row, ROWS[name]):
     return False
   return name != 'events.jsonl' or files.fits(row, EVENTS.get(row['event'], {}))
 
 
 def damaged_lines(path: epath.PathLike) -> list[str]:
-  """Says how many lines of a file of `ROWS` are damaged, in a line or none."""
+  """Returns a message with the number of damaged lines of a file; [] if there are none.
+
+  Args:
+    path: a file listed in `ROWS`.
+  """
   return _count_damaged(read_lines(path).damaged)
 
 
@@ -109,15 +113,15 @@ def _parsed(line: str) -> Any:
 
 
 def read_rows(path: epath.PathLike) -> list[Row]:
-  """Returns the rows of a file of `ROWS`, leaving out what is damaged or torn."""
+  """Returns the valid rows of a file listed in `ROWS`."""
   return read_lines(path).rows
 
 
 class JsonLines:
-  """A file of JSON objects, one a line, that survives a crash.
+  """A file of JSON objects, one per line, that survives a crash.
 
   Attributes:
-    rows: those that it held when it was opened, and kept.
+    rows: the rows it held when it was opened, except those that were dropped.
   """
 
   def __init__(
@@ -127,13 +131,13 @@ class JsonLines:
     missing: Callable[[list[Row]], str] = lambda rows: '',
     tell: Tell = lambda line: None,
   ):
-    """Opens the file for appending, without damaged lines and what `keep` refuses.
+    """Opens the file for appending; drops damaged lines and rows that `keep` rejects.
 
     Args:
-      path: of the file, whose name is among `ROWS`.
-      keep: whether a row stays.
-      missing: says which rows are not among those that stay; '' if there are all.
-      tell: takes a line where rows are damaged or missing.
+      path: the file, whose name is listed in `ROWS`.
+      keep: returns whether a row stays.
+      missing: describes which rows are missing among those that stay; '' if none are.
+      tell: called with a message if rows are damaged or missing.
     """
     self._path = epath.Path(path)
     self._write = jax.process_index() == 0
@@ -142,24 +146,24 @@ class JsonLines:
     if not self._write:
       return
     lost = missing(self.rows)
-    told = _count_damaged(before.damaged) + [lost] * bool(lost)
+    problems = _count_damaged(before.damaged) + [lost] * bool(lost)
     if before.damaged or (before.torn and lost):
-      told.append(f'the file as it was is {files.set_aside(self._path).name}')
-    if told:
-      tell(f'{self._path.name}: {"; ".join(told)}')
+      problems.append(f'the damaged file is kept as {files.set_aside(self._path).name}')
+    if problems:
+      tell(f'{self._path.name}: {"; ".join(problems)}')
     text = ''.join(json.dumps(row) + '\n' for row in self.rows)
     if self._path.exists() and text.encode() != self._path.read_bytes():
       files.write_atomically(self._path, text)
 
   def append(self, row: Mapping[str, Any]) -> None:
-    """Adds a row; a number that is not finite becomes null, as JSON has none."""
+    """Adds a row; numbers that are not finite become null, as JSON has none."""
     if self._write:
       with self._path.open('a') as file:
         file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + '\n')
 
 
 def _plain(value: Any) -> Any:
-  """Returns a value JSON can hold."""
+  """Returns a value as JSON can hold it."""
   value = value.item() if isinstance(value, np.generic | np.ndarray) else value
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -172,12 +176,13 @@ class Events:
     self._lines = JsonLines(workdir / 'events.jsonl', tell=self._tell_damage)
 
   def __call__(self, event: str, **values: Any) -> None:
-    """Records an event, and shows it if a person should know."""
+    """Records an event, and shows it unless it is routine."""
     self._record(event, values)
     if event not in ('saved', 'started', 'finished'):
-      told = ', '.join(f'{k} {v}' for k, v in values.items())
-      show = self._screen.detail if event == 'first_step' else self._screen.line
-      show(f'{event.replace("_", " ")}: {told}')
+      details = ', '.join(f'{k} {v}' for k, v in values.items())
+      screen = self._screen
+      show = screen.line_if_followed if event == 'first_step' else screen.line
+      show(f'{event.replace("_", " ")}: {details}')
 
   def damaged(self, line: str) -> None:
     """Records that a file of the run is damaged, and shows it."""
@@ -192,10 +197,10 @@ class Events:
 
 
 Track = Callable[[Row], None]
-"""Takes metrics by name, and shows them elsewhere."""
+"""Sends metrics, by name, to a tracker."""
 
 TRACKERS = ('wandb', 'trackio')
-"""Packages with one interface: `init`, `log`, `finish`."""
+"""Packages that share an interface: `init`, `log`, `finish`."""
 
 
 @contextlib.contextmanager
@@ -205,16 +210,16 @@ def tracking(
   workdir: epath.Path,
   tell: Callable[..., None] = lambda event, **values: None,
 ) -> Iterator[Track]:
-  """Opens the run in a tracker, where it goes on if it is there.
+  """Opens the run in a tracker, and resumes it there if it exists.
 
-  A tracker that fails on the way, as without a network, is told once and asked no more:
-  metrics.jsonl has every row.
+  If the tracker fails later, as without a network, that is reported once and the
+  tracker is not used again: metrics.jsonl has every row.
 
   Args:
-    name: of `TRACKERS`; '' for none.
-    config: the resolved configuration.
-    workdir: the run's folder, by which the run is known there.
-    tell: called with an event and its values, if the tracker fails.
+    name: one of `TRACKERS`; '' for none.
+    config: the resolved config.
+    workdir: the run's folder, which identifies the run in the tracker.
+    tell: called with an event and its values if the tracker fails.
 
   Yields:
     A `Track`.
@@ -234,16 +239,16 @@ def tracking(
   if jax.process_index():
     yield lambda row: None
     return
-  known_by = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
+  run_id = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
   try:
     run = module.init(
       project=config['name'],
-      name=f'{config["recipe"]}-{config["seed"]}-{known_by[:6]}',
+      name=f'{config["recipe"]}-{config["seed"]}-{run_id[:6]}',
       config=flatten(config),
       resume='allow',
-      **({'id': known_by} if name == 'wandb' else {}),
+      **({'id': run_id} if name == 'wandb' else {}),
     )
-  except Exception as error:  # of its own kinds: no account, no network
+  except Exception as error:  # of the tracker's own types: no account, no network
     raise UserError(f'--tracker={name} could not start: {error}') from None
   failed = False
 
@@ -267,10 +272,10 @@ def tracking(
 
 
 class MetricWriter:
-  """The metrics of one stage: metrics.jsonl, TensorBoard, and a file a vector.
+  """The metrics of one stage: metrics.jsonl, TensorBoard, and one file per vector.
 
-  A row is `{stage, split, step, epoch, <name>: value, ...}`. Vectors, one a class,
-  go to `<name>.npz` in the stage's folder: 'step' (T,) and 'value' (T, C).
+  A row is `{stage, split, step, epoch, <name>: value, ...}`. Vectors, with one value
+  per class, go to `<name>.npz` in the stage's folder: 'step' (T,) and 'value' (T, C).
   """
 
   def __init__(
@@ -284,19 +289,19 @@ class MetricWriter:
     track: Track = lambda row: None,
     tell: Tell = lambda line: None,
   ):
-    """Opens the files for a stage that goes on from `resume_step`.
+    """Opens the files for a stage that resumes at `resume_step`.
 
-    Rows after that step are dropped. An evaluation at it is made again, but its rows
-    are not written twice, so that rows of later stages stay behind them.
+    Rows after that step are dropped. An evaluation at that step is repeated, but its
+    rows are not written twice, so that rows of later stages stay after them.
 
     Args:
       workdir: the run's folder.
-      stage: its name.
-      resume_step: the step it goes on from.
-      vectors: the folder of the files of vectors.
-      expected: what `counts` has returned when the checkpoint was saved.
-      track: takes every row.
-      tell: takes a line where rows are damaged or missing.
+      stage: the name of the stage.
+      resume_step: the step at which it resumes.
+      vectors: the folder of the vector files.
+      expected: what `counts` returned when the checkpoint was saved.
+      track: called with every row.
+      tell: called with a message if rows are damaged or missing.
     """
     self._stage = stage
     self._vectors_dir = vectors
@@ -320,15 +325,16 @@ class MetricWriter:
       tell(line)
     self._lost = collections.Counter(expected)
     self._lost.subtract(self._found(resume_step))
-    self._lost = +self._lost  # without those of which there are enough
+    self._lost = +self._lost  # drops counts of 0 and below
     self._board = None
     if jax.process_index() == 0:
       self._board = _Board(workdir / 'tensorboard' / stage, resume_step + 1)
 
   def counts(self, step: int) -> dict[str, int]:
-    """Returns how many rows a run that goes on from a step ought to find.
+    """Returns how many rows a run that resumes at a step should find.
 
-    By split for metrics.jsonl, by file for vectors; those that are lost count, too.
+    By split for metrics.jsonl, by file for vectors. Rows already known to be lost are
+    included.
     """
     return dict(self._found(step) + self._lost)
 
@@ -339,7 +345,7 @@ class MetricWriter:
   def write(
     self, split: str, step: int, epoch: float, values: Mapping[str, Any], **timing: Any
   ) -> None:
-    """Writes one row; vectors among `values` are kept for `flush`."""
+    """Writes one row; `flush` writes the vectors among `values`."""
     arrays = {k: np.asarray(v) for k, v in values.items() if v is not None}
     scalars = {k: float(v) for k, v in arrays.items() if v.ndim == 0}
     for name, value in arrays.items():
@@ -350,14 +356,14 @@ class MetricWriter:
     self._places.add((split, step))
     place = {'stage': self._stage, 'split': split, 'step': step}
     self._lines.append({**place, 'epoch': round(epoch, 4), **scalars, **timing})
-    told = {f'{split}/{key}': value for key, value in {**scalars, **timing}.items()}
-    self._track({'stage': self._stage, 'step': step, 'epoch': epoch, **told})
+    named = {f'{split}/{key}': value for key, value in {**scalars, **timing}.items()}
+    self._track({'stage': self._stage, 'step': step, 'epoch': epoch, **named})
     if self._board is not None:
-      for name, value in {**scalars, **timing}.items():
-        self._board.add(f'{split}/{name}', value, step)
+      for name, value in named.items():
+        self._board.add(name, value, step)
 
   def flush(self) -> None:
-    """Writes the vectors, and what TensorBoard holds back; called at every save."""
+    """Writes the vectors and what TensorBoard has buffered; called at every save."""
     if self._board is None:
       return
     self._board.flush()
@@ -383,17 +389,17 @@ class MetricWriter:
 
 
 class _Board:
-  """TensorBoard's file of a stage.
+  """The TensorBoard file of a stage.
 
-  Written here and not in the thread of `SummaryWriter`, which a full disk would end
-  with a traceback.
+  Written here rather than by the thread of `SummaryWriter`, which would die with a
+  traceback on a full disk.
   """
 
   FLUSH_AFTER = 60.0  # seconds
 
   def __init__(self, folder: epath.Path, purge_step: int):
-    """Begins a file, which replaces what others say of `purge_step` and later steps."""
-    from tensorboardX import event_file_writer, summary  # draw in protobuf
+    """Opens a file that supersedes earlier ones from `purge_step` on."""
+    from tensorboardX import event_file_writer, summary  # import protobuf
     from tensorboardX.proto import event_pb2
 
     event_file_writer.directory_check(os.fspath(folder))
@@ -414,7 +420,7 @@ class _Board:
       self.flush()
 
   def flush(self) -> None:
-    """Hands to the file what is held back."""
+    """Writes what is buffered to the file."""
     self._file.flush()
     self._flushed = time.monotonic()
 
@@ -424,12 +430,12 @@ class _Board:
 
 
 def places(rows: Iterable[Row], stage: str) -> set[tuple[str, int]]:
-  """Returns {(split, step)} of the rows of a stage in metrics.jsonl."""
+  """Returns the (split, step) of every row of a stage in metrics.jsonl."""
   return {(row['split'], row['step']) for row in rows if row['stage'] == stage}
 
 
 def count_rows(there: Iterable[tuple[str, int]], step: int) -> collections.Counter:
-  """Counts rows by split, up to a step; evaluations at that step are yet to come."""
+  """Counts rows by split up to a step; evaluations at that step do not count yet."""
   return collections.Counter(
     split for split, at in there if at < step or (at == step and split == 'train')
   )
@@ -438,13 +444,13 @@ def count_rows(there: Iterable[tuple[str, int]], step: int) -> collections.Count
 def missing_rows(
   expected: Mapping[str, int], found: Mapping[str, int], stage: str, step: int
 ) -> str:
-  """Says which rows of metrics.jsonl are missing; '' if none is.
+  """Describes which rows of metrics.jsonl are missing; '' if none are.
 
   Args:
     expected: what `MetricWriter.counts` returned for that stage and step.
-    found: what `count_rows` returns of the rows that are there.
+    found: what `count_rows` returns for the rows that are there.
     stage: the stage.
-    step: up to which they are expected.
+    step: the step up to which rows are expected.
   """
   lost = {
     split: count - found.get(split, 0)
@@ -453,19 +459,19 @@ def missing_rows(
   }
   if not lost:
     return ''
-  told = ', '.join(f'{s} {count} of {expected[s]}' for s, count in lost.items())
-  return f'rows of stage {stage!r} up to step {step} are missing: {told}'
+  counts = ', '.join(f'{s} {count} of {expected[s]}' for s, count in lost.items())
+  return f'rows of stage {stage!r} up to step {step} are missing: {counts}'
 
 
 def missing_vectors(
   expected: Mapping[str, int], found: Mapping[str, int], folder: epath.Path
 ) -> list[str]:
-  """Says in which files of vectors rows are missing, a line each.
+  """Describes, in one line per file, which vector files lack rows.
 
   Args:
     expected: what `MetricWriter.counts` returned.
     found: file -> number of rows.
-    folder: of the files.
+    folder: the folder of the files.
   """
   return [
     f'{folder / name}: rows are missing: {count - found.get(name, 0)} of {count}'
@@ -475,10 +481,10 @@ def missing_vectors(
 
 
 def read_vectors(path: epath.Path) -> dict[int, np.ndarray]:
-  """Reads a file of vectors: step -> (C,).
+  """Reads a vector file: step -> (C,).
 
   Raises:
-    UserError: it is damaged, or holds something else.
+    UserError: it is damaged, or not a vector file.
   """
   stored = files.read_npz(path)
   step, value = (stored.get(name, np.array('')) for name in ('step', 'value'))
@@ -489,12 +495,12 @@ def read_vectors(path: epath.Path) -> dict[int, np.ndarray]:
 
 
 def _open_vectors(path: epath.Path, last: int, tell: Tell) -> dict[int, np.ndarray]:
-  """Reads the vectors up to step `last`; puts a damaged file aside."""
+  """Reads the vectors up to step `last`; sets a damaged file aside."""
   try:
     found = read_vectors(path)
   except UserError as error:
     if jax.process_index() == 0:
-      tell(f'{error}; the file as it was is {files.set_aside(path).name}')
+      tell(f'{error}; the damaged file is kept as {files.set_aside(path).name}')
       path.unlink()
     return {}
   return {step: value for step, value in found.items() if step <= last}
@@ -510,7 +516,7 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 
 
 class _Output:
-  """Standard output; where its terminal or pipe is closed, the run goes on without."""
+  """Standard output; the run continues if its terminal or pipe is closed."""
 
   def __init__(self, stream: TextIO):
     self._stream = stream
@@ -519,16 +525,16 @@ class _Output:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    with self._closed_is_nowhere():
+    with self._discarding_if_closed():
       self._stream.write(text)
     return len(text)
 
   def flush(self) -> None:
-    with self._closed_is_nowhere():
+    with self._discarding_if_closed():
       self._stream.flush()
 
   @contextlib.contextmanager
-  def _closed_is_nowhere(self) -> Iterator[None]:
+  def _discarding_if_closed(self) -> Iterator[None]:
     try:
       yield
     except OSError:
@@ -536,19 +542,26 @@ class _Output:
         os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
+def terminal(soft_wrap: bool = True) -> Console:
+  """Returns the terminal, or whatever else standard output is.
+
+  Args:
+    soft_wrap: leaves it to the terminal to break long lines.
+  """
+  return Console(file=_Output(sys.stdout), highlight=False, soft_wrap=soft_wrap)
+
+
 class Screen:
-  """A person's terminal: a progress bar there, plain lines anywhere else."""
+  """What the user sees: a progress bar on a terminal, plain lines anywhere else."""
 
   def __init__(self, name: str = '', beside: 'Screen | None' = None):
     """Opens it for a run, or for one of several that train together.
 
     Args:
-      name: what its lines begin with.
+      name: prefix of its lines.
       beside: the screen of the run whose progress is shown instead of this one's.
     """
-    output = _Output(sys.stdout)
-    console = Console(file=output, highlight=False, soft_wrap=True)
-    self._console = beside._console if beside else console
+    self._console = beside._console if beside else terminal()
     self._show = jax.process_index() == 0
     self._name = name
     self._followed = beside is None
@@ -556,7 +569,7 @@ class Screen:
     self._task: Any = None
 
   def follow(self, stage: str, steps: int) -> None:
-    """Shows the progress of this run, if it has not been shown so far."""
+    """Starts to show the progress of this run, unless it is shown already."""
     if not self._followed:
       self._followed = True
       self.start_bar(stage, 0, steps)
@@ -569,8 +582,8 @@ class Screen:
     if self._show:
       self._console.print(text, markup=False)
 
-  def detail(self, text: str) -> None:
-    """Prints one line of a run that is followed."""
+  def line_if_followed(self, text: str) -> None:
+    """Prints one line if this is the run whose progress is shown."""
     if self._followed:
       self.line(text)
 
@@ -583,17 +596,17 @@ class Screen:
       self._print(f'  {name:<{width}}  {value}')
 
   def start_bar(self, name: str, step: int, steps: int) -> None:
-    """Begins the progress bar of a stage, on a terminal."""
+    """Starts the progress bar of a stage, on a terminal."""
     if self._show and self._followed and self._console.is_terminal:
       self._bar = Progress(
         TextColumn('{task.description}'),
         BarColumn(),
         TextColumn('{task.completed}/{task.total}'),
         TimeRemainingColumn(),
-        TextColumn('{task.fields[note]}'),
+        TextColumn('{task.fields[status]}'),
         console=self._console,
       )
-      self._task = self._bar.add_task(name, total=steps, completed=step, note='')
+      self._task = self._bar.add_task(name, total=steps, completed=step, status='')
       self._bar.start()
 
   def progress(self, step: int) -> None:
@@ -601,15 +614,20 @@ class Screen:
     if self._bar is not None:
       self._bar.update(self._task, completed=step)
 
-  def note(self, text: str, line: str) -> None:
-    """Shows news of the training: beside the bar, or as a plain line."""
+  def status(self, text: str, line: str) -> None:
+    """Shows how training is going: `text` beside the bar, or else a plain `line`."""
     if self._bar is not None:
-      self._bar.update(self._task, note=text)
+      self._bar.update(self._task, status=text)
     else:
-      self.detail(line)
+      self.line_if_followed(line)
+
+  def evaluated(self, step: int, metric: str, values: Mapping[str, float]) -> None:
+    """Prints a metric of each split, of a run that is followed."""
+    told = ', '.join(f'{split} {value:.4f}' for split, value in values.items())
+    self.detail(f'step {step}: {metric} on {told}')
 
   def stop_bar(self) -> None:
-    """Ends the bar."""
+    """Removes the bar."""
     if self._bar is not None:
       self._bar.stop()
       self._bar = None

@@ -46,6 +46,18 @@ def test_help_shows_config_and_workdir_with_an_example(tmp_path):
   assert '--config=digits_lt:ldam_drw --workdir=' in main.__doc__
 
 
+def test_a_key_of_a_domain_that_no_role_uses_is_refused(tmp_path):
+  options = child.two_domains('source_only')
+  given = ('--config.domains.blended.source=x', "--config.target=('sketched',)")
+  command = child.command(
+    tmp_path / 'run', *given, '--config.open_domains=()', **options
+  )
+  assert child.run(command, tmp_path / 'out') == 2
+  (line,) = (tmp_path / 'out').read_text().splitlines()
+  assert line.startswith('error: config.domains.blended is set, but domain')
+  assert line.endswith('the target is sketched') and not (tmp_path / 'run').exists()
+
+
 def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   shipped = {path.stem for path in (child.ROOT / 'configs').glob('*.py')}
@@ -87,6 +99,7 @@ def test_an_option_without_its_value_is_told():
       ': get_config must return a ConfigDict; it returns dict',
     ),
     ('x = 1\n', ' defines no function get_config'),
+    ('import sys\nsys.exit(0)\n', ':2: SystemExit: 0'),
   ],
 )
 def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, told):

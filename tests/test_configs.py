@@ -772,7 +772,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
       {'schedule.boundaries': 'x'},
       "'step_decay': boundaries is 'x'; it must be a l",
     ),
-    ({'schedule.factors': ['x', 2]}, "factors: one of it is 'x'; it must be a number"),
+    ({'schedule.factors': ['x', 2]}, "an element is 'x'; it must be a number"),
     ({'schedule': {'name': 'constant'}}, "schedule is {'name': 'constant'}: .*'base'"),
     ({'loss': {}}, "loss is {}: .*'name'"),
     ({'data.mean': ['x']}, 'must be one number, as the images have 1 channel$'),

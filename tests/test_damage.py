@@ -448,7 +448,7 @@ def test_a_damaged_stage_is_deleted_and_trained_again(built, tmp_path, place):
   folder = workdir / 'stages' / 'classifier'
   for path in _all_files(folder / place):
     path.write_bytes(b'')
-  with pytest.raises(UserError, match=f'; delete {folder}, and the training command'):
+  with pytest.raises(UserError, match=f'; delete {folder} and run the training '):
     built.main(workdir)
   shutil.rmtree(folder)
   built.main(workdir)

@@ -145,7 +145,8 @@ def test_a_miniature_goes_through_a_config_from_end_to_end(tmp_path, name, recip
 def test_day_and_dusk_from_archives(tmp_path):
   made = camvid_dusk.get_config('minent')
   made.data.source = archive(tmp_path / 'day.npz')
-  made.domains.dusk.source = archive(tmp_path / 'dusk.npz')
+  others = np.random.default_rng(1).integers(0, 256, (3, 4, 5, 3)).astype(np.uint8)
+  made.domains.dusk.source = archive(tmp_path / 'dusk.npz', x_train=others)
   made.batch = 2
   stage = build.build(resolve(made), devices=1).last
   assert stage.streams['train'].payload_shapes().keys() == {'index'}

@@ -63,13 +63,13 @@ def test_arrays_make_the_network_again(arrays, network, images, expected):
   for name, value in expected.items():
     np.testing.assert_array_equal(again[name], value)
   assert loaded.class_names == network.class_names and loaded.step == network.step
-  assert loaded.config == network.config
+  assert loaded.config == network.config and loaded.predicts_by == network.predicts_by
   assert told['state_sha256'] == checkpoint.digest(network.state)
   assert [p.name for p in path.parent.iterdir()] == ['one.safetensors']
 
 
 def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
-  workdir, tmp_path
+  workdir, network, tmp_path, capsys
 ):
   workdir = epath.Path(shutil.copytree(workdir, tmp_path / 'run'))
   threshold = {'value': 0.5, 'chosen_by': 'keeps 95 % of val'}
@@ -82,6 +82,9 @@ def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
       expected
     )
     assert export.load(path).threshold == (expected and expected['value'])
+    told = capsys.readouterr().out
+    assert told.count(f'images: {network.predicts_by}\n') == 1
+  assert network.predicts_by.startswith("normalised as 'source'; batch statistics: ")
 
 
 def test_others_can_read_the_arrays(arrays, network):

@@ -280,7 +280,7 @@ commands.exit_code(command)
 def test_ctrl_c_is_one_line():
   command = [sys.executable, '-c', INTERRUPTED]
   done = subprocess.run(command, cwd=child.ROOT, capture_output=True, text=True)
-  told = (130, 'at work\n', 'error: interrupted; what was saved is whole\n')
+  told = (130, 'at work\n', 'error: interrupted; saved files are intact\n')
   assert (done.returncode, done.stdout, done.stderr) == told
 
 
@@ -296,7 +296,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['a\\b', os.fsdecode(b'a\xff')])
 def test_a_folder_that_checkpoints_cannot_have(tmp_path, name):
-  with pytest.raises(UserError, match='as no checkpoint may'):
+  with pytest.raises(UserError, match='checkpoints cannot be stored there'):
     files.make_workdir(tmp_path / name)
 
 
@@ -370,7 +370,7 @@ def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, over
   code, output = run(workdir, *overrides, fault=fault)
   assert code == 3, output
   assert re.search(
-    r'error: diverged: not finite at step \d+; nothing of it was saved, and the same '
+    r'error: diverged: not finite at step \d+; that State was not saved, and the same '
     r'command would diverge again: change the config, in another workdir or with '
     r'--allow_config_change$',
     output.strip(),

@@ -411,7 +411,7 @@ def test_options_that_do_not_fit_are_told(rng, options, told):
 
 def test_features_of_another_network_are_told(rng):
   episode = {**some_episode(rng), 'queries': np.zeros((6, 5), np.float32)}
-  with pytest.raises(UserError, match='size 5 for a network whose own have 8'):
+  with pytest.raises(UserError, match='size 5, but those of the network have size 8'):
     method().init(jax.random.key(0), {'train': episode})
 
 

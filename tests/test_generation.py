@@ -258,7 +258,7 @@ def test_labels_of_pixels_move_with_them_and_fit_the_predictions(few):
     'image': images,
     'pseudo_label': jax.ShapeDtypeStruct((8, 9, 9), jnp.float32),
   }
-  with pytest.raises(UserError, match='without data.window'):
+  with pytest.raises(UserError, match='leave out data.window'):
     jax.eval_shape(stage.method.step, state, {'train': own, 'target': target})
 
 

@@ -282,15 +282,15 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
     runner = begun()
     for positions in ([0, 0], [0]):
       runner._bad_images('train', np.array(positions))
-      runner._tell_bad_images()
+      runner._report_bad_images()
   rows = read_rows(tmp_path / 'events.jsonl')
   assert [row['image'] for row in rows] == [str(file)]
   runner._bad_images('train', np.arange(10))
-  runner._tell_bad_images()
+  runner._report_bad_images()
   runner._bad_images('train', np.array([10]))
   told = '11 images of train cannot be read, but at most 10 of 1015 may be replaced'
   with pytest.raises(UserError, match=told):
-    runner._tell_bad_images()
+    runner._report_bad_images()
 
 
 def test_a_damaged_image_ends_a_run_that_was_not_told_to_go_on(damaged):

@@ -846,7 +846,7 @@ def broken(logits, labels):
     ({'streams': meta_row(every=0)}, 'streams.meta.every is 0'),
     ({'data': {'meta_per_class': 0}}, 'there is none: set data.meta_per_class'),
     ({'streams': {'train': {'split': 'test'}}}, "unknown split to train on 'test'"),
-    ({'method': {'meta_layers': 'net/nix'}}, 'matches no parameter; they are such as'),
+    ({'method': {'meta_layers': 'net/nix'}}, 'matches no parameter; one is'),
     ({'method': {'meta_layers': '('}}, r"meta_layers '\('"),
     ({'method': {'route': 'jpv'}}, "did you mean 'jvp'"),
     ({'method': {'virtual': 'sdg'}}, "did you mean 'sgd'"),

@@ -287,7 +287,7 @@ def test_the_prior_asks_for_the_shares_of_an_image(rng):
   )
   moved = kernel - 0.1 * numerical_gradient(total, kernel)
   np.testing.assert_allclose(after.params['net']['head']['kernel'], moved, atol=1e-5)
-  with pytest.raises(UserError, match="reads 'label_shares' of the stream 'target'"):
+  with pytest.raises(UserError, match="needs 'label_shares' in the stream 'target'"):
     jax.eval_shape(method.step, state, batches | {'target': {'image': target}})
 
 

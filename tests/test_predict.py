@@ -132,6 +132,8 @@ def test_they_are_those_of_the_run(digits, tmp_path, capsys):
   assert np.mean(known) == pytest.approx(result['test']['known_accuracy'])
   told = capsys.readouterr().out
   assert '400 predicted, 0 skipped' in told and 'resized' not in told
+  by = "normalised as 'source'; batch statistics: left by training on source"
+  assert told.count(by) == 1
 
 
 def labels(workdir):

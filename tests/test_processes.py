@@ -135,7 +135,7 @@ def test_one_hangs_and_the_other_gives_up(tmp_path):
 def test_other_data_in_one_process_are_refused(tmp_path):
   codes, words = run(tmp_path / 'run', faults=('', 'other_data'))
   assert codes == (2, 2), words
-  assert 'differ in configuration, data or seed' in words[1]
+  assert 'differ in config, data or seed' in words[1]
   assert not (tmp_path / 'run' / 'stages').exists()
 
 

@@ -10,11 +10,13 @@ import re
 import shutil
 import subprocess
 import urllib.parse
+import warnings
 from collections import Counter
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import scipy.stats
 from etils import epath
 from PIL import Image
 
@@ -25,6 +27,7 @@ from lt_jax.errors import UserError
 from lt_jax.report import (
   across,
   curves,
+  differences,
   drawing,
   figures,
   grids,
@@ -219,8 +222,9 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
     if link.startswith('#'):
       assert link[1:] in page.ids
     elif not link.startswith('data:image/'):
-      assert (tmp_path / urllib.parse.unquote(link)).is_file()
-  assert 'ce/report.html' in page.links
+      assert (tmp_path / urllib.parse.unquote(link)).exists()
+  for address in ('ce/report.html', 'l2rw/'):  # from both tables with a row a run
+    assert page.links.count(address) == 2
   text = (tmp_path / 'report.html').read_text()
   assert "default-src 'none'" in text
   assert set(re.findall(r'https?://[^"\' ]*', text)) <= {*drawing.NAMESPACES.values()}
@@ -228,7 +232,7 @@ def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path
 
 def test_names_and_paths_are_text(run_folder):
   page = page_of(run_folder)
-  assert page.tags['script'] == page.tags['b'] == 0
+  assert page.tags['script'] == 1 and page.tags['b'] == 0
   assert NAMES[1] in page.text  # a sample of it, and what it was taken for
   assert str(run_folder) in page.text
   for figure in ('confusion', 'class_accuracy'):
@@ -243,6 +247,26 @@ def test_what_no_text_can_hold_is_replaced(tmp_path):
   drawn = drawing.draw('confusion', figures.confusion, [run], 'page')
   text = ''.join(ElementTree.fromstring(drawn.svg).itertext())
   assert '\ufffd\ufffd[31m' in text and '漢字' in text and '\x1b' not in text
+  assert 'DejaVu' not in drawn.svg and drawing.FONTS.split(',')[0] in drawn.svg
+
+
+def test_names_of_any_script_stay_whole_and_have_room(tmp_path):
+  family = '\U0001f469\u200d\U0001f469\u200d\U0001f467'
+  names = ('می\u200cخواهم', family, '蝴蝶與花園的長名稱', 'e\u0301' * 14, 'cat')
+  run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
+  assert tuple(run.class_names) == names
+  shown = [drawing.shortened(name).replace(drawing.ROOM, '') for name in names]
+  assert shown == [*names[:2], '蝴蝶與花園的…', *names[3:]]
+  assert drawing.shortened('x' * 15) == 'x' * 13 + '…'
+  figure, _ = figures.confusion([run])
+  (axes,) = figure.axes
+  with warnings.catch_warnings(action='ignore'):  # of missing glyphs
+    figure.draw_without_rendering()
+    _, _, wide, _, latin = (
+      label.get_window_extent().width / figure.dpi for label in axes.get_yticklabels()
+    )
+  size = axes.get_yticklabels()[0].get_size() / 72
+  assert wide > 6.5 * size > latin  # an em a character, and the dots
 
 
 @pytest.mark.slow
@@ -678,7 +702,7 @@ document.addEventListener('securitypolicyviolation', e => problems.push(e.blocke
 console.error = console.warn = (...given) => problems.push(given.join(' '));
 addEventListener('load', () => {
   const size = e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height];
-  const drawn = [...document.querySelectorAll('figure > svg, figure > img')];
+  const drawn = [...document.querySelectorAll('figure svg, figure img')];
   const followed = [...document.querySelectorAll('table a')].map(a => {
     const to = a.getAttribute('href');
     if (!to.startsWith('#')) return [to, true];
@@ -688,8 +712,15 @@ addEventListener('load', () => {
     return [to, location.hash === to && seen];
   });
   const ink = e => getComputedStyle(e).fill;
+  const table = document.querySelector('table');
+  const sorted = [2, 2, 0].map(i => {
+    const head = table.tHead.rows[0].cells[i];
+    (head.querySelector('button') ?? head).click();
+    const rows = [...table.tBodies[0].rows];
+    return [head.ariaSort, ...rows.map(row => row.cells[i].innerText)];
+  });
   const found = {
-    problems, followed,
+    problems, followed, sorted,
     sizes: drawn.map(size),
     text: [...new Set([...document.querySelectorAll('svg text')].map(ink))],
     colour: getComputedStyle(document.body).color,
@@ -711,9 +742,8 @@ def look_at(page, folder, *flags):
   if browser is None:
     pytest.skip('there is no Chromium')
   text = page.read_text()
-  allowed = "default-src 'none'; script-src 'nonce-test'"
-  assert text.count("default-src 'none'") == 1
-  text = text.replace("default-src 'none'", allowed).replace(
+  assert text.count("script-src 'sha256-") == 1
+  text = text.replace("script-src '", "script-src 'nonce-test' '").replace(
     '<style>', f'{PROBE}<style>', 1
   )
   copy = page.with_name('probed.html')
@@ -739,7 +769,8 @@ def look_at(page, folder, *flags):
 @pytest.mark.parametrize('dark', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   for recipe, seed in (('ce', 0), ('ce', 1), ('l2rw', 0)):
-    write_run(tmp_path / f'runs/{recipe}/#{seed}', config(recipe, seed))
+    folder = tmp_path / f'runs/{recipe}/#{seed}'
+    write_run(folder, config(recipe, seed), 0.09 if recipe == 'l2rw' else 0.5)
   alone = report.write(tmp_path / 'runs/ce/#0')
   flags = [f'--blink-settings=preferredColorScheme={0 if dark else 1}']
   page = report.write(tmp_path / 'runs')
@@ -749,7 +780,11 @@ def test_a_browser_shows_every_figure_and_follows_every_link(tmp_path, dark):
   assert min(map(min, found['sizes'])) > 50
   links = [link for link, there in found['followed'] if there]
   assert len(links) == len(found['followed'])
-  assert set(links) == {'#group-0', '#group-1', 'ce/%230/report.html'}
+  folders = {'ce/%231/', 'l2rw/%230/'}
+  assert set(links) == {'#group-0', '#group-1', 'ce/%230/report.html', *folders}
+  rising = ['ascending', '9.0', '50.0 ± 0.0']
+  falling = ['descending', *reversed(rising[1:])]  # as numbers, not as text
+  assert found['sorted'] == [falling, rising, ['ascending', 'ce', 'l2rw']]
   assert found['width'] <= 0
   brightness = [sum(map(int, re.findall(r'\d+', found[k]))) for k in ('colour', 'back')]
   assert (brightness[0] > brightness[1]) == dark
@@ -911,3 +946,102 @@ def test_seeds_are_a_band_around_the_mean(tmp_path):
       [heights.min(), heights.max()], [60 - spread, 60 + spread]
     )
     assert len(axes.lines) == 2
+
+
+def compared(folder):
+  """Returns what methods are compared with, and how, by label."""
+  groups = runs.grouped(runs.find(epath.Path(folder)))[0]
+  return {found.group.label: found for found in differences.compare(groups)}
+
+
+def test_seeds_in_common_are_compared_by_a_paired_t_test(tables_only, tmp_path):
+  values = {'ce': (0.5, 0.6, 0.7), 'same': (0.52, 0.57, 0.71), 'more': (0.6, 0.71, 0.8)}
+  for recipe, accuracies in values.items():
+    for seed, accuracy in enumerate(accuracies):
+      write_run(tmp_path / f'{recipe}/{seed}', config(recipe, seed), accuracy)
+  write_run(tmp_path / 'same/9', config('same', 9), 0.0)  # ce has no such seed
+  found = compared(tmp_path)
+  assert set(found) == {'same', 'more'}  # and nothing is compared with itself
+  for recipe, one in found.items():
+    assert (one.reference.label, one.test) == ('ce', 'paired t, 3 seeds')
+    expected = scipy.stats.ttest_rel(values[recipe], values['ce'])
+    interval = expected.confidence_interval()
+    got = one.intervals['accuracy']
+    np.testing.assert_allclose(got[1:], [interval.low, interval.high], rtol=1e-9)
+    assert got.within_noise == (expected.pvalue > 0.05) == (recipe == 'same')
+  page = report.write(tmp_path).read_text()
+  grey = re.findall(r'<td class="faint">(.*?)</td>', page)
+  assert grey.count(tables.percent([*values['same'], 0])) == 2  # accuracy and medium
+  assert not any(text.startswith('70.3') for text in grey)  # the mean of more
+  assert 'Differences from ce' in page and 'paired t-test over seeds' in page
+  assert '+10.3 (+8.9 to +11.8)' in (tmp_path / 'report.md').read_text()
+
+
+def write_predictions(folder, recipe, right):
+  """Writes a run that is right on the given test images, ten a class."""
+  label = np.repeat(np.arange(5), 10)
+  prediction = np.where(right, label, (label + 1) % 5)
+  path = write_run(folder, config(recipe), accuracy=right.mean()) / 'result.json'
+  result = json.loads(path.read_text())
+  classes = right.reshape(5, 10).mean(1)
+  groups = runs.Run(folder, 'run').groups.items()
+  result['test'] |= {name: classes[mask].mean() for name, mask in groups}
+  path.write_text(json.dumps(result))
+  arrays = {'label': label, 'prediction': prediction, 'confidence': np.ones(50)}
+  np.savez(folder / 'predictions.npz', **arrays)
+
+
+def test_single_runs_are_compared_by_a_bootstrap_over_images(tmp_path, rng):
+  ours, theirs = rng.uniform(size=50) < 0.9, rng.uniform(size=50) < 0.4
+  write_predictions(tmp_path / 'ce', 'ce', theirs)
+  write_predictions(tmp_path / 'l2rw', 'l2rw', ours)
+  one = compared(tmp_path)['l2rw']
+  assert one.test == 'bootstrap, seed 0'
+  label, gain = np.repeat(np.arange(5), 10), ours * 1.0 - theirs
+  drawn = rng.integers(0, 50, (2000, 50))
+  few = [  # of the classes of 8 and 3 training images
+    np.mean([gain[rows][label[rows] == c].mean() for c in (3, 4)]) for rows in drawn
+  ]
+  for name, gains in (('accuracy', gain[drawn].mean(1)), ('few', few)):
+    expected = np.percentile(gains, [2.5, 97.5])
+    found = one.intervals[name]
+    np.testing.assert_allclose(found[1:], expected, atol=0.25 * np.std(gains))
+  assert one.intervals['few'].difference == pytest.approx(gain[30:].mean())
+  path = tmp_path / 'l2rw/predictions.npz'
+  np.savez(path, **{**np.load(path), 'label': np.zeros(50, int)})
+  assert compared(tmp_path) == {}  # which were not the same images
+
+
+def _miou(confusion):
+  right = np.diag(confusion)
+  return (right / (confusion.sum(0) + confusion.sum(1) - right)).mean()
+
+
+def test_label_maps_are_compared_by_images(tmp_path, rng):
+  theirs = rng.integers(1, 9, (6, 5, 5))
+  ours = np.roll(theirs, 1, axis=2)  # with as many pixels of each label
+  for recipe, n in (('ce', theirs), ('advent', ours)):
+    made = config(recipe, task='segmentation')
+    path = write_run(tmp_path / recipe, made) / 'result.json'
+    result = json.loads(path.read_text())
+    result |= {'test': {'miou': _miou(n.sum(0))}, 'best_on_test': None}
+    path.write_text(json.dumps(result))
+    np.savez(tmp_path / recipe / 'predictions.npz', confusion=n)
+  one = compared(tmp_path)['advent']
+  assert set(one.intervals) == {'miou'} and one.test == 'bootstrap, seed 0'
+  drawn = rng.integers(0, 6, (2000, 6))
+  gains = [_miou(ours[rows].sum(0)) - _miou(theirs[rows].sum(0)) for rows in drawn]
+  expected = np.percentile(gains, [2.5, 97.5])
+  found = one.intervals['miou']
+  np.testing.assert_allclose(found[1:], expected, atol=0.2 * np.std(gains))
+
+
+def test_without_a_control_the_best_is_what_others_are_compared_with(tmp_path):
+  for recipe, accuracy in (('a', 0.5), ('b', 0.7)):
+    for seed in range(3):
+      write_run(tmp_path / recipe / f'{seed}', config(recipe, seed), accuracy)
+  other = tmp_path / 'c'
+  for seed in range(3):  # on other data
+    path = write_run(other / f'{seed}', config('c', seed), 0.9) / 'data.json'
+    path.write_text(path.read_text().replace('f' * 64, 'e' * 64))
+  assert [(k, v.reference.label) for k, v in compared(tmp_path).items()] == [('a', 'b')]

@@ -167,6 +167,7 @@ def test_selection_on_validation_data_feeds_the_result(tmp_path):
   for which, step in (('best', best['step']), ('last', 71)):
     arguments = [f'--workdir={workdir}', f'--which={which}']
     assert child.run(arguments, log, module='lt_jax.evaluate') == 0, log.read_text()
+    assert log.read_text().count("images: normalised as 'source'; batch stat") == 1
     evaluation = json.loads((workdir / 'evaluation.json').read_text())
     assert evaluation['step'] == step and evaluation['verified']
     if which == 'best':
@@ -312,7 +313,7 @@ def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
   config, workdir, _ = two_trainings
   before = (workdir / 'result.json').read_bytes()
   longer = {**config, 'epochs': 4.0}
-  with pytest.raises(UserError, match=r"'classifier' began from another .*delete"):
+  with pytest.raises(UserError, match=r"'classifier' started from another .*delete"):
     run_module.run(longer, workdir, allow_config_change=True)
   assert (workdir / 'result.json').read_bytes() == before
   shutil.rmtree(workdir / 'stages' / 'classifier')

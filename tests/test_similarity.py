@@ -91,7 +91,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, files, rng):
     pytest.raises(UserError, match=told),
   ):
     similarity.main()
-  told = "unknown rule of selection 'gredy'; did you mean 'greedy'"
+  told = "unknown selection rule 'gredy'; did you mean 'greedy'"
   with (
     given(tmp_path, [near], [target], rule='gredy'),
     pytest.raises(UserError, match=told),

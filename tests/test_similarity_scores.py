@@ -124,7 +124,7 @@ def test_gamma_must_be_positive(gamma):
 
 
 def test_features_of_two_networks_do_not_compare(rng):
-  with pytest.raises(UserError, match='a has 6 features an image and b 5'):
+  with pytest.raises(UserError, match='a has 6 features per image and b 5'):
     similarity.similarity(some(rng, 3, 'a'), some(rng, 3, 'b', width=5))
 
 
@@ -149,7 +149,7 @@ def test_unions_have_each_class_once(rng):
   wanted = {*np.argsort(scores['t'])[:2], *np.argsort(scores['u'])[:3]}
   assert chosen.tolist() == sorted(wanted)
   assert len(similarity.select(source, targets, [99])[0]) == 8
-  with pytest.raises(UserError, match='2 targets need as many numbers'):
+  with pytest.raises(UserError, match='2 targets need 2 numbers'):
     similarity.select(source, targets, [1, 2, 3])
   with pytest.raises(UserError, match="did you mean 'greedy'"):
     similarity.select(source, targets, [1], 'gredy')

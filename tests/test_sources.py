@@ -113,7 +113,12 @@ def test_npz_of_features_and_of_other_splits(tmp_path):
     ({'x_train': np.zeros((0, 4, 5, 3), np.uint8)}, r'x_train must be.*\(0, 4'),
     ({'x_test': np.zeros((3, 8, 8, 3), np.uint8)}, r'x_train has .*x_test of \(8, 8'),
     ({'y_train': np.zeros(5, int)}, r'y_train must be whole numbers \(6,\)'),
-    ({'y_train': np.zeros((6, 1), int)}, r'y_train must be .*\(6, 1\)'),
+    ({'y_train': np.zeros((6, 1), int)}, r'y_train must be .*\(6, 1\).*ravel'),
+    ({'y_train': np.eye(6)}, r'y_train must be .*\(6, 6\); if .* one-hot.*argmax\(1\)'),
+    (
+      {'x_train': np.zeros((4, 5, 3, 6), np.uint8)},
+      r'x_train has the shape \(4, 5, 3, 6\), images last.*transpose\(3, 0, 1, 2\)',
+    ),
     ({'y_train': np.zeros(6)}, 'y_train must be whole numbers.*float64'),
     ({'y_train': np.array([0, 1, -1, 0, 1, 2])}, 'y_train: label -1 at index 2'),
     ({'y_train': np.array([0, 1, 2, 255, 1, 2])}, 'y_train: label 255 at index 3'),

@@ -1,14 +1,17 @@
 """Sweeps: every cell an ordinary run, none made twice, and failures that stay alone."""
 
+import io
 import json
 import shutil
 
 import pytest
+from rich.console import Console
 
-from lt_jax import files, sweep
+from lt_jax import files, live, sweep
 from lt_jax.errors import UserError
 from lt_jax.run import OtherConfig
 from tests import child
+from tests.test_report import config, write_run
 
 
 def run(workdir, *arguments, methods='ce,ldam_drw', seeds='0,1', fault=''):
@@ -310,3 +313,35 @@ def test_a_sweep_over_a_grid_leaves_a_run_a_cell(tmp_path):
   assert folders == {f'loss.gamma={g},class_weights.beta=0.9' for g in ('0.5', '2')}
   rows = [line for line in output.splitlines() if 'loss.gamma=' in line and '|' in line]
   assert any(row.rstrip(' |').endswith('yes') for row in rows), output
+
+
+def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
+  """Of a run there is what it leaves; of another one that it failed."""
+  pages = []
+
+  def run_cells(cells, make_config, board):
+    (cell,) = cells
+    if cell.seed == 1:
+      raise UserError('a mistake')
+    if cell.seed == 2:
+      return {}  # finished before
+    board[cell].start_bar('plain', 5, 10)
+    write_run(cell.workdir, config(cell.method, cell.seed), 0.625)
+    return {cell: None}
+
+  def after(seconds):
+    sweep._write_page(tmp_path, seconds)
+    pages.append((tmp_path / 'report.html').read_text())
+
+  monkeypatch.setattr(sweep, '_run', run_cells)
+  found = sweep.cells(['ce'], ['0', '1', '2', '3'], tmp_path)
+  shown = [(cell.told, cell.seed) for cell in found]
+  table = live.LiveTable(shown, Console(file=io.StringIO()))
+  assert list(sweep.sweep(found, None, table=table, after=after)) == [found[1]]
+  states = [live.FINISHED, live.FAILED, live.FINISHED, live.FINISHED]
+  assert [row.state for row in table.rows] == states
+  assert table.rows[3].metric == '62.5 % accuracy'
+  states = ('1 finished', '1 finished, 1 failed')  # and for the last `main` writes it
+  for page, told in zip(pages, states, strict=True):
+    assert told in page
+  assert 'Figures follow when the sweep ends' in page and '<svg' not in page

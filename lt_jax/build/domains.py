@@ -1,5 +1,6 @@
 """From config keys to domains: their data, their roles, their pixels."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,14 @@ import jax
 import numpy as np
 
 from lt_jax.build.checks import check_arrays, check_channels
-from lt_jax.config import OPEN, SOURCE, TARGET, Config, domain_data
+from lt_jax.config import (
+  OPEN,
+  SOURCE,
+  TARGET,
+  Config,
+  domain_data,
+  domains_of_stages,
+)
 from lt_jax.data import augment
 from lt_jax.data.dataset import Dataset, load_dataset
 from lt_jax.data.domains import (
@@ -17,6 +25,7 @@ from lt_jax.data.domains import (
   joined,
   seen_through,
   united,
+  within,
 )
 from lt_jax.errors import UserError, check_options, lookup
 
@@ -87,12 +96,12 @@ def load_domains(
     given: domain or role -> data set that takes the place of what the config names.
 
   Raises:
-    UserError: a domain that is not there, has no role or two, or domains that meet but
-      differ in classes or image shape.
+    UserError: a domain that is not there, has no role or two, domains that meet but
+      differ in classes or image shape, or a target with the images of a source.
   """
   roles = _roles(config)
   meeting = list(dict.fromkeys(name for members in roles.values() for name in members))
-  alone = [name for name in _of_stages(config) if name not in (*meeting, *roles)]
+  alone = [name for name in domains_of_stages(config) if name not in (*meeting, *roles)]
   configs = {name: domain_data(config, name) for name in (*meeting, *alone)}
   datasets = dict(given or {})
   for name, data in configs.items():
@@ -112,6 +121,8 @@ def load_domains(
     meet = united(meet, roles[SOURCE], same)
     datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
   check_alike(meet, sizes=not of_pixels)
+  if not given:
+    _check_apart(roles, meet, configs)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
@@ -145,16 +156,6 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
         lookup(config['domains'], 'domain', name)
       seen[name] = role
   return roles
-
-
-def _of_stages(config: Config) -> list[str]:
-  """Returns the domains that stages and their streams are of, each by its name."""
-  stages = [config, *config['stages'].values()]
-  names = [stage['domain'] for stage in stages if 'domain' in stage]
-  for stage in stages:
-    rows = stage.get('streams', {}).values()
-    names += [row['domain'] for row in rows if row.get('domain') in config['domains']]
-  return list(dict.fromkeys(names))
 
 
 def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:
@@ -210,6 +211,24 @@ def _check_pixels(
           f'domains {members[0]!r} and {name!r} are one {role} and must agree in '
           f'data.{key}: {first[key]!r} and {configs[name][key]!r}'
         )
+
+
+def _check_apart(
+  roles: Mapping[str, Sequence[str]],
+  datasets: Mapping[str, Dataset],
+  configs: Mapping[str, Config],
+) -> None:
+  """Refuses a target that is a source once more, under whatever name or path."""
+  for target, source in itertools.product(roles[TARGET], roles[SOURCE]):
+    if configs[target]['source'] == 'fake':  # one set of images stands for all
+      continue
+    images = datasets[target].splits['train']
+    if within(images, [*datasets[source].every.values()]):
+      raise UserError(
+        f'the target {target!r} is the source {source!r} once more: all its '
+        f'{len(images.rows):,} training images are images of the source too; name '
+        f'other data in domains.{target}.source'
+      )
 
 
 def make_transforms(data: Config) -> Transforms:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax.config import TARGET, Config
+from lt_jax.config import CLOCK, SOURCE, TARGET, Config
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
@@ -16,7 +17,7 @@ from lt_jax.method import Method, State
 from lt_jax.models.layers import Layer
 from lt_jax.optim import Optimizer
 from lt_jax.surgery import Surgery
-from lt_jax.train import Plan
+from lt_jax.train import Plan, state_shapes
 
 PREPROCESSING = (
   'mean',
@@ -160,14 +161,33 @@ class Experiment(NamedTuple):
     return [*self.stages.values()][-1]
 
   @property
-  def preprocessing(self) -> dict[str, Any]:
-    """What prediction does with an image: keys of the first target.
+  def deployed_in(self) -> str:
+    """The domain that prediction takes images for: the first target.
 
-    Without a target, of the domain whose classes the last stage learns.
+    Without a target, the domain whose classes the last stage learns.
     """
     own = self.last.domain
-    first = next(iter(self.roles[TARGET] or self.roles.get(own) or (own,)))
-    return {key: self.data[first][key] for key in PREPROCESSING}
+    return next(iter(self.roles[TARGET] or self.roles.get(own) or (own,)))
+
+  @property
+  def preprocessing(self) -> dict[str, Any]:
+    """What prediction does with an image: keys of the domain it is deployed in."""
+    return {key: self.data[self.deployed_in][key] for key in PREPROCESSING}
+
+  @property
+  def predicts_by(self) -> str:
+    """By whose normalisation and batch statistics images are predicted, in words."""
+    told = statistics_of(self.last, self.stages)
+    return f'normalised as {self.deployed_in!r}; batch statistics: {told}'
+
+  def evaluates_by(self, stage: Stage) -> str:
+    """Returns the same of evaluation, which knows the domain of an image."""
+    if len(self.domains) == 1:
+      return self.predicts_by
+    told = statistics_of(stage, self.stages)
+    if told == TARGETS_OWN:
+      told += f', for images of {stage.domain!r} its own'
+    return f'each domain normalised as itself; batch statistics: {told}'
 
   @property
   def dataset(self) -> Dataset:
@@ -183,3 +203,28 @@ class Experiment(NamedTuple):
   def passes(self) -> dict[str, Pass]:
     """The evaluation passes of the last stage."""
     return self.last.passes
+
+
+TARGETS_OWN = "the target's own"
+
+
+def statistics_of(stage: Stage, stages: Mapping[str, Stage]) -> str:
+  """Says where the batch statistics come from that the network is deployed with.
+
+  Args:
+    stage: whose network it is.
+    stages: of the run, in order.
+  """
+  stats = state_shapes(stage.method, stage.streams).stats
+  if not jax.tree.leaves(stats['net']):
+    return 'none'
+  if 'net_source' in stats:
+    return TARGETS_OWN
+  names: dict[str, None] = {}
+  for name, one in stages.items():
+    streams = sorted(one.trained_on, key=lambda stream: stream != CLOCK)
+    for stream in streams if one.plan.steps else ():
+      names[one.trained_on[stream].rpartition('/')[0] or SOURCE] = None
+    if name == stage.name:
+      break
+  return f'left by training on {" and ".join(names)}' if names else 'inherited'

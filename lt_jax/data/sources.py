@@ -440,6 +440,11 @@ def _check_members(
         f'x_{split} must be uint8 or float images (N, H, W) or (N, H, W, channels), or '
         f'features (N, D), got {x_dtype} {x_shape}'
       )
+    if len(x_shape) == 4 and y_shape[:1] == x_shape[3:] != x_shape[:1]:
+      raise ValueError(
+        f'x_{split} has the shape {x_shape}, images last: store '
+        f'x_{split}.transpose(3, 0, 1, 2), which is (N, H, W, channels)'
+      )
     if _channels_first(x_shape, image):
       raise ValueError(
         f'x_{split} has the shape {x_shape}, channels first: store '
@@ -448,8 +453,14 @@ def _check_members(
     if len(y_shape) > 2 and y_dtype.kind in 'iu':
       _check_maps(split, x_shape, y_shape)
     elif y_dtype.kind not in 'iu' or y_shape != x_shape[:1]:
+      remedy = ''
+      if len(y_shape) == 2 and y_shape[0] == x_shape[0]:
+        remedy = f'; if they are one-hot, store y_{split}.argmax(1)'
+        if y_shape[1] == 1:
+          remedy = f'; store y_{split}.ravel()'
       raise ValueError(
-        f'y_{split} must be whole numbers ({x_shape[0]},), got {y_dtype} {y_shape}'
+        f'y_{split} must be whole numbers ({x_shape[0]},), got {y_dtype} '
+        f'{y_shape}{remedy}'
       )
   of_pixels = {len(headers[f'y_{split}'][0]) > 1 for split in splits}
   if len(of_pixels) > 1:

@@ -12,7 +12,7 @@ import collections
 
 from absl import flags
 
-from lt_jax import allocator, commands, doctor
+from lt_jax import allocator, commands, config_file, doctor
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def main() -> None:
   Raises:
     UserError: something is wrong.
   """
-  config = resolve(CONFIG.value)
+  config = resolve(CONFIG.value, config_file.overrides())
   allocator.keep_pages(config)  # as the run will
   case = doctor.Case(config, WORKDIR.value, THOROUGH.value)
   counts, section = collections.Counter(), ''

@@ -1,9 +1,9 @@
-"""Evaluation: on the device one small record an example, on the host plain NumPy.
+"""Evaluation: one small record per example on the device, plain NumPy on the host.
 
-A task says what is recorded and measured; `lt_jax.evals.collect` runs a pass over a
-split and returns the records whole. The metrics of `closed_set`, `calibration` and
+A task says what to record and what to measure; `lt_jax.evals.collect` runs a pass over
+a split and returns all its records. The metrics of `closed_set`, `calibration` and
 `open_set` are then exact functions of (N,) arrays, and those of `segmentation` of sums
-of confusion matrices, whatever the batch or the devices.
+of confusion matrices, whatever the batch size or the devices.
 """
 
 from lt_jax.evals.classification import CLASSIFICATION
@@ -31,4 +31,4 @@ TITLES = {
   for name in ([task.headline] if only_headlines else task.metrics)
   if task.metrics[name].title
 }
-"""What tables show of a result, by the names in result.json; headlines first."""
+"""Name in result.json -> title in tables; headline metrics come first."""

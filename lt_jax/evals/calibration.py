@@ -1,4 +1,4 @@
-"""Calibration: is a prediction with confidence 80 % right four times in five?"""
+"""Calibration: are predictions with a confidence of 80 % right four times in five?"""
 
 import numpy as np
 
@@ -14,12 +14,12 @@ def calibration(
     \text{ECE} = \sum_b \frac{n_b}{N}
       \left| \text{accuracy}_b - \text{confidence}_b \right|
 
-  over bins of equal width, bin b being (b / bins, (b + 1) / bins].
+  over bins of equal width, where bin b is (b / bins, (b + 1) / bins].
 
   Args:
     confidence: (N,) in (0, 1].
     correct: (N,) bool.
-    bins: their number; 15 is the field's habit.
+    bins: number of bins; 15 is customary.
 
   Returns:
     'ece', and (bins,) arrays: 'bin_count', 'bin_confidence' and 'bin_accuracy' (NaN

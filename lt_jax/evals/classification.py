@@ -1,4 +1,4 @@
-"""Classification: one label per image, with known classes and perhaps an open set."""
+"""Classification: one label per image, known classes and optionally an open set."""
 
 import functools
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lt_jax.evals.tasks import Across, Metric, Record, Task
 from lt_jax.method import Batch, Outputs
 
 MOST_LOGITS = 10**8
-"""Test images times classes up to which predictions.npz holds every logit."""
+"""predictions.npz holds every logit up to this number of test images times classes."""
 
 TOP = 20
 
@@ -24,20 +24,20 @@ TOP_K = 5
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what every classification metric needs to know of a batch.
+  """Returns what the classification metrics need to know about a batch.
 
   Args:
-    outputs: with 'logits' (B, C) and perhaps 'known_score' (B,), and 'is_unknown' (B,)
-      of a method with a rule of its own.
-    batch: with 'label' (B,), -1 for an image of no known class; perhaps 'domain' (B,)
-      and 'bad' (B,), whether another image stands in for one that cannot be read.
+    outputs: with 'logits' (B, C), optionally 'known_score' (B,), and 'is_unknown' (B,)
+      if the method has its own rule for rejection.
+    batch: with 'label' (B,), -1 for an image of no known class; optionally 'domain'
+      (B,) and 'bad' (B,), whether another image replaces one that cannot be read.
 
   Returns:
     (B,) arrays: 'label', 'prediction' (the arg max), 'confidence' (its softmax
     probability), 'rank' (of the label, see `rank`), 'known_score' (the method's, or
-    else the confidence), 'energy' (the log-sum-exp of the logits, another score of the
-    kind) and 'loss' (the cross-entropy in nats; 0 for label -1); those of the above
-    that there are.
+    else the confidence), 'energy' (the log-sum-exp of the logits, another known score)
+    and 'loss' (the cross-entropy in nats; 0 for label -1); and 'domain', 'bad' and
+    'is_unknown' if the arguments have them.
 
   Source of the energy, negated: Liu et al., Energy-based Out-of-distribution Detection,
   arXiv 2010.03759, equation 4 with T = 1.
@@ -62,11 +62,11 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def rank(logits: jax.Array, label: jax.Array) -> jax.Array:
   """Returns how many classes a network prefers to the label: 0 where it is right.
 
-  Of equal logits the first class is preferred, as by the arg max.
+  Among equal logits it prefers the first class, like the arg max.
 
   Args:
     logits: (B, C).
-    label: (B,) int; -1 has the rank C, and so has a label whose logit is NaN.
+    label: (B,) int; -1 has rank C, and so has a label whose logit is NaN.
 
   Returns:
     (B,) int32.
@@ -83,18 +83,18 @@ def rank(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns what is kept of a test split: records, features, and logits or the top.
+  """Returns the function that keeps records, features and logits of a test split.
 
   Args:
-    examples: of the split.
-    classes: C. Above `MOST_LOGITS` logits only the largest are kept.
+    examples: size of the split.
+    classes: C. Above `MOST_LOGITS` logits it only keeps the largest.
   """
   return _keep(examples * classes <= MOST_LOGITS)
 
 
 @functools.cache
 def _keep(all_logits: bool) -> Record:
-  """Returns `keep`; on the device, so that many classes never come to the host."""
+  """Returns `keep`; it selects on the device, so few logits go to the host."""
 
   def kept(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     logits = outputs['logits']
@@ -118,7 +118,7 @@ def _keep(all_logits: bool) -> Record:
 
 
 def half(values: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-  """Returns values in float16, those beyond its range at its ends.
+  """Returns values in float16, clipped to its range.
 
   Examples:
     >>> half(np.array([0.5, 1e6])).tolist()
@@ -134,10 +134,10 @@ def measure(
   """Returns closed-set accuracies, mean loss and ECE of a split of known images.
 
   With more than five classes also 'top5_accuracy', the share of images whose class is
-  among the five of the greatest logits.
+  among the five with the largest logits.
 
   Args:
-    records: what `record` keeps.
+    records: from `record`.
     num_classes: C.
     groups: name -> (C,) bool.
   """
@@ -157,23 +157,23 @@ def across(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> Across:
-  """Returns the metrics of the open set, where there is one.
+  """Returns the metrics of the open set, if there is one.
 
   Args:
-    records: split -> what `record` keeps, of 'test', 'open_test' and perhaps 'val' and
+    records: split -> records, for 'test' and optionally 'open_test', 'val' and
       'open_val'.
     num_classes: C.
     groups: name -> (C,) bool.
 
   Returns:
-    in 'test' those of the method's known score and of its own rule, if it has one, in
-    'test_by_energy' of the energy.
+    in 'test' the metrics by the method's known score, and by its own rule if it has
+    one; in 'test_by_energy' those by the energy.
   """
   if 'open_test' not in records:
     return Across()
   thresholds, curves, metrics = {}, {}, {}
   test = records['test']
-  # The papers' threshold means nothing for a score that a method makes itself.
+  # The papers' threshold means nothing for a method's own score.
   own = not np.array_equal(test['known_score'], test['confidence'])
   probability = None if own else 'known_score'
   for score, place in {'known_score': 'test', 'energy': 'test_by_energy'}.items():

@@ -13,7 +13,7 @@ def closed_set(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  r"""Returns accuracies of known images, all in [0, 1].
+  r"""Returns accuracies on known images, all in [0, 1].
 
   With a_c the accuracy of class c over its test images:
 
@@ -21,9 +21,9 @@ def closed_set(
     \text{macro} = \frac{1}{C'} \sum_c a_c, \qquad
     \text{harmonic mean} = C' \Big/ \sum_c \frac{1}{a_c}
 
-  A class without test images is left out of both, and counted in neither C'; a class
-  with a_c = 0 makes the harmonic mean 0. A group is the mean a_c of its classes, None
-  where it has none with test images.
+  Classes without test images are left out of both means and of C'. A class with a_c = 0
+  makes the harmonic mean 0. The value of a group is the mean a_c of its classes, None
+  if none of them has test images.
 
   Args:
     label: (N,) int in [0, C).
@@ -33,9 +33,9 @@ def closed_set(
 
   Returns:
     'accuracy' (over images), 'macro_accuracy', 'harmonic_mean', 'worst_class', one
-    value a group, 'classes_counted' (C'); and the array 'class_accuracy' (C,), NaN
-    where a class has no test images. There is no (C, C) confusion matrix, as 100,000
-    classes would need 80 GB for it; labels and predictions say the same.
+    value per group, 'classes_counted' (C'); and the array 'class_accuracy' (C,), NaN
+    where a class has no test images. There is no (C, C) confusion matrix: with 100,000
+    classes it would need 80 GB, and labels and predictions say the same.
 
   Examples:
     >>> label, prediction = np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0])

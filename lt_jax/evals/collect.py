@@ -1,7 +1,7 @@
-"""One pass over a split, on all devices: outputs are kept or added up.
+"""One pass over a split, on all devices, which keeps outputs or adds them up.
 
-The device reduces a batch to what is needed. The host joins the batches, or a running
-total stays on the device. Metrics are plain NumPy functions of the result.
+The device reduces each batch to what is needed. The host joins the batches, or a
+running total stays on the device. Metrics are plain NumPy functions of the result.
 """
 
 import collections
@@ -26,20 +26,20 @@ PyTree = Any
 
 
 class Survey(NamedTuple):
-  """Passes with a stage's own network, in evaluation mode, for what is fitted to data.
+  """Passes over data with a stage's own network in evaluation mode, for surgeries.
 
-  There are training and validation images, those of a target domain without labels.
-  There is no test image to be had.
+  They cover training and validation images; a target domain's come without labels.
+  Test images are not available.
 
   Attributes:
-    outputs: (state, split) -> Outputs of one batch as shapes; computes nothing, so that
-      the state may be shapes too.
+    outputs: (state, split) -> Outputs of one batch as shapes; computes nothing, so the
+      state can be shapes too.
     collect: (state, split, keep) -> name -> (N, ...) NumPy, for `keep` (outputs, batch)
       -> arrays with the batch first.
     total: (state, split, fold, apply) -> a pytree of NumPy arrays, for `fold` (outputs,
       batch) -> sums over the batch. It must leave out rows where batch['mask'] is
-      false. `apply`, (state, images) -> outputs, takes the place of the method's
-      `predict` where it is given.
+      false. `apply`, (state, images) -> outputs, replaces the method's `predict` if
+      given.
   """
 
   outputs: Callable[[State, str], Outputs]
@@ -54,19 +54,19 @@ def collector(
   mesh: Mesh,
   in_flight: int = 4,
 ) -> Collect:
-  """Returns a function that runs one pass; passes of one shape share a program.
+  """Returns a function that runs one pass; passes of the same shape share a program.
 
-  Asked the same again it returns the same one, so that runs can share programs.
+  The same arguments return the same function, so runs can share programs.
 
   Args:
-    predict: a method's.
-    keep: (outputs, batch) -> arrays with the batch first: the part that is wanted.
+    predict: that of a method.
+    keep: (outputs, batch) -> the arrays to keep, with the batch first.
     mesh: the devices.
-    in_flight: batches the host may be ahead of the device.
+    in_flight: how many batches the host can be ahead of the device.
 
   Returns:
-    (state, pass, stop) -> name -> (N, ...) NumPy, padding left out; None if `stop()`
-    turned true on the way.
+    (state, pass, stop) -> name -> (N, ...) NumPy without padding; None if `stop()`
+    became true during the pass.
   """
   compiled: dict[Any, Callable] = {}
 
@@ -119,15 +119,15 @@ def total(
   """Returns sums over a split, NumPy; they stay on the devices until the end.
 
   Args:
-    predict: a method's.
-    fold: (outputs, batch) -> sums over the batch, rows with a false batch['mask'] left
-      out.
+    predict: that of a method.
+    fold: (outputs, batch) -> sums over the batch, without the rows where batch['mask']
+      is false.
     mesh: the devices.
-    state: the method's.
+    state: that of the method.
     one_pass: the pass over the split.
-    look: called before every batch, and while it waits for one; it may raise, to end
-      the pass.
-    in_flight: batches the host may be ahead of the device.
+    look: called before every batch, and while waiting for one; it can raise to end the
+      pass.
+    in_flight: how many batches the host can be ahead of the device.
   """
   stream, state = one_pass.stream, one_pass.view(state)
 
@@ -137,7 +137,7 @@ def total(
 
   def add(sums, state, arrays, payload):
     new = jax.tree.map(jnp.add, sums, summed(state, arrays, payload))
-    return new, jnp.int32(0)  # the latter outlives the former, so one can wait for it
+    return new, jnp.int32(0)  # not donated, so one can wait for it
 
   compiled = jax.jit(add, donate_argnums=0, out_shardings=sharding.replicated(mesh))
   shapes = jax.eval_shape(summed, state, stream.arrays, stream.payload_shapes())
@@ -153,11 +153,11 @@ def total(
 
 
 class _Stopped(Exception):
-  """A pass is not wanted any more."""
+  """Raised to end a pass early."""
 
 
 def _payloads(one_pass: Pass, mesh: Mesh, look: Callable[[], None]) -> Iterator[PyTree]:
-  """Yields the payloads of a pass, on the devices; looks before each, and waiting."""
+  """Yields a pass's payloads, on the devices; calls `look` before each, and waiting."""
   with reading({'': one_pass.stream}, 0, one_pass.batches, look) as read:
     for step in range(one_pass.batches):
       look()
@@ -173,26 +173,26 @@ def survey(
   """Returns the passes that a surgery can make over data.
 
   Args:
-    predict: a method's.
+    predict: that of a method.
     passes: split -> evaluation pass.
     mesh: the devices.
-    look: called before every batch; it may raise, to end the pass.
+    look: called before every batch; it can raise to end the pass.
   """
 
-  def the(split: str) -> Pass:
+  def find(split: str) -> Pass:
     if split in passes:
       return passes[split]
     if split == 'val':
       raise UserError(
-        'there are no validation images, which a surgery needs: set data.val_per_class '
-        "to cut some, or another split, such as 'meta', for the surgery"
+        'a surgery needs validation images, and there are none: set data.val_per_class '
+        "to split some off, or use another split for the surgery, such as 'meta'"
       )
     raise UserError(
       f'a surgery cannot see the split {split!r}; it can see {", ".join(passes)}'
     )
 
   def outputs(state: State, split: str) -> Outputs:
-    stream = the(split).stream  # the view of a State has its shapes
+    stream = find(split).stream  # the view of a State has its shapes
 
     def one(state, arrays, payload):
       batch = stream.prepare(arrays, payload, jax.random.key(0))
@@ -201,11 +201,11 @@ def survey(
     return jax.eval_shape(one, state, stream.arrays, stream.payload_shapes())
 
   def collect(state: State, split: str, keep: Callable) -> Collected:
-    return collector(predict, keep, mesh)(state, the(split), lambda: bool(look()))
+    return collector(predict, keep, mesh)(state, find(split), lambda: bool(look()))
 
   def totals(
     state: State, split: str, fold: Callable, apply: Callable = predict
   ) -> PyTree:
-    return total(apply, fold, mesh, state, the(split), look)
+    return total(apply, fold, mesh, state, find(split), look)
 
   return Survey(outputs, collect, totals)

@@ -12,11 +12,11 @@ Metrics = dict[str, Any]
 
 
 def split_by_domain(records: Collected, names: Sequence[str]) -> dict[str, Collected]:
-  """Returns name of a domain -> the records of its images.
+  """Returns domain -> the records of its images.
 
   Args:
-    records: (N, ...) arrays of images, with 'domain' (N,) where there are several.
-    names: of the domains, in the order of their numbers.
+    records: (N, ...) arrays over images, with 'domain' (N,) if there are several.
+    names: names of the domains, in the order of their numbers.
 
   Examples:
     >>> records = {'label': np.array([3, 4, 5]), 'domain': np.array([0, 1, 0])}
@@ -39,8 +39,8 @@ def records_by_domain(
   """Returns domain -> the records of its test images.
 
   Args:
-    records: split -> records; 'test' is of the domains `names`, and 'NAME/test' of
-      another one.
+    records: split -> records; 'test' has the domains `names`, and 'NAME/test' another
+      one.
     names: the domains of 'test', in the order of their numbers; they come first.
   """
   others = {
@@ -52,11 +52,11 @@ def records_by_domain(
 
 
 def sampled(records: Collected, most: int) -> Collected:
-  """Returns features, labels and predictions of some images, evenly taken.
+  """Returns features, labels and predictions of evenly spaced images.
 
   Args:
     records: with 'features', 'label' and 'prediction', the images first.
-    most: how many there are at most.
+    most: the largest number of images.
   """
   last = len(records['label']) - 1
   rows = np.unique(np.linspace(0, last, most).round().astype(int))
@@ -64,14 +64,14 @@ def sampled(records: Collected, most: int) -> Collected:
 
 
 def of_domains(domains: Mapping[str, Collected], most: int) -> Collected:
-  """Returns what `some` does, of each domain at most so many images.
+  """Returns the `sampled` images of every domain, joined.
 
   Args:
     domains: name -> records.
-    most: images of a domain.
+    most: the largest number of images per domain.
 
   Returns:
-    beside those also 'domain' (N,) int32 and 'domains', the names that it counts.
+    the arrays of `sampled`, 'domain' (N,) int32 and 'domains', the names it indexes.
   """
   parts = [sampled(records, most) for records in domains.values()]
   sizes = [len(part['label']) for part in parts]
@@ -83,10 +83,10 @@ def of_domains(domains: Mapping[str, Collected], most: int) -> Collected:
 
 
 def mean_metrics(domains: Sequence[Mapping[str, Any]]) -> Metrics:
-  """Returns metrics averaged over domains, each of which counts alike.
+  """Returns metrics averaged over domains, all with the same weight.
 
-  A number is None where any domain has none; of an array each entry is averaged over
-  the domains in which it is finite.
+  A number is None if any domain lacks it. Each entry of an array is averaged over the
+  domains in which it is finite.
 
   Examples:
     >>> mean_metrics([{'accuracy': 0.5, 'ece': None}, {'accuracy': 1.0, 'ece': 0.1}])
@@ -108,7 +108,7 @@ def mean_metrics(domains: Sequence[Mapping[str, Any]]) -> Metrics:
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-  """Returns the mean over axis 0 of what is finite; NaN where nothing is."""
+  """Returns the mean of finite values over axis 0; NaN where there are none."""
   finite = np.isfinite(values)
   total = np.where(finite, values, 0.0).sum(axis=0)
   return np.divide(
@@ -123,13 +123,13 @@ def gap_coverage(
 
   .. math:: (a - a_{source}) / (a_{target} - a_{source})
 
-  0 is as good as no adaptation, 1 as training on the target's labels; negative is
-  negative transfer. None where there is no gap.
+  0 is as good as no adaptation, 1 as training on the target's labels; negative values
+  are negative transfer. None if there is no gap.
 
   Args:
-    accuracy: of the method on the target's test images.
-    source_only: of a network that saw the source alone.
-    target_only: of one that was trained on the target's labels.
+    accuracy: that of the method on the target's test images.
+    source_only: that of a network trained on the source alone.
+    target_only: that of a network trained on the target's labels.
 
   Examples:
     >>> round(gap_coverage(0.7, source_only=0.5, target_only=0.9), 3)
@@ -142,29 +142,29 @@ def gap_coverage(
 
 
 FEWEST_COMPARED = 20
-"""Images of a domain below which nothing is said of how far it is from another."""
+"""The smallest number of images per domain for a distance between domains."""
 
 COSTS = (1e-3, 1e-2, 1e-1)
-"""What a support vector machine pays for an error, of which one is chosen."""
+"""Costs of an error to choose from, for a support vector machine."""
 
 
 def proxy_a_distance(source: np.ndarray, target: np.ndarray) -> float | None:
-  r"""Returns how well a linear classifier tells features of two domains apart.
+  r"""Returns how well a linear classifier separates the features of two domains.
 
   .. math:: \hat d_A = 2 (1 - 2 \epsilon)
 
-  with the error of a linear support vector machine. 0: the domains cannot be told apart
-  (or no better than by chance), 2: they can without an error. It is fitted on half of
-  the features, as many of each domain, and the error is that on the other half. Its
-  cost of errors is chosen within the first half, by fitting on one half of that. It is
-  a function of its arguments: what is drawn at random has a fixed seed.
+  with the error of a linear support vector machine. 0: it separates the domains no
+  better than chance, 2: without an error. It is fitted on half of the features, with
+  equally many from each domain, and the error is measured on the other half. Its cost
+  is chosen within the first half, by fitting on one half of that. The random draws have
+  a fixed seed, so the result only depends on the arguments.
 
   Args:
     source: (S, D).
     target: (T, D).
 
   Returns:
-    The distance; None of too few features, or of some that are not finite.
+    The distance; None if there are too few features or some are not finite.
 
   Examples:
     >>> proxy_a_distance(np.zeros((40, 1)), np.ones((40, 1)))
@@ -173,7 +173,7 @@ def proxy_a_distance(source: np.ndarray, target: np.ndarray) -> float | None:
   Source: Ben-David et al., "Analysis of Representations for Domain Adaptation", NIPS
   2006, and "A theory of learning from different domains", Machine Learning 79, 2010.
   A linear support vector machine, as in Ganin et al., JMLR 17(59), 2016; its cost is
-  chosen within the half that it is fitted to, since the held-out half measures.
+  chosen within the half it is fitted to, since the held-out half measures the error.
   """
   size = min(len(source), len(target)) // 2
   if size < FEWEST_COMPARED // 2:
@@ -193,9 +193,9 @@ def _domain_error(fit: np.ndarray, held_out: np.ndarray, cost: float) -> float:
   """Returns the error of a linear classifier of two domains.
 
   Args:
-    fit: (2, N, D) features of either domain, from which it learns.
-    held_out: (2, M, D) others, on which the error is measured.
-    cost: of an error on the former.
+    fit: (2, N, D) features of both domains to fit it to.
+    held_out: (2, M, D) other features, to measure the error on.
+    cost: of an error in the fit.
   """
   from sklearn.exceptions import ConvergenceWarning
   from sklearn.svm import LinearSVC
@@ -211,6 +211,6 @@ def _domain_error(fit: np.ndarray, held_out: np.ndarray, cost: float) -> float:
 
   machine = LinearSVC(C=cost, dual=False)
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore', ConvergenceWarning)  # an estimate all the same
+    warnings.simplefilter('ignore', ConvergenceWarning)  # still an estimate
     machine.fit(scaled(fit), domain(fit))
   return float((machine.predict(scaled(held_out)) != domain(held_out)).mean())

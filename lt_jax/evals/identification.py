@@ -1,6 +1,7 @@
-"""Identification: whose image is this, by the cosine of features, and are two of one?
+"""Identification: whose image is this, and do two images show the same identity?
 
-Arrays in, numbers out; the task that measures a split so is at the end.
+Both are answered by the cosine of features. The functions take arrays and return
+numbers; the task that applies them to a split is at the end.
 """
 
 import functools
@@ -19,19 +20,19 @@ from lt_jax.evals.tasks import Across, Metric, Record
 from lt_jax.method import Batch, Outputs
 
 RATES = {'tpr_at_fpr_1e-3': 1e-3, 'tpr_at_fpr_1e-6': 1e-6}
-"""Names of true positive rates -> the false positive rate that they are at."""
+"""Name of a true positive rate -> the false positive rate it is measured at."""
 
 TIE = 1e-6
-"""Cosines that differ by less are equal, as float32 does not tell them apart."""
+"""Cosines that differ by less count as equal, since float32 cannot separate them."""
 
 BLOCK = 2**23
-"""Cosines that are in memory at a time."""
+"""Number of cosines in memory at a time."""
 
 FOLDS = 10
 
 
 class Images(NamedTuple):
-  """Images that are compared.
+  """Images to compare.
 
   Attributes:
     embedding: (N, D) floats, rows of length 1.
@@ -46,12 +47,12 @@ class Compared(NamedTuple):
   """Every probe compared with every image of a gallery.
 
   Attributes:
-    mate: (P,) the largest cosine with an image of the probe's own identity; -inf where
-      the gallery has none.
-    other: (P,) the largest with any other image; -inf likewise.
-    genuine: (G,) the cosines of all pairs of one identity.
-    impostors: (K,) of all pairs of two identities the largest cosines, descending.
-    impostor_pairs: how many pairs of two identities there are.
+    mate: (P,) the largest cosine with an image of the probe's own identity; -inf if the
+      gallery has none.
+    other: (P,) the largest cosine with any other image; -inf likewise.
+    genuine: (G,) the cosines of all pairs with the same identity.
+    impostors: (K,) the largest cosines of pairs with two identities, descending.
+    impostor_pairs: the number of pairs with two identities.
   """
 
   mate: np.ndarray
@@ -68,10 +69,10 @@ def compare(
 
   Args:
     probes: P images.
-    gallery: M images, distractors among them.
-    rate: the share of the pairs of two identities whose cosines are kept, the largest,
-      and one more; what is in memory besides is a block and the pairs of one identity.
-    block: cosines that are computed at a time, at least those of one probe.
+    gallery: M images, including distractors.
+    rate: the share of pairs with two identities whose cosines are kept, the largest
+      ones, and one more. Memory also holds a block and the pairs with one identity.
+    block: number of cosines computed at a time; at least those of one probe.
   """
   _, mates = _mates(probes.identity, np.sort(gallery.identity))
   pairs = int(len(gallery.identity) * len(mates) - mates.sum())
@@ -99,37 +100,37 @@ def compare(
 
 
 def _mates(identity: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns where in sorted identities those of probes begin, and how many they are."""
+  """Returns where each probe's identity begins in sorted ones, and its count there."""
   first = np.searchsorted(ordered, identity)
   return first, np.searchsorted(ordered, identity, side='right') - first
 
 
 def _allowed(rate: float, pairs: int) -> int:
-  """Returns how many of so many pairs a rate is, rounded down."""
+  """Returns how many pairs a rate amounts to, rounded down."""
   return math.floor(rate * pairs * (1 + 1e-12))  # 1e-3 of 1,000 is one
 
 
 def rank1(compared: Compared) -> np.ndarray:
   """Returns which probes are identified, (P,) bool.
 
-  A probe is where the image that is nearest to it is one of its own identity; one that
-  is nearest together with another's is not.
+  A probe is identified if its nearest image has the same identity. It is not if an
+  image of another identity is just as near.
   """
   return compared.mate > compared.other + TIE
 
 
 def true_positive_rate(compared: Compared, rate: float) -> float | None:
-  """Returns the share of genuine pairs above a threshold with a false positive rate.
+  """Returns the share of genuine pairs accepted at a false positive rate.
 
-  The threshold is the lowest above which there is at most that share of the pairs of
-  two identities, and a pair is accepted above it.
+  Pairs above a threshold are accepted. It is the lowest one that accepts at most that
+  share of the pairs with two identities.
 
   Args:
-    compared: by `compare` with this rate, or a larger one.
+    compared: from `compare` with this rate or a larger one.
     rate: of false positives.
 
   Returns:
-    None where there are too few pairs for the rate, or no genuine one.
+    The share; None if there are too few pairs for the rate, or no genuine one.
   """
   allowed = _allowed(rate, compared.impostor_pairs)
   if not allowed or not len(compared.genuine):
@@ -140,12 +141,12 @@ def true_positive_rate(compared: Compared, rate: float) -> float | None:
 
 
 class Pairs(NamedTuple):
-  """Pairs of images that are of one identity or of two.
+  """Pairs of images with one identity or two.
 
   Attributes:
     cosine: (N,).
     same: (N,) bool.
-    fold: (N,) int; the pairs of a probe's identity are in one fold.
+    fold: (N,) int; all pairs of one probe identity are in the same fold.
   """
 
   cosine: np.ndarray
@@ -156,16 +157,16 @@ class Pairs(NamedTuple):
 def draw_pairs(
   probes: Images, gallery: Images, folds: int = FOLDS, seed: int = 0
 ) -> Pairs | None:
-  """Draws for each probe a pair of one identity and a pair of two.
+  """Draws two pairs for each probe: one with the same identity and one with another.
 
   Args:
     probes: P images.
-    gallery: M images, distractors among them; one at least of each probe's identity.
-    folds: of the pairs, as far as there are identities.
-    seed: of the draw; folds and pairs depend on it and the identities alone.
+    gallery: M images, including distractors; at least one of each probe's identity.
+    folds: number of folds, or of identities if there are fewer.
+    seed: of the draw; folds and pairs depend only on it and on the identities.
 
   Returns:
-    2 P pairs; None with fewer than two identities among the probes.
+    2 P pairs; None if the probes have fewer than two identities.
   """
   people, place = np.unique(probes.identity, return_inverse=True)
   if len(people) < 2:
@@ -175,7 +176,7 @@ def draw_pairs(
   first, mates = _mates(probes.identity, gallery.identity[order])
   mate = first + rng.integers(0, mates)
   other = rng.integers(0, len(order) - mates)
-  other += np.where(other >= first, mates, 0)  # past those of the probe's own identity
+  other += np.where(other >= first, mates, 0)  # skips the probe's own identity
   cosines = [
     np.einsum('pd,pd->p', probes.embedding, gallery.embedding[order[chosen]])
     for chosen in (mate, other)
@@ -189,10 +190,10 @@ def draw_pairs(
 
 
 def best_threshold(cosine: np.ndarray, same: np.ndarray) -> float:
-  """Returns the threshold that tells most pairs right; of equal ones the highest.
+  """Returns the threshold that classifies most pairs right; the highest of equal ones.
 
-  A pair is taken for one of one identity from the threshold on, which is in the middle
-  between two cosines, or infinite where all or none are.
+  Pairs at or above the threshold count as one identity. It lies in the middle between
+  two cosines, or is infinite if all pairs or none count.
 
   Args:
     cosine: (N,).
@@ -201,7 +202,7 @@ def best_threshold(cosine: np.ndarray, same: np.ndarray) -> float:
   order = np.argsort(-cosine, kind='stable')
   cosine, same = cosine[order].astype(np.float64), same[order]
   bounds = np.concatenate([[np.inf], cosine, [-np.inf]])
-  right = np.append(0, np.cumsum(np.where(same, 1, -1)))  # but for a constant
+  right = np.append(0, np.cumsum(np.where(same, 1, -1)))  # up to a constant
   right = np.where(bounds[:-1] > bounds[1:], right, -len(same) - 1)
   best = int(right.argmax())
   if not 0 < best < len(same):
@@ -210,12 +211,12 @@ def best_threshold(cosine: np.ndarray, same: np.ndarray) -> float:
 
 
 def verification_accuracy(pairs: Pairs) -> float:
-  """Returns the mean over folds of the share of pairs that are told right.
+  """Returns the mean over folds of the share of pairs classified right.
 
-  Of each fold by the threshold that is best on all the others.
+  Each fold uses the threshold that is best on all the others.
 
   Source: the protocol of Huang et al., Labeled Faces in the Wild, technical report
-  07-49, 2007, but for its pairs.
+  07-49, 2007, except for its pairs.
   """
   found = []
   for fold in np.unique(pairs.fold):
@@ -233,18 +234,18 @@ def identification(
 
   Args:
     probes: P images, each with an image of its identity in the gallery.
-    gallery: M images, distractors among them.
-    groups: name -> (P,) bool, probes whose rate is told besides.
+    gallery: M images, including distractors.
+    groups: name -> (P,) bool, groups of probes with a rate of their own.
 
   Returns:
-    'rank1', the share of probes that are identified, and 'rank1_GROUP', None of a group
-    without probes; 'verification_accuracy', of as many pairs of one identity as of two,
-    None with a single identity; and the true positive rates of `RATES`, over all pairs
-    of a probe and an image of the gallery, None where these are too few.
+    'rank1', the share of identified probes, and 'rank1_GROUP', None for a group without
+    probes; 'verification_accuracy', over as many pairs with one identity as with two,
+    None if there is a single identity; and the true positive rates of `RATES`, over all
+    pairs of a probe and an image of the gallery, None if there are too few.
 
-  The gallery is one for all probes. That of MegaFace (Kemelmacher-Shlizerman et al.,
-  arXiv 1512.00596) has, beside distractors, a single image of the probe's identity at a
-  time, and no other identity that is looked for, which is easier.
+  All probes share one gallery. MegaFace (Kemelmacher-Shlizerman et al., arXiv
+  1512.00596) is easier: next to the distractors its gallery has a single image of the
+  probe's identity at a time, and no image of the other probes' identities.
   """
   compared = compare(probes, gallery, max(RATES.values()))
   found = rank1(compared)
@@ -274,15 +275,15 @@ def one_shot(counts: np.ndarray) -> dict[str, np.ndarray]:
 def shots(
   identity: np.ndarray, groups: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns the probes by how many training images their identities have.
+  """Returns groups of probes by the number of training images of their identity.
 
   Args:
-    identity: (P,) int; those from the number of classes on were not trained on.
-    groups: 'many', 'medium', 'few' and 'one' -> (C,) bool classes; the last is part of
-      'few' here.
+    identity: (P,) int; C and above were not trained on.
+    groups: 'many', 'medium', 'few' and 'one' -> (C,) bool classes; here 'few' includes
+      'one'.
 
   Returns:
-    name of `SHOTS` -> (P,) bool; each probe is in one: 'few' is without 'one'.
+    name of `SHOTS` -> (P,) bool; each probe is in one group: 'few' excludes 'one'.
   """
   names = np.full(len(groups['one']) + 1, 'zero', 'U6')
   for name in SHOTS[:-1]:
@@ -292,11 +293,11 @@ def shots(
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what classification records and, of images with a role, the embedding.
+  """Returns the records of classification and, for images with a role, the embedding.
 
   Args:
-    outputs: with 'features' (B, D); of OLTR the direct ones, not the meta-embedding.
-    batch: perhaps with 'role' and 'identity' (B,).
+    outputs: with 'features' (B, D); for OLTR the direct ones, not the meta-embedding.
+    batch: optionally with 'role' and 'identity' (B,).
   """
   return classification.record(outputs, batch) | _embedded(outputs, batch)
 
@@ -319,7 +320,7 @@ def _kept(inner: Record) -> Record:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns what is kept of a test split, see `classification.keep`."""
+  """Returns the function that keeps a test split, see `classification.keep`."""
   return _kept(classification.keep(examples, classes))
 
 
@@ -329,13 +330,13 @@ def across(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> Across:
-  """Returns what classification does, and `identification` of all that have a role.
+  """Returns the metrics of classification, and of `identification` by roles.
 
   Args:
-    records: split -> what `record` keeps, of 'test' and, where identities or
-      distractors are of no class, of 'open_test'.
+    records: split -> records, for 'test' and, if identities or distractors belong to no
+      class, for 'open_test'.
     num_classes: C.
-    groups: name -> (C,) bool, 'one' among them.
+    groups: name -> (C,) bool, including 'one'.
   """
   found = classification.across(records, num_classes=num_classes, groups=groups)
   splits = [records[name] for name in ('test', 'open_test') if name in records]
@@ -370,4 +371,4 @@ IDENTIFICATION = classification.CLASSIFICATION._replace(
   groups=one_shot,
   reads={'role': 'put the lists gallery.txt and probe.txt beside train.txt'},
 )
-"""Probes of trained and of other identities, looked for in a gallery."""
+"""Finds probes of trained and other identities in a gallery."""

@@ -1,7 +1,7 @@
-"""Criteria for choosing a State without labels of the target domain.
+"""Criteria for selecting a State without labels of the target domain.
 
 They are functions of the network's outputs on the target's training images and on
-labelled images of the source. They never use test images or labels of a target.
+labelled images of the source. They never use test images or a target's labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from lt_jax.evals.collect import Collected
 from lt_jax.method import Batch, Outputs
 
 MOST = 2000
-"""Images of a split that criteria look at."""
+"""The largest number of images per split that criteria use."""
 
 
 class Seen(NamedTuple):
@@ -23,8 +23,9 @@ class Seen(NamedTuple):
 
   Attributes:
     target: records of `keep`, or of `keep_of_pixels`, for the target's training images.
-    train: the same of the source's training images.
-    val: the same of the source's validation images, with 'label' (N,); None without.
+    train: the same for the source's training images.
+    val: the same for the source's validation images, with 'label' (N,); None if there
+      are none.
   """
 
   target: Collected
@@ -33,7 +34,7 @@ class Seen(NamedTuple):
 
 
 def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns 'log_p' (B, C), 'features' (B, D), and 'label' where there are any."""
+  """Returns 'log_p' (B, C), 'features' (B, D), and 'label' if there are labels."""
   kept = {
     'log_p': jax.nn.log_softmax(outputs['logits'].astype(jnp.float32)),
     'features': outputs['features'].astype(jnp.float32),
@@ -60,7 +61,7 @@ def keep_of_pixels(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def entropy(seen: Seen) -> float:
   """Returns the mean entropy of the target's predictions, in nats; less is better.
 
-  It prefers a network that gives every image the same class with confidence.
+  It favours a network that confidently predicts the same class for every image.
 
   Examples:
     >>> even = {'log_p': np.log([[0.5, 0.5]])}
@@ -75,7 +76,7 @@ def information(seen: Seen) -> float:
 
   .. math:: H\big(\tfrac1N \sum_i p_i\big) - \tfrac1N \sum_i H(p_i)
 
-  in nats. It prefers balanced predictions, so it misleads where the target has a tail.
+  in nats. It favours balanced predictions, so it misleads if the target has a tail.
 
   Examples:
     >>> target = {'log_p': np.log([[0.9, 0.1], [0.1, 0.9]])}
@@ -97,10 +98,10 @@ def soft_neighbours(seen: Seen, temperature: float = 0.05) -> float | None:
     \frac1N \sum_i H(P_{i\cdot}), \qquad
     P_{ij} \propto \exp(f_i^\top f_j / \tau), \; j \ne i
 
-  with the softmax outputs f, of unit length. None where every pixel has an output.
+  with the softmax outputs f, scaled to unit length. None if every pixel has an output.
 
   Args:
-    seen: what a network says.
+    seen: the network's outputs.
     temperature: tau, 0.05 as in the paper.
 
   Examples:
@@ -133,8 +134,8 @@ def deep_embedded(seen: Seen) -> float | None:
     \overline{wl} + \eta\,(\overline{w} - 1), \qquad
     \eta = -\operatorname{cov}(wl, w) / \operatorname{var}(w)
 
-  w comes from a logistic regression that tells the domains' training images apart.
-  None without validation images, and where every pixel has a label.
+  w comes from a logistic regression between the domains' training images. None without
+  validation images, and if every pixel has a label.
 
   Examples:
     >>> alike = {'features': np.zeros((2, 1)), 'log_p': np.log(np.full((2, 2), 0.5))}
@@ -153,8 +154,8 @@ def deep_embedded(seen: Seen) -> float | None:
   both = np.concatenate([source, target]).astype(np.float64)
   center, scale = both.mean(axis=0), both.std(axis=0) + 1e-12
   is_target = np.arange(len(both)) >= len(source)
-  told = LogisticRegression(max_iter=200).fit((both - center) / scale, is_target)
-  log_odds = told.decision_function((seen.val['features'] - center) / scale)
+  judge = LogisticRegression(max_iter=200).fit((both - center) / scale, is_target)
+  log_odds = judge.decision_function((seen.val['features'] - center) / scale)
   weight = len(source) / len(target) * np.exp(np.clip(log_odds, -30, 30))
   label = seen.val['label'][:, None]
   loss = -np.take_along_axis(seen.val['log_p'].astype(np.float64), label, 1)[:, 0]
@@ -167,8 +168,8 @@ def deep_embedded(seen: Seen) -> float | None:
 def centroid_distance(seen: Seen) -> float:
   """Returns the distance of the domains' mean features; less is better.
 
-  Alone it prefers features that are all alike; `centroid_rule` weighs it against the
-  error on the source.
+  On its own it favours features that are all alike; `centroid_rule` weighs it against
+  the error on the source.
 
   Examples:
     >>> train, target = {'features': np.zeros((2, 2))}, {'features': np.array([[3, 4]])}
@@ -180,12 +181,12 @@ def centroid_distance(seen: Seen) -> float:
 
 
 def centroid_rule(source_error: np.ndarray, distance: np.ndarray) -> int:
-  r"""Returns which of several States of one run the centroid rule chooses.
+  r"""Returns the index of the State of a run that the centroid rule chooses.
 
   .. math:: \arg\min_t\; e_t + D_t\, \min_s e_s / \min_s D_s
 
   Args:
-    source_error: e, (T,), of validation images of the source.
+    source_error: e, (T,), on validation images of the source.
     distance: D, (T,), see `centroid_distance`.
 
   Examples:
@@ -203,7 +204,7 @@ class Criterion(NamedTuple):
   """How a criterion is used.
 
   Attributes:
-    score: what a network says -> value, None where it cannot be had.
+    score: the network's outputs -> value, None if it cannot be computed.
     better: 1 if more is better, -1 if less is.
   """
 
@@ -225,11 +226,11 @@ NEED_VAL = ('deep_embedded',)
 
 
 OF_IMAGES = ('soft_neighbours', 'deep_embedded')
-"""Criteria that need one prediction an image."""
+"""Criteria that need one prediction per image."""
 
 
 def scores(seen: Seen) -> dict[str, float]:
-  """Returns every criterion that can be had, by name.
+  """Returns every criterion that can be computed, by name.
 
   Examples:
     >>> alike = {'features': np.zeros((3, 1)), 'log_p': np.log(np.full((3, 2), 0.5))}
@@ -241,9 +242,9 @@ def scores(seen: Seen) -> dict[str, float]:
 
 
 def _predictions(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-  """Returns entropies (N,) and probabilities (N, C) in the target, as means of pixels.
+  """Returns entropies (N,) and probabilities (N, C) in the target.
 
-  With one prediction an image they are those of the prediction.
+  They are means over pixels if every pixel has a prediction.
   """
   if 'log_p' not in seen.target:
     return tuple(seen.target[name].astype(np.float64) for name in PIXEL_MEANS)

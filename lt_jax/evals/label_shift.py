@@ -1,9 +1,9 @@
 r"""Label shift: the shares of classes in a target, estimated without its labels.
 
 All estimators assume that images of a class look alike in both domains,
-:math:`p_t(x \mid y) = p_s(x \mid y)`, so that only the shares p(y) differ. Where the
-domains look different, as they do in adaptation, an estimate is as good as the
-classifier that it looks through.
+:math:`p_t(x \mid y) = p_s(x \mid y)`, so that only the shares p(y) differ. If the
+domains look different, as in adaptation, an estimate is only as good as the classifier
+it relies on.
 
 Everything is float64 NumPy over whole splits.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from lt_jax.errors import ClassError, UserError
 
 LEAST = 1e-3
-"""The least singular value of a confusion matrix that `bbse` takes."""
+"""The smallest singular value of a confusion matrix that `bbse` accepts."""
 
 
 def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  r"""Returns what a classifier says of each class, :math:`P_s(\hat y = i \mid y = j)`.
+  r"""Returns a classifier's predictions by class, :math:`P_s(\hat y = i \mid y = j)`.
 
   Args:
-    probabilities: (N, C) of held-out source images; one-hot for hard predictions.
+    probabilities: (N, C) for held-out source images; one-hot for hard predictions.
     labels: (N,) int in [0, C).
 
   Returns:
@@ -37,7 +37,7 @@ def confusion(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
   belongs = labels[:, None] == np.arange(probabilities.shape[1])
   counts = belongs.sum(0)
   if not counts.all():
-    without = ' has no image to estimate its confusion by'
+    without = ' has no image to estimate its confusion with'
     raise ClassError('label shift: ', counts.argmin(), without)
   return probabilities.T @ belongs / counts
 
@@ -48,9 +48,9 @@ def bbse(confused: np.ndarray, predicted: np.ndarray) -> np.ndarray:
   .. math:: \sum_j P_s(\hat y = i \mid y = j)\, q_j = P_t(\hat y = i)
 
   The paper solves for the weights w = q / p with the joint distribution
-  :math:`P_s(\hat y, y)` of images that are distributed as the training images are;
-  given the class, the shares among the held-out images do not matter. Shares below 0
-  are set to 0, as the authors do with weights, and then all are scaled to sum to 1.
+  :math:`P_s(\hat y, y)` over images distributed like the training images. Here we
+  condition on the class, so the shares among the held-out images do not matter. Shares
+  below 0 are set to 0, as the authors do with weights, and all are scaled to sum to 1.
 
   Args:
     confused: (C, C), see `confusion`.
@@ -74,7 +74,8 @@ def bbse(confused: np.ndarray, predicted: np.ndarray) -> np.ndarray:
   if least < LEAST:
     raise UserError(
       'label shift: the classifier confuses classes so much that bbse has no answer '
-      f'(least singular value {least:.1g}, below {LEAST:g}): train it longer, or use em'
+      f'(smallest singular value {least:.1g}, below {LEAST:g}); train it longer, or '
+      'use em'
     )
   found = np.maximum(np.linalg.solve(confused, np.asarray(predicted, np.float64)), 0)
   return found / found.sum()
@@ -87,20 +88,20 @@ def em(
   tolerance: float = 1e-9,
   most: int = 10_000,
 ) -> np.ndarray:
-  r"""Returns the shares of classes in a target that make its images most likely.
+  r"""Returns the class shares under which the target's images are most likely.
 
   .. math::
     r_{ic} = \frac{(q_c / p_c)\, P_s(c \mid x_i)}{\sum_k (q_k / p_k)\, P_s(k \mid x_i)},
     \qquad q_c \leftarrow \frac{1}{N} \sum_i r_{ic}
 
-  from q = p until q moves by less than `tolerance`. The likelihood has one maximum and
-  never falls, but the probabilities must be calibrated for the source.
+  starting at q = p, until q changes by less than `tolerance`. The likelihood has one
+  maximum and never decreases, but the probabilities must be calibrated on the source.
 
   Args:
-    probabilities: (N, C) of the target's images, by a classifier for the source.
-    shares: (C,) p, those of the source's training images.
-    tolerance: the largest change of a share at which it stops.
-    most: rounds after which it stops in any case.
+    probabilities: (N, C) for the target's images, from a classifier for the source.
+    shares: (C,) p, the shares among the source's training images.
+    tolerance: it stops when no share changes by this much.
+    most: the maximal number of rounds.
 
   Returns:
     (C,) q.

@@ -20,11 +20,11 @@ from lt_jax.method import Batch, Outputs
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what classification records, and outputs and labels of every other task.
+  """Returns the records of classification, and outputs and labels of the other tasks.
 
   Args:
     outputs: with 'KIND/NAME' (B, K) of the other tasks.
-    batch: with 'NAME' of those whose images these are.
+    batch: with 'NAME' for the tasks that these images belong to.
   """
   return classification.record(outputs, batch) | _others(outputs, batch)
 
@@ -44,7 +44,7 @@ def _kept(inner: Record) -> Record:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns what is kept of a test split, see `classification.keep`."""
+  """Returns the function that keeps a test split, see `classification.keep`."""
   return _kept(classification.keep(examples, classes))
 
 
@@ -108,7 +108,7 @@ def mean_average_precision(
 
 
 def determination(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-  """Returns R^2 over all numbers, and the root of the mean squared error.
+  """Returns R^2 over all values, and the root mean squared error.
 
   Examples:
     >>> determination(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
@@ -172,11 +172,11 @@ def relative_gain(
 
   Args:
     together: task -> measure.
-    alone: task -> measure of a network that learned this task alone.
+    alone: task -> measure of a network that only learned this task.
     better: task -> 1 if more is better, -1 if less is.
 
   Returns:
-    None where a control is missing, or is not positive.
+    The gain; None if a control is missing or not positive.
 
   Examples:
     >>> alone, better = {'acc': 0.5, 'rmse': 2.0}, {'acc': 1, 'rmse': -1}

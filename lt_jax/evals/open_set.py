@@ -1,7 +1,7 @@
 """The open set: separating known classes from classes never seen in training.
 
-An image is rejected if its known score is below a threshold. Two definitions of the
-F-measure are in print and differ widely; both are computed, under their own names.
+An image is rejected if its known score is below a threshold. Two published definitions
+of the F-measure differ widely; we compute both, each under its own name.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from lt_jax.errors import UserError, lookup
 from lt_jax.evals.closed_set import closed_set
 
 FIXED_THRESHOLD = 0.1
-"""Of the maximum softmax probability, in Liu et al., arXiv 1904.05160."""
+"""For the maximum softmax probability, in Liu et al., arXiv 1904.05160."""
 
 
 def f_measure(
@@ -31,11 +31,11 @@ def f_measure(
   .. math:: F = \frac{2 P R}{P + R}, \quad P = \frac{TP}{TP + FP}, \quad
             R = \frac{TP}{TP + FN}
 
-  What counts as a false positive is where the definitions part:
+  The definitions differ in what they count as a false positive:
 
-    'oltr2019'  a known image with a wrong class; one that was rejected costs nothing,
-                so it only grows with the threshold. The paper's tables use it.
-    'oltr2020'  a known image with a wrong class or rejected.
+    'oltr2019'  a known image with a wrong class. Rejecting one costs nothing, so F only
+                grows with the threshold. The paper's tables use it.
+    'oltr2020'  a known image with a wrong class, or a rejected one.
 
   Args:
     label: (N,) int, -1 for open images.
@@ -101,8 +101,9 @@ def open_auc(
 ) -> float:
   """Returns how often a known image is classified right and outscores an open one.
 
-  The mean over all pairs, ties half: the AUROC where only known images of the right
-  class count, and the area under the curve of open-set classification rate (OSCR).
+  This is the mean over all pairs, where ties count half: the AUROC with only correctly
+  classified known images, and the area under the open-set classification rate curve
+  (OSCR).
 
   Args:
     right: (N,) bool, whether a known image got its class.
@@ -121,11 +122,11 @@ def open_auc(
 
 
 def keep_threshold(known_score: np.ndarray, keep: float = 0.95) -> float:
-  """Returns the largest score that keeps a share of known validation images.
+  """Returns the largest threshold that keeps a share of known validation images.
 
   Args:
     known_score: (N,).
-    keep: the share, of images whose score is at least the threshold.
+    keep: the share of images whose score is at least the threshold.
 
   Examples:
     >>> keep_threshold(np.array([0.9, 0.2, 0.8, 0.7]), keep=0.75)
@@ -139,10 +140,10 @@ CRITERIA = {
   'f_measure': lambda right, known, others: 2 * right / (right + known[-1] + others),
   'youden': lambda right, known, others: known / known[-1] - others / others[-1],
 }
-"""name -> (right, known, others) -> value: what a good threshold makes large. The
-arguments count the images accepted at each threshold, the last of which accepts all:
-known ones of the right class, known ones, open ones. The F-measure is 'oltr2020', since
-the other only grows with the threshold; Youden's index is J = TPR - FPR."""
+"""name -> (right, known, others) -> value, which is large for good thresholds. The
+arguments count the images accepted at each threshold (the last one accepts all): known
+images classified right, known images, open images. The F-measure is 'oltr2020', since
+'oltr2019' only grows with the threshold; Youden's index is J = TPR - FPR."""
 
 
 def best_threshold(
@@ -152,9 +153,9 @@ def best_threshold(
   *,
   by: str = 'f_measure',
 ) -> float:
-  """Returns the threshold that is best on validation data with open images.
+  """Returns the best threshold on validation data with open images.
 
-  Every score is tried; of equally good ones the lowest is taken.
+  It tries every score, and takes the lowest of equally good ones.
 
   Args:
     label: (N,) int, -1 for open images.
@@ -163,8 +164,8 @@ def best_threshold(
     by: a key of `CRITERIA`.
 
   Raises:
-    UserError: an unknown criterion, or only known or only open images, on which every
-      criterion is degenerate.
+    UserError: an unknown criterion, or only known or only open images, which make every
+      criterion degenerate.
 
   Examples:
     >>> score = np.array([0.9, 0.6, 0.3])
@@ -183,10 +184,10 @@ def best_threshold(
 def _accepted(
   label: np.ndarray, prediction: np.ndarray, known_score: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-  """Counts what is accepted at each threshold that makes a difference.
+  """Counts the images accepted at each distinct threshold.
 
   Returns:
-    (thresholds, descending; known images of the right class; known; open), (T,) each.
+    (thresholds, descending; known images classified right; known; open), (T,) each.
   """
   known = label >= 0
   descending = np.argsort(-known_score)
@@ -206,17 +207,17 @@ def curve(
   *,
   points: int = 1000,
 ) -> dict[str, np.ndarray]:
-  """Returns what a test set with open images yields as the threshold falls.
+  """Returns metrics of a test set with open images as functions of the threshold.
 
   Args:
     label: (N,) int, -1 for open images.
     prediction: (N,) int, before rejection.
     known_score: (N,).
-    points: the most thresholds.
+    points: the largest number of thresholds.
 
   Returns:
     (T,) arrays, T <= `points`: 'threshold', descending; 'f_measure_oltr2019' and
-    'f_measure_oltr2020'; 'known_accuracy', of known images after rejection; and
+    'f_measure_oltr2020'; 'known_accuracy', on known images after rejection; and
     'open_accuracy', the share of open images rejected.
 
   Examples:
@@ -254,16 +255,17 @@ def open_set(
     label: (N,) int, -1 for open images.
     prediction: (N,) int, before rejection.
     known_score: (N,).
-    threshold: chosen on validation data; None where there are none.
+    threshold: chosen on validation data; None if there are none.
     num_classes: C.
-    groups: name -> (C,) bool, for the accuracies of known images after rejection.
-    fixed: another threshold, that of a published protocol; None for none.
+    groups: name -> (C,) bool, for the accuracies on known images after rejection.
+    fixed: another threshold, from a published protocol; None for none.
 
   Returns:
     'auroc', 'aupr', 'fpr_at_95_tpr' and 'open_auc'; with a threshold
     'f_measure_oltr2019', 'f_measure_oltr2020', 'open_accuracy' (open images rejected),
-    accuracies of the known images as 'known_accuracy' and 'known_<group>', and
-    'threshold'; with a fixed one all but the last again, '_at_0.1' if that is 0.1.
+    accuracies on the known images as 'known_accuracy' and 'known_<group>', and
+    'threshold'; with a fixed one, all but the last again, with '_at_0.1' appended if
+    that is 0.1.
 
   Examples:
     >>> label, prediction = np.array([0, 0, -1]), np.array([0, 0, 0])
@@ -310,12 +312,12 @@ def by_rule(
   Args:
     label: (N,) int, -1 for open images.
     prediction: (N,) int, before rejection.
-    is_unknown: (N,) bool, what is rejected.
+    is_unknown: (N,) bool, the rejected images.
     num_classes: C.
     groups: name -> (C,) bool.
 
   Returns:
-    as `open_set` at a threshold, '_own_rule' behind each name.
+    as `open_set` at a threshold, with '_own_rule' appended to each name.
 
   Examples:
     >>> label, prediction = np.array([0, 0, -1]), np.array([0, 0, 0])

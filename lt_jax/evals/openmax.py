@@ -1,18 +1,18 @@
 """OpenMax: moves part of the logits of known classes to an unknown class.
 
-A class remembers the mean logits of its training images that were classified right,
-and how far the farthest of them lie from it. A test image farther than that loses its
-logit of the class to an unknown class, the last column of `recalibrate`:
+For each class we store the mean logits of its correctly classified training images, and
+how far the farthest of them are from that mean. If a test image is farther away, its
+logit of the class moves to an unknown class, the last column of `recalibrate`:
 
   p = softmax(recalibrate(logits, tails));  known_score = 1 - p[:, C]
 
-The class of an image is the arg max over the first C columns; it is rejected where the
-unknown class wins, which is OpenMax's own rule, or where `known_score` is below a
-threshold. Both are the caller's, and both are scored.
+The class of an image is the arg max over the first C columns. The image is rejected if
+the unknown class wins, which is OpenMax's own rule, or if `known_score` is below a
+threshold. The caller does both, and both are evaluated.
 
 Source: Bendale and Boult, Towards Open Set Deep Networks, CVPR 2016, arXiv 1511.06233,
 algorithms 1 and 2; the authors' code (abhijitbendale/OSDN) and its extreme value
-library (Vastlab/libMR). Where they part, the docstrings say which is followed.
+library (Vastlab/libMR). Where these differ, the docstrings say which one we follow.
 """
 
 from typing import NamedTuple
@@ -26,19 +26,19 @@ from lt_jax.errors import ClassError, UserError
 
 EUCLIDEAN_WEIGHT = 1 / 200
 FEWEST = 3
-"""Images that a tail is fitted to at least."""
+"""The smallest number of images to fit a tail to."""
 
 
 class Tails(NamedTuple):
-  """What OpenMax knows of the classes: a pytree of arrays, float32 but for `fitted`.
+  """OpenMax's parameters of all classes: a pytree of float32 arrays and `fitted`.
 
   Attributes:
-    mean: (C, C) mean logits of the images classified right, row by class; zeros where
-      a class is not fitted.
+    mean: (C, C) mean logits of the images classified right, one row per class; zeros
+      for classes that are not fitted.
     shape: (C,) of the Weibull distribution of large distances.
-    scale: (C,), of the unit of the distance.
+    scale: (C,), in the unit of the distance.
     location: (C,) where it starts; the CDF is 1 - exp(-((d - location) / scale)^shape).
-    fitted: (C,) bool; a class that is not keeps its logits.
+    fitted: (C,) bool; other classes keep their logits.
   """
 
   mean: np.ndarray
@@ -49,32 +49,32 @@ class Tails(NamedTuple):
 
 
 def unfitted(num_classes: int) -> Tails:
-  """Returns the tails of classes none of which is fitted, so that no logit changes.
+  """Returns tails in which no class is fitted, so no logit changes.
 
   Examples:
     >>> unfitted(2).fitted.tolist()
     [False, False]
   """
   ones, zeros = np.ones(num_classes, np.float32), np.zeros(num_classes, np.float32)
-  # By JAX, so that where only its shape is asked for it takes no memory.
+  # A JAX array, which takes no memory when only its shape is needed.
   mean = jnp.zeros((num_classes, num_classes), jnp.float32)
   return Tails(mean, ones, ones, zeros, np.zeros(num_classes, bool))
 
 
 def distance(logits: jax.Array, means: jax.Array) -> jax.Array:
-  r"""Returns the distance of every image to every class.
+  r"""Returns the distance of every image from every class.
 
   .. math:: d = \frac{\| z - \mu \|}{200} + 1 - \frac{z \cdot \mu}{\|z\| \, \|\mu\|}
 
-  The square is expanded, so that nothing is larger than (B, C); the cosine with a
-  vector of zeros is 0.
+  The square is expanded, so no array is larger than (B, C). The cosine with a vector of
+  zeros is 0.
 
   Args:
     logits: (B, C) float32.
     means: (K, C) mean logits of K classes.
 
   Returns:
-    (B, K), finite and not negative.
+    (B, K), finite and non-negative.
 
   Examples:
     >>> images, means = jnp.array([[3.0, 4.0]]), jnp.zeros((1, 2))
@@ -88,12 +88,12 @@ def distance(logits: jax.Array, means: jax.Array) -> jax.Array:
 
 
 def own_distance(logits: jax.Array, labels: jax.Array, means: jax.Array) -> jax.Array:
-  """Returns the distance of every image to its own class: what `fit_tails` takes.
+  """Returns the distance of every image from its own class, for `fit_tails`.
 
   Args:
     logits: (B, C) float32.
     labels: (B,) int in [0, C).
-    means: (C, C) mean logits, row by class.
+    means: (C, C) mean logits, one row per class.
 
   Returns:
     (B,), the entries of `distance` at the labels.
@@ -114,7 +114,7 @@ def _square(x: jax.Array) -> jax.Array:
 
 def _eucos(inner: jax.Array, square: jax.Array, other: jax.Array) -> jax.Array:
   """Returns the distance from an inner product and both squared norms."""
-  # Where vectors coincide, rounding takes either difference below zero.
+  # If the vectors are equal, rounding can make either difference negative.
   euclidean = jnp.sqrt(jnp.maximum(square + other - 2 * inner, 0))
   norms = jnp.sqrt(square) * jnp.sqrt(other)
   cosine = inner / jnp.where(norms > 0, norms, 1)
@@ -126,22 +126,22 @@ def fit_tails(
 ) -> Tails:
   """Fits a Weibull distribution to the largest distances of each class, on the host.
 
-  The tail is moved so that its smallest distance is 1, and `fit_weibull` does the
-  rest. Moving it to 0 would leave no likelihood to maximise, as that diverges at 0; in
-  libMR the constant is 1 as well, 10,000 in earlier releases, which changes the CDF by
-  hundredths where tails are shorter than 1 and is beyond float32.
+  The tail is shifted so that its smallest distance is 1, then `fit_weibull` is applied.
+  Shifting it to 0 would make the likelihood diverge. libMR also uses 1; earlier
+  releases used 10,000, which changes the CDF by hundredths if tails are shorter than 1,
+  and is beyond the precision of float32.
 
-  A class keeps its logits, `fitted` being False, where fewer than three images were
-  classified right or its tail is all one value (to a relative 1e-5, as the distances
-  come in float32): there is nothing to fit. Few-shot classes with less than `tail`
-  images use all of theirs.
+  A class keeps its logits (`fitted` is False) if fewer than three images were
+  classified right or if its tail is constant (to a relative 1e-5, since the distances
+  are float32): there is nothing to fit. Few-shot classes with fewer than `tail` images
+  use all of theirs.
 
   Args:
-    distances: (N,) from `own_distance`, of training images classified right only.
+    distances: (N,) from `own_distance`, for training images classified right.
     labels: (N,) int in [0, C).
-    means: (C, C) mean logits of the same images, row by class; anything, such as NaN,
-      where a class has none.
-    tail: the most distances of a class that are used; at least 3.
+    means: (C, C) mean logits of the same images, one row per class; can be anything,
+      such as NaN, for a class without images.
+    tail: the largest number of distances to use per class; at least 3.
 
   Raises:
     UserError: a tail too short, a label out of range or a distance that is not finite.
@@ -152,8 +152,8 @@ def fit_tails(
     >>> tails.fitted.tolist(), tails.location.tolist()
     ([True, False], [0.0, 0.0])
 
-  Source: algorithm 1 (its parameter eta is `tail`) with FitHigh of libMR. There is no
-  word in it on classes without a tail.
+  Source: algorithm 1 (its parameter eta is `tail`) with FitHigh of libMR. It does not
+  mention classes without a tail.
   """
   distances, labels = np.asarray(distances, np.float64), np.asarray(labels)
   count = len(means)
@@ -174,13 +174,13 @@ def fit_tails(
 
 
 def check_tail(tail: int) -> None:
-  """Raises a `UserError` for a tail that is too short to be fitted."""
+  """Raises a `UserError` if a tail is too short to fit."""
   if tail < FEWEST:
     raise UserError(f'openmax: tail must be at least {FEWEST}, got {tail}')
 
 
 def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> None:
-  """Raises a `UserError` unless the tails of these distances can be fitted."""
+  """Raises a `UserError` if the tails of these distances cannot be fitted."""
   check_tail(tail)
   outside = (labels < 0) | (labels >= count)
   if outside.any():
@@ -191,7 +191,7 @@ def _check(distances: np.ndarray, labels: np.ndarray, count: int, tail: int) -> 
 
 
 def fit_weibull(values: np.ndarray) -> tuple[float, float]:
-  r"""Returns the shape and scale of maximum likelihood, by Brent's method.
+  r"""Returns the maximum likelihood shape and scale, by Brent's method.
 
   With x = log y, the inverse shape s is the only root of
 
@@ -199,7 +199,7 @@ def fit_weibull(values: np.ndarray) -> tuple[float, float]:
     h(s) = s + \bar x - \frac{\sum_i x_i e^{x_i / s}}{\sum_i e^{x_i / s}}, \qquad
     \text{scale} = \Big( \frac{1}{n} \sum_i y_i^{1/s} \Big)^{s}
 
-  which increases in s, and lies between the two ends that are handed over.
+  where h increases in s, and the root is between the two ends passed to the solver.
 
   Args:
     values: (n,) float64, positive and not all equal.
@@ -215,7 +215,7 @@ def fit_weibull(values: np.ndarray) -> tuple[float, float]:
   """
   x = np.log(values)
   top = x.max()
-  x = x - top  # h does not change, and no exponential overflows
+  x = x - top  # does not change h, and keeps the exponentials from overflowing
   mean = x.mean()
 
   def h(s):
@@ -238,16 +238,16 @@ def recalibrate(logits: jax.Array, tails: Tails, alpha: int = 10) -> jax.Array:
     z'_j = z_j - (1 - w_j) \max(z_j, 0), \qquad
     z'_C = \sum_j (1 - w_j) \max(z_j, 0)
 
-  Only positive logits shrink: to shrink a negative one would raise it, and lower the
-  unknown one. (Shifting all logits of an image until none is negative would do as well,
-  but then every class that ranks and is far from the image adds its share, so that with
-  few classes most known images are rejected.)
+  Only positive logits shrink: shrinking a negative one would raise it, and lower the
+  unknown one. (We could also shift all logits of an image until none is negative, but
+  then every ranked class far from the image adds its share, so with few classes most
+  known images are rejected.)
 
   Args:
     logits: (B, C) float32.
     tails: from `fit_tails`.
-    alpha: how many of the largest logits may shrink, at least 1; all C if it is more.
-      Of equal logits the lower class ranks first.
+    alpha: how many of the largest logits can shrink, at least 1; all C if larger.
+      Among equal logits the lower class ranks first.
 
   Returns:
     (B, C + 1), finite.
@@ -263,8 +263,8 @@ def recalibrate(logits: jax.Array, tails: Tails, alpha: int = 10) -> jax.Array:
     >>> recalibrate(jnp.array([[2.0, 1.0]]), far, alpha=1).tolist()
     [[0.0, 1.0, 2.0]]
 
-  Source: algorithm 2, as the authors' code counts ranks and multiplies by F_j; it lets
-  negative logits shrink too.
+  Source: algorithm 2; ranks and the factor F_j follow the authors' code, which also
+  shrinks negative logits.
   """
   if alpha < 1:
     raise UserError(f'openmax: alpha must be at least 1, got {alpha}')

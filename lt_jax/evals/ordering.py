@@ -1,10 +1,10 @@
 """How far each target image is from the source: the order of a curriculum.
 
-A score is one number per image, smaller meaning nearer, for a split in stored order. A
-stage saves it (`lt_jax.evals.saved`), and `lt_jax.data.samplers.curriculum` takes its
-`nearest_first`. It is the distance or the entropy here, or an output of the network
-itself, such as the 'target_logit' of a method with a domain discriminator. No label is
-read.
+A score is one number per image of a split in stored order; smaller means nearer. A
+stage saves it (`lt_jax.evals.saved`), and `lt_jax.data.samplers.curriculum` uses its
+`nearest_first`. The score is the distance or the entropy below, or an output of the
+network, such as the 'target_logit' of a method with a domain discriminator. Labels are
+not used.
 """
 
 import math
@@ -23,21 +23,21 @@ TARGET = 'target/train'
 def distance(
   survey: Survey, state: State, *, split: str = TARGET, source: str = 'train'
 ) -> np.ndarray:
-  r"""The angle to the source's features, as one number.
+  r"""Returns the cosine distance of each image from the source's features.
 
   .. math::
     1 - \frac{f}{|f|} \cdot \frac{1}{S} \sum_{s} \frac{f_s}{|f_s|}
 
-  The mean of unit vectors is not normalised again, which changes no order.
+  The mean of unit vectors is not normalised again, which does not affect the order.
 
   Args:
     survey: passes with the network whose features are compared.
-    state: of that network.
-    split: the images that are scored.
-    source: the images they are compared with.
+    state: that of the network.
+    split: the images to score.
+    source: the images to compare with.
 
-  Liu et al., arXiv 1909.03403, as the authors' code has it; on features of the domain
-  there.
+  Source: Liu et al., arXiv 1909.03403, following the authors' code, which compares
+  domain features.
   """
 
   def fold(outputs: Outputs, batch: Batch):
@@ -53,7 +53,7 @@ def distance(
 
 
 def entropy_of(outputs: Outputs) -> jax.Array:
-  """Returns the entropy of the softmax in nats, (B,): near is what is sure.
+  """Returns the entropy of the softmax in nats, (B,): confident images are near.
 
   Examples:
     >>> round(entropy_of({'logits': jnp.zeros((1, 2))}).item(), 3)  # log 2
@@ -64,7 +64,7 @@ def entropy_of(outputs: Outputs) -> jax.Array:
 
 
 def nearest_first(scores: np.ndarray) -> np.ndarray:
-  """Returns positions (N,) int32 by rising score; equal ones in stored order.
+  """Returns positions (N,) int32 by ascending score; equal ones in stored order.
 
   Examples:
     >>> nearest_first(np.array([0.3, 0.1, 0.2])).tolist()
@@ -76,23 +76,23 @@ def nearest_first(scores: np.ndarray) -> np.ndarray:
 def top_of_class(
   survey: Survey, state: State, *, split: str, portion: float = 0.2
 ) -> np.ndarray:
-  """Returns a label for the surest predictions of every class, -1 for the others.
+  """Returns labels for the most confident predictions per class, -1 for the others.
 
-  Class by class, so that those of rare classes, and of classes that were never trained
-  on, get their share.
+  They are selected class by class, so rare classes, and classes never trained on, get
+  their share.
 
   Args:
     survey: passes with the network.
     state: its State.
-    split: whose images; no label is read.
-    portion: of the images, or pixels, that are predicted to be of a class, rounded up.
+    split: the images; their labels are not used.
+    portion: share of the images, or pixels, predicted as a class; rounded up.
 
   Returns:
     (N,) int, or (N, H, W).
 
   Source: Bucher et al., Handling New Target Classes in Semantic Segmentation with
-  Domain Adaptation, arXiv 2004.01130, section 3.3, of pixels; after CBST (Zou et al.,
-  arXiv 1810.07911).
+  Domain Adaptation, arXiv 2004.01130, section 3.3, for pixels; based on CBST (Zou et
+  al., arXiv 1810.07911).
   """
 
   def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """How useful the features of a layer are: few-shot probes and retrieval.
 
-Arrays in, numbers out. The caller knows which network and layer the features come from,
-see `lt_jax.probe`.
+The functions take arrays and return numbers. The caller knows which network and layer
+the features come from, see `lt_jax.probe`.
 """
 
 import math
@@ -17,14 +17,14 @@ from lt_jax.surgeries import classifiers
 
 
 def pooled(x: jax.Array, budget: int) -> jax.Array:
-  """Returns a layer as vectors of at most so many values, if it has not more channels.
+  """Returns a layer as vectors of at most `budget` values, unless it has more channels.
 
-  A map is averaged over squares, as few and as large as the budget asks for; where it
-  does not divide, the squares overlap by a pixel.
+  A map is averaged over a grid of squares, as fine as the budget allows; if they do not
+  divide it evenly, the squares overlap by a pixel.
 
   Args:
     x: (B, H, W, C), or (B, D), which stays as it is.
-    budget: the most values; 0: the map is flattened whole.
+    budget: the largest number of values; 0 flattens the whole map.
 
   Returns:
     (B, D) float32.
@@ -44,7 +44,7 @@ def pooled(x: jax.Array, budget: int) -> jax.Array:
 
 
 def _averages(parts: int, size: int) -> np.ndarray:
-  """Returns (parts, size), whose rows average parts of an axis."""
+  """Returns a matrix (parts, size) whose rows average parts of an axis."""
   found = np.zeros((parts, size), np.float32)
   for i in range(parts):
     first, last = i * size // parts, -(-(i + 1) * size // parts)
@@ -55,7 +55,7 @@ def _averages(parts: int, size: int) -> np.ndarray:
 def places_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
   """Returns the place (N,) of each image in a random order of its class.
 
-  Those of place less than k are k images a class, and among those of any larger k.
+  The places below k select k images per class, a subset of those for any larger k.
 
   Examples:
     >>> places = places_in_class(np.array([0, 1, 0, 1, 0]), seed=0)
@@ -82,12 +82,12 @@ class Images(NamedTuple):
 
 
 class Draws(NamedTuple):
-  """How often, and of how many images, a probe is fitted.
+  """How often a probe is fitted, and to how many images.
 
   Attributes:
-    shots: images a class; 0: all there are.
-    draws: how many times they are drawn; all there are, once.
-    folds: by which strengths are chosen, on the first draw.
+    shots: images per class; 0 for all.
+    draws: how many times they are drawn; once if all are used.
+    folds: folds for choosing the strength, on the first draw.
     seed: of the first draw.
   """
 
@@ -159,7 +159,7 @@ def probe(
 
 
 def _strengths(name: str, labels: np.ndarray) -> tuple[float, ...]:
-  """Returns those that are tried; of one image a class none can be held out."""
+  """Returns the strengths to try; with one image per class none can be held out."""
   kind = lookup(classifiers.CLASSIFIERS, 'classifier', name)
   return kind.strengths if np.bincount(labels).max() > 1 else (kind.default,)
 

@@ -1,6 +1,6 @@
 """Policies in mazes: how often an agent reaches the goal, and how often by chance.
 
-An agent that has not reached it after `PATIENCE` times the shortest path has failed.
+An agent fails if it has not reached the goal after `PATIENCE` times the shortest path.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ from lt_jax.evals.tasks import Metric
 from lt_jax.method import Outputs, State
 
 PATIENCE = 4
-"""How many times the shortest path an agent may take."""
+"""The limit of an agent's moves, as a multiple of the shortest path."""
 
 GAMES = 500
-"""Mazes of a domain that are played, the first of its test set."""
+"""How many mazes per domain are played: the first ones of its test set."""
 
 Act = Callable[[np.ndarray], np.ndarray]
 """Positions of the agents (N, 2) -> their actions (N,) int."""
@@ -31,20 +31,20 @@ def success_rates(
   state: State,
   sources: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
-  """Lets the greedy policy of a network play unseen mazes, those of a domain at once.
+  """Plays unseen mazes with a network's greedy policy, a domain's mazes in parallel.
 
   Args:
     predict: (state, images (N, 32, 32, 3) uint8) -> outputs with 'logits' (N, 4).
-    state: of the network.
+    state: that of the network.
     sources: domain -> its test images, with a `world` of `lt_jax.data.mazes`.
 
   Returns:
     domain -> 'success_rate' of the network; 'first_move', how often its first move is
-    one that an optimal planner could make; 'random_success_rate', that of random
-    moves, in expectation; 'planner_success_rate'. All are in [0, 1].
+    one that an optimal planner could make; 'random_success_rate', the expected rate of
+    random moves; 'planner_success_rate'. All are in [0, 1].
 
   Raises:
-    UserError: a domain that is no domain of mazes, or whose images were resized.
+    UserError: a domain without mazes, or whose images were resized.
   """
   for name, source in sources.items():
     if getattr(source, 'world', None) is None:
@@ -80,13 +80,13 @@ def success_rates(
 def successes(act: Act, mazes: Mazes, patience: int = PATIENCE) -> np.ndarray:
   """Returns which mazes a deterministic policy solves in time.
 
-  It need not be played to the end of the time: where it comes to a cell again, as by
-  walking into a wall, it will do so for ever.
+  A game can end before time is up: an agent that returns to a cell, for example by
+  walking into a wall, is in an endless loop.
 
   Args:
-    act: the policy. Agents whose game is over are still asked for.
-    mazes: N of them.
-    patience: moves it may make, as a multiple of the shortest path.
+    act: the policy; also called for agents whose game is over.
+    mazes: N mazes.
+    patience: the limit of moves, as a multiple of the shortest path.
 
   Returns:
     (N,) bool.
@@ -109,12 +109,12 @@ def successes(act: Act, mazes: Mazes, patience: int = PATIENCE) -> np.ndarray:
 
 
 def random_successes(mazes: Mazes, patience: int = PATIENCE) -> np.ndarray:
-  """Returns how probable it is that uniformly random moves solve each maze in time.
+  """Returns the probability that uniformly random moves solve each maze in time.
 
-  Exactly, by passing on the distribution of the agent over the cells.
+  It is exact: each step updates the distribution of the agent over the cells.
 
   Args:
-    mazes: N of them.
+    mazes: N mazes.
     patience: as for `successes`.
 
   Returns:
@@ -137,15 +137,15 @@ def random_successes(mazes: Mazes, patience: int = PATIENCE) -> np.ndarray:
 
 
 def shortest(mazes: Mazes) -> np.ndarray:
-  """Returns (N,) int, the moves from start to goal."""
+  """Returns (N,) int, the fewest moves from start to goal."""
   return mazes.distance[np.arange(len(mazes.size)), *mazes.start.T]
 
 
 def move(mazes: Mazes, position: np.ndarray, action: np.ndarray) -> np.ndarray:
-  """Returns where agents are after an action; who walks into a wall stays.
+  """Returns where agents are after an action; those that walk into a wall stay put.
 
   Args:
-    mazes: N of them.
+    mazes: N mazes.
     position: (N, 2) int32.
     action: (N,) int.
   """
@@ -156,13 +156,13 @@ def move(mazes: Mazes, position: np.ndarray, action: np.ndarray) -> np.ndarray:
 
 
 def _shifted(there: np.ndarray, walls: np.ndarray, step: np.ndarray) -> np.ndarray:
-  """Returns a distribution (N, H, W) after one move that all agents try to make."""
-  blocked = _beyond(walls, -step, True)  # of each cell: whether the move ends in a wall
+  """Returns a distribution (N, H, W) after all agents try the same move."""
+  blocked = _beyond(walls, -step, True)  # cells from which the move hits a wall
   return np.where(blocked, there, 0) + _beyond(np.where(blocked, 0, there), step, 0)
 
 
 def _beyond(cells: np.ndarray, step: np.ndarray, fill: Any) -> np.ndarray:
-  """Returns cells (N, H, W) moved by a step, `fill` coming in from beyond the edge."""
+  """Returns cells (N, H, W) shifted by a step, with `fill` at the edge."""
   height, width = cells.shape[1:]
   padded = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=fill)
   row, column = 1 - step
@@ -179,4 +179,4 @@ MAZES = CLASSIFICATION._replace(
     'planner_success_rate': Metric(better=0),
   },
 )
-"""Labels are moves; beside their accuracy it is counted how often the agent arrives."""
+"""Labels are moves; metrics are their accuracy and how often the agent arrives."""

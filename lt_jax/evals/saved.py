@@ -1,6 +1,6 @@
 """Outputs that a stage saves for later stages, and values computed from them.
 
-They use no labels, so they can be saved for a target too.
+They use no labels, so a stage can save them for a target too.
 """
 
 import functools
@@ -31,20 +31,20 @@ SAVED: dict[str, Callable[[Outputs], jax.Array]] = {
   'confidence': confidence,
   'entropy': entropy_of,
 }
-"""Name -> outputs -> (B, ...). What the network returns is saved by its own name."""
+"""Name -> outputs -> (B, ...). Outputs of the network have their own names."""
 
 
 def split_and_name(saved: str) -> tuple[str, str]:
-  """Returns the parts of 'target/train/logits'; without a split it is of 'train'."""
+  """Splits 'target/train/logits' into split and name; the default split is 'train'."""
   split, _, name = saved.rpartition('/')
   return split or 'train', name
 
 
 def saved_output(outputs: Outputs, name: str) -> jax.Array:
-  """Returns what is saved under a name.
+  """Returns the value to save under a name.
 
   Raises:
-    UserError: there is neither such an output nor such an entry of `SAVED`.
+    UserError: the name is neither an output nor a key of `SAVED`.
   """
   if name in SAVED:
     return SAVED[name](outputs)
@@ -55,19 +55,19 @@ SURVEYED: dict[str, Callable[..., np.ndarray]] = {
   'distance': distance,
   'top_of_class': top_of_class,
 }
-"""Name -> (survey, state, split=) -> (N,): what needs more than a batch has."""
+"""Name -> (survey, state, split=) -> (N,): values that need more than one batch."""
 
 
 def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruct:
-  """Returns shape and type of a batch of what is saved; computes nothing.
+  """Returns shape and type of a batch of saved values; computes nothing.
 
   Args:
-    survey: of the stage that saves it.
-    state: of that stage, or its shapes.
+    survey: that of the stage that saves them.
+    state: that of the stage, or its shapes.
     saved: as in `save_outputs`.
 
   Raises:
-    UserError: the stage does not see the split, or there is no such output.
+    UserError: the stage does not have the split, or there is no such output.
   """
   split, name = split_and_name(saved)
   outputs = survey.outputs(state, split)
@@ -77,7 +77,7 @@ def saved_shape(survey: Survey, state: State, saved: str) -> jax.ShapeDtypeStruc
 
 
 def _surveyed(name: str, outputs: Mapping[str, jax.ShapeDtypeStruct]) -> tuple:
-  """Returns the shape of what `SURVEYED` tells of a batch."""
+  """Returns the shape of a value of `SURVEYED` for a batch."""
   shape = outputs['logits'].shape
   return shape[:-1] if name == 'top_of_class' else shape[:1]
 
@@ -85,10 +85,10 @@ def _surveyed(name: str, outputs: Mapping[str, jax.ShapeDtypeStruct]) -> tuple:
 def collect_saved(
   survey: Survey, state: State, saved: Sequence[str]
 ) -> dict[str, np.ndarray]:
-  """Returns what a stage saves of every image: name -> (N, ...); a pass a split.
+  """Returns what a stage saves for every image: name -> (N, ...); one pass per split.
 
   Args:
-    survey: of the stage.
+    survey: that of the stage.
     state: its final State.
     saved: as in `save_outputs`.
   """
@@ -108,6 +108,6 @@ def collect_saved(
 def _kept(
   names: Mapping[str, str], outputs: Outputs, batch: Batch
 ) -> dict[str, jax.Array]:
-  """Returns what is saved of a batch; nothing of the batch but its outputs is read."""
+  """Returns the values to save for a batch, computed from its outputs alone."""
   del batch
   return {saved: saved_output(outputs, name) for saved, name in names.items()}

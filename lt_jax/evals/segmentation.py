@@ -1,8 +1,8 @@
 """Segmentation: one label per pixel; all metrics come from confusion matrices.
 
-On the device an image becomes its confusion matrix, and sums for calibration: whole
-numbers and C^2 of them, never a map of logits. The metrics of a split are then exact
-functions of the sum over its images, whatever the batch or the devices.
+The device turns each image into a confusion matrix of C^2 integers and sums for
+calibration; maps of logits never leave it. The metrics of a split are then exact
+functions of the sum over its images, whatever the batch size or the devices.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from lt_jax.method import Batch, Outputs
 from lt_jax.models.segmentation import resize
 
 MOST_SIDE = 256
-"""Pixels of the longer side of a picture that a run leaves."""
+"""The largest side, in pixels, of a picture that a run saves."""
 
 
 def at_labels(outputs: Outputs, label: jax.Array) -> jax.Array:
-  """Returns logits (B, H, W, C) at the size of label maps (B, H, W), bilinear."""
+  """Returns logits (B, H, W, C) resized to label maps (B, H, W), bilinear."""
   logits = outputs['logits']
   if logits.shape[1:3] == label.shape[1:]:
     return logits
@@ -40,8 +40,7 @@ def confusion(label: jax.Array, prediction: jax.Array, num_classes: int) -> jax.
     num_classes: C.
 
   Returns:
-    (B, C, C) int32: pixels of the class of the row that were taken for that of the
-    column.
+    (B, C, C) int32: pixels whose label is the row and whose prediction is the column.
 
   Examples:
     >>> label, prediction = jnp.array([[0, 1, -1]]), jnp.array([[0, 0, 0]])
@@ -51,24 +50,24 @@ def confusion(label: jax.Array, prediction: jax.Array, num_classes: int) -> jax.
   cell = jnp.where(label < 0, num_classes**2, label * num_classes + prediction)
 
   def count(cells: jax.Array) -> jax.Array:
-    return jnp.bincount(cells.reshape(-1), length=num_classes**2)  # drops what is over
+    return jnp.bincount(cells.reshape(-1), length=num_classes**2)  # drops larger values
 
   counted = jax.lax.map(count, cell).astype(jnp.int32)
   return counted.reshape(-1, num_classes, num_classes)
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what the metrics of segmentation need to know of a batch.
+  """Returns what the metrics of segmentation need to know about a batch.
 
   Args:
-    outputs: with 'logits' (B, h, w, C), brought to the size of the labels here.
-    batch: with 'label' (B, H, W), -1 for void; perhaps 'domain' and 'bad' (B,).
+    outputs: with 'logits' (B, h, w, C), which are resized to the labels here.
+    batch: with 'label' (B, H, W), -1 for void; optionally 'domain' and 'bad' (B,).
 
   Returns:
-    'confusion' (B, C, C) int32; 'pixels', 'right' (B, bins) int32 and 'confidence'
-    (B, bins) float32, the labelled pixels by the confidence of their prediction: how
-    many, how many right, and the sum of the confidence; 'loss' and 'entropy' (B,), sums
-    of cross-entropy and entropy over labelled pixels, in nats.
+    'confusion' (B, C, C) int32; for the labelled pixels in each bin of confidence,
+    their number 'pixels' and how many are 'right' (B, bins) int32, and the sum of their
+    'confidence' (B, bins) float32; 'loss' and 'entropy' (B,), sums of cross-entropy and
+    entropy over labelled pixels, in nats.
   """
   label = batch['label']
   log_p = jax.nn.log_softmax(at_labels(outputs, label))
@@ -104,7 +103,7 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns what is kept of a test split: records, and features of whole images."""
+  """Returns the function that keeps records and image features of a test split."""
   del examples, classes
   return _kept
 
@@ -118,7 +117,7 @@ def _kept(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
 
 def picture(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what is shown of some images, at `MOST_SIDE` pixels at most.
+  """Returns what the report shows of some images, `MOST_SIDE` pixels at most.
 
   Returns:
     'label' and 'prediction' (B, H', W') uint8, void 255, and 'entropy' of the
@@ -140,36 +139,36 @@ def picture(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def of_confusion(
   matrix: np.ndarray, groups: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  r"""Returns the metrics that a confusion matrix N tells, all in [0, 1].
+  r"""Returns the metrics of a confusion matrix N, all in [0, 1].
 
-  With the pixels of class c, :math:`t_c = \sum_k N_{ck}`, and those taken for it,
-  :math:`p_c = \sum_k N_{kc}`:
+  With the number of pixels of class c, :math:`t_c = \sum_k N_{ck}`, and of pixels
+  predicted as c, :math:`p_c = \sum_k N_{kc}`:
 
   .. math::
     \text{IoU}_c = \frac{N_{cc}}{t_c + p_c - N_{cc}}, \quad
     \text{mIoU} = \frac{1}{C'} \sum_c \text{IoU}_c, \quad
     \text{frequency-weighted IoU} = \sum_c \frac{t_c}{\sum_k t_k} \text{IoU}_c
 
-  A class that is in no label and in no prediction has no IoU, and is left out of C';
-  one that is only predicted has 0. Pixel accuracy is over pixels, mean accuracy over
-  the classes that are in labels.
+  A class with neither labels nor predictions has no IoU and is left out of C'; one that
+  is only predicted has 0. Pixel accuracy is over pixels, mean accuracy over the classes
+  with labels.
 
   Args:
-    matrix: (C, C) whole numbers, labels by row.
+    matrix: (C, C) integers, one row per label.
     groups: name -> (C,) bool.
 
   Returns:
     'miou', 'pixel_accuracy', 'mean_accuracy', 'frequency_weighted_iou', the mean IoU of
-    each group, None where it has no class with one; 'classes_counted' (C'); and the
-    arrays 'iou_by_class' and 'class_accuracy' (C,), NaN where there is none.
+    each group, None if none of its classes has one; 'classes_counted' (C'); and the
+    arrays 'iou_by_class' and 'class_accuracy' (C,), NaN for classes without one.
 
   Examples:
     >>> found = of_confusion([[3, 1], [0, 4]], groups={})
     >>> found['iou_by_class'].tolist(), found['pixel_accuracy']
     ([0.75, 0.8], 0.875)
 
-  Source: Long et al., Fully Convolutional Networks, arXiv 1411.4038, section 5; mIoU as
-  the nanmean of the code of Vu et al. (ADVENT).
+  Source: Long et al., Fully Convolutional Networks, arXiv 1411.4038, section 5; mIoU is
+  the nanmean, as in the code of Vu et al. (ADVENT).
   """
   n = np.asarray(matrix, np.float64)
   right, labelled, predicted = np.diag(n), n.sum(1), n.sum(0)
@@ -192,16 +191,16 @@ def of_confusion(
 def measure(
   records: Collected, *, num_classes: int, groups: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Returns what `of_confusion` does of a split, and loss and calibration of pixels.
+  """Returns the metrics of `of_confusion` for a split, and pixel loss and calibration.
 
   Args:
-    records: what `record` keeps.
+    records: from `record`.
     num_classes: C.
     groups: name -> (C,) bool.
 
   Returns:
-    beside those 'loss' and 'entropy', means over labelled pixels in nats, and 'ece',
-    the expected calibration error over `BINS` equal bins of confidence.
+    also 'loss' and 'entropy', means over labelled pixels in nats, and 'ece', the
+    expected calibration error over `BINS` equal bins of confidence.
   """
   del num_classes
   found = of_confusion(records['confusion'].sum(0, dtype=np.int64), groups)
@@ -249,4 +248,4 @@ SEGMENTATION = Task(
   per_pixel=True,
   by_class='iou_by_class',
 )
-"""The groups of classes are by their training pixels, and their metric is the mIoU."""
+"""Shot groups are by training pixels; the metric of a group is its mIoU."""

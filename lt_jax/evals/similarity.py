@@ -1,8 +1,8 @@
 r"""How near the classes of a source are to a target, and which ones suit it best.
 
-A domain is the mean feature of each class and a weight, its number of images. The
-distance of two domains is the least cost of moving the one's weight onto the other's,
-over Euclidean distances of means: the earth mover's distance, here exact.
+A domain is the mean feature of each class with its number of images as weight. The
+distance between two domains is the least cost of moving one's weights onto the other's,
+over Euclidean distances between means: the earth mover's distance, computed exactly.
 
 Source: Cui et al., CVPR 2018, arXiv 1806.06193, sections 3.2 and 4, and the authors'
 demonstration.
@@ -19,7 +19,7 @@ GAMMA = 0.01
 MIN_IMAGES = 200
 
 MOST_WITHOUT_POT = 40_000
-"""Pairs of classes up to which SciPy's linear programme stands in for POT."""
+"""The largest number of class pairs for SciPy's linear programme instead of POT."""
 
 MOST_ITERATIONS = 10_000_000
 
@@ -28,10 +28,10 @@ class Domain(NamedTuple):
   """The classes of a data set as points with weights.
 
   Attributes:
-    name: of the data set.
-    classes: their names.
-    means: (K, D) float64, the mean feature of each.
-    counts: (K,) images of each.
+    name: name of the data set.
+    classes: names of the K classes.
+    means: (K, D) float64, the mean feature of each class.
+    counts: (K,) images per class.
   """
 
   name: str
@@ -69,11 +69,11 @@ def domain(
   """Returns the domain of labelled features.
 
   Args:
-    name: of the data set.
+    name: name of the data set.
     features: (N, D).
     labels: (N,) int, -1 for images of no class.
     classes: names of the C classes.
-    min_images: classes with fewer are left out.
+    min_images: classes with fewer images are left out.
 
   Raises:
     UserError: a feature is not finite, or no class is left.
@@ -106,7 +106,7 @@ def domain(
 
 
 def joined(name: str, domains: Sequence[Domain]) -> Domain:
-  """Returns several domains as one: their classes and numbers of images together.
+  """Joins several domains into one with all their classes and image counts.
 
   Examples:
     >>> one = Domain('photos', ('cat',), np.array([[0.0]]), np.array([5]))
@@ -122,7 +122,7 @@ def joined(name: str, domains: Sequence[Domain]) -> Domain:
 
 
 def distances(source: Domain, target: Domain) -> np.ndarray:
-  """Returns the Euclidean distances of class means, (Ks, Kt).
+  """Returns the Euclidean distances between class means, (Ks, Kt).
 
   Raises:
     UserError: the features have different sizes.
@@ -139,14 +139,14 @@ def distances(source: Domain, target: Domain) -> np.ndarray:
   widths = source.means.shape[1], target.means.shape[1]
   if widths[0] != widths[1]:
     raise UserError(
-      f'{source.name} has {widths[0]} features an image and {target.name} {widths[1]}: '
-      'they must be of one network'
+      f'{source.name} has {widths[0]} features per image and {target.name} '
+      f'{widths[1]}: they must come from the same network'
     )
   return cdist(source.means, target.means)
 
 
 def solver() -> str:
-  """Returns what solves transport problems here: 'POT VERSION' or 'SciPy'."""
+  """Returns the name of the transport solver: 'POT VERSION' or 'SciPy'."""
   try:
     import ot
   except ImportError:
@@ -160,19 +160,19 @@ def transport(
   cost: np.ndarray,
   most_iterations: int = MOST_ITERATIONS,
 ) -> tuple[float, np.ndarray]:
-  """Returns (least cost, plan) of moving a supply onto a demand.
+  """Returns (least cost, plan) for moving a supply onto a demand.
 
-  By POT's network simplex, which is exact. Without POT by SciPy's linear programme,
-  exact too, which is for small problems.
+  Uses POT's network simplex, which is exact. Without POT it uses SciPy's linear
+  programme, which is exact too but only suits small problems.
 
   Args:
     supply: (S,), sums to one.
     demand: (T,), sums to one.
-    cost: (S, T) of a unit.
-    most_iterations: of POT.
+    cost: (S, T) per unit.
+    most_iterations: limit for POT.
 
   Raises:
-    UserError: it did not converge, or POT is needed and not there.
+    UserError: it did not converge, or POT is needed and not installed.
 
   Examples:
     >>> cost, plan = transport([1.0], [0.75, 0.25], [[0.0, 4.0]])
@@ -185,11 +185,11 @@ def transport(
     import ot
   except ImportError:
     return _linear_programme(supply, demand, cost)
-  # Where it gives up POT warns and returns a cost that is too small.
+  # If POT gives up, it warns and returns a cost that is too small.
   plan, log = ot.emd(supply, demand, cost, numItermax=most_iterations, log=True)
   if log['warning'] is not None:
     raise UserError(
-      f'the earth mover’s distance of {cost.shape[0]} and {cost.shape[1]} classes did '
+      f'the earth mover’s distance for {cost.shape[0]} x {cost.shape[1]} classes did '
       f'not converge in {most_iterations} iterations: {log["warning"]}'
     )
   return float(log['cost']), plan
@@ -198,15 +198,15 @@ def transport(
 def _linear_programme(
   supply: np.ndarray, demand: np.ndarray, cost: np.ndarray
 ) -> tuple[float, np.ndarray]:
-  """Returns what `transport` does, by SciPy."""
+  """Solves the problem of `transport` with SciPy."""
   from scipy import sparse
   from scipy.optimize import linprog
 
   rows, columns = cost.shape
   if cost.size > MOST_WITHOUT_POT:
     raise UserError(
-      f"{rows} and {columns} classes are many: pip install 'lt_jax[similarity]', which "
-      'is the exact and fast solver POT'
+      f'{rows} x {columns} classes are too many for SciPy: install POT, an exact and '
+      "fast solver, with pip install 'lt_jax[similarity]'"
     )
   sums = sparse.vstack(
     [
@@ -214,7 +214,7 @@ def _linear_programme(
       sparse.kron(np.ones((1, rows)), sparse.eye(columns)),
     ]
   ).tocsr()
-  # One of the sums follows from the others, and rounding would contradict it.
+  # One sum follows from the others; with rounding it would contradict them.
   found = linprog(
     cost.ravel(), A_eq=sums[:-1], b_eq=np.concatenate([supply, demand])[:-1]
   )
@@ -231,7 +231,7 @@ def similarity(source: Domain, target: Domain, gamma: float = GAMMA) -> Similari
   Args:
     source: S.
     target: T.
-    gamma: a scale; it changes no order. 0.01 fits the features of the paper.
+    gamma: a scale, which does not affect the order. 0.01 fits the paper's features.
 
   Raises:
     UserError: gamma is not positive; or as for `transport`.
@@ -252,9 +252,9 @@ def similarity(source: Domain, target: Domain, gamma: float = GAMMA) -> Similari
 
 
 def class_distances(source: Domain, target: Domain) -> np.ndarray:
-  r"""Returns the distance of each source class alone from a target, (Ks,).
+  r"""Returns the distance of each single source class from a target, (Ks,).
 
-  One class must ship all its weight, so nothing is left to optimise:
+  A single class must ship all its weight, so there is nothing to optimise:
 
   .. math:: \mathrm{EMD}(\{s_i\}, T) = \sum_j w_j |s_i - t_j|
 
@@ -269,14 +269,15 @@ def class_distances(source: Domain, target: Domain) -> np.ndarray:
 
 
 def _nearest_to_all(source: Domain, target: Domain) -> np.ndarray:
-  """Returns scores of the paper's rule: the distance to the whole target."""
+  """Returns the scores of the paper's rule: the distance to the whole target."""
   return class_distances(source, target)
 
 
 def _nearest_to_any(source: Domain, target: Domain) -> np.ndarray:
-  """Returns the rank of each class among the nearest of a target class, at best.
+  """Returns each class's best rank among the nearest classes of a target class.
 
-  Serves a target of several groups, whose middle the paper's rule would favour. Ours.
+  For a target of several groups, where the paper's rule would favour classes in the
+  middle. This rule is ours.
   """
   cost = distances(source, target)
   rank = cost.argsort(0, kind='stable').argsort(0, kind='stable')
@@ -286,10 +287,10 @@ def _nearest_to_any(source: Domain, target: Domain) -> np.ndarray:
 
 
 def _mass_that_is_shipped(source: Domain, target: Domain) -> np.ndarray:
-  """Returns minus the weight that a class ships where all supplies are free.
+  """Returns minus the weight that each class ships if supplies are unlimited.
 
-  Then each target class takes all from its nearest source class. Classes that ship
-  nothing follow by their distance. Ours.
+  Each target class then takes everything from its nearest source class. Classes that
+  ship nothing follow, by distance. This rule is ours.
   """
   cost = distances(source, target)
   shipped = np.zeros(len(cost))
@@ -303,25 +304,25 @@ RULES = {
   'per_target_class': _nearest_to_any,
   'transport': _mass_that_is_shipped,
 }
-"""name -> (source, target) -> (Ks,) scores, of which the least are chosen."""
+"""name -> (source, target) -> (Ks,) scores; the lowest are chosen."""
 
 
 def select(
   source: Domain, targets: Sequence[Domain], most: Sequence[int], rule: str = 'greedy'
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Returns the source classes that serve some targets best.
+  """Returns the source classes that suit the targets best.
 
   Args:
     source: the classes to choose from.
-    targets: what they are for.
-    most: how many for each target, or one number for all; more than there are: all.
+    targets: the targets to choose them for.
+    most: how many classes per target, or one number for all; capped at Ks.
     rule: a key of `RULES`; 'greedy' is the paper's.
 
   Returns:
-    ((M,) positions, ascending, each once; target -> (Ks,) scores, the less the better).
+    ((M,) positions, ascending and unique; target -> (Ks,) scores, lower is better).
 
   Raises:
-    UserError: an unknown rule, or not one number a target.
+    UserError: an unknown rule, or the wrong number of `most`.
 
   Examples:
     >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))
@@ -330,13 +331,13 @@ def select(
     >>> select(source, [target], most=[1])[0].tolist()
     [0]
   """
-  score = lookup(RULES, 'rule of selection', rule)
+  score = lookup(RULES, 'selection rule', rule)
   if len(most) == 1:
     most = [*most] * len(targets)
   if len(most) != len(targets) or min(most) < 1:
     raise UserError(
-      f'{len(targets)} targets need as many numbers of classes, each at least 1, or '
-      f'one for all, got {", ".join(map(str, most))}'
+      f'{len(targets)} targets need {len(targets)} numbers of classes, each at least '
+      f'1, or one for all; got {", ".join(map(str, most))}'
     )
   scores = {target.name: score(source, target) for target in targets}
   chosen = {
@@ -350,21 +351,21 @@ def select(
 def correlations(
   similar: Sequence[float], accuracy: Sequence[float], target: Sequence[str]
 ) -> dict[str, Any]:
-  """Returns how well similarity tells which source is best, target by target.
+  """Returns how well similarity predicts the best source for each target.
 
-  Accuracies of different targets are not comparable, so what is pooled over targets
-  without more says little, or the opposite: it stands here as a warning.
+  Accuracies of different targets are not comparable, so the correlation pooled over
+  targets means little and can even mislead. It is included as a warning.
 
   Args:
-    similar: of each pair of a source and a target.
-    accuracy: of each pair.
-    target: of each pair.
+    similar: similarity of each pair of a source and a target.
+    accuracy: accuracy of each pair.
+    target: target of each pair.
 
   Returns:
-    'by_target': target -> Pearson's r over its sources; 'best': of how many targets the
-    most similar source is the best one; 'centred': r and Spearman's rho after the mean
-    of each target is taken off; 'pooled': the same without. None where a value is not
-    defined.
+    'by_target': target -> Pearson's r over its sources; 'best': for how many targets
+    the most similar source is the best one; 'centred': r and Spearman's rho after
+    subtracting each target's mean; 'pooled': the same without subtracting. None if a
+    value is undefined.
 
   Examples:
     >>> found = correlations([0.9, 0.5, 0.8], [0.7, 0.3, 0.6], target=['a', 'a', 'a'])
@@ -410,7 +411,7 @@ def matrix(
   targets: Mapping[str, Domain],
   gamma: float = GAMMA,
 ) -> dict[tuple[str, str], Similarity]:
-  """Returns (source, target) -> similarity of every pair.
+  """Returns (source, target) -> similarity for every pair.
 
   Examples:
     >>> source = Domain('s', ('cat', 'dog'), np.array([[0.0], [6.0]]), np.array([1, 1]))

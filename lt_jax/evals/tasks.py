@@ -1,7 +1,8 @@
 """Tasks: what a label is, and how predictions are measured against it.
 
-A metric is added in one place: it is computed by a task's `measure`, and its line in
-the task's `metrics` says how tables call it and whether a State may be chosen by it.
+You add a metric in one place: the task's `measure` computes it, and its line in the
+task's `metrics` gives its name in tables and says whether a State can be selected by
+it.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +24,8 @@ class Metric(NamedTuple):
   """How a metric is used.
 
   Attributes:
-    title: what tables call it; '' leaves it out of them, and in result.json.
-    better: 1 if more is better, -1 if less is: a State can be chosen by it. 0: never.
+    title: its name in tables; with '' it is in result.json only.
+    better: 1 if more is better, -1 if less is; 0 if no State is selected by it.
   """
 
   title: str = ''
@@ -35,10 +36,11 @@ class Across(NamedTuple):
   """Metrics that need several splits at once, such as the open set and the test set.
 
   Attributes:
-    metrics: places of result.json -> name -> value, beside those of `measure`.
-    threshold: of the known score, how it was chosen and its value; None without one.
+    metrics: entry of result.json -> name -> value, added to those of `measure`.
+    threshold: the value of the known score's threshold and how it was chosen; None
+      without one.
     curves: score -> arrays by threshold.
-    arrays: name of a file -> what NAME.npz in the run's folder holds.
+    arrays: name -> the arrays of NAME.npz in the run's folder.
   """
 
   metrics: dict[str, dict[str, Any]] = {}
@@ -48,34 +50,34 @@ class Across(NamedTuple):
 
 
 def no_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns that a task measures no groups but the shot groups."""
+  """Returns no groups, for a task that only measures the shot groups."""
   del counts
   return {}
 
 
 class Task(NamedTuple):
-  """What is measured; of a split, always from records of its examples.
+  """What is measured, always from records of a split's examples.
 
   Attributes:
-    record: (outputs, batch) -> arrays with the batch first: what `measure` needs.
-    keep: (examples, classes) -> as `record`, with what is written of the test split.
-    measure: (records, num_classes=, groups=) -> name -> value, of one split with
+    record: (outputs, batch) -> arrays with the batch first, which `measure` needs.
+    keep: (examples, classes) -> like `record`, plus what is saved for the test split.
+    measure: (records, num_classes=, groups=) -> name -> value, for one split with
       labels of known classes.
     across: (records by split, num_classes=, groups=) -> `Across`.
     metrics: name -> how it is used, in the order of tables; the first is the headline.
     play: (predict, state, domain -> source of its test images) -> domain -> name ->
-      value, what needs the network itself rather than records; see `Play`. None for
-      nothing.
+      value, for metrics that need the network itself rather than records; see `Play`.
+      None for none.
     bind: (unseen classes (C,) bool, descriptions (C, A) or None, names of attributes)
-      -> the task for these classes; None of a task for which all classes are alike.
-    criteria: as `record`, what label-free criteria are computed from.
-    picture: as `record`, what samples.npz shows of a few test images; None: it shows
+      -> the task for these classes; None if the task treats all classes alike.
+    criteria: like `record`, what label-free criteria are computed from.
+    picture: like `record`, what samples.npz shows of a few test images; None: it shows
       errors on rare classes.
     per_pixel: whether every pixel has a label, and logits.
-    by_class: the metric (C,) of single classes whose mean over them tables have.
-    groups: counts (C,) -> name -> (C,) bool, groups of classes that it measures beside
+    by_class: the per-class metric (C,) whose mean over classes is in tables.
+    groups: counts (C,) -> name -> (C,) bool, groups of classes that it measures besides
       the shot groups.
-    reads: what batches of test images must have beside a label -> how data come by it.
+    reads: what batches of test images must have besides a label -> how to provide it.
   """
 
   record: Record
@@ -99,6 +101,6 @@ class Task(NamedTuple):
 
 
 def no_more(records: Mapping[str, Collected], **facts: Any) -> Across:
-  """Returns that a task measures nothing across splits."""
+  """Returns no metrics, for a task that measures nothing across splits."""
   del records, facts
   return Across()

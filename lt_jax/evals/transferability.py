@@ -1,8 +1,9 @@
-r"""How well a network will transfer to a target, from its outputs there alone.
+r"""How well a network will transfer to a target, estimated from its outputs there.
 
 A score is a function of features (N, D), or of the probabilities of a source head
-(N, C_s), and of target labels (N,); the higher the better. It compares networks on one
-target, not targets with each other. All in float64, on training images of the target.
+(N, C_s), and of target labels (N,); higher is better. It compares networks on one
+target, not targets with each other. Everything is float64, on training images of the
+target.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def leep(probabilities: np.ndarray, labels: np.ndarray) -> float:
     P(y, z) = \frac1N \sum_{n: y_n = y} \theta_{nz}
 
   Args:
-    probabilities: theta (N, Z), of the source head.
+    probabilities: theta (N, Z), from the source head.
     labels: (N,) of the target.
 
   Examples:
@@ -45,7 +46,7 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
   """Returns minus the entropy of the target label given the source's prediction.
 
   Args:
-    probabilities: (N, Z), of the source head, whose arg max counts.
+    probabilities: (N, Z), from the source head; only the arg max matters.
     labels: (N,) of the target.
 
   Examples:
@@ -58,8 +59,7 @@ def nce(probabilities: np.ndarray, labels: np.ndarray) -> float:
   predicted = np.asarray(probabilities).argmax(1)
   joint = _one_hot(labels).T @ _one_hot(predicted) / len(labels)
   marginal = joint.sum(0)
-  some = joint > 0
-  share = np.divide(joint, marginal, out=np.ones_like(joint), where=some)
+  share = np.divide(joint, marginal, out=np.ones_like(joint), where=joint > 0)
   return float((joint * np.log(share)).sum())
 
 
@@ -82,7 +82,7 @@ def h_score(features: np.ndarray, labels: np.ndarray) -> float:
 def regularised_h_score(features: np.ndarray, labels: np.ndarray) -> float:
   """Returns the H-score with a covariance shrunk towards a multiple of the identity.
 
-  The shrinkage a is Ledoit and Wolf's, and the covariance between classes is
+  The shrinkage a is that of Ledoit and Wolf; the covariance between classes is
   multiplied by 1 - a.
 
   Examples:
@@ -102,16 +102,17 @@ def regularised_h_score(features: np.ndarray, labels: np.ndarray) -> float:
 def log_me(features: np.ndarray, labels: np.ndarray) -> float:
   r"""Returns the log evidence of linear regressions of each class against the rest.
 
-  For y = F w + noise with w of variance 1 / alpha and noise of variance 1 / beta, the
-  two maximise the evidence by fixed-point steps,
+  For y = F w + noise, where w has variance 1 / alpha and the noise 1 / beta, alpha and
+  beta maximise the evidence by fixed-point steps,
 
   .. math::
     \gamma = \sum_i \frac{s_i}{s_i + \alpha / \beta}, \qquad
     \alpha \leftarrow \frac{\gamma}{|m|^2}, \qquad
     \beta \leftarrow \frac{N - \gamma}{|F m - y|^2}
 
-  with the eigenvalues s of F^T F (zeros where N < D), until alpha / beta changes by
-  1 %, eleven times at most. The result is divided by N and averaged over classes.
+  with the eigenvalues s of F^T F (some are zero if N < D), until alpha / beta changes
+  by less than 1 %, at most eleven times. The result is divided by N and averaged over
+  classes.
 
   Examples:
     >>> features, labels = np.array([[1], [1], [-1], [-1]]), np.array([0, 0, 1, 1])
@@ -119,7 +120,7 @@ def log_me(features: np.ndarray, labels: np.ndarray) -> float:
     True
 
   Source: You et al., ICML 2021, arXiv 2102.11005, and the faster form of its journal
-  version; the authors' code leaves out the zeros of s where N < D, which is wrong.
+  version; the authors' code leaves out the zeros of s if N < D, which is wrong.
   """
   f = np.asarray(features, np.float64)
   left, singular, _ = np.linalg.svd(f, full_matrices=False)
@@ -132,7 +133,7 @@ def log_me(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 class _Evidence(NamedTuple):
-  """The log evidence over N of one class, at the alpha and beta that were found."""
+  """The log evidence of one class divided by N, and its alpha and beta."""
 
   value: float
   alpha: float
@@ -143,13 +144,13 @@ def _evidence(left: np.ndarray, s: np.ndarray, y: np.ndarray, width: int) -> _Ev
   """Returns the evidence of one class."""
   images, tiny = len(y), 1e-12
   x2 = (left.T @ y) ** 2
-  beside = max(y @ y - x2.sum(), 0.0)  # of y outside of what features span
+  outside = max(y @ y - x2.sum(), 0.0)  # the part of y not spanned by the features
 
   def norms(ratio: float) -> tuple[float, float]:
-    """Returns |m|^2 and |F m - y|^2 where alpha / beta is `ratio`."""
+    """Returns |m|^2 and |F m - y|^2 if alpha / beta is `ratio`."""
     return (s * x2 / (s + ratio) ** 2).sum(), (
       x2 * (ratio / (s + ratio)) ** 2
-    ).sum() + beside
+    ).sum() + outside
 
   alpha = beta = ratio = 1.0
   for _ in range(11):
@@ -176,13 +177,13 @@ def _evidence(left: np.ndarray, s: np.ndarray, y: np.ndarray, width: int) -> _Ev
 def trans_rate(
   features: np.ndarray, labels: np.ndarray, epsilon: float = 1e-4
 ) -> float:
-  r"""Returns the coding rate of features less that within classes.
+  r"""Returns the coding rate of features minus that within classes.
 
   .. math::
     R(Z) - \sum_c \frac{n_c}{N} R(Z_c), \qquad
     R(Z) = \tfrac12 \log\det\left(I + \frac{Z^T Z}{n \epsilon}\right)
 
-  of centred features. The authors' code, unlike the paper, weighs all classes alike.
+  of centred features. Unlike the paper, the authors' code weighs all classes equally.
 
   Examples:
     >>> features = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
@@ -192,12 +193,12 @@ def trans_rate(
 
   Source: Huang et al., ICML 2022, arXiv 2106.09362.
   """
-  _one_hot(labels)  # which looks at them
+  _one_hot(labels)  # checks them
   z = np.asarray(features, np.float64)
   z = z - z.mean(0)
 
   def rate(part: np.ndarray) -> float:
-    # The determinant is the same on the smaller side.
+    # Both products give the same determinant; take the smaller one.
     product = part.T @ part if part.shape[0] > part.shape[1] else part @ part.T
     scaled = np.eye(len(product)) + product / (len(part) * epsilon)
     return 0.5 * np.linalg.slogdet(scaled)[1]
@@ -221,7 +222,7 @@ def _covariances(
 def _one_hot(labels: np.ndarray) -> np.ndarray:
   labels = np.asarray(labels)
   if len(labels) < 2 or labels.min() < 0:
-    raise UserError('a score of transferability needs two labelled images or more')
+    raise UserError('a transferability score needs two labelled images or more')
   return np.eye(labels.max() + 1)[labels]
 
 
@@ -231,7 +232,7 @@ OF_FEATURES: dict[str, Score] = {
   'regularised_h_score': regularised_h_score,
   'trans_rate': trans_rate,
 }
-"""name -> score of features; the first is what networks are ranked by."""
+"""name -> score of features; networks are ranked by the first."""
 
 OF_PROBABILITIES: dict[str, Score] = {'leep': leep, 'nce': nce}
-"""name -> score of the probabilities of a source head."""
+"""name -> score of a source head's probabilities."""

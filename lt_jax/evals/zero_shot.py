@@ -1,8 +1,9 @@
-"""Zero-shot recognition: the views of one set of predictions, and their metrics.
+"""Zero-shot recognition: several views of the same predictions, and their metrics.
 
-Labels are seen in three views. Among unseen classes only (zero-shot): T. Among all
-classes (generalised zero-shot): S of images of seen classes, U of unseen ones, and H,
-their harmonic mean. Accuracies are means over classes, of those with test images.
+With only the unseen classes to choose from (zero-shot), T is the accuracy on their
+images. With all classes (generalised zero-shot), S is the accuracy on images of seen
+classes, U that on unseen ones, and H their harmonic mean. Accuracies are means over the
+classes with test images.
 """
 
 import functools
@@ -21,7 +22,7 @@ from lt_jax.evals.tasks import Across, Metric, Record, Task
 from lt_jax.method import Batch, Outputs
 
 CURVE_POINTS = 1000
-"""Most points of a curve that are kept for drawing; its area is of all of them."""
+"""The largest number of points of a curve kept for plotting; the area uses all."""
 
 
 def harmonic_mean(seen: Any, unseen: Any) -> Any:
@@ -37,13 +38,13 @@ def harmonic_mean(seen: Any, unseen: Any) -> Any:
 
 
 class Scores(NamedTuple):
-  """What calibrated stacking needs to know of images: the best class of either kind.
+  """The best class of each kind per image, which calibrated stacking needs.
 
   Attributes:
     label: (N,) int.
     seen_score: (N,) the largest score of a seen class.
-    seen_class: (N,) int, which that is.
-    unseen_score: (N,) the largest of an unseen one.
+    seen_class: (N,) int, that class.
+    unseen_score: (N,) the largest score of an unseen class.
     unseen_class: (N,) int.
   """
 
@@ -55,11 +56,11 @@ class Scores(NamedTuple):
 
 
 class Curve(NamedTuple):
-  """Accuracies as what is taken from scores of seen classes grows.
+  """Accuracies as functions of gamma, which is subtracted from scores of seen classes.
 
   Attributes:
-    gamma: (K,) where predictions change, ascending, from -inf on. What holds from
-      gamma[k] to gamma[k + 1] is in place k.
+    gamma: (K,) where predictions change, ascending from -inf. Place k holds the values
+      from gamma[k] to gamma[k + 1].
     seen: (K,) S.
     unseen: (K,) U.
   """
@@ -75,7 +76,7 @@ class Curve(NamedTuple):
 
   @property
   def best(self) -> int:
-    """The place of the largest H; of equal ones the first."""
+    """The place of the largest H; the first of equal ones."""
     return int(harmonic_mean(self.seen, self.unseen).argmax())
 
   def at(self, gamma: float) -> tuple[float, float]:
@@ -84,7 +85,7 @@ class Curve(NamedTuple):
     return float(self.seen[place]), float(self.unseen[place])
 
   def between(self, place: int) -> float:
-    """Returns a gamma in the middle of where a place holds."""
+    """Returns a gamma in the middle of a place's interval."""
     low = self.gamma[place]
     high = self.gamma[place + 1] if place + 1 < len(self.gamma) else np.inf
     if not np.isfinite(low):
@@ -93,22 +94,22 @@ class Curve(NamedTuple):
 
 
 def seen_unseen_curve(scores: Scores, unseen: np.ndarray) -> Curve | None:
-  r"""Returns U and S for every gamma of calibrated stacking, exactly.
+  r"""Returns U and S exactly for every gamma of calibrated stacking.
 
   .. math:: \hat y = \arg\max_c\; s_c - \gamma\, [c \text{ seen}]
 
-  Only the best class of either kind matters: an image turns from one to the other at
-  the difference of their scores. So the differences are sorted, and each image adds its
-  share, one over the images of its class and over the classes of its kind, where it
-  turns. Where gamma is -inf the point is (U, S) = (0, S alone), and in the end (U
-  alone, 0).
+  Only the best class of each kind matters: the prediction of an image switches from one
+  to the other when gamma passes the difference of their scores. So we sort the
+  differences, and where an image switches we add its weight, 1 / (images of its class)
+  / (classes of its kind). The curve starts at gamma = -inf with (U, S) = (0, S among
+  seen classes only) and ends with (U among unseen classes only, 0).
 
   Args:
-    scores: of test images of both kinds.
+    scores: for test images of both kinds.
     unseen: (C,) bool.
 
   Returns:
-    The curve; None where images of either kind are missing.
+    The curve; None if images of either kind are missing.
 
   Examples:
     >>> label, unseen = np.array([0, 1]), np.array([False, True])
@@ -129,7 +130,7 @@ def seen_unseen_curve(scores: Scores, unseen: np.ndarray) -> Curve | None:
   share = 1 / (counts[scores.label] * kinds)
   lost = share * (scores.seen_class == scores.label) * ~of_unseen
   won = share * (scores.unseen_class == scores.label) * of_unseen
-  # Of an image whose best scores are equal the seen class is predicted.
+  # If the best scores of an image are equal, the seen class is predicted.
   turn = scores.seen_score.astype(np.float64) - scores.unseen_score
   order = np.argsort(turn, kind='stable')
   ascending = turn[order]
@@ -144,7 +145,7 @@ def seen_unseen_curve(scores: Scores, unseen: np.ndarray) -> Curve | None:
 
 
 def scores_of(logits: np.ndarray, label: np.ndarray, unseen: np.ndarray) -> Scores:
-  """Returns the best class of either kind, in NumPy.
+  """Returns the best class of each kind, in NumPy.
 
   Args:
     logits: (N, C).
@@ -167,7 +168,7 @@ def scores_of(logits: np.ndarray, label: np.ndarray, unseen: np.ndarray) -> Scor
 def class_mean_accuracy(
   label: np.ndarray, prediction: np.ndarray, classes: np.ndarray
 ) -> float | None:
-  """Returns the mean accuracy of some classes over their images; None without any.
+  """Returns the mean accuracy over some classes; None if they have no images.
 
   Args:
     label: (N,) int.
@@ -197,13 +198,13 @@ def class_mean_accuracy(
 def zero_shot_task(
   unseen: np.ndarray, vectors: np.ndarray | None, columns: tuple[str, ...]
 ) -> Task:
-  """Returns the task whose views are by which classes are unseen.
+  """Returns the zero-shot task for given unseen classes.
 
   Args:
     unseen: (C,) bool.
-    vectors: (C, A) descriptions of the classes, for the accuracy of attributes; None
-      without any.
-    columns: names of the attributes; () without any.
+    vectors: (C, A) descriptions of the classes, for the accuracy of attributes; None if
+      there are none.
+    columns: names of the attributes; () if there are none.
   """
   record = functools.partial(_record, unseen)
   return Task(
@@ -218,10 +219,10 @@ def zero_shot_task(
 
 
 def _record(unseen: np.ndarray, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what classification records, and the best class of either kind.
+  """Returns the records of classification, and the best class of each kind.
 
-  Beside them 'gamma' (B,), what was already taken from the scores of seen classes, and
-  'attributes' (B, A) bool, those that a method predicts.
+  Also 'gamma' (B,), which the method has already subtracted from the scores of seen
+  classes, and 'attributes' (B, A) bool, if the method predicts them.
   """
   logits = outputs['logits']
   found = classification.record(outputs, batch)
@@ -269,7 +270,7 @@ def _measure(
 
 
 UNCALIBRATED = ('seen_plain', 'unseen_plain', 'harmonic_mean_plain')
-"""S, U and H before anything is taken from the scores of seen classes."""
+"""S, U and H with nothing subtracted from the scores of seen classes."""
 
 
 def _scores(records: Collected) -> Scores:
@@ -296,10 +297,10 @@ def _across(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> Across:
-  """Returns the open set's metrics, and the seen-unseen curve for drawing.
+  """Returns the open set's metrics, and the seen-unseen curve for plotting.
 
   'unknown' is the share of images of unknown classes that are rejected, at the
-  threshold that validation images have chosen.
+  threshold chosen on validation images.
   """
   found = classification.across(records, num_classes=num_classes, groups=groups)
   test = found.metrics.get('test', {})
@@ -329,7 +330,7 @@ def _across(
 def zero_shot_segmentation_task(
   unseen: np.ndarray, vectors: np.ndarray | None, columns: tuple[str, ...]
 ) -> Task:
-  """Returns the task of segmentation whose views are by which classes are unseen.
+  """Returns the zero-shot segmentation task for given unseen classes.
 
   Args:
     unseen: (C,) bool.
@@ -349,10 +350,9 @@ def _measure_pixels(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  """Returns the metrics of segmentation, S and U as mean IoU, and H of these.
+  """Returns the metrics of segmentation, S and U as mean IoU, and their H.
 
-  Every pixel is predicted to be of one of all classes; so there is no view of unseen
-  classes alone.
+  Pixels are predicted among all classes, so there is no zero-shot T.
   """
   groups = {**groups, 'seen': ~unseen, 'unseen': unseen}
   found = segmentation.measure(records, num_classes=num_classes, groups=groups)
@@ -392,10 +392,10 @@ ZERO_SHOT = Task(
   metrics=METRICS,
   bind=zero_shot_task,
 )
-"""Classes with images and classes with a description alone."""
+"""Some classes have images, others only a description."""
 
 ZERO_SHOT_SEGMENTATION = segmentation.SEGMENTATION._replace(
   metrics=PIXEL_METRICS, bind=zero_shot_segmentation_task
 )
-"""The same where every pixel has a label. Between domains, seen classes are shared, and
-unseen ones private to the target."""
+"""The same with a label per pixel. With two domains, seen classes are shared and unseen
+ones private to the target."""

@@ -1,9 +1,9 @@
-"""Losses and batch penalties by name, and how weighted losses are added up.
+"""Losses and batch penalties by name, and reductions of weighted losses.
 
 A loss is a function (logits (B, C), labels (B,), *, options) -> (B,). A penalty is a
-function (features (B, D), labels (B,), *, options) -> (), or of logits in the place of
-features. Either has a keyword `counts` if it needs the training counts. To add one,
-write it and its entry in the `LOSSES` or `PENALTIES` of its file.
+function (features (B, D), labels (B,), *, options) -> (), or the same with logits (B,
+C) instead of features. Either has a keyword `counts` if it needs the training counts.
+To add one, write it and add it to `LOSSES` or `PENALTIES` in its file.
 
 The label -1 is ignored: `make_loss` gives it no loss and no gradient whatever the loss,
 and the reductions divide by the number of labels. `make_loss` also applies a loss per
@@ -36,23 +36,24 @@ def make_loss(
   hardest: float = 1.0,
   **options: Any,
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]:
-  """Returns a loss of every label: of a network's outputs and a batch.
+  """Returns a per-label loss as a function of a network's outputs and a batch.
 
   Args:
     name: a key of `LOSSES`.
-    counts: (C,) training images of each class, for those losses that ask for them.
-    classes: (C,) bool, those that are learned; the others are no answer, see `only`.
-    auxiliary: weight of the same loss of outputs['auxiliary_logits'], which is added.
-    hardest: share of the labels of a batch that have a loss, see `of_hardest`.
-    **options: of the loss, such as `gamma`.
+    counts: (C,) training images per class, for losses that use them.
+    classes: (C,) bool, the classes to learn; the others are ruled out, see `only`.
+    auxiliary: weight of the same loss on outputs['auxiliary_logits'], which is added.
+    hardest: share of a batch's labels that have a loss, see `of_hardest`.
+    **options: options of the loss, such as `gamma`.
 
   Returns:
-    (outputs, batch) -> (...), of outputs['logits'] (..., C) and batch['label'] (...),
-    such as (B,) for images and (B, H, W) for pixels; 0 where the label is -1.
+    (outputs, batch) -> (...), computed from outputs['logits'] (..., C) and
+    batch['label'] (...), which is (B,) for images and (B, H, W) for pixels. The loss is
+    0 where the label is -1.
 
   Raises:
-    UserError: an unknown name or option, an empty class where the loss uses counts, or
-      a share out of range.
+    UserError: an unknown name or option, an empty class if the loss uses counts, or a
+      share out of range.
 
   Examples:
     >>> loss = make_loss('balanced_softmax', counts=np.array([90, 10]))
@@ -73,7 +74,7 @@ def make_loss(
     logits, each = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if classes is not None:
       logits = only(logits, classes)
-    # Any class will do where there is none: its loss is not looked at.
+    # Where the label is -1 any class will do: the loss there is discarded below.
     losses = per_example(logits, jnp.maximum(each, 0), **options)
     losses = jnp.where(each >= 0, losses, 0)
     if hardest < 1:
@@ -128,13 +129,14 @@ def of_hardest(losses: jax.Array, valid: jax.Array, share: float) -> jax.Array:
 
 
 def only(logits: jax.Array, classes: np.ndarray) -> jax.Array:
-  """Returns logits (B, C) with -1e9 for the classes that are no answer.
+  """Returns logits (B, C) with -1e9 for the classes that are ruled out.
 
-  Finite, so that a loss may multiply it by 0; no loss with smoothed labels bears it.
+  -1e9 is finite, so a loss can multiply it by 0. Losses with smoothed labels cannot be
+  used with it: they would become huge.
 
   Args:
     logits: (B, C).
-    classes: (C,) bool, those that are one.
+    classes: (C,) bool, the classes to keep.
 
   Examples:
     >>> only(jnp.zeros((1, 2)), np.array([True, False])).tolist()
@@ -146,21 +148,20 @@ def only(logits: jax.Array, classes: np.ndarray) -> jax.Array:
 def make_penalty(
   name: str, weight: float, counts: np.ndarray, **options: Any
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array] | None:
-  """Returns a weighted batch penalty of a network's outputs and a batch.
+  """Returns a weighted batch penalty as a function of a network's outputs and a batch.
 
   Args:
     name: a key of `PENALTIES`.
-    weight: what the penalty is multiplied by.
-    counts: (C,) training images of each class, for those penalties that ask for them.
-    **options: of the penalty, such as `margin`.
+    weight: factor of the penalty.
+    counts: (C,) training images per class, for penalties that use them.
+    **options: options of the penalty, such as `margin`.
 
   Returns:
-    (outputs, batch) -> (), of batch['label'] and outputs['features'] or
-    outputs['logits'], whichever the penalty names; None for 'none'.
+    (outputs, batch) -> (), computed from batch['label'] and either outputs['features']
+    or outputs['logits'], whichever the penalty takes; None for 'none'.
 
   Raises:
-    UserError: an unknown name or option, or an empty class where the penalty uses
-      counts.
+    UserError: an unknown name or option, or an empty class if the penalty uses counts.
 
   Examples:
     >>> penalty = make_penalty('range', 2.0, counts=np.array([90, 10]))
@@ -186,16 +187,16 @@ def make_penalty(
 
 
 def mean(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
-  """Coefficients w / n: the weighted losses over the number of labels.
+  """Coefficients w / n: the sum of weighted losses over the number of labels.
 
-  n leaves out the labels -1, so on segmentation masks this is the mean over labelled
-  pixels of the whole batch. The batch of a long tail has a mean class weight far below
-  one (about 0.17 on CIFAR-10-LT with imbalance 100 and beta 0.9999), so steps are that
-  much smaller than those of `weight_normalised`.
+  n leaves out the labels -1, so on segmentation masks this is the mean over all
+  labelled pixels of the batch. A long-tailed batch has a mean class weight far below
+  one (about 0.17 on CIFAR-10-LT with imbalance 100 and beta 0.9999), so steps are
+  smaller than those of `weight_normalised` by that factor.
 
   Args:
     class_weights: (C,).
-    labels: (...) int, -1 for what counts for nothing.
+    labels: (...) int, -1 for ignored ones.
 
   Returns:
     (...) coefficients: the objective is sum_i coefficients_i loss_i.
@@ -207,16 +208,16 @@ def mean(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
   The reduction of Cui et al., arXiv 1901.05555 (TensorFlow).
   """
   labelled = jnp.maximum((labels >= 0).sum(), 1)
-  # The last factor is exactly one where every label counts: the usual mean, to the bit.
+  # If every label counts, the last factor is exactly one: the usual mean, bit for bit.
   return weights_of(class_weights, labels) / labels.size * (labels.size / labelled)
 
 
 def weight_normalised(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
-  """Coefficients w / sum(w): a weighted mean. All zero where all weights are zero.
+  """Coefficients w / sum(w): a weighted mean. All zero if all weights are.
 
   Args:
     class_weights: (C,).
-    labels: (...) int, -1 for what counts for nothing.
+    labels: (...) int, -1 for ignored ones.
 
   Returns:
     (...) coefficients: the objective is sum_i coefficients_i loss_i.
@@ -225,7 +226,7 @@ def weight_normalised(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
     >>> weight_normalised(jnp.array([0.5, 1.5]), jnp.array([0, 0, -1, -1])).tolist()
     [0.5, 0.5, 0.0, 0.0]
 
-  The reduction of PyTorch's weighted cross-entropy, hence of LDAM-DRW's code.
+  The reduction of PyTorch's weighted cross-entropy, and thus of LDAM-DRW's code.
   """
   weights = weights_of(class_weights, labels)
   total = weights.sum()

@@ -3,11 +3,11 @@ r"""Alignments: how far apart two domains are in the layers of a network.
 An alignment is a function (source, target, *, options) -> () of the outputs for one
 batch of each domain. It reads no target labels; there are none. The keyword `layers`
 names the layers to compare, each (S, D) and (T, D). It is added to the objective with a
-weight that may change with the progress of training. To add one, write it and its entry
-in `ALIGNMENTS`.
+weight that may change with the progress of training. To add one, write it and add it to
+`ALIGNMENTS`.
 
-Everything is finite, with finite gradients, also where vectors coincide. Memory is that
-of a few (S + T, S + T) and (D, D).
+Everything is finite, with finite gradients, even where vectors coincide. Memory is a
+few matrices of (S + T, S + T) and (D, D).
 """
 
 import inspect
@@ -43,7 +43,7 @@ def layer(outputs: Outputs, name: str) -> jax.Array:
 
 
 def joined(outputs: Outputs, names: Sequence[str]) -> jax.Array:
-  """Returns named layers one after the other, (B, D).
+  """Returns the named layers concatenated, (B, D).
 
   Examples:
     >>> outputs = {'features': jnp.zeros((2, 3)), 'logits': jnp.zeros((2, 2))}
@@ -58,16 +58,16 @@ def joined(outputs: Outputs, names: Sequence[str]) -> jax.Array:
 CORAL_FORMS = {'paper': (0.25, 0.0), 'adapt': (0.25, 1.0), 'domainbed': (1.0, 1.0)}
 """Form -> (a, b), the constants of `coral`.
 
-'paper' is equation 1 of the paper; 'adapt' is that of the library ADAPT with its option
-`match_mean`, and without it the paper's; 'domainbed' is that of DomainBed and of
-TLLib, whose weights are thus not the paper's.
+'paper' is equation 1 of the paper. 'adapt' is the library ADAPT's form with
+`match_mean`; without that option ADAPT's is the paper's. 'domainbed' is the form of
+DomainBed and TLLib, so weights tuned there do not carry over to the paper's.
 """
 
 
 def coral(
   source: Outputs, target: Outputs, *, layers: Sequence[str], form: str = 'paper'
 ) -> jax.Array:
-  r"""Deep CORAL: the covariances of the domains, and in some forms their means.
+  r"""Deep CORAL: compares the covariances of the domains, and in some forms the means.
 
   .. math::
     \sum_l \frac{a}{d^2} |C_S - C_T|_F^2 + \frac{b}{d} |\mu_S - \mu_T|^2
@@ -75,9 +75,9 @@ def coral(
   over the layers l of size d, with unbiased covariances C (divided by n - 1).
 
   Args:
-    source: outputs of the source.
-    target: outputs of the target.
-    layers: names of those that are compared.
+    source: outputs for the source.
+    target: outputs for the target.
+    layers: names of the layers to compare.
     form: a key of `CORAL_FORMS`, which gives a and b.
 
   Returns:
@@ -112,20 +112,20 @@ def coral(
 def central_moments(
   source: Outputs, target: Outputs, *, layers: Sequence[str], order: int = 5
 ) -> jax.Array:
-  r"""Central moment discrepancy: means and central moments, unit by unit.
+  r"""Central moment discrepancy: compares means and central moments, unit by unit.
 
   .. math::
     \sum_l \Big( |\mu_S - \mu_T| + \sum_{k=2}^{K} |c_k(S) - c_k(T)| \Big), \qquad
     c_k(X) = E \, (X - \mu)^k
 
   over the layers l, with biased moments. The paper divides by powers of the length of
-  the interval that bounds the activations; here a sigmoid bounds any layer to (0, 1),
-  whose length is 1.
+  the interval that bounds the activations; here a sigmoid maps any layer to (0, 1),
+  which has length 1.
 
   Args:
-    source: outputs of the source.
-    target: outputs of the target.
-    layers: names of those that are compared.
+    source: outputs for the source.
+    target: outputs for the target.
+    layers: names of the layers to compare.
     order: K, at least 1.
 
   Returns:
@@ -157,14 +157,14 @@ def central_moments(
 
 
 def _length(x: jax.Array) -> jax.Array:
-  """Returns the norm of x (D,), whose gradient is 0 at 0."""
+  """Returns the norm of x (D,), with gradient 0 at 0."""
   square = (x**2).sum()
   positive = square > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns mean (D,) and unbiased covariance (D, D) of x (B, D)."""
+  """Returns the mean (D,) and unbiased covariance (D, D) of x (B, D)."""
   mean = x.mean(0)
   centred = x - mean[None]
   product = jnp.matmul(centred.T, centred, precision=lax.Precision.HIGHEST)
@@ -185,22 +185,22 @@ def mmd(
   bandwidths: Sequence[float] = FAMILY,
   estimate: str = 'unbiased',
 ) -> jax.Array:
-  r"""Maximum mean discrepancy of every layer, by a family of Gaussian kernels.
+  r"""Maximum mean discrepancy of every layer, with a family of Gaussian kernels.
 
   .. math::
     \mathrm{MMD}^2 = E\, k(s, s') + E\, k(t, t') - 2 E\, k(s, t), \qquad
     k(x, y) = \sum_u e^{-|x - y|^2 / (2 \alpha_u \bar d)}
 
-  summed over the layers. d is the mean squared distance of all pairs of the two batches
-  together, a constant to the gradient. The paper learns the weights of the kernels,
-  which are all one here, as in TLLib.
+  summed over the layers. d is the mean squared distance over all pairs of the two
+  batches pooled, and is a constant for the gradient. The paper learns the weights of
+  the kernels; here they are all one, as in TLLib.
 
   Args:
-    source: outputs of the source.
-    target: outputs of the target.
-    layers: names of those that are compared.
+    source: outputs for the source.
+    target: outputs for the target.
+    layers: names of the layers to compare.
     bandwidths: the alphas.
-    estimate: a key of `ESTIMATES`. An unbiased one may be below zero, and is not
+    estimate: a key of `ESTIMATES`. An unbiased estimate can be negative and is not
       clipped.
 
   Returns:
@@ -237,21 +237,21 @@ def joint_mmd(
   sigma: float = 0.92,
   estimate: str = 'unbiased',
 ) -> jax.Array:
-  r"""Maximum mean discrepancy of the layers and the predictions jointly.
+  r"""Maximum mean discrepancy of the joint distribution of layers and predictions.
 
   .. math::
     k\big((x, p), (x', p')\big) = e^{-|p - p'|^2 / (2 \sigma^2)}
     \prod_l \sum_u e^{-|x_l - x'_l|^2 / (2 \alpha_u \bar d_l)}
 
-  with p the softmax of the logits, which are always compared. The form and the
-  constants are those of TLLib; the paper trains on the linear-time estimate.
+  with p the softmax of the logits, which are always compared. Form and constants are
+  TLLib's; the paper trains with the linear-time estimate.
 
   Args:
-    source: outputs of the source.
-    target: outputs of the target.
-    layers: names of those that are compared beside the predictions.
+    source: outputs for the source.
+    target: outputs for the target.
+    layers: names of the layers to compare besides the predictions.
     bandwidths: the alphas.
-    sigma: bandwidth for the predictions.
+    sigma: bandwidth of the kernel on predictions.
     estimate: a key of `ESTIMATES`.
 
   Returns:
@@ -285,25 +285,26 @@ def class_mmd(
   *,
   bandwidths: Sequence[float] = FAMILY,
 ) -> jax.Array:
-  r"""Discrepancy of generated vectors and the real ones of the same class.
+  r"""Discrepancy between generated vectors and real ones of the same class.
 
   .. math::
     \frac{1}{N} \sum_c n_c \Big( \frac{1}{n_c (n_c - 1)} \sum_{i \ne j \in c}
     \big( k(v_i, v_j) + k(g_i, g_j) \big)
     - \frac{2}{n_c^2} \sum_{i, j \in c} k(v_i, g_j) \Big)
 
-  the unbiased estimate in each class, over the N vectors of classes with at least two;
-  others count for nothing. The kernels are those of `mmd`, relative to the mean squared
-  distance of the pairs that are compared. It may be below zero.
+  This is the unbiased estimate within each class, averaged over the N vectors of
+  classes that have at least two; other classes are ignored. The kernels are those of
+  `mmd`, relative to the mean squared distance of the compared pairs. It can be
+  negative.
 
   Args:
     real: v, (B, D).
     generated: g, (B, D).
-    labels: (B,) int, the classes of both; -1 for what counts for nothing.
+    labels: (B,) int, the classes of both; -1 for ignored vectors.
     bandwidths: the alphas.
 
   Returns:
-    () discrepancy; 0 where no class has two vectors.
+    () discrepancy; 0 if no class has two vectors.
 
   Examples:
     >>> real, generated, labels = jnp.zeros((2, 1)), jnp.ones((2, 1)), jnp.array([0, 0])
@@ -311,7 +312,7 @@ def class_mmd(
     >>> round(found.item(), 3)  # 2 - 2 / e
     1.264
 
-  Gretton et al., JMLR 13, 2012, lemma 6; class by class as in Bucher et al., arXiv
+  Gretton et al., JMLR 13, 2012, lemma 6; per class as in Bucher et al., arXiv
   1906.00817, section 3.1.
   """
   same = ((labels[:, None] == labels[None]) & (labels >= 0)[None]).astype(jnp.float32)
@@ -332,14 +333,14 @@ def class_mmd(
 
 
 Kernel = Callable[[jax.Array], jax.Array]
-"""From squared distances to values of a kernel, elementwise."""
+"""Maps squared distances to kernel values, elementwise."""
 
 Compared = Sequence[tuple[jax.Array, jax.Array, Kernel]]
 """(source (S, D), target (T, D), kernel) of each layer; their kernels multiply."""
 
 
 def unbiased(compared: Compared) -> jax.Array:
-  """Means over all pairs of different images: no term k(x, x).
+  """Means over all pairs of different images, without the terms k(x, x).
 
   Examples:
     >>> batch = jnp.array([[0.0], [1.0]])
@@ -350,7 +351,7 @@ def unbiased(compared: Compared) -> jax.Array:
 
 
 def biased(compared: Compared) -> jax.Array:
-  """Means over all pairs, each image with itself too: never below zero.
+  """Means over all pairs, including each image with itself: never negative.
 
   Examples:
     >>> batch = jnp.array([[0.0], [1.0]])
@@ -367,8 +368,8 @@ def linear(compared: Compared) -> jax.Array:
     \frac{1}{m} \sum_{i=1}^{m} k(s_{2i-1}, s_{2i}) + k(t_{2i-1}, t_{2i})
     - k(s_{2i-1}, t_{2i}) - k(s_{2i}, t_{2i-1})
 
-  of the first 2 m images of each domain, as many as both have. Unbiased, and noisier
-  than `unbiased`. Gretton et al., lemma 14.
+  over the first 2 m images of each domain, as many as both have. It is unbiased, and
+  noisier than `unbiased`. Gretton et al., lemma 14.
 
   Examples:
     >>> source, target = jnp.zeros((2, 1)), jnp.ones((2, 1))
@@ -395,7 +396,7 @@ ESTIMATES = {'unbiased': unbiased, 'biased': biased, 'linear': linear}
 
 
 def _all_pairs(compared: Compared, *, itself: bool) -> jax.Array:
-  """Means of products of kernels over pairs within and across the domains."""
+  """Returns means of products of kernels over pairs within and across domains."""
   within_s = within_t = across = 1
   for s, t, kernel in compared:
     within_s = within_s * kernel(distances(s, s, squared=True))
@@ -415,14 +416,14 @@ def _all_pairs(compared: Compared, *, itself: bool) -> jax.Array:
 def _family(s: jax.Array, t: jax.Array, bandwidths: Sequence[float]) -> Kernel:
   """Returns the sum of Gaussian kernels with multiples of the mean distance.
 
-  The mean over all pairs of a batch, in linear time: twice the mean squared distance to
-  the centre.
+  The mean over all pairs of a batch is computed in linear time, as twice the mean
+  squared distance to the centre.
   """
   both = [lax.stop_gradient(x) for x in (s, t)]
   size = len(s) + len(t)
   centre = sum(x.sum(0) for x in both) / size
   mean = 2 * sum(((x - centre[None]) ** 2).sum() for x in both) / size
-  # Where all vectors coincide every distance is 0, and any bandwidth will do.
+  # If all vectors coincide, every distance is 0 and any bandwidth will do.
   mean = jnp.where(mean > 0, mean, 1)
   return _gaussians([2 * alpha * mean for alpha in bandwidths])
 
@@ -431,10 +432,10 @@ def _gaussians(denominators: Sequence[jax.Array | float]) -> Kernel:
   return lambda squares: sum(jnp.exp(-squares / d) for d in denominators)
 
 
-# What only the target's predictions say.
+# Alignments that use the target's predictions only.
 
 LEVELS = (1.0, 0.2)
-"""Weights of a network's logits and of its auxiliary ones, in ADVENT's code."""
+"""Weights of a network's logits and auxiliary logits in ADVENT's code."""
 
 
 def entropy(source: Outputs, target: Outputs) -> jax.Array:
@@ -445,7 +446,7 @@ def entropy(source: Outputs, target: Outputs) -> jax.Array:
 
   Args:
     source: not used.
-    target: with 'logits' (T, ..., C), of images or of their pixels.
+    target: outputs with 'logits' (T, ..., C), for images or their pixels.
 
   Returns:
     () entropy, between 0 and log C.
@@ -461,7 +462,7 @@ def entropy(source: Outputs, target: Outputs) -> jax.Array:
 
 
 def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Array:
-  r"""Minimum class confusion: how much target predictions hesitate between two classes.
+  r"""Minimum class confusion: how much target predictions waver between two classes.
 
   .. math::
     \frac{1}{C} \sum_{j \ne k} \frac{M_{jk}}{\sum_l M_{jl}}, \qquad
@@ -469,11 +470,12 @@ def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Ar
     w_i = \frac{T (1 + e^{-H(p_i)})}{\sum_i 1 + e^{-H(p_i)}}
 
   with p the softmax of the logits over the temperature. The weights w, which favour
-  predictions that are sure, are constants to the gradient, as in the authors' code.
+  confident predictions, are constants for the gradient, as in the authors' code.
 
   Args:
     source: not used.
-    target: with 'logits' (T, ..., C), of images or of their pixels, each a prediction.
+    target: outputs with 'logits' (T, ..., C), for images or their pixels, each of which
+      is one prediction.
     temperature: of the softmax.
 
   Returns:
@@ -494,7 +496,7 @@ def mcc(source: Outputs, target: Outputs, *, temperature: float = 2.5) -> jax.Ar
   p = jax.nn.softmax(logits)
   product = jnp.matmul(p.T, p * weights[:, None], precision=lax.Precision.HIGHEST)
   totals = product.sum(1, keepdims=True)
-  # A class that no image is given any probability of is confused with none.
+  # A class with zero probability in every image is confused with none.
   shares = product / jnp.where(totals > 0, totals, 1)
   return (shares.sum() - jnp.trace(shares)) / len(shares)
 
@@ -516,24 +518,25 @@ def minent(
     \sum_l w_l \Big( \frac{1}{N} \sum_n \sum_c I_{nc} + b\, H \Big), \qquad
     I_{nc} = \frac{-p_{nc} \log p_{nc}}{\log C}
 
-  over the N pixels of all images, or those of each image alone whose entropy is highest
-  (ties count), and the layers l of logits. H is `class_prior`.
+  over the N pixels of all images, or only those with the highest entropy in each image
+  (ties included), and the layers l of logits. H is `class_prior`.
 
   Args:
     source: not used.
-    target: with the layers, each of logits (T, ..., C).
+    target: outputs with these layers, each of logits (T, ..., C).
     layers: names of layers of logits, such as 'logits' and 'auxiliary_logits'.
-    counts: (C,) labels of each class in the source, of which the prior is made.
-    weights: w, of the layers in their order.
+    counts: (C,) labels of each class in the source, from which the prior is made.
+    weights: w, one for each layer, in order.
     hardest: the share of an image's pixels that count, in (0, 1].
     prior: b. The paper does not give it.
     mu: see `class_prior`.
 
   Returns:
-    () between 0 and the sum of the weights, the prior left out.
+    () between 0 and the sum of the weights, apart from the prior.
 
   Raises:
-    UserError: no such layers, fewer weights than layers, or a share out of range.
+    UserError: a layer the network lacks, fewer weights than layers, or a share out of
+      range.
 
   Examples:
     >>> even, counts = {'logits': jnp.zeros((2, 2))}, np.array([90, 10])
@@ -572,22 +575,22 @@ def class_prior(
     \sum_l w_l \frac{1}{T} \sum_i \sum_c
     \max\Big(0,\ \mu\, q_c - \frac{1}{N} \sum_n p_{inc}\Big)
 
-  with the shares q of the classes among the source's labels. It keeps the entropy from
-  being lowered by giving up rare classes.
+  where q are the shares of the classes among the source's labels. It stops the network
+  from lowering the entropy by giving up rare classes.
 
   Args:
     source: not used.
-    target: with the layers, each of logits (T, ..., C).
+    target: outputs with these layers, each of logits (T, ..., C).
     layers: names of layers of logits.
     counts: (C,) labels of each class in the source.
-    weights: w, of the layers in their order.
-    mu: how much of a class's share is asked for, in [0, 1].
+    weights: w, one for each layer, in order.
+    mu: how much of a class's share is required, in [0, 1].
 
   Returns:
     () at least 0.
 
   Raises:
-    UserError: no such layers, or fewer weights than layers.
+    UserError: a layer the network lacks, or fewer weights than layers.
 
   Examples:
     >>> even, counts = {'logits': jnp.zeros((2, 2))}, np.array([90, 10])
@@ -611,7 +614,7 @@ def class_prior(
 def levels(
   what: str, layers: Sequence[str], weights: Sequence[float]
 ) -> list[tuple[str, float]]:
-  """Returns layers of logits with their weights, of which there may be more.
+  """Pairs layers of logits with their weights; surplus weights are dropped.
 
   Raises:
     UserError: there are fewer weights than layers.
@@ -645,7 +648,7 @@ def scores(outputs: Outputs, name: str) -> jax.Array:
 def self_information(logits: jax.Array) -> jax.Array:
   r"""Returns -p log p / log C of each class: the terms of the normalised entropy.
 
-  From the logarithm of the softmax: finite, with finite gradients, for any logits.
+  Computed from the log-softmax, so it is finite, with finite gradients, for any logits.
 
   Args:
     logits: (..., C).
@@ -662,7 +665,7 @@ def self_information(logits: jax.Array) -> jax.Array:
 
 
 def _mean_of_largest(values: jax.Array, share: float) -> jax.Array:
-  """Returns the mean of the largest values (B, N) of each row, rounded up, and ties."""
+  """Returns the mean of a share of each row's largest values, rounded up, with ties."""
   count = math.ceil(share * values.shape[1])
   if count == values.shape[1]:
     return values.mean()
@@ -678,7 +681,7 @@ def _entropies(logits: jax.Array) -> jax.Array:
 
 
 def _check_sizes(source: Outputs, target: Outputs) -> None:
-  """Raises a `UserError` where a batch has too few images to be compared."""
+  """Raises a `UserError` if a batch has too few images to compare."""
   sizes = [len(outputs['logits']) for outputs in (source, target)]
   if min(sizes) < 2:
     raise UserError(
@@ -699,11 +702,11 @@ ALIGNMENTS = {
 }
 
 
-# Weights by the progress of a stage.
+# Weights as functions of a stage's progress.
 
 
 def constant(progress: jax.Array, *, weight: float) -> jax.Array:
-  """The weight, all along.
+  """The same weight throughout.
 
   Examples:
     >>> float(constant(0.3, weight=2.0))
@@ -713,13 +716,13 @@ def constant(progress: jax.Array, *, weight: float) -> jax.Array:
 
 
 def dann(progress: jax.Array, *, weight: float = 1.0, gamma: float = 10.0) -> jax.Array:
-  r"""Rises from 0 to almost the weight w, steeply at first.
+  r"""Rises from 0 to almost w, steeply at first.
 
   .. math::
     w \Big( \frac{2}{1 + e^{-\gamma p}} - 1 \Big)
 
-  The schedule of others that counts steps, such as TLLib's with its 1,000 steps, is
-  this one of a training of 10,000 steps.
+  Schedules that count steps, such as TLLib's with its 1,000 steps, equal this one for a
+  training of 10,000 steps.
 
   Args:
     progress: p, in [0, 1].
@@ -732,14 +735,14 @@ def dann(progress: jax.Array, *, weight: float = 1.0, gamma: float = 10.0) -> ja
 
   Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2.
   """
-  # The same as tanh, which keeps its precision near zero.
+  # Written as tanh, which stays precise near zero.
   return weight * jnp.tanh(gamma * progress / 2)
 
 
 def ramp(
   progress: jax.Array, *, weight: float, begin: float = 0.0, end: float = 1.0
 ) -> jax.Array:
-  """Rises linearly from 0 at the progress `begin` to the weight at `end`, and stays.
+  """Rises linearly from 0 at progress `begin` to the weight at `end`, and stays there.
 
   Examples:
     >>> float(ramp(0.25, weight=2.0)), float(ramp(0.25, weight=2.0, end=0.5))
@@ -751,16 +754,16 @@ def ramp(
 
 
 WEIGHTS = {'constant': constant, 'dann': dann, 'linear': ramp}
-"""name -> (progress, *, weight, ...) -> the weight, of the shape of the progress."""
+"""name -> (progress, *, weight, ...) -> the weight, in the shape of the progress."""
 
 
 def make_weight(weight: float | Mapping[str, Any], progress: Schedule) -> Schedule:
   """Returns a weight as a function of the step.
 
   Args:
-    weight: a number; or the name and options of a schedule, such as
-      {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}.
-    progress: step -> () float32 in [0, 1], how much of the stage is done.
+    weight: a number, or the name and options of a schedule, such as {'name': 'dann',
+      'gamma': 10.0, 'weight': 1.0}.
+    progress: step -> () float32 in [0, 1], the share of the stage that is done.
 
   Raises:
     UserError: an unknown name or option.
@@ -778,7 +781,7 @@ def make_weight(weight: float | Mapping[str, Any], progress: Schedule) -> Schedu
       "{'name': 'dann', 'gamma': 10.0, 'weight': 1.0}"
     )
   options = {key: value for key, value in weight.items() if key != 'name'}
-  # Wrong options are told now, not when the step is traced.
+  # Reports wrong options now, not when the step is traced.
   construct(WEIGHTS, 'weight schedule', weight['name'], np.float32(0), options=options)
   schedule = WEIGHTS[weight['name']]
   return lambda step: schedule(progress(step), **options)
@@ -793,21 +796,21 @@ def make_alignment(
   progress: Schedule,
   **options: Any,
 ) -> Callable[[Outputs, Outputs, jax.Array], jax.Array] | None:
-  """Returns a weighted alignment of the outputs of two domains.
+  """Returns a weighted alignment as a function of the outputs for two domains.
 
   Args:
     name: a key of `ALIGNMENTS`.
-    align_on: names of the layers that are compared, for those that compare layers.
+    align_on: names of the layers to compare, for alignments that compare layers.
     weight: a number or a schedule, see `make_weight`.
-    counts: (C,) training images of each class, for those that ask for them.
+    counts: (C,) training images per class, for alignments that use them.
     progress: step -> () float32 in [0, 1].
-    **options: of the alignment, such as `estimate`.
+    **options: options of the alignment, such as `estimate`.
 
   Returns:
     (source, target, step) -> (); None for 'none'.
 
   Raises:
-    UserError: an unknown name or option, or no layer where layers are compared.
+    UserError: an unknown name or option, or no layers for an alignment that needs them.
 
   Examples:
     >>> made = make_alignment(

@@ -1,7 +1,7 @@
 """Per-example classification losses: (logits, labels) -> (B,), never a mean.
 
-Weights, masks and the reduction belong to the caller. Labels are class indices; all
-losses here are finite, with finite gradients, at logits of +-1e4.
+Weights, masks and the reduction belong to the caller. Labels are class indices. All
+losses here are finite, with finite gradients, even for logits of +-1e4.
 """
 
 import chex
@@ -14,7 +14,7 @@ import optax
 def one_hot_targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Returns one-hot targets of the shape and dtype of the logits.
 
-  Every loss here passes through it, so it also guards the shapes.
+  Every loss here calls it, so it also checks the shapes.
 
   Args:
     logits: (B, C) float.
@@ -36,7 +36,7 @@ def one_hot_targets(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def cross_entropy(
   logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
 ) -> jax.Array:
-  r"""Softmax cross-entropy, optionally with smoothed labels.
+  r"""Softmax cross-entropy, optionally with label smoothing.
 
   .. math::
     \ell = -\sum_c t_c \log \mathrm{softmax}(z)_c, \qquad
@@ -68,8 +68,8 @@ def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     \ell = \sum_c \mathrm{softplus}(-s_c z_c), \qquad
     s_c = +1 \text{ if } c = y \text{ else } -1
 
-  The head should start with the bias -log(C - 1), a prior of 1/C for every class, lest
-  the C - 1 negatives rule the first steps.
+  The head's bias should start at -log(C - 1), a prior of 1/C for every class; otherwise
+  the C - 1 negatives dominate the first steps.
 
   Args:
     logits: (B, C).
@@ -96,10 +96,9 @@ def softmax_focal(
   .. math::
     \ell = -(1 - p)^\gamma \log p
 
-  p is that of the unweighted cross-entropy. The code of LDAM-DRW (kaidic/LDAM-DRW)
-  differs: with class weights w it takes p = exp(-w CE), so there w also bends the
-  focusing factor; here w multiplies the loss and nothing else. gamma = 0 is
-  cross-entropy.
+  p comes from the unweighted cross-entropy. The code of LDAM-DRW (kaidic/LDAM-DRW)
+  differs: with class weights w it takes p = exp(-w CE), so w also changes the focusing
+  factor; here w only multiplies the loss. gamma = 0 is cross-entropy.
 
   Args:
     logits: (B, C), C > 1.
@@ -116,8 +115,8 @@ def softmax_focal(
 
   Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002.
   """
-  # log(1 - p) from the other classes: finite where 1 - p rounds to zero, so the power
-  # has a gradient there for every gamma.
+  # log(1 - p) is computed from the other classes: it is finite where 1 - p rounds to
+  # zero, so the power has a gradient there for every gamma.
   others = jax.nn.logsumexp(logits, axis=-1, where=one_hot_targets(logits, labels) == 0)
   log_not_p = others - jax.nn.logsumexp(logits, axis=-1)
   return jnp.exp(gamma * log_not_p) * cross_entropy(logits, labels)
@@ -132,7 +131,7 @@ def sigmoid_focal(
     \ell = -\sum_c (1 - p_c)^\gamma \log p_c, \qquad p_c = \mathrm{sigmoid}(s_c z_c),
     \quad s_c = +1 \text{ if } c = y \text{ else } -1
 
-  There is no separate alpha: the class weight plays its part. gamma = 0 is
+  There is no separate alpha: class weights play that part. gamma = 0 is
   `sigmoid_cross_entropy`.
 
   Args:
@@ -159,18 +158,18 @@ def sigmoid_focal(
 def balanced_softmax(
   logits: jax.Array, labels: jax.Array, *, counts: np.ndarray
 ) -> jax.Array:
-  r"""Cross-entropy under the training prior, with logits free of it.
+  r"""Cross-entropy with the training prior added, so that the logits learn without it.
 
   .. math::
     \ell = -\log \frac{n_y e^{z_y}}{\sum_c n_c e^{z_c}}
 
-  It is `logit_adjustment` with tau = 1. A class-balanced sampler beside it would
-  correct the prior twice.
+  It is `logit_adjustment` with tau = 1. With a class-balanced sampler as well, the
+  prior would be corrected twice.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
 
   Returns:
     (B,) losses in nats.
@@ -194,12 +193,12 @@ def logit_adjustment(
   .. math::
     \ell = \mathrm{CE}(z + \tau \log \pi, y), \qquad \pi_c = n_c / \sum_k n_k
 
-  The shift exists in training only: predictions are made with z.
+  The shift applies in training only: predictions use z.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     tau: strength; 0 is cross-entropy.
 
   Returns:
@@ -232,13 +231,13 @@ def label_aware_smoothing(
     \ell = -(1 - \epsilon_y) \log p_y - \frac{\epsilon_y}{C} \sum_c \log p_c, \qquad
     \epsilon_y = t + (h - t) \sin \frac{\pi (n_y - n_{\min})}{2 (n_{\max} - n_{\min})}
 
-  with p = softmax(z). head = tail is `cross_entropy` with that label smoothing. Where
-  all counts are equal every class takes `tail`.
+  with p = softmax(z). head = tail is `cross_entropy` with that label smoothing. If all
+  counts are equal, every class takes `tail`.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     head: h, smoothing of the largest class, in [0, 1].
     tail: t, smoothing of the smallest class, in [0, 1].
 
@@ -253,8 +252,8 @@ def label_aware_smoothing(
     [1.5, 0.0]
 
   Zhong et al., "Improving Calibration for Long-Tailed Recognition", CVPR 2021, arXiv
-  2104.00466. That the smoothing goes to all C classes, the true one among them, is that
-  of the authors' code (dvlab-research/MiSLAS); so are the defaults, which are those for
+  2104.00466. As in the authors' code (dvlab-research/MiSLAS), the smoothing is spread
+  over all C classes, the true one included. The defaults are the code's for
   ImageNet-LT.
   """
   chex.assert_shape(counts, logits.shape[-1:])
@@ -262,7 +261,7 @@ def label_aware_smoothing(
   above = np.asarray(counts, np.float64) - np.min(counts)
   rise = np.sin(np.pi / 2 * above / (above.max() or 1))
   smoothing = jnp.asarray(tail + (head - tail) * rise, logits.dtype)[None]
-  # A sum, not a product of matrices, which would round the smoothing on a TPU.
+  # A sum, not a matrix product, which would round the smoothing on a TPU.
   own = (targets * smoothing).sum(-1, keepdims=True)
   return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, own))
 
@@ -282,12 +281,12 @@ def vector_scaling(
     \Delta_c = (n_c / n_{\max})^\gamma, \quad \iota_c = \tau \log \pi_c
 
   gamma = 0 is `logit_adjustment`, tau = 0 is `class_dependent_temperature`, gamma = tau
-  = 0 is cross-entropy. Predictions are made with z.
+  = 0 is cross-entropy. Predictions use z.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     gamma: exponent of the scales.
     tau: strength of the shift.
 
@@ -301,7 +300,7 @@ def vector_scaling(
     3.632
 
   Kini et al., "Label-Imbalanced and Group-Sensitive Classification under
-  Overparameterization", NeurIPS 2021, arXiv 2103.01550; defaults of the authors' code
+  Overparameterization", NeurIPS 2021, arXiv 2103.01550; defaults from the authors' code
   (orparask/VS-Loss).
   """
   chex.assert_shape(counts, logits.shape[-1:])
@@ -317,14 +316,14 @@ def class_dependent_temperature(
   .. math::
     \ell = \mathrm{CE}(z / a, y), \qquad a_c = (n_{\max} / n_c)^\gamma
 
-  Training only: predictions are made with z, hence with larger values for rare classes.
-  It is `vector_scaling` with tau = 0, whose gamma is the default here; gamma = 0 is
-  cross-entropy.
+  The temperatures apply in training only: predictions use z, which is therefore larger
+  for rare classes. It is `vector_scaling` with tau = 0, and has the same default gamma;
+  gamma = 0 is cross-entropy.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     gamma: exponent of the temperatures.
 
   Returns:
@@ -357,5 +356,5 @@ LOSSES = {
 
 
 def _signed(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns logits with the sign turned for every class but the true one."""
+  """Returns logits with the sign flipped for every class but the true one."""
   return (2 * one_hot_targets(logits, labels) - 1) * logits

@@ -1,9 +1,9 @@
-"""Per-example losses that ask for a margin at the true class.
+"""Per-example losses that require a margin for the true class.
 
-The margins are cosines. The cosine head of this library multiplies by its scale s, so
-logits are already s cos and softmax(logits) is the probability the model states; hence
-a margin m is subtracted from the logits as s m, with `scale` that of the head. This is
-the papers' CE(s (cos - m)) exactly. Predictions are made without the margin.
+Margins are cosines. The cosine head of this library multiplies by its scale s, so the
+logits are already s cos, and softmax(logits) is the model's probability. A margin m is
+therefore subtracted from the logits as s m, where `scale` must be the head's. This is
+exactly the papers' CE(s (cos - m)). Predictions are made without the margin.
 """
 
 import chex
@@ -15,13 +15,13 @@ from lt_jax.losses.classification import cross_entropy, one_hot_targets
 
 
 def ldam_margins(counts: np.ndarray, max_margin: float = 0.5) -> np.ndarray:
-  r"""Margins that fall with the fourth root of the count.
+  r"""Margins that shrink with the fourth root of the count.
 
   .. math::
     \Delta_c = K n_c^{-1/4}, \qquad \max_c \Delta_c = \text{max\_margin}
 
   Args:
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     max_margin: margin of the rarest class, as a cosine.
 
   Returns:
@@ -48,17 +48,17 @@ def ldam(
   .. math::
     \ell = \mathrm{CE}(z - s \Delta_y \mathrm{onehot}(y), y), \qquad z = s \cos
 
-  The logits come scaled from the cosine head, so this equals the paper's
-  CE(s (cos - Delta_y onehot(y))). max_margin = 0 is cross-entropy. LDAM-DRW weighs it
-  by class from a late step on (`lt_jax.class_weights`) and divides by the sum of the
-  weights (`lt_jax.losses.REDUCTIONS['weight_normalised']`).
+  The logits come scaled from the cosine head, so this equals the paper's CE(s (cos -
+  Delta_y onehot(y))). max_margin = 0 is cross-entropy. LDAM-DRW adds class weights late
+  in training (`lt_jax.class_weights`) and divides by the sum of the weights
+  (`lt_jax.losses.REDUCTIONS['weight_normalised']`).
 
   Args:
     logits: (B, C), scale times cosine.
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     max_margin: margin of the rarest class, as a cosine.
-    scale: s, that of the head.
+    scale: s of the head.
 
   Returns:
     (B,) losses in nats.
@@ -78,19 +78,19 @@ def ldam(
 def uniform_margin(
   logits: jax.Array, labels: jax.Array, *, margin: float = 0.5, scale: float = 30.0
 ) -> jax.Array:
-  r"""Cross-entropy with one margin for every class.
+  r"""Cross-entropy with the same margin for every class.
 
   .. math::
     \ell = \mathrm{CE}(z - s m\, \mathrm{onehot}(y), y), \qquad z = s \cos
 
-  The control of LDAM: with deferred re-weighting, its M-DRW. margin = 0 is
-  cross-entropy.
+  It is the control for LDAM; with deferred re-weighting, the paper's M-DRW. margin = 0
+  is cross-entropy.
 
   Args:
     logits: (B, C), scale times cosine.
     labels: (B,) int.
     margin: m, as a cosine.
-    scale: s, that of the head.
+    scale: s of the head.
 
   Returns:
     (B,) losses in nats.
@@ -110,6 +110,6 @@ LOSSES = {'ldam': ldam, 'uniform_margin': uniform_margin}
 
 
 def _with_margins(logits, labels, margins, scale):
-  """Returns the cross-entropy (B,) with margins (C,) off the true logits."""
+  """Returns the cross-entropy (B,) with margins (C,) taken off the true logits."""
   offsets = jnp.asarray(scale * margins, logits.dtype)[None]
   return cross_entropy(logits - offsets * one_hot_targets(logits, labels), labels)

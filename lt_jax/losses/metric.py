@@ -1,9 +1,9 @@
 """Batch penalties: terms that exist only over a whole batch.
 
-Distances between the features of a batch, distances to the centroids of classes, and
+They use distances between the features of a batch, distances to class centroids, and
 LADE's bound on the logits. A penalty is added to the objective after the reduction and
-is never weighted by class. Memory is that of a few (B, B), (B, C), (B, D) and (C, D).
-Everything is finite, with finite gradients, also where vectors coincide or are zero.
+is never weighted by class. Memory is a few arrays of (B, B), (B, C), (B, D) and (C, D).
+Everything is finite, with finite gradients, even where vectors coincide or are zero.
 """
 
 import math
@@ -20,21 +20,21 @@ from lt_jax.losses.classification import one_hot_targets
 def distances(
   features: jax.Array, centroids: jax.Array, squared: bool = False
 ) -> jax.Array:
-  r"""Euclidean distances of every feature to every centroid.
+  r"""Euclidean distances from every feature to every centroid.
 
   .. math::
     d_{bc}^2 = \max(0, |v_b|^2 + |c_c|^2 - 2 v_b^\top c_c)
 
   The gradient of d is 0 where d is 0. In float32 the subtraction leaves an error of
-  about 1e-7 |v|^2 in d^2, so distances below some 1e-3 |v| are not to be trusted.
+  about 1e-7 |v|^2 in d^2, so don't trust distances below about 1e-3 |v|.
 
   Args:
     features: (B, D).
-    centroids: (C, D); the features themselves for the distances within a batch.
+    centroids: (C, D); pass the features again for distances within a batch.
     squared: return d^2.
 
   Returns:
-    (B, C), in float32 whatever narrower type comes in.
+    (B, C), at least float32, even for narrower inputs.
 
   Examples:
     >>> distances(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 0.0], [3.0, 4.0]])).tolist()
@@ -48,7 +48,7 @@ def distances(
   if squared:
     return squares
   apart = squares > 0
-  # The inner `where` keeps the infinite slope of the root out of the gradient.
+  # The inner `where` keeps the square root's infinite slope out of the gradient.
   return jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1)), 0)
 
 
@@ -62,10 +62,10 @@ def lifted_structure(
     J_{ij} = D_{ij} + \log \Big( \sum_{k: y_k \ne y_i} e^{m - D_{ik}}
     + \sum_{l: y_l \ne y_j} e^{m - D_{jl}} \Big)
 
-  over pairs i != j of one class, D the distances of the features projected to unit
-  length. The sum over negatives is the paper's smooth bound of the hardest one. A batch
-  without a positive pair costs 0, and so does one without negatives: its J is -inf,
-  there is nothing to keep away from.
+  over pairs i != j of one class, where D are the distances of the features projected to
+  unit length. The sum over negatives is the paper's smooth bound on the hardest one.
+  The penalty is 0 for a batch without positive pairs, and for one without negatives,
+  where J is -inf.
 
   Args:
     features: (B, D), projected to unit length here.
@@ -88,12 +88,12 @@ def lifted_structure(
   distance = distances(vectors, vectors)
   positive = same & ~jnp.eye(len(labels), dtype=bool)
   opposed = ~same.all()
-  # A class has negatives exactly if the batch has two classes; without them the sum
-  # runs over anything finite and is masked below.
+  # A class has negatives exactly if the batch has two classes. Without negatives the
+  # sum runs over arbitrary finite values and is masked below.
   push = jax.nn.logsumexp(margin - distance, axis=1, where=~same | ~opposed)
   hinges = jax.nn.relu(distance + jnp.logaddexp(push[:, None], push[None]))
   pairs = jnp.where(positive & opposed, hinges, 0) ** 2
-  # Both orders of a pair are in the sum, and in the count.
+  # Both the sum and the count include each pair in both orders.
   return pairs.sum() / (2 * jnp.maximum(positive.sum(), 1))
 
 
@@ -112,9 +112,10 @@ def range_loss(
     H_c = \frac{k}{\sum_{i \le k} 1 / D_i}
 
   over the classes in the batch. D_1 >= D_2 are the largest squared distances between
-  two images of the class, H their harmonic mean, with k = 2; a class with two images
+  two images of the class, H is their harmonic mean, with k = 2. A class with two images
   has one pair, and k = 1; a class with one image adds nothing to the first term. mu is
-  the mean of the class's images in the batch. One class alone has no second term.
+  the mean of the class's images in the batch. A batch with a single class has no second
+  term.
 
   Args:
     features: (B, D), projected to unit length here.
@@ -132,14 +133,14 @@ def range_loss(
     1.25
 
   Zhang et al., "Range Loss for Deep Face Recognition with Long-tail", ICCV 2017, arXiv
-  1611.08976. The unit length is ours, and so are the defaults of alpha, beta and m that
-  go with it: the paper's are made for features of faces, of any length.
+  1611.08976. The unit length is ours, and so are the defaults of alpha, beta and m,
+  which suit it: the paper's are for face features of any length.
   """
   same = _same_class(features, labels)
   vectors = _unit(features)
   within = distances(vectors, vectors, squared=True)
   intra = _harmonic_ranges(within, same).sum()
-  # The centre of an image's class, once for every image of it: ties share the gradient.
+  # The class centre, repeated for every image of the class: ties share the gradient.
   centres = _product(same.astype(vectors.dtype), vectors) / same.sum(1, keepdims=True)
   between = distances(centres, centres, squared=True)
   closest = jnp.where(same, jnp.inf, between).min()
@@ -161,28 +162,29 @@ def lade(
     - \frac{1}{n_c} \sum_{b: y_b = c} z_{bc} \Big), \qquad
     \ell_c = \log \frac{1}{B} \sum_b w\, e^{z_{bc}}
 
-  the Donsker-Varadhan bound of the divergence between p(x | c) and a mixture of all
-  classes, negated, with a pull of l_c to 0; n_c counts the images of class c in the
-  batch, pi is the training prior. The importance weight w = p_u / p_s, with p_u = 1 / C
-  and p_s = pi, stands for images drawn uniformly over classes.
+  This is the negated Donsker-Varadhan bound on the divergence between p(x | c) and a
+  mixture of all classes, plus a pull of l_c towards 0. n_c counts the images of class c
+  in the batch; pi is the training prior. The importance weight w = p_u / p_s, with p_u
+  = 1 / C and p_s = pi, simulates images drawn uniformly over classes.
 
-  Here the released code and the formula differ. Importance sampling asks for the weight
-  of the image's own class, w = 1 / (C pi_{y_b}) (`weight_by_example`). The code takes
-  the weight of the class whose bound it is, w = 1 / (C pi_c), which only shifts l_c:
-  its optimum is z_c = log p_s(c | x) + log C, the posterior under the training prior,
-  where the other's is the balanced log p_u(c | x) + log C. The code is the default
-  because the published figures are its own. A class without images in the batch keeps
-  its l_c and has no sum, as in the code, whose 1e-9 and 1e-8 are left out.
+  Here the released code and the formula differ. Importance sampling needs the weight of
+  the image's own class, w = 1 / (C pi_{y_b}) (`weight_by_example`). The code takes the
+  weight of the class being bounded, w = 1 / (C pi_c), which only shifts l_c: its
+  optimum is z_c = log p_s(c | x) + log C, the posterior under the training prior, while
+  that of the formula is the balanced log p_u(c | x) + log C. The code's weight is the
+  default because it produced the published figures. For a class without images in the
+  batch, l_c stays and the sum is empty, as in the code, whose constants 1e-9 and 1e-8
+  are left out.
 
-  LADE is this beside the loss `balanced_softmax`, which is its per-example part; on
-  CIFAR-100-LT the authors weigh this by 0.1.
+  LADE combines this with `balanced_softmax` as the per-example loss; on CIFAR-100-LT
+  the authors weight this term by 0.1.
 
   Args:
     logits: (B, C).
     labels: (B,) int.
-    counts: (C,) training images of each class, all > 0.
+    counts: (C,) training images per class, all > 0.
     regularisation: lambda, >= 0.
-    weight_by_example: take w of the image's class, not of the bound's.
+    weight_by_example: take w of the image's class, not of the class being bounded.
 
   Returns:
     () penalty, of either sign.
@@ -211,13 +213,13 @@ def lade(
 PENALTIES = {'lifted': lifted_structure, 'range': range_loss, 'lade': lade}
 
 
-# The discriminative centroid loss: its parts, for a method that keeps centroids.
+# The parts of the discriminative centroid loss, for a method that keeps centroids.
 
 
 def attraction(
   features: jax.Array, labels: jax.Array, centroids: jax.Array
 ) -> jax.Array:
-  r"""Half the mean squared distance of the features to their own centroids.
+  r"""Half the mean squared distance from the features to their own centroids.
 
   .. math::
     \frac{1}{2B} \sum_b |v_b - c_{y_b}|^2
@@ -225,8 +227,8 @@ def attraction(
   Args:
     features: (B, D).
     labels: (B,) int.
-    centroids: (C, D). The released code does not move them by this gradient, but by
-      `centroid_gradient`: stop theirs to do the same.
+    centroids: (C, D). The released code moves them by `centroid_gradient` instead of
+      this gradient: wrap them in `stop_gradient` to do the same.
 
   Returns:
     () penalty.
@@ -256,7 +258,7 @@ def repulsion(
     \min\Big(\max\Big(m - \frac{1}{BC} \sum_b \sum_{c \ne y_b} |v_b - c_c|^2,\; 0\Big),
     \; 10^6\Big)
 
-  The own centroids count as distance 0 and stay in the denominator B C.
+  An image's own centroid counts as distance 0 and stays in the denominator B C.
 
   Args:
     features: (B, D).
@@ -284,13 +286,13 @@ def repulsion(
 def centroid_gradient(
   features: jax.Array, labels: jax.Array, centroids: jax.Array
 ) -> jax.Array:
-  r"""The step direction of the centroids that goes with `attraction`, in closed form.
+  r"""The update direction of the centroids for `attraction`, in closed form.
 
   .. math::
     g_j = \frac{1}{B} \frac{\sum_{b: y_b = j} (c_j - v_b)}{1 + n_j}
 
   n_j counts class j in the batch. The derivative of `attraction` lacks the 1 + n_j. In
-  the released code the weight of the loss does not reach this gradient either.
+  the released code the weight of the loss does not scale this gradient either.
 
   Args:
     features: (B, D).
@@ -309,7 +311,7 @@ def centroid_gradient(
   ECCV 2016, equation 4; divided by B as in the code of Liu et al., arXiv 1904.05160.
   """
   difference = -_to_own(features, labels, centroids)
-  # A product, not a scatter: its sums have one order on every device.
+  # A product, not a scatter: it sums in the same order on every device.
   members = jax.nn.one_hot(labels, len(centroids), dtype=difference.dtype, axis=0)
   sums = _product(members, difference)
   return sums / (1 + members.sum(1, keepdims=True)) / len(labels)
@@ -322,14 +324,14 @@ def large_margin(
   *,
   margin: float = 5.0,
 ) -> jax.Array:
-  r"""The discriminative centroid loss as the paper prints it, averaged over the batch.
+  r"""The discriminative centroid loss as printed in the paper, averaged over the batch.
 
   .. math::
     \frac{1}{B} \sum_b \max\Big(0, |v_b - c_{y_b}|
     - \sum_{c \ne y_b} |v_b - c_c| + m\Big)
 
-  The sum has C - 1 terms, so with many classes the hinge is seldom active. The authors'
-  code has `attraction` and `repulsion` in its place.
+  The sum has C - 1 terms, so with many classes the hinge is rarely active. The authors'
+  code uses `attraction` and `repulsion` instead.
 
   Args:
     features: (B, D).
@@ -358,14 +360,15 @@ def _harmonic_ranges(within: jax.Array, same: jax.Array) -> jax.Array:
 
   Args:
     within: (B, B) squared distances.
-    same: (B, B), whether two images are of one class.
+    same: (B, B), whether two images share a class.
   """
   before = jnp.tri(len(same), k=-1, dtype=bool)
   # -1 stands for "no pair"; two columns of it make a batch of any size wide enough.
   pairs = jnp.where(same & before, within, -1)
   pairs = jnp.pad(pairs, ((0, 0), (0, 2)), constant_values=-1)
   widest = lax.top_k(pairs, 2)[0]
-  # The two widest pairs of a class are among the two widest of each of its images.
+  # The two widest pairs of a class are among the two widest pairs of each of its
+  # images.
   candidates = jnp.where(same[:, :, None], widest[None], -1)
   first, second = lax.top_k(candidates.reshape(len(same), -1), 2)[0].T
   mean = 2 * first * second / jnp.where(first > 0, first + second, 1)
@@ -374,7 +377,7 @@ def _harmonic_ranges(within: jax.Array, same: jax.Array) -> jax.Array:
 
 
 def _same_class(features: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns (B, B): whether two images of the batch are of one class."""
+  """Returns (B, B): whether two images of the batch share a class."""
   _check_batch(features, labels)
   return labels[:, None] == labels[None]
 
@@ -387,7 +390,7 @@ def _to_own(features: jax.Array, labels: jax.Array, centroids: jax.Array) -> jax
 
 
 def _check_batch(features: jax.Array, labels: jax.Array) -> None:
-  """Guards the shapes (B, D) and (B,), and that labels are whole numbers."""
+  """Checks the shapes (B, D) and (B,), and that labels are integers."""
   chex.assert_rank([features, labels], [2, 1])
   chex.assert_type(labels, int)
   chex.assert_equal_shape_prefix([features, labels], 1)
@@ -406,10 +409,10 @@ def _squares(vectors: jax.Array) -> jax.Array:
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-  """Returns a matrix product without bfloat16 passes."""
+  """Returns a matrix product in full precision, without bfloat16 passes."""
   return jnp.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
 def _wide(x: jax.Array) -> jax.Array:
-  """Returns x, widened where it is narrower than float32."""
+  """Returns x as float32 if its type is narrower."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,8 +1,8 @@
-"""Ranking losses over classes: how close wrong classes score to the right one.
+"""Ranking losses over classes: wrong classes must score below the right one.
 
 Source of the form: Akata et al., Label-Embedding for Image Classification, arXiv
 1503.08677. All are functions of logits (B, C) and labels (B,) that return (B,); a class
-that is not learned has the logit -1e9 and never counts.
+that is ruled out has the logit -1e9 and never counts.
 """
 
 import jax
@@ -13,7 +13,7 @@ from lt_jax.losses.classification import one_hot_targets
 
 
 def _violations(logits: jax.Array, labels: jax.Array, margin: float) -> jax.Array:
-  """Returns [margin + z_c - z_y]_+ (B, C), 0 of the class y itself."""
+  """Returns [margin + z_c - z_y]_+ (B, C), with 0 for the class y itself."""
   targets = one_hot_targets(logits, labels)
   right = (targets * logits).sum(-1, keepdims=True)
   return (1 - targets) * jax.nn.relu(margin + logits - right)
@@ -34,8 +34,8 @@ def devise(logits: jax.Array, labels: jax.Array, *, margin: float = 0.1) -> jax.
     >>> devise(logits, labels, margin=1.0).item()  # 0.5 + 1
     1.5
 
-  Source: Frome et al., DeViSE, NIPS 2013, equation 1; its code stops at the first
-  violation in a random order.
+  Source: Frome et al., DeViSE, NIPS 2013, equation 1; the authors' code stops at the
+  first violation in a random order.
   """
   return _violations(logits, labels, margin).sum(-1)
 
@@ -62,14 +62,14 @@ def sje(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Arr
 
 
 def ale(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Array:
-  r"""Weighs the violations by the rank of the right class.
+  r"""Weights the violations by the rank of the right class.
 
   .. math::
     \ell = \frac{\beta_r}{r} \sum_{c \neq y} [\, m + z_c - z_y \,]_+, \qquad
     \beta_r = \sum_{i=1}^{r} \frac{1}{i}
 
-  r is the number of classes that violate the margin: all scores are there, so it is
-  exact and needs no sampling. The weight is constant for the gradient.
+  r is the number of classes that violate the margin. All scores are known, so it is
+  exact and needs no sampling. The weight is a constant for the gradient.
 
   Args:
     logits: (B, C).
@@ -81,8 +81,8 @@ def ale(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Arr
     >>> ale(logits, labels, margin=1.0).item()  # (1 + 1/2) / 2 * (0.5 + 1)
     1.125
 
-  Source: Akata et al., arXiv 1503.08677, equation 12, after the WSABIE of Weston et
-  al., 2010.
+  Source: Akata et al., arXiv 1503.08677, equation 12, after WSABIE by Weston et al.,
+  2010.
   """
   violations = _violations(logits, labels, margin)
   rank = (violations > 0).sum(-1)
@@ -94,8 +94,9 @@ def ale(logits: jax.Array, labels: jax.Array, *, margin: float = 1.0) -> jax.Arr
 def negative_score(logits: jax.Array, labels: jax.Array) -> jax.Array:
   r"""Returns minus the right class's score, :math:`\ell = -z_y`.
 
-  Of scores that are negative squared distances it is the squared distance from an image
-  to its class, which says nothing of other classes: one side must be fixed.
+  If scores are negative squared distances, it is the squared distance between an image
+  and its class. It ignores the other classes, so one side must be fixed: otherwise
+  everything collapses to a point.
 
   Args:
     logits: (B, C).

@@ -1,8 +1,8 @@
-"""Losses of further tasks per image: means over the labels that exist.
+"""Losses of additional tasks per image: means over the labels that exist.
 
 A kind of task is a function (outputs (B, K), labels) -> (losses, valid), both (B,) or
-(B, K). What is not labelled is masked before any logarithm, so it has neither a loss
-nor a gradient, whatever its label is.
+(B, K). Missing labels are masked before any logarithm, so they give neither a loss nor
+a gradient, whatever value they have.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ import optax
 
 
 def softmax(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Cross-entropy of one class of K.
+  """Cross-entropy over K classes.
 
   Args:
     logits: (B, K).
-    labels: (B,) int, -1 where there is none.
+    labels: (B,) int, -1 if missing.
 
   Examples:
     >>> losses, valid = softmax(jnp.zeros((2, 2)), jnp.array([0, -1]))
@@ -37,7 +37,7 @@ def sigmoid(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]
 
   Args:
     logits: (B, K).
-    labels: (B, K) int, 1 or 0, -1 where it is not known.
+    labels: (B, K) int, 1 or 0, -1 if unknown.
 
   Examples:
     >>> losses, valid = sigmoid(jnp.zeros((1, 2)), jnp.array([[1, -1]]))
@@ -55,7 +55,7 @@ def regression(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Ar
 
   Args:
     outputs: (B, K).
-    labels: (B, K) or (B,) float, NaN where it is not known.
+    labels: (B, K) or (B,) float, NaN if unknown.
 
   Examples:
     >>> losses, valid = regression(jnp.zeros((2, 1)), jnp.array([3.0, jnp.nan]))
@@ -71,8 +71,8 @@ class Kind(NamedTuple):
   """A kind of task.
 
   Attributes:
-    losses: see the module.
-    half: whether its uncertain loss is halved, as that of a Gaussian is.
+    losses: the function, see the module.
+    half: whether its loss is halved under uncertainty weighting, as for a Gaussian.
   """
 
   losses: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -87,7 +87,7 @@ KINDS: dict[str, Kind] = {
 
 
 def mean_of_valid(losses: jax.Array, valid: jax.Array) -> jax.Array:
-  """Returns the mean over what is valid, () float32; 0 where nothing is.
+  """Returns the mean over valid entries, () float32; 0 if there are none.
 
   Examples:
     >>> mean_of_valid(jnp.array([2.0, 4.0, 9.0]), jnp.array([True, True, False])).item()

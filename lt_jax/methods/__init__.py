@@ -1,4 +1,4 @@
-"""The methods, by name. A method is one file here and its line in this dict."""
+"""The methods, by name. To add one, write its file here and add it to this dict."""
 
 from lt_jax.methods import few_shot, memory, meta
 from lt_jax.methods.adda import adda

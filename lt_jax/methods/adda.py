@@ -1,4 +1,4 @@
-"""Adversarial discriminative adaptation: a network of its own for the target."""
+"""Adversarial discriminative adaptation: the target gets its own network."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -39,43 +39,46 @@ def adda(
   streams: Collection[str],
   threshold: float = 0.0,
 ) -> Method:
-  r"""Moves a target network's layers to match those of a fixed source network.
+  r"""Trains a target network's layers to match those of a fixed source network.
 
-  A step is an update of the discriminator D, then one of the target network M_t by
-  inverted labels, against the new D:
+  A step updates the discriminator D, then the target network M_t with inverted labels
+  against the new D:
 
   .. math::
     \min_D\; -E_s \log(1 - D(M_s(x))) - E_t \log D(M_t(x)), \qquad
     \min_{M_t}\; -E_t \log(1 - D(M_t(x)))
 
-  with the probability D of being a target image. It is the second stage of two. The
-  first trains a network on the source; surgeries copy it to 'net', the target network,
-  which is deployed, and to 'source_net', which stays as it is and is applied in
-  evaluation mode. What stays of the target network, such as the paper's classifier, is
-  up to the optimiser (`learning_rate_scale`).
+  where D is the probability that an image is from the target. It is the second of two
+  stages. The first trains a network on the source; surgeries copy it to 'net', the
+  target network, which is deployed, and to 'source_net', which is frozen and runs in
+  evaluation mode. The optimiser (`learning_rate_scale`) determines which parts of the
+  target network are frozen, such as the paper's classifier.
 
-  The batches are 'train', of the source, and 'target', which needs no labels. 'loss' is
-  that of the target network; 'accuracy' is that of the source network on its batch.
+  The batches are 'train', from the source, and 'target', which needs no labels. 'loss'
+  is the loss of the target network; 'accuracy' is that of the source network on its own
+  batch.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
     players: 'discriminator', a network from (B, D) to logits (B,).
-    align_on: names of the layers that it reads, one after the other.
-    streams: names of the streams, of which it reads 'target'.
-    threshold: the target network moves only in steps in which the accuracy of the
-      discriminator, before its update, is above it; 'moved' is their share. 0 for none.
+    align_on: names of the layers it reads, concatenated.
+    streams: names of the streams; it reads 'target'.
+    threshold: the target network is only updated in steps in which the accuracy of the
+      discriminator, before its own update, is above this; 'moved' is the share of such
+      steps. 0 for none.
 
   Returns:
-    The method, whose outputs have 'target_logit', (B,), of being a target image.
+    The method. Its outputs have 'target_logit' (B,), the logit of being a target image.
 
   Raises:
-    UserError: no discriminator, or no layer that it reads.
+    UserError: no discriminator, or no layer for it to read.
 
-  Tzeng et al., "Adversarial Discriminative Domain Adaptation", CVPR 2017,
-  arXiv 1702.05464, section 4. The threshold, 0.6, is that of the code of Hoffman et al.
-  (CyCADA, ICML 2018), whose discriminator reads the logits and whose classifier moves
-  too. That code also ends after an epoch without a move; here training goes on.
+  Tzeng et al., "Adversarial Discriminative Domain Adaptation", CVPR 2017, arXiv
+  1702.05464, section 4. The threshold of 0.6 is from the code of Hoffman et al.
+  (CyCADA, ICML 2018), where the discriminator reads the logits and the classifier is
+  trained too. That code also stops after an epoch without an update; here training
+  continues.
   """
   (judge,) = named_players(players, 'discriminator')
   read = reader('adda', align_on)
@@ -121,12 +124,12 @@ def with_target_logit(
   judge: Player,
   read: Callable[[Outputs], jax.Array],
 ) -> Callable[[State, jax.Array], Outputs]:
-  """Returns a `predict` whose outputs have 'target_logit' too.
+  """Returns a `predict` whose outputs also have 'target_logit'.
 
   Args:
-    predict: of the network.
+    predict: `predict` of the network.
     judge: the discriminator.
-    read: outputs -> what it reads.
+    read: outputs -> what the discriminator reads.
   """
 
   def extended(state: State, images: jax.Array) -> Outputs:
@@ -146,20 +149,20 @@ def deceive(
   move: Callable[[State, dict[str, PyTree]], tuple[State, Metrics]],
   threshold: float,
 ) -> tuple[State, PyTree, Metrics]:
-  """Moves a discriminator, then the target's players by inverted labels.
+  """Updates a discriminator, then the target's players with inverted labels.
 
   Args:
-    state: before both updates.
-    source: (S, D), what the discriminator reads of source images.
-    encode: {player: params} -> (what it reads of target images (T, D), anything else).
-    moved: the players of the target.
+    state: the State before both updates.
+    source: (S, D), what the discriminator reads for source images.
+    encode: {player: params} -> (what it reads for target images (T, D), anything else).
+    moved: the target's players.
     judge: the discriminator, the player 'discriminator'.
-    move: (state, {player: gradients}) -> (state, metrics), of these players.
-    threshold: they move only where the discriminator, before its update, was right more
-      often; 0: always.
+    move: (state, {player: gradients}) -> (state, metrics), the update of these players.
+    threshold: update them only if the discriminator's accuracy before its update was
+      higher than this; 0: always.
 
   Returns:
-    (state, the other result of `encode`, metrics).
+    (state, the second result of `encode`, metrics).
   """
 
   def logits(params: PyTree, x: jax.Array) -> jax.Array:
@@ -190,7 +193,7 @@ def deceive(
 def moved_if(
   moves: jax.Array, after: State, before: State
 ) -> tuple[State, tuple[jax.Array, jax.Array]]:
-  """Returns one of two States, and whether it is the former as a metric.
+  """Returns one of two States, and a metric that says whether it is the first.
 
   Both are computed: XLA:CPU has no fast path for convolutions inside a branch.
   """
@@ -199,7 +202,7 @@ def moved_if(
 
 
 def accuracy(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-  """Returns how often a network is right about a labelled batch, as a metric."""
+  """Returns a network's accuracy on a labelled batch, as a metric."""
   labels = batch['label']
   correct = (outputs['logits'].argmax(-1) == labels).sum(dtype=jnp.float32)
   return correct, (labels >= 0).sum(dtype=jnp.float32)

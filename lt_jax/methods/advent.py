@@ -1,4 +1,4 @@
-"""Adversarial adaptation of the prediction for each pixel: AdvEnt, AdaptSegNet."""
+"""Adversarial adaptation of pixel predictions: AdvEnt, AdaptSegNet."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -25,13 +25,13 @@ from lt_jax.methods.supervised import Objective
 from lt_jax.optim import Optimizer
 
 JUDGES = ('discriminator', 'auxiliary_discriminator')
-"""Players, by the place of the layer that they read."""
+"""Players, in the order of the layers they read."""
 
 SHOWN: dict[str, Callable[[jax.Array], jax.Array]] = {
   'self_information': self_information,
   'softmax': nn.softmax,
 }
-"""name -> logits (..., C) to what a discriminator is shown of them."""
+"""name -> function from logits (..., C) to what a discriminator sees of them."""
 
 
 def advent(
@@ -56,33 +56,35 @@ def advent(
     \min_{d_l}\; \tfrac12 E_s \log(1 + e^{d_l(I_s)})
       + \tfrac12 E_t \log(1 + e^{-d_l(I_t)})
 
-  with the logits d of being a target image, means E over patches and images, and maps I
-  of the layers l of logits: by default the self-information -p log p / log C of every
-  class, whose sum is the entropy; with 'softmax' the probabilities p, which makes it
-  AdaptSegNet. D is an alignment, such as 'class_prior' or 'minent', or none.
+  where d are the logits of being a target image, E are means over patches and images,
+  and I are maps of the layers l of logits. By default I is the self-information -p log
+  p / log C of every class, whose sum is the entropy; with 'softmax' it is the
+  probabilities p, which gives AdaptSegNet. D is an alignment, such as 'class_prior' or
+  'minent', or none.
 
-  All players move at once, from the same parameters. A network with an auxiliary output
-  has a discriminator for it, if it is named as the second layer.
+  All players are updated at once, from the same parameters. An auxiliary output gets
+  its own discriminator if it is named as the second layer.
 
   Args:
-    net: returns a dict with 'logits' and, for two layers, a further one of logits.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits' and, for two layers, another layer of
+      logits.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     players: 'discriminator' and, for a second layer, 'auxiliary_discriminator':
       networks from maps (B, H, W, C) to logits (B, ...).
     align_on: names of the one or two layers of logits, such as ('logits',
       'auxiliary_logits').
-    alignment: (source outputs, target outputs, step) -> (), weighted by lambda already,
+    alignment: (source outputs, target outputs, step) -> (), already weighted by lambda,
       see `lt_jax.losses.alignment.make_alignment`; None for none.
     alignment_weight: step -> lambda.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, a key of
-      `lt_jax.methods.pairs.STATISTICS`. With 'joint' their images have one size.
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, a key of
+      `lt_jax.methods.pairs.STATISTICS`. 'joint' requires images of the same size.
     shown: a key of `SHOWN`.
-    weights: w, of the layers in their order.
+    weights: w, one for each layer, in order.
 
   Raises:
-    UserError: no layer or more than two, another number of discriminators, fewer
+    UserError: no layer or more than two, a different number of discriminators, fewer
       weights than layers, or an unknown name.
 
   Vu et al., ADVENT, CVPR 2019, arXiv 1811.12833, equations 5 to 8, with the halves and
@@ -112,8 +114,8 @@ def advent(
       )
       fixed = lax.stop_gradient(params)
       fooled = nn.softplus(judged(name, fixed, of_target)).mean()
-      # Another backward pass than the one above, but the same forward pass: compilers
-      # compute it once.
+      # This is a different backward pass from the one above, but the same forward pass,
+      # which compilers compute only once.
       logits = [
         judged(name, params, lax.stop_gradient(maps)).reshape(-1)
         for maps in (of_source, of_target)

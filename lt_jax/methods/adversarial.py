@@ -27,12 +27,12 @@ from lt_jax.optim import Optimizer
 
 @jax.custom_vjp
 def grad_reverse(x: jax.Array, scale: jax.Array) -> jax.Array:
-  r"""Returns x, bit by bit; the gradient that flows back is multiplied by -scale.
+  r"""Returns x unchanged; the gradient that flows back is multiplied by -scale.
 
   Args:
     x: of any shape.
-    scale: (), an ordinary array: it may change from step to step. No gradient flows
-      into it.
+    scale: (), an ordinary array, so it may change from step to step. It gets no
+      gradient.
 
   Ganin and Lempitsky, ICML 2015, arXiv 1409.7495, section 3.1.
   """
@@ -62,39 +62,39 @@ def dann(
   streams: Collection[str],
   statistics: str = 'joint',
 ) -> Method:
-  r"""Domain-adversarial training of a network and a discriminator, in one pass.
+  r"""Domain-adversarial training of a network and a discriminator in one pass.
 
   .. math::
     \min_{f, y}\; L_y - \lambda(p)\, L_d, \qquad \min_d\; L_d, \qquad
     L_d = \frac{1}{S} \sum_{i \in S} \log(1 + e^{z_i})
       + \frac{1}{T} \sum_{i \in T} \log(1 + e^{-z_i})
 
-  with the logits z of being a target image. L_y is the objective of supervised learning
-  on the source. The discriminator trains on all of L_d whatever lambda is, so that it
-  keeps pace; lambda scales only what flows back into the features.
+  where z are the logits of being a target image. L_y is the supervised objective on the
+  source. The discriminator trains on the full L_d whatever lambda is, so that it keeps
+  pace; lambda only scales the gradient that flows back into the features.
 
-  The batches are 'train', of the source, and 'target', which needs no labels.
+  The batches are 'train', from the source, and 'target', which needs no labels.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     players: 'discriminator', a network from (B, D) to logits (B,).
-    align_on: names of the layers that it reads, one after the other.
+    align_on: names of the layers it reads, concatenated.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, a key of
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
 
   Returns:
-    The method, whose outputs have 'target_logit' (B,), of being a target image.
+    The method. Its outputs have 'target_logit' (B,), the logit of being a target image.
 
   Raises:
-    UserError: no discriminator, no layer that it reads, or unknown statistics.
+    UserError: no discriminator, no layer for it to read, or unknown statistics.
 
   Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17(59), 2016,
   arXiv 1505.07818, equation 9. Other code often takes the mean over both domains, which
-  is half of it: half of lambda, and half of the discriminator's learning rate.
+  is half of L_d: this halves lambda and the discriminator's learning rate.
   """
   (judge,) = named_players(players, 'discriminator')
   read = reader('dann', align_on)
@@ -135,41 +135,40 @@ def cdan(
   largest: int = 4096,
   projected: int = 1024,
 ) -> Method:
-  r"""Adversarial training whose discriminator sees the features by class.
+  r"""Adversarial training with a discriminator that sees the features by class.
 
-  As `dann`, but the discriminator reads the product of the features f (D,) and the
-  predictions p (C,), each entry of one times each of the other. Where D C is too large,
-  random matrices take its place:
+  Like `dann`, but the discriminator reads the outer product of the features f (D,) and
+  the predictions p (C,). If D C is too large, random matrices approximate it:
 
   .. math::
     f \otimes p \in R^{D C} \qquad \text{or} \qquad
     \tfrac{1}{\sqrt d}\, (f R_f) \odot (p R_p) \in R^d
 
-  with entries of R_f (D, d) and R_p (C, d) from N(0, 1), drawn once for a run and kept
-  in `State.memory`. With `entropy` (CDAN+E) images of which the network is sure count
-  for more in L_d:
+  where the entries of R_f (D, d) and R_p (C, d) are drawn from N(0, 1) once per run and
+  kept in `State.memory`. With `entropy` (CDAN+E), images with confident predictions
+  weigh more in L_d:
 
   .. math:: w_i \propto 1 + e^{-H(p_i)}, \text{ of mean 1 in each domain}
 
-  Neither the predictions that condition nor the weights have a gradient. The authors'
-  code stops it in the predictions too; there it flows, reversed, through the weights.
+  Neither the conditioning predictions nor the weights get a gradient. The authors' code
+  also stops it at the predictions, but lets it flow, reversed, through the weights.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     players: 'discriminator', a network from (B, D C) or (B, d) to logits (B,).
-    align_on: names of the layers that make f, one after the other.
-    alignment_weight: step -> lambda, of what flows back into the features.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, a key of
+    align_on: names of the layers that make f, concatenated.
+    alignment_weight: step -> lambda, the scale of what flows back into the features.
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
-    entropy: conditions on the entropy.
-    largest: D C up to which the product is formed in full.
+    entropy: condition on the entropy.
+    largest: the largest D C for which the full product is formed.
     projected: d.
 
   Raises:
-    UserError: no discriminator, no layer that it reads, or unknown statistics.
+    UserError: no discriminator, no layer for it to read, or unknown statistics.
 
   Long et al., "Conditional Adversarial Domain Adaptation", NeurIPS 2018,
   arXiv 1705.10667, equations 3 to 8.
@@ -190,7 +189,7 @@ def cdan(
     return {'projections': drawn}
 
   def conditioned(kept: PyTree, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
-    """What the discriminator reads (B, ...), and the weights (B,) of the images."""
+    """Returns what the discriminator reads (B, ...), and the images' weights (B,)."""
     logits = lax.stop_gradient(layer(outputs, 'logits'))
     weights = entropy_weights(logits) if entropy else jnp.ones(len(logits))
     factors = (read(outputs), nn.softmax(logits))
@@ -226,10 +225,10 @@ def cdan(
 
 
 def reader(method: str, align_on: Sequence[str]) -> Callable[[Outputs], jax.Array]:
-  """Returns what joins the layers that a discriminator reads, outputs -> (B, D).
+  """Returns the function that concatenates the layers to read, outputs -> (B, D).
 
   Args:
-    method: its name, for the message.
+    method: name of the method, for the message.
     align_on: names of the layers.
 
   Raises:
@@ -247,19 +246,19 @@ def reader(method: str, align_on: Sequence[str]) -> Callable[[Outputs], jax.Arra
 def _judged(
   judge: Player, params: PyTree, source: jax.Array, target: jax.Array, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the logits of both domains behind a reversed gradient, from one pass."""
+  """Returns the discriminator's logits for both domains, with the gradient reversed."""
   layers = grad_reverse(together(source, target), scale)
   logits = judge.net.apply({'params': params['discriminator']}, layers)
   return apart(logits, len(source))
 
 
 def target_logit(judge: Player, params: PyTree, read: jax.Array) -> Outputs:
-  """Returns 'target_logit' (B,): what a discriminator says, to order target images by.
+  """Returns 'target_logit' (B,), a discriminator's output, by which images are ordered.
 
   Args:
     judge: the discriminator.
-    params: of all players.
-    read: (B, D), what it reads.
+    params: parameters of all players.
+    read: (B, D), what the discriminator reads.
   """
   return {'target_logit': judge.net.apply({'params': params['discriminator']}, read)}
 
@@ -270,13 +269,12 @@ FACTORS = ('features', 'predictions')
 def multilinear(
   f: jax.Array, p: jax.Array, projections: Mapping[str, jax.Array] | None = None
 ) -> jax.Array:
-  """Returns the product of features and predictions, in full or by random matrices.
+  """Returns the product of features and predictions, in full or by random projections.
 
   Args:
     f: (B, D).
     p: (B, C).
-    projections: 'features' (D, d) and 'predictions' (C, d); None for the product in
-      full.
+    projections: 'features' (D, d) and 'predictions' (C, d); None for the full product.
 
   Returns:
     (B, D C), or (B, d).
@@ -291,7 +289,7 @@ def multilinear(
 
 
 def entropy_weights(logits: jax.Array) -> jax.Array:
-  r"""Returns weights proportional to :math:`1 + e^{-H}`, of mean 1.
+  r"""Returns weights proportional to :math:`1 + e^{-H}`, with mean 1.
 
   Args:
     logits: (B, C).
@@ -310,12 +308,12 @@ def domain_loss(
   source_weights: jax.Array | float = 1.0,
   target_weights: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the cross-entropy of a discriminator: the sum of its mean in either domain.
+  """Returns a discriminator's cross-entropy, the sum of the means in the two domains.
 
   Args:
     of_source: (S,) logits of being a target image.
     of_target: (T,) likewise.
-    source_weights: (S,), of mean 1.
+    source_weights: (S,), with mean 1.
     target_weights: (T,), likewise.
 
   Returns:

@@ -1,6 +1,6 @@
-"""Supervised learning on one domain, whose layers are aligned with those of another.
+"""Supervised learning on one domain while aligning its layers with another domain's.
 
-Deep CORAL, DAN, JAN, minimum entropy, minimum class confusion: each is an entry of
+Deep CORAL, DAN, JAN, minimum entropy and minimum class confusion are each one entry of
 `lt_jax.losses.alignment.ALIGNMENTS`.
 """
 
@@ -26,23 +26,23 @@ def aligned(
   streams: Collection[str],
   statistics: str = 'joint',
 ) -> Method:
-  r"""Gradient descent on a source's losses and its distance from a target.
+  r"""Gradient descent on the source's losses plus its distance from the target.
 
   .. math::
     J = \sum_i a_i\, \ell_i + P + \lambda(p)\, D(S, T), \qquad
     a = \text{reduction}(w, y)
 
-  The batches are 'train', of the source, and 'target', which needs no labels.
+  The batches are 'train', from the source, and 'target', which needs no labels.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     alignment: (source outputs, target outputs, step) -> (), weighted, see
-      `lt_jax.losses.alignment.make_alignment`. None for none: then the target moves
-      nothing but batch statistics.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, a key of
+      `lt_jax.losses.alignment.make_alignment`. None for none: then the target only
+      affects batch statistics.
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
 
   Raises:

@@ -1,9 +1,9 @@
-r"""Few-shot learning without forgetting: weights of rare classes are generated.
+r"""Few-shot learning without forgetting: generates classifier weights of rare classes.
 
-A network with a cosine classifier is trained on the classes that have many images, the
-base classes. Then a generator learns, from base classes that pretend to be novel, to
-make the weights of a class out of features of its images. At last it makes those of
-the novel classes. The three are stages: 'supervised', `weight_generator` and, of no
+First, a network with a cosine classifier is trained on the classes with many images,
+the base classes. Then a generator learns to make a class's weights from features of its
+images, using base classes that pretend to be novel. Finally it generates the weights of
+the novel classes. These are three stages: 'supervised', `weight_generator` and, without
 steps, `novel_classifiers`.
 
 Source: Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting,
@@ -51,36 +51,36 @@ def weight_generator(
   dropout: float = 0.5,
   gamma: float = 10.0,
 ) -> Method:
-  r"""Learns to generate the weights of classes, an episode a step.
+  r"""Learns to generate classifier weights, with one episode per step.
 
   .. math::
     w_k = \frac{1}{M_k} \sum_{i=1}^{M_k} g(z_{ki}), \qquad
     J = \frac{1}{Q} \sum_q \ell_q
 
-  with w_k in the place of the K classes' own weights, in the classifier as well as
-  where g (`lt_jax.models.few_shot.WeightGenerator`) looks weights up, which is among
-  the other base classes; logits of classes that are not base are left out. The
-  batch 'train' is what `lt_jax.data.episodes.episode_stream` makes: of features, so no
-  image passes the trunk.
+  where w_k replaces the K classes' own weights, both in the classifier and where g
+  (`lt_jax.models.few_shot.WeightGenerator`) looks weights up, which is among the other
+  base classes. Logits of classes that are not base are left out. The batch 'train'
+  comes from `lt_jax.data.episodes.episode_stream` and holds features, so no image
+  passes through the trunk.
 
-  The weights of the base classes, scale and bias are trained on with the generator, as
-  in the authors' code. What is before the head has no gradient here: rules of the
-  optimiser must keep weight decay from it, a 'learning_rate_scale' of 0 for
-  'net/(?!head/).*'.
+  The weights of the base classes, scale and bias keep training along with the
+  generator, as in the authors' code. Everything before the head has no gradient here; a
+  'learning_rate_scale' of 0 for 'net/(?!head/).*' must protect it from weight decay.
 
   Args:
-    net: a network with the head 'cosine_bias', whose own outputs are the prediction.
-    optimizer: of {'net': params, 'generator': params}.
-    loss: (outputs, batch) -> (Q,); the authors' is cross-entropy.
+    net: a network with the head 'cosine_bias'; predictions are its own outputs.
+    optimizer: optimiser of {'net': params, 'generator': params}.
+    loss: (outputs, batch) -> (Q,); cross-entropy in the authors' code.
     base: (C,) bool, NumPy.
-    image_shape: (H, W, channels), by which the network is made.
-    dropout: probability that an entry of a feature, exemplar or query, is 0.
-    gamma: first sharpness of the generator's attention; 30 in the authors' ImageNet
-      configurations.
+    image_shape: (H, W, channels), used to initialise the network.
+    dropout: probability of setting an entry of a feature to 0, for exemplars and
+      queries.
+    gamma: initial sharpness of the generator's attention; 30 in the authors' ImageNet
+      configs.
 
   Raises:
-    UserError: a dropout out of range; in `init`, another head, base classes that do
-      not fit it or features of another size.
+    UserError: a dropout out of range; in `init`, a different head, base classes that do
+      not fit it, or features of a different size.
   """
   base = np.asarray(base, bool)
   generator = WeightGenerator(gamma)
@@ -95,15 +95,15 @@ def weight_generator(
     features = batches['train']['queries'][:1]
     if features.shape[-1] != kernel.shape[0]:
       raise UserError(
-        f'weight_generator: features of size {features.shape[-1]} for a network whose '
-        f'own have {kernel.shape[0]}'
+        f'weight_generator: features have size {features.shape[-1]}, but those of the '
+        f'network have size {kernel.shape[0]}'
       )
     made = generator.init(named_key(key, 'generator', 0), features, kernel, base)
     params = {'net': net_params, 'generator': made['params']}
     return first_state(key, params, {'net': net_stats}, optimizer.init(params))
 
   def thinned(features: jax.Array, key: jax.Array) -> jax.Array:
-    # Not divided by what is kept, as only directions of features count.
+    # Not rescaled by the kept share, because only directions of features count.
     return features * jax.random.bernoulli(key, 1 - dropout, features.shape)
 
   def objective(params: PyTree, batch: Batch, key: jax.Array):
@@ -140,21 +140,21 @@ def weight_generator(
 def novel_classifiers(
   *, stage: str, survey: Survey, base: np.ndarray, split: str = 'train'
 ) -> Surgery:
-  """Generates the weights of the classes that are not base from all their images.
+  """Generates the weights of all classes that are not base from all their images.
 
   The exemplars are the images of a split in stored order, without augmentation and in
-  evaluation mode; network and base weights are those that the surgeries before this
-  one left. Base weights stay as they are.
+  evaluation mode. The network and the base weights come from earlier surgeries of the
+  stage. Base weights do not change.
 
   Args:
-    stage: an earlier one, whose generator it is.
+    stage: the earlier stage that the generator comes from.
     survey: passes with the stage's own network.
     base: (C,) bool, NumPy.
-    split: whose images.
+    split: the split that the images come from.
 
   Raises:
-    UserError: that stage has no generator, the head is another or does not fit the base
-      classes, every class is base, or a novel class has no image.
+    UserError: that stage has no generator, the head is of another kind or does not fit
+      the base classes, every class is base, or a novel class has no image.
   """
   base = np.asarray(base, bool)
   if base.all():
@@ -167,7 +167,7 @@ def novel_classifiers(
     if 'generator' not in origin:
       raise UserError(f'novel_classifiers: stage {stage!r} has no weight generator')
     kernel = _cosine_kernel(fresh.params['net'], base, 'novel_classifiers')
-    survey.outputs(fresh, split)  # there is such a split
+    survey.outputs(fresh, split)  # raises if there is no such split
 
     def fold(outputs, batch):
       made = WeightGenerator().apply(
@@ -179,7 +179,7 @@ def novel_classifiers(
       sums, counts = survey.total(fresh, split, fold)
       empty = np.flatnonzero(~base & (counts == 0))
       if len(empty):
-        raise ClassError('', empty[0], f' has no image in {split}, hence no weights')
+        raise ClassError('', empty[0], f' has no image in {split} to make weights from')
       filled = np.array(kernel)
       filled[:, ~base] = (sums[~base] / counts[~base, None]).T
       return filled
@@ -193,7 +193,7 @@ SURGERIES = {'novel_classifiers': novel_classifiers}
 
 
 def _cosine_kernel(net: PyTree, base: np.ndarray, what: str) -> jax.Array:
-  """Returns the kernel (D, C) of a 'cosine_bias' head, and refuses any other."""
+  """Returns the kernel (D, C) of a 'cosine_bias' head, and rejects other heads."""
   head = net['head']
   shapes = {name: getattr(leaf, 'shape', None) for name, leaf in head.items()}
   width = shapes.get('kernel', (0,))[0]

@@ -1,4 +1,4 @@
-"""Generated features: a classifier of classes that have a description and no image."""
+"""Generated features: a classifier for classes with a description but no images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -45,41 +45,41 @@ def feature_generator(
   per_class: int = 4,
   most_pixels: int = 512,
 ) -> Method:
-  r"""Trains a generator of features, and a head on real and generated ones.
+  r"""Trains a feature generator, and a head on real and generated features.
 
   .. math::
     \min_G\; \mathrm{MMD}^2_{\text{class}}\big(v,\ G(s_y, z)\big), \qquad
     \min_h\; \frac{|S|}{C}\, E_{(v, y)}\, \ell(h(v), y)
     + \frac{|U|}{C}\, E_{u \in U, z}\, \ell(h(G(s_u, z)), u)
 
-  with v the features of images of the learned classes S, s the descriptions of classes,
-  U the other classes, noise z from N(0, 1) and the cross-entropy :math:`\ell` over all
-  C classes. Trunk and batch statistics stay as they are: an earlier stage has trained
-  them. With balanced batches all classes weigh the same in h.
+  where v are the features of images of the learned classes S, s the descriptions of
+  classes, U the other classes, z noise from N(0, 1) and :math:`\ell` the cross-entropy
+  over all C classes. Trunk and batch statistics are frozen: an earlier stage has
+  trained them. With balanced batches all classes weigh the same in h.
 
-  Of a network that classifies pixels, v are features of single pixels: at most
-  `most_pixels` of a batch, drawn so that each class is as likely as another.
+  For a network that classifies pixels, v are features of single pixels: at most
+  `most_pixels` per batch, drawn with every class equally likely.
 
   Args:
-    net: returns a dict with 'features' (B, D), or the 'map' (B, h, w, D).
-    optimizer: of the players `{'net': params}`, of which the head moves.
+    net: network that returns a dict with 'features' (B, D) or 'map' (B, h, w, D).
+    optimizer: optimiser of the players `{'net': params}`; only the head is trained.
     players: 'generator', a network from descriptions (N, A) and noise (N, Z) to
       features, with the attributes `noise` and `size`.
-    class_vectors: (C, A), s.
+    class_vectors: s, (C, A).
     base: (C,) bool, the classes S.
-    per_class: features that are generated in a step for each class of U.
+    per_class: number of features generated per step for each class of U.
     most_pixels: see above.
 
   Raises:
-    UserError: no descriptions, no class of U, or a head that classifies a pixel by its
+    UserError: no descriptions, no class in U, or a head that also reads a pixel's
       neighbours, which a generated pixel does not have.
 
   Sources: Bucher et al., "Zero-Shot Semantic Segmentation" (ZS3Net), NeurIPS 2019,
-  arXiv 1906.00817, section 3 (the generator by MMD, the classifier after it); Xian et
-  al., "Feature Generating Networks for Zero-Shot Learning", CVPR 2018, arXiv 1712.00981
-  (the same for images, with an adversarial loss). Both train the generator first and
-  the classifier then; here the two learn side by side. Kernels are those of `mmd`,
-  relative to the distances of the batch, rather than of fixed bandwidths.
+  arXiv 1906.00817, section 3 (the generator by MMD, then the classifier); Xian et al.,
+  "Feature Generating Networks for Zero-Shot Learning", CVPR 2018, arXiv 1712.00981 (the
+  same for images, with an adversarial loss). Both train the generator first and the
+  classifier after it; here they learn side by side. The kernels are those of `mmd`,
+  with bandwidths relative to the distances in the batch rather than fixed.
   """
   (player,) = named_players(players, 'generator')
   made = np.flatnonzero(~base)
@@ -93,7 +93,7 @@ def feature_generator(
   def generate(
     generator: Network, params: PyTree, labels: jax.Array, key: jax.Array
   ) -> jax.Array:
-    """Returns a feature (N, D) of each of some classes (N,)."""
+    """Returns features (N, D), one for each of the classes (N,)."""
     z = jax.random.normal(key, (len(labels), noise))
     return generator.apply({'params': params}, described[labels], z)
 
@@ -167,14 +167,14 @@ def batch_features(
   """Returns the features of a batch, and their classes.
 
   Args:
-    outputs: with 'features' (B, D), or the 'map' (B, h, w, D).
-    label: (B,), or (B, H, W), read at the centres of the pixels of the map.
-    key: of the pixels that are drawn.
-    pixels: how many are, at most.
+    outputs: outputs with 'features' (B, D), or 'map' (B, h, w, D).
+    label: (B,), or (B, H, W), read at the centres of the map's pixels.
+    key: random key for drawing pixels.
+    pixels: the largest number of pixels to draw.
 
   Returns:
-    ((N, D), (N,)). Of pixels, those with a label, each class as likely as another, and
-    others with the label -1 only where there are too few.
+    ((N, D), (N,)). Of pixels, labelled ones with every class equally likely; unlabelled
+    ones, with the label -1, only if there are too few.
   """
   if 'map' not in outputs:
     return outputs['features'], label
@@ -187,7 +187,7 @@ def batch_features(
   label = label.reshape(-1)
   of_class = label[:, None] == jnp.arange(outputs['logits'].shape[-1])[None]
   frequent = (of_class * of_class.sum(0)[None]).sum(1)
-  # The largest of log weights with Gumbel noise are a draw without replacement.
+  # The largest log weights after adding Gumbel noise are a draw without replacement.
   places = jnp.where(label >= 0, -jnp.log(jnp.maximum(frequent, 1)), -jnp.inf)
   places += jax.random.gumbel(key, places.shape)
   _, chosen = lax.top_k(places, min(pixels, len(label)))
@@ -199,7 +199,7 @@ def _is_head(player: str, path: Sequence[str]) -> bool:
 
 
 def _check(net: Network, class_vectors: np.ndarray | None, made: np.ndarray) -> None:
-  """Refuses what nothing can be generated of, or for."""
+  """Raises a `UserError` if there is nothing to generate from, or for."""
   if class_vectors is None:
     raise UserError(
       'feature_generator reads descriptions of the classes: set data.class_vectors'

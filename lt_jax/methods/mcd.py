@@ -1,4 +1,4 @@
-"""Maximum classifier discrepancy: two heads that disagree where the target is new."""
+"""Maximum classifier discrepancy: two heads that disagree where the target differs."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -42,7 +42,7 @@ def mcd(
 ) -> Method:
   r"""Drives two heads apart on the target, and trains the trunk to reconcile them.
 
-  A step is three updates, of the trunk G and the heads F_1 and F_2:
+  A step makes three updates of the trunk G and the heads F_1 and F_2:
 
   .. math::
     A:&\quad \min_{G, F_1, F_2}\; L_y(F_1) + L_y(F_2) \\
@@ -50,31 +50,31 @@ def mcd(
     C:&\quad \min_{G}\; d(T), \quad \text{n times}, \qquad
     d(T) = \frac{1}{T C} \sum_i \sum_c |p^1_{ic} - p^2_{ic}|
 
-  with the softmax p of each head. L_y is the objective of supervised learning on the
-  source. Every update is one of the optimiser, its momentum and weight decay included,
-  at the learning rate of the step. Adam's correction of its bias counts steps, not
-  updates; it is too large in the first few.
+  where p is the softmax of each head and L_y the supervised objective on the source.
+  Every update is a full optimiser update, with momentum and weight decay, at the
+  learning rate of the step. Adam's bias correction counts steps, not updates, so it is
+  too large in the first few.
 
-  The second head is of the kind of the network's own and a player beside it; rules for
-  'net/head/...' do not speak of it. The network predicts with its own head alone. The
-  trunk is whatever is not the head. Each pass normalises by its own batch.
+  The second head is a player of its own, of the same kind as the network's head; rules
+  for 'net/head/...' do not apply to it. Predictions use the network's own head only.
+  The trunk is everything but the head. Each pass normalises by its own batch.
 
-  The batches are 'train', of the source, and 'target', which needs no labels. 'loss' is
-  the objective of A, as the mean of both heads, and 'discrepancy' is d before B.
+  The batches are 'train', from the source, and 'target', which needs no labels. 'loss'
+  is the objective of A, averaged over both heads, and 'discrepancy' is d before B.
 
   Args:
-    net: returns a dict with 'logits' and 'features', which its head reads.
-    optimizer: of the players `{'net': params, 'second_head': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
-    streams: names of the streams, of which it reads 'target'.
-    inner_steps: n. They are unrolled in the program.
+    net: network that returns a dict with 'logits' and 'features', which its head reads.
+    optimizer: optimiser of the players `{'net': params, 'second_head': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
+    streams: names of the streams; it reads 'target'.
+    inner_steps: n. These steps are unrolled in the program.
 
   Raises:
     UserError: no stream 'target', or `inner_steps` below 1.
 
   Saito et al., "Maximum Classifier Discrepancy for Unsupervised Domain Adaptation",
   CVPR 2018, arXiv 1712.02560, section 3.4. The authors' code also evaluates the second
-  head, and the sum of both logits.
+  head and the sum of both logits.
   """
   check_streams(streams, 'target')
   if inner_steps < 1:
@@ -93,7 +93,7 @@ def mcd(
     return forward(net, params['net'], stats, images, train=True)
 
   def heads(params: PyTree, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The logits of both heads."""
+    """Returns the logits of both heads."""
     both = (params['net'], {**params['net'], HEAD: params[SECOND]})
     return tuple(
       forward(net, own, {}, features, train=False, method='head')[0]['logits']
@@ -101,7 +101,7 @@ def mcd(
     )
 
   def classify(params: PyTree, outputs: Outputs, batch: Batch, step: jax.Array):
-    """The objectives of both heads, and the metrics of the first."""
+    """Returns the objectives of both heads, and the metrics of the first."""
     (first, metrics), (second, _) = (
       objective({**outputs, 'logits': logits}, batch, step)
       for logits in heads(params, outputs['features'])
@@ -147,7 +147,7 @@ def mcd(
 
 
 def discrepancy(first: jax.Array, second: jax.Array) -> jax.Array:
-  """Returns the mean distance (L1) of two predictions, over images and classes.
+  """Returns the mean L1 distance between two predictions, over images and classes.
 
   Args:
     first: logits (T, C).
@@ -157,7 +157,7 @@ def discrepancy(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _move(state: State, grads: PyTree, optimizer: Optimizer, *, heads: bool) -> State:
-  """Moves both heads, or all but them."""
+  """Updates both heads, or everything but the heads."""
 
   def chosen(player: str, inside: Sequence[str]) -> bool:
     return (player == SECOND or HEAD in inside[:1]) == heads

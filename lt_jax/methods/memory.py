@@ -1,9 +1,9 @@
-r"""Open long-tailed recognition: a memory of class centroids, learned with the network.
+r"""Open long-tailed recognition: class centroids as a memory, learned with the network.
 
 The head (`lt_jax.models.heads.MetaEmbedding`) reads the centroids. Features are pulled
 towards the centroid of their class and, as a batch, pushed away from the others. The
-centroids are a player, `params['centroids']` (C, D), with the optimiser, schedule and
-decay of the network, but a gradient of their own.
+centroids are a player, `params['centroids']` (C, D), with the network's optimiser,
+schedule and decay, but with their own gradient.
 
 Source: Liu et al., Large-Scale Long-Tailed Recognition in an Open World, CVPR 2019,
 arXiv 1904.05160, and the authors' code.
@@ -42,14 +42,14 @@ Discrimination = Callable[..., jax.Array]
 def released(
   features: jax.Array, labels: jax.Array, centroids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  r"""Attraction plus a hundredth of a repulsion that acts on the whole batch.
+  r"""Attraction plus 0.01 times a repulsion that acts on the whole batch.
 
   .. math::
     L = \frac{1}{2B} \sum_b |v_b - c_{y_b}|^2
       + 0.01 \max\Big(0,\; 10 - \frac{1}{BC} \sum_b \sum_{c \neq y_b} |v_b - c_c|^2\Big)
 
-  Attraction moves the centroids by a closed form, `metric.centroid_gradient`, which the
-  weight of the loss does not scale.
+  Attraction moves the centroids by a closed form, `metric.centroid_gradient`, which is
+  not scaled by the weight of the loss.
 
   Args:
     features: (B, D).
@@ -57,7 +57,7 @@ def released(
     centroids: (C, D).
 
   Returns:
-    (loss (), what is added to the centroids' gradient (C, D)).
+    (loss (), term to add to the centroids' gradient (C, D)).
   """
   fixed = lax.stop_gradient(centroids)
   loss = metric.attraction(features, labels, fixed)
@@ -68,7 +68,7 @@ def released(
 def paper(
   features: jax.Array, labels: jax.Array, centroids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """The large-margin loss in print, `metric.large_margin`, differentiated throughout.
+  """The printed large-margin loss, `metric.large_margin`, differentiated throughout.
 
   Args:
     features: (B, D).
@@ -95,23 +95,24 @@ def oltr(
   weight: float = 0.01,
   form: str = 'released',
 ) -> Method:
-  r"""Second stage of open long-tailed recognition.
+  r"""The second stage of open long-tailed recognition.
 
   .. math::
     J = \sum_i a_i\, \ell_i + \lambda L(v, y, c), \qquad
     a = \text{reduction}(w, y)
 
-  with v the direct features, not the meta-embedding. The centroids begin at zero: the
-  surgery 'class_means' fills them.
+  where v are the direct features, not the meta-embedding. The centroids are initialised
+  to zero; the surgery 'class_means' fills them.
 
   Args:
     net: a network whose head reads 'centroids', such as 'meta_embedding'.
-    optimizer: of {'net': params, 'centroids': (C, D)}.
+    optimizer: optimiser of {'net': params, 'centroids': (C, D)}.
     loss: (outputs, batch) -> (B,).
     class_weights: step -> (C,).
     reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
     weight: lambda.
-    form: 'released', the authors' code, or 'paper'; they differ in form and constants.
+    form: 'released', as in the authors' code, or 'paper'; formulas and constants
+      differ.
 
   Raises:
     UserError: an unknown form.
@@ -142,23 +143,24 @@ def centroid_loss(
 ) -> Method:
   r"""Supervised learning that pulls features towards the centroid of their class.
 
-  The objective is that of `oltr`, of a network whose head does not read the centroids.
+  The objective is that of `oltr`, for a network whose head does not read the centroids.
 
   Args:
-    net: returns a dict with 'logits' and 'features'.
-    optimizer: of {'net': params, 'centroids': (C, D)}.
+    net: network that returns a dict with 'logits' and 'features'.
+    optimizer: optimiser of {'net': params, 'centroids': (C, D)}.
     loss: (outputs, batch) -> (B,).
     class_weights: step -> (C,).
     reduction: (class weights (C,), labels (B,)) -> coefficients (B,).
     weight: lambda.
-    form: 'released', the authors' code, or 'paper'; they differ in form and constants.
+    form: 'released', as in the authors' code, or 'paper'; formulas and constants
+      differ.
 
   Raises:
     UserError: an unknown form.
 
-  Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv 1909.03403: its first
-  stage. Lambda is that of the authors' code, and so is where the centroids begin, at
-  draws from N(0, 1): from zero they would draw all features together.
+  The first stage of Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv
+  1909.03403. Lambda is from the authors' code, as are the initial centroids, drawn from
+  N(0, 1): from zero they would pull all features together.
   """
   discriminate = lookup(FORMS, 'form of the centroid loss', form)
   return _with_centroids(
@@ -188,10 +190,10 @@ def _with_centroids(
 ) -> Method:
   """Returns a method that learns centroids.
 
-  The arguments are those of `oltr`, and
+  Its arguments are those of `oltr`, and:
     discriminate: an entry of `FORMS`.
-    reads: centroids -> what the head is given of them.
-    first: (key, (C, D)) -> centroids in the beginning.
+    reads: centroids -> what the head gets of them.
+    first: (key, (C, D)) -> initial centroids.
   """
 
   def init(key: jax.Array, batches) -> State:
@@ -220,8 +222,8 @@ def _with_centroids(
     apart, extra = discriminate(outputs['features'], batch['label'], centroids)
     extra = lax.stop_gradient(extra)
     value = jnp.dot(coefficients, losses) + weight * apart
-    # Nothing in value, and in the gradient what is written by hand: it is thus held
-    # where the centroids are.
+    # Zero in value, with the hand-written gradient as its derivative, so frozen
+    # centroids stay frozen.
     by_hand = jnp.vdot(extra, centroids - lax.stop_gradient(centroids))
     metrics = {
       'loss': mean_metric(value),

@@ -1,29 +1,30 @@
-r"""Learning the weights of training examples from a small balanced set.
+r"""Learning weights of training examples from a small balanced set.
 
-Each step of training is rehearsed: a virtual step of the network on the weighted
-training losses, then the loss of a balanced meta batch. The gradient of that loss with
-respect to the weights, or to the network that makes them, says how to weigh.
+Each training step is rehearsed: the network takes a virtual step on the weighted
+training losses and is then evaluated on a balanced meta batch. The gradient of that
+meta loss with respect to the weights, or to the network that makes them, says how to
+weight.
 
 .. math::
   \theta'(w) = U(\theta, \nabla_\theta F(\ell(\theta), w)), \qquad
   \nabla_w M(\theta'(w))
 
-U is an optimiser's update, F the weighted training objective of the losses l, M the
-mean cross-entropy on the meta batch. As F reaches the network only through l,
+U is an optimiser's update, F the weighted training objective as a function of the
+losses l, and M the mean cross-entropy on the meta batch. Since F depends on the network
+only through l,
 
 .. math::
   \nabla_w M = \nabla_w \langle \partial F / \partial \ell,\; J u \rangle, \qquad
   u = (\partial U / \partial g)^T\, \nabla M(\theta'), \qquad
   J = \partial \ell / \partial \theta
 
-and J u, the change of every training loss along u, is one forward-mode pass: there is
-no second derivative of the network. `by_jvp` computes that, `by_unrolling` the
-definition; they agree to rounding.
+and J u, the change of every training loss along u, takes one forward-mode pass, without
+second derivatives of the network. `by_jvp` computes this, `by_unrolling` the
+definition; they agree up to rounding.
 
-Batch normalisation is in training mode in every pass, in as many groups as the network
-has it (one, unless it is by device or ghost batch), and frozen statistics stay frozen.
-The running statistics that are kept are those of the training batch at the real
-parameters.
+Batch normalisation is in training mode in every pass, in the network's groups (one,
+unless it normalises per device or ghost batch), and frozen statistics stay frozen.
+Running statistics come from the training batch at the real parameters.
 """
 
 import functools
@@ -64,7 +65,7 @@ from lt_jax.method import (
 from lt_jax.methods.supervised import Loss, batch_metrics, by_class
 from lt_jax.optim import Optimizer
 
-# The meta gradient, of any losses, objective, virtual step and meta loss.
+# The meta gradient for any losses, objective, virtual step and meta loss.
 
 
 class Losses(NamedTuple):
@@ -74,7 +75,7 @@ class Losses(NamedTuple):
     function: theta -> (l (B,), aux).
     theta: the parameters.
     values: l (B,).
-    aux: what else the pass returned.
+    aux: whatever else the pass returned.
     pull: (B,) -> J^T a, the gradient of sum_i a_i l_i.
     push: a tree like theta -> (B,), J u: the change of every loss along u.
   """
@@ -88,18 +89,18 @@ class Losses(NamedTuple):
 
 
 def shared(function: Callable, theta: PyTree) -> Losses:
-  """Makes one forward pass, whose intermediate values serve every derivative."""
+  """Makes one forward pass and uses its intermediate values for every derivative."""
   values, push, aux = jax.linearize(function, theta, has_aux=True)
   transpose = jax.linear_transpose(push, theta)
   return Losses(function, theta, values, aux, lambda a: transpose(a)[0], push)
 
 
 def separate(function: Callable, theta: PyTree) -> Losses:
-  """Makes a forward pass for every derivative, so that none waits for another.
+  """Makes a forward pass for every derivative, so that none is kept for another.
 
-  In a step that learns, that is three forward passes more than `shared`, in the memory
-  of a plain step: what a pass leaves for its derivative does not lie there during the
-  meta pass.
+  A step that learns takes three more forward passes than `shared`, but only the memory
+  of a plain step: what a pass stores for its derivative is not held during the meta
+  pass.
   """
 
   def pull(a: jax.Array) -> PyTree:
@@ -115,8 +116,9 @@ def separate(function: Callable, theta: PyTree) -> Losses:
 def _after(theta: PyTree, done: PyTree) -> PyTree:
   """Returns theta unchanged, once `done` has been computed.
 
-  Adds a zero that depends on an element of each of its leaves, which come whole: XLA
-  merges equal forward passes into one, but cannot know that these are equal.
+  Adds a zero that depends on one element of each leaf of `done`; a leaf is always
+  computed whole. XLA would merge equal forward passes into one, but cannot tell that
+  these are equal.
   """
   ends = [leaf.ravel()[0] for leaf in jax.tree.leaves(done)]
   zero = jnp.minimum(jnp.abs(sum(ends)), 0)
@@ -136,15 +138,15 @@ def by_jvp(
   *,
   still: bool = False,
 ) -> tuple[jax.Array, PyTree]:
-  """Returns the meta loss after the virtual step, and its gradient in the weights.
+  """Returns the meta loss after the virtual step, and its gradient by the weights.
 
   Args:
-    losses: of the training batch, at theta.
-    objective: F, whose gradient in theta the virtual step follows.
+    losses: losses of the training batch at theta.
+    objective: F; the virtual step follows its gradient by theta.
     move: U, from that gradient to theta'.
     meta_loss: M, theta' -> ().
     weights: what is learned: weights of examples, or parameters that make them.
-    still: F is zero at these weights whatever the losses, and so is its gradient.
+    still: F and its gradient are zero at these weights, whatever the losses.
 
   Returns:
     (M(theta'), its gradient, a tree like `weights`).
@@ -173,7 +175,7 @@ def by_unrolling(
   *,
   still: bool = False,
 ) -> tuple[jax.Array, PyTree]:
-  """Returns the same as `by_jvp`, by `jax.grad` through the virtual step."""
+  """Returns the same as `by_jvp`, with `jax.grad` through the virtual step."""
   del still
 
   def outcome(weights: PyTree) -> jax.Array:
@@ -188,20 +190,20 @@ def by_unrolling(
 ROUTES = {'jvp': by_jvp, 'unrolled': by_unrolling}
 
 
-# What the methods share.
+# Shared by the methods.
 
 
 def _descend(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
-  """One step of plain gradient descent at the learning rate of the step.
+  """Takes a step of plain gradient descent at the step's learning rate.
 
-  It moves what `meta_layers` names, also where the optimiser freezes it.
+  It moves what `meta_layers` names, even if the optimiser freezes it.
   """
   rate = optimizer.learning_rate(state.step)
   return jax.tree.map(lambda p, g: p - (rate * g).astype(p.dtype), params, grads)
 
 
 def _update(optimizer: Optimizer, state: State, params: PyTree, grads: PyTree):
-  """The step that the run's optimiser would make, with its momentum or moments."""
+  """Takes the step that the run's optimiser would, with its momentum or moments."""
   return optimizer.update(grads, state.opt, params, state.step)[0]
 
 
@@ -209,25 +211,26 @@ VIRTUAL = {'sgd': _descend, 'optimizer': _update}
 """Virtual steps: (optimizer, State, params, grads) -> params."""
 
 LAYERS = {'all': '.*', 'head': 'net/head/.*'}
-"""Names for patterns of parameters that the virtual step moves."""
+"""Names for patterns of the parameters that the virtual step moves."""
 
 
 class Weighing(NamedTuple):
-  """How a method weighs examples.
+  """How a method weights examples.
 
   Attributes:
-    variables: (State, Batch) -> weights: where the meta gradient is taken.
-    objective: (losses (B,), weights, State, Batch) -> (): what the virtual step
+    variables: (State, Batch) -> weights, the point where the meta gradient is taken.
+    objective: (losses (B,), weights, State, Batch) -> (), what the virtual step
       descends.
     weigh: (gradient, losses (B,), State, Batch) -> weights (B,). Training descends
-      sum_i weights_i losses_i / B. The gradient is None in a step without a meta batch.
-    prior: (State, Batch) -> (B,): weights without learning, the same for all examples
+      sum_i weights_i losses_i / B. In a step without a meta batch the gradient is None.
+    prior: (State, Batch) -> (B,), the weights before learning, equal for all examples
       of a class.
-    init: key -> ({player: params}, {player: opt_state}) of the players that learn to
-      weigh.
-    learn: (gradient, State) -> State: moves those players, before they weigh.
+    init: key -> ({player: params}, {player: opt_state}) for the players that learn to
+      weight.
+    learn: (gradient, State) -> State, updates those players before they weight.
     still: the objective is zero at `variables`, whatever the losses.
-    mean_one: the weights of a batch have mean one; so has what they are compared with.
+    mean_one: the weights of a batch have mean one, and so have those they are compared
+      with.
   """
 
   variables: Callable[[State, Batch], PyTree]
@@ -241,12 +244,12 @@ class Weighing(NamedTuple):
 
 
 class Reweighted(NamedTuple):
-  """A method that learns weights, and how it weighs.
+  """A method that learns weights, and how it weights.
 
   Attributes:
     method: the method.
-    weigh: (State, batches) -> (weights (B,), those without learning (B,)) that a step
-      would train with.
+    weigh: (State, batches) -> (weights (B,), weights before learning (B,)), with which
+      a step would train.
   """
 
   method: Method
@@ -265,25 +268,25 @@ def _reweighted(
   meta_layers: str = 'all',
   low_memory: bool = False,
 ) -> Reweighted:
-  """Trains a network on losses that are reweighted at every step.
+  """Trains a network on losses that are reweighted in every step.
 
   Args:
-    weighing: how they are weighed.
+    weighing: how they are weighted.
     net: the network.
-    optimizer: of the players `{'net': params}`.
+    optimizer: optimiser of the players `{'net': params}`.
     loss: (outputs, batch) -> (B,).
-    streams: names of the streams, of which it reads 'meta', a balanced set.
+    streams: names of the streams; it reads 'meta', a balanced set.
     route: a key of `ROUTES`.
     virtual: a key of `VIRTUAL`.
     meta_layers: a key of `LAYERS`, or a regular expression for whole paths, such as
-      'net/trunk/stage3.*': the virtual step moves these parameters and no others. For
-      a linear head the forward-mode pass is its closed form, r_i . (G^T h_i + g), of
+      'net/trunk/stage3.*': the virtual step only moves these parameters. For a linear
+      head the forward-mode pass reduces to a closed form, r_i . (G^T h_i + g), with
       features h, residuals r and the head's meta gradient (G, g).
-    low_memory: derivatives are `separate`, not `shared`.
+    low_memory: use `separate` derivatives, not `shared`.
 
   Raises:
-    UserError: no meta set, or an option that means nothing; in `init`, a pattern that
-      matches no parameter, or a loss without a forward-mode rule.
+    UserError: no meta set, or an invalid option; in `init`, a pattern that matches no
+      parameter, or a loss without a forward-mode rule.
   """
   check_streams(streams, 'meta')
   gradient_by = lookup(ROUTES, 'route', route)
@@ -341,7 +344,7 @@ def _reweighted(
     )
 
   def weighed(state: State, batches: Mapping[str, Batch]):
-    """Returns the losses, their weights, and the State once players have learned."""
+    """Returns the losses, their weights, and the State after players have learned."""
     batch, params = batches['train'], {'net': state.params['net']}
     losses = differentiated(partial(losses_of, state, batch), params)
     due = 'meta' in batches
@@ -382,10 +385,10 @@ def _reweighted(
 
 
 def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
-  """Returns (take, put) of the parameters that a pattern names.
+  """Returns functions (take, put) for the parameters that match a pattern.
 
-  `take(tree)` lists their leaves, `put(leaves, tree)` sets them; where all are chosen,
-  both speak of whole trees.
+  `take(tree)` lists their leaves, `put(leaves, tree)` sets them. If all parameters
+  match, both work on whole trees.
   """
   pattern = LAYERS.get(layers, layers)
   paths = [
@@ -397,9 +400,7 @@ def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
   except re.error as error:
     raise UserError(f'meta_layers {layers!r}: {error}') from None
   if not any(here):
-    raise UserError(
-      f'meta_layers {layers!r} matches no parameter; they are such as {paths[0]!r}'
-    )
+    raise UserError(f'meta_layers {layers!r} matches no parameter; one is {paths[0]!r}')
   if all(here):
     return lambda tree: tree, lambda leaves, tree: leaves
 
@@ -419,16 +420,16 @@ def _chosen(params: PyTree, layers: str) -> tuple[Callable, Callable]:
 def _check_forward_mode(
   loss: Loss, outputs_of: Callable, params: PyTree, batch: Batch
 ) -> None:
-  """Refuses a loss that forward mode cannot differentiate, before anything runs.
+  """Rejects a loss that forward mode cannot differentiate, before anything runs.
 
-  JAX says so no earlier than when a program is lowered.
+  JAX itself reports this only when a program is lowered.
   """
   shapes = jax.eval_shape(
     lambda params, batch: outputs_of(params, batch)[0], params, batch
   )
 
   batch = jax.eval_shape(lambda x: x, dict(batch))
-  jax.eval_shape(loss, shapes, batch)  # its own mistakes are not about forward mode
+  jax.eval_shape(loss, shapes, batch)  # its own errors show up here
 
   def change(outputs: Outputs, batch: Batch) -> jax.Array:
     return jax.jvp(lambda outputs: loss(outputs, batch), (outputs,), (outputs,))[1]
@@ -450,19 +451,19 @@ def weight_metrics(
   *,
   mean_one: bool = False,
 ) -> Metrics:
-  """Returns the distribution of learned weights by class, and how far it is learned.
+  """Returns the distribution of learned weights by class, and how much is learned.
 
-  Spread is kept as moments about the prior, which is constant within a class, so that
-  learned parts far smaller than the weights survive float32. `lt_jax.results` makes
-  weights.npz of them.
+  The spread is kept as moments about the prior, which is constant within a class, so
+  that learned parts much smaller than the weights survive float32. `lt_jax.results`
+  turns them into weights.npz.
 
   Args:
     weights: (B,).
-    prior: (B,), the weights without learning, by class.
+    prior: (B,), the weights before learning, by class.
     labels: (B,).
     num_classes: C.
-    mean_one: what was learned is the difference to the prior divided by its mean over
-      the batch, since weights of mean one are on that scale.
+    mean_one: take the learned part as the difference from the prior divided by its mean
+      over the batch, because weights with mean one have that scale.
   """
   expected = prior / prior.mean() if mean_one else prior
   learned = weights - expected
@@ -480,18 +481,18 @@ def weight_metrics(
 
 
 def _check_rate(name: str, rate: float) -> None:
-  """Refuses a rate that is negative or not finite; 0 learns nothing, as a control."""
+  """Rejects a rate that is negative or not finite; 0 learns nothing, as a control."""
   if not 0 <= rate < float('inf'):
     raise UserError(f'{name} is {rate}; it must be a finite number, 0 or more')
 
 
-# The methods. Beside its own options each has those of `_reweighted`.
+# The methods. Each has the options of `_reweighted` besides its own.
 
 
 def _method(weighing: Callable[..., Weighing]) -> Callable[..., Method]:
-  """Makes a method of a way of weighing; its signature joins both their options.
+  """Turns a way of weighting into a method with the options of both in its signature.
 
-  Its attribute `weigh` makes what the method weighs by, see `Reweighted`.
+  The attribute `weigh` of the method makes `Reweighted.weigh`.
   """
   own = inspect.signature(weighing).parameters
   core = dict(inspect.signature(_reweighted).parameters)
@@ -527,24 +528,24 @@ def meta_weight_net(
     \text{ or } \frac1B \sum_i v_i \ell_i, \qquad v_i = V(\ell_i; \Theta)
 
   Each step first moves Theta along the meta gradient, then the network along the
-  gradient of F with the new weights, held constant. V weighs in every step.
+  gradient of F with the new weights, held constant. V weights the losses in every step.
 
   Args:
-    counts: (C,) training images, for the class-balanced weights of the logs. Those of
-      normalised weights have batch mean one too; against V itself, in (0, 1), only the
-      differences between classes tell something.
-    players: 'weight_net', V. The clock of its optimiser is that of the run, also where
-      steps have no meta batch.
-    normalise: weights are divided by their sum (class imbalance) or by B (noise).
-    detach: the virtual step takes weights for constants (noise) or differentiates them
-      too (class imbalance).
+    counts: (C,) training images, for the class-balanced weights in the logs. If weights
+      are normalised, these have batch mean one too; otherwise V is in (0, 1), and only
+      its differences between classes mean something.
+    players: 'weight_net', V. Its optimiser follows the run's clock, even if some steps
+      have no meta batch.
+    normalise: divide weights by their sum (class imbalance) or by B (noise).
+    detach: the virtual step treats weights as constants (noise) or differentiates
+      through them too (class imbalance).
 
   Raises:
-    UserError: the players are others.
+    UserError: the players are not exactly this one.
 
-  Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the two repositories of
-  the authors, for class imbalance (the defaults; its optimiser is Nesterov momentum 0.9
-  with decay 5e-4) and for noise.
+  Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379, and the authors' two
+  repositories, for class imbalance (the defaults; its optimiser is Nesterov momentum
+  0.9 with decay 5e-4) and for noise.
   """
   (weight_net,) = named_players(players, 'weight_net')
 
@@ -556,7 +557,7 @@ def meta_weight_net(
     return update(state, {'weight_net': gradient}, weight_net.optimizer)[0]
 
   def weights_of(losses: jax.Array, params: PyTree) -> jax.Array:
-    """Returns V of the losses, of mean one if normalised."""
+    """Returns V of the losses, with mean one if normalised."""
     v = weight_net.net.apply({'params': params}, losses)
     total = v.sum()
     return len(v) * v / jnp.where(total == 0, 1, total) if normalise else v
@@ -598,53 +599,52 @@ def meta_reweight(
     \text{additive: } F = \sum_i (w_{y_i} + \epsilon_i)\, \ell_i, \qquad
     \text{multiplicative: } F = \frac1B \sum_i w_{y_i} (1 + \epsilon_i)\, \ell_i
 
-  with eps = -tau times the meta gradient at eps = 0, anew in every step. Training
-  descends the mean over the batch of the same weighted losses. tau = 0 is training with
-  the prior alone, and so is a step without a meta batch.
+  where eps is -tau times the meta gradient at eps = 0, computed anew in every step.
+  Training descends the batch mean of the same weighted losses. With tau = 0, or in a
+  step without a meta batch, this is training with the prior alone.
 
-  Two papers are two settings of it. Jamal et al. keep the class weights as the prior
-  and neither clip nor normalise. Ren et al. ("learning to reweight") have no prior,
-  clip and normalise:
+  It covers two papers. Jamal et al. use class weights as the prior and neither clip nor
+  normalise. Ren et al. ("learning to reweight") have no prior, and clip and normalise:
 
   .. math::
     u = -\nabla_\epsilon M(\theta'(\epsilon))|_{\epsilon = 0}, \qquad
     a_i = B\, \frac{\max(u_i, 0)}{\sum_j \max(u_j, 0)}
 
-  Without a prior eps = 0 leaves theta' = theta under plain descent, and the virtual
-  learning rate, like tau, cancels in the normalisation, unless it is 0: then so are the
-  weights, in a step that moves nothing anyway (the first of a linear warm-up). Without
-  a prior, a step without a meta batch weighs all examples alike; that is ours.
+  Without a prior, eps = 0 leaves theta' = theta under plain descent, and the virtual
+  learning rate, like tau, cancels in the normalisation. If it is 0 (the first step of a
+  linear warm-up), all weights are 0, but that step moves nothing anyway. Without a
+  prior, a step without a meta batch weights all examples equally, which is our choice.
 
   Args:
-    class_weights: step -> (C,), w. Without a prior they only serve the logs, which
-      compare the learned weights with them.
-    eps_lr: tau. With the constants of Jamal et al. eps is tiny against w; the logs say
-      how tiny (`learned_over_prior`).
-    eps_scale: 'absolute', or 'relative': the gradient is divided by its largest
-      absolute entry, so that tau is the largest |eps|. Ours.
-    form: 'additive' is the released code of Jamal et al., 'multiplicative' their paper.
-      From the same theta', what they add differs by a factor of w^2 / B.
-    prior: 'class_weights', or 'none': eps is all there is.
-    clip: a negative eps counts as 0.
-    normalise: the weights of a batch are divided by the mean of their absolute values.
-      Of clipped ones that is their mean, as in Ren et al.; of others the sum could be
-      near 0, and this is ours. All stay 0 where all are.
+    class_weights: w, step -> (C,). Without a prior they are only used in the logs, as a
+      reference for the learned weights.
+    eps_lr: tau. With the constants of Jamal et al., eps is tiny compared with w; the
+      logs say how tiny (`learned_over_prior`).
+    eps_scale: 'absolute', or 'relative', which divides the gradient by its largest
+      absolute entry, so that tau is the largest |eps|. The latter is ours.
+    form: 'additive' as in the released code of Jamal et al., or 'multiplicative' as in
+      their paper. From the same theta', what they add differs by a factor of w^2 / B.
+    prior: 'class_weights', or 'none', where the weights are eps alone.
+    clip: set negative eps to 0.
+    normalise: divide the weights of a batch by the mean of their absolute values. For
+      clipped weights that is their mean, as in Ren et al. Without clipping the mean
+      could be near 0, so absolute values are our choice. If all are 0 they stay 0.
 
   Raises:
-    UserError: an unknown option, a rate that is negative, or the multiplicative form
-      without a prior, whose weights would all be 0.
+    UserError: an unknown option, a negative rate, or the multiplicative form without a
+      prior, where all weights would be 0.
 
   Sources: Jamal et al., Rethinking Class-Balanced Methods for Long-Tailed Visual
   Recognition, arXiv 2003.10780, and abdullahjamal/Longtail_DA, where the virtual
-  learning rate drops an epoch later than the other; Ren et al., Learning to Reweight
-  Examples, arXiv 1803.09050, algorithm 1.
+  learning rate drops one epoch later than the real one; Ren et al., Learning to
+  Reweight Examples, arXiv 1803.09050, algorithm 1.
   """
   _check_rate('eps_lr', eps_lr)
   inner, outer = lookup(FORMS, 'form', form)
   scale = lookup(EPS_SCALES, 'eps_scale', eps_scale)
   from_nothing = lookup(FROM_NOTHING, 'prior', prior)
   if from_nothing and form == 'multiplicative':
-    raise UserError("form is 'multiplicative', but with prior='none' weights stay 0")
+    raise UserError("with form='multiplicative' and prior='none' all weights stay 0")
 
   def balanced(state: State, batch: Batch) -> jax.Array:
     return weights_of(class_weights(state.step), batch['label'])
@@ -679,7 +679,7 @@ def _mean_one(weights: jax.Array) -> jax.Array:
 
 
 FROM_NOTHING = {'class_weights': False, 'none': True}
-"""Prior of `meta_reweight` -> whether epsilon is all there is."""
+"""Prior of `meta_reweight` -> whether the weights are epsilon alone."""
 
 FORMS = {
   'additive': (lambda w, eps: w + eps, lambda w, eps: w + eps),
@@ -697,7 +697,7 @@ EPS_SCALES = {
 
 
 def _balanced(counts: np.ndarray) -> Callable[[State, Batch], jax.Array]:
-  """Returns class-balanced weights, with which learned ones are compared."""
+  """Returns class-balanced weights to compare learned ones with."""
   weights = inverse_effective_number(np.maximum(counts, 1))
   return lambda state, batch: weights_of(weights, batch['label'])
 
@@ -706,4 +706,4 @@ WEIGHERS = {
   'meta_weight_net': meta_weight_net.weigh,
   'meta_reweight': meta_reweight.weigh,
 }
-"""Name of a method that learns weights -> what makes its `Reweighted.weigh`."""
+"""Name of a method that learns weights -> the function that makes its `weigh`."""

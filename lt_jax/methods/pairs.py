@@ -33,17 +33,17 @@ Pair = tuple[Outputs, Outputs, dict[str, PyTree]]
 
 
 def together(source: jax.Array, target: jax.Array) -> jax.Array:
-  """Puts two batches into one, in which the domains take turns.
+  """Merges two batches into one in which the domains alternate.
 
-  They do so in the proportion of their sizes, so that every device and every ghost
-  batch has some of both, and no image moves from one device to another.
+  They alternate in proportion to their sizes, so that every device and every ghost
+  batch has some of both, and no image moves between devices.
 
   Args:
     source: (S, ...).
     target: (T, ...).
 
   Returns:
-    (S + T, ...): in each of gcd(S, T) blocks some of the source, then of the target.
+    (S + T, ...): gcd(S, T) blocks, each with source images followed by target images.
   """
   blocks = math.gcd(len(source), len(target))
   shares = [x.reshape(blocks, -1, *x.shape[1:]) for x in (source, target)]
@@ -51,7 +51,7 @@ def together(source: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def apart(x: jax.Array, source_size: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the (S, ...) and (T, ...) of which `together` made x, for S images."""
+  """Inverts `together`: returns (S, ...) and (T, ...)."""
   blocks = math.gcd(source_size, len(x))
   rows = x.reshape(blocks, -1, *x.shape[1:])
   share = source_size // blocks
@@ -63,7 +63,7 @@ def apart(x: jax.Array, source_size: int) -> tuple[jax.Array, jax.Array]:
 def joint(
   net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
 ) -> Pair:
-  """One pass over both batches, whose statistics are those of the two together."""
+  """One pass over both batches, which share statistics."""
   outputs, net_stats = forward(
     net, params, stats['net'], together(source, target), train=True
   )
@@ -77,9 +77,9 @@ def joint(
 def separate(
   net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
 ) -> Pair:
-  """A pass for each domain with its own statistics, and one running average of both.
+  """A pass per domain with its own statistics, and one running average of both.
 
-  What one pass over both computes with two groups of batch normalisation.
+  Equivalent to one pass over both with two groups of batch normalisation.
   """
   (source_outputs, from_source), (target_outputs, from_target) = (
     forward(net, params, stats['net'], images, train=True)
@@ -92,9 +92,9 @@ def separate(
 def domain_specific(
   net: Network, params: PyTree, stats: PyTree, source: jax.Array, target: jax.Array
 ) -> Pair:
-  """A pass for each domain with its own statistics, and a running average of each.
+  """A pass per domain with its own statistics, and a running average for each.
 
-  The target's, by which a method predicts, is stats['net']; the source's is
+  The target's, which predictions use, is stats['net']; the source's is
   stats['net_source'].
   """
   source_outputs, from_source = forward(
@@ -121,19 +121,19 @@ def forward_pair(
   *,
   statistics: str,
 ) -> Pair:
-  """Applies a network in training mode to a batch of each of two domains.
+  """Applies a network in training mode to one batch from each of two domains.
 
   Args:
-    net: returns a dict of named outputs, all with the batch first.
+    net: network that returns a dict of named outputs, all with the batch first.
     params: its parameters.
-    stats: `State.stats`, as `first_stats` begins it.
+    stats: `State.stats`, as initialised by `first_stats`.
     source_images: (S, H, W, C).
     target_images: (T, H, W, C).
-    statistics: a key of `STATISTICS`. Without batch normalisation all are the same
-      function, and 'joint' is the fastest.
+    statistics: a key of `STATISTICS`. Without batch normalisation all compute the same,
+      and 'joint' is the fastest.
 
   Returns:
-    (outputs of the source, outputs of the target, updated stats).
+    (outputs for the source, outputs for the target, updated stats).
 
   Raises:
     UserError: an unknown name.
@@ -143,7 +143,7 @@ def forward_pair(
 
 
 def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
-  """Returns the `State.stats` of two domains, from a network's first statistics."""
+  """Returns the `State.stats` for two domains, given a network's initial statistics."""
   lookup(STATISTICS, 'kind of batch statistics', statistics)
   if statistics == 'domain_specific':
     return {'net': stats, 'net_source': stats}
@@ -151,12 +151,12 @@ def first_stats(stats: PyTree, statistics: str) -> dict[str, PyTree]:
 
 
 def as_source(state: State) -> State:
-  """Returns the State that predicts images of the source.
+  """Returns the State that predicts source images.
 
-  Where each domain has statistics of its own, or a map of features
-  (`lt_jax.surgeries.maps`), those of the source, called NAME_source, take the place of
-  the target's, by which the network is deployed. An average of parameters
-  (`lt_jax.method.ema`) has none of the source and predicts as it is deployed.
+  If each domain has its own statistics or its own map of features
+  (`lt_jax.surgeries.maps`), those of the source, called NAME_source, replace the
+  target's, with which the network is deployed. An average of parameters
+  (`lt_jax.method.ema`) has no source version and predicts as deployed.
   """
 
   def of_source(tree: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -166,17 +166,16 @@ def as_source(state: State) -> State:
 
 
 class Term(NamedTuple):
-  """What a method of two domains adds to the objective of the source.
+  """What a method for two domains adds to the source's objective.
 
   Attributes:
-    value: (params, source outputs, target outputs, step) -> (value (), metrics), with
-      the parameters of all players.
-    reads: outputs -> {player: what its network is applied to}, of the players beside
-      'net'.
-    draws: (key, outputs) -> what is kept in `State.memory` under these names, and given
-      to `value` among the parameters: drawn once, or put there by a surgery.
-    tells: (params, outputs) -> what predictions have beside the network's outputs, with
-      the parameters that `value` is given.
+    value: (params, source outputs, target outputs, step) -> (value (), metrics), where
+      params are those of all players.
+    reads: outputs -> {player: input of its network}, for the players other than 'net'.
+    draws: (key, outputs) -> arrays by name, drawn once or filled by a surgery. They are
+      kept in `State.memory` and passed to `value` among the parameters.
+    tells: (params, outputs) -> what predictions contain besides the network's outputs.
+      The parameters are those that `value` gets.
   """
 
   value: Callable[[PyTree, Outputs, Outputs, jax.Array], tuple[jax.Array, Metrics]]
@@ -194,14 +193,14 @@ def begin(
   players: Mapping[str, Player],
   draws: Callable[[jax.Array, Outputs], dict[str, PyTree]] = lambda key, outputs: {},
 ) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
-  """Returns the `init` of a method of two domains.
+  """Returns the `init` of a method for two domains.
 
   Args:
     net: see `adapt`.
-    optimizer: of the players `{'net': params}`.
+    optimizer: optimiser of the players `{'net': params}`.
     reads: see `Term`.
     statistics: a key of `STATISTICS`.
-    players: the others.
+    players: the other players.
     draws: see `Term`.
   """
 
@@ -229,14 +228,14 @@ def beside(
   net: Network,
   *names: str,
 ) -> Callable[[jax.Array, Mapping[str, Batch]], State]:
-  """Returns an `init` with further networks of the same shape, which nothing moves.
+  """Returns an `init` with additional frozen networks of the same shape.
 
   Surgeries fill them.
 
   Args:
-    init: of the others.
+    init: the `init` of everything else.
     net: the network.
-    *names: of the further ones in `params` and `stats`.
+    *names: names of the additional ones in `params` and `stats`.
   """
 
   def extended(key: jax.Array, batches: Mapping[str, Batch]) -> State:
@@ -254,7 +253,7 @@ def beside(
 def held(
   params: PyTree, optimizer: Optimizer, players: Mapping[str, Player]
 ) -> dict[str, PyTree]:
-  """Returns all parameters, without a gradient where a learning rate is zero."""
+  """Returns all parameters, without gradients where the learning rate is zero."""
   found = optimizer.held({'net': params['net']})
   for name, player in players.items():
     found |= player.optimizer.held({name: params[name]})
@@ -267,10 +266,10 @@ def update_all(
   optimizer: Optimizer,
   players: Mapping[str, Player],
 ) -> tuple[State, Metrics]:
-  """Moves the network and some other players, each by its own optimiser.
+  """Updates the network and some other players, each with its own optimiser.
 
   Returns:
-    (state, what `update` tells of the network).
+    (state, the metrics of `update` for the network).
   """
   state, norms = update(state, {'net': grads['net']}, optimizer)
   for name, player in players.items():
@@ -287,19 +286,19 @@ def adapt(
   statistics: str,
   players: Mapping[str, Player] | None = None,
 ) -> Method:
-  """Descends the objective of the source plus a term of both domains, in one pass.
+  """Descends the source's objective plus a term over both domains, in one pass.
 
-  The batches are 'train', of the source, and 'target', which needs no labels. The
-  metric 'loss' is the objective of the source.
+  The batches are 'train', from the source, and 'target', which needs no labels. The
+  metric 'loss' is the source's objective.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
     objective: (outputs, batch, step) -> (value, metrics), of the source, see
       `lt_jax.methods.supervised.make_objective`.
-    term: what the method adds.
-    statistics: how the domains meet in batch normalisation, a key of `STATISTICS`.
-    players: the others that the same gradient moves, each by its own optimiser.
+    term: what the method adds to it.
+    statistics: how the domains share batch normalisation, a key of `STATISTICS`.
+    players: other players that the same gradient updates, each with its own optimiser.
 
   Raises:
     UserError: unknown statistics.

@@ -40,18 +40,18 @@ from lt_jax.methods.pairs import (
 from lt_jax.methods.supervised import Objective
 from lt_jax.optim import Optimizer
 
-# What is done to images (B, H, W, C): one function a label.
+# Transformations of images (B, H, W, C): one function per label.
 
 
-def _turned(quarters: int) -> Callable[[jax.Array], jax.Array]:
-  """Returns a turn by so many times 90 degrees, anticlockwise."""
+def _rotation(quarters: int) -> Callable[[jax.Array], jax.Array]:
+  """Returns a rotation by `quarters` times 90 degrees, anticlockwise."""
 
   def turn(images: jax.Array) -> jax.Array:
     _, height, width, _ = images.shape
     if height != width:
       raise UserError(
-        f'images of {height} x {width} pixels change shape when turned: rotation needs '
-        'square ones'
+        f'images of {height} x {width} pixels change shape when rotated: use square '
+        'ones'
       )
     return jnp.rot90(images, quarters, (1, 2))
 
@@ -59,11 +59,11 @@ def _turned(quarters: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def _transposed(images: jax.Array) -> jax.Array:
-  return _turned(1)(images)[:, ::-1]
+  return _rotation(1)(images)[:, ::-1]
 
 
 def _quarter(row: int, column: int) -> Callable[[jax.Array], jax.Array]:
-  """Returns the view of a quarter, brought to the image's size by repeating pixels."""
+  """Returns a crop of one quarter, enlarged to the image's size by repeating pixels."""
 
   def places(size: int, second: int) -> np.ndarray:
     half = size // 2
@@ -81,22 +81,22 @@ def _same(images: jax.Array) -> jax.Array:
 
 
 TASKS: dict[str, Sequence[Callable[[jax.Array], jax.Array]]] = {
-  'rotation': (_same, _turned(1), _turned(2), _turned(3)),
-  'digit_rotation': (_same, _transposed, lambda x: x[:, :, ::-1], _turned(3)),
+  'rotation': (_same, _rotation(1), _rotation(2), _rotation(3)),
+  'digit_rotation': (_same, _transposed, lambda x: x[:, :, ::-1], _rotation(3)),
   'location': tuple(_quarter(row, column) for row in (0, 1) for column in (0, 1)),
   'flip': (_same, lambda x: x[:, ::-1]),
 }
-"""Task -> what each of its labels does to images.
+"""Task -> the transformation for each of its labels.
 
-'digit_rotation' is what the code of Sun et al. calls rotation where images are of
-digits: nothing, transposed, mirrored left to right, turned by 270 degrees. Half a turn
-would make a 6 of a 9, and leaves 0 and 1 as they are, so that its label could not be
-told. 'flip' turns upside down, which 0, 1, 3 and 8 hardly show either.
+'digit_rotation' is what the code of Sun et al. calls rotation for digits: unchanged,
+transposed, mirrored left to right, rotated by 270 degrees. Rotating by 180 degrees
+would turn a 9 into a 6 and hardly changes 0 and 1, so its label would be ambiguous.
+'flip' turns images upside down, which hardly changes 0, 1, 3 and 8 either.
 """
 
 
 def changed(task: str, images: jax.Array, labels: jax.Array) -> jax.Array:
-  """Does to each image what its label says.
+  """Transforms each image as its label says.
 
   Args:
     task: a key of `TASKS`.
@@ -107,7 +107,7 @@ def changed(task: str, images: jax.Array, labels: jax.Array) -> jax.Array:
     (B, H, W, C).
 
   Raises:
-    UserError: an unknown task, or images of a shape that it does not keep.
+    UserError: an unknown task, or images whose shape it would change.
   """
   shown = images
   for label, change in enumerate(lookup(TASKS, 'self-supervised task', task)):
@@ -117,11 +117,11 @@ def changed(task: str, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class Part(NamedTuple):
-  """A part of the objective.
+  """One part of the objective.
 
   Attributes:
     loss: (params, state, batches) -> (value (), (updated stats, metrics)).
-    players: those that it moves beside the network.
+    players: the players it updates besides the network.
   """
 
   loss: Callable[[PyTree, State, Mapping[str, Batch]], tuple]
@@ -129,12 +129,12 @@ class Part(NamedTuple):
 
 
 def alternating(parts: Sequence[Part]) -> Sequence[Part]:
-  """An update for each part, one after the other."""
+  """Makes one update per part, in sequence."""
   return parts
 
 
 def summed(parts: Sequence[Part]) -> Sequence[Part]:
-  """One update, of the sum of all parts."""
+  """Makes one update for the sum of all parts."""
 
   def loss(params: PyTree, state: State, batches: Mapping[str, Batch]):
     total, metrics = jnp.float32(0), {}
@@ -149,7 +149,7 @@ def summed(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 ORDERS = {'alternating': alternating, 'summed': summed}
-"""Order of updates -> parts -> the parts that are updated one after the other."""
+"""Order of updates -> function from parts to the parts that are updated in sequence."""
 
 
 def self_supervised(
@@ -164,40 +164,41 @@ def self_supervised(
   order: str = 'alternating',
   statistics: str = 'joint',
 ) -> Method:
-  r"""Supervised learning on the source beside self-supervised tasks on both domains.
+  r"""Supervised learning on the source, with self-supervised tasks on both domains.
 
   .. math::
     L_y, \qquad \lambda(p)\, L_k, \qquad
     L_k = \tfrac12 \Big( \frac{1}{S} \sum_{i \in S} \ell(h_k f(T_{z_i} x_i), z_i)
       + \frac{1}{T} \sum_{i \in T} \ell(h_k f(T_{z_i} x_i), z_i) \Big)
 
-  for every task k, with labels z drawn uniformly and the cross-entropy l. In the order
-  'alternating', that of the authors' code, every step updates trunk and head by each
-  task, and then the network by L_y: an update of its own each, at the same rate, with
-  one momentum of the network for all. In the order 'summed' there is one update, of the
-  sum. The authors draw other images for every task and twice as many of the source for
-  L_y; here all losses of a step are of the images of its two batches.
+  for every task k, where labels z are drawn uniformly and l is the cross-entropy. In
+  the order 'alternating', as in the authors' code, every step updates trunk and head
+  for each task in turn, and then the network for L_y. These are separate updates at the
+  same rate, with one shared momentum of the network. The order 'summed' makes one
+  update for the sum. The authors draw different images for every task, and twice as
+  many source images for L_y; here all losses of a step use the images of its two
+  batches.
 
-  Every player is the head of the task of its name.
+  Every player is the head of the task with its name.
 
   Args:
-    net: returns a dict with 'logits', 'features' and further named layers.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
-    players: task, a key of `TASKS` -> its head, a network from (B, D) to logits (B, K),
-      K being the number of its labels.
-    align_on: names of the layers that the heads read, one after the other. The authors
-      average the last convolution over its pixels first.
+    net: network that returns a dict with 'logits', 'features' and other named layers.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
+    players: task, a key of `TASKS` -> its head, a network from (B, D) to logits (B, K)
+      for its K labels.
+    align_on: names of the layers that the heads read, concatenated. The authors first
+      average the last convolution over its pixels.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`; 1 in
       the paper.
-    streams: names of the streams, of which it reads 'target'.
+    streams: names of the streams; it reads 'target'.
     order: a key of `ORDERS`.
     statistics: how the domains meet in batch normalisation in the tasks, a key of
-      `lt_jax.methods.pairs.STATISTICS`. L_y is normalised by the source alone.
+      `lt_jax.methods.pairs.STATISTICS`. L_y uses statistics of the source alone.
 
   Raises:
-    UserError: no task or an unknown one, a head for another number of labels, no layer
-      that they read, or an unknown order or kind of statistics.
+    UserError: no task or an unknown one, a head with the wrong number of labels, no
+      layer to read, or an unknown order or kind of statistics.
 
   Sun et al., "Unsupervised Domain Adaptation through Self-Supervision", 2019, arXiv
   1909.11825.
@@ -273,11 +274,11 @@ def self_supervised(
 def task_loss(
   name: str, logits: Sequence[jax.Array], labels: Sequence[jax.Array]
 ) -> tuple[jax.Array, Metrics]:
-  """Returns the cross-entropy of a task, each domain counting half.
+  """Returns the cross-entropy of a task, with each domain counting half.
 
   Args:
-    name: of the task, for the metrics.
-    logits: (S, K) of the source, (T, K) of the target.
+    name: the task's name, for the metrics.
+    logits: (S, K) for the source, (T, K) for the target.
     labels: (S,) and (T,).
 
   Returns:

@@ -1,4 +1,4 @@
-"""Self-training: what a network says of target images becomes their labels."""
+"""Self-training: what a network predicts for target images becomes their labels."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -29,7 +29,7 @@ from lt_jax.optim import Optimizer
 from lt_jax.surgery import Surgery, put
 
 OUT_OF_REACH = 2.0
-"""A threshold that no probability reaches: nothing is labelled."""
+"""A threshold that no probability reaches, so nothing is labelled."""
 
 
 def pseudo_label(
@@ -48,28 +48,27 @@ def pseudo_label(
     L_y + \frac{\lambda(p)}{T} \sum_{i \in T} [\, p_i(\hat y_i) \ge t_{\hat y_i} ]\,
     \ell(x_i, \hat y_i), \qquad \hat y_i = \arg\max_c p_i(c)
 
-  with a threshold t for every class, which the surgery 'class_thresholds' measures with
-  the network that an earlier stage left. One threshold for all would label the classes
-  that the network knows well, and those alone: on a long tail, the head. The labels are
-  those of the network as it is now, so as it gets surer, more images pass.
+  with a threshold t per class, which the surgery 'class_thresholds' measures with the
+  network of an earlier stage. A single threshold would only label classes that the
+  network knows well: on a long tail, the head. Labels come from the current network, so
+  as it gets more confident, more images pass.
 
   Args:
-    net: returns a dict with 'logits' and 'features'.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
-    loss: (outputs, batch) -> (T,), of the target by labels of which -1 counts for
-      nothing.
+    net: network that returns a dict with 'logits' and 'features'.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
+    loss: (outputs, batch) -> (T,), the loss on the target; the label -1 is ignored.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, a key of
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, a key of
       `lt_jax.methods.pairs.STATISTICS`.
 
   Raises:
     UserError: unknown statistics, or no target.
 
   Zou et al., "Unsupervised Domain Adaptation for Semantic Segmentation via
-  Class-Balanced Self-Training" (CBST), ECCV 2018, arXiv 1810.07911; where labels are
-  drawn once a round, and classes compete by probability over threshold.
+  Class-Balanced Self-Training" (CBST), ECCV 2018, arXiv 1810.07911. There labels are
+  assigned once per round, and classes compete by probability over threshold.
   """
   check_streams(streams, 'target')
 
@@ -104,32 +103,31 @@ def saved_label(
   statistics: str = 'joint',
   only_unseen: bool = False,
 ) -> Method:
-  r"""Supervised learning on the source, and on target images that a stage has labelled.
+  r"""Supervised learning on the source, and on target images labelled by another stage.
 
   .. math:: L_y + \frac{\lambda(p)}{T} \sum_{i \in T} \ell(x_i, \hat y_i)
 
-  The stream 'target' has 'pseudo_label' (T,), or (T, H, W) of pixels, what an earlier
-  stage saved of its images; -1 counts for nothing. The labels stay as they are.
+  The stream 'target' has 'pseudo_label' (T,), or (T, H, W) for pixels, which an earlier
+  stage saved for its images; -1 is ignored. The labels are fixed.
 
   Args:
-    net: returns a dict with 'logits' and 'features'.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits' and 'features'.
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     loss: (outputs, batch) -> (T,).
     alignment_weight: step -> lambda.
-    streams: names of the streams, of which it reads 'target'.
-    unseen: (C,) bool, classes that have no label of their own; None: there are no such.
-    statistics: how the domains meet in batch normalisation, see `pseudo_label`.
-    only_unseen: leaves labels of other classes out, where the images of the stream are
-      those of the source, which have their own.
+    streams: names of the streams; it reads 'target'.
+    unseen: (C,) bool, classes without true labels; None if there are none.
+    statistics: how the domains share batch normalisation, see `pseudo_label`.
+    only_unseen: drop pseudo-labels of other classes. For a stream of source images,
+      which have true labels for those.
 
   Raises:
-    UserError: unknown statistics, no target, or no unseen class where these are asked
-      for.
+    UserError: unknown statistics, no target, or `only_unseen` without unseen classes.
   """
   check_streams(streams, 'target')
   if only_unseen and unseen is None:
-    raise UserError('saved_label: only_unseen, but no class is unseen')
+    raise UserError('saved_label: only_unseen is set, but no class is unseen')
 
   def of_target(outputs: Outputs, target: Batch) -> tuple[jax.Array, Metrics]:
     labels = _checked(_saved(target, 'pseudo_label'), outputs['logits'])
@@ -163,16 +161,16 @@ def label_prior(
     \log \Big( \frac1N \sum_n p_{inc} \Big)
 
   over the N pixels of an image. The stream 'target' has q as 'label_shares' (T, C),
-  which an earlier stage saved of whole images; so these are whole, without data.window.
-  How much of an image each class covers is easier to tell than where.
+  which an earlier stage saved for whole images, so leave out data.window. How much of
+  an image a class covers is easier to predict than where.
 
   Args:
-    net: returns a dict with 'logits' (B, ..., C).
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
+    net: network that returns a dict with 'logits' (B, ..., C).
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
     alignment_weight: step -> lambda.
-    streams: names of the streams, of which it reads 'target'.
-    statistics: how the domains meet in batch normalisation, see `pseudo_label`.
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, see `pseudo_label`.
 
   Raises:
     UserError: unknown statistics, or no target.
@@ -206,13 +204,13 @@ def _with_saved(
   *,
   statistics: str,
 ) -> Method:
-  """Returns a method that learns from what a stage has saved of the target's images.
+  """Returns a method that learns from what a stage has saved for the target's images.
 
   Args:
     net: see `saved_label`.
     optimizer: likewise.
     objective: likewise.
-    of_target: (outputs, batch) of the target -> (value (), metrics).
+    of_target: (outputs, batch), both of the target -> (value (), metrics).
     alignment_weight: step -> what the value is multiplied by.
     statistics: a key of `lt_jax.methods.pairs.STATISTICS`.
   """
@@ -244,31 +242,31 @@ def _with_saved(
 
 
 def _saved(target: Batch, name: str) -> jax.Array:
-  """Returns what the stream 'target' reads of an earlier stage."""
+  """Returns what the stream 'target' reads from an earlier stage."""
   if name not in target:
     raise UserError(
-      f"the method reads {name!r} of the stream 'target': set its stage and arrays"
+      f"the method needs {name!r} in the stream 'target': set its stage and arrays"
     )
   return target[name]
 
 
 def _checked(labels: jax.Array, logits: jax.Array) -> jax.Array:
-  """Returns labels (...) as int32; they must be as many as there are predictions."""
+  """Returns labels (...) as int32; there must be as many as predictions."""
   if labels.shape != logits.shape[:-1]:
     raise UserError(
       f'saved_label: the labels of a batch are {labels.shape}, but its predictions are '
-      f'{logits.shape[:-1]}: labels of pixels are those of whole images, without '
+      f'{logits.shape[:-1]}: pixel labels cover whole images, so leave out '
       'data.window'
     )
   return labels.astype(jnp.int32)
 
 
 def confident(logits: jax.Array, thresholds: jax.Array) -> jax.Array:
-  """Returns the predicted class where it is probable enough, else -1.
+  """Returns the predicted class where it is probable enough, and -1 elsewhere.
 
   Args:
     logits: (..., C).
-    thresholds: (C,), on the probability of a prediction of each class.
+    thresholds: (C,), the probability required for a prediction of each class.
 
   Returns:
     (...) int32.
@@ -285,15 +283,15 @@ def _predicted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def class_thresholds(
   *, survey: Survey, split: str = 'target/train', portion: float = 0.2
 ) -> Surgery:
-  """Measures, for every class, what the most confident of its predictions exceed.
+  """Measures, for every class, the threshold of its most confident predictions.
 
-  A portion of the images that are predicted to be of a class will be labelled, rounded
-  up, and ties too. A class that no image is predicted to be of has the highest
-  threshold of the others, so that it is not given up for good.
+  That portion of the images predicted as a class will be labelled, rounded up and with
+  ties. A class that is never predicted gets the highest threshold of the others, so
+  that it is not given up for good.
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images; no label is read.
+    split: the split of the images; no label is read.
     portion: in (0, 1].
 
   Raises:

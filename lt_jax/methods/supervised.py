@@ -1,7 +1,8 @@
-"""Supervised learning: every single-stage long-tailed method is one set of arguments.
+"""Supervised learning: each single-stage long-tailed method is a set of arguments.
 
-Cross-entropy, class-balanced losses, LDAM, balanced softmax, logit adjustment; with
-class weights that may depend on the step (DRW); under any sampler (DRS is a sampler).
+The losses are cross-entropy, class-balanced losses, LDAM, balanced softmax, logit
+adjustment and more; class weights may depend on the step (DRW); and any sampler can
+draw the batches (DRS is one).
 """
 
 import functools
@@ -49,21 +50,21 @@ def supervised(
   .. math::
     J = \sum_i a_i\, \ell_i + P, \qquad a = \text{reduction}(w, y)
 
-  over the labels of the batch: one an image (B,), or one a pixel (B, H, W), of which
-  those that are -1 count for nothing.
+  over the labels of the batch: one per image (B,) or one per pixel (B, H, W). Labels of
+  -1 are ignored.
 
   Args:
-    net: returns a dict with 'logits' (..., C) and 'features' (B, D).
-    optimizer: of the players `{'net': params}`.
-    loss: (outputs, batch) -> (...), one loss a label, never a mean.
+    net: network that returns a dict with 'logits' (..., C) and 'features' (B, D).
+    optimizer: optimiser of the players `{'net': params}`.
+    loss: (outputs, batch) -> (...), one loss per label, never a mean.
     class_weights: step -> (C,).
     reduction: (class weights (C,), labels (...)) -> coefficients (...), see
-      `lt_jax.losses.REDUCTIONS`. It sees the global batch, also where gradients are
-      accumulated.
-    penalty: (outputs, batch) -> (), what exists only over a whole batch; not weighted
-      by class.
-    accumulate: number of micro-batches one update is added up from. Batch statistics
-      are those of the micro-batches, one after the other.
+      `lt_jax.losses.REDUCTIONS`. It sees the global batch, even when gradients
+      are accumulated.
+    penalty: (outputs, batch) -> (), a term that exists only over a whole batch; not
+      weighted by class.
+    accumulate: number of micro-batches per update. They run in sequence, and each has
+      its own batch statistics.
 
   Raises:
     UserError: a penalty, which needs the whole batch, with `accumulate > 1`.
@@ -108,8 +109,8 @@ def weighted_loss(
   """Returns sum_i a_i loss_i + P, and the metrics of `batch_metrics`.
 
   Args:
-    outputs: of the network.
-    batch: with 'label' (...), and perhaps 'weight' (...), which a_i is multiplied by.
+    outputs: outputs of the network.
+    batch: batch with 'label' (...), and optionally 'weight' (...), a factor of a_i.
     coefficients: a, (...).
     loss: (outputs, batch) -> (...).
     penalty: (outputs, batch) -> (), or None.
@@ -149,11 +150,11 @@ def make_objective(
 
 
 def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
-  """Returns training accuracy, and the mean loss of each class.
+  """Returns the training accuracy and the mean loss of each class.
 
   Args:
-    outputs: with 'logits' (..., C).
-    batch: with 'label' (...); -1 is in neither of them.
+    outputs: outputs with 'logits' (..., C).
+    batch: batch with 'label' (...); -1 counts in neither.
     losses: (...), unweighted.
   """
   logits, labels = outputs['logits'], batch['label']
@@ -170,11 +171,11 @@ def batch_metrics(outputs: Outputs, batch: Batch, losses: jax.Array) -> Metrics:
 def by_class(
   values: jax.Array, labels: jax.Array, num_classes: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the mean of each class as a metric: sums (C,) and numbers (C,).
+  """Returns the mean per class as a metric: sums (C,) and counts (C,).
 
   Args:
     values: (...).
-    labels: (...) int; what has the label -1 is left out.
+    labels: (...) int; values with the label -1 are left out.
     num_classes: C.
   """
   of_class = jnp.zeros(num_classes, jnp.float32).at[labels]
@@ -183,12 +184,12 @@ def by_class(
 
 
 def accumulated(gradient: Callable, parts: int) -> Callable:
-  """Returns a gradient function that adds up micro-batches of an example sum.
+  """Returns a gradient function that sums over micro-batches of examples.
 
   Args:
     gradient: (params, stats, batch, coefficients) -> (grads, (stats, metrics)).
-    parts: number of micro-batches. Micro-batch j takes every `parts`-th example from
-      j on, so that each device splits its own rows.
+    parts: number of micro-batches. Micro-batch j takes every `parts`-th example
+      starting at j, so that each device splits its own rows.
   """
   if parts == 1:
     return gradient

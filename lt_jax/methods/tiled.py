@@ -1,4 +1,4 @@
-"""Tiled prediction, for images too large for a device or a network."""
+"""Tiled prediction for images too large for a device or a network."""
 
 import itertools
 
@@ -12,21 +12,21 @@ from lt_jax.method import Method, State
 
 
 def tiled(method: Method, *, height: int, width: int, overlap: float = 0.5) -> Method:
-  r"""Predicts every pixel as the mean over tiles that it lies in.
+  r"""Predicts every pixel as the mean over the tiles that contain it.
 
-  Tiles of the height and width begin as evenly as they can, no further apart than
-  (1 - overlap) of their size, and together they cover the image. An output with a value
-  for every pixel of the image, such as 'logits', is the mean over the tiles of a pixel;
-  'features' are the mean over the tiles. Training is that of the method.
+  Tiles cover the image and are spaced as evenly as possible, at most (1 - overlap) of
+  their size apart. An output with a value for every pixel, such as 'logits', is
+  averaged over the tiles that contain the pixel; 'features' are averaged over all
+  tiles. Training does not change.
 
   Args:
-    method: of labels of pixels.
-    height: of a tile in pixels.
-    width: likewise.
-    overlap: least share of a tile that the next one covers too, in [0, 1).
+    method: a method that predicts pixels.
+    height: height of a tile in pixels.
+    width: width of a tile in pixels.
+    overlap: smallest share of a tile that the next one also covers, in [0, 1).
 
   Raises:
-    UserError: such tiles cannot be.
+    UserError: the tiles are impossible.
   """
   if min(height, width) < 1 or not 0 <= overlap < 1:
     raise UserError(
@@ -69,7 +69,7 @@ def tiled(method: Method, *, height: int, width: int, overlap: float = 0.5) -> M
       found = tile(corner)
       return {name: _added(total, found[name], corner) for name, total in sums.items()}
 
-    # One tile after the other, so that the memory is that of one.
+    # One tile at a time, to need the memory of only one.
     sums = lax.fori_loop(0, len(corners), lambda i, s: add(corners[i], s), sums)
     return {
       name: total / (cover[None] if total.ndim == 4 else len(corners))
@@ -80,7 +80,7 @@ def tiled(method: Method, *, height: int, width: int, overlap: float = 0.5) -> M
 
 
 def _added(total: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
-  """Returns a sum to which a tile is added at its place; what has none as a whole."""
+  """Adds a tile to a sum at its place; outputs without a place are added as a whole."""
   if total.ndim != 4:
     return total + part
   place = (0, *corner, 0)
@@ -89,7 +89,7 @@ def _added(total: jax.Array, part: jax.Array, corner: jax.Array) -> jax.Array:
 
 
 def starts(whole: int, part: int, overlap: float) -> list[int]:
-  """Returns where tiles begin along an axis: the first at 0, the last at the end."""
+  """Returns where tiles start along an axis, from 0 up to where the last one fits."""
   number = 1 + max(0, -(-(whole - part) // max(1, int(part * (1 - overlap)))))
   return np.linspace(0, whole - part, number).round().astype(int).tolist()
 

@@ -1,7 +1,7 @@
-"""Networks: a trunk from images to a map of features, and a head from there to logits.
+"""Networks: a trunk from images to a map of features, and a head from it to logits.
 
-A new trunk or head is a Linen module and its entry in `TRUNKS` or `HEADS`; a network
-that trains beside the main one, as a discriminator does, has its entry in `NETWORKS`.
+To add a trunk or head, write a Linen module and add it to `TRUNKS` or `HEADS`. Networks
+that train beside the main one, such as discriminators, are in `NETWORKS`.
 """
 
 import functools
@@ -36,23 +36,23 @@ NETWORKS = {
   'linear': linear,
   'weight_net': WeightNet,
 }
-"""Networks of further players: name -> options -> a module."""
+"""Networks of other players: name -> function from options to a module."""
 
 HEADS = PLAIN_HEADS | described.HEADS
-"""Heads that read features of an image."""
+"""Heads that read the features of an image."""
 
 OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS | pixel_memory.HEADS
-"""Heads that read maps, of networks that give logits of every pixel."""
+"""Heads of networks that give logits for every pixel; they read maps."""
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
-"""Types that a network computes in."""
+"""Types in which a network can compute."""
 
 
 class Classifier(nn.Module):
-  """A trunk and a head, and what may come in between.
+  """A trunk and a head, with optional layers in between.
 
-  Its parameters are {'trunk': ..., 'head': ...} and, where there are such, 'attention'
-  and 'projection'.
+  Its parameters are {'trunk': ..., 'head': ...} and optionally 'attention' and
+  'projection'.
 
   Attributes:
     trunk: a module from images (B, H, W, C) to a map (B, H', W', C'), or to a dict of
@@ -60,8 +60,8 @@ class Classifier(nn.Module):
     head: a module from features (B, D) to logits (B, number of classes), or to a dict
       of these and other outputs.
     attention: a module from maps to maps; None for none.
-    projection: features D, of a linear layer and ReLU after the mean over the pixels,
-      or on the trunk's 'features'; -1 for as many as before, 0 for no such layer.
+    projection: size D of a linear layer with ReLU after the mean over the pixels, or on
+      the trunk's 'features'; -1 keeps the size, 0 leaves the layer out.
   """
 
   trunk: nn.Module
@@ -77,15 +77,15 @@ class Classifier(nn.Module):
 
     Args:
       images: (B, H, W, C).
-      train: normalises by the batch.
-      **memory: what the head reads beside the features.
+      train: normalise by batch statistics.
+      **memory: what the head reads besides the features.
 
     Returns:
-      'features' (B, D), 'logits' (B, number of classes) and the other layers that the
-      trunk names, all at least float32.
+      'features' (B, D), 'logits' (B, number of classes) and the trunk's other named
+      layers, all at least float32.
 
     Raises:
-      UserError: attention over named layers, which are no map.
+      UserError: attention over named layers, which are not a map.
     """
     x = self.trunk(images, train=train)
     layers = {}
@@ -108,7 +108,7 @@ class Classifier(nn.Module):
     self, features: jax.Array, *, train: bool, **memory: jax.Array
   ) -> dict[str, jax.Array]:
     """Maps features (B, D) to outputs, as the whole network does after its trunk."""
-    del train  # no head normalises by the batch
+    del train  # no head uses batch statistics
     found = self.head(features, **memory)
     named = found if isinstance(found, dict) else {'logits': found}
     return {'features': features, **named}
@@ -129,26 +129,27 @@ def make_classifier(
   examples: int = 0,
   per_pixel: bool = False,
 ) -> Classifier | Segmenter:
-  """Returns a network by the names of its parts.
+  """Returns a network, given the names of its parts.
 
   Args:
     trunk: a key of `TRUNKS`.
     head: a key of `HEADS`, or of `OF_PIXELS` if `per_pixel`.
     num_classes: number of known classes.
-    attention: puts `ModulatedAttention` over the trunk's map.
-    projection: size of the features after a linear layer and ReLU; -1 for as many as
-      the trunk's, 0 for no such layer.
-    dtype: of the trunk and the attention, such as 'bfloat16'; None for float32.
-      Parameters, statistics, features and logits are float32 in any case.
+    attention: apply `ModulatedAttention` to the trunk's map.
+    projection: size of the features after a linear layer and ReLU; -1 keeps the trunk's
+      size, 0 leaves the layer out.
+    dtype: type in which trunk and attention compute, such as 'bfloat16'; None for
+      float32. Parameters, statistics, features and logits are always float32.
     batch_norm: attributes of `BatchNorm`, such as {'groups': 8}.
     trunk_options: attributes of the trunk, such as {'width': 4}.
     head_options: attributes of the head, such as {'scale': 30.0}.
     class_vectors: (C, A) descriptions of the classes, for heads that read them.
-    examples: training images, for heads that keep one parameter for each.
-    per_pixel: whether it gives logits of every pixel, and not of whole images.
+    examples: number of training images, for heads with parameters for each of them.
+    per_pixel: whether it gives logits for every pixel instead of whole images.
 
   Raises:
-    UserError: an unknown name or option, or parts that a network of pixels lacks.
+    UserError: an unknown name or option, or parts that a network for pixels cannot
+      have.
   """
   norm = functools.partial(BatchNorm, **(batch_norm or {}))
   heads = HEADS | (OF_PIXELS if per_pixel else {})
@@ -174,7 +175,7 @@ def make_classifier(
   if per_pixel:
     if attention or projection:
       raise UserError(
-        'model.attention and model.projection are for labels of whole images: set them '
+        'model.attention and model.projection need labels of whole images: set them '
         'to False and 0'
       )
     return Segmenter(**parts)

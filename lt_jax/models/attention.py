@@ -12,9 +12,9 @@ from lt_jax.models.heads import dense
 
 
 class ModulatedAttention(nn.Module):
-  r"""Self-attention over the pixels of a map, added where the image asks for it.
+  r"""Self-attention over the pixels of a map, added with a learned weight per pixel.
 
-  With x (P, C) the pixels of one image, P = H W:
+  For the pixels x (P, C) of one image, P = H W:
 
   .. math::
     A = \mathrm{softmax}(\theta(x)\, \phi(x)^\top), \qquad
@@ -22,15 +22,16 @@ class ModulatedAttention(nn.Module):
     y = x + s \odot (A\, g(x)) W_o
 
   theta, phi and g are linear from C to C / 2 channels, with a bias; W_o is linear from
-  C / 2 to C, without one; s is one number a pixel. The weights of the four are drawn
-  from N(0, 2 / channels out), so that attention is not the identity in the beginning,
-  and W_s as PyTorch draws it.
+  C / 2 to C, without one; s is one number per pixel. The weights of these four are
+  drawn from N(0, 2 / output channels), so that attention does not start as the
+  identity; W_s is drawn as in PyTorch.
 
   Attributes:
-    dtype: of the computation; None for that of the input. Both softmaxes are float32.
+    dtype: type of the computation; None for that of the input. Both softmaxes use
+      float32.
 
   Source: Liu et al., arXiv 1904.05160, with the scaling, the initialisation and the
-  softmax over pixels of the authors' code, where vec(x) is in the order C, H, W; here
+  softmax over pixels from the authors' code. There vec(x) has the order C, H, W; here
   it is H, W, C.
   """
 
@@ -40,7 +41,7 @@ class ModulatedAttention(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps (B, H, W, C), C even, to the same shape.
 
-    Leaves s among the intermediates, as 'place' (B, H, W).
+    Stores s in the intermediates, as 'place' (B, H, W).
     """
     batch, height, width, channels = x.shape
     dtype = self.dtype or x.dtype

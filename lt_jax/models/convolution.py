@@ -1,4 +1,4 @@
-"""The one convolution that every network uses, and how it is made fast on a CPU."""
+"""The convolution that every network uses, made fast on CPUs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ def kaiming(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
   Args:
     key: random key.
     shape: (..., inputs, outputs), spatial axes first.
-    dtype: of the kernel.
+    dtype: type of the kernel.
 
   Source: He et al., arXiv 1502.01852, equation 10. Untruncated, as in PyTorch.
   """
@@ -28,15 +28,15 @@ def kaiming(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
 
 
 def kaiming_fan_out(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-  """Draws from N(0, 2 / fan_out), fan_out being the outputs of all groups.
+  """Draws from N(0, 2 / fan_out), where fan_out counts the outputs of all groups.
 
   Args:
     key: random key.
     shape: (..., inputs, outputs), spatial axes first.
-    dtype: of the kernel.
+    dtype: type of the kernel.
 
-  Source: He et al., arXiv 1502.01852, equation 14; what torchvision's residual
-  networks and the code of Liu et al. (1904.05160) begin from.
+  Source: He et al., arXiv 1502.01852, equation 14; used by torchvision's residual
+  networks and the code of Liu et al. (1904.05160).
   """
   return _normal(key, shape, dtype, fan=math.prod(shape[:-2]) * shape[-1])
 
@@ -53,7 +53,7 @@ def glorot(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
   Args:
     key: random key.
     shape: (..., inputs, outputs), spatial axes first.
-    dtype: of the kernel.
+    dtype: type of the kernel.
 
   Source: Glorot and Bengio, AISTATS 2010, equation 16.
   """
@@ -62,8 +62,8 @@ def glorot(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
   return draw.reshape(shape)
 
 
-# All draw flat and reshape, which gives the same numbers: XLA:CPU takes 15 times as
-# long to compile a draw of four axes (4 s for one kernel).
+# All draw a flat array and reshape it, which gives the same numbers: XLA:CPU takes 15
+# times as long to compile a draw with four axes (4 s for one kernel).
 INITIALISERS = {
   'kaiming': kaiming,
   'kaiming_fan_out': kaiming_fan_out,
@@ -79,19 +79,19 @@ def conv(
   pad: int | str | None = None,
   dilation: int = 1,
 ) -> jax.Array:
-  """Convolves with zero padding of d (size - 1) / 2 on every side, or of `pad`.
+  """Convolves with zero padding of d (size - 1) / 2 on every side, or `pad`.
 
-  The padding is explicit: 'SAME' pads a strided convolution on one side only, which is
-  not what most papers' networks do. Those that come from TensorFlow ask for it.
+  The padding is explicit: 'SAME' pads strided convolutions on one side only, unlike
+  most papers' networks. Networks from TensorFlow need 'SAME'.
 
   Args:
     x: (B, H, W, C) images.
-    kernel: (size, size, C / groups, D), of odd size where it shall keep the image's.
-    stride: in pixels, along both axes.
-    groups: the g-th part of the outputs reads only the g-th part of the inputs. With
-      groups = C = D, a depthwise convolution, CPUs add up shifted images.
+    kernel: (size, size, C / groups, D), with an odd size to keep the image's size.
+    stride: stride in pixels along both axes.
+    groups: the g-th part of the outputs only reads the g-th part of the inputs. If
+      groups = C = D, a depthwise convolution, CPUs sum shifted images.
     pad: pixels of padding on every side, or 'SAME'; None for d (size - 1) / 2.
-    dilation: d, by how many pixels those that a kernel reads are apart.
+    dilation: d, the spacing of the pixels that a kernel reads.
 
   Returns:
     (B, H', W', D); with the default padding and with 'SAME', H' is ceil(H / stride).
@@ -114,19 +114,19 @@ def conv(
 def dilated(
   layers: Sequence[Mapping[str, Any]], dilation: int
 ) -> Sequence[Mapping[str, Any]]:
-  """Gives up the strides of consecutive convolutions, but not what they see.
+  """Replaces strides of consecutive convolutions by dilation, keeping what they see.
 
-  Where a convolution strode, those behind it read pixels that are as much further apart
-  instead. So at every s-th pixel of the larger map, s being the product of the strides,
-  stands what the strided convolutions compute, if the map before has an odd size or is
-  padded evenly; the pixels in between are new.
+  After a convolution that had a stride, later ones read pixels that are further apart
+  by that factor. So every s-th pixel of the larger map, where s is the product of the
+  strides, is what the strided convolutions compute, if the input map has an odd size or
+  is padded evenly. The pixels in between are new.
 
   Args:
     layers: attributes of `Conv`, in order.
-    dilation: by how many pixels those that the first one reads are apart.
+    dilation: spacing of the pixels that the first one reads.
 
   Returns:
-    Their attributes, with 'dilation' for 'stride'.
+    Their attributes, with 'dilation' instead of 'stride'.
 
   Source: the "hole algorithm" of Chen et al., arXiv 1412.7062, section 3.1.
   """
@@ -138,7 +138,7 @@ def dilated(
 
 
 def check_output_stride(stride: int) -> None:
-  """Refuses what is no stride of a network whose maps halve five times.
+  """Rejects output strides that a network with five halvings cannot have.
 
   Raises:
     UserError: it is not 8, 16 or 32.
@@ -150,7 +150,7 @@ def check_output_stride(stride: int) -> None:
 def _padding(
   side: int, size: int, stride: int, pad: int | str | None
 ) -> tuple[int, int]:
-  """Returns the pixels to add before and after an axis."""
+  """Returns the pixels to pad before and after along an axis."""
   if pad == 'SAME':
     missing = max((-(-side // stride) - 1) * stride + size - side, 0)
     return missing // 2, missing - missing // 2
@@ -166,7 +166,7 @@ def _convolved(
   padding: Sequence[tuple[int, int]],
   dilation: int,
 ) -> jax.Array:
-  """Convolves by the compiler's own operation."""
+  """Convolves with the compiler's own operation."""
   return lax.conv_general_dilated(
     x,
     kernel,
@@ -179,10 +179,10 @@ def _convolved(
 
 
 def _pixel_by_pixel(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Convolves with one pixel, as a product of matrices.
+  """Convolves with a 1x1 kernel, as a matrix product.
 
-  So does XLA:CPU, but the gradient of the kernel it would compute as a convolution
-  with a kernel as large as the image.
+  XLA:CPU does the same, but would compute the kernel's gradient as a convolution with a
+  kernel as large as the image.
   """
   return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
@@ -194,10 +194,10 @@ def _shifted_products(
   padding: Sequence[tuple[int, int]],
   dilation: int,
 ) -> jax.Array:
-  """Convolves every channel by itself: the sum of one shifted image a kernel pixel.
+  """Convolves every channel by itself, as a sum of one shifted image per kernel pixel.
 
-  XLA:CPU has no fast code for a convolution of as many groups as channels. Image by
-  image, as what is read again then lies in the cache, and as otherwise XLA stores every
+  XLA:CPU has no fast code for depthwise convolutions. It goes image by image, so that
+  data read repeatedly stay in the cache, and because XLA would otherwise store every
   shifted batch for the gradients (docs/speed.md).
   """
   rows, columns = kernel.shape[:2]
@@ -220,21 +220,22 @@ def _shifted_products(
 
 
 def _unfused(x: jax.Array) -> jax.Array:
-  """Keeps XLA:CPU from fusing what surrounds a convolution into it.
+  """Keeps XLA:CPU from fusing surrounding operations into a convolution.
 
   A kernel gradient needs transposed operands, and XLA:CPU fuses those transposes with
   the backward pass of batch normalisation into slow strided loops. GPU and TPU
-  compilers fuse well, and are left alone.
+  compilers fuse well and are left alone.
   """
   return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 @jax.custom_jvp
 def max_pool(x: jax.Array) -> jax.Array:
-  """Maximum over squares of 2x2 pixels; what is over at an odd edge is left out.
+  """Takes the maximum over squares of 2x2 pixels; an odd edge is left out.
 
-  The derivative goes to the first of equal maxima, as in `nn.max_pool`, whose own
-  derivative XLA:CPU computes pixel by pixel: it took longer than the convolutions.
+  The gradient goes to the first of equal maxima, as in `nn.max_pool`. The gradient of
+  `nn.max_pool` itself is computed pixel by pixel by XLA:CPU and took longer than the
+  convolutions.
 
   Args:
     x: (B, H, W, C).
@@ -264,24 +265,24 @@ def _squares(x: jax.Array) -> jax.Array:
   """Returns (B, H, W, C) as (B, H / 2, 2, W / 2, 2, C)."""
   height, width = (side // 2 for side in x.shape[1:3])
   whole = x[:, : 2 * height, : 2 * width]
-  # Not len(x): an exported program has a batch of any size.
+  # Not len(x): the batch size of an exported program is unknown.
   return whole.reshape(x.shape[0], height, 2, width, 2, x.shape[-1])
 
 
 class Conv(nn.Module):
-  """A convolution, by default without bias, as before every batch normalisation.
+  """A convolution, by default without bias, as used before batch normalisation.
 
   Attributes:
-    features: channels that come out.
-    size: side of the kernel, odd.
-    stride: in pixels.
-    groups: equal parts of the channels that do not mix.
+    features: number of output channels.
+    size: side of the kernel, an odd number.
+    stride: stride in pixels.
+    groups: number of equal parts of the channels that do not mix.
     pad: pixels of zero padding on every side, or 'SAME', see `conv`; None keeps the
       size of the image.
-    dilation: by how many pixels those that a kernel reads are apart.
-    bias: adds a bias, which begins at zero.
+    dilation: spacing of the pixels that a kernel reads.
+    bias: add a bias, initially zero.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
-    dtype: of the computation; None for that of input and kernel. Parameters are
+    dtype: type of the computation; None for that of input and kernel. Parameters are
       float32.
   """
 

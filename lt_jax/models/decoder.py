@@ -12,11 +12,11 @@ from lt_jax.models.heads import dense
 
 
 class Decoder(nn.Module):
-  """A linear layer to a part of the side, then pixels are doubled and convolved.
+  """A linear layer to a small image, followed by upsampling and convolutions.
 
   Attributes:
-    width: channels of the last hidden layer; every one before it has twice as many.
-    doublings: how often the side is doubled, the sides at first being rounded up.
+    width: channels of the last hidden layer; each layer before it has twice as many.
+    doublings: how often the sides are doubled; the initial sides are rounded up.
     shape: (H, W, C) of the images; a method sets it.
   """
 
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(self, layer: jax.Array) -> jax.Array:
-    """Maps (B, D) to images (B, H, W, C), which are not squashed."""
+    """Maps (B, D) to images (B, H, W, C) of unbounded values."""
     height, width, channels = self.shape
     part, widest = 2**self.doublings, self.width * 2 ** (self.doublings - 1)
     small = (-(-height // part), -(-width // part), widest)
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
 
 
 def decoder(*, width: int = 16, doublings: int = 2) -> Decoder:
-  """Returns a decoder of a width; the method that uses it knows the images' shape."""
+  """Returns a decoder of that width; the method that uses it sets the images' shape."""
   if doublings < 1:
     raise UserError(f'decoder: doublings is {doublings}; it must be at least 1')
   return Decoder(width, doublings)

@@ -1,4 +1,4 @@
-"""DeepLab-v2: trunks that dilate instead of striding, and a head of many dilations."""
+"""DeepLab-v2: trunks with dilation instead of strides, and a head of many dilations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,26 +23,26 @@ from lt_jax.models.upsampling import resize
 
 
 class DilatedVGG(nn.Module):
-  """The convolutions of VGG, of which the last stages dilate instead of shrinking.
+  """The convolutions of VGG, where the last stages dilate instead of shrinking the map.
 
-  A stage behind a maximum that is left out reads pixels twice as far apart.
+  After a max-pooling that is left out, stages read pixels twice as far apart.
 
   Attributes:
-    stages: number of convolutions and their channels, of every stage.
-    normalised: puts batch normalisation before each ReLU.
-    output_stride: pixels of the image a pixel of the map: 8 leaves out the maxima after
-      the fourth and the fifth stage, 32 none.
-    also: stages whose maps are given too, such as 'conv4'.
+    stages: number of convolutions and their channels, for every stage.
+    normalised: apply batch normalisation before each ReLU.
+    output_stride: image pixels per map pixel: 8 leaves out the max-pooling after the
+      fourth and fifth stages, 32 leaves out none.
+    also: stages whose maps are returned too, such as 'conv4'.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
-  Taps: 'conv1' to 'conv5', each a stage with its maximum, if it has one.
+  Taps: 'conv1' to 'conv5', each a stage with its max-pooling, if any.
 
-  Source: Chen et al., DeepLab-v2, arXiv 1606.00915, section 4.1. The network of
-  C-Driving (Liu et al., arXiv 1909.03403) in its authors' code is the normalised one
-  with the head's `hidden` of (1024, 1024) at dilation 4, and without an auxiliary
-  head. Its head returns from within its loop: of the dilations 6, 12, 18 and 24 it adds
-  up the first two.
+  Source: Chen et al., DeepLab-v2, arXiv 1606.00915, section 4.1. In the authors' code
+  for C-Driving (Liu et al., arXiv 1909.03403) the network is the normalised one with
+  `hidden` of (1024, 1024) in the head at dilation 4, and without an auxiliary head.
+  That head returns from inside its loop, so of the dilations 6, 12, 18 and 24 it sums
+  only the first two.
   """
 
   stages: Sequence[tuple[int, int]] = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -76,7 +76,7 @@ def dilated_vgg16(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> DilatedVGG:
-  """Returns a `DilatedVGG` of 13 convolutions, its initialisation by its name."""
+  """Returns a `DilatedVGG` of 13 convolutions; `init` is a key of `INITIALISERS`."""
   check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
@@ -90,19 +90,19 @@ def dilated_vgg16(
 
 
 class DeepLabHead(nn.Module):
-  """Sums of dilated convolutions over one or two maps, brought to the images' size.
+  """Sums of dilated convolutions over one or two maps, resized to the images' size.
 
   Attributes:
     num_classes: C.
-    dilations: of the 3x3 convolutions that are added up.
-    hidden: features of 3x3 convolutions with bias and ReLU in front of them.
-    hidden_dilation: of these.
-    auxiliary: a map of the trunk that gets such a sum of its own; empty for none.
+    dilations: dilations of the 3x3 convolutions that are summed.
+    hidden: sizes of 3x3 convolutions with bias and ReLU before them.
+    hidden_dilation: dilation of these.
+    auxiliary: a map of the trunk that gets its own sum; empty for none.
     aligned_corners: how logits are resized, see `resize`.
 
   Source: Chen et al., DeepLab-v2, arXiv 1606.00915, section 3.2; the auxiliary sum:
-  Tsai et al. (AdaptSegNet), arXiv 1802.10349, section 4.2, and ADVENT, which begin
-  biases at random, where these begin at zero.
+  Tsai et al. (AdaptSegNet), arXiv 1802.10349, section 4.2, and ADVENT. Those initialise
+  biases at random, here they start at zero.
   """
 
   num_classes: int
@@ -124,8 +124,8 @@ class DeepLabHead(nn.Module):
       size: (H, W).
 
     Returns:
-      'logits' (B, H, W, C), and 'low_logits' (B, h, w, C), which they are resized from.
-      With an auxiliary sum also its 'auxiliary_logits', of the images' size too.
+      'logits' (B, H, W, C), and 'low_logits' (B, h, w, C) from which they are resized.
+      With an auxiliary sum also its 'auxiliary_logits', in the images' size.
 
     Raises:
       UserError: the trunk has no such layer.

@@ -1,8 +1,9 @@
-"""Heads that know a class by its description: attributes or word vectors.
+"""Heads that describe each class by attributes or word vectors.
 
-The descriptions are among the network's statistics, `stats['net']['head']
-['class_vectors']` (C, A): no gradient moves them, they are saved and copied with the
-network, and rows may be added when it is used, for classes that it has never seen.
+The descriptions are stored in the network's statistics,
+`stats['net']['head']['class_vectors']` (C, A). They get no gradient, are saved and
+copied with the network, and new rows may be added after training for classes it has
+never seen.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from lt_jax.models.heads import product, uniform_by_fan_in, unit
 from lt_jax.models.normalisation import at_least_float32
 
 Vectors = Callable[[], jax.Array]
-"""Returns the first descriptions, (C, A) float32."""
+"""Returns the initial descriptions, (C, A) float32."""
 
 OUT_OF_REACH = -1e9
-"""A score that no class is given; finite, so that it may be multiplied by 0."""
+"""A score below any real one; finite, so that it can be multiplied by 0."""
 
 LEAST = 1e-6
-"""Least probability of an attribute, and its distance from 1."""
+"""The smallest probability of an attribute, and of its absence."""
 
 
 def _vectors(head: nn.Module) -> jax.Array:
@@ -33,18 +34,18 @@ def _vectors(head: nn.Module) -> jax.Array:
 
 
 class Compatibility(nn.Module):
-  r"""Scores of features and descriptions by one bilinear form.
+  r"""Scores features against descriptions with a bilinear form.
 
   .. math::
     F(x, y) = \theta(x)^\top W\, \varphi(y), \qquad \varphi(y) = s_y / |s_y|
 
   Attributes:
-    vectors: the first descriptions.
-    similarity: how both are compared: 'bilinear', as above; 'attributes', the cosine of
-      :math:`W^\top x` and s; 'features', that of x and :math:`W s`.
-    scale: what scores are multiplied by.
+    vectors: the initial descriptions.
+    similarity: how they are compared: 'bilinear', as above; 'attributes', the cosine of
+      :math:`W^\top x` and s; 'features', the cosine of x and :math:`W s`.
+    scale: factor of the scores.
 
-  ESZSL, DeViSE, SJE and ALE are fits of W; SAE is compared by cosines.
+  ESZSL, DeViSE, SJE and ALE are ways to fit W; SAE compares by cosine.
   """
 
   vectors: Vectors
@@ -66,12 +67,12 @@ def bilinear(x: jax.Array, kernel: jax.Array, described: jax.Array) -> jax.Array
 
 
 def in_attributes(x: jax.Array, kernel: jax.Array, described: jax.Array) -> jax.Array:
-  """Returns cosines of attributes that are read from features, and of descriptions."""
+  """Returns cosines between the attributes predicted from features and descriptions."""
   return product(unit(product(x, kernel)), described.T)
 
 
 def in_features(x: jax.Array, kernel: jax.Array, described: jax.Array) -> jax.Array:
-  """Returns cosines of features, and of those that descriptions stand for."""
+  """Returns cosines between features and the features predicted from descriptions."""
   return product(unit(x), unit(product(described, kernel.T)).T)
 
 
@@ -90,8 +91,8 @@ class KernelCompatibility(nn.Module):
     k_i(x) = \exp(-|x - x_i|^2 / 2 \sigma^2)
 
   Attributes:
-    vectors: the first descriptions.
-    support: how many features x_i it keeps.
+    vectors: the initial descriptions.
+    support: number of features x_i to keep.
   """
 
   vectors: Vectors
@@ -115,16 +116,15 @@ class KernelCompatibility(nn.Module):
 
 
 class Attributes(nn.Module):
-  r"""Classifiers of attributes, and the class whose attributes fit what they say.
+  r"""Attribute classifiers, and the class whose attributes fit their predictions.
 
   Attributes are binary: a class has one where its description exceeds a threshold.
 
   Attributes:
-    vectors: the first descriptions.
-    rule: from probabilities to scores, one of `RULES`.
+    vectors: the initial descriptions.
+    rule: turns probabilities into scores, one of `RULES`.
 
-  Its logits are scores by the rule; beside them it returns 'attributes' (B, A), the
-  probabilities.
+  Its logits are the scores. It also returns 'attributes' (B, A), the probabilities.
   """
 
   vectors: Vectors
@@ -150,7 +150,7 @@ def _codes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns binary attributes (C, A), their prior (A,), and which of them vary (A,).
 
-  Threshold and prior are parameters, so that they stay when a class is added.
+  Threshold and prior are parameters, so that they do not change when a class is added.
   """
   constant = nn.initializers.constant
   threshold = head.param('threshold', nn.initializers.zeros, (), jnp.float32)
@@ -163,13 +163,13 @@ def _codes(
 def direct(
   probability: jax.Array, codes: jax.Array, prior: jax.Array, varies: jax.Array
 ) -> jax.Array:
-  r"""Returns how probable all attributes of a class are together, over their prior.
+  r"""Returns the log-probability of all attributes of a class, relative to their prior.
 
   .. math::
     \sum_m \log p(a_m = a_m^y \mid x) - \log p(a_m = a_m^y)
 
-  over the attributes that are not the same for all seen classes. Probabilities keep
-  1e-6 from 0 and 1.
+  over the attributes that vary between seen classes. Probabilities stay 1e-6 away from
+  0 and 1.
 
   Args:
     probability: (B, A), p(a_m = 1 | x).
@@ -189,9 +189,9 @@ def direct(
 def hamming(
   probability: jax.Array, codes: jax.Array, prior: jax.Array, varies: jax.Array
 ) -> jax.Array:
-  """Returns minus the number of attributes that are predicted otherwise; see `direct`.
+  """Returns minus the number of attributes that are predicted wrongly; see `direct`.
 
-  Attributes that are the same for all seen classes count, too.
+  This includes attributes that are the same for all seen classes.
   """
   del prior, varies
   has = (probability >= 0.5).astype(jnp.float32)
@@ -201,7 +201,7 @@ def hamming(
 def cosine(
   probability: jax.Array, codes: jax.Array, prior: jax.Array, varies: jax.Array
 ) -> jax.Array:
-  """Returns cosines of probabilities and of attributes; see `direct`."""
+  """Returns cosines between probabilities and attributes; see `direct`."""
   del prior, varies
   return product(unit(probability), unit(codes).T)
 
@@ -210,22 +210,22 @@ RULES = {'dap': direct, 'hamming': hamming, 'cosine': cosine}
 
 
 class SeenClasses(nn.Module):
-  r"""A softmax over seen classes, and what that says of others by their descriptions.
+  r"""A softmax over seen classes that scores the others through their descriptions.
 
-  With the rule 'iap', attributes are as probable as the classes that have them,
+  With the rule 'iap', an attribute's probability is that of the classes that have it,
 
   .. math:: p(a_m = 1 \mid x) = \sum_k p(y_k \mid x)\, a_m^{y_k}
 
-  and scores are those of `direct`. With 'conse', the likeliest classes are averaged,
+  and scores are those of `direct`. With 'conse', the most likely classes are averaged,
 
   .. math:: e(x) = \frac{1}{Z} \sum_{t=1}^{T} p(y_t \mid x)\, \varphi(y_t)
 
-  and scores are cosines of e and descriptions.
+  and scores are cosines between e and the descriptions.
 
   Attributes:
-    vectors: the first descriptions.
+    vectors: the initial descriptions.
     rule: 'iap' or 'conse'.
-    top: T of the latter.
+    top: T of 'conse'.
 
   Sources: Lampert et al., TPAMI 36(3), 2014, equation 4; Norouzi et al., Zero-Shot
   Learning by Convex Combination of Semantic Embeddings, arXiv 1312.5650, equation 3.
@@ -237,7 +237,7 @@ class SeenClasses(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> dict[str, jax.Array]:
-    """Maps (B, D) to logits (B, C), and by 'iap' attributes (B, A)."""
+    """Maps (B, D) to logits (B, C), and with 'iap' also attributes (B, A)."""
     described, zeros = _vectors(self), nn.initializers.zeros
     learnt = self.vectors().shape[0]
     shape = (features.shape[-1], learnt)
@@ -258,29 +258,30 @@ class SeenClasses(nn.Module):
 
 
 class TwoTower(nn.Module):
-  r"""Two networks into one space, one of features and one of descriptions.
+  r"""Two networks into a common space, one for features and one for descriptions.
 
   .. math::
     z = f(x) / |f(x)|, \quad c_y = g(s_y) / |g(s_y)|, \qquad
     F(x, y) = z \cdot c_y / \tau
 
-  or, by the distance, :math:`F(x, y) = -|f(x) - g(s_y)|^2` without norms. f is linear;
-  g has a hidden layer. One side may be fixed: `fixed` 'classes' has g(s) = s / |s|, and
-  f maps into that space; 'images' has f(x) = x, and g maps descriptions to features.
+  or, with `distance`, :math:`F(x, y) = -|f(x) - g(s_y)|^2` without normalising. f is
+  linear; g has a hidden layer. One side can be fixed: with `fixed` 'classes', g(s) = s
+  / |s| and f maps into that space; with 'images', f(x) = x and g maps descriptions to
+  features.
 
   Attributes:
-    vectors: the first descriptions.
-    width: of the space, where neither side is fixed.
+    vectors: the initial descriptions.
+    width: dimension of the space, if neither side is fixed.
     hidden: units of g's hidden layer.
     temperature: tau.
     fixed: 'none', 'classes' or 'images'.
-    distance: compares by distance rather than by cosine.
+    distance: compare by distance rather than by cosine.
 
-  It returns 'embedding' (B, E) beside the logits.
+  It returns 'embedding' (B, E) besides the logits.
 
   Sources: Frome et al., DeViSE, NIPS 2013 ('classes'); Zhang et al., Learning a Deep
   Embedding Model for Zero-Shot Learning, arXiv 1611.05088 ('images'); both towers with
-  a contrastive loss, as Radford et al., arXiv 2103.00020.
+  a contrastive loss, as in Radford et al., arXiv 2103.00020.
   """
 
   vectors: Vectors
@@ -313,10 +314,10 @@ def _dense(size: int, name: str) -> nn.Dense:
 
 
 def _first(head: str, class_vectors: np.ndarray | None) -> Vectors:
-  """Returns what makes the first descriptions; refuses to do without.
+  """Returns the function that makes the initial descriptions.
 
   Raises:
-    UserError: there are none.
+    UserError: there are no descriptions.
   """
   if class_vectors is None:
     raise UserError(
@@ -341,7 +342,7 @@ def compatibility(
 def kernel_compatibility(
   num_classes: int, *, class_vectors: np.ndarray | None, examples: int
 ) -> KernelCompatibility:
-  """Returns a `KernelCompatibility` head, of as many x_i as there are examples."""
+  """Returns a `KernelCompatibility` head with one x_i for each training example."""
   del num_classes
   return KernelCompatibility(_first('kernel_compatibility', class_vectors), examples)
 

@@ -1,7 +1,8 @@
-"""Networks for digits of 28 or 32 pixels, as papers on domain adaptation use them.
+"""Networks for digits of 28 or 32 pixels, as used in papers on domain adaptation.
 
-They return named layers: 'conv', the flattened last convolution, the hidden layers,
-and 'features', the last of them. Sizes are those of the papers' images; others work.
+They return named layers: 'conv', which is the flattened last convolution, the hidden
+layers, and 'features', the last hidden layer. The stated sizes are for the papers'
+images; other sizes work.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from lt_jax.models.taps import tap
 
 
 class Convolution(NamedTuple):
-  """A convolution, ReLU, and a maximum over squares of pixels.
+  """A convolution, ReLU and max-pooling.
 
   Attributes:
-    features: channels that come out.
-    pool: side of the squares, 2 or 3, which are 2 pixels apart; 0 for no maximum.
+    features: number of output channels.
+    pool: side of the pooling windows, 2 or 3, at stride 2; 0 for no pooling.
     size: side of the kernel.
   """
 
@@ -32,16 +33,16 @@ class Convolution(NamedTuple):
 
 
 class DigitsNet(nn.Module):
-  """Convolutions, then hidden linear layers, all with bias and ReLU.
+  """Convolutions followed by hidden linear layers, all with bias and ReLU.
 
   Attributes:
-    convolutions: from the images on.
+    convolutions: the convolutions, starting at the image.
     hidden: sizes of the linear layers; the last one makes the features.
-    padded: convolutions keep the size of an image, and maxima halve it, rounded up.
+    padded: convolutions keep the size of an image, and pooling halves it, rounded up.
     conv: a constructor like `Conv`.
     dense: a constructor like `nn.Dense`.
 
-  Taps: every convolution with its maximum, and every linear layer.
+  Taps: every convolution with its pooling, and every linear layer.
   """
 
   convolutions: Sequence[Convolution]
@@ -68,7 +69,7 @@ class DigitsNet(nn.Module):
         bias=True,
         name=f'conv{number}',
       )(x)
-      # The same as ReLU before the maximum, with a quarter of the work.
+      # Equivalent to ReLU before pooling, with a quarter of the work.
       x = tap(self, f'conv{number}', nn.relu(_maximum(x, pool)))
     layers = {'conv': x.reshape(x.shape[0], -1)}
     x = layers['conv']
@@ -80,7 +81,7 @@ class DigitsNet(nn.Module):
 
 
 def _maximum(x: jax.Array, pool: int) -> jax.Array:
-  """Takes the maximum over squares 2 pixels apart, which overlap if of 3 pixels."""
+  """Takes the maximum over squares at stride 2, which overlap if they have 3 pixels."""
   if pool <= 2:
     return max_pool(x) if pool else x
   side = (pool - 1) // 2
@@ -95,7 +96,7 @@ def _net(
   init: str = 'kaiming',
   dtype: Any = None,
 ) -> DigitsNet:
-  """Returns a `DigitsNet`, its initialisation by its name."""
+  """Returns a `DigitsNet`; `init` is a key of `INITIALISERS`."""
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   shared = {'kernel_init': kernel_init, 'dtype': dtype}
   conv, dense = partial(Conv, **shared), partial(nn.Dense, **shared)
@@ -103,22 +104,22 @@ def _net(
 
 
 class DTN(nn.Module):
-  """Three convolutions of 5x5 pixels with stride 2, then a linear layer, normalised.
+  """Three 5x5 convolutions with stride 2, then a linear layer, all normalised.
 
-  Its features end in batch normalisation, without a ReLU: those of OCDA, which a cosine
-  classifier reads. In CyCADA a ReLU and a dropout of one half follow. The dropout of
+  Its features end in batch normalisation without a ReLU, as in OCDA, where a cosine
+  classifier reads them. In CyCADA a ReLU and dropout of 0.5 follow. The dropout of
   whole channels before every ReLU (0.1, 0.3, 0.5) is left out.
 
   Attributes:
     widths: channels of the convolutions.
-    size: of the features.
+    size: size of the features.
     conv: a constructor like `Conv`.
     dense: a constructor like `nn.Dense`.
     norm: a constructor like `BatchNorm`.
 
   Taps: every convolution.
 
-  Hoffman et al., "CyCADA", ICML 2018, arXiv 1711.03213, whose code has it; Liu et al.,
+  Hoffman et al., "CyCADA", ICML 2018, arXiv 1711.03213, from its code; Liu et al.,
   arXiv 1909.03403.
   """
 
@@ -149,7 +150,7 @@ def dtn(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> DTN:
-  """Returns a `DTN`, its initialisation by its name: Xavier, uniform here."""
+  """Returns a `DTN`; `init` is a key of `INITIALISERS`, by default uniform Xavier."""
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   shared = {'kernel_init': kernel_init, 'dtype': dtype}
   conv, dense = partial(Conv, **shared), partial(nn.Dense, **shared)
@@ -176,7 +177,7 @@ Quoted from memory, unverified.
 """
 
 lenet = partial(_net, (Convolution(20), Convolution(50)), (500,))
-"""LeNet as Caffe has it, for 28 pixels: 'conv' (B, 800), 'features' (B, 500).
+"""Caffe's LeNet, for 28 pixels: 'conv' (B, 800), 'features' (B, 500).
 
 The network of Tzeng et al. (ADDA), arXiv 1702.05464. LeCun et al., Proc. IEEE 1998.
 """

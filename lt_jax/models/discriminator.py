@@ -1,4 +1,4 @@
-"""Domain classifiers: predict the domain from a layer, a map or an image."""
+"""Domain classifiers: they predict the domain from a layer, a map or an image."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from lt_jax.models.heads import dense
 
 
 class DomainClassifier(nn.Module):
-  """Linear layers with ReLU between them, down to one logit.
+  """Linear layers with ReLU between them, and a single logit.
 
   Attributes:
-    hidden: sizes of the layers before the logit; none for a linear classifier.
+    hidden: sizes of the hidden layers; empty for a linear classifier.
 
   Source: Ganin et al., arXiv 1505.07818, figure 4: (100,) for MNIST, (1024, 1024) for
   SVHN and GTSRB.
@@ -39,17 +39,17 @@ def mlp(*, hidden: Sequence[int] = (100,)) -> DomainClassifier:
 
 
 class ImageDiscriminator(nn.Module):
-  """Two 3x3 convolutions with stride 2 and leaky ReLU, their mean, then one logit.
+  """Two 3x3 convolutions with stride 2 and leaky ReLU, mean pooling, then one logit.
 
   Attributes:
-    width: channels of the first convolution; the second has twice as many.
+    width: number of channels of the first convolution; the second has twice as many.
   """
 
   width: int
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps (B, H, W, C) to logits (B,) of being a true image."""
+    """Maps (B, H, W, C) to logits (B,) of being a real image."""
     x = images
     for number in (1, 2):
       x = Conv(number * self.width, stride=2, bias=True, name=f'conv{number}')(x)
@@ -58,12 +58,12 @@ class ImageDiscriminator(nn.Module):
 
 
 def image_discriminator(*, width: int = 16) -> ImageDiscriminator:
-  """Returns a discriminator of images, of a width."""
+  """Returns an image discriminator of that width."""
   return ImageDiscriminator(width)
 
 
 class PatchDiscriminator(nn.Module):
-  """Five 4x4 convolutions with stride 2, leaky ReLU between them: a logit a patch.
+  """Five 4x4 convolutions with stride 2 and leaky ReLU: one logit per patch.
 
   The channels are w, 2w, 4w, 8w and 1; each logit sees 94 x 94 pixels of the map.
 
@@ -72,17 +72,17 @@ class PatchDiscriminator(nn.Module):
 
   Source: Tsai et al. (AdaptSegNet), arXiv 1802.10349, section 4.2, after DCGAN (Radford
   et al., arXiv 1511.06434), without batch normalisation; ADVENT (Vu et al., arXiv
-  1811.12833) has the same.
+  1811.12833) uses the same.
   """
 
   width: int
 
   @nn.compact
   def __call__(self, maps: jax.Array) -> jax.Array:
-    """Maps (B, H, W, C) to logits (B, H / 32, W / 32) of being a target image's patch.
+    """Maps (B, H, W, C) to logits (B, H / 32, W / 32) of being a patch of the target.
 
     Raises:
-      UserError: these are no maps, or of less than 32 pixels a side.
+      UserError: the input is not a map, or a side has less than 32 pixels.
     """
     if maps.ndim != 4 or min(maps.shape[1:3]) < 32:
       raise UserError(
@@ -98,7 +98,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _halved(features: int, name: str) -> Conv:
-  """Returns a convolution to half the size, whose weights begin as PyTorch's do."""
+  """Returns a convolution to half the size, initialised as in PyTorch."""
   return Conv(
     features,
     size=4,
@@ -111,12 +111,12 @@ def _halved(features: int, name: str) -> Conv:
 
 
 def uniform_by_inputs(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-  """Draws from U(-1 / sqrt(n), 1 / sqrt(n)), n being the numbers an output sums up.
+  """Draws from U(-1 / sqrt(n), 1 / sqrt(n)), with n the number of inputs per output.
 
   Args:
     key: random key.
     shape: (..., inputs, outputs), spatial axes first.
-    dtype: of the kernel.
+    dtype: type of the kernel.
   """
   bound = 1 / math.sqrt(math.prod(shape[:-1]))
   draw = jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound)
@@ -124,5 +124,5 @@ def uniform_by_inputs(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.A
 
 
 def patch_discriminator(*, width: int = 64) -> PatchDiscriminator:
-  """Returns a discriminator of maps, of a width."""
+  """Returns a map discriminator of that width."""
   return PatchDiscriminator(width)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: the network that makes photographs affordable on a CPU."""
+"""EfficientNet-Lite0: a network cheap enough for photographs on a CPU."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,14 +14,14 @@ from lt_jax.models.taps import tap
 
 
 class Stage(NamedTuple):
-  """Equal blocks, of which the first strides.
+  """A sequence of equal blocks, of which the first has a stride.
 
   Attributes:
-    blocks: how many.
+    blocks: number of blocks.
     size: side of the kernels of their depthwise convolutions.
-    stride: of the first block.
-    expansion: channels inside of a block over those that enter it.
-    features: channels that come out.
+    stride: stride of the first block.
+    expansion: ratio of channels inside a block to those that enter it.
+    features: number of output channels.
   """
 
   blocks: int
@@ -44,15 +44,15 @@ B0 = (
 
 
 class InvertedResidual(nn.Module):
-  """A 1x1 convolution to more channels, a depthwise one, a 1x1 one to fewer.
+  """A 1x1 convolution to more channels, a depthwise one, and a 1x1 one to fewer.
 
-  The first two are followed by ReLU6, each is normalised, and x is added where the
-  shape stays. Without expansion the first convolution is left out.
+  All are normalised, the first two are followed by ReLU6, and x is added if the shape
+  does not change. Without expansion the first convolution is left out.
 
   Attributes:
-    stage: whose block it is.
-    stride: of the depthwise convolution.
-    dilation: of the depthwise convolution.
+    stage: the stage it belongs to.
+    stride: stride of the depthwise convolution.
+    dilation: dilation of the depthwise convolution.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
@@ -89,26 +89,27 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-  """EfficientNet without squeeze-and-excitation, with ReLU6 for swish.
+  """EfficientNet without squeeze-and-excitation, and with ReLU6 instead of swish.
 
-  A 3x3 convolution of stride 2, seven stages of inverted residuals, a 1x1 convolution.
-  Strided convolutions are padded as in TensorFlow, whose weights these networks have.
+  A 3x3 convolution with stride 2, seven stages of inverted residuals, and a 1x1
+  convolution. Strided convolutions are padded as in TensorFlow, where the published
+  weights come from.
 
   Attributes:
-    stages: such as `B0`.
+    stages: the stages, such as `B0`.
     first: channels after the first convolution.
     last: channels after the last one.
-    output_stride: pixels of the image a pixel of the map; below 32, the last stages
-      read pixels that are further apart instead of striding, see
-      `lt_jax.models.convolution.dilated`.
+    output_stride: image pixels per map pixel; below 32, the last stages use dilation
+      instead of strides, see `lt_jax.models.convolution.dilated`.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
   Taps: 'stem', every block ('stage1_block1', ...), 'last'.
 
-  Source: Tan and Le, arXiv 1905.11946; "lite": the authors' code for it, which leaves
-  the first and the last layer as wide in all sizes. Theirs also drops blocks at random
-  in training (stochastic depth), and a fifth of the features; there is neither here.
+  Source: Tan and Le, arXiv 1905.11946; "lite" follows the authors' code, where the
+  first and the last layer have the same width in all sizes. Theirs also drops blocks at
+  random in training (stochastic depth) and a fifth of the features; this one does
+  neither.
   """
 
   stages: Sequence[Stage] = B0
@@ -151,10 +152,10 @@ def efficientnet_lite0(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> EfficientNetLite:
-  """Returns `EfficientNetLite` with the stages of B0, its initialisation by its name.
+  """Returns `EfficientNetLite` with B0's stages; `init` is a key of `INITIALISERS`.
 
-  It normalises with TensorFlow's epsilon of 0.001. Its running averages move by a tenth
-  a step, like those of all trunks here, and not by a hundredth.
+  It normalises with TensorFlow's epsilon of 0.001. Its running averages have a momentum
+  of 0.9, like all trunks here, rather than TensorFlow's 0.99.
   """
   check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)

@@ -1,4 +1,4 @@
-"""Fully convolutional networks: VGG-16 on images of any size, with skips to its maxima.
+"""Fully convolutional networks: VGG-16 for any image size, with skips from its pooling.
 
 Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015, arXiv
 1411.4038, and the authors' code for Caffe.
@@ -19,22 +19,22 @@ from lt_jax.models.taps import tap
 from lt_jax.models.upsampling import upsample
 
 PAD = 100
-"""Pixels of zeros around an image, so that one of any size leaves a map."""
+"""Pixels of zero padding around an image, so that any size leaves a map."""
 
 
 class FullyConvolutionalVGG(nn.Module):
-  """VGG whose hidden layers are convolutions over its last map.
+  """VGG with hidden layers that are convolutions over its last map.
 
-  Maxima round the size of a map up, as in Caffe. In training, the paper's network also
-  drops half of the hidden features at random; here there is no dropout.
+  Max-pooling rounds the size of a map up, as in Caffe. The paper's network also has
+  dropout of 0.5 on the hidden features; here there is none.
 
   Attributes:
-    stages: number of convolutions and their channels, of every stage.
-    hidden: features of 'fc6' and 'fc7'.
-    side: of the kernel of 'fc6'.
+    stages: number of convolutions and their channels, for every stage.
+    hidden: number of features of 'fc6' and of 'fc7'.
+    side: side of the kernel of 'fc6'.
     conv: a constructor like `Conv`.
 
-  Taps: 'conv1' to 'conv5', each a stage with its maximum, 'fc6', 'fc7'.
+  Taps: 'conv1' to 'conv5', each a stage with its pooling, 'fc6', 'fc7'.
   """
 
   stages: Sequence[tuple[int, int]] = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
@@ -65,34 +65,34 @@ def _max_rounded_up(x: jax.Array) -> jax.Array:
 
 
 def fcn_vgg16(*, init: str = 'kaiming', dtype: Any = None) -> FullyConvolutionalVGG:
-  """Returns a `FullyConvolutionalVGG` of 16 layers, its initialisation by its name."""
+  """Returns the network with 16 layers; `init` is a key of `INITIALISERS`."""
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   return FullyConvolutionalVGG(conv=partial(Conv, kernel_init=kernel_init, dtype=dtype))
 
 
 FIRST = {'pool3': 3.5, 'pool4': 7.5, 'features': 111.5}
-"""Map -> where the centre of its first pixel lies, in pixels of the first convolution.
+"""Map -> centre of its first pixel, in pixels of the first convolution.
 
-That of 'features' is the middle one of the 7 x 7 pixels that 'fc6' reads.
+For 'features' it is the middle of the 7 x 7 pixels that 'fc6' reads.
 """
 
 
 class FCNHead(nn.Module):
-  r"""Scores of pixels, with those of earlier maps added on the way to the images' size.
+  r"""Scores of pixels, with scores of earlier maps added while upsampling.
 
   .. math::
     s_{32} = W_{fc7} x, \quad
     s_{16} = u_2(s_{32}) + W_{pool4} (a\, x_{pool4}), \quad
     s_8 = u_2(s_{16}) + W_{pool3} (b\, x_{pool3})
 
-  with the bilinear transposed convolution u_f of `upsample`, fixed, as in the authors'
-  code, which cuts maps so that their centres meet: 5 and 9 pixels off the maxima's
-  scores, and 19, 27 or 31 off those of the stride 32, 16 or 8 that are upsampled last.
-  All scores begin at zero.
+  where u_f is the bilinear transposed convolution of `upsample`, which is fixed, as in
+  the authors' code. That code crops maps so that their centres align: 5 and 9 pixels
+  from the pooled maps' scores, and 19, 27 or 31 from the last upsampled scores at
+  stride 32, 16 or 8. All scores start at zero.
 
   Attributes:
     num_classes: C.
-    stride: 32, 16 or 8, of the last scores.
+    stride: stride of the last scores: 32, 16 or 8.
     scales: a and b.
   """
 
@@ -112,7 +112,7 @@ class FCNHead(nn.Module):
       size: (H, W) of the images.
 
     Returns:
-      'logits' (B, H, W, C), and 'low_logits', the scores that are upsampled last.
+      'logits' (B, H, W, C), and 'low_logits', the scores before the last upsampling.
 
     Raises:
       UserError: the trunk has no such layers.
@@ -131,7 +131,7 @@ class FCNHead(nn.Module):
       stride, first = stride // 2, first - 0.75 * stride
       begin = round((first - FIRST[name]) / stride)
       x += skip[:, begin : begin + height, begin : begin + width]
-    # Where the first pixel of the image lies; its convolution adds a pixel less.
+    # The position of the image's first pixel; the convolution pads one pixel itself.
     offset = round(PAD - 1 - (first - stride + 0.5))
     return {
       'logits': upsample(x, stride, size=size, offset=offset),

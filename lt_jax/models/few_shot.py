@@ -1,4 +1,4 @@
-"""Few-shot recognition: generates the weights of a cosine classifier.
+"""Few-shot recognition: generating the weights of a cosine classifier.
 
 Source: Gidaris and Komodakis, Dynamic Few-Shot Visual Learning without Forgetting,
 CVPR 2018, arXiv 1804.09458, and the authors' code.
@@ -15,26 +15,25 @@ from lt_jax.models.normalisation import at_least_float32
 
 
 class WeightGenerator(nn.Module):
-  r"""What each exemplar of a class proposes as the class's weight vector.
+  r"""Proposes a class's weight vector from each of its exemplars.
 
-  An exemplar z looks up, among classes that have weights, those whose keys are like
-  it:
+  An exemplar z attends to those classes with weights whose keys are like it:
 
   .. math::
     a_b = \mathrm{softmax}_b(\gamma\, \overline{W_q z + b_q} \cdot \overline{k_b}),
     \qquad
     g(z) = \phi_{avg} \odot z + \phi_{att} \odot \sum_b a_b \overline{w_b}
 
-  for z of unit length and a bar for division by the length. The weight of a class is
-  the mean of g over its exemplars.
+  where z has unit length and a bar means division by the length. The weight of a class
+  is the mean of g over its exemplars.
 
-  In the beginning W_q is the identity but for noise of 1e-3, both phi are ones.
+  Initially W_q is the identity plus noise of 1e-3, and both phi are ones.
 
   Attributes:
-    gamma: in the beginning; it is learned.
+    gamma: initial value; it is learned.
 
   Source: Gidaris and Komodakis, arXiv 1804.09458, section 3.1; the bias b_q and the
-  first values are the code's.
+  initial values are from the code.
   """
 
   gamma: float = 10.0
@@ -48,7 +47,7 @@ class WeightGenerator(nn.Module):
     Args:
       features: (B, D), of any length.
       kernel: (D, C), the weights w_b of the classes.
-      attended: (C,) bool, the classes b that are looked up; at least one.
+      attended: (C,) bool, the classes b to attend to; at least one.
 
     Returns:
       (B, D).
@@ -58,7 +57,7 @@ class WeightGenerator(nn.Module):
     query = nn.Dense(
       width, kernel_init=near_identity, precision=lax.Precision.HIGHEST, name='query'
     )(z)
-    # Of (C, D) that one draws from N(0, 2 / D).
+    # For a shape (C, D) this draws from N(0, 2 / D).
     keys_init = INITIALISERS['kaiming_fan_out']
     keys = self.param('keys', keys_init, (num_classes, width), jnp.float32)
     gamma = self.param('gamma', nn.initializers.constant(self.gamma), (), jnp.float32)

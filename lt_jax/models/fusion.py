@@ -1,14 +1,15 @@
-r"""Fusion: adds what a memory and the domain contribute to a target feature.
+r"""Fusion: adds contributions of a memory and of the domain to a target feature.
 
 .. math::
   x = v + \sum \text{gates} \odot \text{what they let in}, \qquad
   z = \text{a squashed cosine classifier of } x
 
 v is the direct feature, m what it reads from a memory of class centroids, and d a
-feature of its domain. The forms of `FORMS` differ in what is let in, and by which gate.
+domain feature. The entries of `FORMS` differ in what they let in, and through which
+gate.
 
 Source: Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv 1909.03403, and
-the authors' code, which has all five.
+the authors' code, which has all five forms.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,30 +26,30 @@ Gate = Callable[[jax.Array, str], jax.Array]
 
 
 def selector(gate: Gate, v: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-  """The direct feature chooses what it takes from the memory: tanh(v W) m."""
+  """The direct feature gates the memory: tanh(v W) m."""
   del d
   return gate(v, 'concept_selector') * m
 
 
 def domain(gate: Gate, v: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-  """No memory: tanh(v W) d."""
+  """The direct feature gates the domain, without memory: tanh(v W) d."""
   del m
   return gate(v, 'domain_selector') * d
 
 
 def released(gate: Gate, v: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-  """What the released configuration trains: tanh(v W) m + 0.01 tanh(v W') d."""
+  """As in the released config: tanh(v W) m + 0.01 tanh(v W') d."""
   return selector(gate, v, m, d) + 0.01 * domain(gate, v, m, d)
 
 
 def paper(gate: Gate, v: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-  """The domain says how much of the memory is taken: tanh(d W) m."""
+  """The domain gates the memory: tanh(d W) m."""
   del v
   return gate(d, 'domain_selector') * m
 
 
 def both(gate: Gate, v: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
-  """The domain and the direct feature do: tanh(d W') tanh(v W) m."""
+  """The domain and the direct feature gate it: tanh(d W') tanh(v W) m."""
   return gate(d, 'domain_selector') * selector(gate, v, m, d)
 
 
@@ -56,9 +57,9 @@ class Form(NamedTuple):
   """A form of fusion.
 
   Attributes:
-    added: (gate, v, m, d) -> what is added to v; the gate of a name is (inputs, name)
-      -> tanh(inputs W + b).
-    reads_domain: whether there must be a d.
+    added: (gate, v, m, d) -> what is added to v, where gate is (inputs, name) ->
+      tanh(inputs W + b).
+    reads_domain: whether it needs d.
   """
 
   added: Callable[[Gate, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -72,15 +73,15 @@ FORMS = {
   'paper': Form(paper),
   'both': Form(both),
 }
-"""In the order of the numbers 0 to 4 that they have in the authors' code."""
+"""In the order of their numbers 0 to 4 in the authors' code."""
 
 
 class Fusion(nn.Module):
-  """A direct feature, enriched and classified.
+  """Enriches and classifies a direct feature.
 
   Attributes:
     form: a key of `FORMS`.
-    scale: of the logits.
+    scale: factor of the logits.
     num_classes: a method sets it.
   """
 
@@ -90,12 +91,12 @@ class Fusion(nn.Module):
 
   @property
   def reads_domain(self) -> bool:
-    """Whether it must be given 'domain'."""
+    """Whether it needs 'domain'."""
     return FORMS[self.form].reads_domain
 
   @nn.compact
   def __call__(self, read: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Maps 'direct', 'memory' and perhaps 'domain', each (B, D), to outputs.
+    """Maps 'direct', 'memory' and optionally 'domain', each (B, D), to outputs.
 
     Returns:
       'features' x (B, D), 'logits' (B, C) and 'borrowed' |x - v| / |v| (B,).
@@ -115,7 +116,7 @@ class Fusion(nn.Module):
 
 
 def fusion(*, form: str = 'paper', scale: float = 16.0) -> Fusion:
-  """Returns a fusion by the name of its form; the method knows the classes.
+  """Returns the `Fusion` of a form; the method sets the number of classes.
 
   Raises:
     UserError: an unknown form.

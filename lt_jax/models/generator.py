@@ -1,4 +1,4 @@
-"""Generators: from the description of a class and noise to a feature of that class."""
+"""Generators: from a class description and noise to a feature of that class."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from lt_jax.models.heads import dense
 
 
 class Generator(nn.Module):
-  """Linear layers with leaky ReLU between them, the last one linear.
+  """Linear layers with leaky ReLU between them.
 
   Attributes:
-    hidden: sizes of the layers before the feature.
-    noise: numbers of noise; 0: as many as a description has.
+    hidden: sizes of the hidden layers.
+    noise: size of the noise vector; 0 for the size of a description.
     size: D of the features; a method sets it.
   """
 
@@ -33,5 +33,5 @@ class Generator(nn.Module):
 
 
 def generator(*, hidden: Sequence[int] = (256,), noise: int = 0) -> Generator:
-  """Returns a `Generator`; the method that uses it knows the size of the features."""
+  """Returns a `Generator`; the method that uses it sets the size of the features."""
   return Generator(tuple(hidden), noise)

@@ -1,7 +1,7 @@
-"""Heads: from features to logits, in float32 whatever the trunk computes in.
+"""Heads: from features to logits, in float32 whatever type the trunk computes in.
 
-The head owns the scale of its logits, so that softmax(logits) is what the model
-believes, in every loss and every metric.
+The head owns the scale of its logits, so that softmax(logits) is the model's
+probability in every loss and every metric.
 """
 
 import math
@@ -17,11 +17,11 @@ from lt_jax.models.convolution import INITIALISERS
 from lt_jax.models.normalisation import at_least_float32
 
 TINY = 1e-12
-"""Least squared norm of a vector that has a direction."""
+"""The smallest squared norm of a vector that counts as having a direction."""
 
 
 def norm(v: jax.Array, axis: int) -> jax.Array:
-  """Returns |v|, at least 1e-6, whose gradient is 0 and not NaN where v is 0."""
+  """Returns |v|, at least 1e-6; its gradient is 0, not NaN, where v is 0."""
   return jnp.sqrt(jnp.maximum((v * v).sum(axis, keepdims=True), TINY))
 
 
@@ -31,7 +31,7 @@ def unit(v: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def log_prior_bias(num_classes: int) -> float:
-  """Returns -log(C - 1), at which a sigmoid gives every class the probability 1 / C.
+  """Returns -log(C - 1), for which a sigmoid gives every class the probability 1 / C.
 
   Source: Cui et al., arXiv 1901.05555.
   """
@@ -44,7 +44,7 @@ def unit_columns(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
 
 
 def uniform_by_fan_in(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-  """Draws from U(-1 / sqrt(D), 1 / sqrt(D)), shape being (D, C)."""
+  """Draws from U(-1 / sqrt(D), 1 / sqrt(D)) for the shape (D, C)."""
   bound = 1 / math.sqrt(shape[0])
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -57,14 +57,14 @@ def dense(
   bias_init: Callable | None = None,
   **attributes,
 ) -> nn.Dense:
-  """Returns x W + b with W and b, unless told otherwise, from U(+-1 / sqrt(inputs)).
+  """Returns the layer x W + b; W and b are from U(+-1 / sqrt(inputs)) by default.
 
   Args:
-    features: outputs.
+    features: number of outputs.
     inputs: size of x, which the initialisation needs.
-    kernel_init: of W; None for PyTorch's.
-    bias_init: of b; likewise.
-    **attributes: of `nn.Dense`, such as its name.
+    kernel_init: initialiser of W; None for PyTorch's.
+    bias_init: initialiser of b; None likewise.
+    **attributes: attributes of `nn.Dense`, such as its name.
   """
   bound = 1 / math.sqrt(inputs)
 
@@ -86,7 +86,7 @@ class Linear(nn.Module):
   Attributes:
     num_classes: C.
     kernel_init: (key, shape, dtype) -> W, one of `INITIALISERS`.
-    first_bias: every entry of b in the beginning.
+    first_bias: initial value of every entry of b.
   """
 
   num_classes: int
@@ -103,9 +103,9 @@ class Linear(nn.Module):
 
 
 class ScaledLinear(nn.Module):
-  r"""A linear classifier whose logits have one learned scale a class.
+  r"""A linear classifier with one learned scale per class.
 
-  .. math:: z_c = s_c (v \cdot w_c + b_c), \qquad s_c = 1 \text{ in the beginning}
+  .. math:: z_c = s_c (v \cdot w_c + b_c), \qquad s_c = 1 \text{ initially}
 
   Attributes:
     num_classes: C.
@@ -127,11 +127,11 @@ class ScaledLinear(nn.Module):
 
 
 class NearestClassMean(nn.Module):
-  r"""Negative squared distances to one mean a class.
+  r"""Negative squared distances to the class means.
 
   .. math:: z_c = -|\tilde v - m_c|^2, \qquad \tilde v = \mathrm{unit}(v - \bar v)
 
-  The surgery 'nearest_class_mean' measures both means on the training images.
+  The surgery 'nearest_class_mean' measures all means on the training images.
 
   Attributes:
     num_classes: C.
@@ -165,10 +165,9 @@ class Cosine(nn.Module):
 
   Attributes:
     num_classes: C.
-    scale: s. A margin m on the cosine is thus s m on the logit.
+    scale: s. So a margin m on the cosine is s m on the logit.
 
-  Source: Cao et al., arXiv 1906.07413, and its code, which also draws
-  the first weights so.
+  Source: Cao et al., arXiv 1906.07413, and its code, including the initialisation.
   """
 
   num_classes: int
@@ -182,16 +181,17 @@ class Cosine(nn.Module):
 
 
 class CosineBias(nn.Module):
-  r"""Cosines of the angles between features and class weights, of a learned scale.
+  r"""Cosines of the angles between features and class weights, with a learned scale.
 
   .. math:: z_c = s \left( \frac{v}{|v|} \cdot \frac{w_c}{|w_c|} + b \right)
 
-  with s = 10 and b = 0 in the beginning. A softmax does not see b; a sigmoid does.
+  Initially s = 10 and b = 0. A softmax does not depend on b; a sigmoid does.
 
   Attributes:
     num_classes: C.
 
-  Source: Gidaris and Komodakis, arXiv 1804.09458, section 3.2; the bias is the code's.
+  Source: Gidaris and Komodakis, arXiv 1804.09458, section 3.2; the bias is from the
+  code.
   """
 
   num_classes: int
@@ -212,8 +212,8 @@ class CosineSquash(nn.Module):
   .. math::
     z_c = s \frac{|v|}{1 + |v|} \frac{v}{|v|} \cdot \frac{w_c}{|w_c|}
 
-  so that a short feature, which no class is sure of, gives flat logits; none exceeds
-  s in size.
+  A short feature, which belongs clearly to no class, thus gives flat logits. No logit
+  exceeds s in magnitude.
 
   Attributes:
     num_classes: C.
@@ -241,21 +241,21 @@ class MetaEmbedding(nn.Module):
     \gamma = \min_c |v - m_c|, \quad
     \tilde v = \frac{r}{\gamma} (v + e \odot o M)
 
-  and the logits are those of `CosineSquash` for the meta-embedding. Frequent classes
-  lend what they know to rare ones through o M, and what is far from every centroid
-  gets a short embedding, hence flat logits. No gradient reaches the memory here. On a
-  centroid, gamma counts as 1e-6, without a gradient.
+  and the logits are those of `CosineSquash` for the meta-embedding. Rare classes borrow
+  from frequent ones through o M. A feature far from every centroid gets a short
+  embedding and thus flat logits. No gradient reaches the memory here. Exactly on a
+  centroid, gamma is 1e-6 without a gradient.
 
-  The nearest centroid is found by |m|^2 - 2 v m, a product of matrices, and only the
-  distance to it is computed as such: nothing of size (B, C, D) is ever made.
+  The nearest centroid is found from |m|^2 - 2 v m, a matrix product, and only the
+  distance to that one is computed explicitly, so no array of (B, C, D) is ever made.
 
   Attributes:
     num_classes: C.
-    scale: of the logits.
+    scale: factor of the logits.
     reach: r.
 
   Source: Liu et al., arXiv 1904.05160, equations 2 to 5; r and the squashing of lengths
-  are those of the authors' code (the paper has r = 1).
+  are from the authors' code (the paper has r = 1).
   """
 
   num_classes: int
@@ -266,9 +266,9 @@ class MetaEmbedding(nn.Module):
   def __call__(
     self, features: jax.Array, *, centroids: jax.Array | None = None
   ) -> jax.Array:
-    """Maps (B, D), with centroids (C, D), to (B, C); without any, they are zero.
+    """Maps (B, D), with centroids (C, D), to (B, C); centroids default to zero.
 
-    Leaves among the intermediates 'hallucination' o (B, C), 'read' o M (B, D),
+    Stores in the intermediates: 'hallucination' o (B, C), 'read' o M (B, D),
     'selection' e (B, D), 'reachability' r / gamma (B, 1) and 'embedding' (B, D).
     """
     v = at_least_float32(features)
@@ -309,8 +309,9 @@ def linear(
   Args:
     num_classes: C.
     init: a key of `INITIALISERS`.
-    prior_bias: the bias begins at `log_prior_bias`, for sigmoid losses; else at 0.
-      (PyTorch codes, such as Cao et al.'s, draw it from U(-1 / sqrt(D), 1 / sqrt(D)).)
+    prior_bias: initialise the bias to `log_prior_bias`, for sigmoid losses, instead of
+      0. (PyTorch code, such as Cao et al.'s, draws it from U(-1 / sqrt(D), 1 /
+      sqrt(D)).)
   """
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   first_bias = log_prior_bias(num_classes) if prior_bias else 0.0

@@ -1,8 +1,9 @@
-"""The layers of a trunk in order from the image on, by their parameters.
+"""The layers of a trunk in order, starting at the image, and their parameters.
 
-What fine-tuning counts: rates that fall towards the images, layers that keep the
-weights they begin with. A layer is a stage of blocks where the trunk has stages, else a
-convolution or linear layer; normalisation belongs to what is before it.
+Fine-tuning counts in these layers: learning rates that fall towards the images, and
+layers that keep their initial weights. A layer is a stage of blocks if the trunk has
+stages, otherwise a convolution or linear layer; normalisation belongs to the layer
+before it.
 """
 
 import re
@@ -23,7 +24,7 @@ class Layer(NamedTuple):
   """A layer of a trunk.
 
   Attributes:
-    name: such as 'stem' or 'stage2'.
+    name: its name, such as 'stem' or 'stage2'.
     units: name of a convolution, linear layer or block -> names of its parameters.
   """
 
@@ -32,30 +33,30 @@ class Layer(NamedTuple):
 
   @property
   def pattern(self) -> str:
-    """A regular expression for the whole paths of its parameters."""
+    """A regular expression that matches the whole paths of its parameters."""
     return pattern(name for names in self.units.values() for name in names)
 
 
 def pattern(names: Iterable[str]) -> str:
-  """Returns a regular expression for the paths of a trunk's parameters by name."""
+  """Returns a regular expression for the paths of a trunk's parameters `names`."""
   return f'net/trunk/(?:{"|".join(map(re.escape, names))})(?:/.*)?'
 
 
 def trunk_layers(net: nn.Module, image_shape: Sequence[int]) -> tuple[Layer, ...]:
-  """Returns the layers of a classifier's trunk, from the images on.
+  """Returns the layers of a classifier's trunk, starting at the images.
 
   Args:
-    net: a `Classifier`; nothing is computed.
+    net: a `Classifier`; it is only traced.
     image_shape: (H, W, channels).
 
   Returns:
-    The layers; none of a trunk without parameters.
+    The layers; empty for a trunk without parameters.
   """
   names: list[str] = []
 
   def run(key, images):
     params = net.init(key, images, train=False)['params']
-    names.extend(params.get('trunk', {}))  # a dict in the order of the calls
+    names.extend(params.get('trunk', {}))  # a dict in the order of calls
     return params
 
   jax.eval_shape(run, jax.random.key(0), jnp.zeros((1, *image_shape)))
@@ -76,25 +77,25 @@ def chopped(layers: Sequence[Layer], kept: str) -> tuple[str, ...]:
   """Returns the names of a trunk's parameters that are not kept.
 
   Args:
-    layers: of the trunk.
-    kept: 'first:N' or 'last:N', so many layers; or 'first:NAME', up to a layer or a
-      block of that name, or 'last:NAME', from it on.
+    layers: layers of the trunk.
+    kept: 'first:N' or 'last:N' for N layers; 'first:NAME' for all up to and including
+      a layer or block of that name, or 'last:NAME' for all from it on.
 
   Raises:
-    UserError: it is something else, or there is no such layer.
+    UserError: `kept` has another form, or there is no such layer.
   """
   units = {unit: names for layer in layers for unit, names in layer.units.items()}
   order = [*units]
   end, _, place = str(kept).partition(':')
   if end not in ('first', 'last') or not place:
     raise UserError(
-      f"kept_layers is {kept!r}; it is such as 'first:2', 'last:1' or 'first:NAME'"
+      f"kept_layers is {kept!r}; use a form like 'first:2', 'last:1' or 'first:NAME'"
     )
   if place.isdecimal():
     if not 1 <= int(place) <= len(layers):
-      told = ', '.join(layer.name for layer in layers) or 'none'
+      names = ', '.join(layer.name for layer in layers) or 'none'
       raise UserError(
-        f'kept_layers is {kept!r}; the trunk has {len(layers)} layers: {told}'
+        f'kept_layers is {kept!r}; the trunk has {len(layers)} layers: {names}'
       )
     chosen = layers[: int(place)] if end == 'first' else layers[-int(place) :]
     inside = {unit for layer in chosen for unit in layer.units}

@@ -1,4 +1,4 @@
-"""Batch normalisation: over the batch, over parts of it, or with frozen statistics."""
+"""Batch normalisation over the batch, over parts of it, or with frozen statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from lt_jax.errors import UserError
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-  """Returns x, widened where it is narrower than float32."""
+  """Returns x as float32 if its type is narrower."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -19,30 +19,30 @@ class BatchNorm(nn.Module):
   .. math::
     y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-  In training mu and sigma^2 (the biased variance) are those of a group of the batch,
-  and the running averages move towards their mean over the G groups:
+  In training, mu and sigma^2 (the biased variance) come from a group of the batch, and
+  the running averages move towards their mean over the G groups:
 
   .. math::
     \bar\mu \leftarrow m \bar\mu + (1 - m) \frac{1}{G} \sum_g \mu_g
 
-  and likewise for the variance. In evaluation they are the running averages.
+  and likewise for the variance. In evaluation, mu and sigma^2 are the running averages.
 
-  One group is the global batch. As many groups as devices are what one process a
-  device computes: group g is the g-th contiguous part of the batch, thus the part that
-  lies on device g, and its statistics need no communication. Statistics are computed
-  in float32 whatever the type of x, and y has the type of x.
+  One group means the global batch. With as many groups as devices, group g is the g-th
+  contiguous part of the batch, which lies on device g: its statistics need no
+  communication, as with one process per device. Statistics are computed in float32
+  whatever the type of x, and y has the type of x.
 
   Attributes:
-    groups: G, number of equal parts of the batch with statistics of their own.
-    frozen: the running averages are used in training too, and do not change.
+    groups: G, number of equal parts of the batch with their own statistics.
+    frozen: use the running averages in training too, without changing them.
     momentum: m.
     epsilon: added to the variance.
 
   Raises:
     UserError: the batch does not divide into the groups.
 
-  Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; groups: Hoffer et al.,
-  arXiv 1705.08741, algorithm 1. The running variance of PyTorch is the unbiased one.
+  Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 1; groups: Hoffer et al., arXiv
+  1705.08741, algorithm 1. PyTorch's running variance is unbiased.
   """
 
   groups: int = 1
@@ -77,7 +77,8 @@ class BatchNorm(nn.Module):
     else:
       mean, var = (average.value[None] for average in running)
     multiplier = scale[None] * lax.rsqrt(var + self.epsilon)
-    # One multiplication and one addition an element: (x - mean) would be stored.
+    # One multiplication and one addition per element; (x - mean) would have to be
+    # stored.
     y = grouped * _over(grouped, multiplier)
     y += _over(grouped, bias[None] - mean * multiplier)
     return y.reshape(x.shape).astype(x.dtype)
@@ -86,15 +87,15 @@ class BatchNorm(nn.Module):
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns mean and biased variance, each (G, C), of x (G, ..., C).
 
-  From the sums of x and x^2: one pass over x, and one round of all-reduces where a
-  group lies on many devices.
+  Computed from the sums of x and x^2: one pass over x, and one round of all-reduces if
+  a group spans several devices.
   """
   axes = tuple(range(1, x.ndim - 1))
   mean = x.mean(axes)
-  # Rounding may leave a difference below zero where a channel is constant.
+  # If a channel is constant, rounding may make the difference negative.
   return mean, jnp.maximum((x * x).mean(axes) - mean * mean, 0)
 
 
 def _over(x: jax.Array, per_channel: jax.Array) -> jax.Array:
-  """Returns (G, C) with axes of length 1, to broadcast over x (G, ..., C)."""
+  """Inserts axes of length 1 into (G, C), to broadcast over x (G, ..., C)."""
   return lax.expand_dims(per_channel, range(1, x.ndim - 1))

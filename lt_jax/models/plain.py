@@ -1,4 +1,4 @@
-"""AlexNet and VGG-16: convolutions one after another, then two hidden linear layers."""
+"""AlexNet and VGG-16: a sequence of convolutions, then two hidden linear layers."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,17 +17,17 @@ from lt_jax.models.taps import tap
 
 
 def adaptive_mean(x: jax.Array, side: int) -> jax.Array:
-  """Brings a map to side x side pixels, each the mean of the pixels it covers in part.
+  """Resizes a map to side x side pixels, each the mean of the pixels it overlaps.
 
-  Along an axis of n pixels, output i is the mean of floor(i n / side) up to, and
-  without, ceil((i + 1) n / side). What has the size already stays as it is.
+  Along an axis of n pixels, output i is the mean of inputs floor(i n / side) to
+  ceil((i + 1) n / side) - 1. A map that already has the size is not changed.
 
   Args:
     x: (B, H, W, C).
-    side: of the result, which may be larger than the map.
+    side: side of the result, which may be larger than the map.
 
-  Source: AdaptiveAvgPool2d of PyTorch, by which torchvision's networks take images of
-  any size.
+  Source: AdaptiveAvgPool2d of PyTorch, with which torchvision's networks accept images
+  of any size.
   """
   for axis in (1, 2):
     pixels = x.shape[axis]
@@ -59,12 +59,12 @@ def response_norm(x: jax.Array) -> jax.Array:
 
 
 class WholeMap(nn.Module):
-  """A linear layer that reads a whole map: a convolution with a kernel of its size.
+  """A linear layer over a whole map: a convolution with a kernel of the map's size.
 
   Attributes:
-    features: that come out.
+    features: number of outputs.
     kernel_init: (key, shape, dtype) -> kernel, one of `INITIALISERS`.
-    dtype: of the computation; None for that of input and kernel.
+    dtype: type of the computation; None for that of input and kernel.
   """
 
   features: int
@@ -84,16 +84,17 @@ class WholeMap(nn.Module):
 def hidden_layers(
   trunk: nn.Module, x: jax.Array, side: int, features: int
 ) -> dict[str, jax.Array]:
-  """Applies two hidden linear layers to a map, each with ReLU, as layers of a trunk.
+  """Applies two hidden linear layers with ReLU to a map, as layers of a trunk.
 
   Args:
-    trunk: whose layers they become; its `conv` tells how they begin and compute.
+    trunk: the trunk they become part of; its `conv` determines their initialisation
+      and type.
     x: (B, H, W, C).
-    side: of the map that the first one reads.
-    features: of either layer.
+    side: side of the map that the first one reads.
+    features: size of each layer.
 
   Returns:
-    'fc6', 'fc7' and 'features', which is 'fc7' again, each (B, features).
+    'fc6', 'fc7' and 'features', the same as 'fc7', each (B, features).
   """
   given = {key: trunk.conv.keywords[key] for key in ('kernel_init', 'dtype')}
   first = WholeMap(features, **given, name='fc6')
@@ -104,28 +105,28 @@ def hidden_layers(
 
 
 def max_rounded_down(x: jax.Array) -> jax.Array:
-  """Takes the maximum over 3x3 pixels at stride 2, within the map."""
+  """Takes the maximum over 3x3 pixels at stride 2, inside the map only."""
   return nn.max_pool(x, (3, 3), (2, 2))
 
 
 def max_rounded_up(x: jax.Array) -> jax.Array:
-  """Takes the maximum over 3x3 pixels at stride 2; the last may reach over the edge.
+  """Takes the maximum over 3x3 pixels at stride 2; the last may extend over the edge.
 
-  So do Caffe and cuda-convnet.
+  Caffe and cuda-convnet do the same.
   """
   beyond = [(0, (side - 3) % 2) for side in x.shape[1:3]]
   return nn.max_pool(x, (3, 3), (2, 2), beyond)
 
 
 class Layer(NamedTuple):
-  """A convolution with bias and ReLU, and what follows.
+  """A convolution with bias and ReLU, and the operations after it.
 
   Attributes:
-    features: channels that come out.
+    features: number of output channels.
     size: side of the kernel.
-    stride: in pixels.
+    stride: stride in pixels.
     pad: pixels of zero padding on every side.
-    groups: equal parts of the channels that do not mix.
+    groups: number of equal parts of the channels that do not mix.
     then: functions of the map, in order.
   """
 
@@ -163,25 +164,26 @@ STYLES: dict[str, Sequence[Layer]] = {
 """name -> convolutions.
 
 'krizhevsky': Krizhevsky et al., NIPS 2012, figure 2: two GPUs exchange maps before the
-third convolution only. 224 pixels, or the 227 that its sizes need, both become 6x6.
+third convolution only. Images of 224 pixels, or of the 227 that its sizes need, both
+become 6x6.
 'zeiler_fergus': Zeiler and Fergus, arXiv 1311.2901, figure 3: 224 pixels to maps of
-110, 55, 26, 13 and 6; for their contrast normalisation, whose constants they do not
-give, stands `response_norm`.
+110, 55, 26, 13 and 6. They do not give the constants of their contrast normalisation;
+`response_norm` replaces it.
 'torchvision': one tower without normalisation, after Krizhevsky, arXiv 1404.5997; the
-one of which there are weights to begin with.
+only one with published weights.
 """
 
 
 class AlexNet(nn.Module):
   """Five convolutions and two hidden linear layers.
 
-  The papers' networks also drop half of the hidden layers at random in training, and
-  begin with narrower weights; there is neither here.
+  The papers' networks also have dropout of 0.5 on the hidden layers, and smaller
+  initial weights; this one has neither.
 
   Attributes:
     layers: convolutions, such as one of `STYLES`.
-    hidden: features of either hidden layer.
-    side: of the map that the first of them reads; another size is averaged to it.
+    hidden: size of each hidden layer.
+    side: side of the map that the first of them reads; other sizes are averaged to it.
     conv: a constructor like `Conv`, with the keywords kernel_init and dtype.
 
   Taps: 'conv1' to 'conv5', each with what follows the convolution, 'fc6', 'fc7'.
@@ -211,19 +213,19 @@ class AlexNet(nn.Module):
 
 
 class VGG(nn.Module):
-  """Stages of 3x3 convolutions with bias and ReLU, each halved by a maximum.
+  """Stages of 3x3 convolutions with bias and ReLU, each followed by max-pooling.
 
-  In training, the paper's network also drops half of the hidden layers at random.
+  The paper's network also has dropout of 0.5 on the hidden layers.
 
   Attributes:
-    stages: number of convolutions and their channels, of every stage.
-    normalised: puts batch normalisation before each ReLU of a convolution.
-    hidden: features of either hidden layer.
-    side: of the map that the first of them reads; another size is averaged to it.
+    stages: number of convolutions and their channels, for every stage.
+    normalised: apply batch normalisation before each ReLU of a convolution.
+    hidden: size of each hidden layer.
+    side: side of the map that the first of them reads; other sizes are averaged to it.
     conv: a constructor like `Conv`, with the keywords kernel_init and dtype.
     norm: a constructor like `BatchNorm`.
 
-  Taps: 'conv1' to 'conv5', each a stage with its maximum, 'fc6', 'fc7'.
+  Taps: 'conv1' to 'conv5', each a stage with its pooling, 'fc6', 'fc7'.
 
   Source: Simonyan and Zisserman, arXiv 1409.1556, table 1, column D.
   """
@@ -259,14 +261,14 @@ def convolve_stage(
   """Applies the convolutions of a stage of VGG, as layers of a trunk.
 
   Args:
-    trunk: whose layers they become: its `conv`, and its `norm` where it is
+    trunk: the trunk they become part of; it provides `conv`, and `norm` if it is
       `normalised`.
     x: (B, H, W, C).
     stage: its number, from 1.
     shape: number of convolutions and their channels.
-    train: normalises by the batch.
-    pad: pixels around the first one's input; None keeps the size of the map.
-    dilation: by how many pixels those that a kernel reads are apart.
+    train: normalise by batch statistics.
+    pad: pixels of padding for the first one; None keeps the size of the map.
+    dilation: spacing of the pixels that a kernel reads.
   """
   convolutions, features = shape
   for place in range(1, convolutions + 1):
@@ -279,7 +281,7 @@ def convolve_stage(
 
 
 def _check_size(images: jax.Array, x: jax.Array) -> None:
-  """Refuses images of which no pixel is left."""
+  """Rejects images that are too small to leave a pixel."""
   if not x.size:
     height, width = images.shape[1:3]
     raise UserError(
@@ -291,7 +293,7 @@ def _check_size(images: jax.Array, x: jax.Array) -> None:
 def alexnet(
   *, style: str = 'krizhevsky', init: str = 'kaiming', dtype: Any = None
 ) -> AlexNet:
-  """Returns an `AlexNet`, its style and its initialisation by their names."""
+  """Returns an `AlexNet`, given the names of its style and initialisation."""
   return AlexNet(lookup(STYLES, 'style', style), conv=_conv(init, dtype))
 
 
@@ -303,7 +305,7 @@ def vgg16(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> VGG:
-  """Returns a `VGG` of 16 layers, its initialisation by its name."""
+  """Returns a `VGG` of 16 layers; `init` is a key of `INITIALISERS`."""
   return VGG(normalised=normalised, conv=_conv(init, dtype), norm=norm)
 
 

@@ -17,12 +17,12 @@ from lt_jax.models.convolution import (
 from lt_jax.models.normalisation import BatchNorm
 from lt_jax.models.taps import tap
 
-# A branch tells a block's convolutions in order, as attributes of `Conv`.
+# A branch lists a block's convolutions in order, as attributes of `Conv`.
 Branch = Callable[[int, int], Sequence[Mapping[str, int]]]
 
 
 def basic(width: int, stride: int) -> Sequence[Mapping[str, int]]:
-  """Returns two 3x3 convolutions with `width` channels, the first strided."""
+  """Returns two 3x3 convolutions with `width` channels, the first with the stride."""
   return {'features': width, 'stride': stride}, {'features': width}
 
 
@@ -32,16 +32,16 @@ def bottleneck(
   """Returns a 1x1 convolution, a strided 3x3 one, and a 1x1 one to 4 width channels.
 
   The stride is on the 3x3 convolution, as in torchvision; `stride_first` moves it to
-  where He et al. have it.
+  the first one, as in He et al.
 
   Args:
     width: w.
-    stride: of the 3x3 convolution.
+    stride: stride of the 3x3 convolution.
     inner: the 3x3 convolution has inner w channels.
-    groups: of the 3x3 convolution.
+    groups: groups of the 3x3 convolution.
 
   Raises:
-    UserError: its channels do not divide into the groups.
+    UserError: its channels cannot be divided into the groups.
 
   Source: He et al., arXiv 1512.03385, section 4.1; groups: Xie et al., arXiv
   1611.05431, whose 32x4d is groups = 32 and inner = 32 * 4 / 64.
@@ -60,7 +60,7 @@ def bottleneck(
 def stride_first(
   branch: Branch, width: int, stride: int
 ) -> Sequence[Mapping[str, int]]:
-  """Returns a branch whose first convolution strides, which skips pixels if it is 1x1.
+  """Returns a branch with the stride on its first convolution; if 1x1, it skips pixels.
 
   Source: the networks published with He et al., arXiv 1512.03385, for Caffe.
   """
@@ -69,11 +69,11 @@ def stride_first(
 
 
 class Style(NamedTuple):
-  """What implementations of one residual network differ in, beside its weights.
+  """Differences between implementations of a residual network, besides weights.
 
   Attributes:
     adapt: branch -> branch.
-    pool: rows, and columns, that the first maximum adds before and after its input.
+    pool: rows, and columns, by which the first pooling pads its input before and after.
   """
 
   adapt: Callable[[Branch], Branch]
@@ -85,26 +85,28 @@ STYLES = {
   'caffe': Style(lambda branch: partial(stride_first, branch), (0, 1)),
   'deeplab': Style(lambda branch: partial(stride_first, branch), (1, 2)),
 }
-"""name -> style. Weights of one have the names and shapes of the other.
+"""name -> style. All styles have the same parameter names and shapes.
 
-Caffe rounds the size of its maximum up, which is what a row after the last one gives.
-'deeplab' is what codes for PyTorch made of Caffe's DeepLab-v2 (ADVENT's, for one): it
-adds a row before as PyTorch does, and rounds up as Caffe does.
-Pixels are part of a style too: weights as published for Caffe expect BGR from 0 to 255
-less (103.939, 116.779, 123.68); converters can move that into the first kernel, and the
-file for PyTorch that Liu et al. (1904.05160) begin Places-LT from has it moved: RGB,
-normalised as for torchvision's weights. Their network, though, is of the style 'torch'.
+Caffe rounds the size of its pooling up, which equals padding one row after the last.
+'deeplab' is what PyTorch versions of Caffe's DeepLab-v2 do (ADVENT's, for example): pad
+one row before, as PyTorch does, and round up, as Caffe does.
+
+The pixel format is part of a style too. Weights published for Caffe expect BGR from 0
+to 255 minus (103.939, 116.779, 123.68). Converters can fold that into the first kernel,
+as in the PyTorch file from which Liu et al. (1904.05160) start on Places-LT: it expects
+RGB, normalised as for torchvision's weights. Their network, though, has the style
+'torch'.
 """
 
 
 class Stem(NamedTuple):
-  """What comes before the first stage.
+  """The layers before the first stage.
 
   Attributes:
-    size: of the first convolution.
-    stride: of that convolution.
-    pooled: whether the maximum over 3x3 pixels at stride 2 follows; without it the
-      first stage begins with stride 2.
+    size: side of the first convolution's kernel.
+    stride: stride of that convolution.
+    pooled: whether max-pooling over 3x3 pixels at stride 2 follows; otherwise the first
+      stage starts with stride 2.
   """
 
   size: int
@@ -113,29 +115,29 @@ class Stem(NamedTuple):
 
 
 STEMS = {'large': Stem(7, 2, True), 'small': Stem(3, 1, False)}
-"""name -> stem: 'large' of He et al. for 224 pixels; 'small' for faces of 112.
+"""name -> stem: 'large' for 224 pixels as in He et al.; 'small' for faces of 112.
 
-With 'small' a pixel of the last map stands for 16 of the image and not for 32, so that
-112 pixels become a map of 7 x 7, as 224 do with 'large'.
+With 'small' the output stride is 16, not 32, so that 112 pixels give a map of 7 x 7, as
+224 pixels do with 'large'.
 
-Source: Deng et al., ArcFace, arXiv 1801.07698, and its code, of whose networks this is
-the stem alone: theirs have other blocks and end in a fully connected layer.
+Source: Deng et al., ArcFace, arXiv 1801.07698, and its code. Only the stem is theirs:
+their networks have different blocks and end in a fully connected layer.
 """
 
 
 class Block(nn.Module):
   """relu(shortcut(x) + branch(x)).
 
-  Every convolution of the branch is normalised, and all but the last followed by relu.
-  Where the branch changes the shape, the shortcut is a 1x1 convolution, normalised;
-  elsewhere it is x itself.
+  Every convolution of the branch is normalised, and all but the last are followed by
+  ReLU. If the branch changes the shape, the shortcut is a normalised 1x1 convolution;
+  otherwise it is x itself.
 
   Attributes:
     branch: (width, stride) -> convolutions, such as `basic`.
-    width: of the branch.
-    stride: of the branch and the shortcut.
-    dilation: 0 strides; otherwise the block keeps the size of the map, of which it
-      reads pixels that are so far apart, see `dilated`.
+    width: width of the branch.
+    stride: stride of the branch and the shortcut.
+    dilation: 0 to use the stride; otherwise the block keeps the size of the map and
+      reads pixels with this spacing, see `dilated`.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
   """
@@ -170,28 +172,28 @@ class Block(nn.Module):
 class ResNet(nn.Module):
   """The residual network for images of 224 x 224 pixels.
 
-  A 7x7 convolution of stride 2 to w channels, the maximum over 3x3 pixels at stride 2,
-  then four stages of blocks of widths w, 2w, 4w and 8w, all but the first beginning
-  with stride 2. Activation comes after the addition ("v1"). `STEMS` has another
-  beginning, for smaller images.
+  A 7x7 convolution with stride 2 to w channels, max-pooling over 3x3 pixels at stride
+  2, then four stages of blocks with widths w, 2w, 4w and 8w, of which all but the first
+  start with stride 2. The activation comes after the addition ("v1"). `STEMS` has a
+  different stem for smaller images.
 
   Attributes:
-    branch: of every block, such as `basic`.
-    blocks: number of blocks, a stage.
+    branch: branch of every block, such as `basic`.
+    blocks: number of blocks in each stage.
     width: w.
-    pool: rows, and columns, that the first maximum adds before and after its input.
-    stem: what comes before the first stage.
-    output_stride: pixels of the image a pixel of the map; below 32, the last stages
-      read pixels that are further apart instead of striding, see `dilated`.
-    also: stages whose maps are given too, such as 'stage3'.
+    pool: rows, and columns, by which the first pooling pads its input before and after.
+    stem: the layers before the first stage.
+    output_stride: image pixels per map pixel; below 32, the last stages use dilation
+      instead of strides, see `dilated`.
+    also: stages whose maps are returned too, such as 'stage3'.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
 
   Taps: 'stem' and every block.
 
-  Source: He et al., arXiv 1512.03385, table 1, with projections where the shape
-  changes (option B). The depth counts the convolutions but the shortcuts', and a
-  linear head.
+  Source: He et al., arXiv 1512.03385, table 1, with projections where the shape changes
+  (option B). The depth counts the convolutions, except those of shortcuts, and a linear
+  head.
   """
 
   branch: Branch
@@ -210,10 +212,10 @@ class ResNet(nn.Module):
   ) -> jax.Array | dict[str, jax.Array]:
     """Maps (B, H, W, C) images to (B, H / 32, W / 32, C'), rounded up.
 
-    C' is 8 w of basic blocks and 32 w of bottlenecks. With nothing added before the
-    maximum, an odd map is rounded down there. With the stem 'small' the map is of
-    H / 16 and W / 16. Where other stages' maps are asked for, a dict has them beside
-    this one, 'features'.
+    C' is 8 w for basic blocks and 32 w for bottlenecks. If the pooling is not padded
+    before its input, it rounds an odd map down. With the stem 'small' the map is (H /
+    16, W / 16). If `also` names stages, the result is a dict with their maps and this
+    one, 'features'.
     """
     size, stride, pooled = self.stem
     x = self.conv(self.width, size=size, stride=stride, name='conv')(images)
@@ -261,7 +263,7 @@ def resnet(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> ResNet:
-  """Returns a `ResNet`, its style, stem and initialisation by their names."""
+  """Returns a `ResNet`, given the names of its style, stem and initialisation."""
   adapt, pool = lookup(STYLES, 'style', style)
   check_output_stride(output_stride)
   kernel_init = lookup(INITIALISERS, 'initialisation', init)

@@ -1,8 +1,8 @@
 """Networks that give logits for every pixel: a trunk, a head, and their combination.
 
-Any trunk that ends in a map of features serves, and any head of `HEADS`, which then
+Any trunk that ends in a map of features works, with any head of `HEADS`, which then
 classifies each pixel of the map on its own. A head of `PIXEL_HEADS` reads the whole
-map, so that it sees what surrounds a pixel.
+map, so it also sees a pixel's surroundings.
 """
 
 import math
@@ -29,9 +29,9 @@ class Segmenter(nn.Module):
     trunk: a module from images (B, H, W, C) to a map (B, h, w, D), or to a dict of
       named layers, of which 'features' is such a map.
     head: a module from features of pixels (N, D) to logits (N, number of classes); or,
-      where it has `of_maps`, from the map to logits (B, h, w, number of classes); or,
-      where it has `of_layers`, from all layers of the trunk and the images' size to
-      outputs, 'logits' (B, H, W, number of classes) among them.
+      if it has `of_maps`, from the map to logits (B, h, w, number of classes); or, if
+      it has `of_layers`, from all layers of the trunk and the images' size to outputs
+      that include 'logits' (B, H, W, number of classes).
   """
 
   trunk: nn.Module
@@ -45,14 +45,14 @@ class Segmenter(nn.Module):
 
     Args:
       images: (B, H, W, C).
-      train: normalises by the batch.
-      **memory: what the head reads beside the features.
+      train: normalise by batch statistics.
+      **memory: what the head reads besides the features.
 
     Returns:
       'logits' (B, H, W, number of classes), 'low_logits' (B, h, w, number of classes),
-      which they are resized from, 'map' (B, h, w, D), the features that they come from,
-      'features' (B, D), their mean over the pixels, and the other layers that trunk and
-      head name, all at least float32.
+      from which they are resized, 'map' (B, h, w, D), the features of the pixels,
+      'features' (B, D), their mean, and the other named layers of trunk and head, all
+      at least float32.
 
     Raises:
       UserError: the trunk does not end in a map.
@@ -73,16 +73,16 @@ class Segmenter(nn.Module):
   def apply_head(
     self, features: jax.Array, *, train: bool, **memory: jax.Array
   ) -> dict[str, jax.Array]:
-    """Maps features (B, h, w, D) to logits of the same size, not that of images.
+    """Maps features (B, h, w, D) to logits of the same size, not the images' size.
 
     Raises:
       UserError: the head reads more of the trunk than its features.
     """
-    del train  # no head normalises by the batch
+    del train  # no head uses batch statistics
     if getattr(self.head, 'of_layers', False):
       raise UserError(
-        'this method applies the head to features alone, but this head reads further '
-        "layers of the trunk: set model.head, such as to 'multi_dilation'"
+        'this method applies the head to features alone, but this head reads other '
+        "layers of the trunk too: set model.head, such as to 'multi_dilation'"
       )
     return {'features': features, 'logits': scores(self.head, features, **memory)}
 
@@ -117,11 +117,11 @@ def scores(head: nn.Module, features: jax.Array, **memory: jax.Array) -> jax.Arr
 
 
 class SmallSegmenter(nn.Module):
-  """Five 3x3 convolutions to an output stride of 4, each normalised, then relu.
+  """Five 3x3 convolutions, each normalised and with ReLU, to an output stride of 4.
 
-  With w, 2w, 4w, 4w and 4w channels; the first two have stride 2, the last two read
-  pixels that are 2 and 4 apart. For images of 64 to some 300 pixels, on CPUs: with
-  w = 16 it has 0.1 million parameters and takes some 7,000 multiplications a pixel.
+  They have w, 2w, 4w, 4w and 4w channels; the first two have stride 2, the last two
+  have dilations 2 and 4. It is made for images of 64 to about 300 pixels on CPUs: with
+  w = 16 it has 0.1 million parameters and takes about 7,000 multiplications per pixel.
 
   Attributes:
     width: w.
@@ -154,26 +154,26 @@ def small_segmenter(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> SmallSegmenter:
-  """Returns a `SmallSegmenter`, its initialisation by its name."""
+  """Returns a `SmallSegmenter`; `init` is a key of `INITIALISERS`."""
   kernel_init = lookup(INITIALISERS, 'initialisation', init)
   conv = partial(Conv, kernel_init=kernel_init, dtype=dtype)
   return SmallSegmenter(width, conv, norm)
 
 
 def _normal(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-  """Draws from N(0, 0.01^2), as DeepLab begins its head."""
+  """Draws from N(0, 0.01^2), as in DeepLab's head."""
   return 0.01 * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
 
 class MultiDilation(nn.Module):
-  """The sum of 3x3 convolutions with a bias, which read pixels at several distances.
+  """A sum of 3x3 convolutions with bias and different dilations.
 
   Attributes:
     num_classes: C.
-    dilations: the distances in pixels of the map.
+    dilations: their dilations in pixels of the map.
 
   Source: the head of DeepLab-v2, Chen et al., arXiv 1606.00915, section 3.2, in the
-  form without hidden layers, whose dilations are 6, 12, 18 and 24.
+  form without hidden layers, with dilations 6, 12, 18 and 24.
   """
 
   num_classes: int
@@ -198,7 +198,7 @@ def multi_dilation(
 
 
 SEGMENTERS: dict[str, Callable[..., nn.Module]] = {'small_segmenter': small_segmenter}
-"""Trunks that are made for labels of pixels."""
+"""Trunks made for segmentation."""
 
 PIXEL_HEADS: dict[str, Callable[..., nn.Module]] = {'multi_dilation': multi_dilation}
-"""Heads that read a map, and not each of its pixels on its own."""
+"""Heads that read a whole map, not one pixel at a time."""

@@ -1,8 +1,8 @@
 """Taps: the intermediate outputs of a trunk, by layer name.
 
-A trunk says `tap(self, 'stem', x)` of each of its layers; that costs nothing until
-somebody reads them. They are in the order of the layers, each as the next layer reads
-it.
+A trunk calls `tap(self, 'stem', x)` for each of its layers, which costs nothing unless
+they are read. Taps are in the order of the layers, each in the form in which the next
+layer reads it.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from flax import linen as nn
 PyTree = Any
 
 _MARK = 'tap '
-"""Before the name of a tap, which may also be that of a module."""
+"""Prefix of a tap's name, since a module may have the same name."""
 
 
 def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -21,8 +21,8 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 
   Args:
     module: the trunk.
-    name: of the layer.
-    x: (B, H, W, C) or (B, D), which is returned as it is.
+    name: name of the layer.
+    x: (B, H, W, C) or (B, D); it is returned unchanged.
   """
   module.sow('intermediates', _MARK + name, x)
   return x
@@ -33,8 +33,8 @@ def tapped(
 ) -> dict[str, jax.Array]:
   """Returns the layers of a classifier's trunk, in evaluation mode.
 
-  Under `jax.jit` what is left out of the result is not computed. A dict that leaves
-  `jit` is sorted by name; `tap_shapes` knows the order.
+  Under `jax.jit`, layers that are not part of the result are not computed. A dict that
+  leaves `jit` is sorted by name; `tap_shapes` has the right order.
 
   Args:
     net: a `Classifier`.
@@ -43,7 +43,7 @@ def tapped(
     images: (B, H, W, C).
 
   Returns:
-    name -> (B, H, W, C), or (B, D) of layers that are no maps.
+    name -> (B, H, W, C), or (B, D) for layers that are not maps.
   """
   _, found = net.apply(
     {'params': params, 'batch_stats': stats},
@@ -62,7 +62,7 @@ def tapped(
 def tap_shapes(
   net: nn.Module, params: PyTree, stats: PyTree, images: jax.Array
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of what `tapped` returns, in order; nothing is computed."""
+  """Returns the shapes of what `tapped` returns, in order; it only traces."""
   names: list[str] = []
 
   def run(*args):

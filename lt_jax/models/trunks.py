@@ -1,4 +1,4 @@
-"""Trunks: from images to a map of features; here those for small images."""
+"""Trunks, from images to a map of features: those for small images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,13 +38,14 @@ SHORTCUTS: dict[str, Callable[[jax.Array, int], jax.Array]] = {
 
 
 class BasicBlock(nn.Module):
-  """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))), the shortcut without weights.
+  """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); the shortcut has no weights.
 
-  Where the channels grow, the shortcut gets zero channels, as many on either side.
+  If the number of channels grows, the shortcut is padded with zero channels, equally on
+  both sides.
 
   Attributes:
-    features: channels that come out.
-    stride: of the first convolution and the shortcut.
+    features: number of output channels.
+    stride: stride of the first convolution and the shortcut.
     shortcut: (x, stride) -> x with fewer pixels.
     conv: a constructor like `Conv`.
     norm: a constructor like `BatchNorm`.
@@ -72,8 +73,8 @@ class BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
   """The residual network for images of 32 x 32 pixels.
 
-  A 3x3 convolution to w channels, then three stages of n basic blocks with w, 2w and
-  4w channels, the second and third beginning with stride 2. Activation comes after the
+  A 3x3 convolution to w channels, then three stages of n basic blocks with w, 2w and 4w
+  channels; the second and third start with stride 2. The activation comes after the
   addition ("v1").
 
   Attributes:
@@ -116,9 +117,9 @@ class CifarResNet(nn.Module):
 
 
 class SmallCNN(nn.Module):
-  """Two 3x3 convolutions with w and 2w channels, each normalised, then relu.
+  """Two 3x3 convolutions with w and 2w channels, each normalised and with ReLU.
 
-  Squares of 2x2 pixels are averaged in between. For 8x8 digits, and for tests.
+  Average pooling over 2x2 pixels lies in between. Made for 8x8 digits and for tests.
 
   Attributes:
     width: w; about 18 w^2 parameters.
@@ -143,11 +144,11 @@ class SmallCNN(nn.Module):
 
 
 class Identity(nn.Module):
-  """No trunk: features from a file reach the head as they are; it has no parameters."""
+  """No trunk: features from a file go straight to the head. It has no parameters."""
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Returns (B, H, W, C) arrays, the mean of whose pixels are the features."""
+    """Returns (B, H, W, C) arrays; the mean over their pixels gives the features."""
     del train
     return images
 
@@ -161,7 +162,7 @@ def cifar_resnet(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> CifarResNet:
-  """Returns a `CifarResNet` of a depth 6 n + 2, its parts by their names."""
+  """Returns a `CifarResNet` of depth 6 n + 2, given the names of its parts."""
   if depth < 8 or depth % 6 != 2:
     raise UserError(f'a residual network of depth {depth}: it must be 6 n + 2')
   between = lookup(SHORTCUTS, 'shortcut', shortcut)
@@ -175,7 +176,7 @@ def small_cnn(
   dtype: Any = None,
   norm: Callable[..., nn.Module] = BatchNorm,
 ) -> SmallCNN:
-  """Returns a `SmallCNN`, its initialisation by its name."""
+  """Returns a `SmallCNN`; `init` is a key of `INITIALISERS`."""
   return SmallCNN(width, _conv(init, dtype), norm)
 
 

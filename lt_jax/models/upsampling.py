@@ -1,9 +1,9 @@
-"""Bilinear resizing of maps, in the two conventions that published networks have.
+"""Bilinear resizing of maps, in the two conventions of published networks.
 
-Either is two products with small matrices, one along each axis, whose rows hold the two
-weights of an output. Gathering four neighbours has fewer multiplications, but its
-gradient scatters, which every backend does slowly; the gradient of a product is a
-product. On maps of logits the products take a few percent of a network's time.
+Both are products with two small matrices, one for each axis, whose rows hold the two
+weights of an output. Gathering four neighbours takes fewer multiplications, but its
+gradient is a scatter, which is slow on every backend; the gradient of a product is a
+product. For maps of logits the products take a few percent of a network's time.
 """
 
 import jax
@@ -17,7 +17,7 @@ from lt_jax.errors import UserError
 def resize(
   maps: jax.Array, size: tuple[int, int], *, aligned_corners: bool = False
 ) -> jax.Array:
-  r"""Interpolates maps linearly along both axes, without smoothing what shrinks.
+  r"""Interpolates maps linearly along both axes, without smoothing when shrinking.
 
   Along an axis, output i of m is read at position u of the n inputs:
 
@@ -25,16 +25,16 @@ def resize(
     u = (i + \tfrac12) \frac{n}{m} - \tfrac12 \text{ within } [0, n - 1]
     \qquad \text{or} \qquad u = i\, \frac{n - 1}{m - 1}
 
-  Pixels are squares in the first form, whose centres count, and points in the second,
-  where the first and the last one stay where they are.
+  In the first form pixels are squares with values at their centres. In the second they
+  are points, and the first and last ones keep their place.
 
   Args:
     maps: (B, h, w, C).
     size: (H, W).
-    aligned_corners: the second form, which ADVENT and most codes of DeepLab use.
+    aligned_corners: use the second form, as do ADVENT and most DeepLab code.
 
   Returns:
-    (B, H, W, C). Both are `interpolate` of PyTorch, with align_corners as here.
+    (B, H, W, C), the same as PyTorch's `interpolate` with this align_corners.
   """
   if maps.shape[1:3] == tuple(size):
     return maps
@@ -59,28 +59,28 @@ def interpolation(inputs: int, outputs: int, *, aligned_corners: bool) -> np.nda
 def upsample(
   maps: jax.Array, factor: int, *, size: tuple[int, int], offset: int
 ) -> jax.Array:
-  r"""Applies a bilinear transposed convolution, and cuts a window out of its result.
+  r"""Applies a bilinear transposed convolution and crops a window from its result.
 
-  Its kernel has 2 f pixels a side, and its stride is f:
+  Its kernel has 2 f x 2 f pixels, and its stride is f:
 
   .. math::
     k_{ij} = \Big(1 - \frac{|i - c|}{f}\Big) \Big(1 - \frac{|j - c|}{f}\Big), \qquad
     c = f - \tfrac12
 
-  so pixel u of the input lies at f u + c of the output, which has f (n + 1) pixels. At
-  the edges, where fewer inputs reach, it fades to zero.
+  so pixel u of the input lies at f u + c of the output, which has f (n + 1) pixels. It
+  fades to zero at the edges, which fewer inputs reach.
 
   Args:
-    maps: (B, h, w, C), each channel by itself.
+    maps: (B, h, w, C); channels do not mix.
     factor: f, even.
     size: (H, W) of the window.
     offset: rows, and columns, before the window.
 
   Raises:
-    UserError: the window reaches over the edge.
+    UserError: the window extends over the edge.
 
   Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015,
-  arXiv 1411.4038, section 3.3; the kernel is that of the authors' code.
+  arXiv 1411.4038, section 3.3; the kernel is from the authors' code.
   """
   for inputs, outputs in zip(maps.shape[1:3], size, strict=True):
     if offset + outputs > factor * (inputs + 1):
@@ -96,7 +96,7 @@ def upsample(
 
 
 def _tents(at: np.ndarray, inputs: int) -> np.ndarray:
-  """Returns max(0, 1 - |u - n|) of positions u (M,) and inputs n, (M, inputs)."""
+  """Returns max(0, 1 - |u - n|) for positions u (M,) and inputs n, (M, inputs)."""
   return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(inputs)))
 
 
@@ -109,13 +109,13 @@ def separable(maps: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Arr
     columns: (W, w).
 
   Returns:
-    (B, H, W, C), of the type of the maps.
+    (B, H, W, C), in the type of the maps.
   """
   batch, height, width, channels = maps.shape
   rows, columns = (jnp.asarray(x, maps.dtype) for x in (rows, columns))
 
   def product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    # Logits of bfloat16's precision would be seen in the loss.
+    # Logits in bfloat16 precision would affect the loss.
     return jnp.matmul(matrix, x, precision=lax.Precision.HIGHEST)
 
   def along_rows(x: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def separable(maps: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Arr
     flat = product(columns[None], x.reshape(-1, width, channels))
     return flat.reshape(batch, -1, len(columns), channels)
 
-  # The second product has the most outputs: it sums over the shorter axis.
+  # The second product has the most outputs, so it sums over the shorter axis.
   if width < height:
     return along_columns(along_rows(maps))
   return along_rows(along_columns(maps))

@@ -1,4 +1,4 @@
-"""The network that turns the loss of an example into its weight: a player."""
+"""A player: the network that turns an example's loss into its weight."""
 
 import math
 from functools import partial
@@ -11,13 +11,13 @@ from lt_jax.errors import UserError
 
 
 class WeightNet(nn.Module):
-  """sigmoid(relu(l w1 + b1) w2 + b2): a weight in (0, 1) of a loss l.
+  """sigmoid(relu(l w1 + b1) w2 + b2): a weight in (0, 1) for a loss l.
 
   Attributes:
     hidden: units of the hidden layer.
 
-  Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379; first weights as PyTorch
-  draws them, U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), biases too.
+  Source: Shu et al., Meta-Weight-Net, arXiv 1902.07379; initialised as in PyTorch,
+  weights and biases from U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)).
   """
 
   hidden: int = 100

@@ -34,19 +34,19 @@ RECIPES: dict[str, Recipe] = {
   **segmentation.RECIPES,
   **tail_shift.RECIPES,
 }
-"""Name -> recipe; a family is a file."""
+"""Name -> recipe; each family has its own file."""
 
 
 def find(name: str) -> Recipe:
-  """Returns a recipe by its name.
+  """Returns the recipe called `name`.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: there is no recipe of this name.
   """
   return lookup(RECIPES, 'method', name)
 
 
 def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:
-  """Applies a recipe by its name and returns the config."""
+  """Applies the recipe called `name` to the config and returns it."""
   config.recipe = name
   return apply(config, find(name).overrides(config))

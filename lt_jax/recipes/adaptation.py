@@ -1,7 +1,7 @@
 """Recipes of adaptation: from a labelled source to a target without labels.
 
-They name roles, never data sets. `source_only` and `target_only` are the two ends
-between which an adapted network is expected.
+They refer to roles, never to data sets. An adapted network is expected to fall between
+`source_only` and `target_only`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from lt_jax.recipes.parts import SHALLOW, Recipe, copy, shallow, target_stream
 
 
 def aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
-  """The one method of alignments, with one of them."""
+  """Training with one of the alignments."""
   return {
     **target_stream(config),
     'method': {'name': 'aligned', 'statistics': statistics},
@@ -25,15 +25,19 @@ def aligned(config: ConfigDict, statistics: str = 'joint', **alignment: Any):
 ONE = {'name': 'constant', 'weight': 1.0}
 
 RISING = {'name': 'dann', 'gamma': 10.0, 'weight': 1.0}
-"""From 0 to 1 as DANN's lambda rises, by the progress of the stage."""
+"""Rises from 0 to 1 over the stage, as DANN's lambda does."""
 
 
-def _beside(config: ConfigDict, **network: Any) -> Overrides:
-  """A player with the kind of optimiser and the learning rates of the network."""
+def _player_like_network(config: ConfigDict, **network: Any) -> Overrides:
+  """A player with the same kind of optimiser and learning rates as the network."""
   optimizer = {
     key: value
     for key, value in config.optimizer.items()
-    if key not in ('weight_decay', 'learning_rate_scale')  # rules for other paths
+    if key
+    not in (
+      'weight_decay',
+      'learning_rate_scale',
+    )  # these are rules for the network's paths
   }
   return {
     'network': network,
@@ -42,15 +46,15 @@ def _beside(config: ConfigDict, **network: Any) -> Overrides:
   }
 
 
-def judged(
+def adversarial(
   config: ConfigDict, name: str, hidden: tuple[int, ...], layer: str
 ) -> Overrides:
   """Adversarial training against a discriminator that reads one layer.
 
-  It has the kind of optimiser and the learning rates of the network, as in DANN's
-  paper, where one optimiser moves both.
+  It has the same kind of optimiser and learning rates as the network, as in DANN's
+  paper, where one optimiser updates both.
   """
-  discriminator = _beside(config, name='mlp', hidden=hidden)
+  discriminator = _player_like_network(config, name='mlp', hidden=hidden)
   return {
     **target_stream(config),
     'method': {'name': name, 'statistics': 'joint'},
@@ -60,7 +64,7 @@ def judged(
 
 
 def self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
-  """Linear heads on a layer, which tell what was done to an image."""
+  """Linear heads on a layer that predict how an image was transformed."""
   return {
     **target_stream(config),
     'method': {
@@ -70,17 +74,17 @@ def self_supervised(config: ConfigDict, layer: str, **labels: int) -> Overrides:
     },
     'alignment': {'name': 'none', 'align_on': (layer,), 'weight': ONE},
     'players': {
-      task: _beside(config, name='linear', num_classes=number)
+      task: _player_like_network(config, name='linear', num_classes=number)
       for task, number in labels.items()
     },
   }
 
 
 def _i2i(config: ConfigDict) -> Overrides:
-  """Translation through shared features, by all its terms.
+  """Translation through shared features, with all its loss terms.
 
-  The decoders and the judges of images move by Adam. The weights were chosen by
-  accuracy on the source's digits, in one run each.
+  Adam updates the decoders and the image discriminators. The weights were chosen by
+  accuracy on the source's digits, with one run each.
   """
   judge, draw = {'name': 'image_discriminator'}, {'name': 'decoder'}
   networks = {
@@ -94,7 +98,7 @@ def _i2i(config: ConfigDict) -> Overrides:
     'schedule': {'name': 'constant', 'base': 1e-3},
   }
   players = {name: {'network': {**net}, **adam} for name, net in networks.items()}
-  players['discriminator'] = _beside(config, name='mlp', hidden=(100,))
+  players['discriminator'] = _player_like_network(config, name='mlp', hidden=(100,))
   weights = {'identity': 1.0, 'images': 0.1, 'cycle': 1.0, 'translated': 0.1}
   return {
     **target_stream(config),
@@ -105,7 +109,7 @@ def _i2i(config: ConfigDict) -> Overrides:
 
 
 def _pseudo_label(config: ConfigDict) -> Overrides:
-  """The source alone, then with the predictions in the target that it is sure of."""
+  """The source alone, then also the target images predicted with confidence."""
   self_training = {
     **target_stream(config),
     'method': {'name': 'pseudo_label', 'statistics': 'joint'},
@@ -124,18 +128,18 @@ def _adda(
   classifier: float = 1.0,
   threshold: float = 0.0,
 ) -> Overrides:
-  """A training on the source, then one of a copy of its network for the target.
+  """Training on the source, then training a copy of its network for the target.
 
-  Validation images are of the source, on which the copy is best before it has moved: so
-  the second stage takes its last State. The discriminator is of the size that it has in
-  OCDA's code of the same step.
+  Validation images come from the source, where the copy is best before it has moved, so
+  the second stage keeps its last State. The discriminator has the size used for this
+  step in OCDA's code.
 
   Args:
-    config: of the first stage, which the second is as long as.
+    config: config of the first stage; the second is just as long.
     layer: what the discriminator reads.
-    rate: learning rate of both players of the second stage.
-    b1: of Adam, by which they move.
-    classifier: multiple of the rate for the head; 0 freezes it.
+    rate: learning rate of both players in the second stage.
+    b1: option of Adam, which updates both.
+    classifier: factor on the head's rate; 0 freezes it.
     threshold: option of the method.
   """
   adam = {'name': 'adam', 'b1': b1}
@@ -169,32 +173,37 @@ def _adda(
 
 
 def after_source(name: str, stage: Overrides) -> Overrides:
-  """The config's own training on the source, then another stage."""
+  """The config's own training on the source, followed by another stage."""
   return {'stages': {'source': {}, name: stage}, 'stage_order': ('source', name)}
 
 
 def subspaces(
   classifier: str = 'linear_svm', choose_by: str = 'source', **stage: Any
 ) -> Overrides:
-  """The stage of subspace alignment, on the features that a stage 'source' leaves.
+  """The stage that aligns subspaces, on features of the stage 'source'.
 
   Args:
     classifier: a key of `parts.SHALLOW`, fitted to the source in the aligned subspace.
-    choose_by: of the surgery 'align_subspaces'.
-    **stage: what else it sets.
+    choose_by: option of the surgery 'align_subspaces'.
+    **stage: further overrides of the stage.
   """
   judge = SHALLOW[classifier]['judge']
   align = 'align_subspaces', {'choose_by': choose_by, 'classifier': judge}
-  return _turned(shallow(classifier, 'source', align, aligned_subspaces={})) | stage
+  return (
+    _without_standardising(shallow(classifier, 'source', align, aligned_subspaces={}))
+    | stage
+  )
 
 
 def coral_shallow(classifier: str = 'linear_svm') -> Overrides:
-  """The stage of CORAL on features that a stage 'source' leaves."""
-  return _turned(shallow(classifier, 'source', ('coral', {}), aligned_features={}))
+  """The stage that applies CORAL to features of the stage 'source'."""
+  return _without_standardising(
+    shallow(classifier, 'source', ('coral', {}), aligned_features={})
+  )
 
 
-def _turned(stage: Overrides) -> Overrides:
-  """A stage whose machine does not standardise: features are mixed by a map."""
+def _without_standardising(stage: Overrides) -> Overrides:
+  """The stage with an SVM that does not standardise: a map has mixed the features."""
   surgeries = tuple(
     (name, {**options, 'standardise': False} if name == 'linear_svm' else options)
     for name, options in stage['surgeries']
@@ -203,7 +212,7 @@ def _turned(stage: Overrides) -> Overrides:
 
 
 def _ada_bn(config: ConfigDict) -> Overrides:
-  """The source's network, with batch statistics of the target where it is deployed."""
+  """The source's network, with the target's batch statistics for the target."""
   return {
     **target_stream(config),
     'method': {'name': 'aligned', 'statistics': 'domain_specific'},
@@ -217,18 +226,18 @@ def _ada_bn(config: ConfigDict) -> Overrides:
 
 
 def _finetune_target(config: ConfigDict, images: int) -> Overrides:
-  """The source's network, trained on with a few labelled images of the target.
+  """The source's network, fine-tuned on a few labelled images of the target.
 
-  They are taken out of its unlabelled ones. A hundred epochs at a tenth of the rate are
-  ours.
+  They are taken out of its unlabelled images. The hundred epochs at a tenth of the rate
+  are our choice.
 
   Args:
-    config: of the first stage.
-    images: labelled images a class.
+    config: config of the first stage.
+    images: labelled images per class.
   """
   finetune = {
     'streams': {'train': {'domain': 'target', 'split': 'meta', 'labels': True}},
-    'batch': min(config.batch, 10 * images),  # ten classes have as many
+    'batch': min(config.batch, 10 * images),  # as many as ten classes have
     'epochs': 100.0,
     'save_every_epochs': 50.0,
     'evaluate_every_epochs': 50.0,
@@ -240,7 +249,7 @@ def _finetune_target(config: ConfigDict, images: int) -> Overrides:
 
 
 ORACLE = {'streams': {'train': {'domain': 'target', 'labels': True}}}
-"""Of a stage of no steps: its surgeries see labels of the target."""
+"""For a stage without steps: its surgeries see the target's labels."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -267,10 +276,11 @@ RECIPES: dict[str, Recipe] = {
     lambda config: after_source('coral', coral_shallow()), needs=('target',)
   ),
   'dann': Recipe(
-    lambda config: judged(config, 'dann', (100,), 'conv'), needs=('target',)
+    lambda config: adversarial(config, 'dann', (100,), 'conv'), needs=('target',)
   ),
   'cdan': Recipe(
-    lambda config: judged(config, 'cdan', (500, 500), 'features'), needs=('target',)
+    lambda config: adversarial(config, 'cdan', (500, 500), 'features'),
+    needs=('target',),
   ),
   'mcd': Recipe(
     lambda config: {

@@ -1,11 +1,11 @@
 """Recipes of open compound domain adaptation and its ablations.
 
-The stages and their rates are those of the authors' code, in which all are long:
-`lt_jax.methods.compound` tells what they are. All but the last are the same in every
-recipe here, so that a difference is one of the last stage; the oracle alone has other
-domain features too.
+The stages and their learning rates follow the authors' code, where each stage is a long
+training; `lt_jax.methods.compound` describes them. All recipes here share every stage
+but the last, so differences come from the last stage alone. Only the oracle also has
+different domain features.
 
-Where labels are maps the same names have stages of their own, see `_of_pixels`.
+For label maps the same names have stages of their own, see `_of_pixels`.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ NETWORK_ONLY = copy('net/.*', 'source')
 
 
 def _player(network: Overrides, schedule: ConfigDict, share: float = 1.0) -> Overrides:
-  """A player whose learning rate is a share of its stage's."""
+  """A player whose learning rate is a fraction of its stage's."""
   follows = {key: schedule.get_ref(key) for key in schedule}
   return {
     'network': network,
@@ -34,12 +34,12 @@ def _player(network: Overrides, schedule: ConfigDict, share: float = 1.0) -> Ove
 
 
 def _stage(schedule: ConfigDict, **changes: Any) -> Overrides:
-  """A stage by Adam, whose last State counts."""
+  """A stage trained by Adam that keeps its last State."""
   return {'optimizer': ADAM, 'schedule': schedule, 'select': 'last', **changes}
 
 
-def _enriched(config: ConfigDict, form: str, schedule: ConfigDict, **changes: Any):
-  """A copy of the source's network is adapted, its features enriched by a fusion."""
+def _adversarial(config: ConfigDict, form: str, schedule: ConfigDict, **changes: Any):
+  """Adapts a copy of the source's network, with features enriched by a fusion."""
   return _stage(
     schedule,
     **{
@@ -72,13 +72,14 @@ def _ocda(
   """The stages, see `lt_jax.methods.compound`.
 
   Args:
-    config: every stage but the second is as long as its training.
-    form: of the fusion of the last stage, a key of `lt_jax.models.fusion.FORMS`.
-    near_first: the last stage offers near images first; else all in random order.
-    oracle: domain features are learned by domain labels of the target.
-    repo_quirks: reproduces of the authors' code that the sampler shuffles the order in
-      place, and that the last stage moves the network at a tenth of its rate. Only the
-      fusion's domain gate, which stays at its first rate there, rises with the others.
+    config: the config; every stage but the second is as long as its training.
+    form: form of the last stage's fusion, a key of `lt_jax.models.fusion.FORMS`.
+    near_first: the last stage starts with near images; otherwise the order is random.
+    oracle: learn domain features from the target's domain labels.
+    repo_quirks: do as the authors' code does: the sampler shuffles the order in place,
+      and the last stage trains the network at a tenth of its rate. One quirk is left
+      out: there the fusion's domain gate keeps its initial rate, here its rate rises
+      with the others.
   """
   source, slow, steady = (
     ConfigDict({'name': 'constant', 'base': rate}) for rate in (1e-4, 1e-5, 1e-4)
@@ -99,7 +100,7 @@ def _ocda(
   if oracle:
     domains = {'name': 'linear', 'num_classes': 1 + len(config.target)}
     factor['players']['domain_classifier'] = _player(domains, steady)
-  last = _enriched(config, form, rising)
+  last = _adversarial(config, form, rising)
   if form != 'selector':
     own = copy('domain_net/(.*)', 'domain_factor', source=r'net/\1')
     last['surgeries'] += (own,)
@@ -116,7 +117,7 @@ def _ocda(
   stages = {
     'source': _stage(source, **centroids),
     'centroids': {**centroids, 'epochs': 0.0, 'surgeries': means},
-    'adversarial': _enriched(config, 'selector', slow),
+    'adversarial': _adversarial(config, 'selector', slow),
     'domain_factor': factor,
     'scheduled': last,
   }
@@ -127,8 +128,8 @@ def _ocda(
   }
 
 
-def _source_alone(config: ConfigDict) -> Overrides:
-  """The first stage of them all: what their gains are measured over."""
+def _source_only(config: ConfigDict) -> Overrides:
+  """The first stage they all share, over which gains are measured."""
   whole = _ocda(config)
   alone = {'source': whole['stages']['source']}
   return {**whole, 'stages': alone, 'stage_order': tuple(alone)}
@@ -208,7 +209,7 @@ def _by_label(
 
 
 RECIPES: dict[str, Recipe] = {
-  'ocda_source': _by_label(_source_alone, lambda config: {}),
+  'ocda_source': _by_label(_source_only, lambda config: {}),
   'ocda': _by_label(_ocda, _of_pixels),
   'ocda_released': _by_label(
     lambda config: _ocda(config, form='released', repo_quirks=True)

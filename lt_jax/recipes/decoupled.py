@@ -1,4 +1,4 @@
-"""Recipes that train the classifier apart from its features."""
+"""Recipes that train the classifier separately from the features."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from lt_jax.recipes.parts import (
 
 
 def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides:
-  """Cross-entropy; then the classifier alone on balanced batches, cosine to zero."""
+  """Cross-entropy, then the classifier alone on balanced batches, cosine to zero."""
   epochs = config.get_ref('epochs') * share
   second = {
     **CLASS_AWARE,
@@ -33,7 +33,7 @@ def _decoupled(config: ConfigDict, share: float, **classifier: Any) -> Overrides
 
 
 def _crt(config: ConfigDict, **classifier: Any) -> Overrides:
-  """Classifier re-training: a fresh one on the first stage's features."""
+  """Classifier re-training: a fresh classifier on the first stage's features."""
   return _decoupled(
     config,
     1 / 9,
@@ -44,7 +44,7 @@ def _crt(config: ConfigDict, **classifier: Any) -> Overrides:
 
 
 def _lws(config: ConfigDict) -> Overrides:
-  """Learnable weight scaling: one scale a class on the first stage's classifier."""
+  """Learnable weight scaling: one scale per class on the first stage's classifier."""
   return _decoupled(
     config,
     1 / 18,
@@ -55,7 +55,7 @@ def _lws(config: ConfigDict) -> Overrides:
 
 
 def _tau_norm(config: ConfigDict) -> Overrides:
-  """Tau by validation images, or by those set aside as meta images."""
+  """Tau chosen on validation images, or on meta images if there are only those."""
   data = config.data
   split = 'meta' if data.meta_per_class and not data.val_per_class else 'val'
   taus = tuple(round(0.1 * i, 1) for i in range(21))
@@ -78,7 +78,7 @@ def _ncm(config: ConfigDict) -> Overrides:
 
 
 def _shallow(config: ConfigDict, classifier: str) -> Overrides:
-  """A classifier that is fitted to the first stage's features without a step."""
+  """A shallow classifier fitted to the first stage's features, without steps."""
   return then(config, 'train', (classifier, shallow(classifier, 'train')))
 
 

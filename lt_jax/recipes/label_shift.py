@@ -13,7 +13,7 @@ from lt_jax.recipes.parts import Recipe
 
 
 def _corrected(recipe: str, estimator: str) -> Recipe:
-  """Returns a recipe of adaptation, after a stage by which it is corrected."""
+  """Returns an adaptation recipe with a first stage that estimates the shift."""
 
   def overrides(config: ConfigDict) -> Overrides:
     estimate = 'estimate_shift', {'stage': 'source', 'estimator': estimator}

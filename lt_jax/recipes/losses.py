@@ -1,4 +1,4 @@
-"""Recipes of one training: losses, class weights, samplers, adjusted logits."""
+"""Recipes with one training: losses, class weights, samplers, adjusted logits."""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +11,7 @@ def _resample(start_epoch: float = 0.0) -> Overrides:
 
 
 def _sigmoid(config: ConfigDict, loss: Overrides, **weights: Overrides) -> Overrides:
-  """Sigmoid losses: the prior as the first bias, and no decay on it."""
+  """Sigmoid losses: the bias starts at the prior and is not decayed."""
   decay = config.optimizer.weight_decay
   return {
     'loss': loss,
@@ -22,7 +22,7 @@ def _sigmoid(config: ConfigDict, loss: Overrides, **weights: Overrides) -> Overr
 
 
 def _posthoc(config: ConfigDict) -> Overrides:
-  """Cross-entropy, then a stage of no steps that adjusts the logits."""
+  """Cross-entropy, then a stage without steps that adjusts the logits."""
   del config
   return {
     'stages': {

@@ -13,7 +13,7 @@ META = {
   'meta_layers': 'all',
   'low_memory': False,
 }
-"""Options of every method that learns weights."""
+"""Options shared by all methods that learn example weights."""
 
 
 def meta_row(config: ConfigDict) -> Overrides:
@@ -22,7 +22,7 @@ def meta_row(config: ConfigDict) -> Overrides:
 
 
 def reweight(**options: Any) -> Overrides:
-  """The one method of weights that are a prior and an epsilon."""
+  """The method whose example weights are a prior and a learned epsilon."""
   return {
     'name': 'meta_reweight',
     'eps_lr': 0.01,
@@ -37,7 +37,7 @@ def reweight(**options: Any) -> Overrides:
 
 
 def _l2rw(config: ConfigDict) -> Overrides:
-  """Learning to Reweight; the class weights are what its logs compare with."""
+  """Learning to Reweight; its logs compare the weights with the class weights."""
   return {
     'method': reweight(prior='none', clip=True, normalise=True, eps_lr=1.0),
     'class_weights': effective(),
@@ -66,16 +66,16 @@ def _mwn(config: ConfigDict) -> Overrides:
 
 
 def two_stages(config: ConfigDict, second: Overrides) -> Overrides:
-  """Training without weights up to `defer_epoch`; then the same run, changed."""
-  goes_on = (
+  """Training without weights up to `defer_epoch`, then the same run with changes."""
+  resume = (
     ('copy', {'pattern': '.*', 'stage': 'pretrain'}),
     ('carry', {'fields': ('opt', 'step'), 'stage': 'pretrain'}),
   )
   return {
     'stages': {
-      # Its last State, as the clock goes on from there.
+      # The last State, because the clock resumes there.
       'pretrain': {'epochs': config.get_ref('defer_epoch'), 'select': 'last'},
-      'meta': {'class_weights': effective(), 'surgeries': goes_on, **second},
+      'meta': {'class_weights': effective(), 'surgeries': resume, **second},
     },
     'stage_order': ('pretrain', 'meta'),
   }

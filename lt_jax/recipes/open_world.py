@@ -1,4 +1,4 @@
-"""Recipes of open long-tailed recognition, and the baselines of its tables."""
+"""Recipes of open long-tailed recognition, and the baselines in its tables."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from lt_jax.recipes.parts import (
 )
 
 
-def _aware(**second: Any) -> Overrides:
-  """A second training from the first one's weights, with class-aware batches."""
+def _class_aware(**second: Any) -> Overrides:
+  """A second training from the first one's weights, on class-aware batches."""
   return {
     **CLASS_AWARE,
     'optimizer': {'learning_rate_scale': TENTH_BUT_HEAD},
@@ -28,8 +28,8 @@ def _aware(**second: Any) -> Overrides:
 
 def _oltr(config: ConfigDict) -> Overrides:
   """OLTR: plain training, then attention and a memory of class centroids."""
-  projected = config.model.projection  # in the first stage too, and then it is copied
-  memory = _aware(
+  projected = config.model.projection  # the first stage has it too: copy it
+  memory = _class_aware(
     method={'name': 'oltr', 'weight': 0.01, 'form': 'released'},
     model={
       **CLASS_AWARE['model'],
@@ -47,17 +47,17 @@ def _oltr(config: ConfigDict) -> Overrides:
 
 
 def _two_trainings(config: ConfigDict, **second: Any) -> Overrides:
-  return then(config, 'plain', ('aware', _aware(**second)))
+  return then(config, 'plain', ('aware', _class_aware(**second)))
 
 
 def _openmax(config: ConfigDict) -> Overrides:
-  """OpenMax on the network that the range loss trained."""
+  """OpenMax on the network trained with the range loss."""
   posthoc = {
     'epochs': 0.0,
     'wrappers': {'openmax': {'alpha': 10}},
     'surgeries': (copy('.*', 'aware'), ('fit_openmax', {'tail': 20})),
   }
-  aware = _aware(penalty=RANGE)
+  aware = _class_aware(penalty=RANGE)
   return then(config, 'plain', ('aware', aware), ('openmax', posthoc))
 
 
@@ -105,7 +105,7 @@ def _fslwf(config: ConfigDict) -> Overrides:
   }
   return {
     'stages': {
-      # Of the classes it has learned.
+      # Selected by the many-shot classes, the only ones it has learned.
       'base': {**shared, **selected(config, 'many'), 'save_outputs': ('features',)},
       'generator': {**shared, **generator},
       'novel': {**shared, **novel},

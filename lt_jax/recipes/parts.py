@@ -1,4 +1,4 @@
-"""Building blocks of recipes: re-weighting, margins, stages in sequence."""
+"""Building blocks for recipes: re-weighting, margins, stages in sequence."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,17 +9,16 @@ from lt_jax.config import Overrides
 
 
 class Recipe(NamedTuple):
-  """A method by its name: what it sets in a config, and what it asks of one.
+  """A named method: what it sets in a config, and what it needs from one.
 
   Attributes:
     overrides: config -> overrides of it.
-    paper: the protocol of its own paper, which a config uses where it has that one.
-    needs: what the config must supply: 'meta', a balanced set by which weights are
-      learned (or that a control trains on); 'held_out', images outside of training by
-      which something is chosen; 'target', a domain to adapt to; 'init', weights to
-      begin with, or an earlier stage to take them from; 'heads', further tasks;
-      'class_vectors', unseen classes that are described; 'pixels', labels of each of
-      them.
+    paper: the protocol of its own paper, used by configs that have this protocol.
+    needs: what the config must supply: 'meta', a balanced set to learn weights from (or
+      for a control to train on); 'held_out', images outside training on which something
+      is chosen; 'target', a domain to adapt to; 'init', initial weights, or an earlier
+      stage to take them from; 'heads', additional tasks; 'class_vectors', descriptions
+      of unseen classes; 'pixels', a label for every pixel.
   """
 
   overrides: Callable[[ConfigDict], Overrides]
@@ -31,12 +30,12 @@ BETA = 0.9999
 
 
 def effective(start_epoch: float = 0.0) -> Overrides:
-  """Class weights by the effective number of images, from an epoch on."""
+  """Class weights by the effective number of images, starting at an epoch."""
   return {'name': 'effective_number', 'beta': BETA, 'start_epoch': start_epoch}
 
 
 def drw(config: ConfigDict) -> Overrides:
-  """Deferred re-weighting: the batch mean is weight-normalised, as in its code."""
+  """Deferred re-weighting, with a weight-normalised mean as in the authors' code."""
   return {
     'class_weights': effective(config.get_ref('defer_epoch')),
     'reduction': 'weight_normalised',
@@ -44,7 +43,7 @@ def drw(config: ConfigDict) -> Overrides:
 
 
 def margin(name: str) -> Overrides:
-  """A margin loss on cosines; head and loss share one scale."""
+  """A margin loss on cosines; the head and the loss share one scale."""
   loss = ConfigDict({'name': name, 'scale': 30.0})
   loss['margin' if name == 'uniform_margin' else 'max_margin'] = 0.5
   head = ConfigDict({'scale': loss.get_ref('scale')})
@@ -52,13 +51,13 @@ def margin(name: str) -> Overrides:
 
 
 def selected(config: ConfigDict, metric: str = 'accuracy') -> Overrides:
-  """The best State on validation images, as these papers take it, if there are any."""
+  """Selects the State that is best on validation images, if any, as these papers do."""
   keeps = config.data.val_per_class or config.select != 'last'
   return {'select': f'val/{metric}'} if keeps else {}
 
 
 def then(config: ConfigDict, first: str, *seconds: tuple[str, Overrides]) -> Overrides:
-  """The config's own training as the stage `first`, then other stages."""
+  """The config's own training as the stage `first`, followed by other stages."""
   return {
     **selected(config),
     'stages': {first: {}, **dict(seconds)},
@@ -73,16 +72,16 @@ HEAD_ONLY = (('net/head/.*', 1.0), ('.*', 0.0))
 
 
 TENTH_BUT_HEAD = (('net/head/.*', 1.0), ('.*', 0.1))
-"""Learning rates of OLTR's second stage: a tenth, but for the classifier."""
+"""Learning rates of OLTR's second stage: a tenth for everything but the classifier."""
 
 
 def copy(pattern: str, stage: str, **source: str) -> tuple[str, Overrides]:
-  """The surgery that copies parameters, by their paths, from an earlier stage."""
+  """The surgery that copies parameters from an earlier stage, selected by path."""
   return ('copy', {'pattern': pattern, 'stage': stage, **source})
 
 
 def target_stream(config: ConfigDict, **row: Any) -> Overrides:
-  """Images of the target beside every batch of the source, as many of them."""
+  """Adds to every source batch as many images of the target."""
   stream = {
     'domain': 'target',
     'split': 'train',
@@ -105,23 +104,23 @@ SHALLOW: dict[str, Overrides] = {
     'surgeries': (('nearest_neighbour', {}),),
   },
 }
-"""Classifiers that are fitted to features in a stage of no steps.
+"""Classifiers that a stage without steps fits to features.
 
-'judge' is the key of `CLASSIFIERS` in `lt_jax.surgeries.classifiers` by which something
-is chosen for one, the others are keys of a stage.
+'judge' is a key of `CLASSIFIERS` in `lt_jax.surgeries.classifiers`: the classifier
+whose accuracy decides when something is chosen. The others are keys of a stage.
 """
 
 
 def shallow(
   classifier: str, stage: str, *surgeries: tuple[str, Overrides], **wrappers: Any
 ) -> Overrides:
-  """A stage of no steps: the network of another, and a shallow classifier for its head.
+  """A stage without steps: a shallow classifier as the head of another stage's network.
 
   Args:
     classifier: a key of `SHALLOW`.
-    stage: where the network comes from.
+    stage: the stage that the network comes from.
     *surgeries: what is done to its features first.
-    **wrappers: that have room for that.
+    **wrappers: wrappers that hold the results of these surgeries.
   """
   own = SHALLOW[classifier]
   return {
@@ -133,7 +132,7 @@ def shallow(
 
 CLASS_AWARE: Overrides = {
   'sampler': {'name': 'class_aware', 'per_class': 4, 'start_epoch': 0.0},
-  # Consecutive images are of one class: statistics of a part of the batch would be of a
-  # few classes, and depend on the number of devices.
+  # Consecutive images share a class, so statistics over part of the batch would cover
+  # few classes and depend on the number of devices.
   'model': {'batch_norm': 'global'},
 }

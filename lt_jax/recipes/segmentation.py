@@ -1,7 +1,8 @@
-"""Adaptation recipes for segmentation: by entropy, adversarial, or with a teacher.
+"""Adaptation recipes for segmentation: entropy, adversarial, or with a teacher.
 
-Their weights are ADVENT's, for images of a million pixels and 19 classes. Where the
-network has an auxiliary output (`model.head_options.auxiliary`) it is adapted too.
+The weights of their losses are ADVENT's, for images of a million pixels and 19 classes.
+If the network has an auxiliary output (`model.head_options.auxiliary`), it is adapted
+too.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from lt_jax.recipes.parts import Recipe, copy, target_stream
 
 
 def _on_logits(config: ConfigDict, name: str, **options: Any) -> Overrides:
-  """An alignment of the logits, and of the auxiliary ones where there are any."""
+  """An alignment of the logits, and of auxiliary logits if there are any."""
   auxiliary = config.model.head_options.get('auxiliary')
   layers = ('logits', 'auxiliary_logits') if auxiliary else ('logits',)
   weight = {'name': 'constant', 'weight': 1e-3}
@@ -21,7 +22,7 @@ def _on_logits(config: ConfigDict, name: str, **options: Any) -> Overrides:
 
 
 def _minent(config: ConfigDict, **options: Any) -> Overrides:
-  """The least entropy of the target's pixels."""
+  """Minimises the entropy of the target's pixels."""
   return {
     **target_stream(config),
     'method': {'name': 'aligned', 'statistics': 'separate'},
@@ -32,7 +33,7 @@ def _minent(config: ConfigDict, **options: Any) -> Overrides:
 def _advent(
   config: ConfigDict, *, shown: str = 'self_information', alignment: str = 'none'
 ) -> Overrides:
-  """A discriminator a layer of logits, whose rate decays as the network's does."""
+  """One discriminator per layer of logits; its rate decays as the network's does."""
   align = _on_logits(config, alignment)
   schedule = {key: config.schedule.get_ref(key) for key in config.schedule}
   judges = ('discriminator', 'auxiliary_discriminator')[: len(align['align_on'])]
@@ -91,7 +92,7 @@ def _label_prior(config: ConfigDict) -> Overrides:
 
 
 def _mean_teacher(config: ConfigDict) -> Overrides:
-  """A teacher's labels on images into which the source is mixed, rare classes first."""
+  """A teacher labels target images; source images are mixed in, rare classes first."""
   return {
     **target_stream(config),
     'sampler': {'name': 'rare_class', 'temperature': 0.01, 'start_epoch': 0.0},

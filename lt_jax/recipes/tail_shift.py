@@ -1,22 +1,22 @@
 """Recipes that treat a long tail as a shift between two domains.
 
 The long-tailed training set is the source; the balanced meta set, without its labels,
-is the target. What adapts to a domain is then asked to adapt to the frequencies of
-classes: to make the features of both alike, or to learn more of the images than their
-class. That the meta set is balanced was made by its labels, so `ce` on both sets
-together (`ce_plus_meta`) is the control.
+is the target. Methods of domain adaptation are thus applied to class frequencies: they
+make the features of both sets alike, or learn more from the images than their class.
+Balancing the meta set took its labels, so the control is `ce` on both sets together
+(`ce_plus_meta`).
 """
 
 from ml_collections import ConfigDict
 
 from lt_jax.config import SOURCE, Overrides
-from lt_jax.recipes.adaptation import RISING, aligned, judged, self_supervised
+from lt_jax.recipes.adaptation import RISING, adversarial, aligned, self_supervised
 from lt_jax.recipes.meta import meta_row, reweight, two_stages
 from lt_jax.recipes.parts import Recipe, target_stream
 
 
 def _balanced(config: ConfigDict) -> Overrides:
-  """The meta set without its labels in the place of a target."""
+  """The meta set without its labels, as the target."""
   return target_stream(config, domain=SOURCE, split='meta')
 
 
@@ -25,7 +25,7 @@ def _mmd(config: ConfigDict) -> Overrides:
 
 
 def _mmd_meta(config: ConfigDict) -> Overrides:
-  """Features that are alike in both sets, and then weights learned on the meta set."""
+  """Makes features alike in both sets, then learns weights from the meta set."""
   made = two_stages(config, {'method': reweight(), 'streams': meta_row(config)})
   made['stages']['pretrain'] |= _mmd(config)
   return made
@@ -35,7 +35,7 @@ RECIPES: dict[str, Recipe] = {
   'tail_mmd': Recipe(_mmd, paper='jamal', needs=('meta',)),
   'tail_dann': Recipe(
     lambda config: {
-      **judged(config, 'dann', (100,), 'features'),
+      **adversarial(config, 'dann', (100,), 'features'),
       **_balanced(config),
     },
     paper='jamal',

@@ -1,8 +1,8 @@
-"""Fine-tuning recipes: which given weights are kept, and at which rate they move.
+"""Fine-tuning recipes: which initial weights are kept, and how fast each one learns.
 
-Each begins with the weights of `config.init`, or of an earlier stage, and trains as the
-config does otherwise: its loss, sampler and class weights stay. Full fine-tuning at one
-rate is the recipe `ce`.
+Each starts from the weights of `config.init` or of an earlier stage, and keeps the
+config's loss, sampler and class weights. Full fine-tuning at a single rate is the
+recipe `ce`.
 """
 
 from ml_collections import ConfigDict
@@ -10,18 +10,18 @@ from ml_collections import ConfigDict
 from lt_jax.config import Overrides
 from lt_jax.recipes.parts import Recipe, copy, selected
 
-BUT_TRUNK = r'(?!net/trunk/).*'
+ALL_BUT_TRUNK = r'(?!net/trunk/).*'
 
-FROZEN = ((BUT_TRUNK, 1.0), ('.*', 0.0))
+FROZEN = ((ALL_BUT_TRUNK, 1.0), ('.*', 0.0))
 
 
 def _rates(config: ConfigDict, **options) -> Overrides:
-  """The config's optimiser with other rules."""
+  """The config's optimiser with different rules."""
   return {**config.optimizer.to_dict(), **options}
 
 
 def _frozen(config: ConfigDict) -> Overrides:
-  """The head alone, on a trunk as it is in evaluation, statistics included."""
+  """The head alone; the trunk runs as in evaluation, with frozen batch statistics."""
   return {
     'optimizer': _rates(config, learning_rate_scale=FROZEN),
     'model': {'batch_norm': 'frozen'},
@@ -31,8 +31,8 @@ def _frozen(config: ConfigDict) -> Overrides:
 def _head_then_all(config: ConfigDict) -> Overrides:
   """The head for a fifth of the epochs, then everything at a tenth of the rate.
 
-  So a random head does not spoil the features in its first steps. The lengths are ours:
-  the paper gives either part a whole training.
+  This way a random head does not spoil the features in its first steps. The lengths are
+  ours: in the paper each part is a full training.
 
   Source: Kumar et al., ICLR 2022, arXiv 2202.10054 (LP-FT).
   """
@@ -55,26 +55,26 @@ def _head_then_all(config: ConfigDict) -> Overrides:
 
 
 def _discriminative(config: ConfigDict) -> Overrides:
-  """The trunk at a tenth of the rate: the rate of a part is a rule of its own."""
-  rules = ((BUT_TRUNK, 1.0), ('.*', 0.1))
+  """The trunk learns at a tenth of the rate; each part's rate is one rule."""
+  rules = ((ALL_BUT_TRUNK, 1.0), ('.*', 0.1))
   return {'optimizer': _rates(config, learning_rate_scale=rules)}
 
 
 def _layer_decay(config: ConfigDict) -> Overrides:
-  """Rates that fall by a quarter from stage to stage towards the images."""
+  """Rates that fall by a quarter per stage of the trunk, towards the input."""
   return {'optimizer': _rates(config, layer_decay=0.75)}
 
 
 def _chop(config: ConfigDict) -> Overrides:
-  """The first layers are copied, the rest is drawn anew; all learn at one rate."""
+  """The first layers are copied, the others initialised anew; all learn at one rate."""
   optimizer = _rates(config, learning_rate_scale=(('.*', 1.0),))
   return {'kept_layers': 'first:1', 'optimizer': optimizer}
 
 
 def _l2_sp(config: ConfigDict) -> Overrides:
-  """The trunk decays towards the weights that it began with, the rest towards zero.
+  """The trunk decays towards its initial weights, everything else towards zero.
 
-  Both by 0.01, as in the code of TLLib; the paper chooses the former by validation.
+  Both by 0.01, as in TLLib; the paper chooses the former by validation.
 
   Source: Li et al., ICML 2018, arXiv 1802.01483.
   """

@@ -1,8 +1,8 @@
-"""Recipes of zero-shot learning: classes that have a description and no image.
+"""Recipes of zero-shot learning: classes with a description but no images.
 
 Hyper-parameters and gamma are chosen on validation classes, with a network that has not
-learned from them: if there is anything to train, a stage 'validate' trains it without
-them. The last stage has no steps.
+seen them: if there is anything to train, a stage 'validate' trains it without these
+classes. The last stage has no steps.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from lt_jax.recipes.parts import (
 )
 
 VALIDATE: Overrides = {'shot_groups': ('fitted',)}
-"""A training on the seen classes but those of validation."""
+"""Trains on the seen classes without the validation classes."""
 
 
 def _stacked(*values: str) -> Overrides:
@@ -28,13 +28,13 @@ def _stacked(*values: str) -> Overrides:
 
 
 def _closed_form(form: str, head: str, *values: str, **options: Any) -> Recipe:
-  """Returns the recipe of a closed form.
+  """Returns the recipe for a closed form.
 
   Args:
     form: the method.
-    head: what it fits.
-    *values: its hyper-parameters, which the result tells.
-    **options: of the head, and 'most' of the surgery.
+    head: the head it fits.
+    *values: its hyper-parameters, reported in the result.
+    **options: options of the head, and 'most' of the surgery.
   """
   most = options.pop('most', 0)
 
@@ -47,7 +47,7 @@ def _closed_form(form: str, head: str, *values: str, **options: Any) -> Recipe:
       'wrappers': _stacked(*values),
       'select': 'last',
     }
-    if config.model.trunk == 'identity':  # features that nothing trains
+    if config.model.trunk == 'identity':  # fixed features, no trunk to train
       return {
         'stages': {'fit': {**last, 'surgeries': (('closed_form', fit),)}},
         'stage_order': ('fit',),
@@ -66,12 +66,12 @@ def _closed_form(form: str, head: str, *values: str, **options: Any) -> Recipe:
 
 
 def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
-  """Returns the recipe of a method that descends a loss.
+  """Returns the recipe for a method that is trained with a loss.
 
   Args:
-    loss: its name and options.
-    head: of the network.
-    **options: of the head.
+    loss: name and options of the loss.
+    head: head of the network.
+    **options: options of the head.
   """
 
   def overrides(config: ConfigDict) -> Overrides:
@@ -93,7 +93,7 @@ def _trained(loss: Overrides, head: str, **options: Any) -> Recipe:
 
 
 def _generate(config: ConfigDict) -> Overrides:
-  """A stage of the generator and of the head, whose rates validation classes chose."""
+  """A stage that trains generator and head, with rates chosen on validation classes."""
   schedule = {'name': 'cosine', 'base': 3e-3, 'end': config.get_ref('epochs')}
   player = {
     'network': {'name': 'generator', 'hidden': (256,)},
@@ -109,9 +109,9 @@ def _generate(config: ConfigDict) -> Overrides:
 
 
 def _feature_generator(config: ConfigDict) -> Overrides:
-  """A generator of features beside a linear head, on a trunk that is trained before.
+  """A feature generator and a linear head, on a trunk that is trained first.
 
-  Of features that nothing trains there is no such stage before.
+  With fixed features there is no trunk, and no stage for it.
   """
   generate = {**_generate(config), 'sampler': CLASS_AWARE['sampler']}
   stages: dict[str, Overrides] = {}
@@ -136,16 +136,16 @@ def _feature_generator(config: ConfigDict) -> Overrides:
 def _pixels(
   config: ConfigDict, *, first: Overrides | None = None, learns_from: str = ''
 ) -> Overrides:
-  """A network of pixels, then features of unseen pixels, then perhaps its own labels.
+  """Trains on pixels, then generates unseen features, then may train on its own labels.
 
   There is no gamma: label maps have no validation classes.
 
   Args:
     config: the config.
-    first: the training of the network; None: that of the config.
-    learns_from: the domain, 'source' or 'target', whose pixels get the labels of which
-      the network is surest in every class; empty: none. They stay as they are: drawn
-      anew as the network changes, those of unseen classes die out.
+    first: the training of the network; by default the config's own.
+    learns_from: 'source' or 'target', the domain whose pixels get the network's most
+      confident labels of each class; empty for none. These labels are fixed: if they
+      were renewed as the network changes, those of unseen classes would die out.
   """
   stages: dict[str, Overrides] = {
     'train': first or {},
@@ -177,10 +177,10 @@ def _pixels(
 
 
 def _boundless(config: ConfigDict) -> Overrides:
-  """Adversarial training towards the target, then as `_pixels` with the target's own.
+  """Adversarial training towards the target, then `_pixels` with labels on the target.
 
-  In the first stage unseen classes are never the answer, rather than left out, so that
-  what the discriminator is shown of them says something.
+  The first stage doesn't mask the logits of unseen classes but trains them as wrong
+  answers, so that what the discriminator sees of them is meaningful.
   """
   aligned = segmentation.RECIPES['advent'].overrides(config)
   return _pixels(
@@ -191,10 +191,10 @@ def _boundless(config: ConfigDict) -> Overrides:
 
 
 def _zsda(config: ConfigDict) -> Overrides:
-  """Two towers under DANN; then the surest target images of every class are labels.
+  """Two towers with DANN, then training on confident target predictions of each class.
 
-  The target's images are of seen and of unseen classes. The labels are those of the
-  calibrated network, so that unseen classes get theirs, and stay as they are.
+  The target has images of seen and unseen classes. The labels come from the calibrated
+  network, so that unseen classes get some, and are fixed.
   """
   aligned = adaptation.RECIPES['dann'].overrides(config)
   gamma = ('choose_gamma', {'stage': 'validate'})

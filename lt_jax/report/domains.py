@@ -160,15 +160,11 @@ CONTROLS = ('source_only', 'target_only')
 
 def _control(group: Group, groups: Sequence[Group], recipe: str) -> Group | None:
   """Returns the group of a control with the data and targets of another group."""
-
-  def setting(group: Group) -> tuple:
-    run = group.counted[0]
-    return run.data.get('fingerprint'), tuple(run.config.get('target', ()))
-
+  setting = group.counted[0].setting
   found = [
     other
     for other in groups
-    if other.counted[0].recipe == recipe and setting(other) == setting(group)
+    if other.counted[0].recipe == recipe and other.counted[0].setting == setting
   ]
   return found[0] if len(found) == 1 else None
 

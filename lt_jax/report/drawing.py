@@ -7,6 +7,7 @@ the text around it.
 
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +21,19 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lt_jax.report.runs import NoData, Run, printable
+from lt_jax.report.runs import JOINERS, NoData, Run, printable
 
 Drawn = tuple[Figure, str]
+
+
+FONTS = (
+  "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', "
+  "'Hiragino Sans', 'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', "
+  "'Noto Sans Arabic', sans-serif, "
+  "'Apple Color Emoji', 'Segoe UI Emoji', 'Noto Color Emoji'"
+)
+"""What text is shown in. A browser takes each character from the first that has it, and
+of any other script from what else is installed."""
 
 
 INK = '#010203'
@@ -140,9 +151,28 @@ def seeds(runs: Sequence[Run]) -> str:
   return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
 
 
+MOST_PLACES = 14
+ROOM = '\u2004'  # a third of an em
+
+
 def shortened(name: str) -> str:
-  """Returns a name that fits beside an axis."""
-  return name if len(name) <= 14 else f'{name[:13]}…'
+  """Returns a name that fits beside an axis.
+
+  East Asian characters and emoji are as wide as two others. Matplotlib's own font lacks
+  them and would leave too little room, so `ROOM` follows each; `svg` takes it out.
+  """
+  ends = np.cumsum([_places(character) for character in name])
+  if len(name) and ends[-1] > MOST_PLACES:
+    kept = name[: np.searchsorted(ends, MOST_PLACES - 1, 'right')]
+    name = f'{kept.rstrip(JOINERS)}…'
+  return ''.join(c + ROOM * (_places(c) == 2) for c in name)
+
+
+def _places(character: str) -> int:
+  """Returns how many Latin letters a character is as wide as; 0 of an accent."""
+  if unicodedata.category(character) in ('Mn', 'Me', 'Cf'):
+    return 0
+  return 1 + (unicodedata.east_asian_width(character) in 'WF')
 
 
 def finished(runs: Sequence[Run]) -> list[Run]:
@@ -170,6 +200,21 @@ class Figured(NamedTuple):
   caption: str
   svg: str
 
+  @property
+  def title(self) -> str:
+    """What a page calls it."""
+    told = self.name.removeprefix('compare_').replace('_', ' ')
+    return told[:1].upper() + told[1:]
+
+  @property
+  def is_wide(self) -> bool:
+    """Whether it takes two columns of a page."""
+    return float(re.search(r'width="([\d.]+)"', self.svg)[1]) > WIDE
+
+
+WIDE = 700
+"""Pixels above which a figure is wide."""
+
 
 def draw(
   name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
@@ -192,6 +237,7 @@ NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999
 
 
 REFERENCE = re.compile(r'url\(#(.+?)\)')
+FAMILY = re.compile(r' ?font-family:[^;]*;')
 
 
 def svg(figure: Figure, prefix: str, label: str) -> str:
@@ -218,6 +264,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
       used |= set(REFERENCE.findall(value))
       used |= {value[1:]} if key == href and value.startswith('#') else set()
   for element in root.iter():
+    element.text = element.text and element.text.replace(ROOM, '')
     for key, value in list(element.attrib.items()):
       if key == 'id' and value not in used:
         del element.attrib[key]
@@ -227,6 +274,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
         element.set(key, f'#{prefix}-{value[1:]}')
       elif key != href:  # an image is its own data
         value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
+        value = FAMILY.sub('', value) if key == 'style' else value
         element.set(key, value.replace(INK, 'currentColor'))
   width, height = (float(number) for number in root.get('viewBox').split()[2:])
   root.attrib.update(
@@ -235,6 +283,7 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
       'height': f'{height * 4 / 3:.0f}',
       'role': 'img',
       'aria-label': label,
+      'font-family': FONTS,
       'stroke-linejoin': 'round',
     }
   )

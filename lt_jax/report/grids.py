@@ -24,6 +24,8 @@ from lt_jax.report.drawing import (
 from lt_jax.report.runs import Group, NoData, Run, printable
 from lt_jax.report.tables import Table, percent
 
+REMARK = 'Values in %; the chosen ones are best on validation images, by their mean.'
+
 
 class Grid(NamedTuple):
   """A recipe's runs of several configurations.

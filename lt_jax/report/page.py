@@ -1,9 +1,12 @@
 """The page: what was read, counted and drawn, through one template."""
 
+import base64
+import hashlib
 import json
 import os
 import urllib.parse
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -12,6 +15,7 @@ from etils import epath
 from lt_jax import files
 from lt_jax.errors import UserError
 from lt_jax.report import (
+  differences,
   domain_figures,
   domains,
   drawing,
@@ -30,6 +34,10 @@ MOST_DRAWN = 20
 """Groups up to which each has figures; of more, the reports of their folders have."""
 
 REMARK = 'There are many methods: the report of a method’s own folder has its figures.'
+NOT_DRAWN = (
+  'Figures follow when the sweep ends; python -m lt_jax.report with this folder draws '
+  'them now.'
+)
 
 MOST_SAMPLES = 32
 MOST_TRANSLATIONS = 6
@@ -40,7 +48,25 @@ STANDALONE = (
 """In a file of its own a figure has no text around it to take a colour from."""
 
 
-def write(folder: epath.PathLike) -> epath.Path:
+class Part(NamedTuple):
+  """A table and what is said of it.
+
+  Attributes:
+    anchor: its id on the page.
+    title: its heading.
+    table: the table.
+    before: remarks above it.
+    after: remarks below it.
+  """
+
+  anchor: str
+  title: str
+  table: tables.Table
+  before: Sequence[str] = ()
+  after: Sequence[str] = ()
+
+
+def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
   """Writes the report of a run, or of all runs beneath a folder, from their files.
 
   Beside report.html go report.md and report.tex, and as figures/NAME.svg the figures of
@@ -48,6 +74,7 @@ def write(folder: epath.PathLike) -> epath.Path:
 
   Args:
     folder: a run's workdir, or one that holds such.
+    draw: whether to draw figures, which takes seconds.
 
   Returns:
     The path of report.html.
@@ -64,43 +91,31 @@ def write(folder: epath.PathLike) -> epath.Path:
   losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
   judges = domains.discriminator_notes(groups)
   notes = [*notes, *_warnings(runs), *judges, *losses]
-  results, published = tables.results_table(groups), tables.published_table(groups)
-  by_domain = domains.domains_table(groups)
-  by_class = tables.classes_table(groups)
-  selected = selection.selection_table(groups)
-  tasks = multitask.multitask_table(groups)
   found = grids.grids(groups)
-  chosen = grids.grids_table(found)
-  sections = [_section(group, folder, alone, len(groups)) for group in groups]
-  compared = [] if len(groups) == 1 else _compared(groups)
-  if found:
+  parts = _parts(groups, found, notes, '' if alone else folder)
+  sections = [_section(g, folder, alone, draw and len(groups)) for g in groups]
+  compared = [] if len(groups) == 1 or not draw else _compared(groups)
+  if found and draw:
     figure = grids.error_by_value
     compared.append(drawing.draw('error_by_value', figure, found, 'page'))
   page = _template().render(
     title=_title(runs, folder, alone),
     facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
     alone=alone,
-    results=results,
-    published=published,
-    domains=by_domain,
-    classes=by_class,
-    domain_remarks=domains.remarks(by_domain),
-    selection=selected,
-    tasks=tasks,
-    chosen=chosen,
-    remarks=[tables.UNITS, *notes],
+    parts=parts,
     figures=compared,
     sections=sections,
     samples=_samples(runs[0]) if alone and runs[0].task.picture is None else None,
     pictures=pictures.rows(runs[0]) if alone else [],
     colours=pictures.legend(runs[0]) if alone else [],
     translations=_translations(runs[0]) if alone else [],
+    fonts=drawing.FONTS,
   )
-  shown = [results, by_domain, by_class, tasks, selected, chosen, published]
-  shown = [table for table in shown if table.rows]
-  remarks = [tables.UNITS, *domains.remarks(by_domain), *notes]
-  plain = [*map(tables.markdown_text, remarks), *map(tables.markdown, shown)]
-  latex = [*(f'% {remark}' for remark in remarks), *map(tables.latex, shown)]
+  remarks = [line for part in parts for line in part.before] + notes
+  plain = [*map(tables.markdown_text, remarks)]
+  plain += [tables.markdown(part.table) for part in parts]
+  latex = [f'% {remark}' for remark in remarks]
+  latex += [tables.latex(part.table) for part in parts]
   texts = {
     'report.md': '\n\n'.join(plain),
     'report.tex': '\n'.join(latex),
@@ -118,6 +133,56 @@ def write(folder: epath.PathLike) -> epath.Path:
     print(texts['report.md'])
     raise
   return folder / 'report.html'
+
+
+def _parts(
+  groups: list[Group],
+  found: Sequence[grids.Grid],
+  notes: Sequence[str],
+  folder: epath.PathLike,
+) -> list[Part]:
+  """Returns the tables with rows; notes stand below the first.
+
+  Args:
+    groups: of runs.
+    found: the grids among them.
+    notes: on the runs.
+    folder: of the page, if it is not that of a run; '' for no links to runs.
+  """
+
+  def address(run: Run) -> str:
+    return _address(run, folder) if folder else ''
+
+  compared = differences.compare(groups)
+  within_noise = differences.within_noise(compared)
+  results = tables.results_table(groups, within_noise, address)
+  by_domain = domains.domains_table(groups)
+  parts = [
+    Part('results', 'Results', results, [tables.UNITS], notes),
+    Part('domains', 'By domain', by_domain, domains.remarks(by_domain)),
+    Part('tasks', 'By task', multitask.multitask_table(groups), [multitask.REMARK]),
+    Part('classes', 'By class', tables.classes_table(groups), [tables.BY_CLASS]),
+    Part(
+      'differences',
+      differences.title(compared),
+      differences.differences_table(compared),
+      [differences.REMARK],
+    ),
+    Part(
+      'selection',
+      'Which State would be chosen',
+      selection.selection_table(groups),
+      [selection.REMARK],
+    ),
+    Part('chosen', 'Chosen by validation', grids.grids_table(found), [grids.REMARK]),
+    Part(
+      'published',
+      'Beside published numbers',
+      tables.published_table(groups),
+      [tables.PUBLISHED],
+    ),
+  ]
+  return [part for part in parts if part.table.rows]
 
 
 def _title(runs: list[Run], folder: epath.Path, alone: bool) -> str:
@@ -169,7 +234,9 @@ def _template() -> jinja2.Template:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.globals['zip'] = zip
+  script, *_ = environment.loader.get_source(environment, 'sort.js')
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  environment.globals |= {'zip': zip, 'script': script, 'script_digest': digest}
   return environment.get_template('template.html')
 
 
@@ -186,20 +253,22 @@ def _compared(groups: list[Group]) -> list[drawing.Figured]:
 def _section(
   group: Group, folder: epath.Path, alone: bool, groups: int
 ) -> dict[str, Any]:
-  """Returns what the page shows of a group of runs."""
-  links = [
-    _link(run.folder / 'report.html', folder)
-    if not alone and (run.folder / 'report.html').exists()
-    else ''
-    for run in group.runs
-  ]
+  """Returns what the page shows of a group of runs.
+
+  Args:
+    group: the runs.
+    folder: of the page.
+    alone: whether it is that of the only run.
+    groups: how many there are; 0 if nothing is drawn.
+  """
+  links = [] if alone else [_address(run, folder) for run in group.runs]
   shown = group.counted or group.runs
   families = [figures]
   families += [domain_figures] * any(map(domains.domains, shown))
   families += [zero_shot] * any(map(zero_shot.has_views, shown))
   wanted: dict[str, Any] = {}
   for family in families:
-    wanted |= family.FIGURES if groups <= MOST_DRAWN else {}
+    wanted |= family.FIGURES if 0 < groups <= MOST_DRAWN else {}
     wanted |= family.OF_ONE_RUN if alone else {}
   wanted |= _inside(group.runs[0]) if alone else {}
   drawn = [drawing.draw(n, f, shown, group.anchor) for n, f in wanted.items()]
@@ -207,7 +276,7 @@ def _section(
     'group': group,
     'runs': None if alone else tables.runs_table(group.runs, links),
     'figures': drawn,
-    'remark': '' if wanted else REMARK,
+    'remark': '' if wanted else REMARK if groups else NOT_DRAWN,
     'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
   }
 
@@ -221,10 +290,11 @@ def _inside(run: Run) -> dict[str, Any]:
   }
 
 
-def _link(path: epath.Path, folder: epath.Path) -> str:
-  """Returns the address of a file, from a page in a folder."""
-  below = os.fspath(path).removeprefix(os.fspath(folder)).lstrip('/')
-  return urllib.parse.quote(below, errors='surrogateescape')
+def _address(run: Run, folder: epath.PathLike) -> str:
+  """Returns the address of a run's own page, or else folder, from a page above it."""
+  below = os.fspath(run.folder).removeprefix(os.fspath(folder)).lstrip('/')
+  page = 'report.html' if (run.folder / 'report.html').exists() else ''
+  return urllib.parse.quote(f'{below}/{page}', errors='surrogateescape')
 
 
 def _samples(run: Run) -> dict[str, Any]:
@@ -245,9 +315,8 @@ def _samples(run: Run) -> dict[str, Any]:
       'images': [
         {
           'uri': pictures.uri(image),
-          'label': names[label],
-          'prediction': names[prediction],
-          'confidence': f'{100 * confidence:.0f}',
+          'told': f'{names[label]}, taken for {names[prediction]} '
+          f'({100 * confidence:.0f}\xa0%)',
         }
         for image, label, prediction, confidence in rows
       ],
@@ -263,7 +332,7 @@ def _translations(run: Run) -> list[dict[str, str]]:
   try:
     stored = run.arrays('translations.npz')
     return [
-      {'uri': pictures.uri(image), 'name': name.replace('_', ' ')}
+      {'uri': pictures.uri(image), 'told': name.replace('_', ' ')}
       for name in sorted(stored)
       for image in stored[name][:MOST_TRANSLATIONS]
     ]

@@ -20,7 +20,7 @@ def rows(run: Run) -> list[dict[str, object]]:
   """Returns a row a test image: itself, its labels, the prediction and its entropy.
 
   Returns:
-    rows of 'domain' and 'images', each with 'uri' and 'name'; none where a run's task
+    rows of 'images', each with 'uri' and what is 'told' of it; none where a run's task
     shows no label maps, or its file is not there.
   """
   if run.task.picture is None:
@@ -35,9 +35,12 @@ def rows(run: Run) -> list[dict[str, object]]:
         for name in ('label', 'prediction'):
           images[name] = colours[images[name]]
         images['entropy'] = np.repeat(images['entropy'][..., None], 3, axis=2)
-        shown = [{'uri': uri(x, THUMBNAIL), 'name': n} for n, x in images.items()]
-        domain = split.removesuffix('test').rstrip('/') or 'target'
-        found.append({'domain': printable(domain), 'images': shown})
+        domain = printable(split.removesuffix('test').rstrip('/') or 'target')
+        shown = [
+          {'uri': uri(image, THUMBNAIL), 'told': f'{domain}: {name}'}
+          for name, image in images.items()
+        ]
+        found.append({'images': shown})
     return found
   except (NoData, OSError, *OTHER_CONTENTS):
     return []

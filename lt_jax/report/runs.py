@@ -232,6 +232,11 @@ class Run:
       return self.recipe, ''
     return config_digest(self.config), self.data.get('fingerprint', '')
 
+  @property
+  def setting(self) -> tuple[str, tuple[str, ...]]:
+    """What runs must share to be compared: the data, and which of them are targets."""
+    return self.data.get('fingerprint', ''), tuple(self.config.get('target', ()))
+
   def arrays(self, name: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a .npz file.
 
@@ -321,9 +326,13 @@ def _count_vectors(path: epath.Path) -> int:
     return 0
 
 
+JOINERS = '\u200c\u200d'
+"""Without a glyph, but part of words in some scripts, and of emoji."""
+
+
 def printable(text: str) -> str:
   """Returns text without what neither XML nor a terminal can hold."""
-  return ''.join(c if c.isprintable() else '\ufffd' for c in text)
+  return ''.join(c if c.isprintable() or c in JOINERS else '\ufffd' for c in text)
 
 
 def find(folder: epath.Path) -> list[Run]:

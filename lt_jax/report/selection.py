@@ -10,6 +10,12 @@ from lt_jax.evals.label_free import CRITERIA, centroid_rule
 from lt_jax.report.runs import Group, Run
 from lt_jax.report.tables import Table, percent
 
+REMARK = (
+  'Test accuracy in %, of the State that each rule chooses among those that were '
+  'evaluated; oracle is the best on test images, which nobody can choose, and no other '
+  'rule reads a label of the target.'
+)
+
 
 def selection_table(groups: Sequence[Group]) -> Table:
   """Returns a row a method with the test accuracy of the State that each rule chooses.

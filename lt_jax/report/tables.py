@@ -6,7 +6,7 @@ Means are of the runs that `Group.counted` holds; standard deviations are of the
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,11 @@ from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
 UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
+BY_CLASS = 'Test IoU in %, of several targets the mean.'
+PUBLISHED = (
+  'Most authors report the best epoch on the test set; ours is the State that the run '
+  'selected.'
+)
 
 
 class Table(NamedTuple):
@@ -25,11 +30,15 @@ class Table(NamedTuple):
     headings: of the columns.
     rows: of texts, as many each.
     links: where the first cell of each row leads; '' for nowhere.
+    faint: (row, column) of the cells that are grey.
+    runs: of each row, (text, address) of single runs, which its second cell links to.
   """
 
   headings: list[str]
   rows: list[list[str]]
   links: list[str]
+  faint: Collection[tuple[int, int]] = ()
+  runs: Sequence[Sequence[tuple[str, str]]] = ()
 
 
 def percent(values: Sequence[float | None]) -> str:
@@ -42,8 +51,18 @@ def percent(values: Sequence[float | None]) -> str:
   return f'{round(scaled.mean(), 6):.1f}{deviation}'
 
 
-def results_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a group, with the test metrics that any of them has, in %."""
+def results_table(
+  groups: Sequence[Group],
+  within_noise: Collection[tuple[str, str]] = (),
+  address: Callable[[Run], str] = lambda run: '',
+) -> Table:
+  """Returns a row a group, with the test metrics that any of them has, in %.
+
+  Args:
+    groups: of runs.
+    within_noise: (anchor of a group, metric) of what is grey.
+    address: where a run has a page or a folder; '' for nowhere.
+  """
   columns = _columns(run for group in groups for run in group.runs)
   return Table(
     ['method', 'runs', *columns.values()],
@@ -61,6 +80,16 @@ def results_table(groups: Sequence[Group]) -> Table:
       for group in groups
     ],
     [f'#{group.anchor}' for group in groups],
+    {
+      (row, 2 + column)
+      for row, group in enumerate(groups)
+      for column, name in enumerate(columns)
+      if (group.anchor, name) in within_noise
+    },
+    [
+      [(str(run.seed), address(run)) for run in group.runs if address(run)]
+      for group in groups
+    ],
   )
 
 
