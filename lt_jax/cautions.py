@@ -1,7 +1,7 @@
 """Warnings that the numbers of a run may mean less than they seem to.
 
 The banner of a run and `lt_jax.doctor` print them, and `result.json` keeps them. To add
-one, write a function (Experiment) -> lines and put it into `CAUTIONS`.
+one, write a function (Experiment) -> lines and add it to `CAUTIONS`.
 """
 
 import math
@@ -20,7 +20,7 @@ from lt_jax.surgeries import shallow
 from lt_jax.train import state_shapes
 
 FITS = (*shallow.SURGERIES, 'nearest_class_mean')
-"""Surgeries that fit a classifier, so that a stage of no steps is one of training."""
+"""Surgeries that fit a classifier, so that even a stage without steps trains."""
 
 
 def cautions(experiment: Experiment) -> list[str]:
@@ -29,36 +29,36 @@ def cautions(experiment: Experiment) -> list[str]:
 
 
 def _one_class(experiment: Experiment) -> Iterator[str]:
-  """Warns of a data set in which nothing can be mistaken."""
+  """Warns if there is only one class."""
   if len(experiment.dataset.class_names) == 1:
     yield 'there is only one class, so every accuracy is 100 % whatever is learned'
 
 
 def _untrained(experiment: Experiment) -> Iterator[str]:
-  """Warns where the last stage has learned nothing, and took nothing over."""
+  """Warns if the last stage has learned nothing and inherited nothing."""
   trained = bool(experiment.config['init'])
   for number, stage in enumerate(experiment.stages.values()):
     surgeries = stage_config(experiment.config, stage.name)['surgeries']
     fits = any(name in FITS for name, _ in surgeries)
-    # The surgeries of a first stage inherit nothing, so they fit something to data.
+    # Surgeries of a first stage have nothing to inherit, so they must fit something.
     fits |= bool(stage.surgeries) and (trained or not number)
     trained = bool(stage.plan.steps) or fits
   if not trained:
     yield (
-      f'the result is of an untrained network: stage {stage.name!r} makes no step '
+      f'the result is of an untrained network: stage {stage.name!r} takes no steps '
       '(see epochs) and inherits nothing from another stage'
     )
 
 
 def _unused_domains(experiment: Experiment) -> Iterator[str]:
-  """Warns of domains that nothing is done with."""
+  """Warns of domains that are not used."""
   for name in experiment.config['domains']:
     if name not in experiment.domains:
       yield unused(name)
 
 
 def _same_names(experiment: Experiment) -> Iterator[str]:
-  """Warns of classes of one name in several sources that count as different classes."""
+  """Warns of classes with the same name in several sources that count as different."""
   owners: dict[str, list[str]] = {}
   for source in experiment.roles[SOURCE]:
     for name in experiment.domains[source].class_names:
@@ -72,14 +72,14 @@ def _same_names(experiment: Experiment) -> Iterator[str]:
   if twice:
     name, sources = twice[0]
     yield (
-      f'{" and ".join(sources)} each have a class {name!r}, which count as different '
-      f'classes (of {len(twice)} such names): if they are the same, name them in '
-      'same_classes of each'
+      f'{" and ".join(sources)} each have a class {name!r}, and these count as '
+      f'different classes ({len(twice)} such names): if they are the same, list them '
+      'in same_classes of each source'
     )
 
 
 def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
-  """Warns of test images that are, by their place in the data, trained on too."""
+  """Warns of test images that are also trained on, judging by their position."""
   for name, dataset in experiment.domains.items():
     train, test = dataset.splits['train'], dataset.tests.get('test')
     if test is None or test.source is not train.source or test.source is None:
@@ -94,33 +94,34 @@ def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
 
 
 def _same_data(experiment: Experiment) -> Iterator[str]:
-  """Warns of two domains that are the very same images."""
+  """Warns of two domains with identical images."""
   prints: dict[str, str] = {}
   for name, dataset in experiment.domains.items():
     if dataset.fingerprint and dataset.fingerprint in prints:
-      yield f'domains {prints[dataset.fingerprint]!r} and {name!r} are the same images'
+      first = prints[dataset.fingerprint]
+      yield f'domains {first!r} and {name!r} have the same images'
     prints.setdefault(dataset.fingerprint, name)
 
 
 FEW_STEPS = 50
-"""Fewer are too few for a classifier that a later stage trains from the beginning."""
+"""Fewer steps are too few for a classifier that a later stage trains from scratch."""
 
 
 def _short_stages(experiment: Experiment) -> Iterator[str]:
-  """Warns of a later stage that trains for very few steps."""
+  """Warns if a later stage trains for very few steps."""
   for name, stage in experiment.stages.items():
     steps = stage.plan.steps
     taken = stage_config(experiment.config, name)['surgeries']
     if taken and 0 < steps < FEW_STEPS:
-      told = '1 step' if steps == 1 else f'{steps} steps'
+      number = '1 step' if steps == 1 else f'{steps} steps'
       yield (
-        f'stage {name!r} trains for {told} only, which is too few for a classifier '
-        f'trained from scratch: raise config.stages.{name}.epochs'
+        f'stage {name!r} trains for only {number}, too few for a classifier trained '
+        f'from scratch: raise config.stages.{name}.epochs'
       )
 
 
 def _pretrain_classes(experiment: Experiment) -> Iterator[str]:
-  """Warns of unseen classes that the weights, or the features, may have seen."""
+  """Warns of unseen classes that pre-trained weights or features may have seen."""
   dataset = experiment.dataset
   if dataset.unseen is None:
     return
@@ -133,7 +134,7 @@ def _pretrain_classes(experiment: Experiment) -> Iterator[str]:
     if outside:
       yield (
         'not checked: whether the unseen classes are among those that the weights or '
-        'features were pre-trained on; name these in a file, data.pretrain_classes'
+        'features were pre-trained on; list these in a file, data.pretrain_classes'
       )
     return
   known = names_of_words(path)
@@ -146,16 +147,16 @@ def _pretrain_classes(experiment: Experiment) -> Iterator[str]:
 
 
 def _no_threshold(experiment: Experiment) -> Iterator[str]:
-  """Warns of an open set whose threshold cannot be chosen."""
+  """Warns if there is an open set but its threshold cannot be chosen."""
   if 'open_test' in experiment.passes and 'val' not in experiment.passes:
     yield (
-      'no threshold of the open set can be chosen without validation images, so no '
-      'metric that depends on one is given: set data.val_per_class'
+      'no threshold of the open set can be chosen without validation images, so '
+      'metrics that need one are left out: set data.val_per_class'
     )
 
 
 def _batch_statistics(experiment: Experiment) -> Iterator[str]:
-  """Warns where batch normalisation in training sees one image at a time."""
+  """Warns if batch normalisation in training sees one image at a time."""
   for name, stage in experiment.stages.items():
     state = state_shapes(stage.method, stage.streams)
     if not stage.plan.steps or not jax.tree.leaves(state.stats):
@@ -164,13 +165,13 @@ def _batch_statistics(experiment: Experiment) -> Iterator[str]:
       if images == 1:
         yield (
           f'stage {name!r} normalises each image by its own statistics ({key}), but '
-          'in evaluation by running averages, which may give quite other accuracies: '
+          'in evaluation by running averages, so accuracies may be very different: '
           "use larger batches, or model.batch_norm='frozen'"
         )
 
 
 def _normalised_together(experiment: Experiment, stage: Stage) -> dict[str, int]:
-  """Returns of how many images batch statistics are: what sets it -> number."""
+  """Returns setting -> number of images that share batch statistics."""
   config = stage_config(experiment.config, stage.name)
   kind, devices = config['model']['batch_norm'], experiment.mesh.size
   if kind in ('frozen', 'recalibrate') or len(stage.trained_on) < len(stage.streams):
@@ -201,8 +202,8 @@ CAUTIONS = (
 def check_memory(experiment: Experiment) -> None:
   """Refuses a run whose first steps need more memory than the machine has.
 
-  By shapes alone, and only what they need at least: what passes may still be too much,
-  which `lt_jax.doctor` finds out by compiling the steps.
+  This counts, from shapes alone, only the least that they need. A run that passes may
+  still need too much; `lt_jax.doctor` finds out by compiling the steps.
 
   Raises:
     UserError: the memory of a device, or of the machine, is too small.
@@ -218,13 +219,13 @@ def check_memory(experiment: Experiment) -> None:
       if needed > there:
         raise UserError(
           f'{what} of stage {name!r} needs at least {footprint.amount(needed)}, most '
-          f'of it for {largest}, and there are {footprint.amount(there)}: set batch, '
-          'eval_batch or the network smaller'
+          f'of it for {largest}, but there are {footprint.amount(there)}: '
+          'reduce batch, eval_batch or the network'
         )
 
 
 def _needs(experiment: Experiment, stage: Stage) -> dict[str, dict[str, float]]:
-  """Returns what is done first -> part -> bytes on a device, at least."""
+  """Returns what runs first -> part -> the least bytes per device."""
   devices = experiment.mesh.size
   state = state_shapes(stage.method, stage.streams)
   step = footprint.least_of_step(state, stage.streams, devices)

@@ -1,9 +1,9 @@
 """Class weights from the training counts, as functions of the step.
 
 A rule maps the counts (C,) of the whole training set, never of a batch, to weights (C,)
-that sum to C, so that a uniform distribution over classes has mean weight one. Batches
-are long-tailed, so the mean weight of a batch is far below one:
-`lt_jax.losses.REDUCTIONS` handles the division.
+that sum to C, so that the mean weight is one if classes are uniform. Batches are
+long-tailed, so their mean weight is far below one: `lt_jax.losses.REDUCTIONS` says what
+to divide by.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from lt_jax.errors import ClassError, UserError, construct
 
 
 def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
-  """Returns the counts as float64, or says which class has no training images.
+  """Returns the counts as float64, after checking that no class is empty.
 
   Args:
     counts: (C,) number of training images of each class.
     what: what needs them, for the message.
 
   Raises:
-    UserError: the counts are not a vector, or a class is empty.
+    UserError: the counts are not a vector, or a class is empty; the message names it.
 
   Examples:
     >>> check_counts([90, 10], 'this loss').tolist()
@@ -32,7 +32,7 @@ def check_counts(counts: np.ndarray, what: str) -> np.ndarray:
   """
   counts = np.asarray(counts, np.float64)
   if counts.ndim != 1 or not counts.size:
-    raise UserError(f'{what} needs one count a class, got the shape {counts.shape}')
+    raise UserError(f'{what} needs one count per class, got the shape {counts.shape}')
   empty = np.flatnonzero(~(counts > 0))
   if empty.size:
     others = f' (and {empty.size - 1} more)' if empty.size > 1 else ''
@@ -45,7 +45,7 @@ def uniform(counts: np.ndarray) -> np.ndarray:
   """All ones: no re-weighting. Classes without images are allowed.
 
   Args:
-    counts: (C,), of which only the length matters.
+    counts: (C,); only the length matters.
 
   Returns:
     (C,) float64.
@@ -68,20 +68,20 @@ def effective_number(
   .. math::
     E_n = \frac{1 - \beta^n}{1 - \beta}, \qquad \beta = \frac{N - 1}{N}
 
-  An image covers a region of its class, which is as large as N such regions; what the
-  regions of n images cover together is E_n in expectation, wherever they fall. It is 1
-  for one image and approaches N. `benchmarks/effective_number.py` draws them.
+  An image covers a region of its class, which is as large as N such regions. Wherever n
+  regions fall, they cover E_n together in expectation: 1 for one image, approaching N.
+  `benchmarks/effective_number.py` simulates it.
 
   Args:
     counts: (...) images, n >= 0.
-    beta: in [0, 1); 0 makes every image a repetition of the first.
-    prototypes: N >= 1, in the place of beta.
+    beta: in [0, 1); with 0, every image repeats the first.
+    prototypes: N >= 1, instead of beta.
 
   Returns:
     (...) float64.
 
   Raises:
-    UserError: beta or N out of range, or not one of the two.
+    UserError: beta or N is out of range, or not exactly one of the two is given.
 
   Examples:
     >>> effective_number([1, 2, 100], beta=0.5).tolist()
@@ -112,8 +112,8 @@ def inverse_effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.nda
 
   .. math:: w_c = C \frac{1 / E_{n_c}}{\sum_k 1 / E_{n_k}}
 
-  beta = 0 gives ones, beta -> 1 inverse frequency. Classes saturate on the scale of
-  1 / (1 - beta) images: all that are much larger weigh the same.
+  beta = 0 gives ones, beta -> 1 inverse frequency. Classes saturate at about
+  1 / (1 - beta) images: all classes much larger than that weigh the same.
 
   Args:
     counts: (C,) training images of each class.
@@ -123,7 +123,7 @@ def inverse_effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.nda
     (C,) float64, sum C.
 
   Raises:
-    UserError: beta out of range or an empty class.
+    UserError: beta is out of range, or a class is empty.
 
   Examples:
     >>> inverse_effective_number([2, 1], beta=0.5).round(3).tolist()
@@ -133,12 +133,12 @@ def inverse_effective_number(counts: np.ndarray, beta: float = 0.9999) -> np.nda
 
   Cui et al., CVPR 2019, arXiv 1901.05555, equation 4.
   """
-  # The factor 1 - beta is normalised away.
+  # Normalisation cancels the factor 1 - beta.
   return _sum_to_classes(1.0 / _new(check_counts(counts, 'effective_number'), beta))
 
 
 def inverse_frequency(counts: np.ndarray) -> np.ndarray:
-  """Weights proportional to 1 / n_c, which give every class the same total weight.
+  """Weights proportional to 1 / n_c, so that all classes have the same total weight.
 
   Args:
     counts: (C,) training images of each class.
@@ -147,7 +147,7 @@ def inverse_frequency(counts: np.ndarray) -> np.ndarray:
     (C,) float64, sum C.
 
   Raises:
-    UserError: an empty class.
+    UserError: a class is empty.
 
   Examples:
     >>> inverse_frequency([90, 10]).round(3).tolist()
@@ -157,7 +157,7 @@ def inverse_frequency(counts: np.ndarray) -> np.ndarray:
 
 
 def inverse_square_root(counts: np.ndarray) -> np.ndarray:
-  """Weights proportional to 1 / sqrt(n_c), half-way to inverse frequency.
+  """Weights proportional to 1 / sqrt(n_c), halfway to inverse frequency.
 
   Args:
     counts: (C,) training images of each class.
@@ -166,7 +166,7 @@ def inverse_square_root(counts: np.ndarray) -> np.ndarray:
     (C,) float64, sum C.
 
   Raises:
-    UserError: an empty class.
+    UserError: a class is empty.
 
   Examples:
     >>> inverse_square_root([90, 10]).round(3).tolist()
@@ -231,23 +231,23 @@ def make_class_weights(
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns class weights as a function of the step.
 
-  Deferred re-weighting (DRW) is `start_step` > 0: ones before it, the weights from it
-  on. LDAM-DRW switches at the step of its first learning-rate drop, to effective-number
-  weights with beta 0.9999 where the paper speaks of inverse frequency.
+  Deferred re-weighting (DRW) means `start_step` > 0: ones before that step, the weights
+  from it on. LDAM-DRW switches at its first learning-rate drop, to effective-number
+  weights with beta 0.9999, although the paper speaks of inverse frequency.
 
   Args:
     name: a key of `CLASS_WEIGHTS`.
     counts: (C,) training images of each class.
-    start_step: first step that is re-weighted.
-    class_pixels: () -> (N, C) pixels of each class in each training image, for those
-      rules that ask for them.
-    **options: of the rule, such as `beta`.
+    start_step: first re-weighted step.
+    class_pixels: () -> (N, C) pixels of each class in each training image, for rules
+      that use them.
+    **options: options of the rule, such as `beta`.
 
   Returns:
     step -> (C,), sum C.
 
   Raises:
-    UserError: an unknown name or option, or an empty class.
+    UserError: a name or option is unknown, or a class is empty.
 
   Examples:
     >>> weights = make_class_weights('inverse_square_root', [90, 10], start_step=100)
@@ -273,11 +273,11 @@ def make_class_weights(
 
 
 def weights_of(class_weights: jax.Array, labels: jax.Array) -> jax.Array:
-  """Returns the weight of each label's class, and 0 where the label is -1.
+  """Returns the weight of each label's class, or 0 if the label is -1.
 
   Args:
     class_weights: (C,).
-    labels: (...) int. Plain indexing would read the last class at -1.
+    labels: (...) int. Plain indexing would treat -1 as the last class.
 
   Returns:
     (...).

@@ -1,4 +1,4 @@
-"""What a config is: every key with its default, stages, overrides and digests.
+"""Configs: every key with its default, stages, overrides and digests.
 
 A config file states its data set and protocol on top of `base_config`, then applies
 the recipe that its argument names:
@@ -24,10 +24,10 @@ Config = Mapping[str, Any]
 Overrides = dict[str, Any]
 
 SOURCE, TARGET, OPEN = 'source', 'target', 'open'
-"""Roles of domains; `data` itself is the domain 'source' where no other is named."""
+"""Roles of domains; without `sources`, `data` itself is the domain 'source'."""
 
 CLOCK = 'train'
-"""The stream whose epochs are those of a stage."""
+"""The stream whose epochs are the epochs of a stage."""
 
 
 STAGE_KEYS = (
@@ -57,7 +57,7 @@ STAGE_KEYS = (
   'surgeries',
   'select',
 )
-"""Keys that a stage can set; the others are of the whole run."""
+"""Keys that a stage can set; the others belong to the whole run."""
 
 
 MAY_CHANGE = frozenset(
@@ -100,10 +100,10 @@ REWEIGHTING: dict[str, Overrides] = {
   },
   'meta_reweight': {'prior': 'class_weights', 'clip': False, 'normalise': False},
 }
-"""Methods that were two -> options with which `meta_reweight` is either."""
+"""Two methods of old configs -> the options that make `meta_reweight` equal each."""
 
 L2RW_COMPARED_WITH = {'name': 'effective_number', 'beta': 0.9999, 'start_epoch': 0.0}
-"""Class weights of the logs of 'l2rw', when these were no option."""
+"""Class weights in the logs of 'l2rw', from before they were an option."""
 
 OWN = (
   'same_classes',
@@ -121,14 +121,14 @@ OWN = (
   'unseen',
   'val_classes',
 )
-"""Keys of `data` that a domain does not inherit: those that speak of its classes, draw
-the tail or cut splits off."""
+"""Keys of `data` that a domain does not inherit: they name its classes, draw the tail
+or split off images."""
 
 
 def base_config() -> ConfigDict:
-  """Returns every key there is, with the default most papers share.
+  """Returns every key with its default, which is what most papers use.
 
-  A stage is a set of overrides of the top level, from `loss` to `surgeries`.
+  A stage is a set of overrides of the top level, see `STAGE_KEYS`.
   """
   config = ConfigDict(
     {
@@ -136,23 +136,23 @@ def base_config() -> ConfigDict:
       'recipe': '',
       'seed': 0,  # initialisation, order and augmentation
       'device': 'any',  # 'gpu' and 'tpu' refuse a machine without one
-      'init': '',  # weights to begin with: OWNER/MODEL, FILE.safetensors or a workdir
+      'init': '',  # initial weights: OWNER/MODEL, FILE.safetensors or a workdir
       'data': {
         'source': 'digits',
-        'size': 0,  # side that images in memory are brought to; 0: their own
+        'size': 0,  # side to which images in memory are resized; 0: as stored
         'channels': 0,  # likewise
-        'dir': '',  # of TFDS; its own default if empty
+        'dir': '',  # folder of TFDS; its default if empty
         'seed': 0,  # splits and subset, the same in all runs of a table
         'subset': 'seeded',  # 'stored': the first images of each class
-        'keep_classes': '',  # a file with a name a line, or NAME+NAME; '': all
+        'keep_classes': '',  # a file with one name per line, or NAME+NAME; '': all
         'known_classes': 0,  # classes from this one on are open; 0: all are known
         'profile': 'original',
         'n_max': 0,
         'imbalance': 1.0,
-        'test_per_class': 0,  # 0: the source has a test split
+        'test_per_class': 0,  # 0: use the test split of the source
         'val_per_class': 0,
         'meta_per_class': 0,
-        'meta_in_train': False,  # True: the meta images are trained on too
+        'meta_in_train': False,  # True: meta images are also training images
         'open_val_per_class': 0,
         'open_test_per_class': 0,
         'many_shot': 100,  # 0: twice the median number of training images
@@ -167,12 +167,12 @@ def base_config() -> ConfigDict:
         'jitter': 0.0,  # of brightness, contrast and saturation
         'class_vectors': (),  # files that describe classes, see data/attributes.py
         'unseen': (),  # classes never trained on: names, '@FILE', or (NUMBER,)
-        'val_classes': (),  # seen ones by which is chosen what unseen ones need
-        'pretrain_classes': '',  # file of the classes that `init` has learned
-        'same_classes': (),  # (name here, name in the union) where sources differ
+        'val_classes': (),  # seen classes on which settings for unseen ones are chosen
+        'pretrain_classes': '',  # file with the classes that `init` was trained on
+        'same_classes': (),  # (name here, name in the union), if sources differ
         'train_split': 'train',
         'test_split': 'test',
-        'meta_split': 'train',  # 'val': meta images are taken from those for validation
+        'meta_split': 'train',  # 'val': meta images are validation images
         'fake': {  # what source=fake generates
           'classes': 10,
           'train': 1000,
@@ -183,26 +183,26 @@ def base_config() -> ConfigDict:
           'open': 0,
           'image_size': 8,  # 0: photographs of many sizes
         },
-        'window': (),  # (height, width) of random crops, where labels are maps
-        'scale': (1.0, 1.0),  # by which images with label maps are resized before
-        'resize_to': (),  # (height, width) of such images before; (): their own
-        'image_size': 0,  # of random crops, where images have many sizes
+        'window': (),  # (height, width) of random crops, if labels are maps
+        'scale': (1.0, 1.0),  # random scale of images with label maps before the crop
+        'resize_to': (),  # (height, width) of such images before that; (): as stored
+        'image_size': 0,  # of random crops, if images have many sizes
         'resize': 0,  # short side before the central crop in evaluation
         'crop_area': 0.08,  # least share of an image in a random crop; 1: all of it
-        'on_bad_image': 'raise',  # 'skip': another image of its class stands in
-        'workers': 0,  # processes that decode images; -1: one a core, 0: threads
+        'on_bad_image': 'raise',  # 'skip': replace it by another image of its class
+        'workers': 0,  # processes that decode images; -1: one per core, 0: threads
       },
       'domains': {},  # name -> what differs from `data`
-      'sources': (),  # domains that are labelled; none: `data` itself
-      'target': (),  # domains that are adapted to; several are one compound target
-      'open_domains': (),  # domains never seen in training, tested on
-      'domain': 'source',  # whose classes a stage learns
+      'sources': (),  # labelled domains; (): `data` itself
+      'target': (),  # domains to adapt to; several are one compound target
+      'open_domains': (),  # domains never seen in training, only tested on
+      'domain': 'source',  # the domain whose classes a stage learns
       'task': 'classification',  # what a label is, and what is measured
       'batch': 128,
       'streams': {'train': {'split': 'train'}},  # see build/streams.py
-      'shot_groups': (),  # whose classes are learned; none: all classes are
-      'save_outputs': (),  # for later stages, see evals/saved.py: NAME, or SPLIT/NAME
-      'kept_layers': '',  # of the trunk, such as 'first:2'; the rest is drawn anew
+      'shot_groups': (),  # groups whose classes are learned; (): all classes
+      'save_outputs': (),  # NAME or SPLIT/NAME, for later stages, see evals/saved.py
+      'kept_layers': '',  # of the trunk, such as 'first:2'; re-initialises the rest
       'eval_batch': 512,
       'epochs': 200.0,
       'log_every_steps': 50,
@@ -214,7 +214,7 @@ def base_config() -> ConfigDict:
         'trunk': 'resnet32',
         'trunk_options': {},
         'attention': False,
-        'projection': 0,  # size of a linear layer and ReLU; -1: as many as before
+        'projection': 0,  # size of a linear layer and ReLU; -1: that of the features
         'head': 'linear',
         'head_options': {},
         'dtype': 'float32',
@@ -222,7 +222,7 @@ def base_config() -> ConfigDict:
         'batch_norm': 'global',
       },
       'loss': {'name': 'cross_entropy'},
-      'penalty': {'name': 'none', 'weight': 0.0},  # what exists only over a whole batch
+      'penalty': {'name': 'none', 'weight': 0.0},  # a loss term of the whole batch
       'alignment': {
         'name': 'none',
         'align_on': ('features',),
@@ -232,37 +232,38 @@ def base_config() -> ConfigDict:
       'players': {},  # networks beside the main one: network, optimizer, schedule
       'class_weights': {'name': 'uniform', 'start_epoch': 0.0},
       'reduction': 'mean',
-      'sampler': {'name': 'instance', 'start_epoch': 0.0},  # instance sampling before
+      # Before start_epoch, sampling is by instance.
+      'sampler': {'name': 'instance', 'start_epoch': 0.0},
       'optimizer': {'name': 'sgd', 'momentum': 0.9, 'weight_decay': (('.*', 2e-4),)},
       'schedule': {'name': 'constant', 'base': 0.1},
       'wrappers': {},
       'surgeries': (),
-      'select': 'last',  # or 'val/accuracy': the best State by a metric on val
+      'select': 'last',  # or 'val/accuracy': the State that is best by a metric on val
       'stages': {'train': {}},
       'stage_order': ('train',),
     }
   )
-  # Where deferred recipes switch; Cao et al.: at 160 of 200.
+  # The epoch at which deferred recipes switch; for Cao et al. 160 of 200.
   config.defer_epoch = config.get_ref('epochs') * 0.8
   return config
 
 
-_NOUNS = {float: 'a number', int: 'a whole number', str: 'a text'}
+_NOUNS = {float: 'a number', int: 'a whole number', str: 'a string'}
 
 
 def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, ConfigDict]:
-  """Parses the argument of a configuration file: 'ldam_drw,imbalance=50'.
+  """Parses the argument of a config file: 'ldam_drw,imbalance=50'.
 
   Args:
     arg: what follows the colon: a recipe, options, or both; None for all defaults.
     recipe: the default recipe.
-    **defaults: the options, which give the types.
+    **defaults: the options; the defaults give their types.
 
   Returns:
     (recipe, options).
 
   Raises:
-    UserError: an unknown option, or a value of another type.
+    UserError: an option is unknown, or its value has another type.
   """
   options = dict(defaults)
   for part in filter(None, (arg or '').split(',')):
@@ -291,7 +292,7 @@ def parse_arg(arg: str | None, recipe: str, **defaults: Any) -> tuple[str, Confi
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   """Sets keys of a config, dicts key by key.
 
-  What replaces the value before it whole: a dict with a 'name', whose other keys are
+  Two values replace the old one as a whole: a dict with a 'name', whose other keys are
   that name's options, and a `ConfigDict`.
   """
   for key, value in overrides.items():
@@ -304,7 +305,7 @@ def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 class _Following(FieldReference):
-  """The value of a key of the top level, until it is set itself."""
+  """The value of a key that follows the top level until it is set."""
 
   def __init__(self, followed: FieldReference):
     super().__init__(followed)
@@ -317,16 +318,16 @@ class _Following(FieldReference):
 
 
 def open_stages(config: ConfigDict) -> ConfigDict:
-  """Lets every key of every stage be set; until then it follows the top level.
+  """Makes every key of every stage settable; until it is set, it follows the top level.
 
-  A schedule that ends with the training does so whatever `epochs` is set to.
+  A schedule that ends with the training still does so if `epochs` is set.
   """
 
   def follow(stage: ConfigDict, base: ConfigDict, keys: Iterable[str]) -> None:
     for key in keys:
       nested = isinstance(base[key], ConfigDict)
       if key not in stage and nested:
-        if base[key]:  # in an empty one there is no key to set
+        if base[key]:  # an empty dict has no keys to set
           stage[key] = {}
           follow(stage[key], base[key], base[key])
       elif key not in stage:
@@ -335,7 +336,7 @@ def open_stages(config: ConfigDict) -> ConfigDict:
         follow(stage[key], base[key], base[key])
 
   for name in set(config.stages) - set(config.stage_order):
-    del config.stages[name]  # of the base, and not this recipe's
+    del config.stages[name]  # from the base config, not from this recipe
   _end_with_epochs(config)
   for stage in config.stages.values():
     follow(stage, config, ('epochs',))
@@ -345,7 +346,7 @@ def open_stages(config: ConfigDict) -> ConfigDict:
 
 
 def _end_with_epochs(part: ConfigDict) -> None:
-  """Lets the ends of schedules follow the epochs, if that is where they are."""
+  """Makes the end of a schedule follow the epochs, if the two are equal."""
   players = part.get('players', {}).values()
   for owner in (part, *players):
     schedule = owner.get('schedule', {})
@@ -355,7 +356,7 @@ def _end_with_epochs(part: ConfigDict) -> None:
 
 
 def set_keys(stage: ConfigDict) -> Overrides:
-  """Returns what a stage sets, without what only follows the top level."""
+  """Returns the keys that a stage sets, without those that follow the top level."""
   found = {}
   for key in stage:
     value = stage[key]
@@ -369,11 +370,11 @@ def set_keys(stage: ConfigDict) -> Overrides:
 
 
 def stage_config(config: Config, name: str) -> dict[str, Any]:
-  """Returns the configuration of a stage: the top level, overridden."""
+  """Returns the config of a stage: the top level with its overrides."""
 
   def merge(base: Config, over: Config) -> dict[str, Any]:
     merged = dict(base)
-    for key in over:  # what is called otherwise has not the options of another
+    for key in over:  # options of another trunk or head do not apply
       if f'{key}_options' in base and over[key] != base[key]:
         merged[f'{key}_options'] = {}
     for key, value in over.items():
@@ -391,7 +392,7 @@ def stage_config(config: Config, name: str) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns nested dicts as one, keys joined by dots: {'data.source': 'digits'}."""
+  """Flattens nested dicts, with keys joined by dots: {'data.source': 'digits'}."""
   flat: dict[str, Any] = {}
   for key, value in tree.items():
     name = f'{prefix}{key}'
@@ -403,7 +404,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def domain_data(config: Config, name: str) -> dict[str, Any]:
-  """Returns the `data` of a domain: that of the config, overridden; `OWN` apart."""
+  """Returns the `data` of a domain: that of the config, with the domain's overrides.
+
+  Keys in `OWN` are not inherited.
+  """
   if name == SOURCE:
     return dict(config['data'])
   plain = base_config().data.to_dict()
@@ -460,9 +464,9 @@ def unused(name: str) -> str:
 
 
 def resolve(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """Returns a `ConfigDict` as plain data, just as config.json gives it back.
+  """Returns a `ConfigDict` as plain data, exactly as config.json gives it back.
 
-  Where it begins with weights of ours, the pixels are those that they were trained on.
+  If it starts from weights of ours, pixels are set as these weights expect them.
 
   Args:
     config: the config.
@@ -475,10 +479,10 @@ def resolve(config: Any, given: Mapping[str, Any] | None = None) -> dict[str, An
   plain['stages'] = {n: set_keys(stage) for n, stage in config.stages.items()}
   plain = json.loads(json.dumps(plain))
   wrong = {k: v for k, v in flatten(plain).items() if not _is_finite(v)}
-  if wrong:  # of several that follow from one, all are named
-    told = ', '.join(f'config.{key} is {value!r}' for key, value in wrong.items())
+  if wrong:  # several keys may follow a single one
+    values = ', '.join(f'config.{key} is {value!r}' for key, value in wrong.items())
     raise UserError(
-      f'{told}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
+      f'{values}: give {"finite numbers" if len(wrong) > 1 else "a finite number"}'
     )
   check_set_domains(plain, given or {})
   return ours.adopted(plain)
@@ -493,10 +497,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def upgraded(config: Config) -> dict[str, Any]:
-  """Returns the config of an older run under the keys of today.
+  """Returns the config of an older run with the keys of today.
 
-  Keys that it lacks have their defaults, which are what was done before there were
-  such keys. What is damaged stays as it is, for whoever reads it to say so.
+  Keys that it lacks get their defaults, which are what older versions did. Damaged
+  values stay as they are; their readers report them.
   """
   found = _renamed(config)
   for key in ('stages', 'streams', 'data'):
@@ -555,6 +559,6 @@ def trained_by(config: Config) -> dict[str, Any]:
 
 
 def config_digest(config: Config) -> str:
-  """Returns 12 hexadecimal digits over the keys that affect training, bar the seed."""
+  """Returns 12 hex digits over the keys that affect training, except the seed."""
   rest = {key: value for key, value in trained_by(config).items() if key != 'seed'}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,9 +1,9 @@
-"""The flag --config: a Python file, its argument, and keys that are set one by one.
+"""The flag --config: a Python file, its argument, and single keys to set.
 
   --config=digits_lt:ldam_drw,epochs=40 --config.optimizer.name=adam
 
 The configs that come with the package are found by name from any folder.
-ml_collections parses the values of keys. Mistakes in the file are reported by file and
+ml_collections parses the values of keys. Mistakes in a file are reported with file and
 line.
 """
 
@@ -30,15 +30,15 @@ SHIPPED = pathlib.Path(__file__).parent / 'configs'
 """The folder of the configs that come with the package."""
 
 
-def define(name: str, default: str | None, told: str) -> flags.FlagHolder:
+def define(name: str, default: str | None, help: str) -> flags.FlagHolder:
   """Defines the flag."""
-  holder = config_flags.DEFINE_config_file(name, default, told)
+  holder = config_flags.DEFINE_config_file(name, default, help)
   flags.FLAGS[name].parser = _Parser()
   return holder
 
 
 class _Parser(flags.ArgumentParser):
-  """Makes a locked config, which takes the keys that the command line sets."""
+  """Makes a locked config that has every key that the command line sets."""
 
   def parse(self, argument: str) -> ConfigDict:
     config = make(argument)
@@ -53,7 +53,7 @@ class _Parser(flags.ArgumentParser):
 
 
 def _given(arguments: Sequence[str]) -> dict[str, str]:
-  """Returns the keys that --config.KEY=VALUE, or --config.KEY VALUE, sets."""
+  """Returns the keys that --config.KEY=VALUE and --config.KEY VALUE set."""
   given = {}
   for argument, following in itertools.zip_longest(arguments, arguments[1:]):
     if match := re.match(r'--?(?:no)?config\.([^=]+)(=.*)?', argument, re.DOTALL):
@@ -67,9 +67,9 @@ def overrides() -> dict[str, Any]:
 
 
 def prepare(config: ConfigDict, given: Mapping[str, Any]) -> None:
-  """Makes a config ready for keys that are about to be set, see `options.prepare`."""
+  """Prepares a config for keys that are about to be set, see `options.prepare`."""
   if given:
-    from lt_jax import options  # which imports JAX
+    from lt_jax import options  # imports JAX
 
     options.prepare(config, given)
 
@@ -88,11 +88,11 @@ def loader(name: str) -> Callable[..., ConfigDict]:
   """Loads a config file and returns its `get_config`.
 
   Args:
-    name: of the file, or of a config that comes with the package.
+    name: a path, or the name of a config that comes with the package.
 
   Raises:
-    UserError: there is no such file, or it raises an error; so does the function that
-      is returned.
+    UserError: there is no such file, or it raises an error. The returned function
+      raises the same if the file's `get_config` fails.
   """
   path = os.fspath(find(name))
   file = importlib.machinery.SourceFileLoader('lt_jax_config', path)
@@ -100,7 +100,7 @@ def loader(name: str) -> Callable[..., ConfigDict]:
     importlib.util.spec_from_loader(file.name, file)
   )
   with _errors_name_the_line(path):
-    sys.modules[file.name] = module  # which dataclasses look for
+    sys.modules[file.name] = module  # dataclasses look it up
     file.exec_module(module)
   if not callable(getattr(module, 'get_config', None)):
     raise UserError(f'{path} defines no function get_config')
@@ -137,15 +137,15 @@ def find(name: str) -> pathlib.Path:
   if not name:
     raise UserError('--config is empty: name a config, such as digits_lt:ldam_drw')
   raise UserError(
-    f'there is no config file {name}{near}{"" if near.endswith("?") else "."} A config '
-    'that comes with lt_jax is given by its name, without folder and .py, such as '
+    f'there is no config file {name}{near}{"" if near.endswith("?") else "."} Give a '
+    'config that comes with lt_jax by its name, without folder and .py, such as '
     '--config=digits_lt'
   )
 
 
 @contextlib.contextmanager
 def _errors_name_the_line(path: str) -> Iterator[None]:
-  """Turns an error in a config file into a `UserError` with file and line."""
+  """Turns errors in a config file into a `UserError` with file and line."""
   try:
     yield
   except UserError:
@@ -157,6 +157,6 @@ def _errors_name_the_line(path: str) -> Iterator[None]:
       frames = traceback.extract_tb(error.__traceback__)
       lines = [frame.lineno for frame in frames if frame.filename == path]
       place = f'{path}:{lines[-1]}' if lines else path
-    # The text of a syntax error would say the place again.
-    told = getattr(error, 'msg', error)
-    raise UserError(f'{place}: {type(error).__name__}: {told}') from error
+    # The text of a syntax error would repeat the place.
+    text = getattr(error, 'msg', error)
+    raise UserError(f'{place}: {type(error).__name__}: {text}') from error

@@ -1,4 +1,4 @@
-"""How many bytes of memory arrays and the program of a step take."""
+"""How many bytes of memory a step needs, for its arrays and its program."""
 
 import pathlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from lt_jax.data.streams import Stream
 from lt_jax.method import Batch, Method, State
 
 LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
-"""Files in which Linux tells a container what it may use, in its two versions."""
+"""Files with the memory limit of a container, for cgroup versions 2 and 1."""
 
 
 def size(tree: Any) -> int:
@@ -19,28 +19,28 @@ def size(tree: Any) -> int:
 
 
 def amount(size: float) -> str:
-  """Returns bytes as a person reads them."""
+  """Returns a number of bytes in a readable unit."""
   return f'{size / 1e9:,.2f} GB' if size >= 1e8 else f'{size / 1e6:,.2f} MB'
 
 
 def memory_of(
   analysis: Any, state: Any, arrays: Any, payloads: Any, devices: int
 ) -> dict[str, float]:
-  """Returns component -> bytes on a device; their sum is what the program takes.
+  """Returns component -> bytes per device; their sum is what the program needs.
 
   Args:
     analysis: `memory_analysis()` of a compiled step.
-    state: that it takes, replicated; a State, or its shapes.
-    arrays: that its streams keep there, replicated.
-    payloads: of one step, split over the devices.
-    devices: how many.
+    state: its State or the shapes of it, replicated.
+    arrays: arrays that its streams keep on the devices, replicated.
+    payloads: payloads of one step, split over the devices.
+    devices: number of devices.
   """
   sizes = {
     'parameters': size(state.params),
     'optimiser state': size(state.opt),
     'batch statistics': size(state.stats),
     'other state': size(state.memory),
-    'images kept there': size(arrays),
+    'images on the device': size(arrays),
     'batch': size(payloads) / devices,
   }
   held = analysis.argument_size_in_bytes - analysis.alias_size_in_bytes
@@ -56,14 +56,14 @@ def memory_of(
 def least_of_step(
   state: State, streams: Mapping[str, Stream], devices: int
 ) -> dict[str, float]:
-  """Returns what a step needs at least, by shapes alone: part -> bytes on a device.
+  """Returns the least that a step needs, from shapes alone: part -> bytes per device.
 
   That is the State and the images of the batches; activations come on top.
 
   Args:
     state: the shapes of the State.
-    streams: of the stage.
-    devices: over which the batches are split.
+    streams: the streams of the stage.
+    devices: number of devices, over which the batches are split.
   """
   batches = {
     f'the images of a {name} batch': size(_prepared(stream)) / devices
@@ -75,7 +75,7 @@ def least_of_step(
 def least_of_evaluation(
   method: Method, state: State, stream: Stream, devices: int
 ) -> dict[str, float]:
-  """Returns the same of one batch of an evaluation, its outputs included."""
+  """Returns the same for one batch of an evaluation, including its outputs."""
   batch = _prepared(stream)
   outputs = jax.eval_shape(method.predict, state, batch['image'])
   return _parts(state.replace(opt={})) | {
@@ -100,26 +100,26 @@ def _parts(state: State) -> dict[str, float]:
 
 
 def machine_memory(device: jax.Device) -> float | None:
-  """Returns the bytes of a device, of a CPU those of the machine; None: not known."""
+  """Returns a device's memory in bytes, for a CPU the machine's; None if unknown."""
   if device.platform != 'cpu':
     return (device.memory_stats() or {}).get('bytes_limit')
   found = [
     int(text)
     for text in (_read(path).strip() for path in LIMITS)
-    if text.isdigit()  # it is 'max' where there is no limit
+    if text.isdigit()  # it is 'max' if there is no limit
   ]
   return min([*found, *_meminfo('MemTotal')], default=None)
 
 
 def free_memory(device: jax.Device) -> float | None:
-  """Returns the bytes of a device, of a CPU those that are free; None: not known."""
+  """Returns a device's memory in bytes, for a CPU what is free; None if unknown."""
   if device.platform != 'cpu':
     return machine_memory(device)
   return next(iter(_meminfo('MemAvailable')), None)
 
 
 def _meminfo(key: str) -> list[float]:
-  """Returns the bytes that Linux states under a key, if it does."""
+  """Returns the bytes that /proc/meminfo has under a key, or []."""
   lines = (line.split() for line in _read('/proc/meminfo').splitlines())
   return [1024 * float(words[1]) for words in lines if words[0] == f'{key}:']
 

@@ -16,22 +16,22 @@ BAR = 12
 """Characters of a bar."""
 
 ROOM = 8
-"""Lines of a terminal that are left for what is not a cell."""
+"""Lines of the terminal kept free for everything but cells."""
 
 
 @dataclass
 class Row:
-  """A cell, as far as it has come.
+  """The state of one cell.
 
   Attributes:
     method: recipe, and the values of a grid.
     seed: of the run.
     state: one of the four above.
-    stage: that trains.
-    step: of the stage.
-    steps: where the stage ends.
-    left: seconds until then; None while nobody can tell.
-    metric: the last one that was measured.
+    stage: the stage that trains.
+    step: its current step.
+    steps: its last step.
+    left: seconds until then; None while unknown.
+    metric: the latest value, as text.
   """
 
   method: str
@@ -57,7 +57,7 @@ class Row:
 
   @property
   def texts(self) -> tuple[str, ...]:
-    """What stands below `HEADINGS`."""
+    """The texts of the columns `HEADINGS`."""
     left = '' if self.state != RUNNING or self.left is None else duration(self.left)
     return self.method, str(self.seed), self.progress, left, self.metric
 
@@ -66,7 +66,7 @@ HEADINGS = ('method', 'seed', 'progress', 'ETA', 'metric')
 
 
 def duration(seconds: float) -> str:
-  """Returns a time in the two units that matter.
+  """Returns a time in its two largest units.
 
   Examples:
     >>> [duration(seconds) for seconds in (9.4, 75, 7260)]
@@ -82,7 +82,7 @@ def duration(seconds: float) -> str:
 
 
 def shown(rows: Sequence[Row], most: int) -> tuple[int, int]:
-  """Returns from where to where rows are shown: those that run, and what is near."""
+  """Returns the range of rows to show: the running ones and those around them."""
   busy = [i for i, row in enumerate(rows) if row.state in (RUNNING, WAITING)]
   first = busy[0] if busy else len(rows)
   begin = max(0, min(first - most // 2, len(rows) - most))
@@ -90,9 +90,9 @@ def shown(rows: Sequence[Row], most: int) -> tuple[int, int]:
 
 
 class LiveTable:
-  """The table; what is printed meanwhile stands above it.
+  """The table, below everything printed while it is open.
 
-  It is a context manager, and leaves the table as it is in the end.
+  A context manager; the last state of the table stays on the terminal.
   """
 
   def __init__(
@@ -101,7 +101,7 @@ class LiveTable:
     console: Console,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Takes (method, seed) of every cell, the terminal, and what tells the time."""
+    """Takes (method, seed) of every cell, the terminal and a clock in seconds."""
     self.rows = [Row(method, seed) for method, seed in cells]
     self._console = console
     self._clock = clock
@@ -133,28 +133,28 @@ class LiveTable:
 
   @property
   def caption(self) -> str:
-    """How many cells are done, and how long the others take if they are like them."""
+    """How many cells are done, and how long the others will take at that rate."""
     states = [row.state for row in self.rows]
     done, failed = (states.count(state) for state in (FINISHED, FAILED))
     left = len(states) - done - failed
-    told = f'{done} of {len(states)} cells finished'
-    told += f', {failed} failed' * bool(failed)
+    summary = f'{done} of {len(states)} cells finished'
+    summary += f', {failed} failed' * bool(failed)
     if left and self._took:
       mean = sum(self._took) / len(self._took)
-      told += f', about {duration(left * mean)} left'
-    return told
+      summary += f', about {duration(left * mean)} left'
+    return summary
 
   def screen(self, number: int) -> 'CellScreen':
-    """Returns what takes the place of a `writers.Screen` for a cell."""
+    """Returns the stand-in for a `writers.Screen` of a cell."""
     return CellScreen(self.rows[number], self._console, self._clock)
 
   def took(self, seconds: float, cells: int) -> None:
-    """Takes how long cells took together to finish; the rest is estimated from it."""
+    """Records how long cells took together; the rest is estimated from it."""
     self._took += [seconds / cells] * cells
 
 
 class CellScreen:
-  """Shows a run in its row; only what a person must know is printed."""
+  """Shows a run in its row: a `writers.Screen` that prints only lines."""
 
   def __init__(self, row: Row, console: Console, clock: Callable[[], float]):
     self._row = row
@@ -168,14 +168,14 @@ class CellScreen:
 
   def line(self, text: str) -> None:
     """Prints one line above the table."""
-    told = f'{self._row.method}, seed {self._row.seed}: {text}'
-    self._console.print(told, markup=False)
+    cell = f'{self._row.method}, seed {self._row.seed}'
+    self._console.print(f'{cell}: {text}', markup=False)
 
-  def detail(self, text: str) -> None:
-    """Leaves out a line that only tells of progress."""
+  def line_if_followed(self, text: str) -> None:
+    """Leaves out a line that only reports progress."""
 
   def table(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Leaves out a banner, which is in the files of the run."""
+    """Leaves out tables, which are in the files of the run."""
 
   def follow(self, stage: str, steps: int) -> None:
     """Every row is followed."""
@@ -193,7 +193,7 @@ class CellScreen:
     self._began = None
 
   def progress(self, step: int) -> None:
-    """Moves the bar; the first call, which compiles, is not counted in the speed."""
+    """Moves the bar; the first call compiles, so it does not count in the speed."""
     now = self._clock()
     if self._began is None:
       self._began = now, step
@@ -202,7 +202,7 @@ class CellScreen:
       self._row.left = (self._row.steps - step) / (step - first) * (now - began)
     self._row.step = step
 
-  def note(self, text: str, line: str) -> None:
+  def status(self, text: str, line: str) -> None:
     """Shows the loss until there is something better."""
     if not self._row.metric or self._row.metric.startswith('loss'):
       self._row.metric = text
@@ -214,10 +214,10 @@ class CellScreen:
       self._row.metric = f'{100 * values[split]:.1f} % {metric} on {split}'
 
   def stop_bar(self) -> None:
-    """Ends a stage; what comes next takes as long as it takes."""
+    """Ends a stage; the time left is unknown until the next one."""
     self._row.left = None
 
   def end(self, failed: bool, metric: str) -> None:
-    """Shows how the cell has ended, and the metric of its result, if it has one."""
+    """Shows how the cell ended, and the metric of its result if it has one."""
     self._row.state = FAILED if failed else FINISHED
     self._row.metric = metric

@@ -4,20 +4,21 @@
   step(state, batches) -> (State, metrics) one update
   predict(state, images) -> Outputs        evaluation mode
 
-`batches` is a dict of named batches, one a stream: {'train': {'image': (B, H, W, 3)
+`batches` is a dict of named batches, one per stream: {'train': {'image': (B, H, W, 3)
 float32, 'label': (B,) int32}, ...}. `metrics` maps a name to a pair (sum, count) of
-arrays of any shape, which the loop adds up over a log interval and divides: scalars
-become columns of metrics.jsonl, vectors go to a file of their own. `Outputs` is a
-dict: 'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score'
-(B,), higher meaning more surely a known class, and 'is_unknown' (B,), its own rule for
+arrays of any shape. The loop adds them up over a log interval and divides: scalars
+become columns of metrics.jsonl, vectors go to files of their own. `Outputs` is a dict:
+'logits' (B, C), 'features' (B, D) and, if the method has them, 'known_score' (B,),
+which is higher for images of known classes, and 'is_unknown' (B,), its own rule for
 rejecting an image.
 
-The training loop knows these three names and nothing else. `State` has everything that
-a method needs to resume; constants are closed over.
+The training loop knows these three functions and nothing else. `State` has everything
+that a method needs to resume; constants are closed over.
 
-A player is what an optimiser moves: the network, 'net', and whatever learns beside it,
-such as a discriminator. Parameters, statistics and optimiser states are dicts by
-player. A step calls `update` once for each optimiser, then `tick` once.
+A player is anything with its own parameters that an optimiser updates: the network,
+'net', and whatever learns beside it, such as a discriminator. Parameters, statistics
+and optimiser states are dicts by player. A step calls `update` once for each optimiser,
+then `tick` once.
 """
 
 import zlib
@@ -48,10 +49,10 @@ class State:
     step: () int32, the number of updates made: the only clock. Learning rates, class
       weights, samplers and random keys are functions of it.
     key: the root random key of the run; never split, see `named_key`.
-    params: player -> parameters: all that a gradient moves, such as {'net': ...}.
+    params: player -> parameters, which gradients update, such as {'net': ...}.
     stats: player -> batch statistics.
     opt: player -> optimiser state.
-    memory: what else a method remembers, such as an average of the parameters.
+    memory: whatever else a method remembers, such as an average of the parameters.
   """
 
   step: jax.Array
@@ -63,11 +64,11 @@ class State:
 
 
 class Player(NamedTuple):
-  """What learns beside the network, see `lt_jax.players`.
+  """A network that learns beside the main one, see `lt_jax.players`.
 
   Attributes:
     net: a Linen module.
-    optimizer: of {name: params}; its rules speak of 'name/path'.
+    optimizer: updates {name: params}; its rules match paths 'name/path'.
   """
 
   net: Network
@@ -75,7 +76,7 @@ class Player(NamedTuple):
 
 
 class Method(NamedTuple):
-  """A learning method, as optax has an optimiser: a tuple of pure functions."""
+  """A learning method: a tuple of pure functions, like an optimiser in optax."""
 
   init: Callable[[jax.Array, Mapping[str, Batch]], State]
   step: Callable[[State, Mapping[str, Batch]], tuple[State, Metrics]]
@@ -86,9 +87,9 @@ def named_key(key: jax.Array, name: str, step: jax.Array | int) -> jax.Array:
   """Returns the random key of one use at one step: fold_in(fold_in(key, name), step).
 
   Args:
-    key: `State.key`; of (S,) replicas, each has its own.
-    name: what the key is for; distinct uses have distinct names.
-    step: `State.step`, so that a resumed run draws what the unbroken run drew.
+    key: `State.key`; with S replicas (S,), one for each.
+    name: what the key is for; every use has its own name.
+    step: `State.step`, so that a resumed run draws what an uninterrupted one draws.
   """
   fold_in = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
   return fold_in(fold_in(key, zlib.crc32(name.encode())), step)
@@ -116,10 +117,10 @@ def forward(
     net: a Linen module that returns a dict of named outputs.
     params: its parameters, real or virtual.
     stats: its batch statistics.
-    images: (B, H, W, 3) float32; for the head features (B, D).
-    train: True normalises by the batch and returns updated statistics.
-    method: 'head' applies the head to given features; the whole network by default.
-    **memory: what the head reads beside the features.
+    images: (B, H, W, 3) float32; for the head, features (B, D).
+    train: normalise by the batch, and return updated statistics.
+    method: 'head' applies only the head, to features; '' the whole network.
+    **memory: what the head reads besides the features.
 
   Returns:
     (outputs, statistics).
@@ -136,7 +137,7 @@ def forward(
 
 
 def predictor(net: Network) -> Callable[[State, jax.Array], Outputs]:
-  """Returns the `predict` of a method that uses the network as it was trained."""
+  """Returns the `predict` of a method that uses the network as trained."""
 
   def predict(state: State, images: jax.Array) -> Outputs:
     return forward(net, state.params['net'], state.stats['net'], images, train=False)[0]
@@ -155,8 +156,8 @@ def first_state(
   Args:
     key: the root key.
     params: player -> parameters.
-    stats: player -> batch statistics, of the players that have any.
-    opt: player -> optimiser state, as `Optimizer.init` makes it.
+    stats: player -> batch statistics, for players that have any.
+    opt: player -> optimiser state, as `Optimizer.init` returns it.
   """
   return State(
     step=jnp.zeros((), jnp.int32),
@@ -174,12 +175,12 @@ def update(
   """Updates some players; leaves the others and the clock unchanged.
 
   Args:
-    state: before the update.
-    grads: player -> gradients, of the players to move.
-    optimizer: of these players, and perhaps of others.
+    state: the State before the update.
+    grads: player -> gradients, for the players to update.
+    optimizer: an optimiser of these players, and perhaps of others.
 
   Returns:
-    (state, {'grad_norm', 'learning_rate'}), what every log shows of an update.
+    (state, {'grad_norm', 'learning_rate'}); the metrics appear in every log.
   """
   params, opt = optimizer.update(grads, state.opt, state.params, state.step)
   metrics = {
@@ -198,10 +199,11 @@ def update_where(
   """Updates some parameters of some players; the rest keep their optimiser state too.
 
   Args:
-    state: before the update.
-    grads: player -> gradients; those of parameters that do not move are not used.
-    optimizer: of these players.
-    chosen: (player, path within it, such as ('head', 'kernel')) -> whether it moves.
+    state: the State before the update.
+    grads: player -> gradients; those of other parameters are not used.
+    optimizer: an optimiser of these players.
+    chosen: (player, path within it, such as ('head', 'kernel')) -> whether to update
+      that parameter.
 
   Returns:
     (state, the metrics of `update`).
@@ -221,7 +223,7 @@ def update_where(
 
 
 def tick(state: State) -> State:
-  """Advances the clock by one, at the end of every step, after its updates."""
+  """Advances the clock by one; called once at the end of every step."""
   return state.replace(step=state.step + 1)
 
 
@@ -229,11 +231,11 @@ def named_players(players: Mapping[str, Player], *names: str) -> tuple[Player, .
   """Returns the players of a method, in the order of their names.
 
   Args:
-    players: those that the config describes.
-    *names: those that the method has.
+    players: the players that the config describes.
+    *names: the players that the method has.
 
   Raises:
-    UserError: one is missing, or the method has no use for one.
+    UserError: a player is missing, or the method does not use it.
   """
   for name in players:
     if name not in names:
@@ -245,10 +247,10 @@ def named_players(players: Mapping[str, Player], *names: str) -> tuple[Player, .
 
 
 def check_streams(streams: Collection[str], *needed: str) -> None:
-  """Refuses streams other than those that a method reads beside 'train'.
+  """Checks that the streams are those that a method reads, besides 'train'.
 
   Raises:
-    UserError: one is missing, or is not read.
+    UserError: a stream is missing, or the method does not read it.
   """
   for name in needed:
     if name not in streams:
@@ -263,7 +265,7 @@ def mean_metric(value: jax.Array) -> tuple[jax.Array, jax.Array]:
   return value, jnp.ones((), jnp.float32)
 
 
-# Wrappers: what changes every method alike is a function Method -> Method.
+# Wrappers: functions Method -> Method that change every method in the same way.
 
 
 def ema(method: Method, *, decay: float) -> Method:
@@ -272,9 +274,9 @@ def ema(method: Method, *, decay: float) -> Method:
   .. math::
     \bar\theta_t = \frac{1 - d}{1 - d^t} \sum_{k=1}^{t} d^{\,t-k}\, \theta_k
 
-  over the t steps of this stage. The sum lives in `state.memory['ema']` and starts
-  from nothing, so that it holds no first values that surgery has replaced; before
-  the first step the parameters themselves predict.
+  over the t steps of this stage. The sum is in `state.memory['ema']` and starts at
+  zero, so it never holds initial values that a surgery has since replaced; before the
+  first step the parameters themselves are used.
 
   Args:
     method: the method to wrap.

@@ -1,19 +1,19 @@
 r"""Optimisers and learning rates: functions of the step, and rules over parameters.
 
-`State.step` is the only clock. An optimiser is handed the step and scales its updates
-by -learning_rate(step); nothing inside it counts.
+`State.step` is the only clock. An optimiser gets the step as an argument and scales its
+updates by -learning_rate(step); it keeps no step counter of its own.
 
-An optimiser moves players, dicts of trees by player, and keeps a state for each, so
-that some of them can be updated and the others stay exactly as they are.
+An optimiser updates players, dicts of trees by player, and keeps a state for each, so
+that some can be updated while the others stay exactly as they are.
 
 What depends on the parameter (weight decay, learning-rate multipliers, freezing) is a
-list of rules `(pattern, value)` over paths 'player/...', of which the first full match
-wins: `(('net/head/bias', 0.0), ('.*', 2e-4))`. A number alone is the rule for all.
-Two things more serve fine-tuning: rates that fall from layer to layer towards the
-images (`layer_decay`), and decay towards where a parameter began (`anchored`).
+list of rules `(pattern, value)` over paths 'player/...'; the first full match wins:
+`(('net/head/bias', 0.0), ('.*', 2e-4))`. A single number applies to all parameters.
+Two further options are for fine-tuning: rates that fall layer by layer towards the
+images (`layer_decay`), and decay towards a parameter's initial value (`anchored`).
 
-A schedule is base * warm-up(step) * decay(step), and speaks in epochs: epoch e begins
-at step ceil(e L / B), for L examples an epoch in batches of B.
+A schedule is base * warm-up(step) * decay(step). Its options are in epochs: epoch e
+starts at step ceil(e L / B), with L examples per epoch and batches of B.
 """
 
 import math
@@ -33,7 +33,7 @@ from lt_jax.errors import UserError, construct, lookup
 PyTree = Any
 Rules = Iterable[tuple[str, float]]
 Layers = Callable[[], Sequence[str]]
-"""Patterns of parameter paths, a layer each, from the images on: see `layer_rules`."""
+"""Patterns of parameter paths, one per layer from the images on: see `layer_rules`."""
 Schedule = Callable[[jax.Array], jax.Array]
 
 
@@ -45,16 +45,16 @@ class Optimizer(NamedTuple):
   """An optimiser of players as pure functions; the clock comes from outside.
 
   Attributes:
-    init: {player: params} -> {player: opt_state}, of all players that it moves.
+    init: {player: params} -> {player: opt_state}, for all players that it updates.
     update: ({player: grads}, {player: opt_state}, {player: params}, step) ->
-      ({player: new params}, {player: new opt_state}), of the players in grads, which
-      may be some of those that `init` saw.
+      ({player: new params}, {player: new opt_state}), for the players in grads, which
+      may be only some of those that `init` saw.
     learning_rate: step -> () float32, before the multipliers of single parameters.
-    held: {player: params} -> the same values, with no gradient through the frozen
-      ones: what is behind them is then not differentiated at all.
-    rates: {player: params} -> what the learning rate of each is multiplied by, as
-      floats of their structure; 0 for the frozen ones.
-    anchored: {player: params} -> whether each decays towards where it began.
+    held: {player: params} -> the same values, with no gradient through frozen ones, so
+      that nothing below them is differentiated.
+    rates: {player: params} -> the multiplier of each parameter's learning rate, as a
+      tree of floats; 0 for frozen parameters.
+    anchored: {player: params} -> whether each decays towards its initial value.
   """
 
   init: Callable[[Players], dict[str, PyTree]]
@@ -73,15 +73,15 @@ def per_parameter(rules: Rules, params: PyTree, *, some: bool = False) -> PyTree
   Args:
     rules: (pattern, value) pairs; a pattern is a regular expression for a whole path
       such as 'net/head/bias'.
-    params: the parameters by player, or anything of their structure.
-    some: these are some of the players only, so that a rule may apply to none of them.
+    params: the parameters by player, or any tree with their structure.
+    some: these are only some of the players, so a rule may apply to none of them.
 
   Returns:
-    A tree of floats of the structure of `params`.
+    A tree of floats with the structure of `params`.
 
   Raises:
-    UserError: a parameter that no rule covers, a rule that never applies (unless
-      `some`), or a pattern that is no regular expression.
+    UserError: no rule covers a parameter, a rule never applies (unless `some`), or a
+      pattern is not a regular expression.
 
   Examples:
     >>> params = {'net': {'bias': 0, 'kernel': 0}}
@@ -98,26 +98,26 @@ def per_parameter(rules: Rules, params: PyTree, *, some: bool = False) -> PyTree
   if None in winners:
     bare = [path for path, winner in zip(paths, winners, strict=True) if winner is None]
     raise UserError(
-      f"no rule covers {_some(bare)}: end the list with ('.*', value) for the rest"
+      f"no rule covers {_abridged(bare)}: end the list with ('.*', value) for the rest"
     )
   for i, (pattern, _) in enumerate(rules):
     if i not in winners and not some:
       raise UserError(
-        f'rule {pattern.pattern!r} applies to no parameter, or only to those that '
-        f'earlier rules take; the parameters: {_some(paths)}'
+        f'rule {pattern.pattern!r} matches no parameter, or only parameters that '
+        f'earlier rules match; the parameters are {_abridged(paths)}'
       )
   return treedef.unflatten(rules[i][1] for i in winners)
 
 
 def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
-  """Returns rules in full: a number among them, or alone, is for every parameter.
+  """Returns rules as (pattern, number) pairs; a plain number applies to all parameters.
 
   Args:
-    key: what they are for, for the message.
-    value: a number, or a list of numbers and (pattern, number).
+    key: the option they are for, for the message.
+    value: a number, or a list of numbers and (pattern, number) pairs.
 
   Raises:
-    UserError: it is something else.
+    UserError: the value is something else.
 
   Examples:
     >>> as_rules('weight_decay', [('net/bias', 0.0), 2e-4])
@@ -131,22 +131,22 @@ def as_rules(key: str, value: Any) -> tuple[tuple[str, float], ...]:
         pass
       case _:
         raise UserError(
-          f'optimizer.{key} is {value!r}; it must be a number from 0 on or pairs of a '
+          f'optimizer.{key} is {value!r}; it must be a number >= 0 or pairs of a '
           "pattern and a number, such as (('net/head/bias', 0.0), ('.*', 2e-4))"
         )
   return tuple((pattern, number) for pattern, number in rules)
 
 
 def layer_rules(layers: Sequence[str], decay: float) -> Rules:
-  r"""Returns rules for rates that fall by a factor from layer to layer.
+  r"""Returns rules for learning rates that fall by a factor from layer to layer.
 
   .. math:: \sigma_l = d^{L - l}, \qquad l = 0 \dots L - 1
 
-  for L layers from the images on, and 1 for everything else, such as the head. So the
-  last layer has d and the first d^L.
+  for L layers, starting at the images, and 1 for everything else, such as the head. So
+  the last layer has d and the first d^L.
 
   Args:
-    layers: patterns, a layer each.
+    layers: patterns, one per layer.
     decay: d, in (0, 1].
 
   Raises:
@@ -156,7 +156,7 @@ def layer_rules(layers: Sequence[str], decay: float) -> Rules:
     >>> layer_rules(['net/stem/.*', 'net/block/.*'], decay=0.5)
     (('net/stem/.*', 0.25), ('net/block/.*', 0.5), ('.*', 1.0))
 
-  Source: layer-wise decay as timm groups it, where the head is the last group.
+  Source: layer-wise decay with timm's groups, of which the head is the last.
   """
   if not 0 < decay <= 1:
     raise UserError(f'layer_decay is {decay}; it must be above 0 and at most 1')
@@ -182,24 +182,23 @@ def sgd(
     d = g + \lambda p, \qquad b \leftarrow m b + d, \qquad
     p \leftarrow p - \eta \sigma\, (d + m b \text{ if nesterov else } b)
 
-  The learning rate stays outside the buffer, so a drop acts at once on all of the
-  update. Decoupled decay leaves lambda p out of d and adds it to the update instead.
+  The learning rate is not part of the buffer, so a drop affects the whole update at
+  once. Decoupled decay leaves lambda p out of d and adds it to the update instead.
 
   Args:
     learning_rate: step -> eta.
     momentum: m; 0 stores no buffer.
-    nesterov: looks ahead by one step.
+    nesterov: look ahead by one step.
     weight_decay: rules for lambda.
-    decoupled: decay outside the momentum, scaled by the learning rate.
+    decoupled: apply decay outside the momentum, scaled by the learning rate.
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no buffer.
-    layer_decay: multiplies sigma by the rules of `layer_rules`.
-    anchored: pattern of the parameters that decay towards where they began, lambda
-      (p - p_0), and not towards 0; empty for none. The surgery 'anchor' sets p_0.
-    layers: what `layer_decay` counts.
+    layer_decay: d of `layer_rules`, which multiply sigma.
+    anchored: pattern of parameters that decay towards their initial values, lambda
+      (p - p_0), instead of towards 0; '' for none. The surgery 'anchor' sets p_0.
+    layers: the layers that `layer_decay` counts.
 
   Returns:
-    The optimiser; `init` raises `UserError` where rules and parameters do not fit each
-    other.
+    The optimiser; its `init` raises `UserError` if rules and parameters do not match.
 
   Examples:
     >>> optimizer = sgd(lambda step: 0.1, momentum=0.0)
@@ -239,8 +238,8 @@ def adam(
     p \leftarrow p - \eta \sigma
     \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
-  t = step + 1: the bias correction supposes that the moments started from zero at step
-  0, so moments and clock are carried from stage to stage together or not at all.
+  t = step + 1: the bias correction assumes that the moments were zero at step 0, so
+  moments and clock are carried from stage to stage together or not at all.
 
   Args:
     learning_rate: step -> eta.
@@ -248,15 +247,14 @@ def adam(
     b2: decay of the second moment.
     eps: added to the root.
     weight_decay: rules for lambda.
-    decoupled: leaves lambda p out of d and adds it to the update.
+    decoupled: leave lambda p out of d and add it to the update.
     learning_rate_scale: rules for sigma; 0 freezes: no update, no decay, no moments.
     layer_decay: as for `sgd`.
     anchored: as for `sgd`.
     layers: as for `sgd`.
 
   Returns:
-    The optimiser; `init` raises `UserError` where rules and parameters do not fit each
-    other.
+    The optimiser; its `init` raises `UserError` if rules and parameters do not match.
 
   Examples:
     >>> optimizer = adam(lambda step: 0.5)
@@ -268,12 +266,12 @@ def adam(
   Kingma and Ba, ICLR 2015, arXiv 1412.6980; decoupled decay: Loshchilov and Hutter,
   ICLR 2019, arXiv 1711.05101.
   """
-  # Far below eps, the inner term changes no update, but it gives the square root a
-  # finite derivative at zero, which meta-gradients through the update need.
+  # The inner term is far below eps and changes no update, but it gives the square root
+  # a finite derivative at zero, which meta-gradients through the update need.
   moments = optax.scale_by_adam(b1, b2, eps, eps_root=1e-30)
 
   def update(grads, state, params=None, *, step):
-    # optax keeps a count of its own, which is overwritten before it is read.
+    # optax has a step counter of its own, which is overwritten before it is read.
     step = jnp.asarray(step, jnp.int32)
     return moments.update(grads, state._replace(count=step), params)
 
@@ -293,11 +291,11 @@ def make_optimizer(
   Args:
     name: a key of `OPTIMIZERS`.
     learning_rate: step -> learning rate, see `make_schedule`.
-    layers: what the option `layer_decay` counts.
-    **options: of the optimiser, such as `momentum`.
+    layers: the layers that the option `layer_decay` counts.
+    **options: options of the optimiser, such as `momentum`.
 
   Raises:
-    UserError: an unknown name or option.
+    UserError: a name or option is unknown.
   """
   return construct(
     OPTIMIZERS, 'optimizer', name, learning_rate, options=options, layers=layers
@@ -305,18 +303,18 @@ def make_optimizer(
 
 
 def epoch_start(epoch: float, length: int, batch: int) -> int:
-  """Returns the step at which an epoch begins: ceil(epoch * length / batch).
+  """Returns the step at which an epoch starts: ceil(epoch * length / batch).
 
   Args:
     epoch: 0-based, may be fractional.
-    length: examples an epoch.
-    batch: examples a step.
+    length: examples per epoch.
+    batch: examples per step.
 
   Examples:
     >>> epoch_start(160, length=50_000, batch=128)
     62500
   """
-  # By way of the decimal string, so that 0.1 is a tenth and the division exact.
+  # Via the decimal string, so that 0.1 is a tenth and the division is exact.
   return math.ceil(Fraction(str(epoch)) * Fraction(length, batch))
 
 
@@ -324,7 +322,7 @@ def constant(epoch_steps: Fraction) -> Schedule:
   """The learning rate does not decay.
 
   Args:
-    epoch_steps: steps an epoch; not used.
+    epoch_steps: steps per epoch; not used.
 
   Examples:
     >>> constant(Fraction(10))(np.array([0, 99])).tolist()
@@ -340,15 +338,15 @@ def step_decay(
   """Multiplies the base by a factor from each boundary on.
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
+    epoch_steps: steps per epoch, may be fractional.
     boundaries: 0-based epochs, increasing.
-    factors: multiples of the base from each boundary on, not of what was before it.
+    factors: multiples of the base from each boundary on, not of the previous factor.
 
   Returns:
     step -> float32 multiplier.
 
   Raises:
-    UserError: boundaries that do not increase, or not one factor a boundary.
+    UserError: boundaries do not increase, or there is not one factor per boundary.
 
   Examples:
     >>> decay = step_decay(Fraction(10), boundaries=(2,), factors=(0.5,))
@@ -357,7 +355,7 @@ def step_decay(
   """
   if len(boundaries) != len(factors):
     raise UserError(
-      f'step_decay needs one factor a boundary, got {len(boundaries)} boundaries '
+      f'step_decay needs one factor per boundary, got {len(boundaries)} boundaries '
       f'and {len(factors)} factors'
     )
   if sorted(set(boundaries)) != list(boundaries):
@@ -372,9 +370,9 @@ def cosine(epoch_steps: Fraction, *, end: float, begin: float = 0) -> Schedule:
     \tfrac12 (1 + \cos \pi r), \qquad r = \frac{e - begin}{end - begin}
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
-    end: epoch at which zero is reached, commonly that of the end of training.
-    begin: epoch at which the decay starts, commonly the end of the warm-up.
+    epoch_steps: steps per epoch, may be fractional.
+    end: epoch at which zero is reached, usually the end of training.
+    begin: epoch at which the decay starts, usually the end of the warm-up.
 
   Returns:
     step -> float32 multiplier.
@@ -403,10 +401,10 @@ def dann(
     (1 + \alpha p)^{-\beta}
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
-    end: epoch at which p is 1, commonly that of the end of training.
-    alpha: how early the decay sets in.
-    beta: its power.
+    epoch_steps: steps per epoch, may be fractional.
+    end: epoch at which p is 1, usually the end of training.
+    alpha: the larger, the earlier the decay.
+    beta: power of the decay.
 
   Returns:
     step -> float32 multiplier.
@@ -419,8 +417,8 @@ def dann(
     >>> decay(np.array([0, 8, 40])).round(3).tolist()  # 1, 1 / sqrt(4), 1 / sqrt(16)
     [1.0, 0.5, 0.25]
 
-  Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2. The code of others
-  counts steps, (1 + 0.001 step)^-0.75, which is this one of 10,000 steps.
+  Ganin et al., JMLR 17(59), 2016, arXiv 1505.07818, section 5.2.2. Other code uses
+  (1 + 0.001 step)^-0.75, which is the same for a training of 10,000 steps.
   """
   if not end > 0 or alpha < 0:
     raise UserError(
@@ -438,7 +436,7 @@ def curriculum(
   power: float = 0.3,
   full: float = 0.85,
 ) -> Schedule:
-  r"""Rises epoch by epoch with the share of its images that a curriculum has opened.
+  r"""Rises epoch by epoch with the share of the images that a curriculum uses.
 
   .. math::
     r_0 + (1 - r_0) \Big( \frac{e}{0.85\, end} \Big)^{power}
@@ -446,17 +444,17 @@ def curriculum(
   which is a little more than 1 in the last epochs, as in the authors' code.
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
-    end: epochs of the training.
+    epoch_steps: steps per epoch, may be fractional.
+    end: epochs of training.
     first: r0, the share in the first epoch.
-    power: how early it opens.
-    full: share of the epochs after which all is open, for 0.85 above.
+    power: the smaller, the faster the share rises at first.
+    full: fraction of the epochs after which all images are used, 0.85 above.
 
   Returns:
     step -> float32 multiplier.
 
   Raises:
-    UserError: a value out of range.
+    UserError: a value is out of range.
 
   Examples:
     >>> rise = curriculum(Fraction(10), end=2, power=1.0, full=1.0)
@@ -479,17 +477,17 @@ def curriculum(
 def poly(
   epoch_steps: Fraction, *, end: float, power: float = 0.9, part: float = 1.0
 ) -> Schedule:
-  r"""Decays by a power of what is left, to 0 at the end and behind it.
+  r"""Decays by a power of the remaining training, to 0 at the end and after it.
 
   .. math::
     (1 - s t / T)^\kappa
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
+    epoch_steps: steps per epoch, may be fractional.
     end: epoch T.
     power: kappa.
-    part: s, how much of the decay there is by then: that of ADVENT is meant for 250,000
-      steps, of which 120,000 are made, a part of 0.48.
+    part: s, how far the decay gets by then. ADVENT's decay is for 250,000 steps, of
+      which 120,000 are trained, so its part is 0.48.
 
   Returns:
     step -> float32 multiplier.
@@ -525,7 +523,7 @@ def linear_warmup(epoch_steps: Fraction, epochs: float) -> Schedule:
   """Rises from 0 at step 0 to 1 at the end of the warm-up, step by step.
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
+    epoch_steps: steps per epoch, may be fractional.
     epochs: length of the warm-up.
 
   Returns:
@@ -544,7 +542,7 @@ def staircase_warmup(epoch_steps: Fraction, epochs: int) -> Schedule:
   """Multiplies by (e + 1) / epochs in each 0-based epoch e of the warm-up.
 
   Args:
-    epoch_steps: steps an epoch, may be fractional.
+    epoch_steps: steps per epoch, may be fractional.
     epochs: length of the warm-up, a whole number.
 
   Returns:
@@ -587,17 +585,17 @@ def make_schedule(
   Args:
     name: a key of `SCHEDULES`.
     base: learning rate after the warm-up and before the decay.
-    length: examples an epoch; with `length == batch` an epoch is a step.
-    batch: examples a step.
+    length: examples per epoch; with `length == batch` an epoch is one step.
+    batch: examples per step.
     warmup: a key of `WARMUPS`.
     warmup_epochs: length of the warm-up, 0 for none.
-    **options: of the schedule, in epochs.
+    **options: options of the schedule, in epochs.
 
   Returns:
     step (int32, any shape) -> float32 of that shape.
 
   Raises:
-    UserError: an unknown name or option, or values that make no schedule.
+    UserError: a name or option is unknown, or a value is out of range.
 
   Examples:
     >>> rate = make_schedule('cosine', 0.5, length=1000, batch=100, end=4)
@@ -616,7 +614,7 @@ def make_schedule(
 
 
 class _Rules(NamedTuple):
-  """What depends on the parameter, as `sgd` is given it."""
+  """Options that depend on the parameter, as passed to `sgd`."""
 
   weight_decay: Rules
   learning_rate_scale: Rules
@@ -625,7 +623,7 @@ class _Rules(NamedTuple):
   layers: Layers
 
   def checked(self) -> '_Rules':
-    """Returns them in full."""
+    """Returns them as (pattern, number) pairs, or raises a `UserError`."""
     if self.anchored:
       _compile(self.anchored)
     return self._replace(
@@ -634,11 +632,11 @@ class _Rules(NamedTuple):
     )
 
   def decays(self, params: PyTree, *, some: bool) -> PyTree:
-    """Returns lambda of each parameter."""
+    """Returns lambda for each parameter."""
     return per_parameter(self.weight_decay, params, some=some)
 
   def rates(self, params: PyTree, *, some: bool) -> PyTree:
-    """Returns sigma of each parameter."""
+    """Returns sigma for each parameter."""
     rates = per_parameter(self.learning_rate_scale, params, some=some)
     if self.layer_decay == 1:
       return rates
@@ -648,7 +646,7 @@ class _Rules(NamedTuple):
     )
 
   def is_anchored(self, params: PyTree, *, some: bool) -> PyTree:
-    """Returns whether each parameter decays towards where it began."""
+    """Returns whether each parameter decays towards its initial value."""
     if not self.anchored:
       return jax.tree.map(lambda _: False, params)
     rules = ((self.anchored, 1.0), ('.*', 0.0))
@@ -656,11 +654,11 @@ class _Rules(NamedTuple):
 
 
 class Anchored(NamedTuple):
-  """The state of an optimiser with parameters that decay towards where they began.
+  """Optimiser state if some parameters decay towards their initial values.
 
   Attributes:
-    direction: of the optimiser itself.
-    start: p_0 of these parameters; other leaves are missing.
+    direction: the state of the optimiser itself.
+    start: p_0 of these parameters; None for the others.
   """
 
   direction: PyTree
@@ -668,7 +666,7 @@ class Anchored(NamedTuple):
 
 
 def anchored_here(opt: Players, params: Players) -> dict[str, PyTree]:
-  """Returns optimiser states for which the parameters begin where they are now."""
+  """Returns optimiser states that take the current parameters as initial values."""
 
   def here(own: PyTree, now: PyTree) -> PyTree:
     if not isinstance(own, Anchored):
@@ -687,7 +685,7 @@ def _optimizer(
   rules: _Rules,
   decoupled: bool,
 ) -> Optimizer:
-  """Puts decay before or after a direction, and the learning rate last."""
+  """Adds decay before or after a direction, and applies the learning rate last."""
   direction = optax.with_extra_args_support(direction)
   rules = rules.checked()
 
@@ -757,7 +755,7 @@ def _optimizer(
 
 
 def check_trains(scales: PyTree) -> None:
-  """Refuses rules by which nothing at all is trained.
+  """Refuses rules that freeze every parameter.
 
   Raises:
     UserError: every rate is 0.
@@ -770,15 +768,15 @@ def check_trains(scales: PyTree) -> None:
 
 
 def _compile(pattern: str) -> re.Pattern:
-  """Compiles a pattern, or says that it is no regular expression."""
+  """Compiles a pattern; raises a `UserError` if it is not a regular expression."""
   try:
     return re.compile(pattern)
   except re.error as error:
     raise UserError(f'rule {pattern!r} is not a regular expression: {error}') from None
 
 
-def _some(paths: Sequence[str]) -> str:
-  """Names the first few of many paths."""
+def _abridged(paths: Sequence[str]) -> str:
+  """Lists the first few of many paths."""
   more = f' and {len(paths) - 3} more' if len(paths) > 3 else ''
   return ', '.join(map(repr, paths[:3])) + more
 

@@ -1,14 +1,13 @@
-"""Estimates what a run takes before you rent anything.
+"""Estimates what a run needs before you rent anything.
 
   python -m lt_jax.plan --config=configs/imagenet_lt.py:ldam_drw --devices=v5e:4x8
 
-Needs neither the data nor the devices: the data are generated, by the counts that the
-configuration states as `data.fake`. Every stage that trains is compiled for its global
-shapes, and the program is asked for its FLOPs, its memory and its collectives.
-For a TPU the real TPU compiler does that on any machine, where the package `libtpu` is
-installed; elsewhere, and for GPUs, a program for as many simulated CPU devices stands
-in, and its memory is an estimate. Times follow from the vendors' peak rates, by way of
-a utilisation that is assumed, not measured.
+Needs neither the data nor the devices: data are generated with the counts in the
+config's `data.fake`. Every stage that trains is compiled for its global shapes, and the
+program reports its FLOPs, memory and collectives. For a TPU, the real TPU compiler does
+this on any machine that has the package `libtpu`. Without it, and for GPUs, the program
+is compiled for as many simulated CPU devices, and its memory is an estimate. Times
+follow from the vendors' peak rates and a utilisation that is assumed, not measured.
 """
 
 import collections
@@ -32,7 +31,7 @@ from lt_jax.evals import TASKS
 
 CONFIG = commands.config_flag()
 DEVICES = flags.DEFINE_string(
-  'devices', None, 'v4-32 (as Cloud TPU calls a slice), v5e:4x8, h100:8, a100-80gb:4.'
+  'devices', None, "Such as v4-32 (Cloud TPU's name of a slice), v5e:4x8 or h100:8."
 )
 UTILISATION = flags.DEFINE_float(
   'utilisation', 0.4, 'The assumed share of the peak FLOP/s.'
@@ -43,12 +42,12 @@ DECODE_RATE = flags.DEFINE_float(
   'Images/s that one host core decodes; see benchmarks.input_pipeline.',
 )
 PRICES = commands.path_flag(
-  'prices', 'A JSON file with the price of a chip per hour, such as {"v5e": 1.0}.'
+  'prices', 'A JSON file with prices per chip and hour, such as {"v5e": 1.0}.'
 )
 
 
 EMBEDDED = ('digits', 'scenes')
-"""Sources that are at hand, of which there is no need to generate others."""
+"""Sources that come with the package, so that they need not be generated."""
 
 
 class Chip(NamedTuple):
@@ -56,13 +55,13 @@ class Chip(NamedTuple):
 
   Attributes:
     bfloat16: peak FLOP/s of products in bfloat16, without sparsity.
-    float32: the same of float32 in JAX's default precision, which is bfloat16 on a TPU
+    float32: the same for float32 in JAX's default precision, which is bfloat16 on a TPU
       and TF32 on a GPU (`jax.lax.Precision`).
     memory: bytes.
     bandwidth: of the memory, bytes/s.
-    interconnect: bytes/s that a device sends to others, one way.
-    dimensions: of the torus of a TPU; 0: a GPU.
-    cores: by how many a chip counts in the name of a slice.
+    interconnect: bytes/s that a device can send to others, one way.
+    dimensions: number of dimensions of a TPU's torus; 0 for GPUs.
+    cores: how much each chip counts in the name of a slice.
   """
 
   bfloat16: float
@@ -76,15 +75,15 @@ class Chip(NamedTuple):
 
 CHIPS = {
   # TPU: docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e. The interconnect of a v4
-  # is the all-reduce bandwidth of a pod, 1.1 PB/s, over its 4,096 chips; of a v5e
+  # is the all-reduce bandwidth of a pod, 1.1 PB/s, divided by its 4,096 chips; of a v5e
   # 1,600 Gbit/s and of a v5p 4,800; of a v6e half of 800 GB/s both ways.
   'v4': Chip(275e12, 275e12, 32 * 2**30, 1200e9, 1.1e15 / 4096, 3, 2),
   'v5e': Chip(197e12, 197e12, 16e9, 819e9, 200e9, 2),
   'v5p': Chip(459e12, 459e12, 95e9, 2765e9, 600e9, 3, 2),
   'v6e': Chip(918e12, 918e12, 32e9, 1638e9, 400e9, 2),
-  # GPU: NVIDIA's data sheets of A100 (SXM) and H100 (SXM), as quoted with their
-  # addresses at glennklockwood.com/garden/processors/A100 and /h100. NVLink is half of
-  # 600 or 900 GB/s.
+  # GPU: NVIDIA's data sheets of A100 (SXM) and H100 (SXM), as quoted and linked at
+  # glennklockwood.com/garden/processors/A100 and /h100. NVLink is half of 600 or 900
+  # GB/s.
   'a100-40gb': Chip(312e12, 156e12, 40e9, 1555e9, 300e9),
   'a100-80gb': Chip(312e12, 156e12, 80e9, 2039e9, 300e9),
   'h100': Chip(989.4e12, 494.7e12, 80e9, 3350e9, 450e9),
@@ -94,7 +93,7 @@ SLICES = {
   2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
   3: ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8'),
 }
-"""What a slice that is named by its size looks like; from the same pages."""
+"""Shapes of the slices that are named by their size; from the same pages."""
 
 
 class Devices(NamedTuple):
@@ -112,7 +111,7 @@ class Devices(NamedTuple):
 
   @property
   def chip(self) -> Chip:
-    """The rates of one."""
+    """The rates of one device."""
     return CHIPS[self.kind]
 
 
@@ -129,7 +128,7 @@ def parse_devices(text: str) -> Devices:
   chip = lookup(CHIPS, 'device', kind)
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)*', size):
     raise UserError(
-      f'--devices is {text!r}; it is a kind and a size, such as v4-32, v5e:4x8, h100:8'
+      f'--devices is {text!r}; give a kind and a size, such as v4-32, v5e:4x8, h100:8'
     )
   if not chip.dimensions:
     if 'x' in size:
@@ -137,7 +136,7 @@ def parse_devices(text: str) -> Devices:
     return Devices(kind, int(size))
   if 'x' not in size:
     shapes = {str(chip.cores * _product(s)): s for s in SLICES[chip.dimensions]}
-    size = lookup(shapes, f'slice of {kind}, which counts', size)
+    size = lookup(shapes, f'{kind} slice', size)
   if size.count('x') != chip.dimensions - 1:
     shapes = suggest(size, SLICES[chip.dimensions])
     raise UserError(f'a slice of {kind} has {chip.dimensions} dimensions{shapes}')
@@ -145,31 +144,31 @@ def parse_devices(text: str) -> Devices:
 
 
 def _product(shape: str) -> int:
-  """Returns 32 of '4x8'."""
+  """Returns the number of chips of a shape: 32 for '4x8'."""
   return math.prod(int(side) for side in shape.split('x'))
 
 
 def make_mesh(devices: Devices) -> Mesh:
-  """Returns a mesh to compile for: of a TPU topology, else of simulated CPU devices.
+  """Returns a mesh to compile for: a TPU topology, or else simulated CPU devices.
 
   Raises:
-    UserError: the TPU compiler knows no such topology.
+    UserError: the TPU compiler does not know the topology.
   """
   if not (devices.shape and importlib.util.find_spec('libtpu')):
     return sharding.make_mesh(devices.count)
   from jax.experimental import topologies
 
-  os.environ |= {  # or libtpu asks for a TPU that is not there
+  os.environ |= {  # otherwise libtpu looks for a real TPU
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
     'TPU_WORKER_HOSTNAMES': 'localhost',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',  # compiling opens no chip, so many may
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',  # safe, as compiling opens no chip
   }
   options: dict[str, Any] = {}
   if devices.kind == 'v4':
-    options['chip_config_name'] = 'megacore'  # a chip is one device, as in later ones
+    options['chip_config_name'] = 'megacore'  # one device per chip, as on later TPUs
   if devices.count == 1:
-    options['chips_per_host_bounds'] = (1, 1, 1)  # a host has four elsewhere
+    options['chips_per_host_bounds'] = (1, 1, 1)  # other hosts have four chips
   name = f'{devices.kind}:{devices.shape}'
   try:
     topology = topologies.get_topology_desc(name, 'tpu', **options)
@@ -192,7 +191,7 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: such as 'all-reduce'.
-    bytes: of its result, on one device.
+    bytes: size of its result on one device.
   """
 
   kind: str
@@ -217,14 +216,14 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
-_OPERATION = re.compile(r'\s([a-z][a-z-]*)\(')  # the first of a line, after its type
+_OPERATION = re.compile(r'\s([a-z][a-z-]*)\(')  # first match: the operation of a line
 _SHAPE = re.compile(r'([a-z]+)(\d*)\w*\[([\d,]*)\]')
 
 
 def parse_collectives(hlo: str) -> list[Collective]:
   """Returns the collectives in the text of a compiled program.
 
-  One that is begun and ended counts where it ends, as only there the type is that of
+  An asynchronous one is counted at its '-done', since only there the type is that of
   the result alone. One in the body of a loop counts once.
   """
   found = []
@@ -248,8 +247,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[str, build.Stage]:
   """Returns the stages of a run on generated data, with images that are only shapes.
 
   Raises:
-    UserError: something in the configuration is wrong, or the devices do not divide a
-      batch.
+    UserError: the config is wrong, or the devices do not divide a batch.
   """
   maps = lookup(TASKS, 'task', config['task']).per_pixel
 
@@ -270,14 +268,14 @@ def build_stages(config: Config, mesh: Mesh) -> dict[str, build.Stage]:
 
 
 class Step(NamedTuple):
-  """What a compiled step says of itself; all of one device.
+  """What a compiled step reports, for one device.
 
   Attributes:
-    flops: of a step.
-    traffic: bytes that it reads and writes; None: not known.
+    flops: FLOPs of a step.
+    traffic: bytes that it reads and writes; None if unknown.
     memory: component -> bytes.
-    collectives: all there are.
-    parameters: how many numbers.
+    collectives: all its collectives.
+    parameters: number of parameters.
   """
 
   flops: float
@@ -313,10 +311,12 @@ def compile_step(stage: build.Stage, mesh: Mesh) -> Step:
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    told = str(error).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
-    raise UserError(f'stage {stage.name!r} does not fit on a device: {told}') from None
-  # XLA:CPU calls a library for convolutions, whose FLOPs it does not know; before that
-  # the program is still that of all devices.
+    reason = str(error).splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
+    raise UserError(
+      f'stage {stage.name!r} does not fit on a device: {reason}'
+    ) from None
+  # XLA:CPU calls a library for convolutions and does not know its FLOPs. The lowered
+  # program still has them, for all devices together.
   cost = compiled.cost_analysis() if is_tpu else lowered.cost_analysis()
   return Step(
     flops=cost['flops'] if is_tpu else cost['flops'] / mesh.size,
@@ -330,19 +330,19 @@ def compile_step(stage: build.Stage, mesh: Mesh) -> Step:
 
 
 def _placed(tree: Any, where: NamedSharding, leading: tuple[int, ...] = ()) -> Any:
-  """Returns shapes with a sharding, and with axes before them."""
+  """Returns shapes with a sharding and leading axes."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=where), tree
   )
 
 
 class Rates(NamedTuple):
-  """What is assumed.
+  """What a plan assumes.
 
   Attributes:
     utilisation: share of the peak FLOP/s.
-    decode_rate: images/s a host core decodes; None: not known.
-    price: of a chip and hour; None: not known.
+    decode_rate: images/s that one host core decodes; None if unknown.
+    price: per chip and hour; None if unknown.
   """
 
   utilisation: float = 0.4
@@ -356,10 +356,10 @@ Rows = list[tuple[str, str]]
 def predict(
   stage: build.Stage, step: Step, devices: Devices, rates: Rates, dtype: str
 ) -> Rows:
-  """Returns the rows of a stage: what it takes, and from that how long and how much.
+  """Returns the rows of a stage: what it needs, how long it takes, what it costs.
 
-  A step takes as long as its arithmetic or its memory traffic, whichever is longer, and
-  then its collectives, as if nothing of them were hidden.
+  A step takes as long as its arithmetic or its memory traffic, whichever is longer,
+  plus its collectives, as if they overlapped with nothing.
   """
   chip, memory = devices.chip, sum(step.memory.values())
   peak = chip.bfloat16 if dtype == 'bfloat16' else chip.float32
@@ -372,21 +372,21 @@ def predict(
   needed = images / seconds
   streamed = any(not stream.arrays for stream in stage.streams.values())
   return [
-    ('images a step', f'{images:,}'),
+    ('images per step', f'{images:,}'),
     ('parameters', f'{step.parameters:,}'),
-    ('GFLOP an image', f'{step.flops * devices.count / images / 1e9:,.4g}'),
-    ('memory a device, MB', ''),
+    ('GFLOP per image', f'{step.flops * devices.count / images / 1e9:,.4g}'),
+    ('memory per device, MB', ''),
     *((f'  {name}', _mb(size)) for name, size in step.memory.items()),
-    ('  in all', _mb(memory)),
+    ('  total', _mb(memory)),
     (f'  of {chip.memory / 1e6:,.0f}', f'{memory / chip.memory:.0%}'),
-    ('collectives a step, bytes', ''),
+    ('collectives per step, bytes', ''),
     *_listed(step.collectives),
-    ('  in all', f'{sum(c.bytes for c in step.collectives):,}'),
-    ('predicted ms a step', ''),
+    ('  total', f'{sum(c.bytes for c in step.collectives):,}'),
+    ('predicted ms per step', ''),
     (f'  arithmetic, {rates.utilisation:.0%} of the peak', _ms(arithmetic)),
     ('  memory traffic', _ms(traffic) if step.traffic else 'unknown'),
     ('  collectives', _ms(exchange)),
-    ('  in all', _ms(seconds)),
+    ('  total', _ms(seconds)),
     ('images/s', f'{needed:,.0f}'),
     ('images/s to decode', f'{needed:,.0f}' if streamed else 'none'),
     ('host cores for that', _cores(needed if streamed else 0, rates.decode_rate)),
@@ -397,13 +397,13 @@ def predict(
 
 
 def _images(stage: build.Stage) -> int:
-  """Returns the images of a step, those of a meta batch too."""
+  """Returns the number of images per step, including a meta batch."""
   payloads = [stream.payload_shapes() for stream in stage.streams.values()]
   return sum(p.get('index', p.get('label')).shape[0] for p in payloads)
 
 
 def _listed(found: Iterable[Collective]) -> Rows:
-  """Returns a row a kind and size, the largest first."""
+  """Returns one row per kind and size, the largest first."""
   counts = collections.Counter(found)
   ordered = sorted(counts.items(), key=lambda item: -item[0].bytes)
   return [(f'  {n} x {one.kind}', f'{one.bytes:,}') for one, n in ordered]
@@ -426,15 +426,15 @@ def _cost(hours: float, price: float | None) -> str:
 
 
 def read_price(path: str, kind: str) -> float:
-  """Returns what a chip costs an hour, from a JSON file {kind: price}.
+  """Returns the price of a chip per hour, from a JSON file {kind: price}.
 
   Raises:
-    UserError: the file does not say.
+    UserError: the file has no such price.
   """
   price = lookup(files.read_json(path), f'device in {path}:', kind)
   number = isinstance(price, int | float) and not isinstance(price, bool)
   if not (number and 0 <= price < math.inf):
-    raise UserError(f'{path}: the price of {kind} is {price!r}, which is not a price')
+    raise UserError(f'{path}: the price of {kind} is {price!r}; give a number >= 0')
   return float(price)
 
 
@@ -445,16 +445,16 @@ def plan(
   *,
   compiled: Callable[[build.Stage, Mesh], Step] = compile_step,
 ) -> str:
-  """Returns the table of a run, stage by stage of those that train.
+  """Returns the table of a run, with every stage that trains.
 
   Args:
-    config: the resolved configuration.
+    config: the resolved config.
     devices: what it would run on.
     rates: what is assumed.
     compiled: compiles a step.
 
   Raises:
-    UserError: something in the configuration is wrong, or does not fit.
+    UserError: the config is wrong, or the run does not fit into memory.
   """
   mesh = make_mesh(devices)
   stages = build_stages(config, mesh)
@@ -467,13 +467,13 @@ def plan(
   if not rows:
     raise UserError('no stage has steps to plan for')
   hosts = len({device.process_index for device in mesh.devices.flat})
-  made = (
+  how = (
     f'by the TPU compiler, for {hosts} hosts'
     if _is_tpu(mesh)
     else 'for simulated CPU devices: the memory is an estimate'
   )
   where = f'{devices.count} x {devices.kind} {devices.shape}'.strip()
-  title = f'{config["name"]}:{config["recipe"]} on {where}, compiled {made}'
+  title = f'{config["name"]}:{config["recipe"]} on {where}, compiled {how}'
   width = max(len(label) for label, _ in rows)
   return '\n'.join(
     [title, *(f'{label:{width}}{value:>20}'.rstrip() for label, value in rows)]
@@ -482,7 +482,7 @@ def plan(
 
 def main() -> None:
   """Prints the plan that the flags name."""
-  # Before JAX looks for devices: nothing here needs those of this machine.
+  # Before JAX looks for devices, since this machine's are not needed.
   devices = parse_devices(DEVICES.value)
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', devices.count)

@@ -6,7 +6,7 @@ A discriminator or a weight network is described by three dicts:
    'optimizer': {'name': 'sgd', 'momentum': 0.9},
    'schedule': {'name': 'constant', 'base': 1e-5}}
 
-A method that names `players` among its arguments is given those of its stage, by name.
+A method with an argument `players` gets the players of its stage, by name.
 """
 
 import math
@@ -26,11 +26,11 @@ def make_players(
 
   Args:
     described: name -> 'network', 'optimizer' and 'schedule' of a player.
-    length: examples an epoch, in which schedules count.
-    batch: examples a step.
+    length: examples per epoch; schedules count in epochs.
+    batch: examples per step.
 
   Raises:
-    UserError: a description that makes no player; the message names it.
+    UserError: a description is wrong; the message names the player.
   """
   players = {}
   for name, options in described.items():
@@ -50,17 +50,17 @@ def make_player(
   length: int,
   batch: int,
 ) -> Player:
-  """Returns a player by the names of its parts.
+  """Builds a player from the names and options of its parts.
 
   Args:
     network: a 'name' in `lt_jax.models.NETWORKS`, and its options.
     optimizer: a 'name' in `lt_jax.optim.OPTIMIZERS`, and its options.
     schedule: a 'name' in `lt_jax.optim.SCHEDULES`, its 'base' and its options.
-    length: examples an epoch.
-    batch: examples a step.
+    length: examples per epoch.
+    batch: examples per step.
 
   Raises:
-    UserError: an unknown name or option, or one that is missing.
+    UserError: a name or option is unknown or missing.
   """
   parts = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
   for key, part in parts.items():

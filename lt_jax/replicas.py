@@ -1,9 +1,9 @@
 """Several seeds of one method, trained as one program.
 
-A network that is small leaves an accelerator idle most of the time, and a second seed
-costs it little. Replicas share the clock, the data and the program; all else of a
-State, and every payload, batch and metric, has a leading axis of replicas. On several
-devices each has replicas of its own, and they exchange nothing.
+A small network leaves an accelerator idle most of the time, so more seeds cost little.
+Replicas share the clock, the data and the program; everything else in the State, and
+every payload, batch and metric, has a leading axis of replicas. With several devices,
+each has its own replicas, and they exchange nothing.
 """
 
 import functools
@@ -23,24 +23,24 @@ from lt_jax.method import Method, State
 PyTree = Any
 
 ALIVE = 'alive'
-"""Name in `State.memory`: (S,) bool, which replicas have been finite all along."""
+"""Name in `State.memory`: (S,) bool, which replicas have always been finite."""
 
 DIED_AT = 'died_at'
-"""Name of a metric: the mean step at which a replica stopped being finite."""
+"""Name of a metric: the step at which a replica stopped being finite."""
 
 
 def vectorise(method: Method, replicas: int, mesh: Mesh) -> Method:
-  """Returns a method that trains S replicas of another one, each as if it were alone.
+  """Returns a method that trains S replicas of another one, each as if alone.
 
-  `init` takes (S,) keys. Of its State only `step` has no leading axis: it is the clock
-  of all. A replica whose metrics or next State are not finite stays at the State before
-  that step, and its metrics count for nothing from there on, while the others go on;
-  the metric 'died_at' tells the step.
+  `init` takes (S,) keys. In its State only `step`, the common clock, has no leading
+  axis. A replica whose metrics or next State are not finite stays at the State before
+  that step, and its metrics are 0 from then on, while the others continue; the metric
+  'died_at' records the step.
 
   Args:
     method: the method.
-    replicas: S, which the devices must divide.
-    mesh: the devices; more than one have S / devices replicas each.
+    replicas: S, a multiple of the number of devices.
+    mesh: the devices; each has S / devices replicas.
 
   Raises:
     UserError: the devices do not divide S.
@@ -49,7 +49,7 @@ def vectorise(method: Method, replicas: int, mesh: Mesh) -> Method:
     raise UserError(f'{mesh.size} devices do not divide {replicas} replicas')
 
   def each(function: Callable, arguments: tuple, results: PyTree) -> Callable:
-    """Applies a function to every replica, where it is; 0 marks what has the axis."""
+    """Applies a function to every replica on its device; 0 marks the replica axis."""
     mapped = jax.vmap(function, in_axes=arguments, out_axes=results)
     if mesh.size == 1:
       return mapped
@@ -84,17 +84,17 @@ def vectorise(method: Method, replicas: int, mesh: Mesh) -> Method:
 
 
 _AXES = State(step=None, key=0, params=0, stats=0, opt=0, memory=0)
-"""Which axis of a State's leaves is that of the replicas."""
+"""The replica axis of the leaves of a State."""
 
 
 def _specs(axes: PyTree) -> PyTree:
-  """Returns how what has these axes lies on the devices: each has its own replicas."""
+  """Returns partition specs for these axes: each device holds its own replicas."""
   own = {0: PartitionSpec(sharding.AXIS), None: PartitionSpec()}
   return jax.tree.map(own.get, axes, is_leaf=lambda axis: axis is None)
 
 
 def _where(chosen: jax.Array, ours: jax.Array, theirs: jax.Array) -> jax.Array:
-  """Chooses by replica."""
+  """Selects between two arrays by replica."""
   return jnp.where(chosen.reshape(-1, *[1] * (ours.ndim - 1)), ours, theirs)
 
 
@@ -114,10 +114,10 @@ def _without_alive(state: State) -> State:
 
 
 def together(states: Sequence[State], mesh: Mesh) -> State:
-  """Returns States of one step as that of a vectorised method.
+  """Stacks States at the same step into the State of a vectorised method.
 
   Args:
-    states: of single runs, on the devices.
+    states: the States of single runs, on the devices.
     mesh: the devices.
 
   Raises:
@@ -125,7 +125,7 @@ def together(states: Sequence[State], mesh: Mesh) -> State:
   """
   steps = {int(jax.device_get(state.step)) for state in states}
   if len(steps) > 1:
-    raise UserError(f'replicas must be at one step, not at {sorted(steps)}')
+    raise UserError(f'replicas must be at the same step, not at {sorted(steps)}')
 
   def join(*states: State) -> State:
     own = [state.replace(step=()) for state in states]
@@ -138,7 +138,7 @@ def together(states: Sequence[State], mesh: Mesh) -> State:
 
 
 def separator(mesh: Mesh) -> Callable[[State, int], State]:
-  """Returns (the State of replicas, which one) -> its State, on all devices."""
+  """Returns (State of all replicas, index) -> State of that one, on all devices."""
 
   def one(state: State, replica: jax.Array) -> State:
     own = jax.tree.map(lambda x: x[replica], _without_alive(state).replace(step=()))
@@ -148,21 +148,21 @@ def separator(mesh: Mesh) -> Callable[[State, int], State]:
 
 
 def together_streams(streams: Sequence[Stream], mesh: Mesh) -> Stream:
-  """Returns the stream of a vectorised method: each replica has batches of its own.
+  """Returns the stream of a vectorised method: each replica has its own batches.
 
   Args:
-    streams: one a replica, which differ in their order, and in their arrays where an
-      earlier stage has left them.
+    streams: one per replica; they differ in their order and in arrays that an earlier
+      stage saved.
     mesh: the devices.
 
   Raises:
-    UserError: the images do not lie on the devices.
+    UserError: the images are not on the devices.
   """
   first = streams[0]
   if first.workers is not None:
     raise UserError(
-      'replicas train together on images that lie on the devices, not on those that '
-      'the host decodes'
+      'replicas can train together only on images that are on the devices, not on '
+      'images that the host decodes'
     )
   shared = all(stream.arrays is first.arrays for stream in streams)
   arrays = first.arrays

@@ -623,8 +623,8 @@ class Screen:
 
   def evaluated(self, step: int, metric: str, values: Mapping[str, float]) -> None:
     """Prints a metric of each split, of a run that is followed."""
-    told = ', '.join(f'{split} {value:.4f}' for split, value in values.items())
-    self.detail(f'step {step}: {metric} on {told}')
+    summary = ', '.join(f'{split} {value:.4f}' for split, value in values.items())
+    self.line_if_followed(f'step {step}: {metric} on {summary}')
 
   def stop_bar(self) -> None:
     """Removes the bar."""

@@ -257,7 +257,7 @@ MAT = {
   'struct': ({'extra': {'a': 1}}, "'extra' is a struct; only arrays of numbers"),
   'cell of numbers': (
     {'allclasses_names': mini_zsl.cells([1.0] * 12)},
-    "cell 0 of 'allclasses_names' is no string",
+    "cell 0 of 'allclasses_names' is not a string",
   ),
   'no part': ({'test_seen_loc': None}, "has no 'test_seen_loc'"),
 }
@@ -285,10 +285,10 @@ def test_unseen_classes_in_training_are_refused(tmp_path):
 def test_other_matlab_files_are_refused(tmp_path):
   new = tmp_path / 'new.mat'
   new.write_bytes(b'MATLAB 7.3 MAT-file, Platform: GLNXA64' + bytes(200))
-  with pytest.raises(UserError, match="version 7.3, which is not read: .*'-v7'"):
+  with pytest.raises(UserError, match="version 7.3, which is not supported: .*'-v7'"):
     read_mat(str(new), ('att',))
   new.write_bytes(b'what is this' * 40)
-  with pytest.raises(UserError, match='is no MATLAB file that can be read'):
+  with pytest.raises(UserError, match='is not a readable MATLAB file'):
     read_mat(str(new), ('att',))
   io.savemat(new, {'att': np.zeros((3000, 3000))}, do_compression=True)
   with pytest.raises(UserError, match='over 200 times its size'):

@@ -28,7 +28,7 @@ def test_an_ordinary_run_warns_of_nothing(tmp_path, recipe):
 @pytest.mark.parametrize(
   ('made', 'told'),
   [
-    ({'epochs': 0.0}, "untrained network: stage 'train' makes no step"),
+    ({'epochs': 0.0}, "untrained network: stage 'train' takes no steps"),
     ({'data': {'known_classes': 3}}, 'set data.val_per_class'),
     ({'batch': 1}, "by its own statistics (batch of train 1, batch_norm 'global')"),
     (
@@ -49,7 +49,7 @@ def test_a_short_later_stage_is_told_in_the_banner(tmp_path, capsys):
   experiment = built(tmp_path, 'crt', epochs=1.0)
   run._banner(experiment, tmp_path, Screen(), ())
   (line,) = re.findall('(?m)^warning: .*', capsys.readouterr().out)
-  assert "stage 'classifier' trains for 1 step only, which is too few" in line
+  assert "stage 'classifier' trains for only 1 step, too few" in line
 
 
 def test_frozen_statistics_may_be_of_one_image(tmp_path):
@@ -73,7 +73,7 @@ def test_the_doctor_tells_of_both(tmp_path):
     return [finding for _, finding in doctor.examine(doctor.Case(config), sections)]
 
   (refused, skipped) = found(batch=10**9)
-  assert refused.level == 'wrong' and 'set batch' in refused.text
+  assert refused.level == 'wrong' and 'reduce batch' in refused.text
   assert skipped.level == 'skip'
   levels = [finding.level for finding in found(epochs=0.0)]
   assert levels == ['ok', 'odd', 'ok']

@@ -67,12 +67,12 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
   own.write_text('from ml_collections import ConfigDict\nget_config = ConfigDict\n')
   assert config_file.make('digits_lt.py') == config_file.make(str(own))
   with pytest.raises(
-    UserError, match=r"digits_l.py; did you mean 'digits_lt'\? A config"
+    UserError, match=r"digits_l.py; did you mean 'digits_lt'\? Give a config"
   ):
     config_file.make('configs/digits_l.py')
   with pytest.raises(UserError, match="did you mean 'digits_domains', 'digits_lt', "):
     config_file.make('digits')
-  with pytest.raises(UserError, match=r'known: .*places_lt, .*\. A config .* without '):
+  with pytest.raises(UserError, match=r'known: .*places_lt, .*\. Give .* without '):
     config_file.make('nothing_here.py:ce')
 
 

@@ -720,7 +720,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'optimizer.momentum': 1.5}, 'optimizer.momentum is 1.5; it must be from 0 to 1'),
     (
       {'optimizer.weight_decay': -1.0},
-      'weight_decay is -1.0; it must be a number from',
+      'weight_decay is -1.0; it must be a number >=',
     ),
     (
       {'loss': {'name': 'cross_entropy', 'label_smoothing': 1.5}},
@@ -746,9 +746,9 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'surgeries': [['copy', 'train']]}, 'each must be a name and its options'),
     (
       {'optimizer.weight_decay': ['x']},
-      r"optimizer.weight_decay is \['x'\]; it must be a number from 0",
+      r"optimizer.weight_decay is \['x'\]; it must be a number >= 0",
     ),
-    ({'optimizer.weight_decay': [['.*', 1e999]]}, 'weight_decay is .*a number from 0'),
+    ({'optimizer.weight_decay': [['.*', 1e999]]}, 'weight_decay is .*a number >= 0'),
     (
       {'class_weights': {'name': 'effective_number', 'beta': 1.5}},
       'class_weights.beta is 1.5; it must be from 0 to 1',
@@ -759,7 +759,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ),
     (
       {'optimizer.weight_decay': [['.*']]},
-      'weight_decay is .*; it must be a number from 0',
+      'weight_decay is .*; it must be a number >= 0',
     ),
     (
       {'optimizer.learning_rate_scale': 'x'},

@@ -133,7 +133,7 @@ def test_a_classifier_that_is_retrained_for_few_steps(config, tmp_path, capsys):
   config()  # writes the images
   made['epochs'], made['stages']['classifier']['epochs'] = 2.0, 2.0
   found = told(list(doctor.Case(made).open()), 'odd')
-  assert "stage 'classifier' trains for 2 steps only, which is too few" in found
+  assert "stage 'classifier' trains for only 2 steps, too few" in found
   assert 'raise config.stages.classifier.epochs' in found
   run.run(made, tmp_path / 'run')
   assert f'warning: {found}' in capsys.readouterr().out

@@ -454,7 +454,7 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
     (('--config.loss.name=ladm',), "unknown loss 'ladm'; did you mean 'ldam'"),
     (('--config.data.source=npz:/nowhere/x.npz',), '/nowhere/x.npz'),
     (('--config.data.n_max=900',), 'class 0'),
-    (('--config.data.image_size=6',), "the images of 'digits' lie in memory"),
+    (('--config.data.image_size=6',), "the images of 'digits' are in memory"),
     (('--config.device=tpu',), "config.device is 'tpu'"),
     (('--confg=x',), 'Did you mean'),
   ],

@@ -146,7 +146,7 @@ def test_an_anchored_parameter_decays_towards_where_it_began(rng, decoupled):
 def test_rules_that_train_nothing_are_refused():
   params = {'net': {'head': jnp.ones(2), 'trunk': jnp.ones(2)}}
   rules = (('net/heda', 1.0), ('.*', 0.0))
-  with pytest.raises(UserError, match="rule 'net/heda' applies to no parameter"):
+  with pytest.raises(UserError, match="rule 'net/heda' matches no parameter"):
     make_optimizer('sgd', lambda s: 0.1, learning_rate_scale=rules).init(params)
   with pytest.raises(UserError, match='trains nothing: every parameter has the rate 0'):
     make_optimizer('sgd', lambda s: 0.1, learning_rate_scale=0.0).init(params)

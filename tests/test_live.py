@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lt_jax import live
+from lt_jax import live, writers
 
 CELLS = [('ce', 0), ('ce', 1), ('ldam_drw', 0)]
 
@@ -41,7 +41,7 @@ def test_a_row_shows_what_a_run_tells(table, clock):
   screen.begin()
   assert row.progress == 'starting'
   screen.start_bar('plain', 100, 400)
-  screen.note('loss 0.5000  800 images/s', 'a line')
+  screen.status('loss 0.5000  800 images/s', 'a line')
   assert row.texts[2:] == (
     '━━━───────── plain 100/400',
     '',
@@ -55,7 +55,7 @@ def test_a_row_shows_what_a_run_tells(table, clock):
   assert row.left == pytest.approx((400 - 130) / 20 * 10)
   assert row.texts[3] == '2 min 15 s'
   screen.evaluated(130, 'accuracy', {'val': 0.5, 'test': 0.625})
-  screen.note('loss 0.4000  800 images/s', 'a line')
+  screen.status('loss 0.4000  800 images/s', 'a line')
   assert row.metric == '62.5 % accuracy on test'
   screen.stop_bar()
   screen.start_bar('second', 0, 50)
@@ -89,10 +89,15 @@ def test_a_long_table_shows_what_runs_and_what_is_near():
   assert live.shown(rows, 10) == (40, 50)
 
 
+def test_a_cell_has_every_method_of_a_screen():
+  public = {name for name in vars(writers.Screen) if not name.startswith('_')}
+  assert public <= {*vars(live.CellScreen)}
+
+
 def test_only_what_must_be_known_is_printed(table, output):
   screen = table.screen(2)
   screen.table('a banner', [('name', 'value')])
-  screen.detail('step 5: accuracy')
+  screen.line_if_followed('step 5: accuracy')
   screen.follow('plain', 10)
   screen.line('warning: [an untrained network]')
   assert output.getvalue() == 'ldam_drw, seed 0: warning: [an untrained network]\n'

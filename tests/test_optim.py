@@ -221,8 +221,8 @@ def test_per_parameter_first_full_match_wins():
   'rules, message',
   [
     ((('net/head/.*', 1.0),), "no rule covers 'net/trunk/kernel'"),
-    ((('head/bias', 0.0), ('.*', 1.0)), "'head/bias' applies to no parameter"),
-    ((('.*', 1.0), ('net/head/bias', 0.0)), "'net/head/bias' applies to no parameter"),
+    ((('head/bias', 0.0), ('.*', 1.0)), "'head/bias' matches no parameter"),
+    ((('.*', 1.0), ('net/head/bias', 0.0)), "'net/head/bias' matches no parameter"),
     ((('net/(head', 1.0), ('.*', 1.0)), r"'net/\(head' is not a regular expression"),
     ((), 'no rule covers'),
   ],

@@ -106,7 +106,7 @@ def test_devices(text, expected):
     ('h100:eight', 'a kind and a size'),
     ('h100:0', 'a kind and a size'),
     ('h100:2x4', 'GPUs are a number'),
-    ('v4-33', "unknown slice of v4.*'33'"),
+    ('v4-33', "unknown v4 slice '33'"),
     ('v5e:2x2x4', 'has 2 dimensions'),
   ],
 )
@@ -137,7 +137,7 @@ def test_flops_are_three_times_a_forward_pass(stage, step):
 def test_memory_has_its_parts(step):
   assert step.memory['parameters'] == 4 * step.parameters
   assert step.memory['optimiser state'] == 4 * step.parameters  # of the momentum
-  assert step.memory['images kept there'] == 1797 * 64
+  assert step.memory['images on the device'] == 1797 * 64
   assert step.memory['batch'] == 64 / 8 * (4 + 4)  # row and label of each
   assert step.memory['activations, temporaries'] > 0
 
@@ -212,8 +212,8 @@ def test_a_run_of_label_maps_is_planned_without_them():
   [
     ('{"h100": 2.5}', None),
     ('{"h10": 2.5}', "did you mean 'h10'"),
-    ('{"h100": "2.5"}', "is '2.5', which is not a price"),
-    ('{"h100": NaN}', 'is nan, which is not a price'),
+    ('{"h100": "2.5"}', "is '2.5'; give a number"),
+    ('{"h100": NaN}', 'is nan; give a number'),
     ('[1]', 'does not hold a JSON object'),
     ('{', 'not valid JSON'),
   ],

@@ -69,12 +69,12 @@ def test_the_state_of_a_player_has_no_name_of_it_inside():
 def test_rules_are_checked_against_all_players_at_once():
   """A rule for one player is no mistake where only the other one moves."""
   net = {'net': params()['net']}
-  with pytest.raises(UserError, match="'centroids' applies to no parameter"):
+  with pytest.raises(UserError, match="'centroids' matches no parameter"):
     per_parameter(RULES, net)
   values = per_parameter(RULES, net, some=True)
   assert values['net'] == {'head': {'bias': 0.0}, 'trunk': {'kernel': 0.5}}
   optimizer = make_optimizer('sgd', rate, learning_rate_scale=RULES)
-  with pytest.raises(UserError, match="'centroids' applies to no parameter"):
+  with pytest.raises(UserError, match="'centroids' matches no parameter"):
     optimizer.init(net)
   assert_same(optimizer.held(net), net)
 

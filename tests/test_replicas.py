@@ -188,10 +188,10 @@ def test_what_cannot_be_together_is_told():
   states = [
     State(jnp.int32(step), jax.random.key(0), {}, {}, {}, {}) for step in (4, 6)
   ]
-  with pytest.raises(UserError, match=r'at one step, not at \[4, 6\]'):
+  with pytest.raises(UserError, match=r'at the same step, not at \[4, 6\]'):
     replicas.together(states, mesh)
   streams = [train.Stream({}, lambda step: {}, lambda *a: {}, workers=0)] * 2
-  with pytest.raises(UserError, match='not on those that the host decodes'):
+  with pytest.raises(UserError, match='not on images that the host decodes'):
     replicas.together_streams(streams, mesh)
 
 

@@ -59,7 +59,7 @@ def test_classes_that_are_kept_are_all_there_are(tmp_path):
 @pytest.mark.parametrize(
   ('text', 'told'),
   [
-    ('1+1', 'must name classes, each of them once'),
+    ('1+1', 'must name classes, each only once'),
     ('none.txt', 'there is no file none.txt'),
     ('1+11', "digits has no class '11'"),
   ],

@@ -1,6 +1,6 @@
 """Descriptions of classes: attributes or word vectors that identify unseen classes.
 
-A description is one vector per class. The ending of a file selects its reader, see
+A description is one vector per class. A file's extension selects its reader, see
 `READERS`. The seven segments of a display describe digits without a download.
 """
 
@@ -24,9 +24,9 @@ class Described(NamedTuple):
   """Vectors of classes.
 
   Attributes:
-    names: of the (C,) classes; none: they are in the order of the data set.
+    names: names of the C classes; empty: they are in the order of the data set.
     vectors: (C, A) float64.
-    columns: names of the A attributes; () where there are none.
+    columns: names of the A attributes; () if they have none.
   """
 
   names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Described(NamedTuple):
 
 
 class Block(NamedTuple):
-  """What one file says of the classes that were asked for.
+  """A file's vectors for the requested classes.
 
   Attributes:
     vectors: (C, A) float64, in the order of the classes.
@@ -47,15 +47,16 @@ class Block(NamedTuple):
 
 
 def class_vectors(files: Sequence[str], class_names: Sequence[str]) -> Block:
-  r"""Returns one vector a class, of one file or several.
+  r"""Returns one vector per class, from one or more files.
 
-  Several are joined, each row of each block divided by its norm first, so that a block
-  of many columns does not outweigh the others. One alone stays as it is.
+  Several files are concatenated. Each row of each block is first divided by its norm,
+  so that a block with many columns does not outweigh the others. A single file stays as
+  it is.
 
   Args:
     files: paths, or keys of `EMBEDDED`.
-    class_names: of the classes; matched by name where a file has names, whatever the
-      case and with '+', '_', '-', '.' and spaces alike.
+    class_names: names of the classes. If a file has names they are matched to these,
+      ignoring case and treating '+', '_', '-', '.' and spaces alike.
 
   Raises:
     UserError: a file that cannot be read, a class without a description, two with the
@@ -73,7 +74,7 @@ def class_vectors(files: Sequence[str], class_names: Sequence[str]) -> Block:
 
 
 def read_descriptions(files: Sequence[str]) -> Described:
-  """Returns the classes that files name, for classes that no data set has.
+  """Returns the classes named in files, for classes that no data set has.
 
   Raises:
     UserError: a file without names, or files that name different classes.
@@ -86,35 +87,35 @@ def read_descriptions(files: Sequence[str]) -> Described:
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-  """Returns (C, A) float64 rows over their norms; a row of zeros stays so."""
+  """Returns (C, A) float64 rows divided by their norms; rows of zeros stay zero."""
   vectors = np.asarray(vectors, np.float64)
   norms = np.linalg.norm(vectors, axis=1, keepdims=True)
   return vectors / np.where(norms > 0, norms, 1)
 
 
 def binary(vectors: np.ndarray) -> tuple[np.ndarray, float]:
-  """Returns which attributes classes have, (C, A) bool, and the threshold of it.
+  """Returns which attributes classes have, (C, A) bool, and the threshold.
 
-  It is the mean of the whole matrix, as in the predicate matrices of Animals with
-  Attributes.
+  The threshold is the mean of the whole matrix, as in the predicate matrices of Animals
+  with Attributes.
   """
   threshold = float(np.mean(vectors))
   return np.asarray(vectors) > threshold, threshold
 
 
 def words_of(name: str) -> tuple[str, ...]:
-  """Returns the words of a class name: lower case, parted at '+', '_', '-', '.', ' '.
+  """Splits a class name into lower-case words at '+', '_', '-', '.' and ' '.
 
-  A number before the name, as in '002.Laysan_Albatross', is none of them.
+  A leading number, as in '002.Laysan_Albatross', is dropped.
   """
   words = [word for word in re.split(r'[+_\-./\s]+', name.lower()) if word]
   return tuple(words[1:] if len(words) > 1 and words[0].isdigit() else words)
 
 
 def names_of_words(path: str) -> set[tuple[str, ...]]:
-  """Returns the class names of a file, one a line, each as its `words_of`.
+  """Returns the class names in a file, one per line, each as its `words_of`.
 
-  Several names of one class may stand in a line with commas between them.
+  A line can have several names of one class, separated by commas.
   """
   lines = _names('pretrain_classes', [f'@{path}'])
   return {words_of(name.strip()) for line in lines for name in line.split(',')}
@@ -125,7 +126,7 @@ def _columns(block: Block) -> Iterable[str]:
 
 
 def _block(file: str, class_names: Sequence[str]) -> Block:
-  """Returns what a file says of classes, in their order."""
+  """Returns a file's vectors in the order of the classes."""
   found = _read(file, class_names)
   vectors, classes = found.vectors, len(class_names)
   if vectors.ndim != 2 or not vectors.size:
@@ -174,14 +175,14 @@ def _places(file: str, names: Sequence[str], class_names: Sequence[str]) -> np.n
   for label, name in enumerate(class_names):
     row = exact.get(name, loose.get(words_of(name)))
     if row is None:
-      told = named_class(label, class_names)
-      raise UserError(f'{file} has no description of {told}{suggest(name, names)}')
+      missing = named_class(label, class_names)
+      raise UserError(f'{file} has no description of {missing}{suggest(name, names)}')
     rows.append(row)
   return np.array(rows, np.int64)
 
 
 def _check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) -> None:
-  """Refuses two classes that no description tells apart."""
+  """Refuses two classes with the same description."""
   seen: dict[bytes, int] = {}
   for label, row in enumerate(vectors):
     first = seen.setdefault(hashlib.sha256(row.tobytes()).digest(), label)
@@ -190,7 +191,7 @@ def _check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) 
       raise UserError(f'{file}: {one} and {other} have the same description')
 
 
-# Readers: (path, names of classes that are looked for) -> what the file says.
+# Readers: (path, names of the wanted classes) -> the contents of the file.
 
 
 def _read(file: str, class_names: Sequence[str]) -> Described:
@@ -209,7 +210,7 @@ def _read(file: str, class_names: Sequence[str]) -> Described:
 
 
 def _read_npz(path: str, class_names: Sequence[str]) -> Described:
-  """Reads 'class_vectors' (C, A), and perhaps 'class_names' and 'attribute_names'."""
+  """Reads 'class_vectors' (C, A), and optional 'class_names' and 'attribute_names'."""
   del class_names
   try:
     with np.load(path, allow_pickle=False) as archive:
@@ -231,14 +232,14 @@ _MEMBERS = (
   'attributes',
   'classes',
 )
-"""Names of members; the last two are those of files of Animals with Attributes."""
+"""Array names; the last two are those of Animals with Attributes files."""
 
 
 def filled(vectors: np.ndarray) -> np.ndarray:
-  """Returns attributes in float64, with the attribute's mean where one is missing.
+  """Returns attributes in float64; missing values become the attribute's mean.
 
-  -1 stands for a missing one where all others are at least 0, as in the matrices of
-  Animals with Attributes.
+  -1 means missing if all other values are at least 0, as in the matrices of Animals
+  with Attributes.
   """
   vectors = np.array(vectors, np.float64)
   missing = vectors == -1
@@ -280,7 +281,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_att_splits(path: str, class_names: Sequence[str]) -> Described:
-  """Reads att_splits.mat of Xian et al.: (A, C), the original one where it is there."""
+  """Reads att_splits.mat of Xian et al.: (A, C), preferably the original matrix."""
   del class_names
   return described_by(path, read_mat(path, ATT_SPLITS))
 
@@ -299,8 +300,8 @@ ATT_SPLITS = (
 def described_by(path: str, variables: Mapping[str, np.ndarray]) -> Described:
   """Returns the class vectors of an att_splits.mat.
 
-  'att' has rows of unit norm. 'original_att' is the same before that, and is preferred,
-  because attributes that a class has or has not are told from it.
+  'att' has vectors of unit norm. 'original_att' is the matrix before normalisation; we
+  prefer it, because `binary` needs it to decide which attributes a class has.
   """
   att = variables.get('original_att', variables.get('att'))
   if att is None or att.ndim != 2 or att.dtype.kind not in 'iuf':
@@ -312,10 +313,10 @@ def described_by(path: str, variables: Mapping[str, np.ndarray]) -> Described:
 
 
 def _read_words(path: str, class_names: Sequence[str]) -> Described:
-  """Reads word vectors, of GloVe (no first line) or word2vec as text.
+  """Reads word vectors as text, from GloVe (without a header line) or word2vec.
 
-  The vector of a class is the mean over the words of its name, see `words_of`, of unit
-  norm.
+  The vector of a class is the mean over the words of its name, see `words_of`, scaled
+  to unit norm.
   """
   wanted = {word for name in class_names for word in words_of(name)}
   if not wanted:
@@ -328,7 +329,7 @@ def _read_words(path: str, class_names: Sequence[str]) -> Described:
         if number == 0 and len(rest.split()) == 1:  # word2vec: WORDS WIDTH
           continue
         key = word.lower()
-        # The first of several spellings counts: files are sorted by frequency.
+        # Use the first of several spellings: files are sorted by frequency.
         if key in wanted and key not in found:
           found[key] = np.array(rest.split(), np.float64)
   except (OSError, ValueError) as error:
@@ -354,14 +355,14 @@ READERS: dict[str, Callable[[str, Sequence[str]], Described]] = {
   '.txt': _read_words,
   '.vec': _read_words,
 }
-"""Ending of a file -> how it is read."""
+"""Extension of a file -> its reader."""
 
 SEGMENTS = ('top', 'upper right', 'lower right', 'bottom', 'lower left', 'upper left')
 SEGMENTS += ('middle',)
 
 LIT = ('abcdef', 'bc', 'abdeg', 'abcdg', 'bcfg', 'acdfg', 'acdefg', 'abc', 'abcdefg')
 LIT += ('abcdfg',)
-"""Segments a to g of the digits 0 to 9 on a display of seven."""
+"""Segments a to g that a seven-segment display lights for the digits 0 to 9."""
 
 WORDS = ('blue', 'green', 'red', 'grey', 'light', 'high up', 'on the ground')
 WORDS += ('large', 'thin', 'round', 'built', 'alive', 'moves')
@@ -375,7 +376,7 @@ SCENES = {
   'pole': 'grey, light, high up, on the ground, thin, built',
   'person': 'red, light, on the ground, thin, round, alive, moves',
 }
-"""What one would say of the things in streets, in `WORDS`; nobody has measured it."""
+"""Our own descriptions of things in streets, in `WORDS`; nobody measured them."""
 
 EMBEDDED = {
   'street_words': Described(
@@ -404,21 +405,21 @@ def chosen_classes(
   among: np.ndarray,
   seed: int,
 ) -> np.ndarray:
-  """Returns the classes that a key of `data` names.
+  """Returns the classes that a key of `data` selects.
 
   Args:
     key: for messages.
-    given: names; '@FILE', which has a name a line; or one number, of so many classes
-      that are drawn at random.
-    class_names: of all C classes.
-    among: (C,) bool, those that may be named or drawn.
+    given: names; '@FILE' with one name per line; or one number: that many classes are
+      drawn at random.
+    class_names: names of all C classes.
+    among: (C,) bool, the classes that can be named or drawn.
     seed: of the draw.
 
   Returns:
     (C,) bool.
 
   Raises:
-    UserError: there is no such class, or it may not be named, or all are.
+    UserError: a class does not exist or cannot be selected, or all are selected.
   """
   mask = np.zeros(len(class_names), bool)
   if isinstance(given, str | int):
@@ -441,7 +442,7 @@ def chosen_classes(
 
 
 def _names(key: str, given: Sequence[str | int]) -> Iterable[str]:
-  """Yields the names of a list, those in files too."""
+  """Yields the names in a list, including those in its files."""
   for name in given:
     if not isinstance(name, str):
       raise UserError(f'data.{key} has {name!r}; it must be names, or one number')
@@ -457,7 +458,7 @@ def _names(key: str, given: Sequence[str | int]) -> Iterable[str]:
 
 
 def _place(key: str, name: str, class_names: Sequence[str], among: np.ndarray) -> int:
-  """Returns the number of a class, by its name as `class_vectors` matches it."""
+  """Returns the number of a class, with names matched as in `class_vectors`."""
   loose = {words_of(known): label for label, known in enumerate(class_names)}
   label = class_names.index(name) if name in class_names else loose.get(words_of(name))
   if label is None:

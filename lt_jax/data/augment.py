@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 GREY = np.array([[[0.299, 0.587, 0.114]]])
-"""Weights of red, green and blue in the brightness that is seen (ITU-R BT.601)."""
+"""Weights of red, green and blue in perceived brightness (ITU-R BT.601)."""
 
 PAD_MODES = {'zero': 'constant', 'reflect': 'reflect'}
 
@@ -19,11 +19,11 @@ UNITS = {'none': None, 'l1': 1, 'l2': 2}
 
 
 def unit(images: jax.Array, norm: str) -> jax.Array:
-  """Divides each float array by its norm; one of zeros stays as it is.
+  """Divides each float array by its norm; arrays of zeros stay as they are.
 
   Args:
     images: (B, H, W, channels) float.
-    norm: a key of `UNITS`; 'none' divides by nothing.
+    norm: a key of `UNITS`; 'none' does nothing.
   """
   order = UNITS[norm]
   if order is None:
@@ -33,7 +33,7 @@ def unit(images: jax.Array, norm: str) -> jax.Array:
 
 
 def white(images: jax.Array) -> float:
-  """Returns what is 1 once images are normalised: 255, or 1 of float arrays."""
+  """Returns the value of white: 255, or 1 for float arrays."""
   return 255.0 if images.dtype == jnp.uint8 else 1.0
 
 
@@ -47,9 +47,9 @@ def normalise(
 
   Args:
     images: (B, H, W, channels), uint8 or float.
-    mean: a value a channel, or one for all, on the scale where white is 1.
+    mean: one value per channel, or one for all, on a scale where white is 1.
     std: the same.
-    most: what is white; None tells it by the type.
+    most: the value of white; None derives it from the type.
   """
   most = white(images) if most is None else most
   scale = jnp.asarray(1.0 / (most * jnp.asarray(std, jnp.float32)))
@@ -59,14 +59,14 @@ def normalise(
 
 
 def moments(images: np.ndarray, norm: str = 'none') -> tuple[np.ndarray, np.ndarray]:
-  """Returns mean and deviation of each channel, as `normalise` takes them, on the host.
+  """Returns mean and deviation of each channel for `normalise`, on the host.
 
   Args:
     images: (N, H, W, channels), uint8 or float.
-    norm: of `unit`, which goes before.
+    norm: for `unit`, which is applied first.
 
   Returns:
-    (channels,) each, float64; the deviation of what is constant is 1.
+    (channels,) each, float64; the deviation of constant channels is 1.
   """
   pixels = math.prod(images.shape[:-1])
   chunks = np.array_split(images, math.ceil(images.size / 2**22))
@@ -84,11 +84,11 @@ def moments(images: np.ndarray, norm: str = 'none') -> tuple[np.ndarray, np.ndar
 def pad_crop(
   key: jax.Array, images: jax.Array, *, pad: int, mode: str = 'zero'
 ) -> jax.Array:
-  """Pads every image on all sides and takes a random window of the first size.
+  """Pads every image on all sides and takes a random window of its original size.
 
   Args:
     key: random key.
-    images: (B, H, W, channels), usually raw uint8, so that zero is black.
+    images: (B, H, W, channels), usually raw uint8, so zero is black.
     pad: pixels on each side.
     mode: 'zero' or 'reflect'.
 
@@ -108,17 +108,17 @@ def pad_crop(
 
 
 MAPS = ('label', 'pseudo_label')
-"""What a batch may tell of every pixel, as classes or -1."""
+"""Entries of a batch that can be label maps, with classes or -1."""
 
 
 def with_maps(
   move: Callable[[jax.Array], jax.Array], batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """Moves the pixels of images, and their label maps in the same way.
+  """Moves the pixels of images and of their label maps in the same way.
 
   Args:
-    move: (B, H, W, channels) -> the same with its pixels elsewhere; new ones are 0.
-    batch: with 'image', and perhaps `MAPS` (B, H, W). New pixels are -1 there.
+    move: (B, H, W, channels) -> the same with its pixels moved; new ones are 0.
+    batch: with 'image' and optionally `MAPS` (B, H, W), where new pixels are -1.
   """
   moved = {**batch, 'image': move(batch['image'])}
   for name in MAPS:
@@ -148,8 +148,8 @@ def colour_jitter(key: jax.Array, images: jax.Array, *, strength: float) -> jax.
   Returns:
     (B, H, W, 3) float32 on the same scale.
 
-  Source: torchvision's ColorJitter with equal strengths and no hue, but for its
-  rounding to whole numbers after each change.
+  Source: torchvision's ColorJitter with equal strengths and no hue, but without its
+  rounding to integers after each change.
   """
   batch = len(images)
   order_key, *factor_keys = jax.random.split(key, 4)

@@ -1,4 +1,4 @@
-"""Decodes images of any kind on the host, and crops them to one size."""
+"""Decodes image files on the host, and crops them to one size."""
 
 import contextlib
 import functools
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
   from PIL.Image import Image
 
 MAX_PIXELS = 2**28
-"""Above this an image is taken for a mistake or an attack."""
+"""A larger image is treated as a mistake or an attack."""
 
 FULL_PIXELS = 2**28 // 3
-"""Above this an image is decoded at half its scale: 256 MiB as RGB."""
+"""A larger image is decoded at half its scale: 256 MiB as RGB."""
 
-_STRIP = 512  # rows that are converted at a time, a multiple of all divisors
-_LARGE = threading.Lock()  # of large images one is decoded at a time
+_STRIP = 512  # rows converted at a time, a multiple of all divisors
+_LARGE = threading.Lock()  # large images are decoded one at a time
 
-# Without this limit Pillow would hand a PostScript file to an interpreter.
+# Without this list Pillow would pass PostScript files to an interpreter.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF')
-# What the decoders of Pillow raise on damaged files.
+# What Pillow's decoders raise for damaged files.
 DECODE_ERRORS = (OSError, EOFError, IndexError, SyntaxError, ValueError)
 DECODE_ERRORS += (struct.error, zlib.error)
-_JPEG_MODELS = ('YCbCr', 'Gray', 'RGB')  # which both decoders turn into the same RGB
-# How libjpeg speaks of faults after which pixels are missing; it fills them with grey.
+_JPEG_MODELS = ('YCbCr', 'Gray', 'RGB')  # both decoders give the same RGB for these
+# Parts of libjpeg's messages when pixels are missing; it fills these with grey.
 _PIXELS_LOST = ('premature end', 'bad huffman', 'bad arithmetic', 'found marker')
 
 
 def open_image(file: BinaryIO) -> 'Image':
-  """Opens an image file; nothing but its header is decoded.
+  """Opens an image file; decodes only its header.
 
-  As `Image.open`, but without Pillow's limit, a global that photographs of phones are
-  above: the size is the caller's to check.
+  Like `Image.open`, but without Pillow's global size limit, which phone photographs
+  exceed. The caller must check the size.
 
   Args:
     file: a JPEG, PNG, WebP, BMP or GIF file.
@@ -68,10 +68,10 @@ def open_image(file: BinaryIO) -> 'Image':
 def _open_by_pillow(
   encoded: bytes, where: str
 ) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-  """Returns what `_open` does, of any image; it is decoded by then.
+  """Returns the same as `_open` for any image, which is decoded right away.
 
-  Transparency is dropped, of 16 bits the upper eight are kept, and of an animation the
-  first frame.
+  Drops transparency; keeps the upper eight of 16 bits, and the first frame of an
+  animation.
 
   Raises:
     UserError: it is empty, damaged, not an image or larger than `MAX_PIXELS`.
@@ -89,7 +89,7 @@ def _open_by_pillow(
       image.load()
       return size, functools.partial(_to_pixels, image)
     with _LARGE:
-      image.draft(None, tuple(side // least for side in size))  # of JPEG alone
+      image.draft(None, tuple(side // least for side in size))  # only affects JPEG
       drafted = image.size != size
       half = Image.fromarray(_to_pixels(image, 1 if drafted else least))
     return size, lambda divisor: _to_pixels(half, divisor // least)
@@ -102,29 +102,29 @@ def _open_by_pillow(
 
 
 def least_divisor(width: int, height: int) -> int:
-  """Returns 2 of an image that is decoded at half its scale at most, else 1."""
+  """Returns 2 for an image to decode at half its scale or less, else 1."""
   return 2 if width * height > FULL_PIXELS else 1
 
 
 def _check_size(width: int, height: int, where: str) -> None:
-  """Raises a `UserError` for more pixels than `MAX_PIXELS`."""
+  """Raises a `UserError` for an image of more than `MAX_PIXELS`."""
   if width * height > MAX_PIXELS:
-    raise UserError(f'{where}: an image of more than {MAX_PIXELS:,} pixels: resize it')
+    raise UserError(f'{where}: an image of more than {MAX_PIXELS:,} pixels; resize it')
 
 
 def _damaged(where: str, error: Exception) -> UserError:
-  """Returns the error of an image that a decoder refuses."""
+  """Returns the error for an image that a decoder rejects."""
   reason = ' '.join(str(error).split()) or type(error).__name__
   return UserError(f'{where}: a damaged image: {reason}')
 
 
 def _to_pixels(image: 'Image', divisor: int) -> np.ndarray:
-  """Returns an image as RGB, the means of blocks of divisor x divisor pixels.
+  """Returns an image as RGB, averaged over blocks of divisor x divisor pixels.
 
-  It is converted strip by strip, as every copy of a large image takes a lot of memory.
+  It is converted strip by strip, because copies of a large image need much memory.
   """
   image.load()
-  image.info.pop('transparency', None)  # which draws a warning when it is dropped
+  image.info.pop('transparency', None)  # dropping it causes a warning otherwise
   width, height = image.size
   made = np.empty((-(-height // divisor), -(-width // divisor), 3), np.uint8)
   for top in range(0, height, _STRIP):
@@ -219,7 +219,7 @@ def _read_jpeg(
   except ValueError as error:
     if any(lost in str(error).lower() for lost in _PIXELS_LOST):
       raise _damaged(where, error) from None
-    # Strict is strict about harmless things too, a few bytes too many among them.
+    # Strict mode also rejects harmless things, such as a few extra bytes.
     return _open_by_pillow(encoded, where)[1](divisor)
 
 
@@ -234,31 +234,31 @@ def random_resized_crop(
 ) -> np.ndarray:
   """Returns a random window of an encoded image, resized to a square.
 
-  The window has the area a * W * H, with a uniform on `scale`, and the width over the
-  height r, with log r uniform on log `ratio`; its place is uniform. If ten such windows
-  do not fit, it is the largest central one whose r is within `ratio`.
+  The window has the area a * W * H, with a uniform on `scale`, and the aspect ratio
+  (width over height) r, with log r uniform on log `ratio`; its position is uniform. If
+  ten such windows do not fit, it is the largest central one whose r is within `ratio`.
 
-  A window with sides of 2, 4 or 8 times `size` is taken from the image at 1/2, 1/4 or
-  1/8, which the decoder makes from the low frequencies alone. An image of more than
-  `FULL_PIXELS` is taken at 1/2 at most.
+  If the window's sides are at least 2, 4 or 8 times `size`, the image is decoded at
+  1/2, 1/4 or 1/8, which the decoder makes from the low frequencies alone. An image of
+  more than `FULL_PIXELS` is decoded at 1/2 or less.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
     where: its name, for messages.
-    generator: of the random numbers; one for each image, made from the seed and the
-      position in the run, makes the crop a function of these two.
+    generator: for the random numbers. If each image has its own, made from the seed and
+      the position in the run, the crop is a function of these two.
     size: side of the square in pixels.
-    scale: least and greatest share of the area.
-    ratio: least and greatest width over height.
+    scale: smallest and largest share of the area.
+    ratio: smallest and largest aspect ratio.
 
   Returns:
-    (size, size, 3) uint8, bilinear and antialiased. With a side of the window below
-    2 * `size`, within one grey level of what Pillow and torchvision give. Above, on
-    photographs, 1.4 from it on average over the pixels, 4.5 in the worst image, and 56
-    in the worst pixel.
+    (size, size, 3) uint8, bilinear and antialiased. If a side of the window is below
+    2 * `size`, within one grey level of Pillow and torchvision. Otherwise, on
+    photographs, it differs by 1.4 grey levels on average over the pixels, 4.5 in the
+    worst image, and 56 in the worst pixel.
 
   Raises:
-    UserError: as `pixels` does.
+    UserError: as for `pixels`.
 
   Source: Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842, section 6, in
     the form of torchvision's RandomResizedCrop.
@@ -277,25 +277,25 @@ def random_resized_crop(
 
 
 def center_crop(encoded: bytes, where: str, *, size: int, resize: int) -> np.ndarray:
-  """Returns the central square of an encoded image whose short side is first resized.
+  """Resizes an encoded image by its short side and returns the central square.
 
   The long side becomes floor(resize * long / short), and the window begins at
-  round((side - size) / 2), halves to even. The image is decoded in full, or at half its
-  scale if it has more than `FULL_PIXELS`.
+  round((side - size) / 2), with halves rounded to even. The image is decoded in full,
+  or at half its scale if it has more than `FULL_PIXELS`.
 
   Args:
     encoded: a JPEG, PNG, WebP, BMP or GIF file.
     where: its name, for messages.
     size: side of the square in pixels.
-    resize: the short side in pixels, `size` at least.
+    resize: the short side in pixels, at least `size`.
 
   Returns:
     (size, size, 3) uint8, bilinear and antialiased.
 
   Raises:
-    UserError: as `pixels` does, or the square does not fit.
+    UserError: as for `pixels`, or the square does not fit.
 
-  Source: torchvision's Resize and CenterCrop, which it follows to one grey level.
+  Source: torchvision's Resize and CenterCrop, which it matches to one grey level.
   """
   if size > resize:
     raise UserError(f'a crop of {size} pixels out of a short side of {resize}')
@@ -308,19 +308,19 @@ def center_crop(encoded: bytes, where: str, *, size: int, resize: int) -> np.nda
     end = min((start + size) * side / resized, side)
     box.append((start * side / resized / least, end / least))
   (left, right), (top, bottom) = box
-  # Only the square is computed: a strip of 1 x 30,000 would become one of 256 x 7.7
+  # Compute only the square: resizing a strip of 1 x 30,000 would make one of 256 x 7.7
   # million.
   window = (left, top, right, bottom)
   return _resized(image, size, window)
 
 
 class Crop(NamedTuple):
-  """Brings encoded images of any size to a square.
+  """Crops encoded images of any size to squares.
 
   Attributes:
-    size: its side in pixels.
+    size: side of the square in pixels.
     resize: the short side of an image before the central square is taken.
-    area: least share of an image that a random window has; 1: all of it, of a square.
+    area: the smallest share of an image in a random window; 1: the whole of a square.
   """
 
   size: int
@@ -366,9 +366,9 @@ def _resized(
 ) -> np.ndarray:
   """Returns a window (left, top, right, bottom) of an image as a square.
 
-  Pillow does it where `cykooz.resizer` is not installed: it takes longer, and its
-  values differ by one in an eighth of all places; on real photographs by two in one of
-  7.5 million.
+  If `cykooz.resizer` is not installed, Pillow does it. It is slower, and its values
+  differ by one in an eighth of all pixels; on real photographs by two in one of 7.5
+  million.
   """
   resizer = _optional('cykooz_resizer')
   if resizer is None:
@@ -388,7 +388,7 @@ def _resized(
 def _resized_by_pillow(
   image: np.ndarray, size: int, box: tuple[float, float, float, float]
 ) -> np.ndarray:
-  """Returns what `_resized` does, bit for bit as torchvision has it."""
+  """Does what `_resized` does, bit for bit like torchvision."""
   from PIL import Image
 
   square = Image.fromarray(image).resize(

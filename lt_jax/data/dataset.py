@@ -1,4 +1,4 @@
-"""A data set as a run uses it: a source, cut into its splits."""
+"""A data set as a run uses it: a source, divided into splits."""
 
 import functools
 import hashlib
@@ -18,34 +18,34 @@ from lt_jax.data.streams import Split
 from lt_jax.errors import UserError, class_names
 
 RESIDENT_LIMIT = 4 * 2**30
-"""Bytes of images up to which a source is kept in device memory."""
+"""The largest source, in bytes of images, to keep in device memory."""
 
 
 TESTS = ('test', 'open_test')
-"""Splits that are evaluated on, and nothing else."""
+"""Splits that are only used for evaluation."""
 
 
 class Dataset(NamedTuple):
   """The splits of an experiment.
 
-  Test sets stand apart, so that nothing that is fitted, chosen or calibrated can be
-  given one by mistake.
+  Test sets are kept apart, so nothing that is fitted, chosen or calibrated can get one
+  by mistake.
 
   Attributes:
-    splits: what a run may learn from: 'train' and, where asked for, 'val', 'meta' and
+    splits: what a run can learn from: 'train' and, if requested, 'val', 'meta' and
       'open_val'; open images have label -1.
-    tests: what it is evaluated on: 'test' and perhaps 'open_test'.
-    counts: (C,) int, training images of each known class; its training pixels where
-      labels are maps.
+    tests: what it is evaluated on: 'test' and optionally 'open_test'.
+    counts: (C,) int, training images per known class; training pixels if labels are
+      maps.
     class_names: names of the C known classes.
     image_shape: (H, W, channels).
-    fingerprint: SHA-256 of what is trained and evaluated on.
-    passed_over: lines that tell of what the source has but the run does not use.
-    dtype: of the images, 'uint8' or, of features and other arrays, 'float32'.
-    described: descriptions of the C classes; None without any.
-    unseen: (C,) bool, classes that have only test images; None: there are no such.
-    val_classes: (C,) bool, seen classes by which what is chosen for unseen ones is
-      chosen; None likewise.
+    fingerprint: SHA-256 of the data trained and evaluated on.
+    passed_over: lines about data of the source that the run does not use.
+    dtype: of the images: 'uint8', or 'float32' for features and other arrays.
+    described: descriptions of the C classes; None if there are none.
+    unseen: (C,) bool, classes that have only test images; None if there are none.
+    val_classes: (C,) bool, seen classes that play unseen ones for validation; None if
+      there are none.
   """
 
   splits: dict[str, Split]
@@ -62,7 +62,7 @@ class Dataset(NamedTuple):
 
   @property
   def class_vectors(self) -> np.ndarray | None:
-    """(C, A) float64, the descriptions of the classes; None without any."""
+    """(C, A) float64, the descriptions of the classes; None if there are none."""
     return None if self.described is None else self.described.vectors
 
   @property
@@ -72,12 +72,12 @@ class Dataset(NamedTuple):
 
   @property
   def counted(self) -> str:
-    """What `counts` are of: every image, or every pixel, has a label."""
+    """What `counts` counts: 'images' or 'pixels'."""
     return 'pixels' if self.of_pixels else 'images'
 
   @property
   def every(self) -> dict[str, Split]:
-    """All splits by name, for looking at data rather than learning from them."""
+    """All splits by name, for inspecting data rather than learning from them."""
     return {**self.splits, **self.tests}
 
 
@@ -120,52 +120,49 @@ def load_dataset(
   Args:
     source: such as 'digits' or 'tfds:NAME', see `lt_jax.data.sources.load_source`.
     to_device: puts the images of a small source into device memory.
-    dir: the folder of TFDS data sets, TFDS's own default if empty; of images that are
-      listed, the folder of the lists if empty.
-    size: side that images in memory are brought to, once; 0: their own.
+    dir: the folder of TFDS data sets, TFDS's default if empty; for listed images, the
+      folder they are relative to, that of the lists if empty.
+    size: side that images in memory are resized to, once; 0 keeps their own.
     channels: likewise; grey is repeated.
-    seed: of splits and subset; the same in all runs of a table.
+    seed: for splits and subset; the same in all runs of a table.
     subset: 'seeded' draws at random, 'stored' takes the first images of each class.
-    keep_classes: the classes that are used, as if there were no others: a file with a
-      name a line, or names with + between them; empty: all.
+    keep_classes: the classes to use, as if there were no others: a file with one name
+      per line, or names joined by +; empty: all.
     known_classes: classes from this one on form the open set; 0: all are known.
     profile: a key of `longtail.PROFILES`.
-    n_max: images of the largest class; stated, never derived from the source.
+    n_max: images of the largest class; never derived from the source.
     imbalance: n_max / n_min.
-    test_per_class: test images a class, taken out of the training images first; 0: the
-      source's own test split.
-    val_per_class: validation images a class, taken out next; 0: the source's own
+    test_per_class: test images per class, split off the training images first; 0: use
+      the source's test split.
+    val_per_class: validation images per class, split off next; 0: use the source's
       validation split, if it has one.
-    meta_per_class: images a class of a balanced meta set, taken out next.
-    meta_in_train: puts them back into training, on top of the tail that was cut from
-      the rest.
-    open_val_per_class: open validation images a class.
-    open_test_per_class: open test images a class. A source with a split of open images
-      has them as its open test set.
-    train_split: the split of the source that is trained on.
-    test_split: the split of the source that is tested on.
-    meta_split: the split of the source that the meta set is taken from, 'train' or
-      'val'.
-    fake: of the source 'fake', see `generated.sources`.
-    image_size: side of the square that images of many sizes are brought to, on the
-      host; 0: they have one size.
+    meta_per_class: images per class of a balanced meta set, split off next.
+    meta_in_train: puts these back into training, on top of the tail cut from the rest.
+    open_val_per_class: open validation images per class.
+    open_test_per_class: open test images per class. If the source has a split of open
+      images, that is the open test set.
+    train_split: the split of the source to train on.
+    test_split: the split of the source to test on.
+    meta_split: the split of the source to take the meta set from, 'train' or 'val'.
+    fake: for the source 'fake', see `generated.sources`.
+    image_size: side of the square that images of many sizes are cropped to on the host;
+      0: they have one size.
     resize: their short side in evaluation, before the central square is taken.
-    crop_area: least share of an image that random crops of it have in training.
+    crop_area: smallest share of an image in a random crop for training.
     class_vectors: files that describe the known classes, see `attributes`; none: the
-      source's own, if it has such.
+      source's own, if it has any.
     unseen: classes of which no image, or pixel, is trained or validated on, see
-      `attributes.chosen_classes`; none: those that the source says are unseen. Where
-      test images come from the split that is trained on, they are those of these
-      classes alone.
-    val_classes: seen classes that stand in for unseen ones where something is chosen.
-    window: (height, width) of the random windows that are trained on where labels are
-      maps, see `masks.Window`; (): whole images.
-    scale: least and greatest factor by which they are resized before.
-    resize_to: (height, width) that images with label maps are brought to before; ():
-      their own. Their maps are evaluated on as they are.
+      `attributes.chosen_classes`; none: the classes that the source says are unseen. If
+      training and test images come from the same split, only unseen classes are tested.
+    val_classes: seen classes that play unseen ones for validation.
+    window: (height, width) of the random windows to train on if labels are maps, see
+      `masks.Window`; (): whole images.
+    scale: smallest and largest factor to resize these images by first.
+    resize_to: (height, width) to resize images with label maps to before that; ():
+      their own size. Evaluation uses their maps as they are.
 
   Raises:
-    UserError: the source cannot serve the splits; it names the class.
+    UserError: the source cannot provide the splits; it names the class.
   """
   sources = _opened(source, dir, fake, size, channels)
   if keep_classes and any(hasattr(one, 'label_map') for one in sources.values()):
@@ -202,7 +199,7 @@ def load_dataset(
   views = _views(pool, known, class_vectors, unseen, val_classes, seed)
   seen = ~views.unseen
   counts = _train_counts(pool, seen[:known], profile, n_max, imbalance)
-  if counts is None and meta_in_train:  # the rest may be nothing: they are put back
+  if counts is None and meta_in_train:  # the rest can be empty: they are put back
     taken = test_per_class + val_per_class + meta_per_class
     counts = np.maximum(np.bincount(pool.labels, minlength=known)[:known] - taken, 0)
     counts *= seen[:known]
@@ -238,7 +235,7 @@ def load_dataset(
 def _opened(
   source: str, data_dir: str, fake: Mapping[str, int] | None, size: int, channels: int
 ) -> dict[str, Any]:
-  """Returns split -> source, with arrays brought to one size and number of channels."""
+  """Returns split -> source, with arrays of one size and number of channels."""
   if source == 'fake':
     sources = generated.sources(**(fake or {}))
   else:
@@ -247,12 +244,12 @@ def _opened(
 
 
 def _check_whole(source: str, **options: float) -> None:
-  """Refuses what speaks of the labels or the sizes of single images."""
+  """Refuses options for labels or sizes of whole images."""
   for name, value in options.items():
     if value:
       raise UserError(
         f'data.{name} is for images of one class each, but {source!r} has label maps: '
-        'leave it as it is'
+        'leave it at its default'
       )
 
 
@@ -265,13 +262,13 @@ def _with_maps(
   to_device: Callable[[np.ndarray], Any],
   unseen: np.ndarray,
 ) -> Dataset:
-  """Returns the data set of sources with label maps, whose splits are taken whole.
+  """Returns the data set of sources with label maps, with their splits unchanged.
 
-  A source that is only trained on, as GTA5 is, needs no test split. Pixels of unseen
-  classes (C,) are void but in test images.
+  A source used only for training, like GTA5, needs no test split. Pixels of unseen
+  classes (C,) are void except in test images.
 
   Raises:
-    UserError: a split of which no pixel has a class, or images to test on without maps.
+    UserError: no pixel of a split has a class, or test images have no maps.
   """
   used = {'train': pool}
   if 'val' in sources and test_split != 'val':
@@ -284,7 +281,7 @@ def _with_maps(
   for split, (one, rows) in splits.items():
     labelled = [one.has_map(row) for row in rows]
     if split != 'train' and not all(labelled):
-      one.label_map(labelled.index(False))  # which says what is missing
+      one.label_map(labelled.index(False))  # raises an error that says what is missing
     if any(labelled) and not one.class_pixels(rows).any():
       raise UserError(f'{name}: every pixel of the split {split!r} is void')
   crops = {split: window(*part, split) for split, part in splits.items()}
@@ -305,19 +302,19 @@ def _window(
   scale: Sequence[float],
   resize_to: Sequence[int],
 ) -> Window | None:
-  """Returns how images with label maps are cropped; None if they lie in memory.
+  """Returns how to crop images with label maps; None if they are in memory.
 
   Raises:
-    UserError: sizes that cannot be.
+    UserError: impossible sizes.
   """
   for key, pair in (('window', window), ('resize_to', resize_to)):
     whole = all(isinstance(side, int) and side > 0 for side in pair)
     if len(pair) not in (0, 2) or not whole:
       raise UserError(f'data.{key} is {pair!r}; it must be () or (height, width)')
   if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-    raise UserError(f'data.scale is {scale!r}; it must be (least, greatest)')
+    raise UserError(f'data.scale is {scale!r}; it must be (smallest, largest)')
   if not window and tuple(scale) != (1, 1):
-    raise UserError('data.scale needs data.window, the size of what is trained on')
+    raise UserError('data.scale needs data.window, the size of training windows')
   if getattr(source, 'images', None) is not None:
     if window or resize_to:
       raise UserError(
@@ -344,7 +341,7 @@ def _window(
 
 
 def _pool(sources: Mapping[str, Any], train_split: str, name: str) -> Any:
-  """Returns the split that training images are drawn from."""
+  """Returns the split to draw training images from."""
   if train_split not in sources:
     raise UserError(
       f'source {name!r} has no split named {train_split}, only {", ".join(sources)}: '
@@ -354,7 +351,7 @@ def _pool(sources: Mapping[str, Any], train_split: str, name: str) -> Any:
 
 
 def _known(known_classes: int, pool: Any, name: str) -> int:
-  """Returns how many classes are known, the first ones; the others are open."""
+  """Returns the number of known classes; these come first, the others are open."""
   num_classes = len(pool.class_names)
   known = known_classes or num_classes
   if not 1 <= known <= num_classes:
@@ -365,11 +362,11 @@ def _known(known_classes: int, pool: Any, name: str) -> int:
 
 
 class _Views(NamedTuple):
-  """What is known of classes beyond their images.
+  """What is known about classes apart from their images.
 
   Attributes:
-    described: of the known ones; None for nothing.
-    unseen: (C,) bool over all classes, the open ones too.
+    described: descriptions of the known classes; None if there are none.
+    unseen: (C,) bool over all classes, including open ones.
     val_classes: likewise.
   """
 
@@ -401,7 +398,7 @@ def _views(
   val_classes: Sequence[str | int],
   seed: int,
 ) -> _Views:
-  """Returns what a config, or else the source, says of classes."""
+  """Returns the views of classes from the config, or else from the source."""
   names = tuple(pool.class_names)
   is_known = np.arange(len(names)) < known
   own, block = getattr(pool, 'described', None), None
@@ -421,7 +418,7 @@ def _views(
 def _train_counts(
   pool: Any, seen: np.ndarray, profile: str, n_max: int, imbalance: float
 ) -> np.ndarray | None:
-  """Returns (known,) training images by a profile over the seen classes; see there."""
+  """Returns (known,) training images by a profile over the seen classes."""
   with class_names([pool.class_names[c] for c in np.flatnonzero(seen)]):
     counts = longtail.class_counts(profile, int(seen.sum()), n_max, imbalance)
   if counts is None or seen.all():
@@ -432,19 +429,17 @@ def _train_counts(
 
 
 def _is_from_val(meta_split: str, meta_per_class: int, meta_in_train: bool) -> bool:
-  """Returns whether the meta images are taken from those for validation."""
+  """Returns whether meta images come from the validation images."""
   if meta_split not in ('train', 'val'):
-    raise UserError(f"data.meta_split is {meta_split!r}; it is 'train' or 'val'")
+    raise UserError(f"data.meta_split is {meta_split!r}; it must be 'train' or 'val'")
   from_val = meta_split == 'val' and bool(meta_per_class)
   if from_val and meta_in_train:
-    raise UserError(
-      'data.meta_in_train: the meta images are those of another split, val'
-    )
+    raise UserError('data.meta_in_train: the meta images come from another split, val')
   return from_val
 
 
 def _with_meta(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns drawn rows with the meta images among those of training."""
+  """Returns drawn rows with the meta images added to the training images."""
   if 'meta' not in drawn:
     raise UserError('data.meta_in_train needs a meta set: set data.meta_per_class')
   return {**drawn, 'train': np.union1d(drawn['train'], drawn['meta'])}
@@ -457,13 +452,13 @@ def _dataset(
   crop: Crop | Window | None,
   to_device: Callable[[np.ndarray], Any],
 ) -> Dataset:
-  """Puts the images in place and makes a data set of (source, rows) by split.
+  """Makes a data set from (source, rows) by split, and puts its images in place.
 
   Args:
-    sources: all that there are, by their own names.
-    splits: split -> (source, rows), those that are used.
+    sources: all sources, by their own names.
+    splits: split -> (source, rows), the ones in use.
     known: number of known classes.
-    crop: how images are cropped on the host; None where they have one size.
+    crop: how images are cropped on the host; None if they have one size.
     to_device: puts the images of a small source into device memory.
   """
   arrays = {id(s): {} if crop else _resident(s, to_device) for s, _ in splits.values()}
@@ -492,7 +487,7 @@ def _dataset(
 
 
 def _passed_over(sources: Mapping[str, Any], used: Sequence[Any]) -> tuple[str, ...]:
-  """Returns lines that tell of what the source has but the run does not use."""
+  """Returns lines about data of the source that the run does not use."""
   ids = {id(one) for one in used}
   unused = [name for name, one in sources.items() if id(one) not in ids]
   told = passed_over({n: one for n, one in sources.items() if n not in unused})
@@ -507,18 +502,18 @@ def _own_splits(
   cut: bool,
   seen: np.ndarray,
 ) -> dict[str, Any]:
-  """Returns the splits that the source has beside 'train', open classes apart.
+  """Returns the source's splits other than 'train', with open classes separate.
 
   Args:
     sources: split -> source.
     known: number of known classes; the others are open.
-    name: of the source.
-    test_split: the split that is tested on.
-    cut: the test set is cut from the training images instead.
-    seen: (C,) bool; of other classes there are only test images.
+    name: name of the source.
+    test_split: the split to test on.
+    cut: the test set is split off the training images instead.
+    seen: (C,) bool; other classes only have test images.
 
   Returns:
-    'val', 'test' and 'open_test', as far as there are such -> (source, rows).
+    'val', 'test' and 'open_test', if they exist -> (source, rows).
   """
   splits = {}
   if 'val' in sources and (cut or test_split != 'val'):
@@ -530,7 +525,7 @@ def _own_splits(
       instead = ", or data.test_split to 'val' to test on that" if has_val else ''
       raise UserError(
         f'source {name!r} has no {test_split} split, only {", ".join(sources)}: set '
-        f'data.test_per_class to cut one{instead}'
+        f'data.test_per_class to split one off{instead}'
       )
     test = sources[test_split]
     is_known = test.labels < known
@@ -574,14 +569,14 @@ def _meta_from_val(
 def _crop(
   pool: Any, name: str, image_size: int, resize: int, area: float
 ) -> Crop | None:
-  """Returns how images are cropped; None where they have one size and keep it."""
+  """Returns how to crop images; None if they have one size and keep it."""
   if not image_size:
     if None in pool.image_shape:
       raise UserError(f'the images of {name!r} differ in size: set data.image_size')
     return None
   if not hasattr(pool, 'encoded'):
     raise UserError(
-      f'the images of {name!r} lie in memory as {pool.image_shape}: set '
+      f'the images of {name!r} are in memory as {pool.image_shape}: set '
       'data.image_size to 0, which is for files of many sizes'
     )
   if resize < image_size:

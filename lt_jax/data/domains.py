@@ -15,12 +15,12 @@ from lt_jax.errors import UserError, lookup, suggest
 
 
 class Joined:
-  """Sources behind one another, as one source; see `lt_jax.data.sources`.
+  """Several sources concatenated into one; see `lt_jax.data.sources`.
 
   Attributes:
     parts: the sources.
     labels: (N,) int32.
-    class_names: of the first, which all share.
+    class_names: those of the first source, which all share.
     image_shape: likewise.
     dtype: of the images, likewise.
   """
@@ -55,7 +55,7 @@ class Joined:
     return part.encoded(own)
 
   def _where(self, row: int) -> str:
-    """Returns what an image is called in messages."""
+    """Returns the name of an image for messages."""
     part, own = self._at(row)
     return part.where(own)
 
@@ -65,7 +65,7 @@ class Joined:
     return part.label_map(own)
 
   def _class_pixels(self, rows: np.ndarray) -> np.ndarray:
-    """Returns (n, C) the pixels of each class in some images."""
+    """Returns (n, C) pixels per class of some images."""
     every = [part.class_pixels(np.arange(len(part))) for part in self.parts]
     return np.concatenate(every)[rows]
 
@@ -75,13 +75,13 @@ class Joined:
     return part.has_map(own)
 
   def check_size(self, row: int, label: np.ndarray, size: tuple[int, int]) -> None:
-    """Refuses a label map that is not as large as its image."""
+    """Refuses a label map whose size differs from its image's."""
     part, own = self._at(row)
     part.check_size(own, label, size)
 
 
 class _Places(NamedTuple):
-  """Where the images of several sources lie once they are behind one another.
+  """Where the images of several concatenated sources are.
 
   Attributes:
     source: all of them as one.
@@ -95,20 +95,20 @@ class _Places(NamedTuple):
 
 
 def _places(splits: Sequence[Split]) -> _Places:
-  """Returns the images that splits are of behind one another, each source once."""
+  """Concatenates the sources of splits, each source once."""
   of_source = {id(split.source): split for split in splits}
   sources = [split.source for split in of_source.values()]
   starts = np.cumsum([0, *(len(source) for source in sources)]).tolist()
   at = dict(zip(of_source, starts[:-1], strict=True))
   arrays = [split.arrays for split in of_source.values()]
-  lie_so = [split.offset for split in of_source.values()] == starts[:-1]
-  if lie_so and all(one is arrays[0] for one in arrays):  # see `seen_through`
+  aligned = [split.offset for split in of_source.values()] == starts[:-1]
+  if aligned and all(one is arrays[0] for one in arrays):  # see `seen_through`
     return _Places(Joined(sources), at, arrays[0])
   return _Places(Joined(sources), at, _concatenated(arrays) if all(arrays) else {})
 
 
 def _compound(splits: Sequence[Split], places: _Places) -> Split:
-  """Returns splits of several domains as one, which tells the domain of each image."""
+  """Returns splits of several domains as one that knows each image's domain."""
   rows = [places.starts[id(split.source)] + split.rows for split in splits]
   return Split(
     source=places.source,
@@ -123,7 +123,7 @@ def _compound(splits: Sequence[Split], places: _Places) -> Split:
 
 
 def _one_crop(crops: Sequence[Any]) -> Any:
-  """Returns the crop of several domains: of label maps on the largest canvas."""
+  """Returns the crop of several domains; for label maps on the largest canvas."""
   if not isinstance(crops[0], Window):
     return crops[0]
   sides = zip(*(one.canvas for one in crops), strict=True)
@@ -131,7 +131,7 @@ def _one_crop(crops: Sequence[Any]) -> Any:
 
 
 def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns the arrays behind one another, or their shapes where they are shapes."""
+  """Returns the concatenated arrays, or their shapes if they are shapes."""
 
   def concatenate(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
@@ -141,10 +141,10 @@ def _concatenated(arrays: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def joined(domains: Mapping[str, Dataset]) -> Dataset:
-  """Returns several labelled domains as one data set, whose batches tell the domain.
+  """Returns several labelled domains as one data set, whose batches have the domain.
 
-  A split is joined where every domain has it. Where all images lie in device memory,
-  so do those of the result, once: see `seen_through` for those of the domains.
+  A split is joined if every domain has it. If all images are in device memory, so are
+  those of the result. `seen_through` then makes the domains share these arrays.
 
   Raises:
     UserError: their classes or image shapes differ.
@@ -173,12 +173,12 @@ def joined(domains: Mapping[str, Dataset]) -> Dataset:
 
 
 def seen_through(dataset: Dataset, joint: Dataset, number: int) -> Dataset:
-  """Returns a domain whose arrays are those of the joint data, so that they lie once.
+  """Returns a domain that shares the arrays of the joint data, to save memory.
 
   Args:
     dataset: the domain.
     joint: what `joined` made of it and others.
-    number: the place of the domain among them.
+    number: the position of the domain among them.
   """
 
   def through(own: Mapping[str, Split], whole: Mapping[str, Split]) -> dict[str, Split]:
@@ -207,13 +207,13 @@ def united(
 ) -> dict[str, Dataset]:
   """Returns domains with labels in the union of the classes of several sources.
 
-  A class is called DOMAIN/NAME in the union, or as `same` says: so classes of two
-  sources are one only where they are told to be. They stand in the order of the
-  sources. Other domains teach no new class: each of theirs must be in the union.
+  In the union a class is called DOMAIN/NAME, or as `same` says, so classes of two
+  sources are only merged if you say so. They are in the order of the sources. Other
+  domains add no classes: each of theirs must be in the union.
 
   Args:
     domains: name -> data.
-    sources: names of those whose classes make the union.
+    sources: names of the domains whose classes make the union.
     same: domain -> {name of a class there: its name in the union}.
 
   Raises:
@@ -235,7 +235,7 @@ def united(
 def _union_names(
   name: str, dataset: Dataset, same: Mapping[str, str], prefixed: bool
 ) -> list[str]:
-  """Returns what the classes of a domain are called in the union."""
+  """Returns the names of a domain's classes in the union."""
   for ours in same:
     lookup(dict.fromkeys(dataset.class_names), f'class of domain {name!r}', ours)
   return [
@@ -247,11 +247,11 @@ def _union_names(
 def _relabelled(
   domain: str, dataset: Dataset, names: Sequence[str], union: Mapping[str, int]
 ) -> Dataset:
-  """Returns a data set whose classes have new names, at their places in a union."""
+  """Returns a data set with its labels moved to their classes in a union."""
   if dataset.described is not None or dataset.unseen is not None:
     raise UserError(
-      f'domain {domain!r}: class_vectors and unseen are of one set of classes, but the '
-      'sources have several'
+      f'domain {domain!r}: class_vectors and unseen need a single set of classes, but '
+      'the sources have several'
     )
   for ours, name in zip(dataset.class_names, names, strict=True):
     if name not in union:
@@ -280,7 +280,7 @@ def _relabelled(
 
 
 def fingerprint(domains: Mapping[str, Dataset]) -> str:
-  """Returns a SHA-256 over the fingerprints of domains; of one it is its own."""
+  """Returns a SHA-256 over the fingerprints of domains; for one, its own."""
   if len(domains) == 1:
     return next(iter(domains.values())).fingerprint
   told = ' '.join(f'{name}:{domains[name].fingerprint}' for name in sorted(domains))
@@ -332,7 +332,7 @@ def _identities(source: Any, rows: Sequence[int]) -> set[str | bytes]:
 
 
 def check_of_pixels(domains: Mapping[str, Dataset]) -> None:
-  """Refuses domains of which some have label maps and others labels of images.
+  """Refuses a mix of domains with label maps and domains with one label per image.
 
   Raises:
     UserError: it names one of each.
@@ -341,16 +341,16 @@ def check_of_pixels(domains: Mapping[str, Dataset]) -> None:
   others = [name for name in domains if name not in maps]
   if others:
     raise UserError(
-      f'domain {maps[0]!r} has label maps, but {others[0]!r} has one label an image'
+      f'domain {maps[0]!r} has label maps, but {others[0]!r} has one label per image'
     )
 
 
 def check_alike(domains: Mapping[str, Dataset], sizes: bool = True) -> None:
-  """Refuses domains that meet in one step but differ in classes or in image shape.
+  """Refuses domains used in the same step that differ in classes or image shape.
 
   Args:
     domains: name -> data.
-    sizes: whether height and width must be the same, too.
+    sizes: whether height and width must be the same too.
 
   Raises:
     UserError: it names the first class, or the shapes, that differ.
@@ -369,7 +369,7 @@ def check_alike(domains: Mapping[str, Dataset], sizes: bool = True) -> None:
       longer = max(one.class_names, other.class_names, key=len)
       raise UserError(
         f'domains {first!r} and {name!r} must have the same classes, but they have '
-        f'{classes[0]} and {classes[1]}: {longer[min(classes)]!r} is in one alone'
+        f'{classes[0]} and {classes[1]}: {longer[min(classes)]!r} is in one only'
       )
     if one.dtype != other.dtype:
       raise UserError(

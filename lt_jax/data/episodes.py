@@ -1,8 +1,8 @@
-"""Episodes: few-shot tasks made of classes that have many images.
+"""Episodes: few-shot tasks made from classes that have many images.
 
-In each, some base classes pretend to be novel: a few of their images are exemplars to
-learn them from. Queries of these and of the other base classes then ask for both. An
-episode is a pure function of (seed, step), as a sampler's epoch is.
+In each, some base classes act as novel ones: a few of their images are exemplars to
+learn them from. The queries come from these and from the other base classes. An episode
+is a pure function of (seed, step), like a sampler's epoch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ class Episodes(NamedTuple):
   """Tasks of one shape.
 
   Attributes:
-    images: N, of the training set.
-    novel: K, the classes that pretend to be novel.
-    queries: Q.
+    images: N, the number of training images.
+    novel: K, the number of classes that act as novel ones.
+    queries: Q, the number of queries.
     draw: (seed, step) -> 'classes' (K,) int32, 'exemplars' (K, M) int32 positions into
-      the training set, 'exemplar_mask' (K, M) bool, false where they are padded,
+      the training set, 'exemplar_mask' (K, M) bool, false for padding,
       'queries' (Q,) int32 positions and 'label' (Q,) int32, the queries' classes.
   """
 
@@ -45,28 +45,28 @@ def episodes(
   queries_base: int,
   shots: Sequence[int] = (1, 2, 5, 10, 20),
 ) -> Episodes:
-  """Returns episodes of `novel` classes pretending, of base classes alone.
+  """Returns episodes of base classes, of which `novel` ones act as novel.
 
-  All classes of an episode have one number of exemplars, drawn from `shots`, but a
-  class always keeps an image to ask for. The novel queries are spread evenly over the
-  K classes, no exemplar among them; the base queries have classes drawn uniformly from
-  the other base classes. Queries of a class repeat only when it has no more images.
+  All classes of an episode have the same number of exemplars, drawn from `shots`, but a
+  class always keeps an image for a query. The novel queries are spread evenly over the
+  K classes and are never exemplars; the base queries have classes drawn uniformly from
+  the other base classes. Queries of a class only repeat when it runs out of images.
 
   Args:
     labels: (N,) int, the training labels.
     base: (C,) bool, the classes that have many images.
     novel: K.
-    queries_novel: queries of the K classes, at least K for one of each.
+    queries_novel: queries of the K classes; K or more give at least one of each.
     queries_base: queries of the other base classes.
-    shots: numbers of exemplars a class; M is the largest.
+    shots: possible numbers of exemplars per class; M is the largest.
 
   Raises:
-    UserError: numbers that make no episode, no class that is not base, fewer than 2
-      that are, or one of these with fewer than 2 images.
+    UserError: impossible numbers, all classes are base, fewer than 2 are, or a base
+      class has fewer than 2 images.
 
   Source: Gidaris and Komodakis, arXiv 1804.09458, and the authors' code: 250 of 389
-  base classes, 1,500 novel and 750 base queries on ImageNet; one number of shots a
-  training run, where here one generator serves them all.
+  base classes, 1,500 novel and 750 base queries on ImageNet. They use one number of
+  shots per training run; here one generator serves all of them.
   """
   base = np.asarray(base, bool)
   pool = np.flatnonzero(base)
@@ -115,20 +115,20 @@ def episodes(
 
 
 def episode_stream(tasks: Episodes, features: Any, *, seed: int) -> Stream:
-  """Returns the endless stream of one episode a step.
+  """Returns the endless stream of one episode per step.
 
-  A batch is an episode with features in place of positions: 'exemplars' (K, M, D) and
+  A batch is an episode with features instead of positions: 'exemplars' (K, M, D) and
   'queries' (Q, D). Its arrays are split over the devices along their first axis, so
   the number of devices must divide K and Q.
 
   Args:
     tasks: the episodes.
-    features: (N, D) of the training images, or their `jax.ShapeDtypeStruct` where they
-      are yet to be computed.
+    features: (N, D) of the training images, or their `jax.ShapeDtypeStruct` if they are
+      not computed yet.
     seed: of the episodes.
 
   Raises:
-    UserError: there is not one feature an image.
+    UserError: there is not one feature per image.
   """
   if len(features.shape) != 2 or features.shape[0] != tasks.images:
     raise UserError(
@@ -144,7 +144,7 @@ def episode_stream(tasks: Episodes, features: Any, *, seed: int) -> Stream:
 def _gather(
   arrays: Mapping[str, jax.Array], payload: Mapping[str, jax.Array], key: jax.Array
 ) -> Batch:
-  """Puts features in place of positions."""
+  """Replaces positions with features."""
   del key
   features = arrays['features']
   taken = {name: features[payload[name]] for name in ('exemplars', 'queries')}
@@ -158,7 +158,7 @@ def _check(
   queries_base: int,
   shots: Sequence[int],
 ) -> None:
-  """Raises a `UserError` where numbers make no episode."""
+  """Raises a `UserError` for numbers that make no episode."""
   count = int(base.sum())
   if count < 2:
     raise UserError(f'episodes: they need 2 base classes, here are {count}')

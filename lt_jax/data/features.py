@@ -1,7 +1,7 @@
 """Image features from files: those of Xian et al., or your own.
 
-An xlsa folder has res101.mat (features, one column an image, and labels from 1) and
-att_splits.mat (descriptions of classes, and which images are for what, from 1).
+An xlsa folder has res101.mat (features, one column per image, and labels counted from
+1) and att_splits.mat (descriptions of classes, and the split of images, from 1).
 """
 
 import hashlib
@@ -23,16 +23,16 @@ from lt_jax.data.mat import read_mat
 from lt_jax.errors import UserError, named_class
 
 PARTS = ('trainval_loc', 'test_seen_loc', 'test_unseen_loc')
-"""The proposed split: positions of images from 1, three parts without overlap."""
+"""The proposed split: positions of images, from 1, in three disjoint parts."""
 
 
 class Features(NamedTuple):
-  """What a file of features holds.
+  """The contents of a file of features.
 
   Attributes:
     x: (N, D) float32.
     label: (N,) int, from 0.
-    names: of the classes; () where the file has none.
+    names: names of the classes; () if the file has none.
   """
 
   x: np.ndarray
@@ -44,15 +44,15 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
   """Opens features with the proposed split, unseen classes and descriptions.
 
   Args:
-    path: a folder with res101.mat and att_splits.mat; or a file of features, .mat, or
-      .npz with 'features' (N, D), 'labels' (N,) from 0 and perhaps 'classes' (C,),
-      whose classes may be in any order.
-    splits: the att_splits.mat; None: in the folder, or in that of the file.
+    path: a folder with res101.mat and att_splits.mat; or a file of features: .mat, or
+      .npz with 'features' (N, D), 'labels' (N,) from 0 and optional 'classes' (C,), in
+      any order.
+    splits: the att_splits.mat; None: next to the features.
 
   Returns:
-    'train', the seen classes' images to learn from; 'test', those of seen and of unseen
-    classes; and 'all', every image, of which a split by class can be made: the standard
-    one is data.train_split='all', data.test_split='all' and its data.unseen.
+    'train', the training images of seen classes; 'test', the test images of seen and
+    unseen classes; and 'all', every image, for splits by class: the standard split is
+    data.train_split='all', data.test_split='all' and its data.unseen.
 
   Raises:
     UserError: a file that is missing or wrong, parts that overlap, or images of unseen
@@ -65,14 +65,14 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
   described = described_by(splits, variables)
   found = _read_features(features)
   names = _class_names(features, found, described)
-  if found.names:  # the order of the descriptions is another
+  if found.names:  # the descriptions have another order
     described = Described(names, class_vectors((splits,), names).vectors)
   parts = _parts(splits, variables, len(found.x))
   label = _checked(features, found.label, len(names))
   unseen = _unseen(splits, parts, label, names)
   images = found.x[:, None, None]
   both = np.sort(np.concatenate([parts['test_seen_loc'], parts['test_unseen_loc']]))
-  told = tuple(
+  lines = tuple(
     f'{os.path.basename(p)}: SHA-256 {digest(p)}' for p in (features, splits)
   )
 
@@ -83,9 +83,9 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
     )
 
   return {
-    'train': part(parts['trainval_loc'], told),
+    'train': part(parts['trainval_loc'], lines),
     'test': part(both),
-    'all': part(np.arange(len(images)), told),
+    'all': part(np.arange(len(images)), lines),
   }
 
 
@@ -140,7 +140,7 @@ def _class_names(path: str, found: Features, described: Described) -> tuple[str,
 def _parts(
   path: str, variables: Mapping[str, np.ndarray], images: int
 ) -> dict[str, np.ndarray]:
-  """Returns the parts of the proposed split as positions from 0, without overlap."""
+  """Returns the disjoint parts of the proposed split as positions from 0."""
   parts = {}
   taken = np.zeros(images, np.int64)
   for name in PARTS:
@@ -168,7 +168,7 @@ def _unseen(
   label: np.ndarray,
   names: tuple[str, ...],
 ) -> tuple[str, ...]:
-  """Returns the names of the unseen classes; none may be among training images."""
+  """Returns the names of the unseen classes; training images must have none of them."""
   unseen = np.unique(label[parts['test_unseen_loc']])
   for part in PARTS[:2]:
     both = np.intersect1d(unseen, label[parts[part]])
@@ -190,23 +190,23 @@ def make_split(
   test_share: float = 0.2,
   seed: int = 0,
 ) -> None:
-  """Writes features of one's own as a file that `npz:` and `data.class_vectors` read.
+  """Writes your own features to a file that `npz:` and `data.class_vectors` can read.
 
-  A share of the images of every seen class, drawn at random, and all of unseen classes
-  are the test images.
+  The test images are a random share of the images of every seen class, and all images
+  of unseen classes.
 
   Args:
-    path: of the `.npz` to write.
+    path: the `.npz` to write.
     features: (N, D) numbers.
     labels: (N,) int, from 0.
     vectors: (C, A) descriptions.
     unseen: (C,) bool.
-    class_names: (C,) names; those of unseen ones go into `data.unseen`.
-    test_share: of the images of seen classes.
+    class_names: (C,) names; put those of unseen classes into `data.unseen`.
+    test_share: share of the images of each seen class.
     seed: of the draw.
 
   Raises:
-    UserError: sizes that do not fit, or a seen class without images for both.
+    UserError: the sizes do not match, or a seen class has too few images for both.
   """
   labels, unseen = np.asarray(labels), np.asarray(unseen, bool)
   sizes = {len(vectors), len(unseen), len(class_names)}
@@ -221,9 +221,9 @@ def make_split(
     of_class = order[labels[order] == c]
     count = round(test_share * len(of_class))
     if not 0 < count < len(of_class):
-      told = named_class(c, class_names)
+      short = named_class(c, class_names)
       raise UserError(
-        f'make_split: {told} has {len(of_class)} images, too few to split'
+        f'make_split: {short} has {len(of_class)} images, too few to split'
       )
     is_test[of_class[:count]] = True
   np.savez(

@@ -15,7 +15,7 @@ from lt_jax.errors import UserError, suggest
 
 
 class Kept:
-  """Those images of a source whose classes are kept; see `lt_jax.data.sources`.
+  """The images of a source whose classes are kept; see `lt_jax.data.sources`.
 
   Attributes:
     labels: (N,) int32, among the kept classes; open images keep -1.
@@ -36,7 +36,7 @@ class Kept:
       self.where = lambda row: source.where(int(rows[row]))
 
   def __len__(self) -> int:
-    """Returns the number of images that are kept."""
+    """Returns the number of kept images."""
     return len(self._rows)
 
   def __getitem__(self, row: int) -> np.ndarray:
@@ -44,19 +44,19 @@ class Kept:
     return self._source[int(self._rows[row])]
 
   def identity(self, rows: np.ndarray) -> bytes | np.ndarray:
-    """Returns what stands in a fingerprint for the images at `rows`."""
+    """Returns what a fingerprint uses for the images at `rows`."""
     return self._source.identity(self._rows[rows])
 
 
 def class_list(text: str) -> tuple[str, ...]:
-  """Returns the names of the classes that are to be kept.
+  """Returns the names of the classes to keep.
 
   Args:
-    text: a file with a name a line, such as keep_classes.txt of `lt_jax.similarity`;
-      or the names themselves, with + between them.
+    text: a file with one name per line, such as keep_classes.txt of
+      `lt_jax.similarity`; or the names themselves, joined by +.
 
   Raises:
-    UserError: the file holds no name, or one twice.
+    UserError: there is no name, or one occurs twice.
   """
   path = epath.Path(text).expanduser()
   names = text.split('+')
@@ -66,19 +66,19 @@ def class_list(text: str) -> tuple[str, ...]:
   elif text.endswith('.txt'):
     raise UserError(f'data.keep_classes: there is no file {text}')
   if not names or len(set(names)) < len(names):
-    raise UserError(f'data.keep_classes: {text} must name classes, each of them once')
+    raise UserError(f'data.keep_classes: {text} must name classes, each only once')
   return tuple(names)
 
 
 def keep_classes(
   sources: Mapping[str, Any], names: Sequence[str], name: str
 ) -> dict[str, Any]:
-  """Returns sources of which only some classes are left.
+  """Returns sources with only some of their classes.
 
   Args:
     sources: split -> source.
-    names: of the classes.
-    name: of the data set, for messages.
+    names: names of the classes to keep.
+    name: name of the data set, for messages.
 
   Raises:
     UserError: there is no such class.
@@ -96,7 +96,7 @@ def keep_classes(
           f'data.keep_classes: {name} has no class {one!r}{suggest(one, known)}'
         )
     order = [own for own in source.class_names if own in names]
-    place = np.full(len(known) + 1, -2, np.int32)  # the last one is that of -1
+    place = np.full(len(known) + 1, -2, np.int32)  # the last entry is for label -1
     place[-1] = -1
     place[[known[own] for own in order]] = np.arange(len(order))
     labels = place[source.labels]

@@ -1,8 +1,8 @@
 """The folder layouts of segmentation data sets.
 
-Each is a source `NAME:DIR`; DIR is the folder in which the archives were unpacked. The
-validation images of a data set are the split 'val', because the labels of its test
-images are not public.
+Each is a source `NAME:DIR`, where DIR is the folder with the unpacked archives. A data
+set's validation images are its split 'val', because the labels of its test images are
+not public.
 """
 
 import glob
@@ -19,16 +19,16 @@ from lt_jax.data.palettes import CAMVID, CITYSCAPES, VOC
 from lt_jax.errors import UserError
 
 Pair = tuple[str, str]
-"""Paths of an image and of its label map, '' where it has none."""
+"""Paths of an image and of its label map, '' if it has none."""
 
 NINETEEN = tuple(CITYSCAPES)
-"""The classes of Cityscapes that are evaluated: train ids 0 to 18."""
+"""The evaluated classes of Cityscapes: train ids 0 to 18."""
 
 SIXTEEN = tuple(n for n in NINETEEN if n not in ('terrain', 'truck', 'train'))
-"""Those that SYNTHIA has too."""
+"""The classes that SYNTHIA has too."""
 
 THIRTEEN = tuple(name for name in SIXTEEN if name not in ('wall', 'fence', 'pole'))
-"""Those on which most papers report for SYNTHIA."""
+"""The classes that most papers report for SYNTHIA."""
 
 CITYSCAPES_IDS = dict(
   zip(
@@ -37,7 +37,7 @@ CITYSCAPES_IDS = dict(
     strict=True,
   )
 )
-"""Ids of the label files of Cityscapes and GTA5; the others up to 34 are void."""
+"""Ids in the label files of Cityscapes and GTA5; the others up to 34 are void."""
 
 SYNTHIA_IDS = {
   'road': 3,
@@ -57,15 +57,15 @@ SYNTHIA_IDS = {
   'motorcycle': 12,
   'bicycle': 11,
 }
-"""Ids of SYNTHIA-RAND-CITYSCAPES; the others up to 22 are void."""
+"""Ids in SYNTHIA-RAND-CITYSCAPES; the others up to 22 are void."""
 
 
 class Layout(NamedTuple):
-  """How a data set lies on a disk.
+  """The layout of a data set on disk.
 
   Attributes:
-    pairs: folder -> split -> its images with their maps, in the order of their names.
-    ids: how the ids of its maps become classes.
+    pairs: folder -> split -> its images with their maps, sorted by name.
+    ids: how the ids in its maps become classes.
   """
 
   pairs: Callable[[str], dict[str, list[Pair]]]
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
 
 def ids_of(names: Sequence[str], stored: Mapping[str, int], highest: int) -> Ids:
-  """Returns ids of which some classes are wanted and the others are void."""
+  """Returns ids that map the given classes, and all others to void."""
   raw = [stored[name] for name in names]
   return make_ids(names, raw, [i for i in range(highest + 1) if i not in raw])
 
@@ -84,11 +84,11 @@ def layout_source(
   """Opens a folder in one of the `LAYOUTS`.
 
   Returns:
-    split -> source, of the splits that have images.
+    split -> source, for the splits that have images.
 
   Raises:
-    UserError: there are none to train on, or an image lacks its map while others of its
-      split have one.
+    UserError: there are no training images, or an image lacks its map while others of
+      its split have one.
   """
   del data_dir
   if not os.path.isdir(folder):
@@ -105,7 +105,7 @@ def layout_source(
 
 
 def _check_maps(folder: str, pairs: Sequence[Pair]) -> None:
-  """Refuses a map that is not there, while others of its split are."""
+  """Refuses an image whose label map is missing."""
   named = [(image, label) for image, label in pairs if label]
   for image, label in named:
     if not os.path.isfile(os.path.join(folder, label)):
@@ -127,8 +127,8 @@ def _cityscapes(
 
   Args:
     root: the folder.
-    images: the folder of the images in it.
-    ending: of the names of their files.
+    images: the subfolder of the images.
+    ending: the end of their file names.
   """
 
   def pairs(split: str) -> Iterator[Pair]:
@@ -166,9 +166,9 @@ def _camvid(
 
   Args:
     root: the folder.
-    train: beginnings of the names that are trained on, which tell the sequence.
-    test: of those that are tested on.
-    on: the folder of the latter.
+    train: how the names of training images begin, which identifies the sequence.
+    test: how the names of test images begin.
+    on: the folder of the test images.
   """
 
   def pairs(split: str, begins: Sequence[str]) -> list[Pair]:
@@ -211,9 +211,9 @@ def _bdd100k(root: str, weather: str = '') -> dict[str, list[Pair]]:
 
   Args:
     root: the folder.
-    weather: a key of `WEATHERS`. Images of it are trained on without labels: those of
-      images/100k/train, where that is there, and of images/10k/train. All images of it
-      that have a label map, whatever their split, are then 'val', and none is in both.
+    weather: a key of `WEATHERS`. Its images in images/100k/train (if that exists) and
+      images/10k/train are for training, without labels. All of its images that have a
+      label map, whatever their split, are 'val', and are not trained on.
   """
   labelled = {
     split: [
@@ -247,7 +247,7 @@ def _stem(path: str) -> str:
 
 
 def _of_weather(root: str, weather: str) -> set[str]:
-  """Returns the names of images in a weather, by the label files of BDD100K.
+  """Returns the names of images with a given weather in BDD100K's label files.
 
   They are lists of {'name': 'x.jpg', 'attributes': {'weather': 'rainy', ...}, ...}.
   """
@@ -278,7 +278,7 @@ def _of_weather(root: str, weather: str) -> set[str]:
 
 
 DAY, DUSK = ('0006R0', '0016E5'), ('0001TP',)
-"""Sequences of CamVid, by which the names of their images begin."""
+"""Sequences of CamVid; the names of their images begin with these."""
 
 _camvid_ids = make_ids(tuple(CAMVID), void=(11,))
 _fog = partial(
@@ -308,4 +308,4 @@ LAYOUTS: dict[str, Layout] = {
     for weather in WEATHERS
   },
 }
-"""Kind of a source -> how its folder is laid out."""
+"""Kind of a source -> the layout of its folder."""

@@ -1,7 +1,7 @@
 """Long tails: how many images a class gets, and which.
 
 Splits are drawn from one pool of labels in a fixed order: test, validation and meta
-images first, the same number of every class, then the long tail from what is left.
+images first, the same number per class, then the long tail from what is left.
 """
 
 import operator
@@ -21,8 +21,8 @@ def _balanced(num_classes: int, n_max: int, imbalance: float) -> list[int]:
 def _exponential(num_classes: int, n_max: int, imbalance: float) -> list[int]:
   """Returns n_c = int(n_max * (1 / imbalance)^(c / (C - 1))), one class after another.
 
-  Python's floats rather than an array, whose powers may differ in the last bit from
-  machine to machine: int() makes an image of it.
+  Uses Python floats rather than an array: powers of arrays can differ in the last bit
+  between machines, which int() can turn into a whole image.
   """
   last = max(num_classes - 1, 1)
   return [int(n_max * (1 / imbalance) ** (c / last)) for c in range(num_classes)]
@@ -40,7 +40,7 @@ def _reversed(num_classes: int, n_max: int, imbalance: float) -> list[int]:
 
 
 PROFILES = {
-  'original': None,  # as the data set is: no class is cut
+  'original': None,  # keeps the data set as it is
   'balanced': _balanced,
   'exponential': _exponential,
   'reversed': _reversed,
@@ -51,7 +51,7 @@ PROFILES = {
 def class_counts(
   profile: str, num_classes: int, n_max: int = 0, imbalance: float = 1.0
 ) -> np.ndarray | None:
-  """Returns the training images of each class under a profile.
+  """Returns the number of training images per class under a profile.
 
   Exponential: n_c = int(n_max * (1 / mu)^(c / (C - 1))). Reversed: the same from the
   last class to the first. Step: n_max in the first half of the classes, int(n_max / mu)
@@ -60,15 +60,15 @@ def class_counts(
   Args:
     profile: a key of `PROFILES`.
     num_classes: C.
-    n_max: images of the largest class; 'original' has no use for it.
+    n_max: images of the largest class; not used by 'original'.
     imbalance: mu = n_max / n_min >= 1.
 
   Returns:
-    (C,) int, or None for 'original': every image there is.
+    (C,) int, or None for 'original', which keeps every image.
 
   Raises:
-    UserError: for an unknown profile, numbers out of range, or a class that would
-      have no images.
+    UserError: an unknown profile, numbers out of range, or a class that would have no
+      images.
 
   Examples:
     >>> class_counts('exponential', 3, n_max=100, imbalance=100).tolist()
@@ -95,11 +95,11 @@ def class_counts(
 
 
 def label_counts(labels: np.ndarray, num_classes: int = 0) -> np.ndarray:
-  """Returns how often each class is among labels; -1 counts for nothing.
+  """Returns how often each class occurs in labels; -1 is not counted.
 
   Args:
     labels: (...) int, of images or of pixels.
-    num_classes: C; 0: as many as there are labels for.
+    num_classes: C; 0: the largest label plus one.
 
   Returns:
     (C,) int.
@@ -123,7 +123,7 @@ def shot_bounds(counts: np.ndarray, many: float, few: float) -> dict[str, float]
 
   Args:
     counts: (C,) int training images.
-    many: a bound; 0: twice the median of the counts, empty classes left out.
+    many: a bound; 0: twice the median of the counts, without empty classes.
     few: likewise; 0: half the median.
 
   Examples:
@@ -138,7 +138,7 @@ def shot_bounds(counts: np.ndarray, many: float, few: float) -> dict[str, float]
 def shot_groups(
   counts: np.ndarray, many: int = 100, few: int = 20, rule: str = 'strict'
 ) -> dict[str, np.ndarray]:
-  """Returns the many-, medium- and few-shot classes, by their training images.
+  """Returns the many-, medium- and few-shot classes by their training images.
 
   Strict: many n > 100, few n < 20, medium the rest. Inclusive: n >= 100 and n <= 20.
 
@@ -149,18 +149,18 @@ def shot_groups(
     rule: a key of `SHOT_RULES`.
 
   Returns:
-    'many', 'medium' and 'few' -> (C,) bool; every class is in one of them.
+    'many', 'medium' and 'few' -> (C,) bool; every class is in exactly one.
 
   Raises:
-    UserError: for an unknown rule, or bounds in the wrong order.
+    UserError: an unknown rule, or bounds in the wrong order.
 
   Examples:
     >>> groups = shot_groups([500, 50, 5])
     >>> {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()}
     {'many': [0], 'medium': [1], 'few': [2]}
 
-  Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160: the paper and
-  most who follow it are strict, the authors' later code is inclusive.
+  Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160. The paper and most
+  work based on it are strict, the authors' later code is inclusive.
   """
   above, below = lookup(SHOT_RULES, 'shot rule', rule)
   many, few = shot_bounds(counts, many, few).values()
@@ -172,12 +172,12 @@ def shot_groups(
 
 
 def _seeded(length: int, seed: int) -> np.ndarray:
-  """Returns the order of a random draw that depends on the data seed alone."""
+  """Returns a random order that depends only on the data seed."""
   return np.random.default_rng((seed, zlib.crc32(b'splits'))).permutation(length)
 
 
 def _stored(length: int, seed: int) -> np.ndarray:
-  """Returns the order of the file."""
+  """Returns the stored order."""
   return np.arange(length)
 
 
@@ -185,7 +185,7 @@ SUBSETS = {'seeded': _seeded, 'stored': _stored}
 
 
 def _rank_in_class(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-  """Returns (N,) each image's place, from 0, among those of its class in an order."""
+  """Returns (N,) the rank of each image, from 0, within its class in an order."""
   by_class = order[np.argsort(labels[order], kind='stable')]
   counts = np.bincount(labels)
   first = np.cumsum(counts) - counts
@@ -213,33 +213,34 @@ def draw_splits(
 ) -> dict[str, np.ndarray]:
   """Draws every split of an experiment from one pool of labels, without overlap.
 
-  Each class is put in order once; test, val, meta and train take its images from the
-  front, in that sequence. So under one seed a smaller tail is part of a larger one,
-  and runs that differ in the tail alone share their test, val and meta images.
+  The images of each class are ordered once; test, val, meta and train then take theirs
+  from the front, one after the other. So with the same seed a smaller tail is a subset
+  of a larger one, and runs that only differ in the tail share their test, val and meta
+  images.
 
   Args:
     labels: (N,) int of the pool, in [0, C).
-    num_classes: C, the known and the open classes.
-    known_classes: classes below it are known, the others open; None: all are known.
+    num_classes: C, known and open classes.
+    known_classes: classes below this are known, the others open; None: all are known.
     test_per_class: test images of each known class.
     val_per_class: validation images of each known class.
     meta_per_class: images of each known class kept for a meta objective.
-    train_counts: (known,) int, see `class_counts`; None takes all that are left.
-    unseen: (C,) bool, classes of which only test images are taken, and which need have
-      none in the pool; None: there are no such.
+    train_counts: (known,) int, see `class_counts`; None takes everything that is left.
+    unseen: (C,) bool, classes with test images only, which need no images in the pool;
+      None: no class is unseen.
     open_val_per_class: open validation images of each open class.
     open_test_per_class: open test images of each open class.
-    subset: 'seeded' draws at random, 'stored' takes images as they come in the pool.
-    seed: the data seed, of 'seeded'.
-    class_names: of the C classes, for messages.
+    subset: 'seeded' draws at random, 'stored' takes images in the order of the pool.
+    seed: the data seed, for 'seeded'.
+    class_names: names of the C classes, for messages.
     source: where the pool comes from, for messages.
 
   Returns:
     'train', 'val', 'test', 'meta', 'open_val', 'open_test' -> (M,) int64 positions
-    in the pool, ascending; a split of which nothing was asked is left out.
+    in the pool, ascending; splits without images are left out.
 
   Raises:
-    UserError: naming a class that has no images, or fewer than are asked of it.
+    UserError: a class has no images, or fewer than requested; it names the class.
 
   Examples:
     >>> labels, counts = np.repeat([0, 1], 4), np.array([3, 1])
@@ -258,7 +259,7 @@ def draw_splits(
   there = _supply(labels, num_classes, class_names, source, seen)
 
   is_known = np.arange(num_classes) < known
-  asked = {  # split -> (C,) images, in the sequence in which they are taken
+  asked = {  # split -> (C,) images, in the order in which they are taken
     'test': test_per_class * is_known,
     'val': val_per_class * (is_known & seen),
     'meta': meta_per_class * (is_known & seen),
@@ -289,7 +290,7 @@ def _supply(
   source: str,
   needed: np.ndarray,
 ) -> np.ndarray:
-  """Returns (C,) the images of each class; none that is needed may be empty."""
+  """Returns (C,) the images per class; refuses a needed class without images."""
   there = np.bincount(labels, minlength=num_classes)
   if len(there) > num_classes:
     raise UserError(
@@ -311,7 +312,7 @@ def _check_supply(
   class_names: Sequence[str],
   source: str,
 ) -> None:
-  """Raises a `UserError` for the first class that is asked for more than it has."""
+  """Raises a `UserError` for the first class with too few images."""
   total = sum(asked.values())
   if (total <= there).all():
     return

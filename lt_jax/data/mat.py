@@ -9,28 +9,28 @@ import numpy as np
 from lt_jax.errors import UserError
 
 NUMBERS = ('double', 'single', 'logical', 'char')
-"""MATLAB classes that are plain arrays; the integers are beside them."""
+"""MATLAB classes that are plain arrays, besides the integer ones."""
 
 MOST_PER_BYTE = 200
-"""How many bytes a byte of a file may unpack to."""
+"""The largest ratio of unpacked to packed bytes."""
 
 
 def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
   """Reads some variables of a MATLAB file up to version 7.2, without trusting it.
 
-  The table of contents is read first. A file with structs, objects or functions
-  anywhere is refused, whether or not they are wanted, and so is one that unpacks to far
-  more than its size.
+  It reads the table of contents first. It refuses a file that contains structs, objects
+  or functions anywhere, even if they are not wanted, and one that unpacks to far more
+  than its size.
 
   Args:
-    path: of the file.
-    wanted: names of variables; those that are not there are left out.
+    path: path of the file.
+    wanted: names of variables; missing ones are left out.
 
   Returns:
-    name -> array of numbers, or (n,) strings of a cell of strings.
+    name -> array of numbers, or (n,) strings for a cell of strings.
 
   Raises:
-    UserError: there is no such file, it is no such file, or it holds something else.
+    UserError: the file does not exist, is not a MATLAB file, or has other contents.
   """
   from scipy import io
 
@@ -39,8 +39,8 @@ def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
       head = file.read(128)
     if head.startswith(b'MATLAB 7.3') or head.startswith(b'\x89HDF'):
       raise UserError(
-        f'{path} is a MATLAB file of version 7.3, which is not read: save it in MATLAB '
-        "with '-v7'"
+        f'{path} is a MATLAB file of version 7.3, which is not supported: save it in '
+        "MATLAB with '-v7'"
       )
     _check_contents(path, io.whosmat(path))
     found = io.loadmat(path, variable_names=list(wanted))
@@ -48,9 +48,9 @@ def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
     raise
   except OSError as error:
     raise UserError(f'{path}: {error.strerror or error}') from None
-  except Exception as error:  # of damaged files SciPy raises whatever comes up
-    told = ' '.join(str(error).split())[:200]
-    raise UserError(f'{path} is no MATLAB file that can be read: {told}') from None
+  except Exception as error:  # SciPy raises many kinds of errors for damaged files
+    reason = ' '.join(str(error).split())[:200]
+    raise UserError(f'{path} is not a readable MATLAB file: {reason}') from None
   return {
     name: _strings(path, name, found[name]) if found[name].dtype == object else value
     for name, value in found.items()
@@ -59,7 +59,7 @@ def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def _check_contents(path: str, contents: list[tuple[str, tuple[int, ...], str]]):
-  """Refuses a table of contents with anything but numbers, texts and cells."""
+  """Refuses a file that contains anything but numbers, texts and cells."""
   for name, _, kind in contents:
     if kind != 'cell' and kind not in NUMBERS and 'int' not in kind:
       raise UserError(
@@ -79,7 +79,7 @@ def _strings(path: str, name: str, cells: np.ndarray) -> np.ndarray:
   for cell in cells.ravel():
     if not isinstance(cell, np.ndarray) or cell.dtype.kind != 'U' or cell.size != 1:
       raise UserError(
-        f'{path}: cell {len(texts)} of {name!r} is no string; only cells of strings '
+        f'{path}: cell {len(texts)} of {name!r} is not a string; only cells of strings '
         'are read'
       )
     texts.append(str(cell.ravel()[0]))

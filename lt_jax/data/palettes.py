@@ -68,9 +68,9 @@ VOC = (
 
 
 def numbered(number: int) -> tuple[int, int, int]:
-  """Returns the colour of a number in the colour map of Pascal VOC.
+  """Returns the colour of a class number in Pascal VOC's colour map.
 
-  Its bits are dealt out to red, green and blue, the highest first.
+  The bits of the number are dealt to red, green and blue, filling the highest first.
   """
   colour = [0, 0, 0]
   for place in range(8):
@@ -80,19 +80,20 @@ def numbered(number: int) -> tuple[int, int, int]:
 
 
 def palette(class_names: Sequence[str]) -> np.ndarray:
-  """Returns (C, 3) uint8, the colours in which a data set shows its classes.
+  """Returns (C, 3) uint8, the colours of classes.
 
-  Of what is neither Cityscapes' nor CamVid's they are those of Pascal VOC by number.
+  They are those of Cityscapes or CamVid if these have all the classes, else those of
+  Pascal VOC by number.
   """
   for known in (CITYSCAPES, CAMVID):
     if set(class_names) <= known.keys():
       return np.array([known[name] for name in class_names], np.uint8)
-  first = 0 if tuple(class_names) == VOC else 1  # else none is black
+  first = 0 if tuple(class_names) == VOC else 1  # others have no black class
   return np.array([numbered(i + first) for i in range(len(class_names))], np.uint8)
 
 
 def of_colours(colours: np.ndarray) -> str:
-  """Returns the data set whose palette holds all colours (N, 3); '' if none does."""
+  """Returns the data set whose palette has all colours (N, 3); '' if none does."""
   seen = {tuple(colour) for colour in np.unique(colours, axis=0)[:300].tolist()}
   seen -= {(0, 0, 0), (255, 255, 255), (224, 224, 192)}  # void
   known = {

@@ -1,4 +1,4 @@
-"""Records where the data of a run are, and finds them again if they move."""
+"""Records where a run's data are, and finds them again if they move."""
 
 import os
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ Place = dict[str, str]
 """The config keys data.source and data.dir, as 'source' and 'dir'."""
 
 IN_FILES = ('npz', 'list', 'folder', 'xlsa', *LAYOUTS)
-"""Kinds of sources that are followed by a path."""
+"""Kinds of sources with a path after the colon."""
 
 
 def kind(source: str) -> str:
-  """Returns what stays of a source when its files move: 'folder' of 'folder:DIR'."""
+  """Returns the part of a source without its path: 'folder' for 'folder:DIR'."""
   first = source.partition(':')[0]
   return first if first in IN_FILES else source
 
 
 def place(data: Mapping[str, str]) -> Place:
-  """Returns where data lie, whatever the current folder is later.
+  """Returns where data are, independent of the working directory.
 
   Args:
-    data: has 'source' and 'dir' as in a config, where paths may be relative.
+    data: has 'source' and 'dir' as in a config, where paths can be relative.
   """
   first, colon, path = data['source'].partition(':')
   if first in IN_FILES:
@@ -33,13 +33,13 @@ def place(data: Mapping[str, str]) -> Place:
 
 
 def moved(data: Mapping[str, str], data_dir: str) -> Place:
-  """Returns where data lie that have moved.
+  """Returns the new place of data that have moved.
 
   Args:
     data: has 'source' and 'dir', where they were.
-    data_dir: of 'folder:', 'npz:', 'xlsa:' and layouts the path; of 'tfds:' the folder
-      of data sets; of 'list:' the folder that paths are relative to, with the lists in
-      it if they are no longer where they were.
+    data_dir: for 'folder:', 'npz:', 'xlsa:' and layouts, the path; for 'tfds:', the
+      folder of data sets; for 'list:', the folder that paths are relative to, which has
+      the lists too if these have moved.
 
   Raises:
     UserError: the source has no files.
@@ -62,7 +62,7 @@ def moved(data: Mapping[str, str], data_dir: str) -> Place:
 
 
 def gone(data: Mapping[str, str]) -> str:
-  """Returns the first path of a place that is not there; '' if all are."""
+  """Returns the first missing path of a place; '' if none is missing."""
   first, _, path = data['source'].partition(':')
   paths = [path if first in IN_FILES else '', data['dir']]
   return next((p for p in paths if p and not _exists(p)), '')

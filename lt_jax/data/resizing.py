@@ -1,7 +1,7 @@
 """Resizes images in memory, once: to one size and number of channels, or rotated.
 
-So one network can take data sets of different shapes: MNIST (28x28x1), USPS (16x16x1)
-and MNIST-M (32x32x3) as 28x28x3. Files of many sizes are cropped by `crops` instead.
+This lets one network use data sets of different shapes: MNIST (28x28x1), USPS (16x16x1)
+and MNIST-M (32x32x3) as 28x28x3. `crops` handles files of many sizes.
 """
 
 import dataclasses
@@ -12,24 +12,24 @@ import numpy as np
 from lt_jax.errors import UserError
 
 CHUNK = 256
-"""Images at a time, whose float64 copies take some 20 MB."""
+"""Images at a time; their float64 copies take about 20 MB."""
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow."""
 
 
 def brought_to(source: Any, size: int = 0, channels: int = 0, name: str = '') -> Any:
-  """Returns a source in memory with its images at one size and number of channels.
+  """Returns a source in memory with its images resized and their channels converted.
 
   Args:
     source: with `images` (N, H, W, channels) uint8, such as `arrays.Arrays`.
-    size: side of the square that the images become; other shapes are stretched. 0
-      keeps height and width.
+    size: side of the resulting square; other shapes are stretched. 0 keeps height and
+      width.
     channels: 1 or 3; 0 keeps them.
-    name: of the source, for messages.
+    name: name of the source, for messages.
 
   Returns:
-    The source itself where its images are so already.
+    The source itself if there is nothing to change.
 
   Raises:
     UserError: its images are not in memory, or their channels cannot be converted.
@@ -58,23 +58,25 @@ def brought_to(source: Any, size: int = 0, channels: int = 0, name: str = '') ->
 
 
 def turned(source: Any, degrees: int, name: str = '') -> Any:
-  """Returns a source in memory with its images turned to the left about their centre.
+  """Returns a source in memory with its images rotated counterclockwise.
 
-  Bilinear; what comes in from outside is black.
+  Bilinear, about the centre; pixels from outside the image are black.
 
   Args:
     source: with `images` (N, H, W, 1 or 3) uint8.
-    degrees: to the left.
-    name: of the source, for messages.
+    degrees: counterclockwise.
+    name: name of the source, for messages.
 
   Raises:
-    UserError: its images are not in memory, or no images.
+    UserError: its images are not in memory, or are features.
   """
   from PIL import Image
 
   images = getattr(source, 'images', None)
   if images is None or images.dtype != np.uint8 or images.shape[3] not in (1, 3):
-    raise UserError(f'{name or "the source"}: only uint8 images in memory are turned')
+    raise UserError(
+      f'{name or "the source"}: only uint8 images in memory can be rotated'
+    )
 
   def turn(image: np.ndarray) -> np.ndarray:
     flat = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)

@@ -1,9 +1,8 @@
-"""Roles of test images where identities are looked for, as in face recognition.
+"""Roles of test images in identification, as in face recognition.
 
-A probe is an image whose identity is asked for; the gallery has images of known
-identity, among them one of each probe's; distractors are of nobody who is asked for.
-Identities 0 ... C - 1 are the classes that are trained on. Others are never trained on:
-they are zero-shot.
+A probe is an image to identify; the gallery has images of known identities, including
+each probe's; distractors show people who are not in the probes. Identities 0 ... C - 1
+are the training classes. Others are never trained on: they are zero-shot.
 """
 
 from collections.abc import Mapping
@@ -11,20 +10,20 @@ from collections.abc import Mapping
 import numpy as np
 
 ROLES = ('gallery', 'probe', 'distractors')
-"""Names of lists; the place in this tuple is the number of the role."""
+"""Names of lists; the position in this tuple is the number of the role."""
 
 GALLERY, PROBE, DISTRACTOR = range(3)
 
 NO_ROLE = -1
-"""Of ordinary test images, which are classified and nothing else."""
+"""For ordinary test images, which are only classified."""
 
 
 def attributes(identities: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns what batches tell of test images that have roles.
+  """Returns the attributes of test images that have roles.
 
   Args:
-    identities: 'test' or a name of `ROLES` -> (n,) int identities, in the order in
-      which the images follow each other.
+    identities: 'test' or a name of `ROLES` -> (n,) int identities, in the order of the
+      images.
 
   Returns:
     'role' and 'identity' (N,) int32.
