@@ -76,6 +76,15 @@ def test_every_recipe_makes_a_step_without_labels_of_the_target(recipe, datasets
   assert ('discriminator' in state.params) == (METRICS[recipe] >= JUDGED)
 
 
+@pytest.mark.parametrize('recipe', ['lade', 'mcd'])
+def test_what_compares_whole_images_is_told(recipe, datasets):
+  experiment = build.build(config(recipe), devices=1, datasets=datasets)
+  stage = experiment.last
+  state = train.state_shapes(stage.method, stage.streams)
+  with pytest.raises(UserError, match='compares whole images, but here every pixel'):
+    train.metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+
+
 def test_a_mean_teacher_is_shown_rare_classes(datasets):
   experiment = build.build(config('mean_teacher'), devices=1, datasets=datasets)
   rows = experiment.last.streams['train'].payload(0)['index']
