@@ -100,14 +100,14 @@ def run_together(
     port = free.getsockname()[1]
   children = []
   for index, (output, fault) in enumerate(zip(outputs, faults, strict=True)):
-    told = {
+    settings = {
       'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
       'JAX_NUM_PROCESSES': str(len(outputs)),
       'JAX_PROCESS_ID': str(index),
     }
     every = [f'devices:{devices}', 'heartbeat:10', *filter(None, [fault])]
     given = ['--distributed', *arguments]
-    children.append(_start('lt_jax.main', given, output, '+'.join(every), told))
+    children.append(_start('lt_jax.main', given, output, '+'.join(every), settings))
   return _join(children, 120)
 
 

@@ -125,7 +125,7 @@ def close(a, b, **tolerances):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_reversal_passes_values_on_and_turns_gradients(dtype, rng):
+def test_a_reversal_passes_values_and_flips_gradients(dtype, rng):
   x = jnp.asarray(1e4 * rng.normal(size=(4, 3)), dtype)
   traces = []
 
@@ -307,7 +307,7 @@ def test_aligned_descends_the_sum_of_both():
   assert {'accuracy', 'class_loss', 'grad_norm', 'learning_rate'} <= metrics.keys()
 
 
-def test_dann_is_a_descent_of_one_player_and_an_ascent_of_the_other():
+def test_dann_descends_for_one_player_and_ascends_for_the_other():
   """The discriminator trains with weight 1, and its own optimiser, whatever lambda."""
   net, batches = plain_net(), batches_of(8, 4)
   judge = Player(mlp(hidden=(4,)), sgd(rate(0.3), momentum=0.0))
@@ -635,12 +635,12 @@ def test_it_descends_and_is_traced_once(name):
     ('aligned', {'lambda': 1.0}, "method 'aligned' has no option 'lambda'"),
   ],
 )
-def test_mistakes_are_told_when_it_is_built(name, given, message):
+def test_mistakes_are_reported_when_it_is_built(name, given, message):
   with pytest.raises(UserError, match=message):
     made(name, plain_net(), **given)
 
 
-def test_a_layer_that_is_not_there_is_told():
+def test_a_missing_layer_is_reported():
   method = made('dann', normalised_net(), align_on=('conv',))
   with pytest.raises(UserError, match="network 'conv'; known: features, logits"):
     jax.eval_shape(method.init, jax.random.key(0), batches_of())

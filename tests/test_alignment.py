@@ -359,7 +359,7 @@ def test_wrong_names_are_user_errors(name, given, message):
     ),
   ],
 )
-def test_wrong_layers_and_forms_are_told_when_a_step_is_traced(
+def test_wrong_layers_and_forms_are_reported_when_a_step_is_traced(
   name, given, message, pair
 ):
   with pytest.raises(UserError, match=message):
@@ -372,7 +372,7 @@ def test_one_image_is_no_distribution(name, pair, rng):
     made(name)(pair[0], example(rng, 1), 0)
 
 
-def test_none_is_none():
+def test_none_gives_none():
   assert ALIGNMENTS['none'] is None and made('none', layers=()) is None
 
 

@@ -15,7 +15,7 @@ SMALL = resolve(digits_lt.get_config())
 
 
 @pytest.fixture
-def told(monkeypatch):
+def settings(monkeypatch):
   """What mallopt was told; nothing reaches the allocator of this process."""
   calls = {}
 
@@ -35,19 +35,19 @@ def test_the_pixels_of_a_batch_follow_from_the_config():
   assert allocator.pixels(imagenet_lt.get_config('ce')) == 128 * 224 * 224
 
 
-def test_only_large_steps_on_a_cpu_keep_pages(told, monkeypatch):
+def test_only_large_steps_on_a_cpu_keep_pages(settings, monkeypatch):
   tiny = {**LARGE, 'model': {**LARGE['model'], 'trunk': 'tiny_cnn'}}
   for small in (SMALL, {**LARGE, 'batch': 63}, tiny):
-    assert not allocator.keep_pages(small) and not told
-  assert allocator.keep_pages(LARGE) and told == allocator.SETTINGS
-  told.clear()
+    assert not allocator.keep_pages(small) and not settings
+  assert allocator.keep_pages(LARGE) and settings == allocator.SETTINGS
+  settings.clear()
   monkeypatch.setattr(allocator, '_cpu_is_next', lambda: False)
-  assert not allocator.keep_pages(LARGE) and not told
+  assert not allocator.keep_pages(LARGE) and not settings
 
 
-def test_an_arena_max_of_the_user_stands(told, monkeypatch):
+def test_an_arena_max_of_the_user_stands(settings, monkeypatch):
   monkeypatch.setenv('MALLOC_ARENA_MAX', '4')
-  assert not allocator.keep_pages(LARGE) and not told
+  assert not allocator.keep_pages(LARGE) and not settings
 
 
 def test_another_platform_is_left_alone(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_libc_other_than_glibc_is_left_alone(monkeypatch):
     ('', True, False),
   ],
 )
-def test_the_backend_is_known_before_it_starts(
+def test_the_backend_is_predicted_before_it_starts(
   platforms, plugin, expected, monkeypatch
 ):
   monkeypatch.setenv('JAX_PLATFORMS', platforms)

@@ -119,8 +119,8 @@ WRONG = {
 
 @pytest.mark.parametrize('name', WRONG)
 def test_wrong_descriptions_are_one_line(tmp_path, name):
-  make, told = WRONG[name]
-  with pytest.raises(UserError, match=told) as error:
+  make, message = WRONG[name]
+  with pytest.raises(UserError, match=message) as error:
     class_vectors([make(tmp_path)], NAMES)
   assert '\n' not in str(error.value)
 
@@ -146,7 +146,7 @@ def test_classes_are_chosen_by_name_file_or_number(tmp_path):
   drawn = [chosen_classes('unseen', [2], names, among, seed) for seed in range(20)]
   assert all(mask.sum() == 2 and not mask[3] for mask in drawn)
   assert len({mask.tobytes() for mask in drawn}) == 3
-  for given, told in (
+  for given, message in (
     (['d'], "no class 'd'"),
     (['open'], 'is unseen, or has no images'),
     ([3], 'asks for 3 of 3'),
@@ -154,7 +154,7 @@ def test_classes_are_chosen_by_name_file_or_number(tmp_path):
     ('a', 'must be a list'),
     ([1, 'a'], 'must be names, or one number'),
   ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       chosen_classes('unseen', given, names, among, 0)
 
 
@@ -265,14 +265,14 @@ MAT = {
 
 @pytest.mark.parametrize('name', MAT)
 def test_wrong_splits_are_one_line(tmp_path, name):
-  changes, told = MAT[name]
+  changes, message = MAT[name]
   mini_zsl.write(tmp_path, **changes)
-  with pytest.raises(UserError, match=told) as error:
+  with pytest.raises(UserError, match=message) as error:
     load_source(f'xlsa:{tmp_path}')
   assert '\n' not in str(error.value)
 
 
-def test_unseen_classes_in_training_are_refused(tmp_path):
+def test_unseen_classes_in_training_are_rejected(tmp_path):
   _, label, _ = mini_zsl.planted()
   one = np.flatnonzero(label == mini_zsl.UNSEEN[0])
   mini_zsl.write(
@@ -282,7 +282,7 @@ def test_unseen_classes_in_training_are_refused(tmp_path):
     load_source(f'xlsa:{tmp_path}')
 
 
-def test_other_matlab_files_are_refused(tmp_path):
+def test_other_matlab_files_are_rejected(tmp_path):
   new = tmp_path / 'new.mat'
   new.write_bytes(b'MATLAB 7.3 MAT-file, Platform: GLNXA64' + bytes(200))
   with pytest.raises(UserError, match="version 7.3, which is not supported: .*'-v7'"):
@@ -295,7 +295,7 @@ def test_other_matlab_files_are_refused(tmp_path):
     read_mat(str(new), ('att',))
 
 
-def test_a_split_of_ones_own(tmp_path):
+def test_a_custom_split(tmp_path):
   x, label, attributes = mini_zsl.planted()
   unseen = np.isin(np.arange(mini_zsl.CLASSES), mini_zsl.UNSEEN)
   path = str(tmp_path / 'own.npz')

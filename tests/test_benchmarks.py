@@ -39,7 +39,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_it_says_what_it_takes(name, monkeypatch, capsys):
+def test_help_says_what_it_takes(name, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', [name, '--help'])
   with pytest.raises(SystemExit) as ended:
     importlib.import_module(f'benchmarks.{name}').main()
@@ -83,7 +83,7 @@ def test_arrays_are_compared_under_the_paths_they_had():
   assert not compared(ours, {'1': {'step': step}}) and not compared(ours, {})
 
 
-def test_a_side_of_another_size_is_refused(tmp_path):
+def test_a_side_of_another_size_is_rejected(tmp_path):
   from benchmarks.train_step import Torch
 
   python = tmp_path / 'python'
@@ -140,10 +140,11 @@ def make_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', given)
     with pytest.raises(SystemExit) as ended:
       tables.main()
-    told = capsys.readouterr()
-    if told.err:
-      return ended.value.code, told.err
-    return ended.value.code, json.loads(pathlib.Path(told.out.split()[-1]).read_text())
+    captured = capsys.readouterr()
+    if captured.err:
+      return ended.value.code, captured.err
+    path = pathlib.Path(captured.out.split()[-1])
+    return ended.value.code, json.loads(path.read_text())
 
   return make
 
@@ -173,7 +174,9 @@ def swept(monkeypatch):
   return seen
 
 
-def test_a_table_of_other_options_is_not_the_one_in_print(make_table, swept, tmp_path):
+def test_a_table_with_other_options_is_not_the_published_one(
+  make_table, swept, tmp_path
+):
   code, found = make_table('--config.model.trunk=tiny_cnn', '--seeds=1', '--methods=ce')
   assert code == 0 and not (tmp_path / 'results').exists()
   assert swept[0][1:] == ('ce', '1', ('--config.model.trunk=tiny_cnn',))
@@ -186,17 +189,17 @@ def test_a_table_of_other_options_is_not_the_one_in_print(make_table, swept, tmp
 
 
 @pytest.mark.parametrize(
-  ('option', 'told', 'same'),
+  ('option', 'found', 'same'),
   [
     ('--config.data.source=npz:/home/me/x.npz', '--config.data.source=npz:x.npz', True),
     ('--config.domains.usps.dir=/home/me/u', '--config.domains.usps.dir=u', True),
     ('--config.data.seed=1', '--config.data.seed=1', False),
   ],
 )
-def test_a_table_does_not_tell_where_the_data_were(option, told, same):
+def test_a_table_does_not_tell_where_the_data_were(option, found, same):
   from benchmarks import tables
 
-  assert tables.anywhere(option) == told
+  assert tables.anywhere(option) == found
   assert bool(tables.SAME_TABLE.fullmatch(option)) is same
 
 
@@ -211,11 +214,12 @@ def test_the_command_of_a_row_makes_its_runs(make_table, swept):
   assert 'source' not in found['rows'][0]['command']
 
 
-def test_a_table_without_a_row_is_told_in_one_line(make_table, swept, monkeypatch):
+def test_a_table_without_a_row_is_reported_in_one_line(make_table, swept, monkeypatch):
   from benchmarks import tables
 
-  code, told = make_table('--seeds=0,x')
-  assert (code, told) == (2, "error: --seeds: 'x' is no whole number\n") and not swept
+  code, message = make_table('--seeds=0,x')
+  assert code == 2 and not swept
+  assert message == "error: --seeds: 'x' is no whole number\n"
 
   def failing(chosen, workdir):
     failed = {'recipe': 'ce', 'seed': 0, 'error': 'Diverged: not finite', 'time': 1.5}
@@ -224,8 +228,9 @@ def test_a_table_without_a_row_is_told_in_one_line(make_table, swept, monkeypatc
     return [0, 3]
 
   monkeypatch.setattr(tables, 'sweep', failing)
-  code, told = make_table()
-  assert code == 3 and told.startswith('error: no run in ') and told.count('\n') == 1
+  code, message = make_table()
+  assert code == 3 and message.count('\n') == 1
+  assert message.startswith('error: no run in ')
 
 
 @pytest.mark.slow

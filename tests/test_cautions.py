@@ -26,7 +26,7 @@ def test_an_ordinary_run_warns_of_nothing(tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-  ('made', 'told'),
+  ('made', 'message'),
   [
     ({'epochs': 0.0}, "untrained network: stage 'train' takes no steps"),
     ({'data': {'known_classes': 3}}, 'set data.val_per_class'),
@@ -39,13 +39,13 @@ def test_an_ordinary_run_warns_of_nothing(tmp_path, recipe):
     ({'counts': (6,), 'data': {'many_shot': 9, 'few_shot': 2}}, 'only one class'),
   ],
 )
-def test_what_makes_numbers_mean_little_is_a_line(tmp_path, made, told):
+def test_each_reason_to_doubt_numbers_is_one_line(tmp_path, made, message):
   experiment = built(tmp_path, **made)
   (line,) = cautions(experiment)
-  assert told in line
+  assert message in line
 
 
-def test_a_short_later_stage_is_told_in_the_banner(tmp_path, capsys):
+def test_a_short_later_stage_is_reported_in_the_banner(tmp_path, capsys):
   experiment = built(tmp_path, 'crt', epochs=1.0)
   run._banner(experiment, tmp_path, Screen(), ())
   (line,) = re.findall('(?m)^warning: .*', capsys.readouterr().out)
@@ -60,7 +60,7 @@ def test_frozen_statistics_may_be_of_one_image(tmp_path):
   ('key', 'what'),
   [('batch', 'a step of'), ('eval_batch', 'an evaluation of')],
 )
-def test_a_batch_beyond_the_memory_is_refused_by_its_shape(tmp_path, key, what):
+def test_a_batch_beyond_the_memory_is_rejected_by_its_shape(tmp_path, key, what):
   experiment = built(tmp_path, **{key: 10**9})
   with pytest.raises(UserError, match=f'{what}.* needs at least .* GB, most of it for'):
     check_memory(experiment)
@@ -79,7 +79,7 @@ def test_the_doctor_tells_of_both(tmp_path):
   assert levels == ['ok', 'odd', 'ok']
 
 
-def test_what_grows_with_the_square_of_the_classes_is_named(tmp_path, monkeypatch):
+def test_memory_quadratic_in_the_classes_is_named(tmp_path, monkeypatch):
   """OpenMax keeps the mean logits of each class; only its shape is asked for here."""
   monkeypatch.setattr(footprint, 'machine_memory', lambda device: 25e9)
   config = tiny.config('', 'openmax')

@@ -148,9 +148,9 @@ def test_all_damaged_is_no_fresh_start(folder):
   """F7."""
   for step in (1, 2, 3):
     os.truncate(largest_file(folder / str(step)), 0)
-  with Ladder(folder) as ladder, pytest.raises(UserError, match='no usable') as told:
+  with Ladder(folder) as ladder, pytest.raises(UserError, match='no usable') as message:
     ladder.checkpoints.restore(target())
-  assert all(f'{step}:' in str(told.value) for step in (1, 2, 3))
+  assert all(f'{step}:' in str(message.value) for step in (1, 2, 3))
 
 
 def test_without_its_manifest_a_checkpoint_is_not_trusted(folder):
@@ -162,7 +162,7 @@ def test_without_its_manifest_a_checkpoint_is_not_trusted(folder):
   assert 'no manifest' in ladder.events[0][1]['reason']
 
 
-def test_the_first_save_without_its_manifest_is_used_and_said(tmp_path):
+def test_a_first_save_without_manifest_is_used_and_reported(tmp_path):
   with Ladder(tmp_path) as ladder:
     ladder.checkpoints.save(1, make_state(1))
   (tmp_path / 'manifests' / '1.json').unlink()
@@ -184,7 +184,7 @@ def test_unfinished_saves_are_ignored(folder):
     assert ladder.checkpoints.restore(target()).step == 3
 
 
-def test_another_network_is_refused_by_name(folder):
+def test_another_network_is_rejected_by_name(folder):
   other = target()
   other.params['net']['kernel'] = jax.ShapeDtypeStruct((4, 5), jnp.float32)
   with Ladder(folder) as ladder, pytest.raises(UserError, match='kernel is .4, 3.'):
@@ -207,7 +207,7 @@ def test_a_read_that_fails_may_pass_and_moves_nothing(folder, monkeypatch, error
   assert not (folder / 'quarantine').exists() and not ladder.events
 
 
-def test_a_failed_write_is_told_and_older_steps_stay(tmp_path, monkeypatch):
+def test_a_failed_write_is_reported_and_older_steps_stay(tmp_path, monkeypatch):
   """The manifest cannot be written: the error comes with the next call."""
   ladder = Ladder(tmp_path)
   ladder.checkpoints.save(1, make_state(1))
@@ -261,7 +261,7 @@ def with_one_optimiser_state(state):
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
-def test_an_older_checkpoint_is_read_and_goes_on_bit_for_bit(tmp_path, name):
+def test_an_older_checkpoint_is_read_and_resumes_bit_for_bit(tmp_path, name):
   optimizer = make_optimizer(name, lambda step: jnp.float32(0.1))
   params = {'net': {'head': {'bias': jnp.ones(3)}}, 'centroids': jnp.ones((2, 3))}
   first = first_state(jax.random.key(0), params, {'net': {}}, optimizer.init(params))
@@ -304,13 +304,13 @@ def test_an_older_checkpoint_is_read_and_goes_on_bit_for_bit(tmp_path, name):
     ],
   ],
 )
-def test_paths_that_have_changed(now, before):
+def test_renamed_paths(now, before):
   assert old_path(now) == before
 
 
-def test_what_is_in_no_older_checkpoint_either_is_told_by_its_path(folder):
-  other, told = target(), 'opt.net.inner_state.trace.kernel is absent there'
+def test_leaves_missing_from_older_checkpoints_too_are_named(folder):
+  other, message = target(), 'opt.net.inner_state.trace.kernel is absent there'
   trace = {'kernel': other.params['net']['kernel']}
   other.opt['net'] = {'inner_state': {'trace': trace}}
-  with Ladder(folder) as ladder, pytest.raises(UserError, match=told):
+  with Ladder(folder) as ladder, pytest.raises(UserError, match=message):
     ladder.checkpoints.restore(other)

@@ -58,7 +58,7 @@ def test_the_effective_number_itself(beta):
 
 
 @pytest.mark.parametrize(
-  ('beta', 'prototypes', 'told'),
+  ('beta', 'prototypes', 'message'),
   [
     (1.0, None, r'needs beta in \[0, 1\), got 1.0'),
     (None, 0.5, 'needs prototypes of 1 or more, got 0.5'),
@@ -66,8 +66,8 @@ def test_the_effective_number_itself(beta):
     (0.5, 2, 'needs either beta or prototypes'),
   ],
 )
-def test_an_effective_number_of_nothing_is_refused(beta, prototypes, told):
-  with pytest.raises(UserError, match=told):
+def test_an_effective_number_of_nothing_is_rejected(beta, prototypes, message):
+  with pytest.raises(UserError, match=message):
     effective_number(3, beta, prototypes=prototypes)
 
 

@@ -27,7 +27,7 @@ def doubles():
 
 
 @pytest.mark.parametrize('weighted', [False, True])
-def test_machines_are_those_of_liblinear(examples, weighted):
+def test_support_vector_machines_agree_with_liblinear(examples, weighted):
   x, labels = examples
   weights = classifiers.balanced(labels, C) if weighted else None
   costs = (1.0, 0.01)  # each in its place, whatever the order of solving
@@ -100,7 +100,7 @@ def test_class_means_and_neighbours_are_nearest(examples):
   assert np.isfinite(at_home).all()
 
 
-def test_a_strength_is_chosen_by_those_who_did_not_see_an_example(examples):
+def test_a_strength_is_chosen_by_classifiers_that_did_not_see_an_example(examples):
   x, labels = examples
   strengths = (1e-4, 1e-1, 1e2)
   found = classifiers.chosen('svm', x, labels, C, strengths=strengths, folds=4)
@@ -141,7 +141,7 @@ def test_a_classifier_of_scaled_features_is_one_of_the_features(examples):
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ({'name': 'svn'}, "unknown classifier 'svn'; did you mean 'svm'"),
     ({'folds': 1}, 'folds is 1'),
@@ -149,7 +149,7 @@ def test_a_classifier_of_scaled_features_is_one_of_the_features(examples):
     ({'x': np.full((N, D), np.nan)}, '120 of 120 examples have features'),
   ],
 )
-def test_mistakes_are_told(examples, change, told):
+def test_mistakes_are_reported(examples, change, message):
   given = {'name': 'svm', 'x': examples[0], 'labels': examples[1], 'folds': 3} | change
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     classifiers.chosen(num_classes=C, **given)

@@ -40,13 +40,13 @@ def parse(monkeypatch):
 def test_help_shows_config_and_workdir_with_an_example(tmp_path):
   output = tmp_path / 'help.log'
   assert child.run(['--help'], output) == 0
-  told = output.read_text()
-  assert '--config: ' in told and '--workdir: ' in told
-  assert 'such as digits_lt:ldam_drw' in told
+  printed = output.read_text()
+  assert '--config: ' in printed and '--workdir: ' in printed
+  assert 'such as digits_lt:ldam_drw' in printed
   assert '--config=digits_lt:ldam_drw --workdir=' in main.__doc__
 
 
-def test_a_key_of_a_domain_that_no_role_uses_is_refused(tmp_path):
+def test_a_key_of_a_domain_that_no_role_uses_is_rejected(tmp_path):
   options = child.two_domains('source_only')
   given = ('--config.domains.blended.source=x', "--config.target=('sketched',)")
   command = child.command(
@@ -76,18 +76,18 @@ def test_a_shipped_config_is_found_by_its_name_from_any_folder(tmp_path, monkeyp
     config_file.make('nothing_here.py:ce')
 
 
-def test_an_empty_config_is_told():
+def test_an_empty_config_is_reported():
   with pytest.raises(UserError, match='--config is empty: name a config'):
     config_file.make('')
 
 
-def test_an_option_without_its_value_is_told():
+def test_an_option_without_its_value_is_reported():
   with pytest.raises(UserError, match="option 'epochs' of the config needs a value"):
     config_file.make('digits_lt:ce,epochs')
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'),
+  ('text', 'message'),
   [
     ('\0', ': SyntaxError: source code '),
     ('def get_config():\n  return 1 / 0\n', ':2: ZeroDivisionError: division by'),
@@ -102,12 +102,12 @@ def test_an_option_without_its_value_is_told():
     ('import sys\nsys.exit(0)\n', ':2: SystemExit: 0'),
   ],
 )
-def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, told):
+def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, message):
   path = tmp_path / 'own.py'
   path.write_text(text)
   with pytest.raises(UserError) as error:
     config_file.make(str(path))
-  assert str(error.value).startswith(f'{path}{told}')
+  assert str(error.value).startswith(f'{path}{message}')
   assert str(error.value).count('own.py') == 1
 
 
@@ -189,7 +189,7 @@ def test_a_stage_that_follows_drops_options_with_the_top_level(parse):
 
 
 @pytest.mark.parametrize(
-  ('key', 'told'),
+  ('key', 'message'),
   [
     ('epoch=3', "unknown config key epoch; did you mean 'epochs'"),
     ('datta.source=digits', "unknown config key datta; did you mean 'data'"),
@@ -213,10 +213,10 @@ def test_a_stage_that_follows_drops_options_with_the_top_level(parse):
     ('model.trunk_options=4', "trunk_options cannot be '4': give a dict"),
   ],
 )
-def test_a_key_that_is_wrong_is_told_with_the_near_miss(parse, key, told):
+def test_a_key_that_is_wrong_is_reported_with_the_near_miss(parse, key, message):
   with pytest.raises((UserError, flags.Error)) as error:
     parse('--config=digits_lt:ce', f'--config.{key}')
-  assert told in str(commands.cause(error.value)) and '--config' not in told
+  assert message in str(commands.cause(error.value)) and '--config' not in message
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_key_that_is_wrong_is_told_with_the_near_miss(parse, key, told):
     'two  blanks and a\ttab, and blanks at the end  ',
   ],
 )
-def test_a_message_is_told_as_it_is(message, capsys):
+def test_a_message_is_reported_unchanged(message, capsys):
   with pytest.raises(SystemExit):
     commands.fail(UserError(message), errors.WRONG_INPUT)
   assert capsys.readouterr().err == f'error: {message}\n'
@@ -241,7 +241,7 @@ def test_a_message_of_many_lines_is_one(capsys):
 
 
 @pytest.mark.parametrize(
-  ('path', 'told'),
+  ('path', 'message'),
   [
     ('s3://bucket/run', 's3://bucket/run needs a package: pip install s3fs'),
     ('az://bucket/run', 'az://bucket/run needs a package: pip install adlfs'),
@@ -249,11 +249,11 @@ def test_a_message_of_many_lines_is_one(capsys):
     ('https://host/run', "unknown object store 'https'"),
   ],
 )
-def test_a_store_that_cannot_be_read_is_told(path, told, monkeypatch):
+def test_a_store_that_cannot_be_read_is_reported(path, message, monkeypatch):
   monkeypatch.setattr(files, 'find_spec', lambda name: None)
   with pytest.raises(UserError) as error:
     files.make_workdir(path)
-  assert told in str(error.value)
+  assert message in str(error.value)
 
 
 def test_a_home_folder_is_expanded_behind_an_equals_sign(tmp_path, monkeypatch, parse):

@@ -92,7 +92,7 @@ def test_fusions_and_their_gradients_are_their_formulas(form, rng):
   assert len(FORMS) == 5
 
 
-def test_a_form_of_fusion_that_is_not_there():
+def test_an_unknown_form_of_fusion():
   with pytest.raises(UserError, match="form of fusion 'papre'; did you mean 'paper'"):
     fusion(form='papre')
 
@@ -245,17 +245,19 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
     features = outputs({'trunk': trunk, 'head': head})['features']
     if oracle:
       logits = linear(3).apply({'params': own['domain_classifier']}, features)
-      told = cross_entropy(logits, domains)
+      domain_term = cross_entropy(logits, domains)
     else:
-      told = cross_entropy(outputs({'trunk': trunk, 'head': head})['logits'], random)
+      domain_term = cross_entropy(
+        outputs({'trunk': trunk, 'head': head})['logits'], random
+      )
     both = jnp.concatenate([fixed['features'], features], 1)
     off = jnp.abs(draw.apply({'params': own['decoder']}, both) - images)
     shown = jnp.where(off < 1, off**2 / 2, off - 0.5).mean()
-    return 0.5 * told + 2 * shown, (told, shown)
+    return 0.5 * domain_term + 2 * shown, (domain_term, shown)
 
   after, metrics = jax.jit(method.step)(state, batches)
   own = {n: p for n, p in state.params.items() if n in ('decoder', 'domain_classifier')}
-  told = metrics['domain_labels' if oracle else 'confusion'][0]
+  domain_term = metrics['domain_labels' if oracle else 'confusion'][0]
   trunk = state.params['net']['trunk']
   random = np.zeros(12, int)
   if not oracle:
@@ -269,7 +271,7 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
   (value, parts), (of_own, of_trunk) = jax.jit(
     jax.value_and_grad(shaped, argnums=(0, 1), has_aux=True)
   )(own, trunk, random)
-  close(told, parts[0])
+  close(domain_term, parts[0])
   close(metrics['reconstruction'][0], parts[1])
   close(metrics['loss'][0], value)
   close(metrics['discriminator_loss'][0], loss)
@@ -289,7 +291,7 @@ def test_a_step_of_domain_factor_is_its_two_updates(oracle):
   close(now.params['decoder'], state.params['decoder'], rtol=0, atol=0)
 
 
-def test_a_discriminator_that_knows_no_class_lets_go():
+def test_a_class_discriminator_at_chance_stops_pushing():
   """Trained on, the domain features tell less of the classes and show the images."""
   batches, net = batches_of(12, 12), plain_net()
   method = factor(net, optimizer=adam(rate(0.01)))
@@ -370,7 +372,7 @@ def test_eight_devices_are_one(name):
     ('domain_factor', {'players': {}}, "needs a player 'decoder'"),
   ],
 )
-def test_mistakes_are_told_when_it_is_built(name, change, message):
+def test_mistakes_are_reported_when_it_is_built(name, change, message):
   judge, fuse = (Player(net, adam(rate(0.01))) for net in (mlp(), fusion()))
   given = {
     'compound': {
@@ -389,7 +391,7 @@ def test_mistakes_are_told_when_it_is_built(name, change, message):
     METHODS[name](plain_net(), adam(rate(0.01)), **given | change)
 
 
-def test_features_are_drawn_to_centroids_that_begin_apart():
+def test_features_are_drawn_to_centroids_that_start_apart():
   """The memory's own network: what OLTR's second stage adds, and no head that reads."""
   net, batches = plain_net(), batches_of()
   parts = {

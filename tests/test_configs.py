@@ -273,7 +273,7 @@ def test_the_protocols_are_those_of_the_papers(no_data):
 
 
 @pytest.mark.parametrize(
-  ('path', 'recipe', 'set_', 'told'),
+  ('path', 'recipe', 'set_', 'message'),
   [
     (digits_lt, 'ldam_drw', {'defer_epoch': 200.0}, 'class_weights.start_epoch'),
     (digits_lt, 'ce_drs', {'defer_epoch': 300.0}, 'sampler.start_epoch .* 300, .* 200'),
@@ -294,16 +294,16 @@ def test_the_protocols_are_those_of_the_papers(no_data):
     (digits_lt, 'ldam_drw', {'epochs': 0.0}, None),
   ],
 )
-def test_what_would_come_after_the_end_is_refused(path, recipe, set_, told):
+def test_deferrals_after_the_end_are_rejected(path, recipe, set_, message):
   """Or `ldam_drw` would be `ldam` without a word."""
   config = path.get_config(recipe)
   config.update(set_)
   resolved = resolve(config)
   stages = {n: stage_config(resolved, n) for n in resolved['stage_order']}
-  if told is None:
+  if message is None:
     checks.check_end(stages)
   else:
-    with pytest.raises(UserError, match=told + '.*epochs='):
+    with pytest.raises(UserError, match=message + '.*epochs='):
       checks.check_end(stages)
 
 
@@ -503,7 +503,7 @@ def test_a_trunk_that_is_not_trained_needs_weights(tmp_path):
   run.rehearsed(config, tmp_path)  # as random kernels are trained
   config['optimizer']['learning_rate_scale'] = [['net/head/.*', 1.0], ['.*', 0.0]]
   build.build(config)  # for what needs shapes alone
-  with pytest.raises(UserError, match=r'cannot begin at random: give --config.init='):
+  with pytest.raises(UserError, match=r'cannot start at random: give --config.init='):
     run.rehearsed(config, tmp_path)
 
 
@@ -537,7 +537,7 @@ def test_keys_of_a_stage_follow_the_top_level_until_they_are_set():
   assert resolved['stages']['train'].keys() == {'schedule'}  # and no more
 
 
-def test_another_head_has_not_the_options_of_the_first():
+def test_a_different_head_does_not_inherit_options():
   config = resolve(cifar10_lt.get_config('ncm,protocol=cui,net=resnet8'))
   assert stage_config(config, 'train')['model']['head_options']
   assert stage_config(config, 'ncm')['model']['head_options'] == {}
@@ -547,7 +547,7 @@ def cifar10_counts(n_max):
   return class_counts('exponential', 10, n_max, 100)
 
 
-def test_meta_class_weights_go_on_from_pre_training(no_data):
+def test_meta_class_weights_continue_from_pre_training(no_data):
   """Jamal et al.: t1 = 160, one schedule, 100 meta images that are not trained on."""
   config = resolve(cifar10_lt.get_config('meta_ce,net=resnet8'))
   experiment = build.build(config)
@@ -570,7 +570,7 @@ def test_meta_class_weights_go_on_from_pre_training(no_data):
   assert config['batch'] == 100 and config['optimizer']['nesterov']
 
 
-def test_the_meta_stage_goes_on_from_the_last_state():
+def test_the_meta_stage_continues_from_the_last_state():
   """Selection is of the stage that counts; the clock of a best State is behind."""
   config = digits_lt.get_config('meta_ce')
   config.select = 'val/accuracy'
@@ -591,21 +591,21 @@ def test_meta_weight_net_has_the_optimiser_of_its_class_imbalance_code():
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_a_number_that_is_not_finite_is_told(value):
+def test_a_number_that_is_not_finite_is_reported(value):
   config = digits_lt.get_config('ce')
   config.optimizer.weight_decay = (('.*', value),)
   with pytest.raises(UserError, match='config.optimizer.weight_decay is .*finite'):
     resolve(config)
 
 
-def test_of_numbers_that_follow_each_other_all_are_told():
+def test_all_numbers_of_a_sequence_are_reported():
   config = digits_lt.get_config('ldam_drw')
   config.epochs = float('nan')
   with pytest.raises(UserError, match='config.epochs is nan.*: give finite numbers'):
     resolve(config)
 
 
-def test_a_schedule_ends_with_the_training_until_it_is_told_to_end_elsewhere():
+def test_a_schedule_ends_with_the_training_unless_its_end_is_set():
   config = my_images.get_config('crt')
   assert resolve(config)['schedule']['end'] == 60
   classifier = resolve(config)['stages']['classifier']
@@ -668,7 +668,7 @@ def test_head_and_margin_share_one_scale():
 
 
 @pytest.mark.parametrize(
-  ('arg', 'told'),
+  ('arg', 'message'),
   [
     ('ldam_drv', "unknown method 'ldam_drv'; did you mean 'ldam_drw'"),
     ('ce,imbalence=3', "unknown option 'imbalence' of the config; did you mean"),
@@ -678,13 +678,13 @@ def test_head_and_margin_share_one_scale():
     ('ce,imbalance=inf', 'option imbalance=inf of the config must be positive'),
   ],
 )
-def test_mistakes_in_the_argument_are_told(arg, told):
-  with pytest.raises(UserError, match=told):
+def test_mistakes_in_the_argument_are_reported(arg, message):
+  with pytest.raises(UserError, match=message):
     cifar10_lt.get_config(arg)
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ({'reduction': 'meen'}, "unknown reduction 'meen'; did you mean 'mean'"),
     ({'loss': {'name': 'softmax_focal', 'gama': 1.0}}, "no option 'gama'"),
@@ -698,7 +698,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
       {'stages.train': {'epohs': 1.0}},
       "stage 'train' cannot set 'epohs'; did you mean 'epochs'",
     ),
-    ({'select': 'best'}, 'it is .last. or such as'),
+    ({'select': 'best'}, 'use .last., or a form like'),
     ({'model.batch_norm': 7}, 'model.batch_norm is 7'),
     ({'model.batch_norm': 'globl'}, "model.batch_norm is 'globl'"),
     ({'model.trunk': 'digits_cn'}, "did you mean 'digits_cnn'"),
@@ -779,7 +779,7 @@ def test_mistakes_in_the_argument_are_told(arg, told):
     ({'data.n_max': 900}, 'digits: class 0: .* images asked'),
   ],
 )
-def test_mistakes_in_a_config_are_told_before_anything_runs(change, told):
+def test_mistakes_in_a_config_are_reported_before_anything_runs(change, message):
   config = resolve(digits_lt.get_config('ce'))
   for key, value in change.items():
     *path, last = key.split('.')
@@ -787,7 +787,7 @@ def test_mistakes_in_a_config_are_told_before_anything_runs(change, told):
     for part in path:
       place = place[part]
     place[last] = value
-  with pytest.raises(UserError, match=told) as error:
+  with pytest.raises(UserError, match=message) as error:
     build.build(config)
   assert '\n' not in str(error.value)
 

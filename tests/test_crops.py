@@ -454,7 +454,7 @@ def test_a_random_window_by_hand():
     (1, 50, (0, 24, 1, 25)),
   ],
 )
-def test_what_never_fits_is_cut_from_the_middle(width, height, box):
+def test_impossible_windows_are_cut_from_the_middle(width, height, box):
   # 100 times the area fits into nothing, whatever the ratio.
   generator = Fixed([100.0, 0.0] * 10)
   scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)

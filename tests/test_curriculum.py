@@ -138,7 +138,7 @@ def test_an_epoch_is_shuffled(order):
     ({'first': 0.1}, 'first 0.1 of 3 images is less than one image'),
   ],
 )
-def test_mistakes_are_told(options, message):
+def test_mistakes_are_reported(options, message):
   with pytest.raises(UserError, match=message):
     curriculum(**{'order': np.arange(3), 'epochs': 4.0} | options)
 

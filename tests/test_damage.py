@@ -91,8 +91,8 @@ def _once(make):
 
   @functools.wraps(make)
   def wrapped(config, *rest, **options):
-    told = [v for v in (*rest, *options.values()) if isinstance(v, dict | int)]
-    key = json.dumps([config, told], sort_keys=True, default=str)
+    plain = [v for v in (*rest, *options.values()) if isinstance(v, dict | int)]
+    key = json.dumps([config, plain], sort_keys=True, default=str)
     if key not in made:
       made[key] = make(config, *rest, **options)
     return made[key]
@@ -172,9 +172,9 @@ def check(act, workdir):
     act(workdir)
   except Exception as error:
     assert commands.explained(error) is not None, repr(error)
-    told, code = commands.explained(error)
-    assert code == 2 and '\n' not in told, told
-    assert str(workdir) in told or '.json' in told, told
+    message, code = commands.explained(error)
+    assert code == 2 and '\n' not in message, message
+    assert str(workdir) in message or '.json' in message, message
 
 
 IN_SUITE = {
@@ -192,7 +192,7 @@ IN_SUITE = {
 
 
 @pytest.mark.parametrize('name', IN_SUITE)
-def test_damage_is_told(built, tmp_path, name):
+def test_damage_is_reported(built, tmp_path, name):
   for number, (what, data) in enumerate(damages(built.folder / name, False)):
     print(name, what)
     for command in IN_SUITE[name]:
@@ -203,7 +203,7 @@ def test_damage_is_told(built, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('command', ['main', 'evaluate', 'report', 'predict', 'export'])
-def test_any_damage_to_any_file_is_told_by_every_command(built, tmp_path, command):
+def test_any_damage_to_any_file_is_reported_by_every_command(built, tmp_path, command):
   workdir = tmp_path / 'run'
   for path in _all_files(built.folder):
     for what, data in damages(path, True):
@@ -230,50 +230,50 @@ def _flip_a_quote(data):
     (lambda _: b'', False),
   ],
 )
-def test_rows_of_metrics_do_not_vanish_unsaid(built, tmp_path, capsys, damage, aside):
+def test_lost_rows_of_metrics_are_reported(built, tmp_path, capsys, damage, aside):
   workdir = built.copy(tmp_path / 'run')
   path = workdir / 'metrics.jsonl'
   damaged = damage(path.read_bytes())
   path.write_bytes(damaged)
-  told = re.compile(
+  warning = re.compile(
     r"metrics\.jsonl: .*rows of stage 'train' up to step 20 are missing: \w+ \d+ of \d+"
   )
   for _ in range(2):  # nor later
     built.main(workdir)
-    assert told.search(capsys.readouterr().out)
+    assert warning.search(capsys.readouterr().out)
     built.report(workdir)
     page = (workdir / 'report.html').read_text().replace('&#39;', "'")
-    assert told.search(page)
+    assert warning.search(page)
   left = [p.read_bytes() for p in workdir.glob('metrics.jsonl.damaged*')]
   assert left == [damaged] * aside
 
 
 @pytest.mark.parametrize('left', [b'', None])
-def test_vectors_do_not_vanish_unsaid(built, tmp_path, capsys, left):
+def test_lost_vectors_are_reported(built, tmp_path, capsys, left):
   workdir = built.copy(tmp_path / 'run')
   path = workdir / 'stages/train/metrics/class_loss.npz'
   path.write_bytes(left) if left is not None else path.unlink()
   built.main(workdir)
   built.report(workdir)
-  told = f'{path}: rows are missing: 10 of 10'
-  assert told in capsys.readouterr().out
-  assert told in (workdir / 'report.html').read_text()
+  warning = f'{path}: rows are missing: 10 of 10'
+  assert warning in capsys.readouterr().out
+  assert warning in (workdir / 'report.html').read_text()
   assert path.with_name('class_loss.npz.damaged').exists() == (left is not None)
 
 
 @pytest.mark.parametrize(
   ('was', 'now'), [(b'"event"', b'"evemt"'), (b'"step"', b'"stpe"')]
 )
-def test_a_damaged_event_is_told_and_kept(built, tmp_path, capsys, was, now):
+def test_a_damaged_event_is_reported_and_kept(built, tmp_path, capsys, was, now):
   workdir = built.copy(tmp_path / 'run')
   path = workdir / 'events.jsonl'
   damaged = path.read_bytes().replace(was, now, 1)
   path.write_bytes(damaged)
-  told = 'events.jsonl: 1 damaged line'
+  warning = 'events.jsonl: 1 damaged line'
   built.report(workdir)
-  assert told in (workdir / 'report.html').read_text()
+  assert warning in (workdir / 'report.html').read_text()
   built.main(workdir)
-  assert f'{told};' in capsys.readouterr().out
+  assert f'{warning};' in capsys.readouterr().out
   assert path.with_name('events.jsonl.damaged').read_bytes() == damaged
 
 
@@ -322,14 +322,14 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize('command', ['evaluate', 'predict', 'export', 'report'])
-def test_an_edited_config_is_refused(built, tmp_path, command):
+def test_an_edited_config_is_rejected(built, tmp_path, command):
   workdir = built.copy(tmp_path / 'run')
   edit(workdir / 'config.json', data__mean=[0.1])
   if command == 'report':
     built.report(workdir)
     for page in ('report.html', 'report.md'):
-      told = 'config.json was changed after training'
-      assert told in (workdir / page).read_text()
+      warning = 'config.json was changed after training'
+      assert warning in (workdir / page).read_text()
     return
   with pytest.raises(
     UserError, match=r'data.mean was \[0.5\] and is \[0.1\]; undo that'
@@ -345,7 +345,7 @@ def test_an_edited_config_is_refused(built, tmp_path, command):
     ('counts__train', [9, 9, 9, 9]),
   ],
 )
-def test_edited_data_are_refused(built, tmp_path, key, value):
+def test_edited_data_are_rejected(built, tmp_path, key, value):
   workdir = built.copy(tmp_path / 'run')
   edit(workdir / 'data.json', **{key: value})
   for command in (built.evaluate, built.predict, built.export):
@@ -355,7 +355,7 @@ def test_edited_data_are_refused(built, tmp_path, key, value):
       command(workdir)
 
 
-def test_a_run_with_an_edited_config_goes_on_with_its_own(built, tmp_path):
+def test_a_run_with_an_edited_config_resumes_with_its_own(built, tmp_path):
   workdir = built.copy(tmp_path / 'run')
   edit(workdir / 'config.json', data__mean=[0.1])
   with pytest.raises(
@@ -367,7 +367,7 @@ def test_a_run_with_an_edited_config_goes_on_with_its_own(built, tmp_path):
   assert json.loads((workdir / 'config.json').read_text())['data']['mean'] == [0.5]
 
 
-def test_what_is_lost_is_no_leave_to_change_it(built, tmp_path):
+def test_lost_files_do_not_permit_changes(built, tmp_path):
   """The checkpoints still tell config and data."""
   workdir = built.copy(tmp_path / 'run')
   (workdir / 'config.json').unlink()
@@ -432,8 +432,8 @@ def test_a_run_of_an_earlier_version_is_read(built, tmp_path, capsys):
   for path in workdir.glob('stages/*/checkpoints/manifests/*.json'):
     path.write_text(json.dumps(_without(json.loads(path.read_text()))))
   evaluate.evaluate(epath.Path(workdir))
-  told = capsys.readouterr().out
-  assert told.count(f'{workdir} is of an earlier version') == 1
+  printed = capsys.readouterr().out
+  assert printed.count(f'{workdir} is of an earlier version') == 1
   built.main(workdir)  # from now on it is recorded
   built.evaluate(workdir)
   assert 'earlier version' not in capsys.readouterr().out
@@ -496,7 +496,7 @@ def test_a_closed_terminal_asks_to_stop_unless_nohup():
     signal.signal(signal.SIGHUP, before)
 
 
-def test_what_is_not_logged_yet_is_held(built, tmp_path, monkeypatch):
+def test_unlogged_metrics_are_kept(built, tmp_path, monkeypatch):
   """Of a run that is asked to stop between two rows of the log."""
   workdir = tmp_path / 'run'
   looks = iter([*[False] * 9, *[True] * 2])

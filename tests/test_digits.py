@@ -98,7 +98,7 @@ def test_layers_are_float32_whatever_the_trunk_computes_in():
 
 
 @pytest.mark.parametrize('side', [8, 7])
-def test_the_maximum_over_squares_is_that_of_flax(side, rng):
+def test_max_pooling_agrees_with_flax(side, rng):
   """In value and both derivatives, also where maxima tie."""
   x = jnp.asarray(rng.integers(0, 3, (2, side, side, 3)), jnp.float32)
   g = jnp.asarray(rng.normal(size=(2, side // 2, side // 2, 3)), jnp.float32)

@@ -70,13 +70,13 @@ def examine(case, *checks):
   return [finding for _, finding in doctor.examine(case, sections)]
 
 
-def told(found, level):
+def text_of(found, level):
   return '\n'.join(finding.text for finding in found if finding.level == level)
 
 
 def faults(found):
   """Returns what is not as it should be, as one text."""
-  return told(found, 'odd') + told(found, 'wrong')
+  return text_of(found, 'odd') + text_of(found, 'wrong')
 
 
 def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_healthy_run_has_no_fault(config, tmp_path, monkeypatch):
   found = list(doctor.examine(doctor.Case(config(), workdir)))
   bad = [(s, f) for s, f in found if f.level != 'ok' and s != 'machine']
   assert not bad
-  assert 'train: an evaluation takes about' in told([f for _, f in found], 'ok')
+  assert 'train: an evaluation takes about' in text_of([f for _, f in found], 'ok')
   several = {'domains'}  # of which one says nothing
   assert {section for section, _ in found} == set(doctor.SECTIONS) - several
   assert [path.name for path in tmp_path.iterdir()] == ['data.npz']
@@ -95,11 +95,11 @@ def test_photographs_without_a_fault(listed):
   checks = [*doctor.SECTIONS['data'], *doctor.SECTIONS['images']]
   found = examine(doctor.Case(listed[0]), *checks)
   assert not faults(found)
-  assert 'train: 12 files open, 12 were decoded' in told(found, 'ok')
-  assert 'of 24 were hashed, as the others differ in size' in told(found, 'ok')
+  assert 'train: 12 files open, 12 were decoded' in text_of(found, 'ok')
+  assert 'of 24 were hashed, as the others differ in size' in text_of(found, 'ok')
 
 
-def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
+def test_skipped_images_are_reported_everywhere(listed, tmp_path, rng, capsys):
   made, _ = listed
   folder = tmp_path / 'set'
   for split in ('train', 'test', 'val'):
@@ -117,9 +117,9 @@ def test_what_is_passed_over_is_told_everywhere(listed, tmp_path, rng, capsys):
     "test: the split 'test' of the source is not used",
   ]
   found = examine(doctor.Case(made), doctor.data.splits)
-  assert told(found, 'odd').splitlines() == lines
+  assert text_of(found, 'odd').splitlines() == lines
   case = doctor.Case(made)
-  assert not told(list(case.open()), 'wrong')
+  assert not text_of(list(case.open()), 'wrong')
   capsys.readouterr()
   run._banner(case.experiment, tmp_path, writers.Screen(), [])
   banner = capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_a_classifier_that_is_retrained_for_few_steps(config, tmp_path, capsys):
   made = tiny.config(tmp_path / 'data.npz', 'crt')
   config()  # writes the images
   made['epochs'], made['stages']['classifier']['epochs'] = 2.0, 2.0
-  found = told(list(doctor.Case(made).open()), 'odd')
+  found = text_of(list(doctor.Case(made).open()), 'odd')
   assert "stage 'classifier' trains for only 2 steps, too few" in found
   assert 'raise config.stages.classifier.epochs' in found
   run.run(made, tmp_path / 'run')
@@ -143,8 +143,8 @@ def test_an_image_in_training_and_test(config):
   members = arrays()
   members['x_test'][0] = members['x_train'][1]
   found = examine(doctor.Case(config(members)), doctor.duplicates)
-  assert 'images in train and in test: 1, such as' in told(found, 'wrong')
-  assert '(train)' in told(found, 'wrong') and '(test)' in told(found, 'wrong')
+  assert 'images in train and in test: 1, such as' in text_of(found, 'wrong')
+  assert '(train)' in text_of(found, 'wrong') and '(test)' in text_of(found, 'wrong')
 
 
 def test_an_image_twice_with_two_labels(config):
@@ -154,7 +154,7 @@ def test_an_image_twice_with_two_labels(config):
   data = config(members)
   data['data'] |= {'meta_per_class': 0}
   found = examine(doctor.Case(data), doctor.duplicates)
-  assert 'images more than once in train: 1, such as' in told(found, 'odd')
+  assert 'images more than once in train: 1, such as' in text_of(found, 'odd')
   assert "two labels: 1, such as #0 (train): '0' = #18 (train): '3'" in faults(found)
 
 
@@ -163,7 +163,7 @@ def test_few_that_are_twice_are_odd(config, monkeypatch):
   members = arrays()
   members['x_test'][0] = members['x_train'][0]
   found = examine(doctor.Case(config(members)), doctor.duplicates)
-  assert 'in test' in told(found, 'odd') and not told(found, 'wrong')
+  assert 'in test' in text_of(found, 'odd') and not text_of(found, 'wrong')
 
 
 def test_the_same_file_under_two_names(listed):
@@ -171,7 +171,7 @@ def test_the_same_file_under_two_names(listed):
   shutil.copy(folder / 'train_0.jpg', folder / 'test_7.jpg')
   found = examine(doctor.Case(config), doctor.duplicates)
   for name in ('train_0.jpg (train)', 'test_7.jpg (test)', "'0'", "'1'"):
-    assert name in told(found, 'wrong')
+    assert name in text_of(found, 'wrong')
 
 
 def test_a_truncated_file_is_found_by_its_end(listed, monkeypatch):
@@ -180,8 +180,8 @@ def test_a_truncated_file_is_found_by_its_end(listed, monkeypatch):
   whole = (folder / 'test_3.jpg').read_bytes()
   (folder / 'test_3.jpg').write_bytes(whole[: len(whole) // 2])
   found = examine(doctor.Case(config), doctor.readable)
-  assert 'test: images that cannot be read: 1, such as' in told(found, 'wrong')
-  assert 'test_3.jpg' in told(found, 'wrong')
+  assert 'test: images that cannot be read: 1, such as' in text_of(found, 'wrong')
+  assert 'test_3.jpg' in text_of(found, 'wrong')
 
 
 def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
@@ -191,17 +191,17 @@ def test_damage_inside_is_found_when_all_is_decoded(listed, monkeypatch):
   (folder / 'train_5.jpg').write_bytes(whole[: len(whole) // 2] + whole[-2:])
   assert not faults(examine(doctor.Case(config), doctor.readable))
   thorough = doctor.Case(config, thorough=True)
-  assert 'train_5.jpg' in told(examine(thorough, doctor.readable), 'wrong')
+  assert 'train_5.jpg' in text_of(examine(thorough, doctor.readable), 'wrong')
   config['data']['on_bad_image'] = 'skip'
   thorough = doctor.Case(config, thorough=True)
   found = examine(thorough, doctor.readable)
-  assert 'train_5.jpg' in told(found, 'odd') and not told(found, 'wrong')
+  assert 'train_5.jpg' in text_of(found, 'odd') and not text_of(found, 'wrong')
   (folder / 'train_6.jpg').write_bytes(whole[:9])  # two are too many for stand-ins
   found = examine(thorough, doctor.readable)
-  assert 'train: images that cannot be read: 2' in told(found, 'wrong')
+  assert 'train: images that cannot be read: 2' in text_of(found, 'wrong')
 
 
-def test_a_bad_test_image_is_told_and_counted(listed, tmp_path):
+def test_a_bad_test_image_is_reported_and_counted(listed, tmp_path):
   """By the rule of the training images: another of its class stands in."""
   config, folder = listed
   path = folder / 'test_3.jpg'
@@ -217,8 +217,8 @@ def test_a_bad_test_image_is_told_and_counted(listed, tmp_path):
   evaluated = evaluate.evaluate(files.absolute(tmp_path / 'run'))
   assert evaluated['test']['accuracy'] == result['test']['accuracy']
   (folder / 'test_4.jpg').write_bytes(b'')
-  told = '2 images of test cannot be read, but at most 1 of 12 may be replaced'
-  with pytest.raises(UserError, match=told):
+  message = '2 images of test cannot be read, but at most 1 of 12 may be replaced'
+  with pytest.raises(UserError, match=message):
     run.run(config, tmp_path / 'two')
 
 
@@ -229,7 +229,7 @@ def test_images_that_exif_would_turn(listed):
   for name in ('train_2', 'train_5', 'test_1'):
     with Image.open(folder / f'{name}.jpg') as image:
       image.save(folder / f'{name}.jpg', exif=exif)
-  found = told(examine(doctor.Case(config), doctor.readable), 'odd')
+  found = text_of(examine(doctor.Case(config), doctor.readable), 'odd')
   line = 'images with an EXIF orientation, which is not applied'
   assert f'train: {line}: 2, such as {folder}/train_2.jpg' in found
   assert f'test: {line}: 1, such as {folder}/test_1.jpg' in found
@@ -239,25 +239,25 @@ def test_a_missing_file_and_what_is_skipped_for_it(listed):
   config, folder = listed
   (folder / 'train_2.jpg').unlink()
   found = examine(doctor.Case(config), doctor.duplicates, doctor.compiles)
-  assert 'lacks 1 of the listed images: train_2.jpg' in told(found, 'wrong')
+  assert 'lacks 1 of the listed images: train_2.jpg' in text_of(found, 'wrong')
   assert [finding.level for finding in found] == ['wrong', 'skip', 'skip']
-  assert 'duplicates: the data cannot be opened' in told(found, 'skip')
+  assert 'duplicates: the data cannot be opened' in text_of(found, 'skip')
 
 
 def test_a_label_out_of_range(config):
   members = arrays()
   members['y_test'][3] = 4
   found = examine(doctor.Case(config(members)))
-  assert 'y_test: label 4 at index 3 is not in [0, 4)' in told(found, 'wrong')
+  assert 'y_test: label 4 at index 3 is not in [0, 4)' in text_of(found, 'wrong')
   assert len(found) == 1
 
 
 def test_the_data_are_looked_at_where_nothing_else_can_be_built(config):
   config = config(optimizer={'name': 'sgdd'})
   found = examine(doctor.Case(config), doctor.splits, doctor.compiles)
-  assert 'sgd' in told(found, 'wrong')
-  assert 'test: 8 images' in told(found, 'ok')
-  assert 'compiles: the configuration cannot be built' in told(found, 'skip')
+  assert 'sgd' in text_of(found, 'wrong')
+  assert 'test: 8 images' in text_of(found, 'ok')
+  assert 'compiles: the configuration cannot be built' in text_of(found, 'skip')
 
 
 @pytest.mark.parametrize('name, value', [('mean', 0.9), ('std', 1.0)])
@@ -265,14 +265,14 @@ def test_another_normalisation(config, name, value):
   config = config()
   config['data'][name] = [value]
   found = examine(doctor.Case(config), doctor.normalisation)
-  assert f'see data.mean {config["data"]["mean"][0]}' in told(found, 'odd')
+  assert f'see data.mean {config["data"]["mean"][0]}' in text_of(found, 'odd')
 
 
 def test_blank_images(config):
   members = arrays()
   members['x_train'][:] = 7
   found = examine(doctor.Case(config(members)), doctor.constant)
-  assert 'images of one colour: 11 of 11' in told(found, 'wrong')
+  assert 'images of one colour: 11 of 11' in text_of(found, 'wrong')
 
 
 def test_classes_and_their_counts(config):
@@ -281,7 +281,7 @@ def test_classes_and_their_counts(config):
   checks = doctor.classes, doctor.tail, doctor.shots, doctor.balanced_test
   config = config(members)
   config['data'] |= {'many_shot': 9}
-  found = told(examine(doctor.Case(config), *checks), 'odd')
+  found = text_of(examine(doctor.Case(config), *checks), 'odd')
   assert "names shared by two classes: 1, such as 'a'" in found
   assert "classes without images in test: 1, such as 'c'" in found
   assert 'no class is many-shot' in found
@@ -292,7 +292,7 @@ def test_a_tail_that_is_not_as_stated(config):
   config = config()
   config['data'] |= {'profile': 'exponential', 'n_max': 6, 'imbalance': 6}
   case = doctor.Case(config)
-  assert 'are those of data.profile' in told(examine(case, doctor.tail), 'ok')
+  assert 'are those of data.profile' in text_of(examine(case, doctor.tail), 'ok')
   config['data']['imbalance'] = 2  # which the images were not drawn for
   (_, stated) = [finding for _, finding in doctor.examine(case, {'': (doctor.tail,)})]
   assert stated.level == 'odd' and 'states 4 images of class 1' in stated.text
@@ -325,7 +325,7 @@ STEP = doctor.compiles, doctor.one_step, doctor.loss_at_start, doctor.learns
 def test_a_learning_rate_that_is_too_great(config):
   config = config(schedule={'name': 'constant', 'base': 1e30})
   found = examine(doctor.Case(config), *STEP, doctor.by_heart)
-  assert 'not finite: a smaller schedule.base' in told(found, 'wrong')
+  assert 'not finite: a smaller schedule.base' in text_of(found, 'wrong')
 
 
 def test_a_batch_that_is_not_learned_by_heart(config, monkeypatch):
@@ -333,18 +333,18 @@ def test_a_batch_that_is_not_learned_by_heart(config, monkeypatch):
   config = config(schedule={'name': 'constant', 'base': 1e-6})
   case = doctor.Case(config)
   found = examine(case, *STEP, doctor.by_heart)
-  assert 'more than half' in told(found, 'odd')
+  assert 'more than half' in text_of(found, 'odd')
   monkeypatch.setattr(doctor.step, 'BY_HEART', 1000)
   monkeypatch.setattr(doctor.step, 'BUDGET', 0.01)
   found = [f for _, f in doctor.examine(case, {'': (doctor.by_heart,)})]
-  assert 'there was no time for more' in told(found, 'skip')
+  assert 'there was no time for more' in text_of(found, 'skip')
 
 
 def test_every_stage_makes_a_step(config, tmp_path):
   config = tiny.config(tmp_path / 'data.npz', 'meta_ce') | {'data': config()['data']}
   case = doctor.Case(config)
   found = examine(case, *STEP, doctor.by_heart, doctor.memory, doctor.decoding)
-  assert not told(found, 'wrong')
+  assert not text_of(found, 'wrong')
   assert set(case.steps) == set(config['stage_order'])
 
 
@@ -362,13 +362,13 @@ def test_a_gradient_that_does_not_arrive(config):
   blind = stage._replace(method=stage.method._replace(step=step))
   case.experiment.stages['train'] = blind
   found = [finding for _, finding in doctor.examine(case, {'': STEP})]
-  assert 'the same way for other images: no gradient arrives' in told(found, 'wrong')
+  assert 'the same way for other images: no gradient arrives' in text_of(found, 'wrong')
 
 
 def test_nothing_moves_without_a_learning_rate(config):
   found = examine(doctor.Case(config(schedule={'name': 'constant', 'base': 0})), *STEP)
-  assert 'no parameter moves' in told(found, 'wrong')
-  assert 'that of a guess' in told(found, 'ok')
+  assert 'no parameter moves' in text_of(found, 'wrong')
+  assert 'that of a guess' in text_of(found, 'ok')
 
 
 def trial(case, **values):
@@ -382,11 +382,11 @@ def test_memory_and_space(config, tmp_path, monkeypatch):
   case = doctor.Case(config(), tmp_path)
   case.trials['train'] = trial(case, memory={'parameters': 2e6, 'batch': 1e6})
   found = examine(case, doctor.memory, doctor.space)
-  assert not faults(found) and 'most of it parameters' in told(found, 'ok')
+  assert not faults(found) and 'most of it parameters' in text_of(found, 'ok')
   monkeypatch.setattr(footprint, 'free_memory', lambda device: 1000.0)
   free = shutil.disk_usage(tmp_path)._replace(free=1000)
   monkeypatch.setattr(doctor.machine.shutil, 'disk_usage', lambda path: free)
-  found = told(examine(case, doctor.memory, doctor.space), 'wrong')
+  found = text_of(examine(case, doctor.memory, doctor.space), 'wrong')
   assert 'there are 0.00 MB' in found and '0.00 MB are free' in found
 
 
@@ -414,24 +414,24 @@ def test_shared_memory_for_the_workers(listed, monkeypatch):
 def test_a_folder_that_cannot_be_written(config, tmp_path):
   (tmp_path / 'file').write_text('')
   found = examine(doctor.Case(config(), tmp_path / 'file' / 'run'), doctor.writable)
-  assert 'cannot be written: Not a directory' in told(found, 'wrong')
+  assert 'cannot be written: Not a directory' in text_of(found, 'wrong')
 
 
 def test_folders_on_other_file_systems(config, tmp_path, monkeypatch):
   case = doctor.Case(config(), tmp_path)
   for kind, text in (('tmpfs', 'in memory'), ('fuse.s3fs', 'on a network')):
     monkeypatch.setattr(doctor.machine, '_file_system', lambda path, kind=kind: kind)
-    assert text in told(examine(case, doctor.file_system), 'odd')
+    assert text in text_of(examine(case, doctor.file_system), 'odd')
 
 
 def test_a_folder_with_another_run_in_it(config, tmp_path):
   config = config()
   case = doctor.Case(config, tmp_path)
   files.write_json(tmp_path / 'config.json', config)
-  assert 'which will resume' in told(examine(case, doctor.begun), 'ok')
+  assert 'which will resume' in text_of(examine(case, doctor.begun), 'ok')
   files.write_json(tmp_path / 'config.json', config | {'seed': 7})
   with files.locked(tmp_path):
-    found = told(examine(case, doctor.begun), 'wrong')
+    found = text_of(examine(case, doctor.begun), 'wrong')
   assert 'in use by a run' in found and 'seed was 7 and is 0' in found
 
 
@@ -440,7 +440,7 @@ def test_generated_images_are_not_looked_at(config):
   config['data'] |= {'source': 'fake', 'meta_per_class': 0}
   checks = [*doctor.SECTIONS['data'], *doctor.SECTIONS['images']]
   found = examine(doctor.Case(config), *checks)
-  assert 'duplicates: the images are generated' in told(found, 'skip')
+  assert 'duplicates: the images are generated' in text_of(found, 'skip')
 
 
 def test_exit_codes(tmp_path):

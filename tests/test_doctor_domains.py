@@ -49,21 +49,21 @@ def test_domains_are_described_and_compared(tmp_path, rng):
 
 
 @pytest.mark.parametrize('shared', [1, 12])
-def test_shared_images_are_told(tmp_path, rng, shared):
+def test_shared_images_are_reported(tmp_path, rng, shared):
   one = write(tmp_path / 'one.npz', rng, 0)
   x = rng.integers(0, 50, (12, 4, 4, 1), np.uint8)
   x[:shared] = one['x_train'][:shared]
   write(tmp_path / 'two.npz', rng, 0, x_test=x)
-  (told,) = (f for f in found(tmp_path) if f.level != 'ok')
-  assert told.level == 'wrong'
-  assert f'in other/test and in source/train: {shared}, such as #' in told.text
+  (finding,) = (f for f in found(tmp_path) if f.level != 'ok')
+  assert finding.level == 'wrong'
+  assert f'in other/test and in source/train: {shared}, such as #' in finding.text
 
 
 def test_a_target_that_is_the_source_under_another_name(tmp_path, rng):
   write(tmp_path / 'one.npz', rng, 0)
   findings = found(tmp_path, source=f'npz:{tmp_path}/one.npz')
-  (told,) = (finding for finding in findings if finding.level == 'wrong')
-  assert "the target 'other' is the source 'source' once more" in told.text
+  (finding,) = (f for f in findings if f.level == 'wrong')
+  assert "the target 'other' is the source 'source' once more" in finding.text
 
 
 def test_test_images_of_a_target_that_are_trained_on_are_odd(tmp_path, rng):

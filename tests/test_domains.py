@@ -118,7 +118,7 @@ def test_labels_of_the_target_and_test_images_reach_no_step(recipe, monkeypatch)
   """In no stage but those that say so does anything that is handed over change."""
   made, surveyed, survey = config(recipe), [], build.survey
 
-  def told(*args, passes, **options):
+  def recorded(*args, passes, **options):
     surveyed.append(passes)
     return survey(*args, passes=passes, **options)
 
@@ -132,7 +132,7 @@ def test_labels_of_the_target_and_test_images_reach_no_step(recipe, monkeypatch)
     }
     return experiment, every
 
-  monkeypatch.setattr(build, 'survey', told)
+  monkeypatch.setattr(build, 'survey', recorded)
   experiment, before = built()
   labelled = {n for n, one in experiment.stages.items() if one.uses_target_labels}
   assert differing(before, built(permuted(experiment))[1]) == labelled
@@ -214,8 +214,8 @@ def check_what_it_leaves(folder, result):
   last = {row['split']: row['accuracy'] for row in rows if 'accuracy' in row}
   found = result['domains'] | {'all': result['test']}
   for split in ('test', *(f'{name}/test' for name in names)):
-    told = found[split.removesuffix('/test') if '/' in split else 'all']
-    assert last[split] == pytest.approx(told['accuracy'])
+    metrics = found[split.removesuffix('/test') if '/' in split else 'all']
+    assert last[split] == pytest.approx(metrics['accuracy'])
 
 
 @pytest.fixture(scope='module')
@@ -252,8 +252,8 @@ def test_a_compound_target_is_one_stream_without_domains():
   assert isinstance(images, Unlabelled) and len(images.rows) == 1200
   assert set(stage.streams['target'].payload(0)) == {'index'}
   made['streams']['target']['domain_labels'] = True
-  told = build.build(made, devices=1).last.streams['target'].payload(0)
-  assert set(told['domain'].tolist()) == {0, 1}
+  payload = build.build(made, devices=1).last.streams['target'].payload(0)
+  assert set(payload['domain'].tolist()) == {0, 1}
 
 
 def test_several_sources_tell_the_domain_of_an_image():
@@ -267,7 +267,7 @@ def test_several_sources_tell_the_domain_of_an_image():
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ({'target': ['source']}, "domain 'source' is both source and target"),
     (
@@ -278,7 +278,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
     ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
     ({'stages': {'train': {'domain': 'nowhere'}}}, "unknown domain 'nowhere'"),
-    ({'select': 'oracle/accuracy'}, 'never chosen by the labels of a target'),
+    ({'select': 'oracle/accuracy'}, 'never chosen by labels of a target'),
     ({'select': 'blended/test'}, 'select is'),
     (
       {'streams': {'sampler': {'name': 'class_balanced'}}},
@@ -291,7 +291,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ({'domains': {'source': 'digits', 'size': 16, 'channels': 3}}, None),
   ],
 )
-def test_mistakes_are_one_line(change, told):
+def test_mistakes_are_one_line(change, message):
   made = config('dann')
   for key, value in change.items():
     match key:
@@ -301,11 +301,11 @@ def test_mistakes_are_one_line(change, told):
         made['domains']['blended'] |= value
       case _:
         made[key] = value
-  if told is None:
+  if message is None:
     made['data'] |= {'test_per_class': 10}
     assert build.build(made).domains['blended'].image_shape == (16, 16, 3)
     return
-  with pytest.raises(UserError, match=told) as error:
+  with pytest.raises(UserError, match=message) as error:
     build.build(made)
   assert '\n' not in str(error.value)
 
@@ -355,7 +355,7 @@ def test_files_are_the_same_where_they_are_in_one_place():
   assert not within(split(one, 1), [split(two, 1)])
 
 
-def test_keys_of_a_domain_that_no_role_uses_are_refused():
+def test_keys_of_a_domain_that_no_role_uses_are_rejected():
   """A config file may have more domains than it uses; of these there is a warning."""
   made = config('source_only')
   made['domains']['other'] = {'source': 'nothing:'}
@@ -401,11 +401,12 @@ def test_it_says_whose_normalisation_and_statistics_predict():
     made['alignment']['align_on'] = ['features']
     made['method'] |= options
     by[recipe] = build.build(made, devices=1)
-  told = {name: one.predicts_by for name, one in by.items()}
+  statistics = {name: one.predicts_by for name, one in by.items()}
   left = "normalised as 'blended'; batch statistics: left by training on source"
-  assert told['source_only'] == left and told['dann'] == f'{left} and target'
+  assert statistics['source_only'] == left
+  assert statistics['dann'] == f'{left} and target'
   own = "batch statistics: the target's own"
-  assert told['deep_coral'] == f"normalised as 'blended'; {own}"
+  assert statistics['deep_coral'] == f"normalised as 'blended'; {own}"
   experiment = by['deep_coral']
   evaluated = experiment.evaluates_by(experiment.last)
   assert evaluated.endswith(f"{own}, for images of 'source' its own")
@@ -508,7 +509,7 @@ def test_only_a_domain_that_is_alone_is_standardised():
     build.build(made)
 
 
-def test_a_stage_of_the_targets_classes_says_that_it_reads_labels():
+def test_a_stage_on_the_targets_classes_says_that_it_reads_labels():
   """Its passes, shot groups and choice would read them, whatever its streams do."""
   made = config('source_only')
   made['stages']['train'] |= {
@@ -519,16 +520,16 @@ def test_a_stage_of_the_targets_classes_says_that_it_reads_labels():
 
 
 @pytest.mark.parametrize(
-  ('row', 'told'),
+  ('row', 'message'),
   [
     ({'domain': 'sketched'}, "domain 'sketched' is open, which training never sees"),
     ({'domain': 'open'}, "domain 'open' is open, which training never sees"),
   ],
 )
-def test_an_open_domain_is_no_stream(row, told):
+def test_an_open_domain_is_no_stream(row, message):
   made = config('dann')
   made['streams']['target'] = {**made['streams']['target'], **row}
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     build.build(made, devices=1)
 
 
@@ -540,10 +541,10 @@ def test_the_meta_set_of_a_target_needs_its_labels():
     build.build(made, devices=1)
 
 
-def test_what_a_run_began_with_may_have_read_labels_of_the_target(tmp_path):
-  for told in (True, False):
+def test_initial_weights_may_have_read_labels_of_the_target(tmp_path):
+  for used in (True, False):
     (tmp_path / 'result.json').write_text(
-      f'{{"uses_target_labels": {str(told).lower()}}}'
+      f'{{"uses_target_labels": {str(used).lower()}}}'
     )
-    assert ours.used_target_labels(str(tmp_path)) is told
+    assert ours.used_target_labels(str(tmp_path)) is used
   assert not ours.used_target_labels('') and not ours.used_target_labels('timm/x')

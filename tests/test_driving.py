@@ -29,14 +29,14 @@ def bdd100k(root):
   trees.bdd100k(root)
   names = {'snowy': 'snowy', 'partly cloudy': 'cloudy', 'overcast': 'overcast'}
   rows = []
-  for told, name in names.items():
+  for folder, name in names.items():
     trees.photograph(root / 'images' / '100k' / 'train' / f'{name}.jpg')
     trees.photograph(root / 'images' / '10k' / 'val' / f'{name}_val.jpg')
     mask = root / 'labels' / 'sem_seg' / 'masks' / 'val' / f'{name}_val.png'
     trees.save(mask, trees.ids(values=(0, 1, 18, 255)))
-    rows += [(name, told), (f'{name}_val', told)]
-  told = [{'name': f'{n}.jpg', 'attributes': {'weather': w}} for n, w in rows]
-  (root / 'labels' / 'more_train.json').write_text(json.dumps(told))
+    rows += [(name, folder), (f'{name}_val', folder)]
+  entries = [{'name': f'{n}.jpg', 'attributes': {'weather': w}} for n, w in rows]
+  (root / 'labels' / 'more_train.json').write_text(json.dumps(entries))
 
 
 CONFIGS = {

@@ -33,7 +33,7 @@ LABELS = np.repeat(np.arange(4), COUNTS)
     lambda: _means(np.ones((4, 2)), COUNTS, 'val'),
   ],
 )
-def test_a_class_is_named_by_those_who_know_its_name(make):
+def test_a_class_is_named_wherever_its_name_is_known(make):
   with pytest.raises(ClassError, match='class 1( |$)'):
     make()
   with pytest.raises(UserError, match=r"class 1 \('bee'\) "), class_names(NAMES):
@@ -54,7 +54,7 @@ def test_a_build_knows_the_names(named_npz):
     build.build(config)
 
 
-def test_a_stage_that_begins_knows_the_names(named_npz, tmp_path, monkeypatch):
+def test_a_starting_stage_knows_the_names(named_npz, tmp_path, monkeypatch):
   def operate(*_):
     raise ClassError('', 3, ' has no image in val')
 
@@ -64,7 +64,7 @@ def test_a_stage_that_begins_knows_the_names(named_npz, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('typed', 'known', 'told'),
+  ('typed', 'known', 'suggestion'),
   [
     ('ldm', LOSSES, "; did you mean 'ldam'?"),
     ('LDAM', LOSSES, "; did you mean 'ldam'?"),
@@ -74,5 +74,5 @@ def test_a_stage_that_begins_knows_the_names(named_npz, tmp_path, monkeypatch):
     ('xyz', [], ''),
   ],
 )
-def test_near_misses_are_suggested(typed, known, told):
-  assert suggest(typed, known) == told
+def test_near_misses_are_suggested(typed, known, suggestion):
+  assert suggest(typed, known) == suggestion

@@ -47,7 +47,7 @@ def test_of_equal_logits_the_first_class_is_preferred():
   np.testing.assert_array_equal(rank(logits, jnp.array([0, 2, 0, 0])), [0, 2, 4, 1])
 
 
-def test_five_guesses_where_there_are_more_classes():
+def test_five_guesses_if_there_are_more_classes():
   records = {
     'label': np.arange(6),
     'prediction': np.zeros(6, int),
@@ -249,7 +249,7 @@ def test_open_set_names_both_definitions_and_both_thresholds():
   assert not alone.keys() & {'known_many', 'open_accuracy', 'threshold'}
 
 
-def test_a_rule_of_its_own_is_scored_beside_thresholds():
+def test_a_methods_own_rule_is_scored_beside_thresholds():
   """Two known images are kept, one of them right; of three open ones one is kept."""
   label = np.array([0, 1, 2, 3, -1, -1, -1])
   prediction = np.array([0, 0, 2, 3, 1, 2, 3])

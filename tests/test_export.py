@@ -52,7 +52,7 @@ def held(state):
 
 
 def test_arrays_make_the_network_again(arrays, network, images, expected):
-  path, told = arrays
+  path, header = arrays
   loaded = export.load(path)
   assert checkpoint.digest(held(loaded.state)) == checkpoint.digest(held(network.state))
   assert jax.tree.structure(held(loaded.state)) == jax.tree.structure(
@@ -64,7 +64,7 @@ def test_arrays_make_the_network_again(arrays, network, images, expected):
     np.testing.assert_array_equal(again[name], value)
   assert loaded.class_names == network.class_names and loaded.step == network.step
   assert loaded.config == network.config and loaded.predicts_by == network.predicts_by
-  assert told['state_sha256'] == checkpoint.digest(network.state)
+  assert header['state_sha256'] == checkpoint.digest(network.state)
   assert [p.name for p in path.parent.iterdir()] == ['one.safetensors']
 
 
@@ -82,12 +82,12 @@ def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
       expected
     )
     assert export.load(path).threshold == (expected and expected['value'])
-    told = capsys.readouterr().out
-    assert told.count(f'images: {network.predicts_by}\n') == 1
+    printed = capsys.readouterr().out
+    assert printed.count(f'images: {network.predicts_by}\n') == 1
   assert network.predicts_by.startswith("normalised as 'source'; batch statistics: ")
 
 
-def test_others_can_read_the_arrays(arrays, network):
+def test_other_tools_can_read_the_arrays(arrays, network):
   """By the public library: flat paths, and what must be known in the header."""
   from safetensors import safe_open
 
@@ -102,27 +102,27 @@ def test_others_can_read_the_arrays(arrays, network):
   assert {'config', 'config_digest', 'recipe', 'sha256', 'step'} <= header.keys()
 
 
-def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
+def test_damaged_or_foreign_files_are_rejected(arrays, tmp_path):
   data = bytearray(arrays[0].read_bytes())
   path = tmp_path / 'bad.safetensors'
-  for change, told in (
+  for change, message in (
     (lambda b: b[:-4] + bytes([b[-4] ^ 1]) + b[-3:], 'do not have the recorded digest'),
     (lambda b: b[:-100], 'is damaged, or no .safetensors file'),
     (lambda b: b'', 'is damaged, or no .safetensors file'),
   ):
     path.write_bytes(change(bytes(data)))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       export.load(path)
   header, tensors = export._read(arrays[0])
   config = json.loads(header['config'])
-  for change, told in (
+  for change, message in (
     ({'class_names': '5'}, "has an unexpected value for 'class_names'"),
     ({'step': '"1"'}, "has an unexpected value for 'step'"),
     ({'config': '5'}, "has an unexpected value for 'config'"),
     ({'config': json.dumps(config | {'domains': 5})}, 'unexpected value for .domains'),
   ):
     save_file(tensors, path, header | change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       export.load(path)
   save_file({'x': np.zeros(3)}, path)
   with pytest.raises(UserError, match="was not exported here: 'config'"):
@@ -133,7 +133,7 @@ def test_what_is_damaged_or_of_others_is_refused(arrays, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('part', ['header', 'config'])
-def test_any_damage_to_an_exported_file_is_told(arrays, tmp_path, part):
+def test_any_damage_to_an_exported_file_is_reported(arrays, tmp_path, part):
   """Any key lost or of another type: refused in a line, or of no account."""
   header, tensors = export._read(arrays[0])
   path = tmp_path / 'bad.safetensors'
@@ -153,17 +153,17 @@ def test_any_damage_to_an_exported_file_is_told(arrays, tmp_path, part):
         assert '\n' not in str(error)
 
 
-def test_arrays_of_another_network_are_refused():
+def test_arrays_of_another_network_are_rejected():
   tree = {'params': {'kernel': np.zeros((2, 3)), 'bias': np.zeros(3)}}
   whole = {'params.kernel': np.ones((2, 3)), 'params.bias': np.ones(3)}
   back = export.put_back(whole, tree, 'f')
   assert back['params']['kernel'].sum() == 6
-  for change, told in (
+  for change, message in (
     ({'params.kernel': np.ones((2, 4))}, r'params.kernel is float64 of shape \(2, 4\)'),
     ({'params.bias': np.ones(3, np.float32)}, 'float64 of shape .* in the network'),
     ({'params.more': np.ones(1)}, 'params.more .* absent in the network'),
   ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       export.put_back(whole | change, tree, 'f')
   with pytest.raises(UserError, match='params.bias is absent there'):
     export.put_back({'params.kernel': whole['params.kernel']}, tree, 'f')
@@ -180,10 +180,10 @@ def test_a_program_predicts_batches_of_any_size(
     found = jax.device_get(program.call(images[:size]))
     for name, value in expected.items():
       np.testing.assert_allclose(found[name], value[:size], rtol=1e-4, atol=1e-5)
-  told = json.loads((tmp_path / 'one.stablehlo.json').read_text())
-  assert told['class_names'] == list(network.class_names)
-  assert told['input'] == {'shape': ['batch', 8, 8, 1], 'dtype': 'uint8'}
-  assert {name: out['shape'][1:] for name, out in told['outputs'].items()} == {
+  description = json.loads((tmp_path / 'one.stablehlo.json').read_text())
+  assert description['class_names'] == list(network.class_names)
+  assert description['input'] == {'shape': ['batch', 8, 8, 1], 'dtype': 'uint8'}
+  assert {name: out['shape'][1:] for name, out in description['outputs'].items()} == {
     name: list(value.shape[1:]) for name, value in expected.items()
   }
   assert {p.name for p in tmp_path.iterdir()} == {
@@ -193,7 +193,9 @@ def test_a_program_predicts_batches_of_any_size(
 
 
 @pytest.mark.parametrize('wrong', [1.01, np.nan])
-def test_what_predicts_otherwise_is_not_written(workdir, tmp_path, monkeypatch, wrong):
+def test_an_export_that_predicts_differently_is_not_written(
+  workdir, tmp_path, monkeypatch, wrong
+):
   load = export.load
 
   def changed(path):
@@ -209,14 +211,14 @@ def test_what_predicts_otherwise_is_not_written(workdir, tmp_path, monkeypatch, 
   assert out.read_text() == 'as it was' and len(list(tmp_path.iterdir())) == 1
 
 
-def test_mistakes_are_told_first(workdir, tmp_path):
-  for to, out, told in (
+def test_mistakes_are_reported_first(workdir, tmp_path):
+  for to, out, message in (
     ('onnx', 'x.onnx', "unknown format 'onnx'"),
     ('safetensor', 'x.safetensors', "did you mean 'safetensors'"),
     ('stablehlo', 'x.safetensors', 'must end in .stablehlo'),
     ('stablehlo', 'no/x.stablehlo', 'in a folder that does not exist'),
   ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       export.export(workdir, to, tmp_path / out)
   with pytest.raises(UserError, match='is not a run'):
     export.export(epath.Path(tmp_path), 'safetensors', tmp_path / 'x.safetensors')

@@ -172,7 +172,7 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
     'term_while_compiling',
   ],
 )
-def test_a_signal_saves_and_the_run_goes_on(tmp_path, unbroken, fault):
+def test_a_signal_saves_and_the_run_resumes(tmp_path, unbroken, fault):
   """F4."""
   workdir = tmp_path / 'run'
   began = time.monotonic()
@@ -200,7 +200,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
   assert_same_run(workdir, unbroken)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_compiling(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
   """F9: a file stands where the folder should be."""
   (tmp_path / 'file').write_text('')
   code, output = run(tmp_path / 'file' / 'run', output=tmp_path / 'log')
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_compiling(tmp_path):
 
 
 @pytest.mark.parametrize('devices', [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_run_goes_on_on_other_devices(tmp_path, unbroken, devices):
+def test_a_run_resumes_on_other_devices(tmp_path, unbroken, devices):
   """F10: begun on one device; equal to rounding, the same order of images."""
   workdir = tmp_path / 'run'
   assert run(workdir, fault='kill_at:40')[0] == KILLED
@@ -222,7 +222,7 @@ def test_a_run_goes_on_on_other_devices(tmp_path, unbroken, devices):
       np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=2e-2)
 
 
-def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
+def test_another_config_is_rejected_by_key(tmp_path, unbroken):
   """F11."""
   workdir = shutil.copytree(unbroken, tmp_path / 'run')
   change = ('--config.schedule.base=0.5', '--config.optimizer.momentum=0.5')
@@ -244,7 +244,7 @@ def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ('--config.data.known_classes=7', 'data.known_classes was 8 and is 7'),
     (
@@ -256,11 +256,11 @@ def test_another_configuration_is_refused_by_key(tmp_path, unbroken):
     ('--config.schedule.boundaries=(1,2)', 'schedule.boundaries'),
   ],
 )
-def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, told):
+def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, message):
   """F11: classes, network, optimiser, lengths."""
   workdir = shutil.copytree(unbroken, tmp_path / 'run')
   code, output = run(workdir, change)
-  assert code == 2 and re.search(told, output), output
+  assert code == 2 and re.search(message, output), output
   assert_same_run(workdir, unbroken)
 
 
@@ -280,8 +280,8 @@ commands.exit_code(command)
 def test_ctrl_c_is_one_line():
   command = [sys.executable, '-c', INTERRUPTED]
   done = subprocess.run(command, cwd=child.ROOT, capture_output=True, text=True)
-  told = (130, 'at work\n', 'error: interrupted; saved files are intact\n')
-  assert (done.returncode, done.stdout, done.stderr) == told
+  expected = (130, 'at work\n', 'error: interrupted; saved files are intact\n')
+  assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_relative_workdir(tmp_path):
   assert (tmp_path / 'run' / 'result.json').exists()
 
 
-def test_a_folder_in_use_is_refused_and_a_dead_owner_is_not_in_the_way(tmp_path):
+def test_a_folder_in_use_is_rejected_and_a_dead_owner_is_not_in_the_way(tmp_path):
   """F12."""
   with (
     files.locked(tmp_path),
@@ -376,16 +376,16 @@ def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, over
     output.strip(),
   )
   folder = workdir / 'stages' / 'train'
-  told = json.loads((folder / 'not_finite.json').read_text())
+  report = json.loads((folder / 'not_finite.json').read_text())
   if fault:
-    assert told['step'] == 23
-    assert len(told['examples']['train']['index']) == 64
+    assert report['step'] == 23
+    assert len(report['examples']['train']['index']) == 64
     assert sorted(os.listdir(folder / 'checkpoints' / 'manifests')) == ['20.json']
   else:
     assert not (folder / 'checkpoints' / 'manifests').exists()
 
 
-def test_a_class_without_images_is_told(tmp_path):
+def test_a_class_without_images_is_reported(tmp_path):
   """F18: the training counts are of n_max = 90 at imbalance 1000."""
   code, output = run(
     tmp_path / 'run', config='digits_lt.py:balanced_softmax,imbalance=1000,epochs=20'
@@ -394,7 +394,7 @@ def test_a_class_without_images_is_told(tmp_path):
   assert 'class 5 without images' in output
 
 
-def test_a_result_goes_when_another_configuration_is_trained(tmp_path, unbroken):
+def test_a_result_goes_when_another_config_is_trained(tmp_path, unbroken):
   workdir = shutil.copytree(unbroken, tmp_path / 'run')
   (workdir / 'error.json').write_text('{}')  # of a sweep; a start puts an end to it
   more = ('--config.epochs=30.0', '--allow_config_change')
@@ -403,7 +403,7 @@ def test_a_result_goes_when_another_configuration_is_trained(tmp_path, unbroken)
   assert not (workdir / 'error.json').exists()
 
 
-def test_data_that_changed_are_refused(tmp_path, rng):
+def test_data_that_changed_are_rejected(tmp_path, rng):
   """F20."""
   path = tmp_path / 'data.npz'
   data = {
@@ -447,7 +447,7 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'told'),
+  ('arguments', 'message'),
   [
     (('--config.epoch=3',), "unknown config key epoch; did you mean 'epochs'"),
     (('--config.data.sourse=digits',), "data.sourse; did you mean 'source'"),
@@ -459,15 +459,15 @@ def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):
     (('--confg=x',), 'Did you mean'),
   ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, told):
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
   code, output = run(tmp_path / 'run', *arguments)
   assert code == 2
   errors = [line for line in output.splitlines() if line.startswith('error: ')]
-  assert len(errors) == 1 and told in errors[0]
+  assert len(errors) == 1 and message in errors[0]
   assert 'Traceback' not in output
   assert not (tmp_path / 'run' / 'config.json').exists()
 
 
-def test_an_unknown_method_is_told_with_the_near_miss(tmp_path):
+def test_an_unknown_method_is_reported_with_the_near_miss(tmp_path):
   code, output = run(tmp_path / 'run', config='digits_lt.py:ldam_drx')
   assert code == 2 and "unknown method 'ldam_drx'; did you mean 'ldam_drw'" in output

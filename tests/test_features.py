@@ -95,23 +95,25 @@ def test_features_reach_the_head_as_they_are(archive, tmp_path, one_device):
     predict.predict(epath.Path(tmp_path), [str(photo)], str(tmp_path / 'found.csv'))
   assert '\n' not in str(error.value)
   for kind in export.FORMATS:  # each is read back and compared before it counts
-    told = export.export(epath.Path(tmp_path), kind, tmp_path / f'network.{kind}')
-    assert told['image_dtype'] == 'float32'
+    description = export.export(
+      epath.Path(tmp_path), kind, tmp_path / f'network.{kind}'
+    )
+    assert description['image_dtype'] == 'float32'
   (found,) = runs.find(epath.Path(tmp_path))
   assert 'float arrays, which are no pictures' in page._samples(found)['missing']
 
 
 def test_the_doctor_does_not_take_features_for_pictures(archive):
-  for standardise, told in ((True, 'data.standardise'), (False, 'far from 0 and 1')):
+  for standardise, message in ((True, 'data.standardise'), (False, 'far from 0 and 1')):
     case = doctor.Case(config(archive, standardise=standardise))
     sections = {'data': (doctor.Case.open,), 'images': doctor.SECTIONS['images']}
     found = [finding for _, finding in doctor.examine(case, sections)]
     assert not [finding for finding in found if finding.level == 'wrong']
-    assert any(told in finding.text for finding in found)
+    assert any(message in finding.text for finding in found)
 
 
 @pytest.mark.parametrize(
-  ('data', 'told'),
+  ('data', 'message'),
   [
     ({'pad': 2}, "domain 'source' has float32 arrays and no images: set data.pad to 0"),
     ({'flip': True}, 'set data.flip to False'),
@@ -125,8 +127,8 @@ def test_the_doctor_does_not_take_features_for_pictures(archive):
     ),
   ],
 )
-def test_mistakes_are_one_line(archive, data, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_one_line(archive, data, message):
+  with pytest.raises(UserError, match=message) as error:
     build.build(config(archive, **data))
   assert '\n' not in str(error.value)
 

@@ -137,7 +137,7 @@ def test_cosine_bias_is_its_formula(rng):
       assert logits[i, c] == pytest.approx(3 * (unit(v[i]) @ unit(w) - 0.5), abs=1e-5)
 
 
-def test_a_generator_begins_as_published():
+def test_a_generator_is_initialised_as_published():
   features, kernel = jnp.ones((1, 200)), jnp.ones((200, 300))
   init = jax.jit(WeightGenerator(30.0).init)
   made = init(jax.random.key(0), features, kernel, np.ones(300, bool))
@@ -161,7 +161,7 @@ def test_a_proposal_is_its_formula(rng):
     np.testing.assert_allclose(ours, proposal(z, params, kernel, BASE), atol=2e-5)
 
 
-def test_without_attention_a_weight_begins_as_the_mean_direction(rng):
+def test_without_attention_a_weight_starts_as_the_mean_direction(rng):
   features = rng.normal(size=(5, WIDTH)).astype(np.float32)
   kernel = rng.normal(size=(WIDTH, CLASSES)).astype(np.float32)
   generator = WeightGenerator()
@@ -215,7 +215,7 @@ def with_column(state, c, column):
 
 
 @pytest.mark.parametrize(('c', 'matters'), [(3, False), (1, False), (2, False), (0, 1)])
-def test_own_weights_of_who_pretends_do_not_matter(rng, state, c, matters):
+def test_own_weights_of_pretended_novel_classes_do_not_matter(rng, state, c, matters):
   """Nor do those of classes that are not base; those of base classes do."""
   episode = some_episode(rng)
   column = jnp.asarray(rng.normal(size=WIDTH), jnp.float32)
@@ -311,7 +311,7 @@ def test_an_episode_is_a_function_of_seed_and_step():
   assert (tasks.images, tasks.novel, tasks.queries) == (len(LABELS), 2, 14)
 
 
-def test_a_batch_has_features_in_place_of_positions(rng):
+def test_a_batch_has_features_instead_of_positions(rng):
   features = rng.normal(size=(len(LABELS), WIDTH)).astype(np.float32)
   tasks = episodes(LABELS, BASE, **SIZES)
   stream = episode_stream(tasks, features, seed=2)
@@ -323,7 +323,7 @@ def test_a_batch_has_features_in_place_of_positions(rng):
 
 
 @pytest.mark.parametrize(
-  ('changed', 'told'),
+  ('changed', 'message'),
   [
     ({'base': np.arange(6) == 0}, 'need 2 base classes, here are 1'),
     ({'base': np.ones(6, bool)}, 'no novel class'),
@@ -335,12 +335,12 @@ def test_a_batch_has_features_in_place_of_positions(rng):
     ({'shots': ()}, 'shots must be positive'),
   ],
 )
-def test_numbers_that_make_no_episode_are_told(changed, told):
-  with pytest.raises(UserError, match=told):
+def test_numbers_that_make_no_episode_are_reported(changed, message):
+  with pytest.raises(UserError, match=message):
     episodes(**{'labels': LABELS, 'base': BASE, **SIZES, **changed})
 
 
-def test_features_of_other_images_are_told():
+def test_features_of_other_images_are_reported():
   tasks = episodes(LABELS, BASE, **SIZES)
   with pytest.raises(UserError, match='do not fit 77 images'):
     episode_stream(tasks, jax.ShapeDtypeStruct((76, WIDTH), np.float32), seed=0)
@@ -391,31 +391,31 @@ def test_fifty_episodes_lower_the_loss_in_one_program():
 
 
 @pytest.mark.slow
-def test_two_devices_do_what_one_does():
+def test_two_devices_compute_what_one_does():
   """A sharded scatter of generated weights, and a mean over sharded queries."""
   alone, together = train(50, devices=1)[0][:5], train(5, devices=2)[0]
   np.testing.assert_allclose(alone, together, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-  ('options', 'told'),
+  ('options', 'message'),
   [
     ({'base': np.ones(5, bool)}, "needs a 'cosine_bias' head of 5 classes"),
     ({'dropout': 1.0}, r'dropout must be in \[0, 1\), got 1.0'),
   ],
 )
-def test_options_that_do_not_fit_are_told(rng, options, told):
-  with pytest.raises(UserError, match=told):
+def test_options_that_do_not_fit_are_reported(rng, options, message):
+  with pytest.raises(UserError, match=message):
     method(**options).init(jax.random.key(0), {'train': some_episode(rng)})
 
 
-def test_features_of_another_network_are_told(rng):
+def test_features_of_another_network_are_reported(rng):
   episode = {**some_episode(rng), 'queries': np.zeros((6, 5), np.float32)}
   with pytest.raises(UserError, match='size 5, but those of the network have size 8'):
     method().init(jax.random.key(0), {'train': episode})
 
 
-def test_another_head_is_told(rng):
+def test_a_different_head_is_reported(rng):
   made = weight_generator(
     network(Linear(CLASSES)), optimizer(), loss, base=BASE, image_shape=IMAGE
   )
@@ -481,7 +481,7 @@ def test_a_rehearsal_looks_at_no_image(rng, state):
   assert rehearsed.params['net']['head']['kernel'].shape == (WIDTH, CLASSES)
 
 
-def test_mistakes_of_the_novel_stage_are_told(rng, state):
+def test_mistakes_of_the_novel_stage_are_reported(rng, state):
   novel = Novel(rng, state, counts=(3, 2, 4, 1, 1, 0))
   with pytest.raises(UserError, match='class 5 has no image in train'):
     novel.surgery()(novel.state, novel.earlier)
@@ -522,7 +522,7 @@ def test_three_stages_on_digits(digits_run):
   assert not np.array_equal(*by_class)
 
 
-def test_what_a_stage_should_have_left_is_missed_by_name(digits_run):
+def test_missing_outputs_of_a_stage_are_named(digits_run):
   config = files.read_json(digits_run / 'config.json')
   stages = digits_run / 'stages'
   shutil.rmtree(stages / 'generator')

@@ -118,7 +118,7 @@ def test_rates_fall_from_layer_to_layer_and_the_updates_with_them():
 
 
 @pytest.mark.parametrize('decoupled', [False, True])
-def test_an_anchored_parameter_decays_towards_where_it_began(rng, decoupled):
+def test_an_anchored_parameter_decays_towards_its_start(rng, decoupled):
   """The closed form in float64: momentum on g + lambda (p - p0), or apart from it."""
   start, grads = rng.normal(size=4), rng.normal(size=(3, 4))
   params = {'net': {'trunk': jnp.asarray(start, jnp.float32), 'head': jnp.ones(2)}}
@@ -143,7 +143,7 @@ def test_an_anchored_parameter_decays_towards_where_it_began(rng, decoupled):
   assert (params['net']['head'] < head).all()  # which decays towards zero
 
 
-def test_rules_that_train_nothing_are_refused():
+def test_rules_that_train_nothing_are_rejected():
   params = {'net': {'head': jnp.ones(2), 'trunk': jnp.ones(2)}}
   rules = (('net/heda', 1.0), ('.*', 0.0))
   with pytest.raises(UserError, match="rule 'net/heda' matches no parameter"):
@@ -155,7 +155,7 @@ def test_rules_that_train_nothing_are_refused():
 # Layers.
 
 
-def test_layers_that_are_kept_compute_what_they_did(rng):
+def test_kept_layers_compute_what_they_did(rng):
   """And those after them, with the head, begin anew."""
   net = make_classifier('digits_cnn', 'linear', 3, trunk_options={'width': 2})
   images = jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
@@ -195,17 +195,17 @@ def test_layers_that_are_kept_compute_what_they_did(rng):
 
 
 @pytest.mark.parametrize(
-  ('kept', 'told'),
+  ('kept', 'message'),
   [
-    ('first', "kept_layers is 'first'; it is such as 'first:2'"),
+    ('first', "kept_layers is 'first'; use a form like 'first:2'"),
     ('first:5', 'the trunk has 4 layers: stem, stage1, stage2, stage3'),
     ('last:0', 'the trunk has 4 layers'),
     ('first:stage3_blok1', "no layer 'stage3_blok1'; did you mean 'stage3_block1'"),
   ],
 )
-def test_layers_that_are_not_there_are_told(kept, told):
+def test_missing_layers_are_reported(kept, message):
   net = make_classifier('resnet8', 'linear', 3, trunk_options={'width': 2})
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     chopped(trunk_layers(net, (8, 8, 1)), kept)
 
 
@@ -213,10 +213,10 @@ def test_layers_that_are_not_there_are_told(kept, told):
 
 
 @pytest.mark.parametrize('recipe', ['frozen', 'chop', 'l2_sp'])
-def test_what_is_kept_must_come_from_somewhere(npz, recipe):
+def test_kept_layers_need_initial_weights(npz, recipe):
   stage = next(iter(build.build(finetuned(npz, recipe), devices=1).stages.values()))
   shapes = train.state_shapes(stage.method, stage.streams)
-  with pytest.raises(UserError, match='cannot begin at random: give --config.init='):
+  with pytest.raises(UserError, match='cannot start at random: give --config.init='):
     stage.start(shapes)
 
 
@@ -244,7 +244,7 @@ def test_a_frozen_trunk_stays_as_it_is_statistics_included(npz, source):
   assert np.isfinite(float(metrics['loss'][0]))
 
 
-def test_statistics_are_measured_anew_where_that_is_asked_for(npz, source):
+def test_statistics_are_measured_anew_on_request(npz, source):
   config = ours.adopted(finetuned(npz, 'frozen', init=str(source)))
   config['model'] = {**config['model'], 'batch_norm': 'recalibrate'}
   stage, state = begun(config)
@@ -270,7 +270,7 @@ def test_statistics_are_measured_anew_where_that_is_asked_for(npz, source):
 # Weights of a run of ours.
 
 
-def test_a_run_begins_with_another_one_and_sees_its_pixels(npz, source, tmp_path):
+def test_a_run_starts_from_another_one_and_its_preprocessing(npz, source, tmp_path):
   config = finetuned(npz, 'discriminative', init=str(source))
   adopted = ours.adopted(config)
   assert (adopted['data']['mean'], adopted['data']['std']) == ([0.25], [0.75])
@@ -280,8 +280,8 @@ def test_a_run_begins_with_another_one_and_sees_its_pixels(npz, source, tmp_path
   result = run.run(adopted, tmp_path / 'target')
   assert result['init']['source'] == str(source)
   rows = json.loads((tmp_path / 'target/stages/train/parameters.json').read_text())
-  told = {row['part']: (row['least'], row['statistics']) for row in rows}
-  assert told['head'] == (1.0, '') and told['trunk/conv1'] == (0.1, 'trained')
+  trained = {row['part']: (row['least'], row['statistics']) for row in rows}
+  assert trained['head'] == (1.0, '') and trained['trunk/conv1'] == (0.1, 'trained')
   stage, state = begun(adopted)
   restored = begun({**adopted, 'init': str(tmp_path / 'target')})[1]
   assert not same(state.params['net']['trunk'], restored.params['net']['trunk'])
@@ -291,29 +291,29 @@ def test_the_head_is_taken_where_the_classes_are_the_same(npz, source, tmp_path)
   found = ours.origin(str(source))
   relative = os.path.relpath(source)
   stage, state = begun(finetuned(npz, 'discriminative', init=relative))
-  told = stage.start(state)[1]
-  assert told['head'] == 'taken: the classes are the same' and not told['fresh']
-  other, told = surgery.start_from(
+  report = stage.start(state)[1]
+  assert report['head'] == 'taken: the classes are the same' and not report['fresh']
+  other, report = surgery.start_from(
     state, source=str(source), class_names=(*found.class_names[1:], 'new')
   )
-  assert told['head'] == 'fresh: other classes'
-  assert set(told['fresh']) == {'head/kernel', 'head/bias'}
-  told = surgery.start_from(state, source=str(source), class_names=('a', 'b'))[1]
-  assert told['head'] == 'fresh: 2 classes here and 4 there'
+  assert report['head'] == 'fresh: different classes'
+  assert set(report['fresh']) == {'head/kernel', 'head/bias'}
+  report = surgery.start_from(state, source=str(source), class_names=('a', 'b'))[1]
+  assert report['head'] == 'fresh: 2 classes here and 4 there'
   file = tmp_path / 'net.safetensors'
   export.export(source, 'safetensors', file)
-  exported, told = surgery.start_from(
+  exported, report = surgery.start_from(
     state, source=str(file), class_names=found.class_names
   )
-  assert same(exported.params, state.params) and told['head'].startswith('taken')
+  assert same(exported.params, state.params) and report['head'].startswith('taken')
   assert ours.origin(str(file)).pixels == found.pixels
 
 
-def test_weights_that_do_not_fit_are_told_in_one_line(npz, source, tmp_path):
+def test_weights_that_do_not_fit_are_reported_in_one_line(npz, source, tmp_path):
   config = finetuned(npz, 'discriminative', init=str(source))
   config['model'] = {**config['model'], 'trunk_options': {'width': 5}}
   with pytest.raises(
-    UserError, match=r"of another network, of the trunk 'digits_cnn'.*5"
+    UserError, match=r"of another network, with the trunk 'digits_cnn'.*5"
   ):
     begun(config)
   with pytest.raises(

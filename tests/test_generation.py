@@ -176,20 +176,20 @@ def test_images_of_unseen_classes_reach_no_step_and_the_trunk_stays(rng):
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ({'data': {'class_vectors': ()}}, 'set data.class_vectors'),
     ({'players': {}}, "needs a player 'generator'"),
   ],
 )
-def test_mistakes_are_one_line(change, told):
+def test_mistakes_are_one_line(change, message):
   made = digits_zero_shot.get_config('feature_generator')
   if 'players' in change:
     del made.stages.train.players
   else:
     for key, value in change.items():
       made[key].update(value)
-  with pytest.raises(UserError, match=told) as error:
+  with pytest.raises(UserError, match=message) as error:
     build.build(resolve(made), devices=1)
   assert '\n' not in str(error.value)
 
@@ -287,7 +287,7 @@ def test_classes_of_files_are_made_void_too():
     hidden.ids.classes(np.array([[7]]), 'map')
 
 
-def test_a_head_that_reads_neighbours_is_refused(few):
+def test_a_head_that_reads_neighbours_is_rejected(few):
   made = pixel_config('zero_shot_pixels')
   made['model']['head'] = 'multi_dilation'
   with pytest.raises(UserError, match="single pixels.*such as 'linear'"):

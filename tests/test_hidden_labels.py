@@ -189,5 +189,5 @@ PLAIN = {*RECIPE_OF.values(), 'target_only'} - {*LONGER}
     if 'target' in recipe.needs and name not in TRAINED
   ],
 )
-def test_what_is_learned_does_not_depend_on_what_is_hidden(recipe, few_scenes):
+def test_training_does_not_depend_on_hidden_labels(recipe, few_scenes):
   assert_hidden(recipe)

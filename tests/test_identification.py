@@ -67,7 +67,7 @@ def images(*rows):
   return faces.Images(x.astype(np.float32), identity.astype(int))
 
 
-def test_who_is_identified_by_hand():
+def test_identification_by_hand():
   """A probe of each kind: nearest, beside a nearer distractor, level with one."""
   gallery = images((0, 0), (90, 1), (180, 7), (40, 9), (180, 9))
   probes = images((10, 0), (30, 0), (85, 1), (178, 7), (270, 1))
@@ -106,7 +106,7 @@ def test_the_best_threshold_is_the_best_of_all(rng, kinds):
     assert ((cosine >= found) == same).mean() == best
 
 
-def test_a_fold_is_told_by_the_threshold_of_the_others(rng):
+def test_a_fold_is_classified_with_the_threshold_of_the_others(rng):
   pairs = faces.Pairs(
     rng.integers(0, 6, 40) / 5, rng.integers(0, 2, 40) > 0, np.arange(40) % 4
   )
@@ -122,7 +122,7 @@ def test_a_fold_is_told_by_the_threshold_of_the_others(rng):
   assert faces.verification_accuracy(pairs) == pytest.approx(np.mean(shares))
 
 
-def test_pairs_are_of_one_identity_and_of_two(rng):
+def test_pairs_have_one_identity_or_two(rng):
   """Images of an identity are all the same direction, orthogonal to the others'."""
   people = rng.integers(0, 6, 30)
   shown = np.append(np.arange(6), rng.integers(0, 8, 20))
@@ -197,7 +197,7 @@ LISTS = {
 }
 
 
-def test_lists_with_roles_are_one_set_of_test_images(tmp_path):
+def test_lists_with_roles_make_one_set_of_test_images(tmp_path):
   source = write(tmp_path, **LISTS)
   loaded = sources.load_source(source)
   assert set(loaded) == {'train', 'test'}
@@ -238,7 +238,7 @@ def test_faults_of_lists_with_roles(tmp_path, changed, message):
     load_dataset(write(tmp_path, **lists), to_device=None, image_size=8, resize=8)
 
 
-def test_what_would_lose_the_roles_is_refused(tmp_path):
+def test_settings_that_would_lose_the_roles_are_rejected(tmp_path):
   source = write(tmp_path, **LISTS)
   with pytest.raises(UserError, match='keep_classes cannot .*has a gallery and probes'):
     load_dataset(source, to_device=None, image_size=8, resize=8, keep_classes='0')
@@ -331,7 +331,7 @@ def test_a_whole_face_is_trained_on(data):
   np.testing.assert_array_equal(trained, split.example(0)['image'])
 
 
-def test_data_without_roles_are_refused(data, tmp_path):
+def test_data_without_roles_are_rejected(data, tmp_path):
   fake = {'data.source': 'fake', 'data.fake.gallery': 0, 'data.fake.test': 9}
   with pytest.raises(
     UserError, match='needs a role for every test image: put the lists'

@@ -166,21 +166,23 @@ def test_worker_processes_make_the_same_batches(request, kind, monkeypatch):
     ({'stages.memory.model.projection': 5}, r'kernel is \(5, 1000\) here'),
   ],
 )
-def test_mistakes_are_told_before_anything_runs(lists, tmp_path, overrides, message):
+def test_mistakes_are_reported_before_anything_runs(
+  lists, tmp_path, overrides, message
+):
   with pytest.raises(UserError, match=message):
     run.run(config('oltr', **lists, **overrides), tmp_path)
   assert not (tmp_path / 'stages').exists()
 
 
-def test_a_run_begins_with_published_weights(lists, tmp_path, capsys):
+def test_a_run_starts_from_published_weights(lists, tmp_path, capsys):
   weights = tmp_path / 'tiny.safetensors'
   save_file(tiny_state(), weights)
   options = {'init': str(weights), 'model.trunk_options.width': 4}
   begun = config('ce', **lists, **options, **{'schedule.base': 0.0})  # and stays there
   workdir = tmp_path / 'run'
   result = run.run(begun, workdir)
-  told = capsys.readouterr().out.splitlines()
-  assert ['weights', str(weights)] in [line.split() for line in told]
+  printed = capsys.readouterr().out.splitlines()
+  assert ['weights', str(weights)] in [line.split() for line in printed]
   assert result['init']['source'] == str(weights)
   assert len(result['init']['sha256']) == 64
   facts = next(
@@ -205,7 +207,7 @@ def test_a_run_begins_with_published_weights(lists, tmp_path, capsys):
     run.run(begun, tmp_path / 'another')
 
 
-def test_weights_of_another_network_are_refused_before_anything_runs(lists, tmp_path):
+def test_weights_of_another_network_are_rejected_before_anything_runs(lists, tmp_path):
   weights = tmp_path / 'tiny.safetensors'
   save_file(tiny_state(), weights)
   wider = config('ce', **lists, **{'init': str(weights)})
@@ -259,7 +261,7 @@ def test_training_and_meta_images_are_cropped_by_other_random_numbers(damaged):
     )
 
 
-def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
+def test_damaged_images_are_reported_once_and_must_be_few(damaged, tmp_path):
   data, file = damaged
   experiment = build.build(config('ce', **data, **{'data.on_bad_image': 'skip'}))
   screen, stop = Screen(), StopRequest()
@@ -288,12 +290,12 @@ def test_damaged_images_are_told_once_and_must_be_few(damaged, tmp_path):
   runner._bad_images('train', np.arange(10))
   runner._report_bad_images()
   runner._bad_images('train', np.array([10]))
-  told = '11 images of train cannot be read, but at most 10 of 1015 may be replaced'
-  with pytest.raises(UserError, match=told):
+  message = '11 images of train cannot be read, but at most 10 of 1015 may be replaced'
+  with pytest.raises(UserError, match=message):
     runner._report_bad_images()
 
 
-def test_a_damaged_image_ends_a_run_that_was_not_told_to_go_on(damaged):
+def test_a_damaged_image_ends_a_run_unless_it_may_continue(damaged):
   data, _ = damaged
   stream = build.build(config('ce', **data)).stages['train'].streams['train']
   with (

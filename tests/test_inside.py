@@ -106,7 +106,7 @@ def test_embeddings_stand_beside_features_and_centroids(remembered):
   assert 'as direct features' in text and 'share of attention' in text
 
 
-def test_what_cannot_be_seen_is_told(remembered, monkeypatch):
+def test_invisible_errors_are_reported(remembered, monkeypatch):
   with pytest.raises(UserError, match='--look_at: 99; there are 16 test images'):
     inside.look(remembered, [99])
   experiment = evaluate.with_data(remembered, None)

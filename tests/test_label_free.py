@@ -34,7 +34,7 @@ def seen():
   )
 
 
-def test_scores_are_those_of_the_formulas(seen):
+def test_scores_follow_the_formulas(seen):
   p = np.exp(seen.target['log_p'])
   found = scores(seen)
   entropies = [-sum(x * np.log(x) for x in row) for row in p]
@@ -99,7 +99,7 @@ def test_a_run_is_scored_and_chosen_without_labels(tmp_path):
   assert result['step'] == best['step']
 
 
-def test_the_report_compares_what_rules_choose():
+def test_the_report_compares_the_choices_of_rules():
   table = {'val': [0.9, 0.8], 'test': [0.3, 0.5]}
   rows = [
     {'stage': 'train', 'split': split, 'step': step, 'accuracy': value}

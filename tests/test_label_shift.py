@@ -61,7 +61,7 @@ def test_shares_below_zero_are_set_to_zero():
   np.testing.assert_array_equal(bbse(confused, np.array([0.1, 0.9])), [0, 1])
 
 
-def test_what_cannot_be_estimated_is_refused():
+def test_what_cannot_be_estimated_is_rejected():
   with pytest.raises(UserError, match='bbse has no answer'):
     bbse(np.full((3, 3), 1 / 3), SOURCE)
   with pytest.raises(UserError, match='class 2 has no image'):
@@ -109,7 +109,7 @@ def test_images_weigh_as_their_classes_are_shared():
   method.step(state.replace(memory=memory), batches)
   np.testing.assert_allclose(seen['weight'], [0.2, 1, 3, 3, 0], rtol=1e-6)
   deaf = label_shift(Method(init, lambda s, b: (s, {}), None), counts=[50, 30, 20])
-  with pytest.raises(UserError, match='does not weigh images'):
+  with pytest.raises(UserError, match='does not weight images'):
     deaf.step(state, batches)
 
 

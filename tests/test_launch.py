@@ -257,7 +257,7 @@ def test_another_device_takes_the_place_of_that_of_the_script(stubs):
   [(75, 0, True), (143, 0, True), (134, 49, True), (143, 50, False)]
   + [(code, 0, False) for code in (0, 1, 2, 3)],
 )
-def test_slurm_requeues_what_running_again_helps(stubs, name, code, restarts, again):
+def test_slurm_requeues_what_a_retry_can_fix(stubs, name, code, restarts, again):
   stubs.write('srun', f'exit {code}')
   ended, _ = _job(stubs, name, SLURM_RESTART_COUNT=str(restarts))
   assert ended == code
@@ -278,8 +278,8 @@ def test_a_tpu_is_created_waited_for_set_up_and_deleted(stubs):
   code, text, did = stubs.tpu()
   assert code == 0
   assert did == ['create', 'scp', 'setup', 'train', 'delete']
-  told = re.findall(r'^\d{4}-\S+ \S+ (.*)$', text, re.MULTILINE)
-  assert told == [*waits, 'CREATING', 'READY']
+  logged = re.findall(r'^\d{4}-\S+ \S+ (.*)$', text, re.MULTILINE)
+  assert logged == [*waits, 'CREATING', 'READY']
 
 
 def test_a_preempted_tpu_is_deleted_and_created_again(stubs):
@@ -309,7 +309,7 @@ def test_one_that_is_there_already_is_used(stubs):
 
 
 @pytest.mark.parametrize('passing', [75, 143, 255])
-def test_a_passing_failure_is_tried_again_on_the_same_tpu(stubs, passing):
+def test_a_transient_failure_is_retried_on_the_same_tpu(stubs, passing):
   stubs.lines('created', 'READY')
   stubs.lines('codes', passing, 0)
   code, _, did = stubs.tpu()
@@ -319,7 +319,7 @@ def test_a_passing_failure_is_tried_again_on_the_same_tpu(stubs, passing):
 
 
 @pytest.mark.parametrize('mistake', [2, 3])
-def test_a_mistake_is_not_tried_again(stubs, mistake):
+def test_a_mistake_is_not_retried(stubs, mistake):
   stubs.lines('created', 'READY')
   stubs.lines('codes', mistake)
   code, _, did = stubs.tpu()
@@ -348,7 +348,7 @@ def test_a_loop_that_is_stopped_deletes_the_tpu(stubs, name):
   assert did == ['create', 'delete']
 
 
-def test_a_request_that_is_refused_ends_at_once(stubs):
+def test_a_request_that_is_rejected_ends_at_once(stubs):
   code, _, did = stubs.tpu()
   assert code == 1
   assert did == ['create', 'delete']

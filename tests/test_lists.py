@@ -148,7 +148,7 @@ def test_faults_of_the_folder_of_lists(tmp_path):
     load(tmp_path)
 
 
-def test_all_missing_images_are_told_at_once(tmp_path):
+def test_all_missing_images_are_reported_at_once(tmp_path):
   write_list(tmp_path, 'train.txt', [f'a/{i:02}.png 0' for i in range(20)])
   write_list(tmp_path, 'test.txt', [f'b/{i}.png 0' for i in range(5)], images=False)
   for i in range(18):
@@ -221,7 +221,7 @@ def test_both_dialects_of_places_over_either_tree(tmp_path, listed, stored):
     )
 
 
-def test_a_tree_with_gaps_is_told_in_its_own_names(tmp_path):
+def test_gaps_in_a_tree_are_reported_in_its_own_names(tmp_path):
   write_list(tmp_path, 'train.txt', STANDARD['train'], images=False)
   write_image(tmp_path / 'data_256/o/ox/1.png')
   with pytest.raises(UserError, match='lacks 1 of .*: data_256/h/hangar/indoor/1.png$'):
@@ -392,7 +392,7 @@ def test_a_class_may_be_called_like_a_split_below_train(tmp_path):
   assert loaded['train'].class_names == ('open', 'train')
 
 
-def test_what_is_passed_over_is_told_by_split(tmp_path):
+def test_skipped_images_are_reported_by_split(tmp_path):
   for name in (
     'x.txt',
     'train/1.tif',
@@ -458,7 +458,7 @@ def test_links_that_mislead(tmp_path, link, target, message):
   assert '\n' not in str(error.value)
 
 
-def test_what_is_no_regular_file_or_far_too_large_is_not_read(tmp_path):
+def test_irregular_or_huge_files_are_not_read(tmp_path):
   train = folder_of(tmp_path, 'ox/1.png', 'ox/2.png')['train']
   os.mkfifo(tmp_path / 'ox/3.png')
   with pytest.raises(UserError, match='ox/3.png: not a regular file'):
@@ -564,8 +564,8 @@ def test_folders_with_the_same_classes_are_splits_not_classes(tmp_path, one, oth
     for name in ('ox', 'cat'):
       (tmp_path / split / name).mkdir(parents=True)
       write_image(tmp_path / split / name / '1.png')
-  told = (
+  message = (
     f'{tmp_path}/({one}|{other}) and ({one}|{other}) hold the same classes and look'
   )
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     lists.folder_source(str(tmp_path), None)

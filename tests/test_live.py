@@ -35,7 +35,7 @@ def table(clock, output):
   return live.LiveTable(CELLS, console, clock)
 
 
-def test_a_row_shows_what_a_run_tells(table, clock):
+def test_a_row_shows_what_a_run_reports(table, clock):
   screen, row = table.screen(1), table.rows[1]
   assert row.texts == ('ce', '1', 'waiting', '', '')
   screen.begin()

@@ -203,13 +203,13 @@ def test_original_takes_every_image_that_is_left():
     ({'subset': 'storde'}, "did you mean 'stored'"),
   ],
 )
-def test_what_cannot_be_drawn_is_told_in_one_line(changes, message):
+def test_what_cannot_be_drawn_is_reported_in_one_line(changes, message):
   with pytest.raises(UserError, match=message) as error:
     longtail.draw_splits(digits_labels(), **{**DIGITS, **changes})
   assert '\n' not in str(error.value)
 
 
-def test_labels_that_start_at_one_are_told():
+def test_labels_that_start_at_one_are_reported():
   with pytest.raises(UserError, match='class 0 has no images; labels must start at 0'):
     longtail.draw_splits(digits_labels() + 1, num_classes=11)
 
@@ -248,7 +248,7 @@ def test_pools_serve_the_first_images_of_each_class(name, classes, n_max):
     )
 
 
-def test_label_counts_leave_out_what_counts_for_nothing():
+def test_label_counts_leave_out_ignored_labels():
   pixels = np.array([[[0, -1], [2, 2]], [[-1, -1], [0, 0]]], np.int32)
   np.testing.assert_array_equal(longtail.label_counts(pixels), [3, 0, 2])
   np.testing.assert_array_equal(longtail.label_counts(pixels, 4), [3, 0, 2, 0])

@@ -380,7 +380,7 @@ def test_only_the_hardest_pixels_have_a_loss(reduction):
       make_loss('cross_entropy', COUNTS, hardest=wrong)
 
 
-def test_a_loss_of_ones_own_is_masked_too(monkeypatch):
+def test_a_custom_loss_is_masked_too(monkeypatch):
   """Also one that indexes, to which -1 is the last class."""
 
   def own(logits, labels):
@@ -492,7 +492,7 @@ def test_reduction_of_zero_weights(name):
   assert np.isfinite(jax.jacobian(REDUCTIONS[name])(zeros, labels)).all()
 
 
-def test_training_metrics_leave_out_what_is_not_labelled():
+def test_training_metrics_leave_out_unlabelled_pixels():
   from lt_jax.methods.supervised import batch_metrics
 
   logits = jnp.array([[[2.0, 1, 0], [0, 1, 2]], [[0, 0, 1], [1, 0, 0]]])

@@ -175,7 +175,7 @@ def test_neighbours_are_the_images_of_the_stage(domains):
 
 
 @pytest.mark.parametrize(
-  ('wrappers', 'surgeries', 'told'),
+  ('wrappers', 'surgeries', 'message'),
   [
     ((), (maps.coral,), "no wrapper 'aligned_features'"),
     ((), (maps.align_subspaces,), "no wrapper 'aligned_subspaces'"),
@@ -184,7 +184,7 @@ def test_neighbours_are_the_images_of_the_stage(domains):
     (
       (functools.partial(maps.aligned_subspaces, dimensions=(7,)),),
       (),
-      'd = 7 is not from 1 to 6, the features',
+      'd = 7 is not between 1 and 6, the number',
     ),
     ((functools.partial(shallow.linear_svm, costs=(0.0,)),), (), 'positive'),
     (
@@ -195,13 +195,13 @@ def test_neighbours_are_the_images_of_the_stage(domains):
     ((), (functools.partial(maps.coral, ridge=0.0),), 'ridge is 0.0'),
   ],
 )
-def test_mistakes_are_told(domains, wrappers, surgeries, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_reported(domains, wrappers, surgeries, message):
+  with pytest.raises(UserError, match=message) as error:
     operated(domains, wrappers, surgeries)
   assert '\n' not in str(error.value)
 
 
-def test_a_dimension_that_the_images_do_not_support_is_refused(domains):
+def test_a_dimension_that_the_images_do_not_support_is_rejected(domains):
   x, labels, z = domains
   with pytest.raises(UserError, match='d = 4, but the target varies in 2 directions'):
     operated((x, labels, z[:3]), (SUBSPACES,), (maps.align_subspaces,))

@@ -127,8 +127,8 @@ def test_a_pass_gives_void_as_minus_one(listed):
   )
   payload = one.stream.payload(0)
   shapes = {name: (x.shape, x.dtype) for name, x in payload.items()}
-  told = {name: (x.shape, x.dtype) for name, x in one.stream.shapes.items()}
-  assert shapes == told
+  declared = {name: (x.shape, x.dtype) for name, x in one.stream.shapes.items()}
+  assert shapes == declared
   batch = one.stream.prepare({}, payload, jax.random.key(0))
   stored = np.asarray(Image.open(listed / '2_ids.png')).astype(int)
   np.testing.assert_array_equal(batch['label'][0], np.where(stored == 255, -1, stored))
@@ -174,7 +174,7 @@ def test_a_tree_in_the_layout_of_a_data_set(tmp_path, layout):
     assert source.class_names == LAYOUTS[layout].ids.class_names
 
 
-def test_dusk_and_day_of_camvid_are_told_by_the_sequence(tmp_path):
+def test_camvid_sequences_determine_dusk_and_day(tmp_path):
   camvid(tmp_path)
 
   def names(kind):
@@ -189,7 +189,7 @@ def test_dusk_and_day_of_camvid_are_told_by_the_sequence(tmp_path):
   assert names('camvid_dusk') == dusk
 
 
-def test_the_weather_of_bdd100k_is_told_by_its_label_files(tmp_path):
+def test_label_files_of_bdd100k_determine_the_weather(tmp_path):
   bdd100k(tmp_path)
   rainy = load_source(f'bdd100k_rainy:{tmp_path}')
   assert rainy['train'].images_at == ('images/100k/train/e.jpg',)
@@ -247,7 +247,7 @@ def test_an_archive_with_label_maps(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('changes', 'told'),
+  ('changes', 'message'),
   [
     (
       {'y_train': np.full((3, 4, 5), 3)},
@@ -262,8 +262,8 @@ def test_an_archive_with_label_maps(tmp_path):
     ({'y_test': np.full((2, 4, 5), VOID)}, "every pixel of the split 'test' is void"),
   ],
 )
-def test_faults_of_an_archive_are_told(tmp_path, changes, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_faults_of_an_archive_are_reported(tmp_path, changes, message):
+  with pytest.raises(UserError, match=message) as error:
     loaded(archive(tmp_path / 'x.npz', **changes))
   assert 'x.npz' in str(error.value) and '\n' not in str(error.value)
 
@@ -305,7 +305,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.__name__)
-def test_faults_of_files_are_told_before_anything_is_trained(listed, fault):
+def test_faults_of_files_are_reported_before_anything_is_trained(listed, fault):
   fault(listed)
   with pytest.raises(UserError, match=FAULTS[fault]) as error:
     loaded(f'list:{listed}')
@@ -319,7 +319,7 @@ def test_all_label_maps_at_fault_are_counted(listed):
     loaded(f'list:{listed}')
 
 
-def test_a_window_larger_than_an_image_is_told(listed):
+def test_a_window_larger_than_an_image_is_reported(listed):
   """Before training, and also where only some scales make an image too small."""
   with pytest.raises(
     UserError, match=r'0.png: a window of 14 x 11 pixels does not fit .* 8 x 6 are left'
@@ -332,7 +332,7 @@ def test_a_window_larger_than_an_image_is_told(listed):
 
 
 @pytest.mark.parametrize(
-  ('options', 'told'),
+  ('options', 'message'),
   [
     ({'window': (3,)}, r'data.window is \(3,\); it must be \(\) or \(height, width\)'),
     ({'resize_to': (4, 0.5)}, 'data.resize_to is'),
@@ -341,12 +341,12 @@ def test_a_window_larger_than_an_image_is_told(listed):
     ({'image_size': 8}, 'data.image_size is for images of one class each'),
   ],
 )
-def test_sizes_that_cannot_be_are_told(listed, options, told):
-  with pytest.raises(UserError, match=told):
+def test_impossible_sizes_are_reported(listed, options, message):
+  with pytest.raises(UserError, match=message):
     loaded(f'list:{listed}', **options)
 
 
-def test_an_image_without_its_map_is_told(tmp_path):
+def test_an_image_without_its_map_is_reported(tmp_path):
   cityscapes(tmp_path)
   stem = 'val/town/town_000001_000019'
   (tmp_path / 'gtFine' / f'{stem}_gtFine_labelIds.png').unlink()

@@ -54,7 +54,7 @@ def test_distances_are_those_of_a_search_and_labels_are_optimal():
   assert sizes == {7, 9, 11}
 
 
-def test_what_is_drawn():
+def test_contents_of_the_drawings():
   """Labels are balanced, some have equals, and mazes have loops and long ways."""
   made = mazes.make_mazes(mazes.draw('a test', 2000))
   optimal = mazes.optimal_actions(made.distance, made.start)
@@ -67,7 +67,7 @@ def test_what_is_drawn():
   assert (doors > ((made.size + 1) // 2) ** 2 - 1).mean() > 0.8  # more than in a tree
 
 
-def test_one_of_equals_is_chosen_as_often_as_another():
+def test_ties_are_chosen_equally_often():
   among = np.array([[False, True, False, True]] * 4)
   where = np.array([0.0, 0.49, 0.5, 0.999], np.float32)
   np.testing.assert_array_equal(mazes.chosen(among, where), [1, 1, 3, 3])
@@ -120,18 +120,18 @@ def test_a_domain_is_another_rendering_of_the_same_mazes(domain):
 
 
 def test_splits_share_no_maze_and_all_domains_have_the_same_tests():
-  def told(domain, split):
+  def drawn(domain, split):
     made = world(domain, split)[0].mazes
     return {(*made.walls[n].ravel(), *made.start[n], *made.goal[n]) for n in range(N)}
 
   apart = [
-    told('plain', 'train'),
-    told('plain', 'val'),
-    told('night', 'train'),
-    told('plain', 'test'),
+    drawn('plain', 'train'),
+    drawn('plain', 'val'),
+    drawn('night', 'train'),
+    drawn('plain', 'test'),
   ]
   assert len(set.union(*apart)) == 4 * N
-  assert told('night', 'test') == apart[-1]
+  assert drawn('night', 'test') == apart[-1]
 
 
 def test_a_source_of_mazes_is_the_same_again_and_does_not_depend_on_its_length():
@@ -159,7 +159,7 @@ def test_an_agent_is_drawn_on_the_device_as_on_the_host():
 
 
 @pytest.mark.parametrize(
-  ('spec', 'told'),
+  ('spec', 'message'),
   [
     ('mazes', 'unknown domain of mazes'),
     ('mazes:nihgt', "did you mean 'night'"),
@@ -167,7 +167,7 @@ def test_an_agent_is_drawn_on_the_device_as_on_the_host():
     ('mazes:night:many', "'many' is not a number"),
   ],
 )
-def test_a_domain_that_is_not_there_is_refused(spec, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_an_unknown_domain_is_rejected(spec, message):
+  with pytest.raises(UserError, match=message) as error:
     load_source(spec)
   assert '\n' not in str(error.value)

@@ -106,7 +106,7 @@ def test_attention_in_bfloat16(rng, dtype):
   np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=0.06)
 
 
-def test_attention_is_not_the_identity_in_the_beginning():
+def test_attention_does_not_start_as_the_identity():
   """Scales of the first weights: sqrt(2 / channels out), and PyTorch's elsewhere."""
   x = jnp.ones((1, 2, 2, 128))
   init = jax.jit(ModulatedAttention().init_with_output)
@@ -240,7 +240,7 @@ def test_no_centroids_are_zeros(head):
 
 
 @pytest.mark.parametrize('value', [0.0, 1.0, 1e3])
-def test_a_feature_on_a_centroid_is_finite(head, value):
+def test_a_feature_on_a_centroid_stays_finite(head, value):
   """Zero on zero too: as it is before the centroids are measured."""
   module, params, _, centroids = head
   centroids[2] = value
@@ -525,7 +525,7 @@ def test_a_step(begun, centroids, form, by_numpy, scale, active):
 
 
 @pytest.mark.parametrize('trained', ['net/head/.*', 'centroids'])
-def test_what_is_held_does_not_move_and_is_not_counted(begun, centroids, trained):
+def test_frozen_parameters_do_not_move_and_are_not_counted(begun, centroids, trained):
   state, batch = begun
   state = with_centroids(state, 30 * centroids)  # far: a gradient of some size
   grads = expected_step(state, batch, released_by_numpy).grads
@@ -545,7 +545,7 @@ def test_what_is_held_does_not_move_and_is_not_counted(begun, centroids, trained
   np.testing.assert_allclose(total / number, norm(expected), rtol=1e-4)
 
 
-def test_an_unknown_form_is_told():
+def test_an_unknown_form_is_reported():
   with pytest.raises(UserError, match="'papper'; did you mean 'paper'"):
     method(form='papper')
 
@@ -553,7 +553,7 @@ def test_an_unknown_form_is_told():
 # First states and predictions.
 
 
-def test_centroids_begin_at_zero(begun):
+def test_centroids_start_at_zero(begun):
   state, _ = begun
   centroids = state.params['centroids']
   np.testing.assert_array_equal(centroids, np.zeros((COUNT, WIDTH_OF_NETWORK)))

@@ -495,7 +495,7 @@ def test_the_weight_network_learns_before_it_weighs():
   assert int(moved.step) == 0
 
 
-def test_weights_are_told_class_by_class():
+def test_weights_are_reported_per_class():
   weights, prior = jnp.array([1.5, -0.5, 3.0]), jnp.array([1.0, 1.0, 2.0])
   found = meta.weight_metrics(weights, prior, jnp.array([0, 0, 2]), 4)
   means = {name: train.means(*pair) for name, pair in found.items()}
@@ -839,7 +839,7 @@ def broken(logits, labels):
 
 
 @pytest.mark.parametrize(
-  ('change', 'told'),
+  ('change', 'message'),
   [
     ({'streams': ROWS}, "reads a stream 'meta': set streams.meta"),
     ({'streams': meta_row(batch=9)}, 'streams.meta.batch is 9, but meta has 8 images'),
@@ -857,7 +857,7 @@ def broken(logits, labels):
     ({'loss': {'name': 'broken'}}, 'cannot be built: TypeError: .*NoneType'),
   ],
 )
-def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
+def test_mistakes_are_reported_before_anything_runs(npz, monkeypatch, change, message):
   from lt_jax import losses, run
 
   monkeypatch.setitem(losses.LOSSES, 'reverse_only', reverse_only)
@@ -866,18 +866,18 @@ def test_mistakes_are_told_before_anything_runs(npz, monkeypatch, change, told):
   for key, value in change.items():
     both = isinstance(value, dict) and key not in ('loss', 'streams')
     config[key] = {**config[key], **value} if both else value
-  with pytest.raises(UserError, match=told) as error:
+  with pytest.raises(UserError, match=message) as error:
     run.rehearsed(config, NOWHERE)
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('rate', [-1.0, np.nan, np.inf])
-def test_a_rate_that_means_nothing_is_told(rate):
+def test_a_rate_that_means_nothing_is_reported(rate):
   with pytest.raises(UserError, match=f'eps_lr is {rate}'):
     weighing('meta_reweight', eps_lr=rate)
 
 
-def test_a_run_that_ends_before_its_second_stage_is_told(npz):
+def test_a_run_that_ends_before_its_second_stage_warns(npz):
   from lt_jax import run
 
   config = tiny.config(npz, 'meta_ce,epochs=60.0', epochs=20.0, defer_epoch=48.0)
@@ -897,7 +897,7 @@ def test_a_loss_without_a_forward_mode_rule_can_be_unrolled(npz, monkeypatch):
   assert bad == -1
 
 
-def test_a_class_missing_from_the_meta_set_is_told(npz):
+def test_a_class_missing_from_the_meta_set_is_reported(npz):
   experiment = build.build(tiny.config(npz, 'ce,epochs=60.0'))
   split = experiment.dataset.splits['meta']
   here = split.labels != 2

@@ -267,7 +267,7 @@ def test_it_overfits_eight_images(runner, trained):
   assert outputs['features'].shape[0] == len(split.labels)
 
 
-def test_saving_and_going_on_is_the_unbroken_run(runner, trained, tmp_path):
+def test_saving_and_resuming_equals_the_unbroken_run(runner, trained, tmp_path):
   state, _, _ = runner.run(runner.init(), STEPS // 3)
   ladder = checkpoint.Checkpoints(tmp_path)
   ladder.save(STEPS // 3, state)
@@ -316,7 +316,7 @@ def test_two_devices_are_one(npz):
   assert_devices_agree(npz, 'ldam_drw', Runner(npz, 'ldam_drw'), devices=2)
 
 
-def test_accumulation_is_the_whole_batch_where_there_are_no_statistics(npz):
+def test_accumulation_equals_the_whole_batch_without_batch_statistics(npz):
   """With frozen statistics the gradient is a sum over examples."""
   models = [
     Runner(
@@ -379,7 +379,7 @@ def test_five_hundred_images_to_one_are_finite(extreme, recipe):
   assert bad == -1
 
 
-def test_a_batch_that_does_not_divide_is_refused(npz):
+def test_a_batch_that_does_not_divide_is_rejected(npz):
   with pytest.raises(UserError, match='batch 8 does not divide into 3'):
     Runner(npz, 'ce', method={'name': 'supervised', 'accumulate': 3})
 

@@ -95,7 +95,7 @@ def test_outputs_and_parameters_are_float32(trunk, width, head, dtype):
   assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {jnp.dtype('float32')}
 
 
-def test_bfloat16_is_what_the_convolutions_compute_in(variables, images):
+def test_convolutions_compute_in_bfloat16(variables, images):
   full, half = (
     small(dtype=dtype).apply(variables, images, train=False)['features']
     for dtype in (None, 'bfloat16')

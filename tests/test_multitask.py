@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 # Losses.
 
 
-def test_what_is_not_labelled_has_neither_loss_nor_gradient(rng):
+def test_missing_labels_give_neither_loss_nor_gradient(rng):
   """Against sums over what is there in float64."""
   z = rng.normal(size=(5, 3))
   labels = np.array([0, -1, 2, -1, 1])
@@ -141,7 +141,7 @@ def test_a_task_moves_its_own_head_and_the_trunk_alone():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'told'),
+  ('changes', 'message'),
   [
     (
       {'heads': {'label': {'kind': 'softmax'}}},
@@ -160,12 +160,12 @@ def test_a_task_moves_its_own_head_and_the_trunk_alone():
     ),
   ],
 )
-def test_mistakes_are_told(changes, told):
-  with pytest.raises(UserError, match=told):
+def test_mistakes_are_reported(changes, message):
+  with pytest.raises(UserError, match=message):
     stage_of(**changes)
 
 
-def test_labels_that_are_not_there_are_told():
+def test_missing_labels_are_reported():
   stage = stage_of(heads={'pairity': {'kind': 'softmax', 'outputs': 2}})
   with pytest.raises(UserError, match="no labels 'pairity'; did you mean 'parity'"):
     stage.method.step(*first(stage))

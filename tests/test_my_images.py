@@ -46,7 +46,7 @@ def config(folder, recipe='ce,epochs=1.0'):
   return resolve(made)
 
 
-def test_what_is_not_there_is_cut_from_training(photos):
+def test_missing_splits_are_cut_from_training(photos):
   dataset = build.build(config(photos)).dataset
   assert dataset.class_names == tuple(COUNTS)
   assert dataset.counts.tolist() == [19, 6, 3]
@@ -54,7 +54,7 @@ def test_what_is_not_there_is_cut_from_training(photos):
     assert np.bincount(split.labels).tolist() == [1, 1, 1]
 
 
-def test_splits_of_ones_own_are_kept(tmp_path):
+def test_custom_splits_are_kept(tmp_path):
   for split in ('train', 'val', 'test'):
     write_classes(tmp_path / split, COUNTS)
   dataset = build.build(config(tmp_path)).dataset

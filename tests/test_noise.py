@@ -8,7 +8,7 @@ from lt_jax.report import noise
 
 
 @pytest.mark.parametrize('seeds', [2, 3, 7])
-def test_the_t_interval_is_that_of_scipy(rng, seeds):
+def test_the_t_interval_agrees_with_scipy(rng, seeds):
   ours, theirs = rng.normal(size=(2, seeds))
   expected = scipy.stats.ttest_rel(ours, theirs)
   interval = expected.confidence_interval(noise.LEVEL)

@@ -32,7 +32,7 @@ def fitted(tmp_path_factory):
     return folder / 'run', arrays['x_test'], found[0]
 
 
-def test_what_it_predicts_is_what_the_run_has_measured(fitted, tmp_path):
+def test_predictions_agree_with_the_metrics_of_the_run(fitted, tmp_path):
   workdir, images, result = fitted
   network = lt_jax.load(workdir)
   found = network.predict(images)
@@ -68,6 +68,6 @@ def test_mistakes_are_one_line(fitted, tmp_path):
 
 
 def test_importing_the_package_imports_nothing_heavy():
-  told = "import sys, lt_jax; print({'jax', 'flax', 'matplotlib'} & set(sys.modules))"
-  found = subprocess.run([sys.executable, '-c', told], capture_output=True, text=True)
+  code = "import sys, lt_jax; print({'jax', 'flax', 'matplotlib'} & set(sys.modules))"
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert found.stdout == 'set()\n', found.stderr

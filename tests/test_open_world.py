@@ -108,12 +108,12 @@ def test_a_class_is_added_by_the_command_line(trained_run):
     [a == row['prediction'] for a, row in zip(expected, with_new, strict=True)]
   )
   assert same > 0.97
-  for text, told in (
+  for text, message in (
     ('8,1,1\n9,1,0\n', 'described by 2 numbers, but the network was trained with 7'),
     ('8,1,1,1,1,1,1,x\n', "'8' .* has 'x'"),
   ):
     new.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       predict.predict(
         epath.Path(folder / 'run'),
         [f'{folder}/images'],
@@ -168,7 +168,7 @@ def test_zero_shot_across_domains(tmp_path, one_device):
   assert gamma != 0 and not result['uses_target_labels']
 
 
-def test_labels_of_the_surest_of_every_class():
+def test_most_confident_pixels_of_every_class_are_labelled():
   logits = np.zeros((10, 3))
   logits[:7, 0] = np.arange(1, 8)
   logits[7:, 2] = [3, 1, 2]

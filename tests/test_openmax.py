@@ -55,7 +55,7 @@ def loop(logits, tails, alpha):
   return np.array(rows)
 
 
-def test_distance_is_that_of_scipy(rng):
+def test_distance_agrees_with_scipy(rng):
   logits = rng.normal(size=(7, CLASSES)).astype(np.float32) * 5
   means = rng.normal(size=(CLASSES, CLASSES)).astype(np.float32) * 5
   expected = metric.cdist(logits, means) / 200 + metric.cdist(logits, means, 'cosine')
@@ -83,7 +83,7 @@ def test_distance_makes_nothing_larger_than_its_result(rng):
   assert max(inner) == 32 * 32
 
 
-def test_a_program_has_nothing_of_all_pairs_of_classes_but_the_means():
+def test_a_program_holds_no_pairs_of_classes_except_the_means():
   """With B images and C classes it needs O(B C) beside them, not O(C^2)."""
   classes, images = 1000, 8
   numbers = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
@@ -156,7 +156,7 @@ def test_degenerate_classes_are_not_fitted():
     ([0.1, np.nan], [0, 1], 20, 'distance of class 1'),
   ],
 )
-def test_what_cannot_be_fitted_is_said(distances, labels, tail, message):
+def test_what_cannot_be_fitted_is_reported(distances, labels, tail, message):
   with pytest.raises(UserError, match=message):
     openmax.fit_tails(np.array(distances), np.array(labels), np.eye(2), tail)
 

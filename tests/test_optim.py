@@ -341,7 +341,7 @@ def test_dann_is_the_table_of_its_formula():
   np.testing.assert_allclose(by_step(steps), expected, rtol=1e-5)
 
 
-def test_poly_ends_where_it_is_told_to():
+def test_poly_ends_at_its_end():
   """ADVENT's, which stops at 120,000 of 250,000 steps, and one that comes to zero."""
   learning_rate = make_schedule('poly', 2.5e-4, length=1, batch=1, end=250_000)
   steps = jnp.asarray([0, 60_000, 120_000, 250_000, 300_000], jnp.int32)

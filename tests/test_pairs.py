@@ -69,14 +69,14 @@ def test_photographs_are_found_where_their_archives_have_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('arg', 'told'),
+  ('arg', 'message'),
   [
     ('dann,source=amazone', "unknown domain of office31 'amazone'; did you mean"),
     ('dann,target=amazon', "source and target are both 'amazon'"),
   ],
 )
-def test_mistakes_are_told(arg, told):
-  with pytest.raises(UserError, match=told):
+def test_mistakes_are_reported(arg, message):
+  with pytest.raises(UserError, match=message):
     office31.get_config(arg)
 
 
@@ -103,7 +103,7 @@ def test_traffic_signs_have_the_network_of_the_paper():
   'recipe',
   ['sa', pytest.param('coral_shallow,classifier=linear_svm', marks=pytest.mark.slow)],
 )
-def test_stages_of_no_steps_on_features(features, tmp_path, one_device, recipe):
+def test_stages_without_steps_on_features(features, tmp_path, one_device, recipe):
   option = f'source=dslr,target=webcam,features={features}'
   made = office_caltech10.get_config(f'{recipe},{option}')
   made.eval_batch = 16

@@ -457,7 +457,7 @@ def test_it_descends_and_is_traced_once(name):
     ('mean_teacher', {'trust': 'all'}, "way to trust a teacher 'all'"),
   ],
 )
-def test_mistakes_are_told_when_it_is_built(name, given, message):
+def test_mistakes_are_reported_when_it_is_built(name, given, message):
   with pytest.raises(UserError, match=message):
     made(name, **given)
 

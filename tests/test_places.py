@@ -53,16 +53,16 @@ def test_data_that_moved(source, dir, expected):
   assert (found['source'], found['dir']) == expected
 
 
-def test_what_has_no_files_has_not_moved():
+def test_data_without_files_have_not_moved():
   with pytest.raises(UserError, match="--data_dir: the source 'digits' has no files"):
     places.moved({'source': 'digits', 'dir': ''}, '/new')
 
 
-def test_what_is_wrong_with_moved_data_names_them():
-  told = 'data.mean is (0.5, 0.5, 0.5); it must be one number'
-  for given, whole in (('/new', f'--data_dir=/new: {told}'), (None, told)):
+def test_errors_in_moved_data_name_them():
+  message = 'data.mean is (0.5, 0.5, 0.5); it must be one number'
+  for given, whole in (('/new', f'--data_dir=/new: {message}'), (None, message)):
     with pytest.raises(UserError) as error, evaluate._naming(given):
-      raise UserError(told)
+      raise UserError(message)
     assert str(error.value) == whole
 
 
@@ -97,15 +97,15 @@ def test_domains_are_found_where_they_lie(tmp_path, monkeypatch):
     provenance.moved(config, 'othr=/x')
 
 
-def test_a_run_goes_on_where_its_data_have_moved(one_device, tmp_path, capsys):
+def test_a_run_resumes_after_its_data_moved(one_device, tmp_path, capsys):
   """Only with the same data, and in one line; nothing that was trained is lost."""
   tiny.write_npz(tmp_path / 'old.npz')
   config = tiny.config(f'{tmp_path}/old.npz', 'ce,epochs=2.0')
   workdir = epath.Path(tmp_path / 'run')
   before = run.run(config, workdir)
   (tmp_path / 'old.npz').rename(tmp_path / 'new.npz')
-  told = f'data moved: was npz:{tmp_path}/old.npz, now npz:{tmp_path}/new.npz'
-  assert told not in capsys.readouterr().out
+  message = f'data moved: was npz:{tmp_path}/old.npz, now npz:{tmp_path}/new.npz'
+  assert message not in capsys.readouterr().out
   with pytest.raises(UserError, match=r'old.npz: give --data_dir=PATH'):
     evaluate.evaluate(workdir)
   now = provenance.moved(config, f'{tmp_path}/new.npz')
@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_its_data_have_moved(one_device, tmp_path, capsys):
   assert provenance.changes(config, now, same_place=True)  # which a sweep looks at
   for _ in range(2):
     assert run.run(now, workdir)['state_sha256'] == before['state_sha256']
-  assert capsys.readouterr().out.count(told) == 1
+  assert capsys.readouterr().out.count(message) == 1
   found = json.loads((workdir / 'data.json').read_text())['found']
   assert found['source'] == f'npz:{tmp_path}/new.npz'
   evaluate.evaluate(workdir)

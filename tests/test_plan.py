@@ -95,7 +95,7 @@ def test_devices(text, expected):
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'),
+  ('text', 'message'),
   [
     ('v5:4x8', "did you mean 'v5e' or 'v5p'"),
     ('a100:8', "did you mean 'a100-40gb' or 'a100-80gb'"),
@@ -110,8 +110,8 @@ def test_devices(text, expected):
     ('v5e:2x2x4', 'has 2 dimensions'),
   ],
 )
-def test_devices_that_are_none(text, told):
-  with pytest.raises(UserError, match=told) as caught:
+def test_impossible_numbers_of_devices(text, message):
+  with pytest.raises(UserError, match=message) as caught:
     plan.parse_devices(text)
   assert '\n' not in str(caught.value)
 
@@ -167,7 +167,7 @@ def test_one_table(stage, step):
   assert number(found['steps']) == stage.plan.steps
 
 
-def test_what_is_streamed_must_be_decoded(step):
+def test_streamed_images_must_be_decoded(step):
   resolved = resolve(imagenet_lt.get_config('ce'))
   slow = step._replace(flops=0.4 * 494.7e12, collectives=[])  # a second a step
   rates = plan.Rates(decode_rate=100.0, price=3.0)
@@ -208,7 +208,7 @@ def test_a_run_of_label_maps_is_planned_without_them():
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'),
+  ('text', 'message'),
   [
     ('{"h100": 2.5}', None),
     ('{"h10": 2.5}', "did you mean 'h10'"),
@@ -218,17 +218,17 @@ def test_a_run_of_label_maps_is_planned_without_them():
     ('{', 'not valid JSON'),
   ],
 )
-def test_prices(text, told, tmp_path):
+def test_prices(text, message, tmp_path):
   path = tmp_path / 'prices.json'
   path.write_text(text)
-  if told is None:
+  if message is None:
     assert plan.read_price(path, 'h100') == json.loads(text)['h100']
     return
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     plan.read_price(path, 'h100')
 
 
-def test_the_command_tells_in_one_line_what_is_wrong(tmp_path):
+def test_the_command_reports_errors_in_one_line(tmp_path):
   arguments = ['--devices=h100:8', '--config=digits_lt:ce', '--utilisation=0']
   log = tmp_path / 'log'
   assert child.run(arguments, log, module='lt_jax.plan') == 2

@@ -101,7 +101,7 @@ def test_a_player_is_made_of_its_three_parts():
 
 
 @pytest.mark.parametrize(
-  ('changes', 'told'),
+  ('changes', 'message'),
   [
     ({'network': {'name': 'weightnet'}}, "unknown network .*mean 'weight_net'"),
     ({'network': {'hidden': 7}}, 'network must be a dict with a name'),
@@ -120,25 +120,25 @@ def test_a_player_is_made_of_its_three_parts():
     ({'epochs': 3}, "no option 'epochs'"),
   ],
 )
-def test_a_description_that_makes_no_player_is_told(changes, told):
-  with pytest.raises(UserError, match=f'players.critic: .*{told}') as error:
+def test_a_description_that_makes_no_player_is_reported(changes, message):
+  with pytest.raises(UserError, match=f'players.critic: .*{message}') as error:
     make_players(described(**changes), length=20, batch=10)
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ('names', 'told'),
+  ('names', 'message'),
   [
     ((), "needs a player 'critic': set players.critic"),
     (('critic', 'other'), "has no player 'other'"),
     (('critics',), "did you mean 'critic'"),
   ],
 )
-def test_a_method_names_its_players(names, told):
-  with pytest.raises(UserError, match=told):
+def test_a_method_names_its_players(names, message):
+  with pytest.raises(UserError, match=message):
     named_players(dict.fromkeys(names, Player(None, None)), 'critic')
 
 
-def test_a_weight_network_without_units_is_told():
+def test_a_weight_network_without_units_is_reported():
   with pytest.raises(UserError, match='hidden must be positive, got 0'):
     WeightNet(0).init(jax.random.key(0), jnp.zeros(1))

@@ -118,13 +118,13 @@ def test_adjusted_logits_are_shifted_by_the_log_prior(tau):
   assert adjusted.step is plain.step
 
 
-def test_the_class_that_has_no_image_is_told():
+def test_a_class_without_image_is_reported():
   with pytest.raises(UserError, match='class 1 has none'):
     adjust_logits(a_method({'kernel': KERNEL}), counts=[5, 0, 2])
 
 
 @pytest.mark.parametrize('tau', [np.nan, np.inf, -1e39])
-def test_a_strength_that_no_logit_bears_is_refused(tau):
+def test_a_strength_that_overflows_logits_is_rejected(tau):
   with pytest.raises(UserError, match='tau is .*: the logits would not be finite'):
     adjust_logits(a_method({'kernel': KERNEL}), counts=[5, 1, 2], tau=tau)
 
@@ -172,7 +172,7 @@ def test_a_class_without_weights_keeps_finite_logits():
 
 
 @pytest.mark.parametrize('head', ['cosine', 'scaled_linear', 'nearest_class_mean'])
-def test_a_head_that_is_not_linear_is_told(npz, head):
+def test_a_head_that_is_not_linear_is_reported(npz, head):
   config = make_config(npz, 'tau_norm')
   config['model'] = {**config['model'], 'head': head, 'head_options': {}}
   with pytest.raises(UserError, match="a 'linear' head only"):
@@ -283,19 +283,19 @@ def no_programs(monkeypatch):
   monkeypatch.setattr('lt_jax.train.train', computed)
 
 
-def test_a_choice_without_val_is_told_before_training(npz, no_programs):
+def test_a_choice_without_val_is_reported_before_training(npz, no_programs):
   run.rehearsed(make_config(npz, 'tau_norm'), NOWHERE)
   message = 'no validation images.* set data.val_per_class'
-  with pytest.raises(UserError, match=message) as told:
+  with pytest.raises(UserError, match=message) as error:
     run.rehearsed(make_config(npz, 'tau_norm', val=0), NOWHERE)
-  assert '\n' not in str(told.value)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
   ('recipe', 'wrapper', 'surgery'),
   [('tau_norm', 'tau_norm', 'choose_tau'), ('openmax', 'openmax', 'fit_openmax')],
 )
-def test_a_surgery_without_its_wrapper_is_told(
+def test_a_surgery_without_its_wrapper_is_reported(
   npz, no_programs, recipe, wrapper, surgery
 ):
   config = make_config(npz, recipe)
@@ -435,14 +435,14 @@ def test_openmax_is_fitted_by_numbers_of_images_not_rows_of_classes(rng):
 
 
 @pytest.mark.parametrize(
-  ('part', 'option', 'told'),
+  ('part', 'option', 'message'),
   [
     ('surgery', {'tail': 2}, 'tail must be at least 3'),
     ('wrapper', {'alpha': 0}, 'alpha must be at least 1'),
   ],
 )
-def test_wrong_numbers_of_openmax_are_told_before_training(
-  npz, no_programs, part, option, told
+def test_wrong_numbers_of_openmax_are_reported_before_training(
+  npz, no_programs, part, option, message
 ):
   config = make_config(npz, 'openmax')
   stage = config['stages']['openmax']
@@ -451,5 +451,5 @@ def test_wrong_numbers_of_openmax_are_told_before_training(
     stage['surgeries'][1][1].update(option)
   else:
     stage['wrappers']['openmax'].update(option)
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     run.rehearsed(config, NOWHERE)

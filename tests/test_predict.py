@@ -99,12 +99,12 @@ def check_is_as_evaluated(rows, workdir):
     logits = stored['logits'].astype(np.float64)
   probability = np.exp(logits - logits.max(1, keepdims=True))
   probability /= probability.sum(1, keepdims=True)
-  told = np.array([[float(row[f'probability_{k}']) for k in (1, 2)] for row in rows])
+  printed = np.array([[float(row[f'probability_{k}']) for k in (1, 2)] for row in rows])
   np.testing.assert_allclose(
-    told, np.sort(probability, 1)[:, :-3:-1], rtol=5e-3, atol=1e-3
+    printed, np.sort(probability, 1)[:, :-3:-1], rtol=5e-3, atol=1e-3
   )
   picked = [probability[i, int(row['prediction'])] for i, row in enumerate(rows)]
-  np.testing.assert_allclose(picked, told[:, 0], rtol=5e-3, atol=1e-3)
+  np.testing.assert_allclose(picked, printed[:, 0], rtol=5e-3, atol=1e-3)
 
 
 def stamps(workdir):
@@ -130,10 +130,10 @@ def test_they_are_those_of_the_run(digits, tmp_path, capsys):
     for row, label in zip(rows, labels(workdir), strict=True)
   ]
   assert np.mean(known) == pytest.approx(result['test']['known_accuracy'])
-  told = capsys.readouterr().out
-  assert '400 predicted, 0 skipped' in told and 'resized' not in told
+  printed = capsys.readouterr().out
+  assert '400 predicted, 0 skipped' in printed and 'resized' not in printed
   by = "normalised as 'source'; batch statistics: left by training on source"
-  assert told.count(by) == 1
+  assert printed.count(by) == 1
 
 
 def labels(workdir):
@@ -151,7 +151,7 @@ def fitted(state):
 
 
 @pytest.mark.parametrize('recipe', ['oltr', 'openmax'])
-def test_what_else_a_method_remembers_counts(tmp_path, recipe):
+def test_other_memory_of_a_method_counts(tmp_path, recipe):
   config = tiny.config(tiny.write_npz(tmp_path / 'tiny.npz', (8, 1, 1, 1)), recipe)
   workdir = epath.Path(tmp_path / 'run')
   split = leave(config, workdir, fitted)
@@ -166,8 +166,8 @@ def test_what_else_a_method_remembers_counts(tmp_path, recipe):
   with np.load(workdir / 'predictions.npz') as stored:
     score = stored['score']
   assert score.min() < 0.99
-  told = [float(row['known_score']) for row in rows]
-  np.testing.assert_allclose(told, score, rtol=1e-4)
+  scores = [float(row['known_score']) for row in rows]
+  np.testing.assert_allclose(scores, score, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_a_network_is_built_without_the_data(recipe):
   """Of streams, classes and stages of every kind: from data.json, the same State."""
   config = resolve(digits_lt.get_config(recipe))
   experiment = build.build(config, devices=1)
-  told = run._data_facts(experiment, epath.Path('nowhere'))
-  without = trained.build_without_data(config, json.loads(json.dumps(told)))
+  facts = run._data_facts(experiment, epath.Path('nowhere'))
+  without = trained.build_without_data(config, json.loads(json.dumps(facts)))
   stage, expected = (list(e.stages.values())[-1] for e in (without, experiment))
   assert (stage.name, stage.select) == (expected.name, expected.select)
   shapes, others = (train.state_shapes(s.method, s.streams) for s in (stage, expected))
@@ -194,7 +194,7 @@ def test_photographs_are_cropped_as_in_the_evaluation(photographs, tmp_path):
   check_is_as_evaluated(rows, workdir)
 
 
-def test_the_state_is_the_one_that_the_result_is_of(photographs):
+def test_the_state_is_the_one_of_the_result(photographs):
   workdir, _ = photographs
   for which, step in ((None, 0), ('best', 0), ('last', 1)):
     network = trained.open_run(workdir, which)
@@ -215,15 +215,15 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
     out = tmp_path / 'out.csv'
     predict.predict(workdir, [str(photographs[1])], str(out), which=which)
     assert ('is_unknown' in table(out)[0]) == (threshold is not None)
-  told = 'not told: the threshold was chosen for step 0'
-  assert capsys.readouterr().out.count(told) == 1
+  warning = 'not told: the threshold was chosen for step 0'
+  assert capsys.readouterr().out.count(warning) == 1
   files.write_json(workdir / 'data.json', data | {'threshold': {'value': 0.9}})
   with pytest.raises(UserError, match='another threshold than result.json'):
     trained.open_run(workdir)
 
 
 @pytest.mark.parametrize(
-  ('name', 'change', 'told'),
+  ('name', 'change', 'message'),
   [
     ('config.json', {'eval_batch': '8'}, "has an unexpected value for 'eval_batch'"),
     ('config.json', {'data': 5}, "has an unexpected value for 'data'"),
@@ -237,13 +237,13 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
   ],
 )
 def test_a_file_that_holds_something_else_is_named(
-  photographs, tmp_path, name, change, told
+  photographs, tmp_path, name, change, message
 ):
   workdir = epath.Path(shutil.copytree(photographs[0], tmp_path / 'run'))
   path = workdir / name
   before = files.read_json(path) if path.exists() else {}
   files.write_json(path, before | change)
-  with pytest.raises(UserError, match=f'^{path} .*{told}') as raised:
+  with pytest.raises(UserError, match=f'^{path} .*{message}') as raised:
     trained.open_run(workdir)
   assert '\n' not in str(raised.value)
 
@@ -262,12 +262,12 @@ def test_other_sizes_and_colours_become_those_of_the_network(digits, tmp_path, c
   rows = table(tmp_path / 'out.csv')
   assert [row.pop('path') for row in rows] == images
   for row in rows[1:]:
-    told = [float(row[key]) for key in ('confidence', 'known_score')]
-    assert told == pytest.approx(
+    values = [float(row[key]) for key in ('confidence', 'known_score')]
+    assert values == pytest.approx(
       [float(rows[0][key]) for key in ('confidence', 'known_score')], rel=1e-4
     )
-  told = capsys.readouterr().out
-  assert told.count('2 of 4 images were resized to 8 x 8 pixels, grey') == 1
+  printed = capsys.readouterr().out
+  assert printed.count('2 of 4 images were resized to 8 x 8 pixels, grey') == 1
 
 
 def test_a_reduced_image_is_smoothed_before(photographs, tmp_path):
@@ -299,9 +299,12 @@ def some_bad(tmp_path):
 def test_bad_images_are_left_out_on_request(digits, some_bad, tmp_path, capsys):
   out = str(tmp_path / 'out.csv')
   count = predict.predict(digits[0], [str(some_bad)], out, on_bad_image='skip')
-  told = capsys.readouterr().out
-  assert count == 4 and '4 predicted, 3 skipped' in told
-  assert told.count('skipped: ') == 3 and f'skipped: {some_bad}/d.jpg: the file' in told
+  printed = capsys.readouterr().out
+  assert count == 4 and '4 predicted, 3 skipped' in printed
+  assert (
+    printed.count('skipped: ') == 3
+    and f'skipped: {some_bad}/d.jpg: the file' in printed
+  )
   rows = table(out)
   assert [pathlib.Path(row['path']).stem for row in rows] == list('aceg')
   assert len({row['confidence'] for row in rows}) == 1
@@ -319,9 +322,9 @@ def test_the_command_refuses_a_bad_image_in_one_line(digits, some_bad, tmp_path)
   log = tmp_path / 'log'
   assert child.run([*given, '--out', str(out)], log, module='lt_jax.predict') == 2
   assert out.read_text() == 'as it was'
-  *_, last = told = log.read_text().splitlines()
+  *_, last = lines = log.read_text().splitlines()
   assert last.startswith(f'error: {some_bad}/b.png: ')
-  assert sum('error' in line for line in told) == 1
+  assert sum('error' in line for line in lines) == 1
   assert {path.name for path in tmp_path.iterdir()} == {'some', 'out.csv', 'log'}
 
 
@@ -334,7 +337,7 @@ def test_files_of_folders_that_are_passed_over_are_counted(digits, tmp_path, cap
   assert '2 files passed over: ' in capsys.readouterr().out
 
 
-def test_what_arguments_stand_for(tmp_path, monkeypatch):
+def test_meaning_of_arguments(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ('b/2.JPG', 'b/1.png', 'b/c/3.webp', 'b/.h/4.png', 'b/.5.png', 'b/x.txt'):
     pathlib.Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -347,18 +350,18 @@ def test_what_arguments_stand_for(tmp_path, monkeypatch):
   pathlib.Path('list').write_text('\ufeffb/2.JPG\n\n  b\nabsent.png\n')
   assert list(predict.expand('@list', [])) == ['b/2.JPG', *below, 'absent.png']
   (tmp_path / 'empty').mkdir()
-  for name, told in {
+  for name, message in {
     'empty': 'has no images',
     'absent.png': 'no file or folder absent.png',
     '@absent': 'the list absent cannot be read: No such file',
   }.items():
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       list(predict.expand(name, []))
 
 
-def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
+def test_mistakes_are_reported_before_anything_is_read(digits, tmp_path):
   workdir, images = digits
-  for given, told in (
+  for given, message in (
     ({'workdir': epath.Path(tmp_path)}, 'is not a run'),
     ({'images': []}, 'no images are given'),
     ({'top': 0}, '--top is 0'),
@@ -372,13 +375,13 @@ def test_mistakes_are_told_before_anything_is_read(digits, tmp_path):
       'images': [str(images)],
       'out': str(tmp_path / 'x.csv'),
     }
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       predict.predict(**(right | given))
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('out', ['one.png', 'list', 'same.png', 'link.csv', 'lost'])
-def test_what_is_read_or_linked_is_not_replaced(tmp_path, monkeypatch, out):
+def test_files_that_are_read_or_linked_are_not_replaced(tmp_path, monkeypatch, out):
   """By whatever name; and before the run is opened."""
   monkeypatch.chdir(tmp_path)
   flat(tmp_path, 'one.png', (8, 8))
@@ -459,7 +462,7 @@ def test_only_regular_files_are_images(digits, tmp_path):
     predict.predict(digits[0], [f'@{tmp_path}/list'], str(tmp_path / 'out.csv'))
 
 
-def test_names_that_are_no_text_stay_what_they_are(digits, tmp_path):
+def test_names_that_are_not_text_stay_unchanged(digits, tmp_path):
   path = os.fsdecode(os.fsencode(tmp_path) + b'/a,"\xff\n.png')
   pathlib.Path(path).write_bytes(next(digits[1].iterdir()).read_bytes())
   predict.predict(digits[0], [path], str(tmp_path / 'out.csv'))

@@ -75,7 +75,7 @@ def test_a_prepared_set_becomes_a_smaller_one(rng, tmp_path):
   assert after['test'].example(0)[1] == -1  # unlabelled, and so it stays
 
 
-def test_what_is_no_source_of_records(tmp_path):
+def test_invalid_sources_of_records(tmp_path):
   small_tfds(tmp_path)
   for source, message in {
     'tfds:small_set': r'tfds:small_set has images of shape \(4, 5, 3\); only',
@@ -104,13 +104,13 @@ def test_options_that_make_no_sense(lists, tmp_path):
       prepare.convert(source, **{**options, **changed})
 
 
-def test_an_unknown_set_is_told_in_a_line(monkeypatch):
+def test_an_unknown_set_is_reported_in_a_line(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow', types.ModuleType('tensorflow'))
   with pytest.raises(UserError, match="unknown TFDS data set 'cifar_10'; did you mean"):
     prepare.download('cifar_10')
 
 
-def test_what_was_interrupted_is_begun_again(lists, tmp_path, monkeypatch):
+def test_an_interrupted_stage_starts_again(lists, tmp_path, monkeypatch):
   folder, root = map(str, lists)
   options = {'name': 'mini_lt', 'data_dir': str(tmp_path), 'images': root}
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

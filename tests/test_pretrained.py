@@ -130,7 +130,7 @@ def outputs_of(name):
     for name in golden.NETWORKS
   ],
 )
-def test_every_stage_is_that_of_pytorch(name, stored):
+def test_every_stage_agrees_with_pytorch(name, stored):
   load, run = outputs_of(name)
   for key, found in run(load(state_shapes(stored, name)), golden.images()).items():
     expected = stored[f'{name}/{key}']
@@ -139,7 +139,7 @@ def test_every_stage_is_that_of_pytorch(name, stored):
     assert expected.std() > 0.2
 
 
-def test_pytorch_computes_what_is_stored(stored):
+def test_pytorch_reproduces_the_stored_outputs(stored):
   pytest.importorskip('torch')
   live = golden.run('resnet18')
   assert live.keys() == {key for key in stored if key.startswith('resnet18/')}
@@ -206,7 +206,7 @@ def test_a_file_with_any_prefix_and_type(tmp_path, prefix, dtype):
   json.dumps(report._asdict())
 
 
-def test_what_is_beside_the_trunk_stays(tmp_path):
+def test_parts_besides_the_trunk_stay(tmp_path):
   """Another head has a kernel of the same shape, which means something else."""
   options = {'head': 'cosine', 'num_classes': 3, 'attention': True, 'projection': 5}
   net = make_classifier('resnet10', trunk_options={'width': 4}, **options)
@@ -272,7 +272,7 @@ def change(name, value):
     (change('\n\x1b[2J' * 999, np.ones(4)), r"'\\n\\x1b\[2J\\n"),
   ],
 )
-def test_weights_that_do_not_fit_are_refused(edit, message):
+def test_weights_that_do_not_fit_are_rejected(edit, message):
   state = tiny_state()
   edit(state)
   with pytest.raises(UserError, match=message) as error:
@@ -337,8 +337,8 @@ def test_a_good_file_is_read(tmp_path):
     (raw(b' ' * 2**20 + b'{}'), 'claims a header of 1048578 bytes'),
     (raw({'a': claim('F32', [2**44], 0, 2**46)}), 'not fully covered'),
     (raw({'a': claim('F32', [2**62, 4], 0, 0)}), 'overflow'),
-    (raw({'a': claim('F32', [2**44], 0, 4)}, b'....'), 'no whole safetensors'),
-    (raw({'a': claim('F32', [-1], 0, 4)}, b'....'), 'no whole safetensors'),
+    (raw({'a': claim('F32', [2**44], 0, 4)}, b'....'), 'not a complete safetensors'),
+    (raw({'a': claim('F32', [-1], 0, 4)}, b'....'), 'not a complete safetensors'),
     (raw({'a': claim('Q7\n', [1], 0, 4)}, b'....'), 'unknown variant'),
     (raw({'a': claim('F8_E4M3', [4], 0, 4)}, b'....'), 'elements F8_E4M3; known'),
     (raw({'a': claim('BOOL', [4], 0, 4)}, b'....'), 'elements BOOL; known'),
@@ -347,15 +347,15 @@ def test_a_good_file_is_read(tmp_path):
       'invalid offset',
     ),
     (raw({'a': claim('F32', [1], 4, 8)}, b'........'), 'invalid offset'),
-    (raw({'a': claim('F32', [1], 4, 0)}, b'....'), 'no whole safetensors'),
-    (raw(b'{' * 2**19), 'no whole safetensors'),
-    (raw(b'[' * 2**19), 'no whole safetensors'),
-    (raw(b'\xff\xfe'), 'no whole safetensors'),
-    (raw(b'{"a": 1}'), 'no whole safetensors'),
+    (raw({'a': claim('F32', [1], 4, 0)}, b'....'), 'not a complete safetensors'),
+    (raw(b'{' * 2**19), 'not a complete safetensors'),
+    (raw(b'[' * 2**19), 'not a complete safetensors'),
+    (raw(b'\xff\xfe'), 'not a complete safetensors'),
+    (raw(b'{"a": 1}'), 'not a complete safetensors'),
     (pickle.dumps({'a': 1}), 'truncated'),
   ],
 )
-def test_a_file_that_lies_is_refused(tmp_path, data, message):
+def test_a_file_with_false_claims_is_rejected(tmp_path, data, message):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(data)
   with pytest.raises(UserError, match=message) as error:
@@ -365,7 +365,7 @@ def test_a_file_that_lies_is_refused(tmp_path, data, message):
   assert len(line) < len(str(path)) + 250
 
 
-def test_a_file_is_refused_by_its_size_before_it_is_read(tmp_path):
+def test_a_file_is_rejected_by_its_size_before_it_is_read(tmp_path):
   path = tmp_path / 'w.safetensors'
   path.write_bytes(GOOD)
   os.truncate(path, 2**42)  # takes no space
@@ -373,7 +373,7 @@ def test_a_file_is_refused_by_its_size_before_it_is_read(tmp_path):
     published.load(str(path))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_not_a_file_is_rejected(tmp_path):
   os.mkfifo(tmp_path / 'pipe.safetensors')
   (tmp_path / 'folder.safetensors').mkdir()
   for name in ('pipe', 'folder', 'absent'):
@@ -488,7 +488,10 @@ def test_a_model_is_downloaded_once(tmp_path, hub):
   ('error', 'message'),
   [
     (LocalEntryNotFoundError('retry'), 'there is no network to download it; or fetch'),
-    (GatedRepoError('401'), 'the hub has no such model, or not for you; or fetch'),
+    (
+      GatedRepoError('401'),
+      'the hub has no such model, or you have no access to it; or fetch',
+    ),
     (EntryNotFoundError('404'), 'it has no model.safetensors; or fetch'),
   ],
 )
@@ -529,7 +532,7 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
   with pytest.raises(UserError, match='there is no network to download it'):
     published.load('timm/resnet50.tv_in1k')
-  with pytest.raises(UserError, match='that is no name of a model'):
+  with pytest.raises(UserError, match='that is not a model name'):
     published.load('timm--/resnet50--a')
 
 
@@ -546,7 +549,7 @@ def test_the_real_package_without_a_network(tmp_path, monkeypatch):
     ('w.pth', 'w.safetensors', 'converting needs PyTorch: pip install torch'),
   ],
 )
-def test_what_the_converter_refuses(tmp_path, monkeypatch, source, out, message):
+def test_what_the_converter_rejects(tmp_path, monkeypatch, source, out, message):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setitem(sys.modules, 'torch', None)
   for name in ('w.pth', 'w-0123abcd.pth'):

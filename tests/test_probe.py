@@ -106,7 +106,9 @@ def test_every_layer_is_probed_and_kept(network, tmp_path, monkeypatch):
   draws = probing.Draws(shots=(2,), draws=2, folds=2)
   found = probe.probe(network, layers, ['ridge'], draws, out, budget=48, retrieves=True)
   assert json.loads(json.dumps(found)) == found
-  values = {layer: told['values'] for layer, told in found['layers'].items()}
+  values = {
+    layer: layer_found['values'] for layer, layer_found in found['layers'].items()
+  }
   assert values == {'conv1': 48, 'conv2': 24}  # 2x2 of 12 channels, 1x1 of 24
   assert '| conv2 | 24 |' in probe.table(found) and '<svg' in probe.figure(found)
   sets = probe.cached(network, layers, 'test', out / 'features', 48)
@@ -161,7 +163,7 @@ def test_features_of_a_layer_are_a_file_that_is_a_source(network, tmp_path):
     probe.save(network, ['conv1', 'conv2'], path, 12)
 
 
-def test_mistakes_are_told(network, tmp_path):
+def test_mistakes_are_reported(network, tmp_path):
   with pytest.raises(UserError, match="unknown layer 'conv3'; did you mean"):
     probe.chosen_layers(network, ['conv3'])
   draws = probing.Draws(shots=(1000,))

@@ -99,7 +99,7 @@ def test_two_processes_are_one_run_of_two_domains_and_players(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_is_asked_and_both_stop_and_another_number_goes_on(tmp_path, alone):
+def test_asking_one_process_stops_both_and_another_number_resumes(tmp_path, alone):
   workdir = tmp_path / 'run'
   codes, words = run(workdir, faults=('', 'term_at:32'))
   assert codes == (143, 143), words
@@ -132,26 +132,26 @@ def test_one_hangs_and_the_other_gives_up(tmp_path):
   assert 'most recent call first' in words[0]  # its stacks
 
 
-def test_other_data_in_one_process_are_refused(tmp_path):
+def test_other_data_in_one_process_are_rejected(tmp_path):
   codes, words = run(tmp_path / 'run', faults=('', 'other_data'))
   assert codes == (2, 2), words
   assert 'differ in config, data or seed' in words[1]
   assert not (tmp_path / 'run' / 'stages').exists()
 
 
-def test_a_folder_that_is_not_shared_is_refused(tmp_path, alone):
+def test_a_folder_that_is_not_shared_is_rejected(tmp_path, alone):
   (tmp_path / 'run.elsewhere').mkdir()
   # Left there by a run of long ago.
   shutil.copy(alone / 'config.json', tmp_path / 'run.elsewhere')
   codes, words = run(tmp_path / 'run', faults=('', 'elsewhere'))
   assert codes == (2, 2), words
-  for told in words:
-    assert 'the workdir must be one folder for all of them' in told
+  for text in words:
+    assert 'the workdir must be one folder for all of them' in text
   assert not [*(tmp_path / 'run').glob('*.json')]  # nothing stands in the way
 
 
 @pytest.mark.slow
-def test_a_damaged_image_of_either_process_is_told(tmp_path):
+def test_a_damaged_image_of_either_process_is_reported(tmp_path):
   lists, root = mini.write_lists(tmp_path, np.random.default_rng(0))
   labels = np.repeat(np.arange(mini.CLASSES), mini.COUNTS)
   # What each of the two decodes up to the first row of the log, of classes of several.
@@ -186,14 +186,14 @@ def test_a_damaged_image_of_either_process_is_told(tmp_path):
   }
   given = [f'--config.{key}={value}' for key, value in options.items()]
   codes, words = run(tmp_path / 'run', *given, config='digits_lt.py:ce,epochs=1')
-  told = [
+  decoded = [
     row['image']
     for row in read_rows(tmp_path / 'run' / 'events.jsonl')
     if row['event'] == 'bad_image'
   ]
   # Two of 1,015 are too many, by one.
   assert codes == (2, 2), words
-  assert sorted(told) == sorted(map(str, files))
+  assert sorted(decoded) == sorted(map(str, files))
   assert all('2 images cannot be read, more than 0.1% of 1015' in w for w in words)
 
 
@@ -207,7 +207,7 @@ def test_a_mistake_in_one_process_ends_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+def test_a_batch_that_does_not_divide_is_rejected(tmp_path):
   codes, words = run(tmp_path / 'run', '--config.batch=62')
   assert codes == (2, 2), words
   assert 'does not divide over 4 devices; the nearest that do: 60 or 64' in words[0]

@@ -120,7 +120,7 @@ KANG = {'ce, 90 epochs': 'ce,protocol=kang', 'lws, 90 epochs': 'lws'}
 
 
 @pytest.mark.parametrize('name', COLUMNS)
-def test_docstrings_hold_what_is_carried(name):
+def test_docstrings_agree_with_published_json(name):
   text = importlib.import_module(f'configs.{name}').__doc__
   rows = re.findall(r'^  ([a-z][\w=,]*(?:, 90 epochs)?) {2,}([-.\d].*)$', text, re.M)
   checked = 0
@@ -148,7 +148,7 @@ def table(heading):
   return {cells[0].strip(' `'): [c.strip() for c in cells[1:]] for cells in rows}
 
 
-def test_the_page_of_results_holds_what_is_carried():
+def test_the_page_of_results_agrees_with_published_json():
   checked = 0
   for recipe, cells in table('| recipe | CIFAR-10, 100 |').items():
     for (name, option), cell in zip(CIFAR, cells[:4], strict=True):
@@ -237,13 +237,13 @@ def test_every_published_number_has_its_place():
   with path.open() as file:
     rows = list(csv.DictReader(file))
   assert len(rows) > 200
-  told = {'exists': 0, 'marked': 0} | dict.fromkeys(WITHOUT.values(), 0)
+  tally = {'exists': 0, 'marked': 0} | dict.fromkeys(WITHOUT.values(), 0)
   for row in rows:
     found = looked_up(row)
     if isinstance(found, tuple):
       marked = carried().get(found)
       assert marked is not None, f'no recipe and protocol for {row}: {found}'
       found = 'marked' if marked else 'exists'
-    told[found] += 1
-  print(told)  # which `pytest -s` shows
-  assert sum(told.values()) == len(rows) and all(told.values()), told
+    tally[found] += 1
+  print(tally)  # which `pytest -s` shows
+  assert sum(tally.values()) == len(rows) and all(tally.values()), tally

@@ -66,7 +66,7 @@ def test_processes_end_with_the_context():
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_what_goes_wrong_in_a_worker_is_raised_here(workers):
+def test_errors_in_a_worker_are_raised_here(workers):
   def broken(step):
     if step == 2:
       raise UserError('cat.jpg: the file is empty')
@@ -81,7 +81,7 @@ def test_what_goes_wrong_in_a_worker_is_raised_here(workers):
   assert not multiprocessing.active_children()
 
 
-def test_a_killed_worker_is_told():
+def test_a_killed_worker_is_reported():
   with (
     pytest.raises(reading.WorkersFailed, match='a data worker was killed'),
     reading.reading({'train': stream(1)}, 0, 1000) as read,
@@ -95,7 +95,7 @@ def test_a_killed_worker_is_told():
 
 
 @pytest.mark.slow
-def test_an_error_that_cannot_be_sent_is_told_all_the_same():
+def test_an_error_that_cannot_be_sent_is_still_reported():
   class Held(Exception):
     def __init__(self, what):
       super().__init__(what)
@@ -181,7 +181,7 @@ def test_a_stalled_worker_is_given_up(workers, monkeypatch):
   assert looks
 
 
-def test_who_waits_can_stop_waiting(monkeypatch):
+def test_waiting_for_a_lock_can_be_interrupted(monkeypatch):
   monkeypatch.setattr(reading, 'LOOKING_EVERY', 0.1)
   let_go = threading.Event()
 

@@ -139,7 +139,7 @@ def counter():
 
 
 @pytest.mark.parametrize('broken', [np.nan, -np.inf])
-def test_one_that_is_not_finite_stays_and_the_others_go_on(broken):
+def test_one_that_is_not_finite_stays_and_the_others_continue(broken):
   mesh, method = sharding.make_mesh(1), counter()
 
   def stream(replica, poisoned):
@@ -181,7 +181,7 @@ def test_one_that_is_not_finite_stays_and_the_others_go_on(broken):
   )
 
 
-def test_what_cannot_be_together_is_told():
+def test_incompatible_options_are_reported():
   mesh = sharding.make_mesh(2)
   with pytest.raises(UserError, match='2 devices do not divide 3 replicas'):
     replicas.vectorise(counter(), 3, mesh)
@@ -253,8 +253,8 @@ def test_one_that_diverges_is_reported_and_the_others_end(npz, tmp_path, monkeyp
   assert [type(end) for end in ends] == [dict, train.Diverged, dict]
   assert str(ends[1]) == 'not finite at step 0'
   assert not (folders[1] / 'result.json').exists()
-  told = json.loads((folders[1] / 'stages/train/not_finite.json').read_text())
-  assert told['step'] == 0 and len(told['examples']['train']['label']) == 8
+  report = json.loads((folders[1] / 'stages/train/not_finite.json').read_text())
+  assert report['step'] == 0 and len(report['examples']['train']['label']) == 8
   assert read_rows(folders[1] / 'events.jsonl')[-1]['event'] == 'diverged'
   assert not read_rows(folders[1] / 'metrics.jsonl')
   assert not [*(folders[1] / 'stages/train/checkpoints').glob('[0-9]*')]
@@ -322,11 +322,11 @@ def test_seeds_that_the_devices_do_not_divide(npz, tmp_path, monkeypatch):
   )
   config = configs(npz)[0]
   config['model']['batch_norm'] = 'per_device'
-  with pytest.raises(UserError, match='of seeds that train together a device has'):
+  with pytest.raises(UserError, match='when seeds train together each device has'):
     run.run_seeds([config, config | {'seed': 9}], [tmp_path / 'a', tmp_path / 'b'])
 
 
-def test_one_that_begins_without_being_finite_ends_alone(npz, tmp_path, monkeypatch):
+def test_one_that_starts_without_being_finite_ends_alone(npz, tmp_path, monkeypatch):
   real = stage.StageRunner.begin
 
   def begin(self, earlier):
@@ -351,7 +351,7 @@ def test_the_screen_follows_one_and_shows_the_end_of_all(npz, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_stopped_they_go_on_together(npz, tmp_path, monkeypatch):
+def test_after_a_stop_they_resume_together(npz, tmp_path, monkeypatch):
   folders = [tmp_path / str(seed) for seed in SEEDS]
   run.run_seeds(configs(npz), [tmp_path / f'whole{seed}' for seed in SEEDS])
 

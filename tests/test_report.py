@@ -241,7 +241,7 @@ def test_names_and_paths_are_text(run_folder):
     assert 'a & "b"' in text and '$x_1$' in text and '<script>aler' in text
 
 
-def test_what_no_text_can_hold_is_replaced(tmp_path):
+def test_characters_that_text_cannot_hold_are_replaced(tmp_path):
   names = ('\x00\x1b[31m', '\udc80', '\n', '漢字', 'x' * 200)
   run = runs.Run(write_run(tmp_path / 'run', names=names), 'run')
   drawn = drawing.draw('confusion', figures.confusion, [run], 'page')
@@ -309,10 +309,10 @@ def test_other_configurations_are_not_averaged(tables_only, tmp_path):
   page = page_of(tmp_path)
   assert row_of(tmp_path, 'ce (epochs=200)')['accuracy'] == '50.0'
   assert row_of(tmp_path, 'ce (epochs=100)')['accuracy'] == '70.0'
-  told = 'runs of 2 configurations or data sets, which are not averaged'
-  assert told in page.text
-  assert told in (tmp_path / 'report.md').read_text()
-  assert told in (tmp_path / 'report.tex').read_text()
+  warning = 'runs of 2 configurations or data sets, which are not averaged'
+  assert warning in page.text
+  assert warning in (tmp_path / 'report.md').read_text()
+  assert warning in (tmp_path / 'report.tex').read_text()
 
 
 def test_other_data_are_not_averaged(tables_only, tmp_path):
@@ -324,7 +324,7 @@ def test_other_data_are_not_averaged(tables_only, tmp_path):
   assert row_of(tmp_path, 'ce (data=eeeeeee)')['accuracy'] == '70.0'
 
 
-def test_what_a_result_warns_of_is_told_once(tables_only, tmp_path):
+def test_warnings_of_a_result_are_shown_once(tables_only, tmp_path):
   for name in ('a', 'b'):
     path = write_run(tmp_path / name, config(seed=ord(name))) / 'result.json'
     result = json.loads(path.read_text()) | {'warnings': ['an untrained network']}
@@ -357,12 +357,12 @@ def test_a_label_is_short_and_the_note_is_whole(tables_only, tmp_path):
   labels = ['ce (batch=-, epochs=200)', 'ce (batch=-, epochs=40)']
   for label in (*labels, 'ce (batch=64, epochs=40)'):
     assert row_of(tmp_path, label)['runs'] == '1 finished'
-  for told in ('schedule.boundaries=[160.0]', 'batch=64, ', 'warm=0.1', 'epochs=200, '):
-    assert told in notes
+  for note in ('schedule.boundaries=[160.0]', 'batch=64, ', 'warm=0.1', 'epochs=200, '):
+    assert note in notes
   assert 'defer_epoch=' not in notes and 'ema=' not in notes
 
 
-def test_what_looks_the_same_is_told_apart_by_its_digest(tables_only, tmp_path):
+def test_equal_names_are_distinguished_by_digest(tables_only, tmp_path):
   found = [
     runs.Run(write_run(tmp_path / str(epochs), config(epochs=epochs)), 'run')
     for epochs in (200.0, 200.00001)
@@ -384,12 +384,12 @@ def test_a_seed_counts_once(tables_only, tmp_path):
 def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
   """Leaves what a sweep leaves of a cell that failed."""
   folder.mkdir(parents=True, exist_ok=True)
-  told = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
-  (folder / 'error.json').write_text(json.dumps(told))
+  failure = {'recipe': recipe, 'seed': seed, 'error': error, 'time': 1.0}
+  (folder / 'error.json').write_text(json.dumps(failure))
   return folder
 
 
-def test_what_failed_stands_in_the_table(tables_only, tmp_path):
+def test_failed_cells_are_in_the_table(tables_only, tmp_path):
   fail(tmp_path / 'ce/0')
   write_run(tmp_path / 'ce/1', config(seed=1))
   (fail(write_run(tmp_path / 'ce/2', config(seed=2)), seed=2) / 'result.json').unlink()
@@ -400,9 +400,9 @@ def test_what_failed_stands_in_the_table(tables_only, tmp_path):
   text = page_of(tmp_path).text
   assert text.count('failed: OSError: no <space> left') == 3
   assert 'failed: ValueError: \ufffd' in text
-  told = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
-  told |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
-  assert {label: row_of(tmp_path, label)['runs'] for label in told} == told
+  cells = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
+  cells |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
+  assert {label: row_of(tmp_path, label)['runs'] for label in cells} == cells
 
 
 def test_a_failed_run_alone_has_a_page(tmp_path):
@@ -412,7 +412,7 @@ def test_a_failed_run_alone_has_a_page(tmp_path):
   assert 'error.json is damaged' in page_of(tmp_path / 'run').text
 
 
-def test_what_failed_once_and_then_finished_has_finished(run_folder):
+def test_a_cell_that_failed_and_then_finished_has_finished(run_folder):
   assert runs.Run(fail(run_folder), 'run').state == 'finished'
 
 
@@ -454,7 +454,7 @@ def test_a_threshold_without_a_finite_value_is_none(tables_only, run_folder):
   assert 'finished' in page.text and 'Threshold' not in page.text
 
 
-def test_rows_of_metrics_that_are_none_are_left_out(run_folder):
+def test_invalid_rows_of_metrics_are_left_out(run_folder):
   path = run_folder / 'metrics.jsonl'
   good = path.read_text()
   wrong = [{'step': '10'}, {'step': 10, 'stage': [], 'split': 'train', 'loss': 'x'}]
@@ -470,7 +470,7 @@ def test_a_folder_need_not_have_a_name_of_text(tables_only, tmp_path):
     assert 'caf\ufffd' in page_of(path).text
 
 
-def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
+def test_unfinished_cells_are_in_the_table(tables_only, tmp_path):
   write_run(tmp_path / '0', config(), 0.5)
   for seed in (1, 2, 3):
     (write_run(tmp_path / f'{seed}', config(seed=seed)) / 'result.json').unlink()
@@ -486,8 +486,8 @@ def test_what_has_not_finished_stands_in_the_table(tables_only, tmp_path):
     '1 result.json is damaged',
     '1 unfinished',
   ]
-  for told in ('diverged at step 15', 'unfinished, without a log yet'):
-    assert told in page.text
+  for reason in ('diverged at step 15', 'unfinished, without a log yet'):
+    assert reason in page.text
 
 
 def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
@@ -499,7 +499,7 @@ def test_an_unfinished_run_alone_has_its_training_curves(tmp_path):
   assert {path.stem for path in (folder / 'figures').iterdir()} == {'training'}
 
 
-def test_a_diverged_run_that_goes_on_has_not_failed(tables_only, run_folder):
+def test_a_diverged_run_that_continues_has_not_failed(tables_only, run_folder):
   (run_folder / 'result.json').unlink()
   add_events(run_folder, DIVERGED, STARTED)
   assert 'unfinished, at step 20' in page_of(run_folder).text
@@ -523,7 +523,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
     assert damage == 'something else' or name in drawn.caption
 
 
-def test_predictions_of_an_earlier_version_are_told_as_such(run_folder):
+def test_predictions_of_an_earlier_version_are_marked(run_folder):
   path = run_folder / 'predictions.npz'
   label = np.load(path)['label']
   np.savez(path, label=label, logits=np.zeros((len(label), 5), np.float16))
@@ -548,7 +548,7 @@ def test_the_command_names_the_page(tables_only, run_folder, capsys):
   assert capsys.readouterr().out == f'{run_folder}/report.html\n'
 
 
-def test_a_folder_without_runs_is_refused(tmp_path):
+def test_a_folder_without_runs_is_rejected(tmp_path):
   (tmp_path / 'model').mkdir()
   (tmp_path / 'model/config.json').write_text('{"hidden_size": 3}')
   with pytest.raises(UserError, match='no config.json'):
@@ -576,18 +576,18 @@ def labels_below(groups):
 
 
 @pytest.mark.parametrize('classes', [5, 40])
-def test_training_images_are_told_where_all_methods_have_the_same(tmp_path, classes):
+def test_training_images_are_shown_if_all_methods_have_the_same(tmp_path, classes):
   names = [f'class {c}' for c in range(classes)]
   few, many = (tuple(range(n, n + classes)) for n in (10, 200))
   for recipe, counts in (('ce', few), ('focal', few), ('ldam', many)):
     write_run(tmp_path / recipe, config(recipe), counts=counts, names=names)
   groups, _ = runs.grouped(runs.find(epath.Path(tmp_path)))
-  same, told, caption = labels_below(groups[:2])
+  same, rows, caption = labels_below(groups[:2])
   assert same[0] == ('class 4\n14' if classes == 5 else '49 to 48')
-  assert 'training images' in told and 'different' not in caption
-  other, told, caption = labels_below(groups)
+  assert 'training images' in rows and 'different' not in caption
+  other, rows, caption = labels_below(groups)
   assert other[0] == ('class 4' if classes == 5 else '1 to 2')
-  assert 'training images' not in told and 'different numbers of images' in caption
+  assert 'training images' not in rows and 'different numbers of images' in caption
 
 
 def test_many_classes_are_drawn_in_blocks(tmp_path):
@@ -614,7 +614,7 @@ def test_a_curve_of_one_row_is_a_point(run_folder):
   assert drawn == ['o'] * 3
 
 
-def test_steps_go_on_where_a_stage_carries_the_clock(tmp_path):
+def test_steps_continue_where_a_stage_carries_the_clock(tmp_path):
   folder = write_run(tmp_path / 'run')
   run = runs.Run(folder, 'run')
   assert curves.stages_of(run) == {'plain': (0, 0), 'second': (20, 20)}
@@ -670,7 +670,7 @@ def test_one_other_key_is_another_setting(change):
   assert published.beside(resolved(cifar10_lt, 'meta_ce', **change)) == []
 
 
-def test_a_setting_may_begin_with_weights_wherever_they_lie():
+def test_a_setting_may_start_from_weights_anywhere():
   config = resolved(places_lt, 'oltr', init='weights.safetensors')
   assert len(published.beside(config)) == 8
   assert published.beside(resolved(places_lt, 'oltr')) == []
@@ -885,7 +885,7 @@ def scored(folder, recipe, seed, rates, prediction):
   np.savez(folder / 'predictions.npz', **arrays)
 
 
-def test_f1_of_the_open_class_follows_from_what_is_told(tmp_path, rng):
+def test_f1_of_the_open_class_follows_from_reported_values(tmp_path, rng):
   """By hand, from the images that were rejected."""
   label = np.append(np.repeat(np.arange(5), 10), np.full(20, -1))
   prediction, kept = rng.integers(0, 5, 70), rng.uniform(size=70) < 0.6
@@ -919,8 +919,8 @@ def test_gains_are_over_the_plain_network_by_class(tmp_path):
   assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F is told of the open class
   assert [t.get_text() for t in figure.axes[-1].get_xticklabels()][-1] == 'open'
   assert drawing.draw('gains', across.compare_gains, groups, 'page').svg
-  told = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
-  assert 'no finished run of the plain network' in told
+  note = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
+  assert 'no finished run of the plain network' in note
 
 
 def test_seeds_are_a_band_around_the_mean(tmp_path):
@@ -1036,7 +1036,7 @@ def test_label_maps_are_compared_by_images(tmp_path, rng):
   np.testing.assert_allclose(found[1:], expected, atol=0.2 * np.std(gains))
 
 
-def test_without_a_control_the_best_is_what_others_are_compared_with(tmp_path):
+def test_without_a_control_others_are_compared_with_the_best(tmp_path):
   for recipe, accuracy in (('a', 0.5), ('b', 0.7)):
     for seed in range(3):
       write_run(tmp_path / recipe / f'{seed}', config(recipe, seed), accuracy)

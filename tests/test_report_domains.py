@@ -39,14 +39,14 @@ def write_run(folder, made=None, accuracy=ACCURACY, judge=()):
   mean = float(np.mean([accuracy[name] for name in targets]))
   every = np.mean([accuracy[name] for name in (*targets, 'sketch')])
   shown = [*targets, 'source', 'sketch']
-  told = {
+  result_of_domains = {
     'domains': {name: metrics(accuracy[name]) for name in shown},
     'domain_means': {'compound': metrics(mean), 'compound_open': metrics(float(every))},
     'a_distance': {name: 0.5 + number for number, name in enumerate(targets)},
   }
   result = json.loads(path.read_text())
   result['test']['accuracy'] = mean
-  path.write_text(json.dumps(result | told))
+  path.write_text(json.dumps(result | result_of_domains))
   rng, classes = np.random.default_rng(0), len(plain.COUNTS)
   label = np.tile(np.repeat(np.arange(classes), 4), len(targets))
   domain = np.repeat(np.arange(len(targets)), len(label) // len(targets))
@@ -160,7 +160,7 @@ def test_a_control_of_other_targets_or_data_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('judge', 'told'),
+  ('judge', 'message'),
   [
     ((0.7, 0.9, 0.99, 1.0), 'always wins'),
     ((0.5, 0.52, 0.48, 0.5), 'always loses'),
@@ -168,13 +168,13 @@ def test_a_control_of_other_targets_or_data_is_none(tmp_path):
     ((1.0, 1.0), ''),  # too few rows
   ],
 )
-def test_a_discriminator_that_never_plays_is_told_once(tmp_path, judge, told):
+def test_a_discriminator_that_never_plays_is_reported_once(tmp_path, judge, message):
   for seed in (0, 1):
     write_run(tmp_path / f'{seed}', config(seed=seed), judge=judge)
   lines = domains.discriminator_notes(groups_of(tmp_path))
-  assert len(lines) == bool(told)
+  assert len(lines) == bool(message)
   for line in lines:
-    assert line.startswith(f'Warning of dann: the discriminator {told}')
+    assert line.startswith(f'Warning of dann: the discriminator {message}')
     assert line.endswith('(seeds 0, 1).')
 
 

@@ -75,7 +75,7 @@ def test_channels():
   np.testing.assert_array_equal(together, np.repeat(brought_to(grey, 4).images, 3, 3))
 
 
-def test_what_is_so_already_is_not_copied():
+def test_records_that_need_no_change_are_not_copied():
   images = source(3, 6, 6, 3)
   assert brought_to(images, 6, 3) is images
   assert brought_to(images) is images
@@ -96,7 +96,7 @@ class Files:
     (source(2, 4, 4, 1), {'channels': 2}, 'cannot become 2'),
   ],
 )
-def test_what_cannot_be_brought_there(given, options, message):
+def test_what_cannot_be_copied_there(given, options, message):
   with pytest.raises(UserError, match=message) as error:
     brought_to(given, name='npz:a', **options)
   assert '\n' not in str(error.value)

@@ -158,12 +158,12 @@ def test_the_planner_needs_the_shortest_path_and_no_more():
   assert rollouts.successes(act, made, patience=1).all()
 
 
-def test_what_is_no_maze_is_not_played():
+def test_only_mazes_are_played():
   images = np.zeros((2, 32, 32, 3), np.uint8)
   world = mazes.make_world('plain', 'test', 2)[0]
-  for source, told in (
+  for source, message in (
     (Arrays(images, None, ()), "the images of 'digits' are not those of mazes"),
     (Arrays(images[:, :16], None, (), world=world), "'digits' was resized"),
   ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       rollouts.success_rates(None, None, {'digits': source})

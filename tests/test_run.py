@@ -65,7 +65,7 @@ def carried(config_file, tmp_path_factory):
   return workdir
 
 
-def test_what_is_carried_goes_on_as_one_run(carried, tmp_path):
+def test_carried_stages_continue_as_one_run(carried, tmp_path):
   """Pre-training and going on is the run of one stage: optimiser, clock and order."""
   workdir = tmp_path / 'run'
   one_stage = f'{child.ROOT}/configs/digits_lt.py:ce,epochs=20'
@@ -77,7 +77,7 @@ def test_what_is_carried_goes_on_as_one_run(carried, tmp_path):
   assert [r['step'] for r in rows if r['stage'] == 'finetune'][0] > 29
 
 
-def test_what_is_not_carried_is_fresh(config_file, carried, tmp_path):
+def test_leaves_not_carried_are_fresh(config_file, carried, tmp_path):
   workdir = tmp_path / 'run'
   code, output = run(workdir, f'{config_file}:fresh')
   assert code == 0, output
@@ -142,9 +142,9 @@ def test_wall_time_is_that_of_all_starts(carried, config_file, tmp_path):
     ('started', 300.0),
     ('saved', 301.0),
   ]
-  told = [{'event': event, 'time': time} for event, time in rows]
-  assert results.seconds_of_earlier_starts(told) == 7
-  assert results.seconds_of_earlier_starts(told[:2]) == 0
+  events = [{'event': event, 'time': time} for event, time in rows]
+  assert results.seconds_of_earlier_starts(events) == 7
+  assert results.seconds_of_earlier_starts(events[:2]) == 0
   workdir = shutil.copytree(carried, tmp_path / 'run')
   code, output = run(workdir, f'{config_file}:carry')
   assert code == 0, output
@@ -186,7 +186,7 @@ def test_a_stop_in_the_only_evaluation_still_selects(tmp_path):
   assert value == pytest.approx(-result(workdir)['val']['loss'])  # less is better
 
 
-def test_averaged_weights_and_a_stage_of_no_steps(tmp_path):
+def test_averaged_weights_and_a_stage_without_steps(tmp_path):
   """The average of the first stage does not leak into the second, nor random values."""
   config = tmp_path / 'ema.py'
   config.write_text(
@@ -245,7 +245,7 @@ def learned(tmp_path_factory):
   return workdir
 
 
-def test_learned_weights_are_told_and_drawn(learned):
+def test_learned_weights_are_reported_and_drawn(learned):
   with np.load(learned / 'weights.npz') as stored:
     found = dict(stored)
   rows = [r for r in read_rows(learned / 'metrics.jsonl') if 'meta_loss' in r]
@@ -299,7 +299,7 @@ def two_trainings(tmp_path_factory):
   return config, folder / 'run', begun
 
 
-def test_a_classifier_that_is_trained_again_begins_elsewhere(two_trainings):
+def test_a_retrained_classifier_starts_from_other_weights(two_trainings):
   _, _, (first, second) = two_trainings
   one, other = (np.asarray(s.params['net']['head']['kernel']) for s in (first, second))
   assert one.shape == other.shape and (one != other).all()
@@ -308,7 +308,7 @@ def test_a_classifier_that_is_trained_again_begins_elsewhere(two_trainings):
   )
 
 
-def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
+def test_a_stage_resumes_only_from_the_states_it_started_with(two_trainings):
   """Where the first training is prolonged, the second is not silently the old one."""
   config, workdir, _ = two_trainings
   before = (workdir / 'result.json').read_bytes()
@@ -321,7 +321,7 @@ def test_a_stage_goes_on_only_from_what_it_began_with(two_trainings):
   assert (workdir / 'result.json').read_bytes() != before
 
 
-def test_a_run_of_before_paths_were_renamed_goes_on(two_trainings, tmp_path):
+def test_a_run_from_before_paths_were_renamed_resumes(two_trainings, tmp_path):
   """Its stages still began from the States that they say they began from."""
   _, workdir, _ = two_trainings
   older = epath.Path(shutil.copytree(workdir, tmp_path / 'run'))

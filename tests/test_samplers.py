@@ -59,7 +59,7 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(name):
 
 
 @pytest.mark.parametrize('name', [name for name in OPTIONS if name != 'instance'])
-def test_what_draws_by_class_draws_what_has_a_label(name):
+def test_samplers_by_class_draw_labelled_images(name):
   labels = np.where(np.arange(len(LABELS)) % 3 > 0, LABELS, -1)
   labels[LABELS == 4] = 4  # the one image of its class
   drawn = labels[make(name, labels, **OPTIONS[name]).indices(0, 0)]
@@ -200,7 +200,7 @@ def test_an_empty_class_is_named(name):
 
 
 @pytest.mark.parametrize('name', OPTIONS)
-def test_an_empty_training_set_is_refused(name):
+def test_an_empty_training_set_is_rejected(name):
   with pytest.raises(UserError, match='empty'):
     make(name, np.zeros(0, int), **OPTIONS[name])
 
@@ -217,7 +217,7 @@ def test_an_empty_training_set_is_refused(name):
     ('effective_number', {'beta': 1.0}, r'beta must be in \[0, 1\)'),
   ],
 )
-def test_mistakes_are_told_in_one_line(name, options, message):
+def test_mistakes_are_reported_in_one_line(name, options, message):
   with pytest.raises(UserError, match=message) as error:
     make(name, LABELS, **options)
   assert '\n' not in str(error.value)

@@ -95,7 +95,7 @@ def test_images_come_in_their_order_with_what_was_saved_of_them(finished):
   }
 
 
-def test_a_method_is_told_no_counts_of_unlabelled_images(monkeypatch):
+def test_a_method_gets_no_counts_of_unlabelled_images(monkeypatch):
   seen = []
 
   def spy(net, optimizer, loss, *, class_weights, reduction, counts):
@@ -132,7 +132,7 @@ def test_labels_of_the_target_do_not_reach_the_second_stage(finished):
 
 
 @pytest.mark.parametrize(
-  ('row', 'more', 'told'),
+  ('row', 'more', 'message'),
   [
     ({'stage': 'nowhere'}, {}, "unknown earlier stage of streams.train 'nowhere'"),
     ({'arrays': {'label': 'logits'}}, {}, "does not save 'target/train/logits'"),
@@ -144,13 +144,13 @@ def test_labels_of_the_target_do_not_reach_the_second_stage(finished):
     ({'domain': 'source'}, {}, "does not save 'prediction'"),
   ],
 )
-def test_mistakes_are_one_line(row, more, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_mistakes_are_one_line(row, more, message):
+  with pytest.raises(UserError, match=message) as error:
     build.build(config({**ROW, **row}, **more), devices=1)
   assert '\n' not in str(error.value)
 
 
-def test_an_output_that_is_none_is_told_before_training(tmp_path):
+def test_an_unknown_output_is_reported_before_training(tmp_path):
   made = config(saves=(*SAVES, 'logit'))
   with pytest.raises(UserError, match="unknown output 'logit'; did you mean 'logits'"):
     run.rehearsed(made, tmp_path)

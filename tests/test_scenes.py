@@ -70,7 +70,7 @@ def test_options_change_the_layouts_of_training_images():
 
 
 @pytest.mark.parametrize(
-  ('argument', 'told'),
+  ('argument', 'message'),
   [
     ('sum', "unknown domain of scenes 'sum'; did you mean 'sim'"),
     ('sim,trian=3', "unknown option 'trian'; did you mean 'train'"),
@@ -78,8 +78,8 @@ def test_options_change_the_layouts_of_training_images():
     ('sim,tail=x', "tail is 'x'; it must be from 1"),
   ],
 )
-def test_mistakes_in_the_name_of_a_domain_are_told(argument, told):
-  with pytest.raises(UserError, match=told):
+def test_mistakes_in_the_name_of_a_domain_are_reported(argument, message):
+  with pytest.raises(UserError, match=message):
     scenes.scenes(argument)
 
 
@@ -131,12 +131,12 @@ def check_predicted_maps(workdir):
   with Image.open(out / 'large.png') as found:
     assert found.size == (128, 96)
   assert (out / 'more/a_overlay.jpg').exists()
-  for given, told in (
+  for given, message in (
     (str(folder), 'would replace an image'),
     (str(workdir), 'the folder of a run'),
     (str(workdir / 'result.json'), 'label maps need a folder'),
   ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       predict.predict(workdir, [str(folder)], given)
   Image.fromarray(images[0]).save(folder / 'a.jpg')
   with pytest.raises(UserError, match='would have the same label map'):
@@ -174,8 +174,8 @@ def test_weights_and_hard_pixels_from_the_command_line(tmp_path):
 def test_the_doctor_counts_pixels():
   dataset = build.build(config('source_only,train=16'), devices=1).dataset
   case = types.SimpleNamespace(dataset=dataset)
-  told = [finding.text for finding in data.splits(case)]
-  assert told[0] == 'train: 16 images, 65,536 labelled pixels of 7 of 7 classes'
+  texts = [finding.text for finding in data.splits(case)]
+  assert texts[0] == 'train: 16 images, 65,536 labelled pixels of 7 of 7 classes'
   assert not [*data.classes(case)]
   with pytest.raises(CheckSkipped, match='classes are measured each by its IoU'):
     next(data.balanced_test(case))

@@ -86,7 +86,7 @@ def test_records_are_those_of_numpy_at_the_size_of_the_labels(case):
   assert measured['loss'] == pytest.approx(-of_label[seen].mean(), rel=1e-5)
 
 
-def test_metrics_do_not_depend_on_the_batch_or_on_what_is_void(case):
+def test_metrics_do_not_depend_on_the_batch_or_on_void_pixels(case):
   logits, label = case
   whole = segmentation.measure(records(logits, label), num_classes=4, groups=GROUPS)
   parts = [records(logits[i : i + 1], label[i : i + 1]) for i in range(5)]
@@ -125,7 +125,7 @@ def of_pixels(state, images):
   }
 
 
-def test_tiles_cover_every_pixel_and_change_nothing_that_is_of_one_pixel():
+def test_tiles_cover_every_pixel_and_do_not_change_pixelwise_networks():
   images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 11, 9, 3)))
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)))
   method = Method(None, None, of_pixels)

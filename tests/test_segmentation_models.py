@@ -33,7 +33,7 @@ def test_a_small_network_has_the_published_size():
 
 
 @pytest.mark.parametrize('head', ['multi_dilation', 'cosine'])
-def test_logits_are_of_every_pixel_of_the_images(head):
+def test_every_pixel_of_the_images_has_logits(head):
   variables = jax.jit(functools.partial(net(head).init, train=False))(
     jax.random.key(0), IMAGES
   )
@@ -81,7 +81,7 @@ def test_resizing_interpolates_between_the_centres_of_pixels():
   np.testing.assert_allclose(found, [0, 0.25, 0.75, 1.25, 1.75, 2], atol=1e-6)
 
 
-def test_what_a_network_of_pixels_cannot_have_is_told():
+def test_parts_that_a_network_of_pixels_cannot_have_are_reported():
   with pytest.raises(UserError, match='model.attention and model.projection'):
     net(projection=8)
   made = make_classifier('lenet', 'linear', 5, per_pixel=True)

@@ -81,7 +81,7 @@ def loaded(name, net, tensors):
 
 
 @pytest.mark.parametrize('name', golden.NETWORKS)
-def test_outputs_are_those_of_pytorch(name, stored):
+def test_outputs_agree_with_pytorch(name, stored):
   net = network(name)
   state = json.loads(bytes(stored[f'{name}/state']))
   tensors = {key: resnet_torch.tensor(key, tuple(shape)) for key, shape in state}
@@ -104,7 +104,7 @@ def test_outputs_are_those_of_pytorch(name, stored):
     assert value.std() > 0.01, key
 
 
-def test_pytorch_computes_what_is_stored(stored):
+def test_pytorch_reproduces_the_stored_outputs(stored):
   pytest.importorskip('torch')
   for name in golden.NETWORKS:
     for key, value in golden.run(name).items():
@@ -189,7 +189,7 @@ def test_a_depthwise_convolution_dilates_as_any_other(rng):
     )
 
 
-def test_what_follows_a_stride_reads_further_apart():
+def test_layers_after_a_stride_read_further_apart():
   layers = ({'size': 1}, {'stride': 2}, {'size': 1, 'stride': 3}, {})
   assert [layer['dilation'] for layer in dilated(layers, 2)] == [2, 2, 4, 12]
   assert {layer['stride'] for layer in dilated(layers, 2)} == {1}
@@ -300,7 +300,7 @@ def test_weights_of_vgg_fit_a_trunk_without_hidden_layers(stored):
     ('resnet18', 'linear', {'trunk_options': {'output_stride': 4}}, 'is 4; it must be'),
   ],
 )
-def test_mistakes_are_told(trunk, head, options, message):
+def test_mistakes_are_reported(trunk, head, options, message):
   with pytest.raises(UserError, match=message):
     shapes_of(trunk, head, (64, 64), **options)
 

@@ -195,6 +195,6 @@ def test_kill_9_in_a_save_ends_in_the_same_run(recipe, tmp_path):
 
   unbroken, _ = result_of('unbroken')
   result_of('run', 'kill_in_save:2')
-  resumed, told = result_of('run')
-  assert 'resuming from 2' in told
+  resumed, printed = result_of('run')
+  assert 'resuming from 2' in printed
   assert resumed['state_sha256'] == unbroken['state_sha256']

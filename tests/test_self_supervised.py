@@ -200,12 +200,12 @@ def test_the_sources_loss_moves_the_sources_statistics():
     ({'statistics': 'none'}, 'unknown kind of batch statistics'),
   ],
 )
-def test_mistakes_are_told_when_it_is_built(given, message):
+def test_mistakes_are_reported_when_it_is_built(given, message):
   with pytest.raises(UserError, match=message):
     made('self_supervised', plain_net(), **{'players': {'flip': head(2)}} | given)
 
 
-def test_a_head_of_another_size_is_told():
+def test_a_head_of_another_size_is_reported():
   method = made('self_supervised', plain_net(), players={'rotation': head(2)})
   state = jax.eval_shape(method.init, jax.random.key(0), batches_of())
   with pytest.raises(UserError, match='players.rotation has 2 outputs.* has 4 labels'):

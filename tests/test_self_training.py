@@ -48,7 +48,7 @@ def test_a_prediction_counts_where_its_own_class_says_so(rng):
 
 
 @pytest.mark.parametrize('portion', [0.1, 0.5, 1.0])
-def test_as_large_a_portion_of_every_class_is_labelled(portion, rng):
+def test_the_same_portion_of_every_class_is_labelled(portion, rng):
   """Also of a class that the network is never sure of."""
   predicted = np.repeat([0, 1, 3], [40, 7, 1])
   confidence = np.concatenate(
@@ -127,7 +127,7 @@ def test_eight_devices_are_one():
   assert two_steps(1)[1][0] > 0
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
   with pytest.raises(UserError, match='portion must be more than 0 and at most 1'):
     class_thresholds(survey=None, portion=1.5)
   made = digits_domains.get_config('dann,epochs=1.0')

@@ -39,8 +39,8 @@ def files(tmp_path, rng):
 
 def given(tmp_path, source, target, **flags):
   similarity.flags.FLAGS.mark_as_parsed()
-  told = {'source': source, 'target': target, 'out': str(tmp_path / 'out')} | flags
-  return flagsaver.flagsaver(**told)
+  values = {'source': source, 'target': target, 'out': str(tmp_path / 'out')} | flags
+  return flagsaver.flagsaver(**values)
 
 
 def test_files_of_features_need_no_network(tmp_path, files, rng):
@@ -68,7 +68,7 @@ def test_files_of_features_need_no_network(tmp_path, files, rng):
   assert html.count('<svg') == 5 and 'similar source is the best one for 1 of 1' in html
 
 
-def test_what_is_wrong_is_told_in_one_line(tmp_path, files, rng):
+def test_errors_are_reported_in_one_line(tmp_path, files, rng):
   near, far, target = files
   with (
     given(tmp_path, [near], []),
@@ -85,16 +85,16 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, files, rng):
     pytest.raises(UserError, match='--min_images'),
   ):
     similarity.main()
-  told = 'has images but no features: name a network'
+  message = 'has images but no features: name a network'
   with (
     given(tmp_path, ['digits_tasks:one'], [target]),
-    pytest.raises(UserError, match=told),
+    pytest.raises(UserError, match=message),
   ):
     similarity.main()
-  told = "unknown selection rule 'gredy'; did you mean 'greedy'"
+  message = "unknown selection rule 'gredy'; did you mean 'greedy'"
   with (
     given(tmp_path, [near], [target], rule='gredy'),
-    pytest.raises(UserError, match=told),
+    pytest.raises(UserError, match=message),
   ):
     similarity.main()
   with pytest.raises(UserError, match='say of which network it is'):
@@ -105,7 +105,7 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, files, rng):
     similarity.read_accuracy(str(path))
 
 
-def test_images_that_are_in_both_are_told(files):
+def test_images_that_are_in_both_are_reported(files):
   near, _, target = files
   seen = {name: features.seen(name, None) for name in (near, target)}
   assert similarity.leaks(seen, [near], [target]) == []

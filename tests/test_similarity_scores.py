@@ -83,8 +83,8 @@ def test_both_solvers_agree(rng):
   assert by_pot == pytest.approx(
     similarity._linear_programme(a.weights, b.weights, cost)[0], rel=1e-9
   )
-  told = '20 and 15 classes did not converge in 1 iter'
-  with pytest.raises(UserError, match=told), pytest.warns(UserWarning):
+  message = '20 and 15 classes did not converge in 1 iter'
+  with pytest.raises(UserError, match=message), pytest.warns(UserWarning):
     similarity.transport(a.weights, b.weights, cost, most_iterations=1)
 
 
@@ -102,7 +102,7 @@ def test_a_solver_that_gives_up_is_believed(monkeypatch):
     similarity.similarity(*HAND)
 
 
-def test_means_and_what_is_left_out(rng):
+def test_means_and_their_exceptions(rng):
   features, labels = rng.normal(size=(9, 3)), np.array([0, 0, 1, 1, 1, -1, 2, 0, 0])
   found = similarity.domain('d', features, labels, ('a', 'b', 'c'), min_images=2)
   assert found.classes == ('a', 'b') and found.counts.tolist() == [4, 3]

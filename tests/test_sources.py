@@ -181,7 +181,7 @@ def test_npz_of_which_a_bit_changed(tmp_path):
     assert '\n' not in str(error.value)
 
 
-def test_npz_that_is_none(tmp_path):
+def test_a_file_that_is_not_npz(tmp_path):
   (tmp_path / 'text.npz').write_text('x')
   write_npz(tmp_path / 'cut.npz')
   whole = (tmp_path / 'cut.npz').read_bytes()
@@ -249,7 +249,7 @@ def small_tfds(folder):
   return pixels
 
 
-def test_tfds_of_one_size_is_read_into_memory(tmp_path):
+def test_tfds_with_one_image_size_is_read_into_memory(tmp_path):
   pixels = small_tfds(tmp_path)
   loaded = sources.load_source('tfds:small_set', data_dir=str(tmp_path))
   assert set(loaded) == {'train', 'test'}
@@ -472,7 +472,7 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('told', 'kind'),
+  ('message', 'kind'),
   [
     ('Corrupted Riegeli/records file: block header hash mismatch', UserError),
     ('Invalid Riegeli/records file: chunk boundary is 393216 but', UserError),
@@ -485,13 +485,13 @@ def test_a_damaged_record_is_named(tmp_path):
     ('PerformWork() - CURL error [6]=Could not resolve hostname', OSError),
   ],
 )
-def test_only_damage_is_a_bad_record(told, kind):
+def test_only_damage_is_a_bad_record(message, kind):
   class Shard:
     def __getitem__(self, position):
-      raise RuntimeError(told)
+      raise RuntimeError(message)
 
   source = sources.Records('tfds:pets', 1, Shard(), ('cat',), (None, None, 3), None)
-  with pytest.raises(kind, match='^tfds:pets: image 7: .*' + re.escape(told)):
+  with pytest.raises(kind, match='^tfds:pets: image 7: .*' + re.escape(message)):
     source.encoded(7)
 
 

@@ -86,7 +86,7 @@ def test_how_many_images_may_be_damaged(images, most):
   assert streams.most_bad(split) == most
 
 
-def test_images_of_several_sizes_are_told_by_position():
+def test_images_of_several_sizes_are_reported_by_position():
   images = [np.zeros((4, 4, 1), np.uint8), np.zeros((4, 5, 1), np.uint8)]
   with pytest.raises(UserError, match=r'image 1 has shape \(4, 5, 1\)'):
     streams._stacked(images, np.array([0, 1]))

@@ -37,7 +37,7 @@ def make_state(value, step=0, classes=3):
   )
 
 
-def test_copy_takes_what_matches_whole_and_nothing_else():
+def test_copy_takes_full_matches_and_nothing_else():
   taken = operate(
     make_state(0.0),
     {'train': make_state(1.0, step=7)},
@@ -82,7 +82,7 @@ def test_no_buffer_is_shared_with_an_earlier_stage():
 
 
 @pytest.mark.parametrize(
-  ('surgery', 'told'),
+  ('surgery', 'message'),
   [
     (copy(pattern='net/trunc/.*', stage='train'), 'matches no parameter'),
     (copy(pattern='.*', stage='trian'), "did you mean 'train'"),
@@ -90,7 +90,7 @@ def test_no_buffer_is_shared_with_an_earlier_stage():
     (carry(fields=('opt',), stage='unlike'), "'net/second' of stage 'unlike'"),
   ],
 )
-def test_mistakes_are_told(surgery, told):
+def test_mistakes_are_reported(surgery, message):
   earlier = {
     'train': make_state(1.0),
     'other': make_state(1.0, classes=5),
@@ -98,11 +98,11 @@ def test_mistakes_are_told(surgery, told):
       opt={'net': {'momentum': jnp.zeros(2), 'second': jnp.zeros(2)}}
     ),
   }
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     operate(make_state(0.0), earlier, [surgery])
 
 
-def test_a_field_that_cannot_be_carried_is_told():
+def test_a_field_that_cannot_be_carried_is_reported():
   with pytest.raises(UserError, match="did you mean 'opt'"):
     carry(fields=('optt',), stage='train')
 
@@ -137,7 +137,7 @@ def test_in_a_rehearsal_put_computes_nothing():
 
 @pytest.mark.parametrize('prepare', [lambda state: state, shapes_of])
 @pytest.mark.parametrize(
-  ('path', 'shape', 'told'),
+  ('path', 'shape', 'message'),
   [
     ('params/centroids', (2, 3), 'there is no params/centroids here'),
     (
@@ -147,8 +147,8 @@ def test_in_a_rehearsal_put_computes_nothing():
     ),
   ],
 )
-def test_what_put_cannot_replace_is_told(prepare, path, shape, told):
-  with pytest.raises(UserError, match=told) as error:
+def test_put_reports_what_it_cannot_replace(prepare, path, shape, message):
+  with pytest.raises(UserError, match=message) as error:
     put(prepare(make_state(0.0)), path, shape, not_called)
   assert '\n' not in str(error.value)
 
@@ -177,11 +177,11 @@ def test_copy_from_another_path():
 def test_a_source_that_is_absent_is_named(prepare):
   source = r'net/tail/\1'
   surgery = copy(pattern='net/head/hallucinator/(.*)', stage='plain', source=source)
-  told = (
+  message = (
     r'net/head/hallucinator/kernel is \(2, 3\) here, '
     r"but in stage 'plain' net/tail/kernel is absent"
   )
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     surgery(prepare(renamed(0.0)), {'plain': prepare(make_state(1.0))})
 
 
@@ -238,7 +238,7 @@ def measured(npz, recipe, devices):
 
 
 @pytest.mark.parametrize('devices', [1, 8])
-def test_centroids_begin_as_means_of_classes(npz, devices):
+def test_centroids_start_as_class_means(npz, devices):
   _, labels, outputs, before, last = measured(npz, 'oltr', devices)
   assert len(labels) == sum(COUNTS)
   expected = [outputs['features'][labels == c].mean(0) for c in range(4)]
@@ -317,7 +317,7 @@ def test_a_class_without_images_has_no_mean():
   ('surgery', 'path'),
   [(class_means, 'params/centroids'), (nearest_class_mean, 'params/net/head/centre')],
 )
-def test_a_state_without_room_for_means_is_told(surgery, path):
+def test_a_state_without_room_for_means_is_reported(surgery, path):
   survey = a_survey([1, 1, 1])._replace(total=not_called)
   with pytest.raises(UserError, match=f'there is no {path} here: method, head and'):
     surgery(survey=survey)(make_state(0.0), {})

@@ -70,7 +70,7 @@ def test_a_cell_is_the_run_that_its_command_makes(swept, tmp_path):
   assert alone['state_sha256'] == result(workdir, 'ce', 1)['state_sha256']
 
 
-def test_what_is_finished_is_not_run_again(swept):
+def test_finished_cells_are_not_run_again(swept):
   workdir, _ = swept
   before = (workdir / 'ce' / '0' / 'events.jsonl').read_bytes()
   code, output = run(workdir, methods='ce,focal', seeds='0')
@@ -130,9 +130,10 @@ def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
   assert code == 0, output
   code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
   assert code == 2 and 'not as one program: ' in output
-  (told,) = [line for line in output.splitlines() if line.startswith('failed: ')]
-  assert told.startswith('failed: seed 1: OtherConfig: ') and 'batch was 32' in told
-  assert told.endswith('; give another workdir')  # a sweep has no --allow_config_change
+  (failed,) = [line for line in output.splitlines() if line.startswith('failed: ')]
+  assert failed.startswith('failed: seed 1: OtherConfig: ') and 'batch was 32' in failed
+  # A sweep has no --allow_config_change.
+  assert failed.endswith('; give another workdir')
   assert result(tmp_path / 'runs', 'ce', 0)['replicas'] == 1
 
 
@@ -145,15 +146,16 @@ def test_a_failure_does_not_stop_the_rest(tmp_path):
   assert result(tmp_path / 'runs', 'ce', 0)['recipe'] == 'ce'
   assert not (tmp_path / 'runs/ce/0/error.json').exists()
   (left,) = (tmp_path / 'runs/l2rw/0').glob('*.json')
-  told = json.loads(left.read_text())
+  failure = json.loads(left.read_text())
   assert left.name == 'error.json'
-  assert (told['recipe'], told['seed']) == ('l2rw', 0)
-  assert told['error'].startswith('UserError: ') and 'meta_per_class' in told['error']
+  assert (failure['recipe'], failure['seed']) == ('l2rw', 0)
+  error = failure['error']
+  assert error.startswith('UserError: ') and 'meta_per_class' in error
   code, output = run(tmp_path / 'runs', methods='l2rw', seeds='0')
   assert code == 0 and not left.exists()
 
 
-def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(tmp_path, capsys):
+def test_a_failure_that_cannot_be_recorded_is_still_reported(tmp_path, capsys):
   def wrong(recipe):
     raise UserError('a mistake')
 
@@ -203,7 +205,7 @@ def test_the_methods_run_whatever_recipe_the_config_names(tmp_path):
   assert 'Traceback' not in output
 
 
-def test_it_ends_with_what_running_it_again_would_bring(tmp_path):
+def test_it_ends_by_saying_whether_to_run_it_again(tmp_path):
   code, output = run(
     tmp_path / 'runs', '--config.schedule.base=1e25', methods='ce', seeds='0'
   )
@@ -235,7 +237,7 @@ def test_asked_to_stop_it_saves_and_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('options', 'told'),
+  ('options', 'message'),
   [
     ({'methods': 'ce,nope'}, "unknown method 'nope'"),
     ({'methods': 'ce,epochs=7'}, "'epochs=7' is no recipe; options stand behind the"),
@@ -247,9 +249,9 @@ def test_asked_to_stop_it_saves_and_ends(tmp_path):
     ({'seeds': '0,3000000000'}, '--seeds: 3000000000 is more than 2147483647'),
   ],
 )
-def test_mistakes_are_told_before_anything_runs(tmp_path, options, told):
+def test_mistakes_are_reported_before_anything_runs(tmp_path, options, message):
   code, output = run(tmp_path / 'runs', **options)
-  assert code == 2 and told in output
+  assert code == 2 and message in output
   assert not list((tmp_path / 'runs').glob('*/*'))
 
 
@@ -280,7 +282,7 @@ def test_a_grid_crosses_values_of_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('grid', 'told'),
+  ('grid', 'message'),
   [
     ('loss.gamma', 'it must be KEY=VALUE,VALUE, such as loss.gamma=1,2'),
     ('loss.gamma=1,,2', 'it must be KEY=VALUE,VALUE'),
@@ -288,18 +290,18 @@ def test_a_grid_crosses_values_of_keys(tmp_path):
     ('seed=1,2', 'give --seeds and --methods'),
   ],
 )
-def test_mistakes_in_a_grid_are_told(grid, told):
-  with pytest.raises(UserError, match=told):
+def test_mistakes_in_a_grid_are_reported(grid, message):
+  with pytest.raises(UserError, match=message):
     sweep.parse_grid([grid])
 
 
 @pytest.mark.parametrize(
-  ('key', 'told'),
+  ('key', 'message'),
   [('loss.gama', "did you mean 'gamma'"), ('loss.gamma', 'loss.gamma=none')],
 )
-def test_a_grid_of_a_key_that_does_not_fit_is_told(key, told):
+def test_a_grid_of_a_key_that_does_not_fit_is_reported(key, message):
   make = sweep.loader(f'{child.ROOT}/configs/digits_lt.py', '', {})
-  with pytest.raises(UserError, match=told):
+  with pytest.raises(UserError, match=message):
     sweep.at_point(make('cb_focal'), ((key, 'none'),))
 
 
@@ -342,6 +344,6 @@ def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
   assert [row.state for row in table.rows] == states
   assert table.rows[3].metric == '62.5 % accuracy'
   states = ('1 finished', '1 finished, 1 failed')  # and for the last `main` writes it
-  for page, told in zip(pages, states, strict=True):
-    assert told in page
+  for page, state in zip(pages, states, strict=True):
+    assert state in page
   assert 'Figures follow when the sweep ends' in page and '<svg' not in page

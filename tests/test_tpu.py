@@ -191,7 +191,7 @@ def test_topologies(text):
   assert mesh.size == devices.count and mesh.devices.flat[0].platform == 'tpu'
 
 
-def test_a_topology_that_there_is_not():
+def test_an_unknown_topology():
   with pytest.raises(UserError, match='the TPU compiler refuses v5e:3x5') as caught:
     plan.make_mesh(plan.parse_devices('v5e:3x5'))
   assert '\n' not in str(caught.value)

@@ -155,7 +155,7 @@ def test_devices_agree(unbroken, devices):
 
 
 @pytest.mark.parametrize('stop_at', [3, 8, 12, 22])
-def test_stopping_saves_and_going_on_is_the_unbroken_run(unbroken, stop_at):
+def test_stopping_saves_and_resuming_equals_the_unbroken_run(unbroken, stop_at):
   recorder = Recorder(stop_at=stop_at)
   states = {}
   recorder._save = lambda step, state: states.update(
@@ -203,17 +203,17 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_for_a_batch_saves(monkeypatc
 @pytest.mark.parametrize('chunk', [1, 4])
 def test_a_step_that_is_not_finite_is_named_and_not_saved(chunk):
   recorder = Recorder()
-  with pytest.raises(train.Diverged) as told:
+  with pytest.raises(train.Diverged) as error:
     run(recorder, PLAN._replace(chunk=chunk), stream=toy_stream(bad_step=13))
-  assert told.value.step == 13
+  assert error.value.step == 13
   np.testing.assert_array_equal(
-    told.value.payload['train']['index'], np.arange(BATCH) + 13
+    error.value.payload['train']['index'], np.arange(BATCH) + 13
   )
   assert [s for what, s in recorder.calls if what == 'save'] == [8]
   assert 16 not in recorder.rows
 
 
-def test_a_stage_that_begins_late_is_not_evaluated_at_its_begin():
+def test_a_stage_that_starts_late_is_not_evaluated_at_its_start():
   first = Recorder()
   method, streams = toy_method(), {'train': toy_stream()}
   mesh = sharding.make_mesh(1)
@@ -236,7 +236,7 @@ def test_devices_that_divide_every_batch():
     usable({'train': 60}, 8, 2)
 
 
-def test_images_that_others_stood_in_for_are_told():
+def test_replaced_images_are_reported():
   plain = toy_stream()
 
   def payload(step):

@@ -36,7 +36,7 @@ def test_no_digit_is_in_a_source_and_in_a_target():
   assert one.attributes['ink'].dtype == np.float32
 
 
-def test_classes_that_are_kept_are_all_there_are(tmp_path):
+def test_kept_classes_are_the_only_classes(tmp_path):
   sources = digit_task('digits', None)
   few = keep_classes(sources, ('7', '2'), 'digits')['train']
   whole = sources['train']
@@ -57,20 +57,20 @@ def test_classes_that_are_kept_are_all_there_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('text', 'told'),
+  ('text', 'message'),
   [
     ('1+1', 'must name classes, each only once'),
     ('none.txt', 'there is no file none.txt'),
     ('1+11', "digits has no class '11'"),
   ],
 )
-def test_lists_that_cannot_be_are_told(text, told):
-  with pytest.raises(UserError, match=told):
+def test_impossible_lists_are_reported(text, message):
+  with pytest.raises(UserError, match=message):
     keep_classes(digit_task('digits', None), class_list(text), 'digits')
 
 
 @pytest.mark.parametrize('recipe', ['frozen', 'chop', 'ldam_drw', 'crt', 'l2_sp'])
-def test_what_a_recipe_sets_is_not_for_the_source(recipe):
+def test_settings_of_a_recipe_do_not_apply_to_the_source(recipe):
   """Whatever is done on the target, the first stage is the same training."""
   config = resolve(digits_transfer.get_config(recipe))
   plain = resolve(digits_transfer.get_config('ce'))
@@ -109,7 +109,7 @@ def test_a_union_is_measured_on_each_of_its_sources(ran):
   assert measured['test']['accuracy'] == pytest.approx(mean)
 
 
-def test_the_sources_of_a_user_build():
+def test_custom_sources_build():
   config = resolve(transfer.get_config('frozen,source=fake+fake,net=resnet10,size=32'))
   experiment = build.build(config)
   assert [*experiment.stages] == ['source', 'train']

@@ -99,7 +99,7 @@ def test_it_is_done_on_the_scale_where_black_is_zero(rng):
     ({'streams': ('train',)}, "fda reads a stream 'target'"),
   ],
 )
-def test_mistakes_are_told_when_it_is_built(options, message):
+def test_mistakes_are_reported_when_it_is_built(options, message):
   given = {'pixels': PIXELS, 'streams': ('train', 'target')} | options
   with pytest.raises(UserError, match=message):
     fda(Method(None, None, None), **given)

@@ -178,7 +178,7 @@ def assigned(name, tensors):
 
 
 @pytest.mark.parametrize('name', golden.NETWORKS)
-def test_every_tap_is_that_of_pytorch(name, stored):
+def test_every_tap_agrees_with_pytorch(name, stored):
   net, images = network(name), golden.images(name)
   tensors = state_of(stored, name)
   params, stats, report = assigned(name, tensors)
@@ -204,7 +204,7 @@ def test_every_tap_is_that_of_pytorch(name, stored):
     assert expected.std() > 0.15
 
 
-def test_pytorch_computes_what_is_stored(stored):
+def test_pytorch_reproduces_the_stored_outputs(stored):
   pytest.importorskip('torch')
   for name in golden.NETWORKS:
     for key, value in golden.run(name).items():
@@ -299,7 +299,7 @@ def test_pixels_that_a_model_expects(model, mean, monkeypatch, tmp_path):
   assert published.load(model).mean == mean
 
 
-def test_a_network_of_timm_that_pads_otherwise_is_not_downloaded():
+def test_a_network_of_timm_with_other_padding_is_not_downloaded():
   with pytest.raises(UserError, match="'efficientnet_lite0'; did you mean 'tf_effic"):
     published._download('timm/efficientnet_lite0.ra_in1k')
 

@@ -82,10 +82,10 @@ def test_the_network_predicts_the_classes_of_the_union(folder, tmp_path):
   assert head['kernel'].shape[-1] == len(UNION)
 
 
-def test_a_map_changes_the_fingerprint_and_equal_names_are_told(folder):
+def test_a_map_changes_the_fingerprint_and_equal_names_are_reported(folder):
   one = build.build(config(folder), devices=1)
-  (told,) = (line for line in cautions.cautions(one) if 'same_classes' in line)
-  assert "zoo and farm each have a class 'cat'" in told
+  (warning,) = (line for line in cautions.cautions(one) if 'same_classes' in line)
+  assert "zoo and farm each have a class 'cat'" in warning
   other = build.build(
     config(
       folder,
@@ -103,7 +103,7 @@ def test_a_map_changes_the_fingerprint_and_equal_names_are_told(folder):
 
 
 @pytest.mark.parametrize(
-  ('domains', 'told'),
+  ('domains', 'message'),
   [
     (
       {'zoo': {'same_classes': ()}},
@@ -117,10 +117,10 @@ def test_a_map_changes_the_fingerprint_and_equal_names_are_told(folder):
     ({'farm': {'size': 8}}, "'farm' 8x8x1: set data.size"),
   ],
 )
-def test_mistakes_are_one_line(folder, domains, told):
+def test_mistakes_are_one_line(folder, domains, message):
   if 'zoo' in domains:
     domains = domains | {'farm': {'same_classes': ()}}
   with pytest.raises(UserError) as error:
     build.build(config(folder, **domains))
-  assert told in str(error.value)
+  assert message in str(error.value)
   assert '\n' not in str(error.value)

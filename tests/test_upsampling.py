@@ -93,7 +93,7 @@ def test_a_transposed_convolution_puts_its_kernel_around_each_pixel(factor, rng)
 
 
 @pytest.mark.parametrize('aligned', [False, True])
-def test_resizing_is_that_of_pytorch(aligned, rng):
+def test_resizing_agrees_with_pytorch(aligned, rng):
   torch = pytest.importorskip('torch')
   maps = rng.normal(size=(2, 5, 9, 3)).astype(np.float32)
   theirs = torch.tensor(maps.transpose(0, 3, 1, 2))
@@ -105,7 +105,7 @@ def test_resizing_is_that_of_pytorch(aligned, rng):
     np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), atol=1e-5)
 
 
-def test_a_transposed_convolution_is_that_of_pytorch(rng):
+def test_a_transposed_convolution_agrees_with_pytorch(rng):
   torch = pytest.importorskip('torch')
   maps = rng.normal(size=(1, 4, 3, 2)).astype(np.float32)
   tent = 1 - np.abs(np.arange(16) - 7.5) / 8

@@ -33,7 +33,7 @@ class Tracker(types.ModuleType):
 
 
 @pytest.mark.parametrize('name', writers.TRACKERS)
-def test_a_tracker_is_told_every_row(monkeypatch, tmp_path, name):
+def test_a_tracker_gets_every_row(monkeypatch, tmp_path, name):
   tracker, workdir = Tracker(), epath.Path(tmp_path)
   monkeypatch.setitem(sys.modules, name, tracker)
   for _ in range(2):  # the second goes on
@@ -59,30 +59,33 @@ def test_a_tracker_is_told_every_row(monkeypatch, tmp_path, name):
   assert tracker.ended == ({'exit_code': 1} if name == 'wandb' else {})
 
 
-def test_a_tracker_that_fails_on_the_way_is_told_once(monkeypatch, tmp_path):
-  tracker, told = Tracker(), []
+def test_a_tracker_that_fails_during_a_run_is_reported_once(monkeypatch, tmp_path):
+  tracker, events = Tracker(), []
   tracker.log = lambda row: 1 / 0
   monkeypatch.setitem(sys.modules, 'trackio', tracker)
   with writers.tracking(
-    'trackio', CONFIG, epath.Path(tmp_path), lambda event, **v: told.append((event, v))
+    'trackio',
+    CONFIG,
+    epath.Path(tmp_path),
+    lambda event, **v: events.append((event, v)),
   ) as track:
     track({'step': 1})
     track({'step': 2})
   values = {'tracker': 'trackio', 'error': 'division by zero'}
-  assert told == [('tracker_failed', values)]
+  assert events == [('tracker_failed', values)]
 
 
-def test_a_tracker_that_is_not_there_is_told(monkeypatch, tmp_path):
+def test_an_unknown_tracker_is_reported(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  for name, told in (('wandb', 'pip install wandb'), ('mlflow', 'known: wandb')):
+  for name, message in (('wandb', 'pip install wandb'), ('mlflow', 'known: wandb')):
     with (
-      pytest.raises(UserError, match=told),
+      pytest.raises(UserError, match=message),
       writers.tracking(name, CONFIG, epath.Path(tmp_path)),
     ):
       pass
 
 
-def test_a_tracker_that_does_not_start_is_told_in_a_line(monkeypatch, tmp_path):
+def test_a_tracker_that_does_not_start_is_reported_in_a_line(monkeypatch, tmp_path):
   def init(**options):
     raise RuntimeError('no API key')
 
@@ -96,6 +99,6 @@ def test_a_tracker_that_does_not_start_is_told_in_a_line(monkeypatch, tmp_path):
     pass
 
 
-def test_without_a_tracker_nothing_is_told(tmp_path):
+def test_without_a_tracker_nothing_is_reported(tmp_path):
   with writers.tracking('', CONFIG, epath.Path(tmp_path)) as track:
     track({'loss': 1.0})

@@ -290,7 +290,7 @@ def classes():
   return Classes(unit_rows(attributes), attributes, ~UNSEEN, VALIDATION)
 
 
-def test_nothing_of_unseen_classes_is_chosen_by():
+def test_choices_do_not_depend_on_unseen_classes():
   """Their scores may be anything, and gamma is the same."""
   x, label, _ = mini_zsl.planted()
   mask = ~UNSEEN[label]
@@ -313,7 +313,7 @@ def test_hyper_parameters_are_those_best_on_validation_classes():
   mask = ~UNSEEN[label]
   train = {'features': x[mask], 'label': label[mask]}
   method = FORMS['eszsl']
-  hyper, told = choose(method, classes(), train, None, {'l': 0.1}, True)
+  hyper, chosen = choose(method, classes(), train, None, {'l': 0.1}, True)
   novel = VALIDATION[train['label']]
   apart = np.zeros(len(novel), bool)
   apart[np.flatnonzero(~novel)[::5]] = True
@@ -329,7 +329,7 @@ def test_hyper_parameters_are_those_best_on_validation_classes():
     found = np.where(VALIDATION, scores, -9e9).argmax(1)
     values.append(class_mean_accuracy(label[mask][novel], found, VALIDATION))
   assert hyper == {'g': method.grid['g'][int(np.argmax(values))], 'l': 0.1}
-  assert told['val_zero_shot'] == max(values)
+  assert chosen['val_zero_shot'] == max(values)
 
 
 # Losses and towers.
@@ -346,7 +346,7 @@ def test_weights_of_ale_by_rank(rank, weight):
   assert float(loss / plain) == pytest.approx(weight, rel=1e-6)
 
 
-def test_both_towers_free_must_be_told_apart():
+def test_two_free_towers_need_a_contrast():
   config = resolve(xlsa.get_config('two_tower'))
   checks.check_collapse(config)
   config['loss'] = {'name': 'negative_score'}
@@ -430,7 +430,7 @@ def test_a_run_learns_what_unseen_classes_look_like(
 
 
 WRONG = {
-  'gamma': ('eszsl', {'val_classes': ()}, 'g and l and gamma are chosen by validation'),
+  'gamma': ('eszsl', {'val_classes': ()}, 'g and l and gamma are chosen on validation'),
   'gamma of a training': (
     'ale',
     {'val_classes': ()},
@@ -446,13 +446,13 @@ WRONG = {
 
 @pytest.mark.parametrize('name', WRONG)
 def test_mistakes_are_one_line(folder, tmp_path, name):
-  recipe, data, told = WRONG[name]
-  with pytest.raises(UserError, match=told) as error:
+  recipe, data, message = WRONG[name]
+  with pytest.raises(UserError, match=message) as error:
     build.build(config(folder, recipe, **data), devices=1)
   assert '\n' not in str(error.value)
 
 
-def test_another_task_is_refused(folder):
+def test_another_task_is_rejected(folder):
   made = config(folder, 'eszsl')
   made['task'] = 'classification'
   with pytest.raises(UserError, match="set config.task to 'zero_shot'"):
@@ -463,8 +463,8 @@ def test_classes_of_pretraining_are_warned_of(folder, tmp_path, one_device):
   path = tmp_path / 'classes.txt'
   path.write_text('cat\nanimal 7, the seventh\n')
   made = config(folder, 'eszsl', pretrain_classes=str(path))
-  told = cautions(build.build(made, devices=1))
-  assert any('1 of 3 unseen classes are in' in line for line in told)
+  lines = cautions(build.build(made, devices=1))
+  assert any('1 of 3 unseen classes are in' in line for line in lines)
   plain = cautions(build.build(config(folder, 'eszsl'), devices=1))
   assert any(line.startswith('not checked: whether the unseen') for line in plain)
 

@@ -92,8 +92,8 @@ def bdd100k(root):
   weather = {**WEATHER, 'train/e': 'rainy', 'train/f': 'snowy'}
   for split in ('train', 'val'):
     rows = [
-      {'name': f'{name[-1]}.jpg', 'attributes': {'weather': told}}
-      for name, told in weather.items()
+      {'name': f'{name[-1]}.jpg', 'attributes': {'weather': value}}
+      for name, value in weather.items()
       if name.startswith(split)
     ]
     path = root / 'labels' / f'bdd100k_labels_images_{split}.json'

@@ -1,7 +1,7 @@
 """From a resolved config to the objects of a run.
 
-The only place that knows both the keys of a config and the functions behind them.
-Below it there are plain arrays and numbers.
+This is the only place that knows both the keys of a config and the functions behind
+them. Below it there are only plain arrays and numbers.
 """
 
 import functools
@@ -93,10 +93,10 @@ SURGERIES = (
 
 
 STEPS_PER_CALL = 100
-"""Most steps a compiled call runs on an accelerator.
+"""Most steps that a compiled call runs on an accelerator.
 
-On the CPU it is one: in a loop body XLA:CPU misses its fast path for convolution
-gradients, and a call costs little there.
+On the CPU it runs one: inside a loop XLA:CPU has no fast path for convolution
+gradients, and there a call costs little.
 """
 
 
@@ -112,18 +112,18 @@ def build(
   """Builds every object of a run; nothing is trained or compiled.
 
   Args:
-    config: the resolved configuration.
-    devices: uses at most so many; None for all there are.
-    mesh: of devices that need not be here, for which nothing is put in place; None for
-      those that are.
-    datasets: domain -> data that take the place of those that the config names, which
-      are then not read.
-    replicas: how many seeds one program trains; each device then has whole batches of
-      some of them.
-    look: called before every batch of a surgery's passes; it may raise, to end them.
+    config: the resolved config.
+    devices: use at most this many devices; None for all.
+    mesh: mesh of devices that need not exist, on which no data is placed; None for the
+      devices that do.
+    datasets: domain -> data that replace those named in the config, which are then not
+      read.
+    replicas: number of seeds that one program trains; each device then has whole
+      batches of some of them.
+    look: called before every batch of a surgery's passes; it may raise to stop them.
 
   Raises:
-    UserError: something in the configuration or the data is wrong.
+    UserError: something in the config or the data is wrong.
   """
   check_device(config['device'])
   configs = _stage_configs(config)
@@ -131,7 +131,7 @@ def build(
   if mesh is None:
     mesh = _mesh(configs, devices or jax.device_count(), replicas)
     to_device = functools.partial(sharding.put_replicated, mesh)
-  else:  # idle ones cost as much
+  else:  # idle devices cost as much
     sharding.usable_devices(_batches(configs, replicas), mesh.size, processes=2)
   _check_replicas(configs, mesh, replicas)
   domains = load_domains(config, to_device=to_device, given=datasets)
@@ -154,7 +154,7 @@ def build(
 
 
 def _stage_configs(config: Config) -> dict[str, Config]:
-  """Returns the config of each stage, in order, after looking for what cannot be."""
+  """Returns the config of each stage, in order, after checking it."""
   configs = {name: stage_config(config, name) for name in config['stage_order']}
   if not configs or len(configs) < len(config['stage_order']):
     raise UserError('stage_order must name each stage exactly once')
@@ -166,7 +166,7 @@ def _stage_configs(config: Config) -> dict[str, Config]:
 
 
 def _batches(configs: Mapping[str, Config], replicas: int) -> dict[str, int]:
-  """Returns the sizes that devices must divide, by what they are of."""
+  """Returns the batch sizes that the number of devices must divide, by description."""
   if replicas > 1:  # each device has whole batches
     return {}
   return {
@@ -177,7 +177,7 @@ def _batches(configs: Mapping[str, Config], replicas: int) -> dict[str, int]:
 
 
 def _mesh(configs: Mapping[str, Config], available: int, replicas: int) -> Mesh:
-  """Returns the mesh of those of the available devices that can be used."""
+  """Returns the mesh of those available devices that can be used."""
   if replicas > 1:
     available = min(available, replicas)
   batches = _batches(configs, replicas)
@@ -187,11 +187,11 @@ def _mesh(configs: Mapping[str, Config], available: int, replicas: int) -> Mesh:
 
 
 def _check_replicas(configs: Mapping[str, Config], mesh: Mesh, replicas: int) -> None:
-  """Refuses statistics of each device where devices have batches of several seeds."""
+  """Rejects per-device statistics if devices hold batches of several seeds."""
   per_device = any(c['model']['batch_norm'] == 'per_device' for c in configs.values())
   if replicas > 1 and mesh.size > 1 and per_device:
     raise UserError(
-      "model.batch_norm is 'per_device', but of seeds that train together a device has "
+      "model.batch_norm is 'per_device', but when seeds train together each device has "
       "whole batches: set it to 'global'"
     )
 
@@ -231,7 +231,7 @@ def _build_stage(
   method, weigh = _method(
     config, dataset, net, optimizer, mesh, rows, learned, progress
   )
-  # Passes, shot groups and selection of a stage read the labels of its own domain.
+  # A stage's passes, shot groups and selection read the labels of its own domain.
   own_target = domains.is_target(config['domain'])
   gives_target_labels = own_target or any(r.uses_target_labels for r in rows.values())
   images, evaluated, seen, few = _passes(config, domains, mesh, gives_target_labels)
@@ -283,9 +283,9 @@ def _build_stage(
 
 
 def _check_labels(task: str, per_pixel: bool, dataset: Dataset) -> None:
-  """Refuses label maps for a task of whole images, and the reverse."""
+  """Rejects label maps for a task on whole images, and vice versa."""
   if per_pixel and not dataset.of_pixels:
-    raise UserError(f'task {task!r} needs label maps, which the data do not have')
+    raise UserError(f'task {task!r} needs label maps, but the data have none')
   if dataset.of_pixels and not per_pixel:
     raise UserError(
       f"the data have label maps: set task to 'segmentation', not {task!r}"
@@ -313,18 +313,18 @@ def _groups(config: Config, domains: Domains) -> dict[str, np.ndarray]:
 
 
 def _fitted(dataset: Dataset) -> dict[str, np.ndarray]:
-  """Returns the seen classes but those of validation, as the group 'fitted'."""
+  """Returns the seen classes without the validation classes, as the group 'fitted'."""
   if dataset.unseen is None or dataset.val_classes is None:
     return {}
   return {'fitted': ~dataset.unseen & ~dataset.val_classes}
 
 
 def _task(name: str, dataset: Dataset) -> Task:
-  """Returns a task, which knows the unseen classes where there are such.
+  """Returns a task, bound to the unseen classes if there are any.
 
   Raises:
-    UserError: there are unseen classes, and the task has no views by them, or the
-      reverse.
+    UserError: there are unseen classes but the task does not handle them, or vice
+      versa.
   """
   task = lookup(TASKS, 'task', name)
   views = 'zero_shot_segmentation' if dataset.of_pixels else 'zero_shot'
@@ -341,7 +341,7 @@ def _task(name: str, dataset: Dataset) -> Task:
 
 
 def _check_reads(name: str, dataset: Dataset) -> None:
-  """Refuses test images without what a task reads beside their labels."""
+  """Rejects test images that lack what a task reads besides labels."""
   test = dataset.tests.get('test')
   for read, how in lookup(TASKS, 'task', name).reads.items():
     if test is None or read not in test.numbers():
@@ -351,14 +351,13 @@ def _check_reads(name: str, dataset: Dataset) -> None:
 def _passes(
   config: Config, domains: Domains, mesh: Mesh, gives_target_labels: bool
 ) -> tuple[dict[str, Split], dict[str, Pass], dict[str, Pass], dict[str, Pass]]:
-  """Returns what a stage is evaluated on, as images and as passes, and what it may see.
+  """Returns test splits, test passes, passes it may see, and passes over a few images.
 
-  The last is a few of the images that it may see, if it adapts to a target.
-
-  A surgery is given the latter: training and validation images of the stage's own
-  domain, and training images of targets. Their labels are there only where a stream of
-  the stage gives labels of a target, which the result tells. No test image is among
-  them.
+  Surgeries get the passes that a stage may see: training and validation images of the
+  stage's own domain, and training images of targets. The targets' labels are only
+  there if a stream of the stage provides them, which the result reports. No test image
+  is among them. The last are a few of the images that the stage may see, if it adapts
+  to a target.
   """
   own, targets = config['domain'], domains.roles[TARGET]
   dataset = domains.dataset(own)
@@ -405,20 +404,20 @@ def _passes(
 
 
 MOST_COMPARED = 1000
-"""Training images of a domain that tell how far it is from another."""
+"""Number of training images with which domains are compared."""
 
 
 def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
   """Returns domain -> a pass over some of its training images, without labels.
 
-  Of the stage's own domain, which comes first, and of each target; of none where it is
-  not the former that is to serve the latter.
+  There is one for the stage's own domain, which comes first, and one for each target.
+  It is empty unless the stage trains on a domain in order to serve targets.
   """
   own, targets = config['domain'], domains.roles[TARGET]
   if not targets or domains.is_target(own):
     return {}
   found = {}
-  # Targets have one transform, so that their passes can share a program.
+  # Targets share one transform, so that their passes can share a program.
   for name, role in {own: own, **dict.fromkeys(targets, TARGET)}.items():
     split = domains.dataset(name).splits['train']
     found[name] = evaluation_pass(
@@ -426,29 +425,29 @@ def _compared(config: Config, domains: Domains, mesh: Mesh) -> dict[str, Pass]:
       batch=sharding.round_up(config['eval_batch'], mesh.size),
       transform=domains.transforms[role][1],
       view=as_source if name == own else lambda state: state,
-      stand_in=True,  # a damaged image among those that nothing else reads ends no run
+      stand_in=True,  # a damaged image that nothing else reads must not end a run
     )
   return found
 
 
 def _few(split: Split, most: int) -> Split:
-  """Returns a split, or so many of its images, drawn at random and the same always."""
-  some = np.random.default_rng(0).permutation(len(split.rows))[:most]
-  return split.at(np.sort(some))
+  """Returns a split, or at most `most` of its images, drawn with a fixed seed."""
+  drawn = np.random.default_rng(0).permutation(len(split.rows))[:most]
+  return split.at(np.sort(drawn))
 
 
 def learned_classes(
   names: Sequence[str], groups: Mapping[str, np.ndarray], dataset: Dataset
 ) -> np.ndarray:
-  """Returns (C,) bool, the classes of some shot groups; of none: all seen classes.
+  """Returns (C,) bool, the classes in the named groups; all seen classes by default.
 
   Args:
-    names: of groups, among them 'fitted', the seen classes but those of validation.
-    groups: of a stage.
-    dataset: of the stage.
+    names: names of groups, or 'fitted' for seen classes without validation classes.
+    groups: the stage's groups.
+    dataset: the stage's data set.
 
   Raises:
-    UserError: there is no such group, or it has no class.
+    UserError: there is no such group, or the groups have no class.
   """
   groups = {**groups, **_fitted(dataset)}
   members = [lookup(groups, 'group of classes', name) for name in names]
@@ -467,7 +466,7 @@ def _beginning(
   stage_survey: Survey,
   mesh: Mesh,
 ) -> list[surgery.Surgery]:
-  """Returns what is done to the first State last, whatever its weights are from."""
+  """Returns surgeries that come last, wherever the initial weights are from."""
   found = []
   if config['kept_layers']:
     found.append(
@@ -490,7 +489,7 @@ def _beginning(
 def _start(
   config: Config, dataset: Dataset, method: Method, streams: Mapping[str, Stream]
 ) -> Callable | None:
-  """Returns what puts given weights into a State; None: random ones will do."""
+  """Returns the function that puts initial weights into a State; None if random."""
   if config['init']:
     return functools.partial(
       surgery.start_from, source=config['init'], class_names=dataset.class_names
@@ -508,10 +507,10 @@ def _start(
 
 
 def _refuse_random(state: State) -> NoReturn:
-  """Raises a `UserError`: what is not trained must come from somewhere."""
+  """Raises a `UserError`: parts that are not trained need initial weights."""
   raise UserError(
     'part of the trunk is kept (optimizer.learning_rate_scale, optimizer.anchored, '
-    'kept_layers), so it cannot begin at random: give --config.init=FILE.safetensors, '
+    'kept_layers), so it cannot start at random: give --config.init=FILE.safetensors, '
     '--config.init=OWNER/MODEL such as timm/resnet152.tv_in1k, or --config.init=WORKDIR'
   )
 
@@ -541,10 +540,10 @@ def _method(
   learned: np.ndarray,
   progress: Callable[[jax.Array], jax.Array],
 ) -> tuple[Method, Callable | None]:
-  """Builds loss and method, and wraps it.
+  """Builds the loss and the method, and wraps the method.
 
   Returns:
-    (the method, what it weighs examples by; None if it does not learn to).
+    (the method, `Reweighted.weigh` if it learns example weights, otherwise None).
   """
   train = rows[CLOCK]
   counts = train.dataset.counts
@@ -613,7 +612,7 @@ def _method(
       pixels={name: row.pixels for name, row in rows.items()},
       unseen=dataset.unseen,
     )
-  # What is traced once for shapes is then not traced again for the program.
+  # A function traced for its shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
   return method, weigh
 
@@ -633,7 +632,7 @@ def _class_pixels(dataset: Dataset) -> np.ndarray:
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:
-  """Returns the step at which a stage begins: the end of one whose clock it carries."""
+  """Returns a stage's first step: the end of the stage whose clock it carries, or 0."""
   first = 0
   for name, options in config['surgeries']:
     if name == 'carry' and 'step' in options.get('fields', ()):
@@ -648,13 +647,13 @@ def _progress(first: int, last: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:
-  """Makes what a config key names; whatever is wrong with it, the message has the key.
+  """Makes what a config key names; any error message names the key.
 
   Args:
-    key: such as 'loss'.
-    make: takes the options and the context as keywords.
-    options: the value of the key, a name among them.
-    **context: what is not the user's to set.
+    key: the key, such as 'loss'.
+    make: function that takes the options and the context as keywords.
+    options: the value of the key, including a name.
+    **context: arguments that the user cannot set.
   """
   try:
     return make(**options, **context)
@@ -667,7 +666,7 @@ def _made(key: str, make: Callable, options: Config, **context: Any) -> Any:
 def _network(
   options: Config, dataset: Dataset, batch: int, accumulate: int, mesh: Mesh
 ) -> Any:
-  """Builds the classifier, with batch statistics as the configuration names them."""
+  """Builds the classifier, with batch statistics as the config says."""
   options = dict(options)
   lookup(DTYPES, 'model.dtype', options['dtype'])
   micro, kind = batch // accumulate, options.pop('batch_norm')
@@ -695,10 +694,10 @@ def _network(
 def _plan(config: Config, train: Row) -> Plan:
   """Turns epochs into steps, and intervals into multiples of a compiled call.
 
-  Checkpoints fall on log rows, so that a run resumed from one writes whole rows.
+  Checkpoints coincide with log rows, so that a resumed run writes whole rows.
   """
   log_every = config['log_every_steps']
-  # Payloads of images would fill the device if many steps of them were stacked.
+  # Stacking image payloads of many steps would fill the device's memory.
   single = jax.default_backend() == 'cpu' or train.stream.workers is not None
   most = 1 if single else STEPS_PER_CALL
   chunk = max(n for n in range(1, min(log_every, most) + 1) if log_every % n == 0)

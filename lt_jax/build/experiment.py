@@ -1,4 +1,4 @@
-"""Everything a run needs, built: its data, its devices and its stages."""
+"""What `build` returns: a run's data, devices and stages."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -30,18 +30,18 @@ PREPROCESSING = (
   'image_size',
   'resize',
 )
-"""Keys of `data` that data.json records of the images that are predicted."""
+"""Keys of `data` that data.json records for prediction."""
 
 
 class Left(NamedTuple):
-  """What an earlier stage leaves for a stream.
+  """What an earlier stage saved for a stream.
 
   Attributes:
-    stage: the stage that leaves it.
+    stage: the stage that saved it.
     shapes: name in its arrays.npz -> shape.
-    into: (stream, name -> array, puts arrays on the devices) -> the stream with them;
-      the streams of several seeds must go on sharing `prepare`.
-    ordered_by: name in its arrays.npz of what orders the images; empty for none.
+    into: (stream, name -> array, function that puts arrays on devices) -> the stream
+      with these arrays. Streams of several seeds must still share `prepare`.
+    ordered_by: name in arrays.npz of the array that orders the images; empty for none.
   """
 
   stage: str
@@ -51,12 +51,12 @@ class Left(NamedTuple):
 
 
 class Selection(NamedTuple):
-  """By what the State that counts is chosen.
+  """The criterion that chooses the best State.
 
   Attributes:
-    split: 'val', or 'target' for a criterion that needs no label of a target.
-    metric: its name.
-    better: 1 if more is better, -1 if less is.
+    split: 'val', or 'target' for a criterion that needs no labels of a target.
+    metric: name of the metric or criterion.
+    better: 1 if higher is better, -1 if lower is.
   """
 
   split: str
@@ -65,43 +65,43 @@ class Selection(NamedTuple):
 
 
 class Stage(NamedTuple):
-  """One stage: an ordinary run, which begins from the States of earlier ones.
+  """One stage: an ordinary run that starts from the States of earlier ones.
 
   Attributes:
-    name: of the stage.
-    method: what is trained.
-    net: its network, for who looks into it.
-    optimizer: what trains it.
-    layers: () -> the layers of its trunk, from the images on.
-    drawn: names of parameters of the trunk that are drawn anew in the beginning.
-    weigh: how it weighs examples, see `Reweighted` of `lt_jax.methods.meta`; None if it
-      does not learn to.
-    domain: a domain or role whose classes it learns.
+    name: name of the stage.
+    method: the method to train.
+    net: its network, for inspection.
+    optimizer: its optimiser.
+    layers: () -> the layers of its trunk, starting at the images.
+    drawn: names of parameters of the trunk that are initialised anew.
+    weigh: how it weights examples, see `Reweighted` of `lt_jax.methods.meta`; None if
+      it does not learn weights.
+    domain: the domain or role whose classes it learns.
     dataset: its data.
-    task: what is measured.
+    task: its task, which defines the metrics.
     groups: 'many', 'medium' and 'few', strict, and '<group>_inclusive' -> (C,) bool,
       and those of the task.
-    streams: what it is trained on.
+    streams: the streams it trains on.
     trained_on: streams of images -> name of the split.
-    images: the images of every pass and stream, by the name of the split. Those of
-      'test' are of the target domains where there are any, else of its own domain.
-    uses_target_labels: whether a stream gives labels of a target domain, or the stage
-      learns the classes of one.
+    images: the images of every pass and stream, by name of the split. Those of 'test'
+      are from the target domains if there are any, otherwise from its own domain.
+    uses_target_labels: whether a stream provides labels of a target domain, or the
+      stage learns the classes of one.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     compared: its own domain and each target -> a pass over some training images without
-      labels, which tells how far they are apart; empty without a target.
-    survey: its passes over what it may learn from, for surgeries.
-    reads: streams that read what an earlier stage leaves: name of the stream -> what.
-    save_outputs: what it saves of images for later stages, see `evals.saved`.
-    start: what puts published weights into a fresh State, and tells of it, or refuses
-      to do without; None: they are random.
+      labels, to measure how far apart they are; empty without a target.
+    survey: passes over what surgeries may learn from.
+    reads: name of a stream -> what it reads that an earlier stage saved.
+    save_outputs: outputs to save for later stages, see `evals.saved`.
+    start: function that puts published weights into a fresh State and reports on it, or
+      raises if such weights are required; None for random weights.
     surgeries: from a fresh State and earlier ones to the first State.
-    plan: when things happen; `first` is set when the first State is known.
-    epoch_steps: steps an epoch, fractional.
-    batch: the largest batch of a step.
-    select: by what the State that counts is chosen; None: it is the last.
-    scores: (state, stop) -> split -> criteria of a State that need no label of a
-      target, None if `stop()` turned true; None where no target is adapted to.
+    plan: when things happen; `first` is set once the first State is known.
+    epoch_steps: steps per epoch, fractional.
+    batch: the largest batch in a step.
+    select: how the best State is chosen; None for the last one.
+    scores: (state, stop) -> split -> criteria of a State that need no labels of a
+      target, or None if `stop()` turned true; None without a target to adapt to.
   """
 
   name: str
@@ -138,13 +138,13 @@ class Experiment(NamedTuple):
 
   Attributes:
     config: the resolved config.
-    domains: name -> data; 'source' alone where no other is named.
+    domains: name -> data; only 'source' if the config names no domains.
     roles: 'source', 'target' and 'open' -> names of their domains.
-    data: name of a domain or role -> its keys of `data`, `mean` and `std` as they were
-      fitted where that was asked for.
-    fingerprint: SHA-256 of what is trained and evaluated on.
-    mesh: its devices.
-    stages: in order.
+    data: name of a domain or role -> its keys of `data`, with `mean` and `std` as
+      fitted, if requested.
+    fingerprint: SHA-256 of the training and evaluation data.
+    mesh: the mesh of its devices.
+    stages: the stages, in order.
   """
 
   config: Config
@@ -162,32 +162,32 @@ class Experiment(NamedTuple):
 
   @property
   def deployed_in(self) -> str:
-    """The domain that prediction takes images for: the first target.
+    """The domain that images to predict are assumed to be from: the first target.
 
-    Without a target, the domain whose classes the last stage learns.
+    Without a target it is the domain whose classes the last stage learns.
     """
     own = self.last.domain
     return next(iter(self.roles[TARGET] or self.roles.get(own) or (own,)))
 
   @property
   def preprocessing(self) -> dict[str, Any]:
-    """What prediction does with an image: keys of the domain it is deployed in."""
+    """How prediction prepares an image: keys of the domain it is deployed in."""
     return {key: self.data[self.deployed_in][key] for key in PREPROCESSING}
 
   @property
   def predicts_by(self) -> str:
-    """By whose normalisation and batch statistics images are predicted, in words."""
-    told = statistics_of(self.last, self.stages)
-    return f'normalised as {self.deployed_in!r}; batch statistics: {told}'
+    """The normalisation and batch statistics that prediction uses, in words."""
+    statistics = statistics_of(self.last, self.stages)
+    return f'normalised as {self.deployed_in!r}; batch statistics: {statistics}'
 
   def evaluates_by(self, stage: Stage) -> str:
-    """Returns the same of evaluation, which knows the domain of an image."""
+    """Returns the same for evaluation, which knows the domain of an image."""
     if len(self.domains) == 1:
       return self.predicts_by
-    told = statistics_of(stage, self.stages)
-    if told == TARGETS_OWN:
-      told += f', for images of {stage.domain!r} its own'
-    return f'each domain normalised as itself; batch statistics: {told}'
+    statistics = statistics_of(stage, self.stages)
+    if statistics == TARGETS_OWN:
+      statistics += f', for images of {stage.domain!r} its own'
+    return f'each domain normalised as itself; batch statistics: {statistics}'
 
   @property
   def dataset(self) -> Dataset:
@@ -209,11 +209,11 @@ TARGETS_OWN = "the target's own"
 
 
 def statistics_of(stage: Stage, stages: Mapping[str, Stage]) -> str:
-  """Says where the batch statistics come from that the network is deployed with.
+  """Says where the batch statistics of the deployed network come from.
 
   Args:
-    stage: whose network it is.
-    stages: of the run, in order.
+    stage: the stage with that network.
+    stages: the run's stages, in order.
   """
   stats = state_shapes(stage.method, stage.streams).stats
   if not jax.tree.leaves(stats['net']):

@@ -1,4 +1,4 @@
-"""Chooses the State that counts, never by test images or target labels."""
+"""Selects the best State, never by test images or target labels."""
 
 from collections.abc import Callable, Mapping
 
@@ -25,17 +25,18 @@ def selection(
   groups: Mapping[str, np.ndarray],
   adapts: bool,
 ) -> Selection | None:
-  """Returns by what the State that counts is chosen; None for the last one.
+  """Returns the criterion that selects the best State; None to take the last one.
 
   Args:
     select: 'last', 'val/METRIC' or 'target/CRITERION'.
-    task: whose metrics there are.
-    dataset: of the stage.
+    task: the task, which has the metrics.
+    dataset: data of the stage.
     groups: its shot groups.
-    adapts: whether there is a target whose images it may look at.
+    adapts: whether it adapts to a target, whose images it may then use.
 
   Raises:
-    UserError: it names a test set, labels of a target, or what is not there.
+    UserError: it names a test set, labels of a target, or something that does not
+      exist.
   """
   if select == 'last':
     return None
@@ -44,7 +45,7 @@ def selection(
     raise UserError('select: a State is never chosen on a test set')
   if split == 'oracle':
     raise UserError(
-      'select: a State is never chosen by the labels of a target, which oracle/ needs'
+      'select: a State is never chosen by labels of a target, as oracle/ would be'
     )
   if split == TARGET and metric:
     criteria = {
@@ -63,7 +64,7 @@ def selection(
     return Selection(split, metric, criterion.better)
   if split != 'val' or not metric:
     raise UserError(
-      f"select is {select!r}; it is 'last' or such as 'val/accuracy' or "
+      f"select is {select!r}; use 'last', or a form like 'val/accuracy' or "
       "'target/entropy'"
     )
   choices = {name: one for name, one in task.metrics.items() if one.better}
@@ -81,18 +82,18 @@ def selection(
 def label_free_scores(
   method: Method, task: Task, passes: Mapping[str, Pass], mesh: Mesh
 ) -> Scores | None:
-  """Returns the label-free criteria of a State; None where no target is adapted to.
+  """Returns the label-free criteria of a State; None without a target to adapt to.
 
   Args:
-    method: of the stage.
-    task: what a label is.
-    passes: 'target/train', 'train' and perhaps 'val', of a few images each; none where
-      no target is adapted to.
+    method: method of the stage.
+    task: its task.
+    passes: 'target/train', 'train' and optionally 'val', over a few images each; empty
+      without a target to adapt to.
     mesh: the devices.
 
   Returns:
-    (state, stop) -> {'target': criterion -> value}; None if `stop()` turned true on
-    the way.
+    (state, stop) -> {'target': criterion -> value}; None if `stop()` turned true
+    meanwhile.
   """
   if not passes:
     return None

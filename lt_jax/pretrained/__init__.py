@@ -1,1 +1,1 @@
-"""Initial weights: published ones, and those of our own runs."""
+"""Initial weights: published ones, and those of lt_jax's own runs."""

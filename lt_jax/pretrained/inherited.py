@@ -1,7 +1,7 @@
-"""Weights of a run of ours, or of an export of it, for the beginning of another run.
+"""Initial weights from an earlier lt_jax run, or from an export of one.
 
-The trunk is taken whole. The head is taken where its classes are the same, by their
-names and in their order; elsewhere it stays fresh. Nothing of the run is built: arrays
+The whole trunk is taken. The head is taken if its classes have the same names in the
+same order; otherwise it keeps its initial values. The earlier run is not built: arrays
 are found by their paths.
 """
 
@@ -25,18 +25,18 @@ FIELDS = ('params', 'stats')
 
 
 class Taken(NamedTuple):
-  """What was taken, for result.json; of `published.Report` the same names.
+  """What was taken, for result.json, with the same names as `published.Report`.
 
   Attributes:
     source: the run or file.
     revision: empty.
-    sha256: of the arrays of its network.
+    sha256: digest of its network's arrays.
     loaded: number of arrays taken.
-    fresh: paths of our network that kept what they were.
-    dropped: paths there that nothing was taken from.
-    mean: of the pixels that the weights expect.
-    std: which they are divided by.
-    head: why the head is taken, or fresh.
+    fresh: paths in the new network that kept their initial values.
+    dropped: paths in the earlier network that were not used.
+    mean: mean with which the weights expect pixels to be normalised.
+    std: likewise, the standard deviation.
+    head: why the head is taken or fresh.
   """
 
   source: str
@@ -57,15 +57,15 @@ def inherit(
 
   Args:
     origin: the run or export.
-    params: of our network, or shapes, which are then checked alone.
+    params: parameters of the new network, or shapes, which are then only checked.
     stats: likewise.
-    class_names: of our classes.
+    class_names: names of the new run's classes.
 
   Returns:
     (params, stats, what was taken).
 
   Raises:
-    UserError: the run has no State, or its trunk is another.
+    UserError: the run has no State, or a different trunk.
   """
   found = _arrays(origin)
   same = tuple(class_names) == origin.class_names
@@ -79,7 +79,7 @@ def inherit(
     here, there = (of[name].shape if name in of else None for of in (ours, found))
     if here != there:
       raise UserError(
-        f'{origin.source} is of another network, of the trunk {origin.trunk!r}: '
+        f'{origin.source} is of another network, with the trunk {origin.trunk!r}: '
         f'{name.partition(".net.")[2].replace(".", "/")} is {there or "absent"} there '
         f'and {here or "absent"} here'
       )
@@ -100,7 +100,7 @@ def inherit(
     jax.tree_util.tree_map_with_path(put(field), tree)
     for field, tree in zip(FIELDS, (params, stats), strict=True)
   )
-  told = Taken(
+  taken_from = Taken(
     source=origin.source,
     revision='',
     sha256=_digest(found),
@@ -109,25 +109,25 @@ def inherit(
     dropped=tuple(sorted(_path(name) for name in found.keys() - taken)),
     mean=tuple(origin.pixels.get('mean', ())),
     std=tuple(origin.pixels.get('std', ())),
-    head=_told(origin, class_names, same, fits),
+    head=_why(origin, class_names, same, fits),
   )
-  return *moved, told
+  return *moved, taken_from
 
 
-def _told(origin: Origin, class_names: Sequence[str], same: bool, fits: bool) -> str:
+def _why(origin: Origin, class_names: Sequence[str], same: bool, fits: bool) -> str:
   if same and fits:
     return 'taken: the classes are the same'
   if same:
-    return 'fresh: that of the weights is of another kind'
+    return 'fresh: the weights have a different kind of head'
   here, there = len(class_names), len(origin.class_names)
   counts = (
-    f'{here} classes here and {there} there' if here != there else 'other classes'
+    f'{here} classes here and {there} there' if here != there else 'different classes'
   )
   return f'fresh: {counts}'
 
 
 def _arrays(origin: Origin) -> dict[str, np.ndarray]:
-  """Returns the arrays of a run's network, by their paths."""
+  """Returns the arrays of a run's network, by path."""
   if origin.is_file:
     every: Mapping[str, np.ndarray] = load(origin.source).tensors
   else:

@@ -1,7 +1,8 @@
-"""What a run of ours, or an export of it, gives to others: preprocessing and classes.
+"""What an lt_jax run, or an export of it, says about its weights.
 
-A source of weights is ours if it is the folder of a run, or a .safetensors file that
-`lt_jax.export` wrote. `lt_jax.pretrained.inherited` takes the weights themselves.
+A source of weights is ours if it is the folder of a run, or a .safetensors file written
+by `lt_jax.export`. Such weights know their preprocessing and classes.
+`lt_jax.pretrained.inherited` takes the weights themselves.
 """
 
 import json
@@ -13,21 +14,21 @@ from etils import epath
 from lt_jax.errors import UserError
 
 PIXELS = ('mean', 'std', 'unit')
-"""Keys of data that belong to weights: what they expect of a pixel."""
+"""Keys of data that belong to weights: how they expect pixels to be prepared."""
 
 MOST_HEADER = 2**24
-"""Bytes of the longest header of an export, which holds every class name."""
+"""Largest header of an export in bytes; it holds every class name."""
 
 
 class Origin(NamedTuple):
-  """What a run, or an export of it, tells of its weights.
+  """What a run, or an export of it, says about its weights.
 
   Attributes:
     source: the folder or file.
     trunk: the name of the trunk.
-    class_names: of the last stage.
-    pixels: `PIXELS` of data.
-    stage: the last stage, whose State it is.
+    class_names: class names of the last stage.
+    pixels: the keys `PIXELS` of its data.
+    stage: the last stage, which the State is from.
     is_file: whether it is an export.
   """
 
@@ -40,13 +41,13 @@ class Origin(NamedTuple):
 
 
 def origin(source: str) -> Origin | None:
-  """Returns what a source of weights tells of itself; None if it is not ours.
+  """Returns what a source of weights says about itself; None if it is not ours.
 
   Args:
     source: a folder, a file, or a model such as 'timm/resnet18.tv_in1k'.
 
   Raises:
-    UserError: it is a damaged run, or one that is not there yet.
+    UserError: it is a damaged run, or one that does not exist yet.
   """
   path = epath.Path(source).expanduser()
   try:
@@ -60,7 +61,7 @@ def origin(source: str) -> Origin | None:
 
 
 def used_target_labels(source: str) -> bool:
-  """Returns whether a run of ours says that it read labels of a target."""
+  """Returns whether an lt_jax run says that it read labels of a target."""
   path = epath.Path(source).expanduser() / 'result.json'
   if not source or not path.is_file():
     return False
@@ -68,9 +69,9 @@ def used_target_labels(source: str) -> bool:
 
 
 def adopted(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a resolved config whose pixels are those of the weights it begins with.
+  """Returns a resolved config with the preprocessing that its initial weights expect.
 
-  Only weights of ours tell; of others, and without any, the config says.
+  Only our own weights know it; for others, and without weights, the config decides.
 
   Raises:
     UserError: as for `origin`.
@@ -81,18 +82,20 @@ def adopted(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_run(source: str, path: epath.Path) -> Origin:
-  """Returns what the files of a run tell."""
+  """Returns what a run's files say."""
   config, facts = (_json(path / name, source) for name in ('config.json', 'data.json'))
   return _origin(source, config, facts, is_file=False)
 
 
 def _of_export(source: str, header: Mapping[str, str]) -> Origin | None:
-  """Returns what the header of an export tells; None of another file."""
+  """Returns what an export's header says; None for other files."""
   if not {'config', 'class_names', 'preprocessing'} <= header.keys():
     return None
   try:
-    told = {key: json.loads(header[key]) for key in ('class_names', 'preprocessing')}
-    return _origin(source, json.loads(header['config']), told, is_file=True)
+    recorded = {
+      key: json.loads(header[key]) for key in ('class_names', 'preprocessing')
+    }
+    return _origin(source, json.loads(header['config']), recorded, is_file=True)
   except ValueError as error:
     raise UserError(f'{source}: its header is damaged: {error}') from None
 
@@ -130,7 +133,7 @@ def _json(path: epath.Path, source: str) -> dict[str, Any]:
 
 
 def _header(path: epath.Path) -> dict[str, str]:
-  """Returns the metadata of a .safetensors file; {} of what is none."""
+  """Returns the metadata of a .safetensors file; {} for other files."""
   with path.open('rb') as file:
     size = int.from_bytes(file.read(8), 'little')
     text = file.read(size) if size <= MOST_HEADER else b''

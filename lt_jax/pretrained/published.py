@@ -1,22 +1,21 @@
-"""Published weights, as of torchvision and timm: read, checked, put in place.
+"""Published weights, such as torchvision's and timm's: reading, checking, assigning.
 
-A file is `.safetensors`, here or in an object store, or the one of a model on the
-Hugging Face hub: 'timm/resnet50.tv_in1k'. It holds numbers only; it cannot run code,
-and what does not fit the network to the last parameter is refused. Files of PyTorch
-can run code: `lt_jax.convert` reads them, once, and nothing else here does.
+The source is a `.safetensors` file, local or in an object store, or a model on the
+Hugging Face hub, such as 'timm/resnet50.tv_in1k'. Such files hold only numbers and
+cannot run code. Weights that do not match the network in every parameter are rejected.
+PyTorch files can run code: only `lt_jax.convert` reads them, once.
 
-What names and shapes cannot tell is the user's to know:
+Names and shapes do not reveal everything. The user must know:
 
-- The style of a residual network (`lt_jax.models.resnet.STYLES`), and pooling or
-  activations that some variants of these networks have changed. AlexNet must be of the
-  style 'torchvision'.
-- The pixels. torchvision's weights expect RGB in [0, 1] less (0.485, 0.456, 0.406)
-  over (0.229, 0.224, 0.225); nearly all of timm's do too, and each model's card says.
-  Those published for Caffe expect BGR in [0, 255] less (103.939, 116.779, 123.68),
-  those of EfficientNet-Lite RGB in [0, 255] less 127 over 128. Where the names tell,
-  the report does too.
-- torchvision's second weights (timm's tag tv2_in1k) were trained at 176 pixels with a
-  recipe of their own; the first (tv_in1k) at 224.
+- The style of a residual network (`lt_jax.models.resnet.STYLES`), and changes of
+pooling or activations in some variants of these networks. AlexNet needs the style
+'torchvision'. - The pixels. torchvision's weights expect RGB in [0, 1] minus (0.485,
+0.456, 0.406), divided by (0.229, 0.224, 0.225). So do nearly all of timm's; see each
+model's card. Weights published for Caffe expect BGR in [0, 255] minus (103.939,
+116.779, 123.68), those of EfficientNet-Lite RGB in [0, 255] minus 127, divided by 128.
+If the names determine this, the report says so. - torchvision's second weights (timm's
+tag tv2_in1k) were trained at 176 pixels with a different recipe; the first (tv_in1k) at
+224.
 """
 
 import functools
@@ -40,37 +39,37 @@ from lt_jax.pretrained.dialects import DIALECTS, TIMM, TORCHVISION, Dialect
 PyTree = Any
 
 MOST_HEADER = 2**20
-"""Bytes of the longest header that is parsed; ResNet-152's has a tenth of it."""
+"""Largest header to parse, in bytes; ResNet-152's is a tenth of it."""
 
 MOST_BYTES = 2**31
-"""Bytes of the largest file that is read; ResNet-152 as float64 has a quarter."""
+"""Largest file to read, in bytes; ResNet-152 in float64 is a quarter of it."""
 
 DTYPES = {
   'F64': np.float64,
   'F32': np.float32,
   'F16': np.float16,
   'BF16': ml_dtypes.bfloat16,
-  'I64': np.int64,  # of PyTorch's count of batches, which is dropped
+  'I64': np.int64,  # for PyTorch's count of batches, which is dropped
 }
-"""Element type in a file -> ours. The numbers themselves become float32."""
+"""Element type in a file -> NumPy type. The numbers are then converted to float32."""
 
 CODE = ('.pth', '.pt', '.bin', '.tar', '.pkl', '.ckpt')
-"""Endings of files that PyTorch writes and that can run code."""
+"""Extensions of files that PyTorch writes and that can run code."""
 
 PREFIXES = re.compile(r'^(module\.|backbone\.|encoder\.)+')
-"""What training codes put before torchvision's names."""
+"""Prefixes that training code adds to torchvision's names."""
 
 MODEL = re.compile(r'[\w.-]+/[\w.-]+(@[\w.-]+)?')
-"""What a model on the hub is called, with its revision after an @."""
+"""The name of a model on the hub, with an optional revision after an @."""
 
 REASONS = {
-  'HFValidationError': 'that is no name of a model',
-  'RepositoryNotFoundError': 'the hub has no such model, or not for you',
+  'HFValidationError': 'that is not a model name',
+  'RepositoryNotFoundError': 'the hub has no such model, or you have no access to it',
   'RevisionNotFoundError': 'the hub has no such revision of it',
   'LocalEntryNotFoundError': 'there is no network to download it',
   'EntryNotFoundError': 'it has no model.safetensors',
 }
-"""Errors of the hub that trying again will not mend, the narrower first."""
+"""Errors of the hub that a retry will not fix, most specific first."""
 
 HEAD = ('kernel', 'bias')
 """Parameters of a linear head."""
@@ -89,15 +88,15 @@ LEAVES = {
 
 
 class Weights(NamedTuple):
-  """What a file holds.
+  """The contents of a file.
 
   Attributes:
     tensors: name in the file -> array.
     source: the file or model.
-    revision: of the hub's repository; empty for a file.
-    sha256: of the file.
-    mean: of the RGB pixels in [0, 1] that they expect; empty where it is not known.
-    std: which they are divided by then; likewise.
+    revision: revision of the hub's repository; empty for a file.
+    sha256: digest of the file.
+    mean: mean with which RGB in [0, 1] is normalised; empty if unknown.
+    std: likewise, the standard deviation.
   """
 
   tensors: dict[str, np.ndarray]
@@ -109,15 +108,15 @@ class Weights(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What became of a file; plain data, for result.json.
+  """What was done with a file, as plain data for result.json.
 
   Attributes:
     source: the file or model.
-    revision: of the hub's repository; empty for a file.
-    sha256: of the file.
-    loaded: number of parameters and statistics taken, as arrays.
-    fresh: paths in our network that kept what they were, such as 'head/kernel'.
-    dropped: names in the file that nothing was taken from, such as 'fc.weight'.
+    revision: revision of the hub's repository; empty for a file.
+    sha256: digest of the file.
+    loaded: number of arrays taken, parameters and statistics.
+    fresh: paths in our network that kept their values, such as 'head/kernel'.
+    dropped: names in the file that were not used, such as 'fc.weight'.
     mean: see `Weights`.
     std: see `Weights`.
   """
@@ -143,9 +142,9 @@ def pretrained(
 
   Args:
     source: a file or a model, see `load`.
-    params: parameters of a classifier, or their shapes, which are then checked alone.
+    params: parameters of a classifier, or their shapes, which are then only checked.
     stats: its batch statistics, likewise.
-    head: takes a linear head too, if it has as many classes.
+    head: also take a linear head, if it has the same number of classes.
 
   Returns:
     (params, stats, what was done). Leaves that were taken are NumPy arrays.
@@ -159,10 +158,10 @@ def pretrained(
 def assign(
   weights: Weights, params: PyTree, stats: PyTree, *, head: bool = False
 ) -> tuple[PyTree, PyTree, Report]:
-  """Does what `pretrained` does, with weights that are loaded.
+  """Does what `pretrained` does, with weights that are already loaded.
 
   Kernels are transposed from (out, in, H, W) to (H, W, in, out). Running averages are
-  copied as they are, although PyTorch averages the unbiased variance.
+  copied unchanged, although PyTorch averages the unbiased variance.
   """
   found = _by_name(weights)
   ours = {_path(keys): leaf for tree in (params, stats) for keys, leaf in _flat(tree)}
@@ -203,15 +202,15 @@ def assign(
 def load(source: str) -> Weights:
   """Reads weights from a file, or downloads them from the Hugging Face hub.
 
-  Memory is at most three times the file, whatever the file claims.
+  It needs at most three times the file's size in memory, whatever the file claims.
 
   Args:
-    source: a `.safetensors` file; or 'OWNER/MODEL', such as 'timm/resnet50.tv_in1k',
-      of which 'OWNER/MODEL@REVISION' is one revision. A model that was downloaded
-      before is not asked for again.
+    source: a `.safetensors` file, or 'OWNER/MODEL' such as 'timm/resnet50.tv_in1k',
+      optionally with a revision, 'OWNER/MODEL@REVISION'. A model that was downloaded
+      before is not requested again.
 
   Raises:
-    UserError: the file is no weights or may not be read, or nothing can be downloaded.
+    UserError: the file holds no weights or cannot be read, or the download fails.
   """
   revision, file, pixels = '', source, {'mean': (), 'std': ()}
   if source.endswith(CODE):
@@ -230,7 +229,7 @@ def load(source: str) -> Weights:
 
 
 def _pixels(model: str) -> Mapping[str, tuple[float, ...]]:
-  """Returns what a model on the hub expects, if its name tells."""
+  """Returns the normalisation that a model on the hub expects, if its name says so."""
   owner, _, name = model.partition('@')[0].partition('/')
   network, _, tag = name.partition('.')
   if owner != 'timm':
@@ -239,11 +238,11 @@ def _pixels(model: str) -> Mapping[str, tuple[float, ...]]:
 
 
 def _read(path: epath.PathLike) -> bytes:
-  """Returns a whole file whose size and length of header are credible."""
+  """Returns a whole file if its size and header length are plausible."""
   path = epath.Path(path).expanduser()
   try:
     regular = path.is_file() if is_remote(path) else os.path.isfile(path)
-    if not regular:  # a folder, or a pipe, whose end never comes
+    if not regular:  # a folder, or a pipe that never ends
       raise UserError(f'there is no file {path}')
     size = path.stat().length
     if size > MOST_BYTES:
@@ -254,9 +253,9 @@ def _read(path: epath.PathLike) -> bytes:
       start = file.read(8)
       header = int.from_bytes(start, 'little')
       if len(start) < 8 or header > size - 8:
-        raise UserError(f'{path} is truncated, or no safetensors file')
+        raise UserError(f'{path} is truncated, or not a safetensors file')
       if header > MOST_HEADER:
-        raise UserError(f'{path} claims a header of {header} bytes, which none has')
+        raise UserError(f'{path} claims an impossible header of {header} bytes')
       file.seek(0)
       return file.read(size)
   except OSError as error:
@@ -264,12 +263,14 @@ def _read(path: epath.PathLike) -> bytes:
 
 
 def _parse(data: bytes, path: epath.PathLike) -> dict[str, np.ndarray]:
-  """Returns the arrays of a file's bytes, by their names."""
+  """Returns the arrays in a file's bytes, by name."""
   try:
     entries = safetensors.deserialize(data)
   except safetensors.SafetensorError as error:
     reason = str(error).partition(': ')[2] or str(error)
-    raise UserError(f'{path} is no whole safetensors file: {_quoted(reason)}') from None
+    raise UserError(
+      f'{path} is not a complete safetensors file: {_quoted(reason)}'
+    ) from None
   arrays = {}
   for name, entry in entries:
     if entry['dtype'] not in DTYPES:
@@ -283,10 +284,10 @@ def _parse(data: bytes, path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _download(model: str) -> tuple[str, str]:
-  """Returns the file of a model on the hub, and the revision it is of."""
+  """Returns the file of a model on the hub, and its revision."""
   repository, _, revision = model.partition('@')
   owner, _, name = repository.partition('/')
-  if owner == 'timm':  # whose other networks can have the same names and shapes
+  if owner == 'timm':  # other networks of timm can have the same names and shapes
     lookup({**RESNETS, **TIMM}, 'network of timm', name.partition('.')[0])
   by_hand = (
     f'or fetch https://huggingface.co/{repository}/resolve/{revision or "main"}'
@@ -309,18 +310,18 @@ def _download(model: str) -> tuple[str, str]:
       file = download(local_files_only=True)
     except FileNotFoundError:
       file = download()
-  except Exception as error:  # of the hub, of what it speaks HTTP with, of the disk
+  except Exception as error:  # from the hub, its HTTP client, or the disk
     kinds = [kind.__name__ for kind in type(error).__mro__]
     reason = next((text for name, text in REASONS.items() if name in kinds), None)
     if reason:
       raise UserError(f'{model}: {reason}; {by_hand}') from None
-    told = _quoted(f'{kinds[0]}: {error}')
-    raise OSError(f'{model} was not downloaded: {told}') from error
+    message = _quoted(f'{kinds[0]}: {error}')
+    raise OSError(f'{model} was not downloaded: {message}') from error
   return file, os.path.basename(os.path.dirname(file))
 
 
 def _by_name(weights: Weights) -> dict[str, np.ndarray]:
-  """Returns the tensors without prefixes, and without the counts of batches."""
+  """Returns the tensors without prefixes and without batch counts."""
   found: dict[str, np.ndarray] = {}
   for key, value in weights.tensors.items():
     name = PREFIXES.sub('', key)
@@ -334,9 +335,9 @@ def _by_name(weights: Weights) -> dict[str, np.ndarray]:
 def _names(
   source: str, ours: Collection[str], found: Collection[str]
 ) -> tuple[Dialect, dict[str, str]]:
-  """Returns the dialect of a file, and its names of all that is in our trunk.
+  """Returns the dialect of a file, and its names for everything in our trunk.
 
-  Of the dialects that such a trunk has, it is the one with the most names in the file.
+  Of the trunk's dialects, it is the one with the most names in the file.
   """
   trunk = {path: _split(path) for path in ours if path.startswith('trunk/')}
   layers = {layer for layer, _ in trunk.values()}
@@ -353,7 +354,7 @@ def _names(
 
 
 def _split(path: str) -> tuple[str, str]:
-  """Returns (layer, leaf) of 'trunk/stage2_block1/norm3/scale'."""
+  """Splits 'trunk/stage2_block1/norm3/scale' into (layer, leaf)."""
   layer, _, leaf = path.removeprefix('trunk/').rpartition('/')
   return layer, leaf
 
@@ -361,7 +362,7 @@ def _split(path: str) -> tuple[str, str]:
 def _shape_there(
   dialect: Dialect, path: str, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-  """Returns the shape of an array in a dialect, from that which PyTorch gives ours."""
+  """Converts the shape that PyTorch would give our array to the dialect's shape."""
   layer, leaf = _split(path)
   other = dialect.shapes.get(layer) if leaf == 'kernel' else None
   return other(shape) if other else shape
@@ -381,7 +382,7 @@ def _fits(
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns the shape that PyTorch gives what has this one here."""
+  """Returns the shape that PyTorch gives to an array with this shape here."""
   if len(shape) == 4:
     height, width, inputs, outputs = shape
     return outputs, inputs, height, width
@@ -393,7 +394,7 @@ def _check(
   expected: Mapping[str, tuple[int, ...]],
   found: Mapping[str, np.ndarray],
 ) -> None:
-  """Refuses weights of another network, and numbers that no network can have."""
+  """Rejects weights of another network, and impossible values."""
   wrong = {
     'missing': [name for name in expected if name not in found],
     'not of this network': [name for name in found if name not in expected],
@@ -401,10 +402,10 @@ def _check(
       name for name in expected if name in found and found[name].shape != expected[name]
     ],
   }
-  told = [(kind, names) for kind, names in wrong.items() if names]
-  if told:
-    counts = ', '.join(f'{len(names)} {kind}' for kind, names in told)
-    kind, (first, *_) = told[0]
+  faults = [(kind, names) for kind, names in wrong.items() if names]
+  if faults:
+    counts = ', '.join(f'{len(names)} {kind}' for kind, names in faults)
+    kind, (first, *_) = faults[0]
     raise UserError(
       f'{source} is of another network: {_quoted(first)} is {kind} ({counts})'
     )
@@ -413,11 +414,11 @@ def _check(
       single = value.astype(np.float32)
     least = 0 if name.endswith('running_var') else -np.inf
     if value.dtype == np.int64 or not np.all(np.isfinite(single) & (single >= least)):
-      raise UserError(f'{source}: {name} has values that no network can have')
+      raise UserError(f'{source}: {name} has values that weights cannot have')
 
 
 def _quoted(text: str) -> str:
-  """Returns what a file or server says so that it is short and stays in its line."""
+  """Returns text from a file or server, shortened and on one line."""
   return ascii(text if len(text) <= 120 else f'{text[:120]}...')
 
 

@@ -1,8 +1,8 @@
-"""Protocols: the data treatment, optimiser and schedule that papers share.
+"""Protocols: the data preparation, optimiser and schedule that papers share.
 
-A config file names a data set, a protocol says how it is trained on, and a recipe
-(`lt_jax.recipes`) what is learned. A protocol is data: overrides of the config, of
-stages that a recipe may have, and of single recipes.
+A config file names a data set, a protocol says how to train on it, and a recipe
+(`lt_jax.recipes`) says what is learned. A protocol is data: overrides for the config,
+for stages that a recipe may have, and for single recipes.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ class Protocol(NamedTuple):
   """How a paper trains.
 
   Attributes:
-    training: overrides of the config, before the recipe's own.
-    stages: name of a stage -> overrides of it, for recipes that have such a stage;
-      None: the protocol has no such training.
-    recipes: name of a recipe -> overrides of the config, after the recipe's own.
+    training: overrides of the config, applied before the recipe's.
+    stages: name of a stage -> overrides of it, for recipes that have such a stage; None
+      if the protocol does not support it.
+    recipes: name of a recipe -> overrides of the config, applied after the recipe's.
     name: set by `choose`, for messages.
   """
 
@@ -33,12 +33,12 @@ class Protocol(NamedTuple):
 
 
 def choose(protocols: Mapping[str, Protocol], name: str, recipe: str) -> Protocol:
-  """Returns the protocol of a name, or without one that of the recipe's own paper.
+  """Returns the named protocol, or by default that of the recipe's own paper.
 
   Args:
-    protocols: of a data set; the first serves recipes whose paper has none here.
-    name: what the user asked for; may be empty.
-    recipe: the recipe that is trained.
+    protocols: protocols of a data set; the first is for recipes whose paper has none.
+    name: the protocol the user asked for; may be empty.
+    recipe: the recipe to train.
 
   Raises:
     UserError: an unknown name or recipe.
@@ -52,20 +52,20 @@ def choose(protocols: Mapping[str, Protocol], name: str, recipe: str) -> Protoco
 def train_by(
   config: ConfigDict, recipe: str, *protocols: Protocol, epochs: float = 0.0
 ) -> ConfigDict:
-  """Completes a config by protocols and a recipe.
+  """Completes a config with protocols and a recipe.
 
   Args:
-    config: of the data set; it is changed.
+    config: the data set's config; it is changed in place.
     recipe: the recipe.
-    *protocols: in this order: what a later one says counts.
-    epochs: of the first training; everything that is counted in epochs scales with
-      it. 0: the protocol's own.
+    *protocols: applied in this order, so later ones override earlier ones.
+    epochs: epochs of the first training; everything counted in epochs scales with it.
+      0 for the protocol's own.
 
   Returns:
     The config, with stages that can be set key by key.
 
   Raises:
-    UserError: an unknown recipe, or one with a stage that a protocol does not have.
+    UserError: an unknown recipe, or one with a stage that a protocol does not support.
   """
   own = [p.training['epochs'] for p in protocols if 'epochs' in p.training][-1]
   scale = epochs / own if epochs else 1.0
@@ -86,12 +86,12 @@ def train_by(
 
 
 def compound_rates(times: float) -> dict[str, Overrides]:
-  """Returns what multiplies the rates of two stages of OCDA's recipes.
+  """Returns overrides that multiply the rates of two stages of OCDA's recipes.
 
-  Its authors' stages are of 100 and 200 epochs. Shorter ones need higher rates where a
-  network is learned, on the source and of domain features. The adversarial stages keep
-  theirs: at ten times these all predictions become one class, as is seen without a
-  label.
+  The authors' stages last 100 and 200 epochs. Shorter ones need higher rates where a
+  network is learned: on the source, and for domain features. The adversarial stages
+  keep their rates: at ten times these, all predictions become one class, which shows
+  without any label.
   """
   rate = {'schedule': {'base': times * 1e-4}}
   stages = {'source': rate, 'domain_factor': rate}
@@ -99,9 +99,9 @@ def compound_rates(times: float) -> dict[str, Overrides]:
 
 
 def scaled(overrides: Overrides, scale: float) -> Overrides:
-  """Returns overrides with everything that is counted in epochs multiplied.
+  """Returns the overrides with everything counted in epochs multiplied by `scale`.
 
-  A warm-up stays whole epochs, as papers warm up epoch by epoch.
+  A warm-up stays a whole number of epochs, since papers warm up epoch by epoch.
   """
   if scale == 1:
     return overrides
@@ -127,7 +127,7 @@ def _scaled(key: str, value: Any, scale: float) -> Any:
 
 
 def steps(epochs: float, *drops: tuple[float, float], **schedule: Any) -> Overrides:
-  """A step schedule of so many epochs; drops are (epoch, factor of the base)."""
+  """A step schedule over `epochs`; drops are (epoch, factor of the base rate)."""
   return {
     'epochs': float(epochs),
     'schedule': {
@@ -141,6 +141,6 @@ def steps(epochs: float, *drops: tuple[float, float], **schedule: Any) -> Overri
 
 
 def cosine(epochs: float, *, base: float) -> Overrides:
-  """A cosine over so many epochs, to zero."""
+  """A cosine schedule over `epochs`, down to zero."""
   schedule = {'name': 'cosine', 'base': base, 'end': float(epochs)}
   return {'epochs': float(epochs), 'schedule': schedule}

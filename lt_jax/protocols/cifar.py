@@ -46,7 +46,7 @@ PROTOCOLS: dict[str, Protocol] = {
     }
   ),
   # Shu et al., arXiv 1902.07379, and its code for class imbalance, which counts epochs
-  # from 1: its drops at 80 and 90 act from the 79th and 89th on, counted from 0.
+  # from 1: its drops at 80 and 90 take effect at 79 and 89, counted from 0.
   'shu': Protocol(
     {
       'data': {**_MWN_DATA, 'meta_per_class': 10},
@@ -56,8 +56,9 @@ PROTOCOLS: dict[str, Protocol] = {
       **steps(100, (79, 0.1), (89, 0.01)),
     }
   ),
-  # Jamal et al., arXiv 2003.10780, and its code: no warm-up; the rate drops an epoch
-  # before the meta stage begins, as that code counts epochs from 1 for the one only.
+  # Jamal et al., arXiv 2003.10780, and its code: no warm-up. The rate drops one epoch
+  # before the meta stage begins, because that code counts epochs from 1 for the rate
+  # only.
   'jamal': Protocol(
     {
       'data': {**_MWN_DATA, 'meta_per_class': 10},
@@ -68,11 +69,11 @@ PROTOCOLS: dict[str, Protocol] = {
     }
   ),
 }
-"""Paper -> how it trains; the first serves recipes of other papers."""
+"""Paper -> protocol; the first is for recipes of other papers."""
 
 
 def _counts(of_a_class: int) -> dict[str, int]:
-  """Returns what the source 'fake' needs to know of CIFAR."""
+  """Returns what the source 'fake' needs to know about CIFAR."""
   return {
     'classes': 50000 // of_a_class,
     'train': 50000,
@@ -85,12 +86,12 @@ def _counts(of_a_class: int) -> dict[str, int]:
 
 
 def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDict:
-  """Returns the config of long-tailed CIFAR; the options are in configs/cifar10_lt.py.
+  """Returns the config of long-tailed CIFAR; see configs/cifar10_lt.py for options.
 
   Args:
-    arg: what follows the colon of --config.
-    name: of the config.
-    source: of the images.
+    arg: what follows the colon in --config.
+    name: name of the config.
+    source: source of the images.
     n_max: images of the largest class, before a meta set is taken out.
   """
   recipe, option = parse_arg(
@@ -129,10 +130,10 @@ def cifar_lt(arg: str | None, *, name: str, source: str, n_max: int) -> ConfigDi
 
 
 def cifar100_open(arg: str | None) -> ConfigDict:
-  """Returns the config of CIFAR-100 with open classes; configs/cifar100_open.py.
+  """Returns the config of CIFAR-100 with open classes; see configs/cifar100_open.py.
 
   Args:
-    arg: what follows the colon of --config.
+    arg: what follows the colon in --config.
   """
   recipe, option = parse_arg(
     arg, 'oltr', imbalance=100.0, known=80, epochs=0.0, net='resnet32'

@@ -1,4 +1,4 @@
-"""How many images to set aside for splits that a user's images lack."""
+"""How many images to set aside for splits that the user's data lack."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
 
 MOST_CUT = 20
-"""Images of a class that are cut off at most, for validation and for testing."""
+"""Most images per class to set aside for validation, and for testing."""
 
 
 def cut(source: str, data_dir: str) -> Overrides:
-  """Returns how many images a class are cut off, where a split is not there.
+  """Returns how many images per class to set aside for each missing split.
 
   Raises:
     UserError: the smallest class cannot spare any.
@@ -22,7 +22,7 @@ def cut(source: str, data_dir: str) -> Overrides:
   if smallest <= len(missing):
     name = splits['train'].class_names[counts.argmin()]
     raise UserError(
-      f'class {name!r} has {smallest} images, of which none can be cut off for '
+      f'class {name!r} has {smallest} images, too few to set any aside for '
       f'{" and ".join(missing)}: give it more, or make these splits yourself'
     )
   share = int(max(1, min(MOST_CUT, smallest // 5)))

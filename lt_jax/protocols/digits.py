@@ -8,7 +8,7 @@ from lt_jax.protocols import Protocol, train_by
 
 
 def ganin(epochs: float) -> Protocol:
-  """Ganin et al., arXiv 1505.07818: momentum, and a rate that falls with progress."""
+  """Ganin et al., arXiv 1505.07818: momentum, and a rate that decays with progress."""
   return Protocol(
     {
       'batch': 64,
@@ -22,13 +22,13 @@ def ganin(epochs: float) -> Protocol:
 
 
 def tail(n_max: int, imbalance: float, profile: str = 'exponential') -> Overrides:
-  """Returns the keys of `data` that cut a tail from the training images of a domain.
+  """Returns the keys of `data` that give a domain's training images a long tail.
 
-  Of a target, that takes its labels: to make the data set, not to train on it.
+  For a target this uses its labels, to make the data set but not to train on it.
 
   Args:
     n_max: images of the largest class.
-    imbalance: n_max / n_min; 1: every image there is.
+    imbalance: n_max / n_min; 1 for all images.
     profile: 'exponential', or 'reversed', from the last class to the first.
   """
   if imbalance == 1:
@@ -48,19 +48,19 @@ def pair(
   size: int = 28,
   classes: int = 10,
 ) -> ConfigDict:
-  """Returns the config of a source and one target; the options are in the config file.
+  """Returns the config of a source and one target; the config file lists its options.
 
   Args:
-    arg: what follows the colon of --config.
-    name: of the config, SOURCE_TARGET.
-    source: of the labelled images.
-    target: what the target's `data` have of their own.
-    images: training images of the source.
-    n_max: images of the largest class of the source and of the target, where they get
-      a long tail.
+    arg: what follows the colon in --config.
+    name: name of the config, SOURCE_TARGET.
+    source: source of the labelled images.
+    target: keys in which the target's `data` differ.
+    images: number of training images of the source.
+    n_max: images of the largest class of the source and of the target, if they get a
+      long tail.
     net: the trunk.
-    size: side that all images are brought to.
-    classes: how many there are.
+    size: side to which all images are resized.
+    classes: number of classes.
   """
   recipe, option = parse_arg(
     arg,
@@ -75,7 +75,7 @@ def pair(
   own = tail(n_max[0], option.imbalance)
   if own:
     images = int(class_counts(num_classes=classes, **own).sum())
-  epochs = (option.steps - 0.5) * 64 / images  # an epoch begins at the next whole step
+  epochs = (option.steps - 0.5) * 64 / images  # an epoch starts at the next whole step
   config = apply(
     base_config(),
     {

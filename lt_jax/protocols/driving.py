@@ -1,4 +1,4 @@
-"""Scenes of streets: a labelled source, targets to adapt to, and their networks."""
+"""Street scenes: a labelled source, targets to adapt to, and networks for them."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from lt_jax.errors import lookup
 from lt_jax.protocols import Protocol, train_by
 
 IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
-"""What ImageNet's weights of torchvision and timm expect."""
+"""The normalisation that torchvision's and timm's ImageNet weights expect."""
 
 
 def _resnet(trunk: str) -> Overrides:
-  """DeepLab-v2 as ADVENT has it: its head ten times as fast, its affines frozen."""
+  """DeepLab-v2 as in ADVENT: the head at ten times the rate, affine layers frozen."""
   return {
     'data': IMAGENET,
     'model': {
@@ -52,7 +52,7 @@ def _vgg(trunk: str) -> Overrides:
 
 
 def _small(trunk: str, **options: int) -> Overrides:
-  """A trunk for CPUs under a head of small dilations, all of it equally fast."""
+  """A trunk for CPUs and a head with small dilations, all at the same rate."""
   return {
     'data': IMAGENET,
     'model': {'trunk': trunk, 'trunk_options': options, 'head': 'multi_dilation'},
@@ -68,13 +68,13 @@ NETS: Mapping[str, Overrides] = {
   'small': _small('small_segmenter'),
   'lite0': _small('efficientnet_lite0', output_stride=16),
 }
-"""What a config calls a network -> its overrides."""
+"""Name of a network in a config -> its overrides."""
 
 
 def _vu(epochs: float, part: float, window: tuple[int, int]) -> Protocol:
-  """Vu et al., arXiv 1811.12833: one image of each domain a step, whole.
+  """Vu et al., arXiv 1811.12833: one whole image of each domain per step.
 
-  What mixes images of the domains needs them of one size, and has windows.
+  Recipes that mix images of the domains need them in one size, so they use windows.
   """
   windows = {'data': {'window': window}}
   return Protocol(
@@ -111,20 +111,20 @@ def adaptation(
   window: tuple[int, int] = (512, 1024),
   classes: int = 19,
 ) -> ConfigDict:
-  """Returns the config of a source and its targets, trained as ADVENT is.
+  """Returns the config of a source and its targets, trained as in ADVENT.
 
   Args:
-    recipe: what is learned.
-    name: of the config.
-    source: keys of `data` of the labelled images.
+    recipe: the recipe.
+    name: name of the config.
+    source: keys of `data` for the labelled images.
     targets: name -> keys of `data` that differ from the source's.
-    opened: the same of open domains.
+    opened: likewise for open domains.
     net: a key of `NETS`.
-    images: training images of the source.
-    steps: of the training.
-    part: of the decay of the learning rate that is over by then.
-    window: (height, width) that recipes have which mix the domains.
-    classes: how many, for plans, which read no data.
+    images: number of training images of the source.
+    steps: number of training steps.
+    part: share of the learning rate's decay that these steps cover.
+    window: (height, width) for recipes that mix the domains.
+    classes: number of classes, for plans, which read no data.
   """
   made = lookup(NETS, 'network', net)
   config = apply(
@@ -144,6 +144,6 @@ def adaptation(
       'open_domains': tuple(opened),
     },
   )
-  # An epoch begins at the next whole step.
+  # An epoch starts at the next whole step.
   protocol = _vu((steps - 0.5) / images, part, window)
   return train_by(config, recipe, protocol, Protocol(made))

@@ -1,20 +1,20 @@
-"""Features from files: one-layer networks for unseen classes."""
+"""Training on features from files: one-layer networks for unseen classes."""
 
 from lt_jax.config import Overrides
 from lt_jax.protocols import Protocol
 
 HELD_OUT: Overrides = {'data': {'val_per_class': 15}}
-"""By which gamma is chosen after a training; closed forms set their own apart."""
+"""Validation images to choose gamma for trained recipes; closed forms hold out some."""
 
 TRAINED = ('devise', 'sje', 'ale', 'two_tower', 'two_tower_distance')
 TRAINED += ('feature_generator',)
 
 
 def training(epochs: float) -> Protocol:
-  """Returns how features are trained on; closed forms need none of it.
+  """Returns the overrides for training on features; closed forms need none of them.
 
   Args:
-    epochs: of a training.
+    epochs: epochs of a training.
   """
   return Protocol(
     {

@@ -1,4 +1,4 @@
-"""Fine-tuning targets: what each data set is, and how papers train on it."""
+"""Fine-tuning targets: their data sets, and how papers train on them."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from lt_jax.protocols import Protocol, cosine, steps, train_by
 
 
 class Target(NamedTuple):
-  """A data set that a network is fine-tuned on.
+  """A data set to fine-tune a network on.
 
   Attributes:
-    source: of the images; '' where there is none in TFDS, and data= must name a folder.
-    classes: how many there are.
-    train: training images.
-    test: test images.
-    per_class: training images of each class that the protocol takes; 0: all.
-    test_split: of the source.
+    source: source of the images; '' if TFDS has none and data= must name a folder.
+    classes: number of classes.
+    train: number of training images.
+    test: number of test images.
+    per_class: training images per class that the protocol uses; 0 for all.
+    test_split: name of the source's test split.
   """
 
   source: str
@@ -33,8 +33,8 @@ class Target(NamedTuple):
 TARGETS: dict[str, Target] = {
   'cub200': Target('tfds:caltech_birds2011', 200, 5994, 5794),
   'dogs': Target('tfds:stanford_dogs', 120, 12000, 8580),
-  # Trained on the 1,020 images of 'train' and the 1,020 of 'val' in most papers; of
-  # TFDS's splits 'train' alone is taken here, and 'val' chooses.
+  # Most papers train on the 1,020 images of 'train' and the 1,020 of 'val'. Here TFDS's
+  # 'train' is used for training and 'val' for selection.
   'flowers': Target('tfds:oxford_flowers102', 102, 1020, 6149),
   'cars': Target('tfds:cars196', 196, 8144, 8041),
   'aircraft': Target('', 100, 6667, 3333),
@@ -44,7 +44,7 @@ TARGETS: dict[str, Target] = {
   'caltech256': Target('', 257, 15420, 15187, per_class=60),
   'cats_vs_dogs': Target('tfds:cats_vs_dogs', 2, 23262, 0),
 }
-"""name -> target; the first seven are those of Cui et al., CVPR 2018."""
+"""name -> target; the first seven are from Cui et al., CVPR 2018."""
 
 
 def _sgd(weight_decay: float, **options) -> Overrides:
@@ -57,7 +57,8 @@ def _sgd(weight_decay: float, **options) -> Overrides:
 
 
 PROTOCOLS: dict[str, Protocol] = {
-  # TLLib's plain fine-tuning: 20 epochs, times 0.1 at 12, the trunk at a tenth.
+  # TLLib's plain fine-tuning: 20 epochs, the rate drops to a tenth at 12, and the trunk
+  # learns at a tenth of it.
   'tllib': Protocol(
     {
       'batch': 48,
@@ -67,8 +68,8 @@ PROTOCOLS: dict[str, Protocol] = {
       **steps(20, (12, 0.1), base=0.01),
     }
   ),
-  # The demonstration of Cui et al., which trains the last layer alone (recipe frozen);
-  # the decay is ours.
+  # Cui et al.'s demo, which trains only the last layer (recipe frozen); the decay is
+  # ours.
   'cui': Protocol(
     {
       'batch': 64,
@@ -76,7 +77,8 @@ PROTOCOLS: dict[str, Protocol] = {
       **steps(30, (10, 0.1), (20, 0.01), base=0.01),
     }
   ),
-  # Like BiT's: no weight decay, a cosine; of 128 images and not 512, and in epochs.
+  # Like BiT's: no weight decay, a cosine schedule; but batches of 128 instead of 512,
+  # and a length in epochs.
   'bit': Protocol(
     {
       'batch': 128,
@@ -85,11 +87,11 @@ PROTOCOLS: dict[str, Protocol] = {
     }
   ),
 }
-"""name -> how it is trained; `tllib` is the default."""
+"""name -> protocol; `tllib` is the default."""
 
 
 def fine_grained(arg: str | None) -> ConfigDict:
-  """Returns the config of a target; the options are in configs/fine_grained.py."""
+  """Returns the config of a target; see configs/fine_grained.py for options."""
   recipe, option = parse_arg(
     arg,
     'ce',

@@ -1,4 +1,4 @@
-"""Pairs of domains of photographs: Office-31, PACS, VisDA, whole or as features."""
+"""Pairs of photograph domains: Office-31, PACS, VisDA, as images or as features."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from lt_jax.protocols import Protocol, train_by
 BATCH = 32
 
 BOTTLENECK = 256
-"""Features of a linear layer and ReLU between trunk and head, as in TLLib."""
+"""Size of a linear layer with ReLU between trunk and head, as in TLLib."""
 
 
 class Pairs(NamedTuple):
   """A set of domains of photographs with the same classes.
 
   Attributes:
-    name: of the config.
-    images: domain -> how many images it has.
-    folder: of a domain's classes, as it is published, with {data} and {domain}.
-    pair: source and target where the user names none.
+    name: name of the config.
+    images: domain -> number of images.
+    folder: path of a domain's class folders as published, with {data} and {domain}.
+    pair: default source and target.
     net: the trunk.
-    steps: of a training on photographs.
+    steps: number of steps of a training on photographs.
   """
 
   name: str
@@ -37,13 +37,13 @@ class Pairs(NamedTuple):
 
 
 FEATURE_STEPS = 1000
-"""Of a training on features, which needs no trunk to be moved."""
+"""Training on features, where no trunk needs to learn."""
 
 
 def _tllib(steps: int, images: Mapping[str, int], pair: tuple[str, str]) -> Protocol:
-  """Jiang et al.'s library TLLib: rates, decay, bottleneck, size of the discriminator.
+  """Rates, decay, bottleneck and discriminator size of Jiang et al.'s library TLLib.
 
-  An epoch is one of the source; where the target alone is trained on, one of it.
+  An epoch is one of the source, or of the target if only that is trained on.
   """
   of_source, of_target = ((steps - 0.5) * BATCH / images[name] for name in pair)
   return Protocol(
@@ -74,14 +74,14 @@ def _tllib(steps: int, images: Mapping[str, int], pair: tuple[str, str]) -> Prot
 
 
 def pair_of_photographs(arg: str | None, pairs: Pairs) -> ConfigDict:
-  """Returns the config of one source and one target; the options are in the configs.
+  """Returns the config of one source and one target; config files list the options.
 
   Args:
-    arg: what follows the colon of --config.
-    pairs: the set.
+    arg: what follows the colon in --config.
+    pairs: the set of domains.
 
   Raises:
-    UserError: domains that it has not, or one as both.
+    UserError: unknown domains, or the same one twice.
   """
   recipe, option = parse_arg(
     arg,
@@ -135,7 +135,7 @@ def pair_of_photographs(arg: str | None, pairs: Pairs) -> ConfigDict:
 
 
 def _photographs(option: ConfigDict) -> Overrides:
-  """Returns how photographs are cropped: files of many sizes, arrays of one."""
+  """Returns how photographs are cropped: files have many sizes, arrays only one."""
   if option.data.endswith('.npz'):
     return {'size': option.size, 'pad': option.size // 8, 'flip': True}
   return {

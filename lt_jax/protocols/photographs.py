@@ -22,11 +22,11 @@ _PHOTOGRAPHS = {
 _HEAD = 'net/head/.*'
 _LAST_BLOCK = 'net/trunk/stage4_block3/.*'
 _FEWER_BLOCKS = {'resnet10': 1, 'resnet18': 2}
-"""Trunks whose last stage has not three blocks."""
+"""Number of blocks in the last stage, for trunks where it is not three."""
 
 
 def _sgd(weight_decay: float, *rates: tuple[str, float]) -> Overrides:
-  """SGD with one decay for all parameters, and learning rates by rule."""
+  """SGD with the same decay for all parameters, and learning rates by rule."""
   return {
     'name': 'sgd',
     'momentum': 0.9,
@@ -36,18 +36,18 @@ def _sgd(weight_decay: float, *rates: tuple[str, float]) -> Overrides:
 
 
 def _second(overrides: Overrides) -> dict[str, Overrides]:
-  """A second training, which recipes have on class-aware batches."""
+  """The second training that some recipes have, on class-aware batches."""
   return {'memory': overrides, 'aware': overrides}
 
 
 NO_SECOND = {'memory': None, 'aware': None}
-"""Stages of a protocol for which a second training was never tried."""
+"""Stages of a protocol for which nobody has tried a second training."""
 
 
 def _cui(focal_rate: float) -> Protocol:
   """Cui et al., arXiv 1901.05555, and its code for TPUs: 0.1 for 256 images.
 
-  Neither statistics' scales nor the last bias decay. Their resize is bicubic.
+  Normalisation scales and the last bias do not decay. Their resizing is bicubic.
 
   Args:
     focal_rate: learning rate for 256 images of their class-balanced focal loss.
@@ -83,19 +83,19 @@ def _cui(focal_rate: float) -> Protocol:
 
 PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
   'imagenet_lt': {
-    # Liu et al., arXiv 1904.05160: the last configuration in the authors' repository.
+    # Liu et al., arXiv 1904.05160: the latest config in the authors' repository.
     'liu': Protocol(
       {'batch': 128, 'optimizer': _sgd(5e-4), **steps(30, (10, 0.1), (20, 0.01))},
       _second(steps(60, (20, 0.1), (40, 0.01))),
     ),
-    # Kang et al., arXiv 1910.09217. Their cosine falls epoch by epoch, ours by step.
+    # Kang et al., arXiv 1910.09217. Their cosine decays per epoch, ours per step.
     'kang': Protocol(
       {'batch': 512, 'optimizer': _sgd(5e-4), **cosine(90, base=0.2)},
       NO_SECOND,
     ),
   },
   'places_lt': {
-    # As above; the second stage leaves all but attention, projection and head alone.
+    # As above; the second stage only trains attention, projection and head.
     'liu': Protocol(
       {
         'batch': 128,
@@ -116,8 +116,8 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
         }
       ),
     ),
-    # As above, and of the trunk the last block alone, so that it must begin with
-    # published weights; the authors published no config.
+    # As above, and only the last block of the trunk is trained, so that it needs
+    # published initial weights. The authors published no config.
     'kang': Protocol(
       {
         'batch': 256,
@@ -128,7 +128,7 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
     ),
   },
   # Ours, as none was published: batch and rate are usual for faces, and the second
-  # training is that of `liu` otherwise.
+  # training otherwise follows `liu`.
   'ms1m_lt': {
     'ours': Protocol(
       {
@@ -152,7 +152,7 @@ PHOTOGRAPHS: dict[str, dict[str, Protocol]] = {
     ),
   },
 }
-"""name -> protocol -> how it is trained."""
+"""data set -> name of a protocol -> protocol."""
 
 
 def _counts(
@@ -165,7 +165,7 @@ def _counts(
   test: int = 0,
   **roles: int,
 ) -> dict[str, int]:
-  """Returns what the source 'fake' needs to know of photographs."""
+  """Returns what the source 'fake' needs to know about photographs."""
   return {
     'classes': classes,
     'train': train,
@@ -182,13 +182,13 @@ class Photographs(NamedTuple):
   """A data set of photographs.
 
   Attributes:
-    source: of the images.
+    source: source of the images.
     net: the trunk.
     protocols: a key of `PHOTOGRAPHS`.
     fake: its counts, see `lt_jax.data.generated.sources`.
-    meta: images a class of the meta set, for recipes that need one.
-    data: what else its data need.
-    own: what recipes do on this data set, whatever the protocol.
+    meta: images per class of the meta set, for recipes that need one.
+    data: other keys of `data`.
+    own: overrides of recipes on this data set, whatever the protocol.
   """
 
   source: str
@@ -201,25 +201,25 @@ class Photographs(NamedTuple):
 
 
 def _classifier(epochs: float) -> Overrides:
-  """Epochs of the classifier alone, as Kang et al. take them."""
+  """Number of epochs for the classifier alone, as in Kang et al."""
   return {
     'stages': {'classifier': {'epochs': epochs, 'schedule': {'end': epochs}}},
   }
 
 
 def _episodes(**tasks: int) -> dict[str, Overrides]:
-  """Few-shot tasks: six epochs of 4,000."""
+  """Few-shot tasks: six epochs of 4,000 each."""
   return {
     'generator': {'epochs': 6.0, 'streams': {'train': {**tasks, 'per_epoch': 4000}}}
   }
 
 
-# As in the code of Li et al. (MetaSAug, CVPR 2021), who repeat Jamal et al.
+# As in the code of Li et al. (MetaSAug, CVPR 2021), which reproduces Jamal et al.
 _META_HEAD: Overrides = {'stages': {'meta': {'method': {'meta_layers': 'head'}}}}
 
 
 def _own(episodes: dict[str, Overrides | None], *, crt: float, lws: float) -> Protocol:
-  """Returns what recipes do on a data set; the arguments are epochs of classifiers."""
+  """Returns the overrides of recipes on a data set, given the classifiers' epochs."""
   return Protocol(
     {},
     episodes,
@@ -234,8 +234,8 @@ def _own(episodes: dict[str, Overrides | None], *, crt: float, lws: float) -> Pr
   )
 
 
-# As in the code of Gidaris and Komodakis, 250 of 389 base classes, 1,500 and 750
-# queries, but in numbers that eight devices divide.
+# As in the code of Gidaris and Komodakis (250 of 389 base classes, 1,500 and 750
+# queries), but with numbers that eight devices divide.
 _IMAGENET_LT = _own(
   _episodes(novel=248, queries_novel=1488, queries_base=752), crt=10.0, lws=5.0
 )
@@ -250,7 +250,7 @@ _MS1M_LT = _own({'generator': None}, crt=10.0, lws=5.0)
 _FACES = {
   'image_size': 112,
   'resize': 112,
-  'crop_area': 1.0,  # faces are aligned: whole, and flipped
+  'crop_area': 1.0,  # faces are aligned, so they are not cropped, only flipped
   'jitter': 0.0,
   'mean': (0.5,),
   'std': (0.5,),
@@ -326,11 +326,11 @@ DATASETS = {
 
 
 def _meta_set(recipe: Recipe, dataset: Photographs) -> Overrides:
-  """Returns the meta set of a recipe, as Jamal et al. are reported to have taken it.
+  """Returns the meta set of a recipe, reportedly as in Jamal et al.
 
-  It comes from the validation images where there are any, else from the training
-  images, where they stay. Without validation images one image a class is held out of
-  training to choose by.
+  It comes from the validation images if there are any. Otherwise it comes from the
+  training images, where it also stays, and one image per class is held out of training
+  for selection.
   """
   kept = dataset.data.get('meta_split', 'train') == 'train'
   if 'meta' in recipe.needs:
@@ -339,7 +339,7 @@ def _meta_set(recipe: Recipe, dataset: Photographs) -> Overrides:
 
 
 def _for_net(protocol: Protocol, net: str) -> Protocol:
-  """Returns a protocol with the last block of its rules the last one of a trunk."""
+  """Returns a protocol whose rules for the last block match a trunk's last block."""
   training, last = protocol.training, f'block{_FEWER_BLOCKS.get(net, 3)}'
   rules = tuple(
     (pattern.replace('block3', last), scale)
@@ -350,11 +350,11 @@ def _for_net(protocol: Protocol, net: str) -> Protocol:
 
 
 def photographs_lt(arg: str | None, *, name: str, recipe: str = 'ce') -> ConfigDict:
-  """Returns the config of a long tail of photographs; configs/ has the options.
+  """Returns the config of long-tailed photographs; see configs/ for options.
 
   Args:
-    arg: what follows the colon of --config.
-    name: of the config, a key of `DATASETS`.
+    arg: what follows the colon in --config.
+    name: name of the config, a key of `DATASETS`.
     recipe: the default.
   """
   dataset = DATASETS[name]

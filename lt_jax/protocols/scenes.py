@@ -1,4 +1,4 @@
-"""Street scenes: a network of 0.1 million parameters, eight images a step."""
+"""Street scenes: a network of 0.1 million parameters, eight images per step."""
 
 from lt_jax.protocols import Protocol
 
@@ -6,12 +6,12 @@ BATCH = 8
 
 
 def epochs_of(steps: int, images: int) -> float:
-  """Returns the epochs over so many images that end after some steps."""
-  return (steps - 0.5) * BATCH / images  # an epoch begins at the next whole step
+  """Returns the number of epochs over `images` that end after `steps`."""
+  return (steps - 0.5) * BATCH / images  # an epoch starts at the next whole step
 
 
 def training(epochs: float) -> Protocol:
-  """Returns how the scenes are trained on, for any recipe."""
+  """Returns the overrides for training on the scenes, for any recipe."""
   return Protocol(
     {
       'batch': BATCH,

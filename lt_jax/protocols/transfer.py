@@ -1,7 +1,7 @@
 """Transfer in one run: training on a source, then any recipe on a target.
 
-The stage 'source' trains on a domain of its own, by the protocol alone. The recipe's
-own stages follow on the target, the first of which begins with the trunk of 'source'.
+The stage 'source' trains on its own domain, with the protocol alone. The recipe's
+stages follow on the target, and the first of them starts from the trunk of 'source'.
 """
 
 from ml_collections import ConfigDict
@@ -21,14 +21,15 @@ def transferred(
   source: Overrides,
   epochs: float = 0.0,
 ) -> ConfigDict:
-  """Completes a config by a protocol, a stage on a source and a recipe on the target.
+  """Completes a config with a protocol, a stage on a source and a recipe on the target.
 
   Args:
-    config: of the target's data, with the source among its domains; it is changed.
-    recipe: what is done on the target.
-    protocol: how both are trained.
-    source: overrides of the stage on the source, 'domain' among them.
-    epochs: of the recipe; 0: the protocol's own.
+    config: config of the target's data, with the source among its domains; changed in
+      place.
+    recipe: the recipe for the target.
+    protocol: the protocol for both.
+    source: overrides of the stage on the source, including 'domain'.
+    epochs: epochs of the recipe; 0 for the protocol's own.
 
   Returns:
     The config, with stages that can be set key by key.
@@ -43,7 +44,7 @@ def transferred(
     copy('net/trunk/.*', SOURCE_STAGE),
     *begun.get('surgeries', config.surgeries),
   )
-  # What a recipe sets for all its stages is not for the source.
+  # What a recipe sets for all its stages does not apply to the source.
   changed = [key for key in STAGE_KEYS if config[key] != before[key]]
   stage = ConfigDict({key: before[key] for key in changed if key != 'surgeries'})
   apply(stage, {'surgeries': (), **source})

@@ -1,1 +1,1 @@
-"""What stages without steps fit: classifiers, maps of features, closed forms."""
+"""What stages without steps can fit: classifiers, feature maps, closed forms."""

@@ -1,13 +1,14 @@
-"""Classifiers of features with a unique optimum, trained to convergence.
+"""Classifiers on features that have a unique optimum, trained to convergence.
 
-Linear support vector machines, softmax and ridge regression, class means and nearest
-neighbours. Each is an entry of `CLASSIFIERS`: a function of features, labels and a list
-of strengths that returns one classifier a strength. `chosen` picks the strength by
-folds of the training data. Arrays in, arrays out: no network and no config.
+There are linear support vector machines, softmax and ridge regression, class means and
+nearest neighbours. Each is an entry of `CLASSIFIERS`: a function of features, labels
+and a list of strengths that returns one classifier per strength. `chosen` picks the
+strength by cross-validation on the training data. Everything works on arrays, without a
+network or a config.
 
 The convex ones are solved by L-BFGS for all classes at once. A step costs two products
-of the features with a (D, C) matrix: on a line the scores are linear in the step, so
-that the line search needs no further one.
+of the features with a (D, C) matrix. The line search needs no more, because scores are
+linear in the step length.
 """
 
 import functools
@@ -22,12 +23,12 @@ from jax import lax
 from lt_jax.errors import UserError, lookup
 
 HISTORY = 10
-"""Pairs of steps and changes of the gradient from which L-BFGS knows the curvature."""
+"""Number of (step, gradient change) pairs from which L-BFGS estimates curvature."""
 
 MOST_STEPS = 1000
 
 SEARCH_STEPS = 12
-"""Most values of the slope that a line search looks at."""
+"""Largest number of slopes that a line search evaluates."""
 
 
 class Linear(NamedTuple):
@@ -42,45 +43,45 @@ class Linear(NamedTuple):
   bias: np.ndarray
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
-    """Returns x W + b, (N, C), of features (N, D)."""
+    """Returns x W + b, (N, C), for features (N, D)."""
     return x @ self.kernel + self.bias
 
   def after(self, scaling: 'Scaling') -> 'Linear':
-    """Returns the classifier of features as they are before the scaling."""
+    """Returns the equivalent classifier for features before scaling."""
     kernel = self.kernel / scaling.deviation[:, None]
     return Linear(kernel, self.bias - scaling.mean @ kernel)
 
 
 class Scaling(NamedTuple):
-  """What brings every feature to mean 0 and deviation 1.
+  """Scales every feature to mean 0 and standard deviation 1.
 
   Attributes:
     mean: (D,).
-    deviation: (D,); 1 of a feature that never changes.
+    deviation: (D,); 1 for a constant feature.
   """
 
   mean: np.ndarray
   deviation: np.ndarray
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
-    """Returns (x - mean) / deviation of features (N, D)."""
+    """Returns (x - mean) / deviation for features (N, D)."""
     return (x - self.mean) / self.deviation
 
 
 def scaling(x: np.ndarray) -> Scaling:
-  """Returns the scaling of features (N, D)."""
+  """Returns the scaling for features (N, D)."""
   deviation = x.std(0)
   return Scaling(x.mean(0), np.where(deviation > 0, deviation, 1).astype(x.dtype))
 
 
 class Neighbours(NamedTuple):
-  """A classifier by the vote of the nearest examples.
+  """A classifier in which the nearest examples vote.
 
   Attributes:
     examples: (N, D).
     labels: (N,).
     num_classes: C.
-    k: how many vote.
+    k: number of votes.
   """
 
   examples: np.ndarray
@@ -89,7 +90,7 @@ class Neighbours(NamedTuple):
   k: int
 
   def __call__(self, x: np.ndarray) -> np.ndarray:
-    """Returns the scores (M, C) of features (M, D)."""
+    """Returns the scores (M, C) for features (M, D)."""
     votes = functools.partial(neighbour_scores, num_classes=self.num_classes, k=self.k)
     parts = np.array_split(x, max(1, -(-len(x) // 1000)))
     examples, labels = jnp.asarray(self.examples), jnp.asarray(self.labels)
@@ -100,20 +101,20 @@ class Neighbours(NamedTuple):
 def neighbour_scores(
   x: jax.Array, examples: jax.Array, labels: jax.Array, *, num_classes: int, k: int = 1
 ) -> jax.Array:
-  r"""Returns the votes of the k nearest examples, and who is nearer among equal votes.
+  r"""Returns the votes of the k nearest examples, with ties broken by distance.
 
   .. math:: z_c = n_c + \tfrac{1}{2} \frac{d_{\min}}{d_c}
 
-  with n_c votes for class c, d_c the squared distance to its nearest example and d_min
-  the least of these: of classes with as many votes the one with the nearest example
-  comes first, and with k = 1 classes are in the order of their nearest examples.
+  where n_c is the number of votes for class c, d_c the squared distance to its nearest
+  example and d_min the smallest of these. Among classes with equal votes the one with
+  the nearest example wins; with k = 1 classes are ordered by their nearest example.
 
   Args:
     x: (B, D).
     examples: (N, D).
     labels: (N,) int.
     num_classes: C.
-    k: how many vote; no more than N.
+    k: number of votes, at most N.
 
   Returns:
     (B, C).
@@ -133,13 +134,13 @@ def neighbour_scores(
 
 
 class Loss(NamedTuple):
-  """A loss of scores, of which a problem is the sum over examples.
+  """A loss as a function of scores; a problem sums it over examples.
 
   Attributes:
-    slope: (scores (N, C), is_true (N, C) bool) -> its derivative in the scores (N, C).
-    axis: over what sums of (D, C) are taken: 0 where each class is a problem of its
-      own, None where all of them are one.
-    bias_decays: whether the penalty is on the bias too.
+    slope: (scores (N, C), is_true (N, C) bool) -> its derivative by the scores (N, C).
+    axis: axis of (D, C) for sums: 0 if each class is a separate problem, None if all of
+      them are one problem.
+    bias_decays: whether the bias is penalised too.
   """
 
   slope: Callable[[jax.Array, jax.Array], jax.Array]
@@ -148,7 +149,7 @@ class Loss(NamedTuple):
 
 
 def _squared_hinge(scores: jax.Array, is_true: jax.Array) -> jax.Array:
-  """The derivative of max(0, 1 - t z)^2 with t = 1 for the true class and -1 else."""
+  """Returns the derivative of max(0, 1 - t z)^2; t is 1 for the true class, else -1."""
   sign = jnp.where(is_true, 1.0, -1.0).astype(scores.dtype)
   return -2 * sign * jnp.maximum(1 - sign * scores, 0)
 
@@ -170,12 +171,12 @@ def svm(
   weights: np.ndarray | None = None,
   tolerance: float = 1e-4,
 ) -> list[Linear]:
-  r"""Linear support vector machines of one class against the rest.
+  r"""Linear support vector machines, one class against the rest.
 
   .. math::
     \tfrac{1}{2} (|w_c|^2 + b_c^2) + C \sum_n a_n \max(0, 1 - t_{nc} (x_n w_c + b_c))^2
 
-  with t = 1 for examples of class c and -1 for others. As in liblinear, b is a weight
+  with t = 1 for examples of class c and -1 for others. As in liblinear, b is the weight
   of a constant feature and penalised like the others.
 
   Args:
@@ -183,11 +184,11 @@ def svm(
     labels: (N,) int.
     num_classes: the number of classes.
     costs: the values of C.
-    weights: a (N,), such as 0 for examples that are left out; 1 by default.
-    tolerance: of the length of a class's gradient, relative to that at w = 0.
+    weights: a (N,), 0 for examples to leave out; 1 by default.
+    tolerance: of the norm of a class's gradient, relative to that at w = 0.
 
   Returns:
-    a classifier for each cost, in their order.
+    a classifier for each cost, in the same order.
 
   Fan et al., "LIBLINEAR", JMLR 9, 2008, appendix B: the primal problem with L2 loss,
   scikit-learn's `LinearSVC(dual=False)`.
@@ -204,7 +205,7 @@ def softmax(
   weights: np.ndarray | None = None,
   tolerance: float = 1e-4,
 ) -> list[Linear]:
-  r"""Multinomial logistic regression with an L2 penalty, none on the bias.
+  r"""Multinomial logistic regression with an L2 penalty, except on the bias.
 
   .. math:: \tfrac{1}{2} |W|^2 + C \sum_n a_n \mathrm{CE}(x_n W + b, y_n)
 
@@ -222,7 +223,7 @@ def _path(
   weights: np.ndarray | None,
   tolerance: float,
 ) -> list[Linear]:
-  """Solves for rising costs, each from the answer before, which is near."""
+  """Solves for rising costs, each starting from the previous solution."""
   ones = np.ones((len(x), 1), x.dtype)
   features = jnp.asarray(np.concatenate([x, ones], axis=1))
   labels = jnp.asarray(labels)
@@ -238,14 +239,14 @@ def _path(
 
 
 class _Search(NamedTuple):
-  """Where L-BFGS is; numbers of problems are (1, C), or (1, 1) where they are one."""
+  """The state of L-BFGS; numbers per problem are (1, C), or (1, 1) for one problem."""
 
   kernel: jax.Array
   scores: jax.Array
   gradient: jax.Array
   steps: jax.Array  # (m, D, C), the latest last
-  changes: jax.Array  # of the gradient, likewise
-  inverse: jax.Array  # (m, ...), one over their product; 0 where there is none
+  changes: jax.Array  # changes of the gradient, likewise
+  inverse: jax.Array  # (m, ...), one over their product; 0 if unused
   count: jax.Array
 
 
@@ -264,10 +265,10 @@ def _solve(
   Args:
     x: (N, D), the last feature constant.
     labels: (N,).
-    weights: (N,), of the examples' losses.
-    first: (D, C), where to begin.
+    weights: (N,), weights of the examples' losses.
+    first: (D, C), the initial kernel.
     tolerance: of the gradient, relative to that at zero.
-    loss: of the scores.
+    loss: the loss of the scores.
 
   Returns:
     the kernel (D, C).
@@ -332,7 +333,7 @@ def _solve(
 
 
 def _curved(now: _Search, inner: Callable) -> jax.Array:
-  """Returns the gradient times the inverse of the curvature that is known of.
+  """Returns the gradient times the approximate inverse curvature.
 
   Nocedal and Wright, "Numerical Optimization", algorithm 7.4.
   """
@@ -363,17 +364,17 @@ def _line_search(
   decay: jax.Array,
   inner: Callable,
 ) -> jax.Array:
-  """Returns a step length of each problem, at which its slope is a tenth or less.
+  """Returns a step length for each problem that reduces its slope to a tenth or less.
 
-  By Newton's method, kept within the bounds that the signs of earlier slopes give.
+  Uses Newton's method within the bounds given by the signs of earlier slopes.
 
   Args:
-    now: where it is.
+    now: the current state.
     direction: (D, C).
     along: (N, C), what a step of length 1 adds to the scores.
-    slope: of the losses in the scores.
+    slope: derivative of the losses by the scores.
     decay: (D, 1), weights of the penalty.
-    inner: the product by problem.
+    inner: the inner product per problem.
   """
   penalised = decay * direction
   flat, curve = inner(penalised, now.kernel), inner(penalised, direction)
@@ -423,22 +424,22 @@ def ridge(
   *,
   weights: np.ndarray | None = None,
 ) -> list[Linear]:
-  r"""Ridge regression on 1 for the true class and -1 for others.
+  r"""Ridge regression to 1 for the true class and -1 for others.
 
   .. math:: \sum_n a_n |x_n W + b - t_n|^2 + \lambda |W|^2
 
-  One decomposition, of the smaller of (D, D) and (N, N), serves every penalty. As in
-  scikit-learn's `RidgeClassifier` b is not penalised.
+  A single decomposition, of the smaller of (D, D) and (N, N), serves every penalty. As
+  in scikit-learn's `RidgeClassifier`, b is not penalised.
 
   Args:
     x: features (N, D).
     labels: (N,) int.
     num_classes: C.
     penalties: the values of lambda, positive.
-    weights: a (N,), such as 0 for examples that are left out; 1 by default.
+    weights: a (N,), 0 for examples to leave out; 1 by default.
 
   Returns:
-    a classifier for each penalty, in their order.
+    a classifier for each penalty, in the same order.
 
   Hoerl and Kennard, Technometrics 12, 1970.
   """
@@ -471,7 +472,7 @@ def class_means(
   *,
   weights: np.ndarray | None = None,
 ) -> list[Linear]:
-  r"""The class whose mean is nearest, as a linear classifier.
+  r"""Predicts the class with the nearest mean, as a linear classifier.
 
   .. math:: z_c = x \cdot m_c - \tfrac{1}{2} |m_c|^2
 
@@ -494,10 +495,10 @@ def neighbours(
   *,
   weights: np.ndarray | None = None,
 ) -> list[Neighbours]:
-  """The nearest examples; the strengths are how many of them vote.
+  """Predicts by the nearest examples; the strengths are how many of them vote.
 
-  The arguments are those of `ridge`; examples of weight 0 are left out, others count
-  alike.
+  The arguments are those of `ridge`; examples with weight 0 are left out, all others
+  count equally.
   """
   used = slice(None) if weights is None else weights > 0
   return [Neighbours(x[used], labels[used], num_classes, int(k)) for k in strengths]
@@ -508,9 +509,9 @@ class Classifier(NamedTuple):
 
   Attributes:
     fit: (features (N, D), labels (N,), number of classes, strengths, weights=) -> one
-      for each strength, from features (M, D) to scores (M, C).
-    strengths: those that are tried, the simplest first.
-    default: that of examples among which there is nothing to choose by.
+      classifier per strength, from features (M, D) to scores (M, C).
+    strengths: strengths to try, simplest first.
+    default: the strength if the examples do not allow a choice.
   """
 
   fit: Callable[..., list[Any]]
@@ -531,12 +532,12 @@ CLASSIFIERS = {
 
 
 class Chosen(NamedTuple):
-  """A classifier whose strength was chosen.
+  """A classifier with a chosen strength.
 
   Attributes:
     classifier: fitted to all examples.
-    strength: the best of those that were tried, the simplest of equals.
-    accuracy: (S,) of each, by folds; NaN where there was no choice.
+    strength: the best of those tried, the simplest if tied.
+    accuracy: (S,), cross-validated accuracy of each; NaN if there was no choice.
   """
 
   classifier: Any
@@ -554,22 +555,22 @@ def chosen(
   folds: int = 3,
   weights: np.ndarray | None = None,
 ) -> Chosen:
-  """Fits a classifier, its strength chosen by folds of the examples.
+  """Fits a classifier and chooses its strength by cross-validation.
 
-  Every example is predicted by a classifier that was not fitted to it; what counts is
-  the mean over classes of the share that is right.
+  Every example is predicted by a classifier that was not fitted to it. The criterion is
+  the mean accuracy per class.
 
   Args:
     name: a key of `CLASSIFIERS`.
     x: features (N, D).
     labels: (N,) int.
     num_classes: C.
-    strengths: those to try, the simplest first; none: those of the kind.
-    folds: how many there are; those of a class with fewer examples lack it.
-    weights: (N,), of the examples.
+    strengths: strengths to try, simplest first; by default those of the kind.
+    folds: number of folds; if a class has fewer examples, some folds lack it.
+    weights: (N,), weights of the examples.
 
   Raises:
-    UserError: an unknown kind, features that are not finite, a class or fold without
+    UserError: an unknown kind, features that are not finite, or a class or fold without
       examples.
   """
   kind = lookup(CLASSIFIERS, 'classifier', name)
@@ -594,9 +595,9 @@ def _held_out(
   folds: int,
   weights: np.ndarray,
 ) -> np.ndarray:
-  """Returns (S, N), what is predicted of each example by those that lack it.
+  """Returns (S, N), predictions for each example by classifiers not fitted to it.
 
-  Who is left out has the weight 0: so all folds have one shape, and one program.
+  Examples left out get the weight 0, so all folds share one shape and one program.
   """
   found = np.zeros((len(strengths), len(x)), np.int64)
   of_fold = folds_of(labels, folds)
@@ -609,7 +610,7 @@ def _held_out(
 
 
 def folds_of(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
-  """Returns the fold (N,) of each example: every class is shared out evenly.
+  """Returns the fold (N,) of each example, with every class spread evenly.
 
   Raises:
     UserError: fewer than two folds, or fewer examples.
@@ -622,28 +623,28 @@ def folds_of(labels: np.ndarray, folds: int, seed: int = 0) -> np.ndarray:
   for label in np.unique(labels):
     own = rng.permutation(np.flatnonzero(labels == label))
     found[own] = (first + np.arange(len(own))) % folds
-    first += len(own)  # or classes of one example would all be in the first fold
+    first += len(own)  # spreads classes with one example over folds
   return found
 
 
 def per_class_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the mean over the classes that occur of the share that is right."""
+  """Returns the mean accuracy over the classes that occur."""
   classes, place = np.unique(labels, return_inverse=True)
   right = np.bincount(place, predicted == labels, len(classes))
   return float((right / np.bincount(place)).mean())
 
 
 def balanced(labels: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns weights (N,) by which all classes that occur count alike, of mean 1."""
+  """Returns weights (N,) with mean 1 that make all classes that occur count equally."""
   counts = np.bincount(labels, minlength=num_classes)
   return len(labels) / ((counts > 0).sum() * counts[labels])
 
 
 def check_examples(x: np.ndarray, labels: np.ndarray) -> None:
-  """Refuses examples from which nothing can be learned.
+  """Rejects examples from which nothing can be learned.
 
   Raises:
-    UserError: features that are not finite, or one class.
+    UserError: features that are not finite, or only one class.
   """
   wrong = ~np.isfinite(x).all(axis=1)
   if wrong.any():

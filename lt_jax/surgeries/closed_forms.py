@@ -1,8 +1,8 @@
-"""Zero-shot learning in closed form, or by one convex fit; float64 NumPy throughout.
+"""Zero-shot learning in closed form or by one convex fit, in float64 NumPy throughout.
 
-Features are X (N, D), labels y (N,), descriptions S (C, A) of unit norm by row, and
-`fitted` (C,) bool are the classes that are learned from. A fit yields, for each set of
-hyper-parameters in turn, the parameters of a head of `lt_jax.models.described`; what
+Features are X (N, D), labels y (N,), descriptions S (C, A) with rows of unit norm, and
+`fitted` (C,) bool marks the classes that are learned from. A fit yields the parameters
+of a head of `lt_jax.models.described` for each set of hyper-parameters in turn; what
 they share is computed once.
 """
 
@@ -21,13 +21,13 @@ POWERS = tuple(10.0**power for power in range(-3, 4))
 
 
 class Seen(NamedTuple):
-  """What is fitted to.
+  """The data to fit to.
 
   Attributes:
     x: (N, D) float64 features.
     y: (N,) int labels.
     described: (C, A) float64, rows of unit norm.
-    raw: (C, A) float64, descriptions as they are.
+    raw: (C, A) float64, descriptions without normalising.
     fitted: (C,) bool, the classes of these images.
   """
 
@@ -45,7 +45,7 @@ class ClosedForm(NamedTuple):
     fits: (seen, sets of hyper-parameters) -> parameters of the head for each.
     scores: (parameters, features (N, D), unit descriptions (C, A), raw ones (C, A)) ->
       (N, C) scores.
-    grid: name of a hyper-parameter -> values that are tried.
+    grid: name of a hyper-parameter -> values to try.
     fills: names of the head's parameters.
   """
 
@@ -55,7 +55,7 @@ class ClosedForm(NamedTuple):
   fills: tuple[str, ...] = ('kernel',)
 
   def sets(self, given: Mapping[str, float]) -> list[Hyper]:
-    """Returns every set of hyper-parameters, those that are given as they are."""
+    """Returns every set of hyper-parameters; given ones are fixed."""
     values = {
       name: (given[name],) if name in given else v for name, v in self.grid.items()
     }
@@ -68,7 +68,7 @@ class ClosedForm(NamedTuple):
 
 
 def eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
-  r"""Fits the bilinear form by two ridge regressions at once.
+  r"""Fits the bilinear form with two ridge regressions at once.
 
   .. math::
     W = (X^\top X + g I)^{-1} X^\top Y S (S^\top S + l I)^{-1}, \qquad
@@ -91,7 +91,7 @@ def eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 
 
 def _signed_sums(x: np.ndarray, y: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-  """Returns X^T Y (D, fitted classes), for Y that is 1 of the own class and -1 else."""
+  """Returns X^T Y (D, fitted classes); Y is 1 for the true class and -1 otherwise."""
   belongs = (y[:, None] == np.flatnonzero(fitted)[None]).astype(np.float64)
   return 2 * (x.T @ belongs) - x.sum(0)[:, None]
 
@@ -111,7 +111,7 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 
   .. math:: \alpha = (K + g I)^{-1} Y S (S^\top S + l I)^{-1}
 
-  Sigma is `width` times the root of the mean squared distance between images.
+  Sigma is `width` times the root mean squared distance between images.
 
   Source: Romera-Paredes and Torr, ICML 2015, section 3.2.
   """
@@ -158,15 +158,15 @@ def kernel_scores(
 
 
 def sae(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
-  r"""Fits a linear autoencoder whose code is the description.
+  r"""Fits a linear autoencoder with the description as its code.
 
   .. math::
     \min_W |X^\top - W \Sigma|^2 + \lambda |W^\top X^\top - \Sigma|^2
 
-  for the descriptions Sigma (A, N) of the images. Its solution is that of a Sylvester
+  for the descriptions Sigma (A, N) of the images. The solution solves a Sylvester
   equation in V = W^T, A V + V B = C, with A = Sigma Sigma^T, B = lambda X^T X and C =
-  (1 + lambda) Sigma X. A and B are symmetric, so they are diagonalised once and each
-  lambda costs a division.
+  (1 + lambda) Sigma X. A and B are symmetric, so they are diagonalised once, and each
+  lambda costs one division.
 
   Source: Kodirov et al., Semantic Autoencoder for Zero-Shot Learning, arXiv 1704.08345,
   equation 8.
@@ -174,7 +174,7 @@ def sae(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
   codes = seen.described[seen.y]
   weights, axes = np.linalg.eigh(codes.T @ codes)
   values, vectors = np.linalg.eigh(seen.x.T @ seen.x)
-  # Directions that no image has would be divided by 0; their projection is 0 as well.
+  # Directions in which no image varies would give 0 / 0; their projection is 0.
   weights, values = np.maximum(weights, 0), np.maximum(values, 0)
   turned = axes.T @ (codes.T @ seen.x) @ vectors
   for one in sets:
@@ -187,7 +187,7 @@ def sae(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 
 
 def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """Returns the cosines of rows (N, A) and rows (C, A)."""
+  """Returns the cosines between rows (N, A) and rows (C, A)."""
   unit = [
     x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     for x in (one, other)
@@ -198,7 +198,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def in_attributes_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns cosines of codes and descriptions."""
+  """Returns cosines between codes and descriptions."""
   del raw
   return cosines(x @ params['kernel'], described)
 
@@ -206,7 +206,7 @@ def in_attributes_scores(
 def in_features_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns cosines of features and of what descriptions are decoded to."""
+  """Returns cosines between features and decoded descriptions."""
   del raw
   return cosines(x, described @ params['kernel'].T)
 
@@ -222,7 +222,7 @@ def softmax_regression(
   .. math:: \sum_i \ell(x_i W + b, t_i) + \frac{\lambda}{2} |W|^2
 
   b is not penalised. It descends in V = P^{-1} W with :math:`P = (X^\top X / 4 +
-  \lambda I)^{-1/2}`, where the curvature at 0 is much the same in all directions.
+  \lambda I)^{-1/2}`, where the curvature at 0 is about the same in all directions.
 
   Args:
     x: (N, D).
@@ -266,11 +266,11 @@ PLATT_STEPS = 30
 
 
 def platt(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  r"""Fits sigmoids to scores, :math:`p = \sigma(\alpha s + \beta)`, of each column.
+  r"""Fits a sigmoid :math:`p = \sigma(\alpha s + \beta)` to the scores of each column.
 
-  By Newton steps on the log-likelihood, all columns at once. The targets of the n_+
+  Newton steps on the log-likelihood, for all columns at once. The targets of the n_+
   positive and n_- negative examples are (n_+ + 1) / (n_+ + 2) and 1 / (n_- + 2), so
-  that the optimum is finite where the scores part the examples.
+  that the optimum is finite even if the scores separate the examples.
 
   Args:
     scores: (N, K).
@@ -280,7 +280,7 @@ def platt(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarr
     (alpha (K,), beta (K,)).
 
   Source: Platt, Probabilistic Outputs for Support Vector Machines, 1999; Newton's
-  method, as Lin et al., Machine Learning 68, 2007, do.
+  method as in Lin et al., Machine Learning 68, 2007.
   """
   from scipy import special
 
@@ -303,7 +303,7 @@ def platt(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _coded(seen: Seen) -> Params:
-  """Returns the threshold of attributes, and their prior among the fitted classes."""
+  """Returns the threshold of attributes and their prior among the fitted classes."""
   codes, threshold = binary(seen.raw)
   return {
     'threshold': np.float64(threshold),
@@ -312,17 +312,17 @@ def _coded(seen: Seen) -> Params:
 
 
 def attribute_classifiers(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
-  r"""Fits a probability of each attribute: ridge regression, then a sigmoid.
+  r"""Fits the probability of each attribute: ridge regression, then a sigmoid.
 
   .. math::
     w_m = (\tilde X^\top \tilde X + \lambda I)^{-1} \tilde X^\top a_m, \qquad
     p(a_m = 1 \mid x) = \sigma(\alpha_m\, x^\top w_m + \beta_m)
 
-  with features less their mean, and the attributes of each image's class. All
-  attributes share one eigendecomposition.
+  with centred features and the attributes of each image's class. All attributes share
+  one eigendecomposition.
 
-  Source: Lampert et al., TPAMI 36(3), 2014, section 4, where kernel machines are in the
-  place of the ridge regression.
+  Source: Lampert et al., TPAMI 36(3), 2014, section 4, which uses kernel machines
+  instead of ridge regression.
   """
   codes, _ = binary(seen.raw)
   wanted = codes[seen.y]
@@ -354,7 +354,7 @@ def direct(probability: np.ndarray, params: Params, raw: np.ndarray) -> np.ndarr
 def dap_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns `direct` of the attributes' probabilities."""
+  """Returns `direct` for the attributes' probabilities."""
   del described
   return direct(_attribute_probability(params, x), params, raw)
 
@@ -362,7 +362,7 @@ def dap_scores(
 def hamming_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns minus the number of attributes that are predicted otherwise."""
+  """Returns minus the number of attributes that are predicted wrongly."""
   del described
   has = (_attribute_probability(params, x) >= 0.5).astype(np.float64)
   codes = (raw > params['threshold']).astype(np.float64)
@@ -372,14 +372,14 @@ def hamming_scores(
 def cosine_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns cosines of the attributes' probabilities and of attributes."""
+  """Returns cosines between the attributes' probabilities and the attributes."""
   del described
   codes = (raw > params['threshold']).astype(np.float64)
   return cosines(_attribute_probability(params, x), codes)
 
 
 def seen_classifier(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
-  """Fits a softmax over the fitted classes; other classes are out of its reach."""
+  """Fits a softmax over the fitted classes; it cannot predict other classes itself."""
   places = np.flatnonzero(seen.fitted)
   targets = (seen.y[:, None] == places[None]).astype(np.float64)
   classes = len(seen.fitted)
@@ -399,7 +399,7 @@ def _seen_probability(params: Params, x: np.ndarray) -> np.ndarray:
 def iap_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
 ) -> np.ndarray:
-  """Returns `direct` of what the probable classes have."""
+  """Returns `direct` for the attributes expected from the class probabilities."""
   del described
   codes = (raw > params['threshold']).astype(np.float64)
   return direct(_seen_probability(params, x) @ codes, params, raw)
@@ -408,7 +408,7 @@ def iap_scores(
 def conse_scores(
   params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray, top: int = 10
 ) -> np.ndarray:
-  """Returns cosines of the average description of the likeliest classes."""
+  """Returns cosines with the average description of the most likely classes."""
   del raw
   probability = _seen_probability(params, x)
   least = np.sort(probability, axis=1)[:, -min(top, probability.shape[1])]
@@ -444,4 +444,4 @@ FORMS: dict[str, ClosedForm] = {
   'iap': ClosedForm(seen_classifier, iap_scores, PENALTIES, CODED),
   'conse': ClosedForm(seen_classifier, conse_scores, PENALTIES, CODED),
 }
-"""Name -> method. What a name sets in the network is in its recipe."""
+"""Name -> method. Its recipe sets the matching head."""

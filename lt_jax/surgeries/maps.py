@@ -1,11 +1,11 @@
 """Adaptation in closed form: maps of features, or statistics, that fit the target.
 
-A stage of no steps has a map of features for each domain, put there by a surgery that
-sees the features of both and the labels of none. The network is deployed with the
-target's; images of the source are measured with their own (`pairs.as_source`).
+A stage without steps has a map of features for each domain, fitted by a surgery that
+sees the features of both domains but no labels. The network is deployed with the
+target's map; source images are evaluated with the source's (`pairs.as_source`).
 
 Maps are matrices (D, D) whatever dimension is chosen: a projection to a subspace is
-followed by the way back, which changes neither distances nor what an L2 penalty costs.
+followed by the map back, which preserves distances and the cost of an L2 penalty.
 """
 
 import functools
@@ -38,7 +38,7 @@ DIMENSIONS = 'wrappers.aligned_subspaces.dimensions of the stage'
 
 
 class Map(NamedTuple):
-  """What is done to features: (v - centre) K.
+  """A map of features: (v - centre) K.
 
   Attributes:
     centre: (D,).
@@ -54,13 +54,13 @@ class Map(NamedTuple):
 
 
 def aligned_features(method: Method) -> Method:
-  """Maps features before the head reads them, those of each domain by a map of its own.
+  """Maps each domain's features by the domain's own map before the head reads them.
 
-  They are in `state.memory['map']` and `['map_source']`, where a surgery such as
-  'coral' puts them; before, they change nothing.
+  The maps are in `state.memory['map']` and `['map_source']`, where a surgery such as
+  'coral' puts them. Until then they are the identity.
 
   Args:
-    method: one whose head is linear.
+    method: a method with a linear head.
   """
 
   def init(key, batches):
@@ -85,15 +85,15 @@ GRID = (2, 5, 10, 20, 30, 40, 60)
 
 
 def aligned_subspaces(method: Method, *, dimensions: Sequence[int] = ()) -> Method:
-  """The same with room for the dimension that the surgery 'align_subspaces' chooses.
+  """`aligned_features` with a place for the dimension that 'align_subspaces' chooses.
 
   Args:
-    method: one whose head is linear.
-    dimensions: those to choose from; none: those of `GRID` that are no more than the
-      features.
+    method: a method with a linear head.
+    dimensions: dimensions to choose from; by default those of `GRID` up to the number
+      of features.
 
   Raises:
-    UserError: a dimension that is not from 1 to the number of features.
+    UserError: a dimension that is not between 1 and the number of features.
   """
   mapped = aligned_features(method)
 
@@ -104,8 +104,8 @@ def aligned_subspaces(method: Method, *, dimensions: Sequence[int] = ()) -> Meth
     for dimension in grid:
       if not 1 <= dimension <= width:
         raise UserError(
-          f'aligned_subspaces: d = {dimension} is not from 1 to {width}, the features: '
-          f'set {DIMENSIONS}'
+          f'aligned_subspaces: d = {dimension} is not between 1 and {width}, the '
+          f'number of features: set {DIMENSIONS}'
         )
     memory = {
       'dimension': jnp.zeros((), jnp.int32),
@@ -121,11 +121,11 @@ def aligned_subspaces(method: Method, *, dimensions: Sequence[int] = ()) -> Meth
 
 
 class Axes(NamedTuple):
-  """Principal axes of features.
+  """The principal axes of features.
 
   Attributes:
     mean: (D,).
-    axes: (D, r), orthonormal, the largest variance first; r is the rank.
+    axes: (D, r), orthonormal, with the largest variance first; r is the rank.
   """
 
   mean: np.ndarray
@@ -133,7 +133,7 @@ class Axes(NamedTuple):
 
 
 def principal_axes(x: np.ndarray) -> Axes:
-  """Returns the axes along which features (N, D) vary at all, in float64."""
+  """Returns the axes along which features (N, D) vary, in float64."""
   x = np.asarray(x, np.float64)
   mean = x.mean(0)
   centred = x - mean
@@ -143,7 +143,7 @@ def principal_axes(x: np.ndarray) -> Axes:
   else:
     values, axes = np.linalg.eigh(centred.T @ centred)
     lengths, axes = np.sqrt(np.maximum(values[::-1], 0)), axes[:, ::-1]
-  # Of features in float32, what is shorter is rounding.
+  # For float32 features, anything shorter is rounding.
   rank = int((lengths > lengths[0] * max(x.shape) * np.finfo(np.float32).eps).sum())
   return Axes(mean, axes[:, : min(rank, len(x) - 1)])
 
@@ -155,13 +155,13 @@ def subspace_maps(source: Axes, target: Axes, dimension: int) -> tuple[Map, Map]
     x_s \mapsto (x_s - \mu_s) P_s M, \quad x_t \mapsto (x_t - \mu_t) P_t, \quad
     M = P_s^\top P_t
 
-  with P the first d principal axes: M is what turns P_s into P_t as nearly as can be,
-  the least of |P_s M - P_t|. Here both are followed by the transpose of P_t, which
-  turns the subspace back into the space.
+  where P are the first d principal axes and M aligns P_s with P_t as well as possible:
+  it minimises |P_s M - P_t|. Here both maps are followed by the transpose of P_t, which
+  maps the subspace back into the space.
 
   Args:
-    source: of the source's features.
-    target: of the target's.
+    source: axes of the source's features.
+    target: axes of the target's features.
     dimension: d.
 
   Returns:
@@ -184,27 +184,27 @@ def align_subspaces(
 ) -> Surgery:
   """Aligns the subspaces of source and target, see `subspace_maps`.
 
-  The dimension is the one of 'aligned_subspaces' at which a classifier of its default
-  strength is best, the least of equals.
+  Of the dimensions of 'aligned_subspaces' it takes the one for which a classifier of
+  default strength is best, the smallest if tied.
 
   Args:
     survey: passes with the stage's own network.
-    choose_by: 'source': by folds of the source's labelled images, in the aligned
-      subspace. 'oracle': by the labels of the target's training images, which a stream
-      of the stage must give; an upper bound, and no method.
+    choose_by: 'source' for cross-validation on the source's labelled images, in the
+      aligned subspace; 'oracle' for the labels of the target's training images, which a
+      stream of the stage must provide. The latter is an upper bound, not a method.
     classifier: a key of `classifiers.CLASSIFIERS`.
-    folds: of the source.
+    folds: number of folds of the source.
 
   Raises:
     UserError: an unknown name, a stage that is not wrapped in 'aligned_subspaces', a
-      dimension that the data do not support, or labels that are hidden.
+      dimension that the data do not support, or hidden labels.
   """
   choose = lookup({'source': _by_source, 'oracle': _by_target}, 'choose_by', choose_by)
   kind = lookup(classifiers.CLASSIFIERS, 'classifier', classifier)
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     check_wrapped(fresh, 'subspaces', 'aligned_subspaces')
-    survey.outputs(fresh, TARGET)  # there is a target
+    survey.outputs(fresh, TARGET)  # raises if there is no target
     room = fresh.memory['subspaces']
 
     @functools.cache
@@ -233,7 +233,7 @@ def align_subspaces(
 
 
 def _put_memory(state: State, fitted: Callable[[], Mapping[str, Any]]) -> State:
-  """Returns the State with what `fitted()` has, by path in its memory."""
+  """Returns the State with the results of `fitted()` in its memory, by path."""
   paths = [(name, leaf) for name in ('map', 'map_source') for leaf in Map._fields]
   if 'subspaces' in state.memory:
     paths += [('subspaces', 'dimension'), ('subspaces', 'accuracy')]
@@ -248,18 +248,18 @@ def _put_memory(state: State, fitted: Callable[[], Mapping[str, Any]]) -> State:
 
 
 def _check_supported(largest: int, axes: Sequence[Axes]) -> None:
-  """Refuses a dimension that a domain has not enough independent images for."""
+  """Rejects a dimension for which a domain has too few independent images."""
   for name, own in zip(('source', 'target'), axes, strict=True):
     rank = own.axes.shape[1]
     if largest > rank:
       raise UserError(
-        f'aligned_subspaces: d = {largest}, but the {name} varies in {rank} directions '
-        f'only: set {DIMENSIONS}'
+        f'aligned_subspaces: d = {largest}, but the {name} only varies in {rank} '
+        f'directions: set {DIMENSIONS}'
       )
 
 
 def _by_source(maps, kind, x, labels, seen, folds) -> float:
-  """Returns the accuracy on the source, by folds."""
+  """Returns the cross-validated accuracy on the source."""
   del seen
   mapped = maps[0](x).astype(np.float32)
   classes, labels = np.unique(labels, return_inverse=True)
@@ -297,19 +297,19 @@ def coral_maps(source: np.ndarray, target: np.ndarray, ridge: float) -> tuple[Ma
   .. math:: x_s \mapsto (x_s - \mu_s) C_s^{-1/2} C_t^{1/2}, \quad
     C = \mathrm{cov} + \lambda I
 
-  and of the target only the mean is taken away.
+  The target is only centred.
 
   Args:
     source: features (N, D).
     target: features (M, D).
-    ridge: lambda, in units of the mean variance of the features of both domains: on
-      standardised features 1 is the constant of the paper's code.
+    ridge: lambda, in units of the mean variance of the features of both domains. On
+      standardised features, 1 is the constant in the paper's code.
 
   Returns:
     (map of the source, map of the target).
 
   Source: Sun et al., "Return of Frustratingly Easy Domain Adaptation", AAAI 2016, arXiv
-  1511.05547, algorithm 1, which expects features of mean 0.
+  1511.05547, algorithm 1, which expects features with mean 0.
   """
   both = [np.asarray(x, np.float64) for x in (source, target)]
   covariances = [np.atleast_2d(np.cov(x, rowvar=False)) for x in both]
@@ -326,7 +326,7 @@ def coral_maps(source: np.ndarray, target: np.ndarray, ridge: float) -> tuple[Ma
 
 
 def coral(*, survey: Survey, ridge: float = 1.0) -> Surgery:
-  """Gives features of the source the covariance of the target's, see `coral_maps`.
+  """Gives the source's features the target's covariance, see `coral_maps`.
 
   Args:
     survey: passes with the stage's own network.
@@ -357,26 +357,26 @@ def coral(*, survey: Survey, ridge: float = 1.0) -> Surgery:
   return surgery
 
 
-# Statistics of batch normalisation.
+# Batch statistics.
 
 
 def recalibrate(*, survey: Survey, net: Network, split: str = TARGET) -> Surgery:
-  r"""Takes the statistics of batch normalisation from a split, in place of training's.
+  r"""Recomputes the statistics of batch normalisation on a split.
 
   .. math:: \mu = E_b\, \mu_b, \qquad
     \sigma^2 = E_b (\sigma_b^2 + \mu_b^2) - \mu^2
 
-  over the batches b of evaluation, each normalised by itself as in training. A last
-  batch that is not full is left out.
+  over the evaluation batches b, each normalised by itself as in training. An incomplete
+  last batch is left out.
 
   Args:
     survey: passes with the stage's own network.
-    net: the same network, which normalises by the batch in training.
-    split: whose images; their labels are not read.
+    net: the same network, with batch statistics in training.
+    split: the split of the images; no label is read.
 
   Raises:
-    UserError: a network without batch normalisation or with frozen one, or fewer images
-      than a batch.
+    UserError: a network without batch normalisation or with frozen statistics, or fewer
+      images than a batch.
 
   Source: Li et al., "Revisiting Batch Normalization For Practical Domain Adaptation"
   (AdaBN), arXiv 1603.04779, algorithm 1, with exact means over the split.
@@ -387,7 +387,7 @@ def recalibrate(*, survey: Survey, net: Network, split: str = TARGET) -> Surgery
     own = fresh.stats['net']
     if not jax.tree.leaves(own):
       raise UserError(
-        'recalibrate: the network has no batch normalisation: take a trunk that has, '
+        'recalibrate: the network has no batch normalisation: use a trunk that has it, '
         'such as --config.model.trunk=digits_cnn'
       )
     paths = [
@@ -399,9 +399,7 @@ def recalibrate(*, survey: Survey, net: Network, split: str = TARGET) -> Surgery
     def measured() -> dict[str, np.ndarray]:
       moments, seen = survey.total(fresh, split, _moments, _batch_statistics(net))
       if not seen:
-        raise UserError(
-          f'recalibrate: {split} has no full batch of eval_batch images: lower that'
-        )
+        raise UserError(f'recalibrate: {split} has no full batch: lower eval_batch')
       found = jax.tree_util.tree_leaves_with_path(_as_one(moments, seen))
       return {
         jax.tree_util.keystr(path, simple=True, separator='/'): leaf
@@ -423,8 +421,8 @@ def recalibrate(*, survey: Survey, net: Network, split: str = TARGET) -> Surgery
 def _batch_statistics(net: Network):
   """Returns (state, images) -> the mean and variance of the batch in every layer.
 
-  A running average moves towards them by the same share wherever it was: two of them
-  tell that share, and what they move towards.
+  A running average moves towards them by the same share wherever it starts, so two
+  different starts reveal both the share and the statistics.
   """
 
   def apply(state: State, images: jax.Array) -> Outputs:
@@ -444,7 +442,7 @@ def _batch_statistics(net: Network):
 
 
 def _moments(outputs: Outputs, batch: Batch) -> tuple[PyTree, jax.Array]:
-  """Returns sums over full batches: of means and mean squares, and their number."""
+  """Returns sums of means and of mean squares over full batches, and their number."""
   full = batch['mask'].all().astype(jnp.float32)
 
   def sums(node):
@@ -459,12 +457,12 @@ def _moments(outputs: Outputs, batch: Batch) -> tuple[PyTree, jax.Array]:
 
 
 def _as_one(moments: PyTree, count: np.ndarray) -> PyTree:
-  """Returns mean and variance of all batches, from the sums of `_moments`."""
+  """Returns the mean and variance over all batches, from the sums of `_moments`."""
   if 'mean' in moments and 'var' in moments:
     mean = moments['mean'] / count
     if not np.isfinite(mean).all():
       raise UserError(
-        'recalibrate: statistics of batch normalisation do not move: set '
+        'recalibrate: the statistics of batch normalisation are frozen: set '
         "model.batch_norm of the stage to 'global'"
       )
     return {'mean': mean, 'var': np.maximum(moments['var'] / count - mean**2, 0)}

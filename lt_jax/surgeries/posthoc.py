@@ -1,8 +1,8 @@
-"""Post-hoc classifiers, which predict differently from how they were trained.
+"""Post-hoc classifiers, which change predictions after training.
 
-Each is a wrapper `Method -> Method`. One that measures something keeps it in
-`state.memory`, under its own name, and has a surgery beside it that fills it; a stage
-of no steps puts the two together.
+Each is a wrapper `Method -> Method`. If it needs a measured value, that is in
+`state.memory` under the wrapper's name, and a surgery fills it; a stage without steps
+combines the two.
 """
 
 import functools
@@ -27,9 +27,9 @@ def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
   equation 9.
 
   Args:
-    method: any method, trained or to be trained; its steps do not change.
-    counts: (C,) training images of each class, all positive.
-    tau: strength; 0 leaves the logits as they are.
+    method: any method, trained or not; its steps do not change.
+    counts: (C,) training images per class, all positive.
+    tau: strength; 0 leaves the logits unchanged.
   """
   counts = np.asarray(counts, np.float64)
   if not (counts > 0).all():
@@ -114,16 +114,16 @@ def second_network(*, stage: str) -> Surgery:
 
 
 def tau_norm(method: Method, *, taus: Sequence[float]) -> Method:
-  r"""Predicts with class weights divided by a power of their length, and no bias.
+  r"""Predicts with class weights divided by a power of their norm, and without bias.
 
   .. math:: z_c = v \cdot w_c / |w_c|^\tau
 
   tau is in `state.memory['tau_norm']`, where the surgery 'choose_tau' puts the best of
-  `taus` with the accuracy of each.
+  `taus` and the accuracy of each.
 
   Args:
-    method: one whose head is linear.
-    taus: the values to choose from; 0 only leaves out the bias.
+    method: a method with a linear head.
+    taus: values to choose from; 0 only leaves out the bias.
 
   Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
   section 4.2; the authors' code leaves out the bias, and tries 0, 0.1, ..., 2.
@@ -162,11 +162,11 @@ def tau_logits(
 
 
 def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
-  """Chooses the tau of `tau_norm` by accuracy on a split, the least of equals.
+  """Chooses the tau of `tau_norm` by accuracy on a split; ties take the smallest.
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images decide, 'val' or 'meta'.
+    split: the split to choose on, 'val' or 'meta'.
 
   Raises:
     UserError: the stage is not wrapped in 'tau_norm', or there is no such split.
@@ -175,7 +175,7 @@ def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
     raise UserError(f"choose_tau: tau is chosen on 'val' or 'meta', not on {split!r}")
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
-    survey.outputs(fresh, split)  # there is such a split
+    survey.outputs(fresh, split)  # raises if there is no such split
     if 'tau_norm' not in fresh.memory:
       raise UserError("choose_tau: the stage has no wrapper 'tau_norm'")
     taus = fresh.memory['tau_norm']['taus']
@@ -206,17 +206,16 @@ def choose_tau(*, survey: Survey, split: str = 'val') -> Surgery:
 
 
 def with_openmax(method: Method, *, alpha: int = 10) -> Method:
-  """Predicts with OpenMax, which moves part of the logits to an unknown class.
+  """Predicts with OpenMax, which moves part of the logits to an 'unknown' class.
 
   The logits are the first C of `openmax.recalibrate`, and 'known_score' is one minus
-  the probability of the unknown class. 'is_unknown' is the rule of the paper: the
-  unknown class is more probable than any other. The tails are in
-  `state.memory['openmax']`, where the surgery 'fit_openmax' puts them; before, no logit
-  changes.
+  the probability of the unknown class. 'is_unknown' is the paper's rule: the unknown
+  class is more probable than any other. The tails are in `state.memory['openmax']`,
+  where the surgery 'fit_openmax' puts them; until then no logit changes.
 
   Args:
     method: any method.
-    alpha: how many of the largest logits may shrink.
+    alpha: number of the largest logits that may shrink.
   """
 
   def init(key, batches):
@@ -230,7 +229,7 @@ def with_openmax(method: Method, *, alpha: int = 10) -> Method:
     outputs = method.predict(state, images)
     tails = openmax.Tails(**state.memory['openmax'])
     logits = openmax.recalibrate(outputs['logits'], tails, alpha)
-    # Not 1 - softmax, which is 0 in float32 for many unlike images.
+    # Not 1 - softmax, which rounds to 0 in float32 for many different images.
     log_odds = jax.nn.logsumexp(logits[:, :-1], axis=-1) - logits[:, -1]
     known_score = jax.nn.sigmoid(log_odds)
     return {
@@ -244,15 +243,15 @@ def with_openmax(method: Method, *, alpha: int = 10) -> Method:
 
 
 def fit_openmax(*, survey: Survey, tail: int = 20, split: str = 'train') -> Surgery:
-  """Fits the tails of `with_openmax` on images that are classified right.
+  """Fits the tails of `with_openmax` to correctly classified images.
 
   Args:
     survey: passes with the stage's own network.
-    tail: the most distances of a class that are used.
-    split: whose images.
+    tail: number of the largest distances of each class to fit.
+    split: the split of the images.
 
   Raises:
-    UserError: the stage is not wrapped in 'openmax', or a tail that is too short.
+    UserError: the stage is not wrapped in 'openmax', or the tail is too short.
   """
   openmax.check_tail(tail)
 

@@ -1,8 +1,8 @@
-"""Shallow classifiers on a network's features, each a wrapper and a surgery.
+"""Shallow classifiers on a network's features: each is a wrapper and a surgery.
 
-They belong into a stage of no steps, after one that has trained the features, or on
-features from a file. What was fitted is in the State, so that it is saved and deployed
-as any network is.
+They belong in a stage without steps, after a stage that has trained the features, or on
+features from a file. What they fit is in the State, so it is saved and deployed as part
+of the network.
 """
 
 import functools
@@ -23,14 +23,14 @@ HEAD = 'params/net/head'
 
 
 def linear_svm(method: Method, *, costs: Sequence[float] = classifiers.COSTS) -> Method:
-  """Has room for what the surgery of this name chooses; it predicts by the head.
+  """Holds what the surgery of this name chooses; predictions come from the head.
 
   Args:
-    method: one whose head is linear.
-    costs: those to choose from, the smallest first.
+    method: a method with a linear head.
+    costs: costs to choose from, the smallest first.
 
   Raises:
-    UserError: no costs, or some that are not positive.
+    UserError: no costs, or a cost that is not positive.
   """
   if not len(costs) or not (np.asarray(costs) > 0).all():
     raise UserError(
@@ -51,7 +51,7 @@ def linear_svm(method: Method, *, costs: Sequence[float] = classifiers.COSTS) ->
 
 
 def check_linear(state: State, what: str) -> None:
-  """Refuses a network whose head is not linear."""
+  """Rejects networks whose head is not linear."""
   if set(state.params['net']['head']) != {'kernel', 'bias'}:
     raise UserError(f"{what}: it needs a 'linear' head: set model.head")
 
@@ -64,18 +64,18 @@ def fit_linear_svm(
   standardise: bool = True,
   split: str = 'train',
 ) -> Surgery:
-  """Fits the head: a linear support vector machine of each class against the rest.
+  """Fits the head: a linear support vector machine for each class against the rest.
 
-  The cost of an error is chosen by folds of the images, see `classifiers.chosen`.
+  The cost of an error is chosen by cross-validation, see `classifiers.chosen`.
 
   Args:
     survey: passes with the stage's own network.
-    folds: how many.
-    balanced: rare classes count as much as frequent ones.
-    standardise: every feature has mean 0 and deviation 1 before it is penalised. It is
-      not for features that were turned, as by 'align_subspaces', where the directions
-      that matter are others.
-    split: whose images.
+    folds: number of folds.
+    balanced: count rare classes as much as frequent ones.
+    standardise: scale every feature to mean 0 and deviation 1 before it is penalised.
+      Not for features that a map has mixed, as 'align_subspaces' does: there the
+      directions that matter are not single features.
+    split: the split of the images.
 
   Raises:
     UserError: the stage is not wrapped in 'linear_svm', or features that are not
@@ -117,18 +117,18 @@ def fit_linear_svm(
 
 
 def nearest_neighbour(method: Method, *, counts: Any, k: int = 1) -> Method:
-  """Predicts by the vote of the nearest training images, in features.
+  """Predicts by a vote of the nearest training images in feature space.
 
-  They are in `state.memory['nearest_neighbour']`, where the surgery of this name puts
-  them; before, the head predicts nothing of use.
+  Their features are in `state.memory['nearest_neighbour']`, where the surgery of this
+  name puts them; until then predictions are meaningless.
 
   Args:
     method: any method.
-    counts: (C,) training images of each class.
-    k: how many vote, see `classifiers.neighbour_scores`.
+    counts: (C,) training images per class.
+    k: number of votes, see `classifiers.neighbour_scores`.
 
   Raises:
-    UserError: k is not from 1 to the number of training images.
+    UserError: k is not between 1 and the number of training images.
   """
   total, classes = int(np.sum(counts)), len(counts)
   if not 1 <= k <= total:
@@ -156,11 +156,11 @@ def nearest_neighbour(method: Method, *, counts: Any, k: int = 1) -> Method:
 
 
 def remember_images(*, survey: Survey, split: str = 'train') -> Surgery:
-  """Puts features and labels of a split where 'nearest_neighbour' looks for them.
+  """Stores features and labels of a split where 'nearest_neighbour' reads them.
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images: as many as the stage trains on.
+    split: the split of the images, as many as the stage trains on.
 
   Raises:
     UserError: the stage is not wrapped in 'nearest_neighbour', or features that are not
@@ -169,7 +169,7 @@ def remember_images(*, survey: Survey, split: str = 'train') -> Surgery:
 
   def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
     check_wrapped(fresh, 'nearest_neighbour', 'nearest_neighbour')
-    survey.outputs(fresh, split)  # there is such a split
+    survey.outputs(fresh, split)  # raises if there is no such split
     room = fresh.memory['nearest_neighbour']
     seen = functools.cache(lambda: examples(survey, fresh, split))
     return put_all(
@@ -184,7 +184,7 @@ def remember_images(*, survey: Survey, split: str = 'train') -> Surgery:
 
 
 def check_wrapped(state: State, place: str, wrapper: str) -> None:
-  """Refuses a State that has no room for what a surgery fits."""
+  """Rejects a State that has no place for what a surgery fits."""
   if place not in state.memory:
     raise UserError(f'the stage has no wrapper {wrapper!r}, which this surgery fits')
 
@@ -193,7 +193,7 @@ def examples(survey: Survey, state: State, split: str) -> tuple[np.ndarray, np.n
   """Returns the features (N, D) and labels (N,) of a split.
 
   Raises:
-    UserError: labels that are hidden, features that are not finite, or one class.
+    UserError: hidden labels, features that are not finite, or only one class.
   """
   seen = survey.collect(state, split, features_and_labels)
   if 'label' not in seen:
@@ -208,7 +208,7 @@ def examples(survey: Survey, state: State, split: str) -> tuple[np.ndarray, np.n
 
 
 def features_and_labels(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what is kept of images: their features, and labels where they have any."""
+  """Returns what to keep of images: features, and labels if they have any."""
   labels = {'label': batch['label']} if 'label' in batch else {}
   return {'features': outputs['features']} | labels
 
@@ -216,7 +216,7 @@ def features_and_labels(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def put_all(
   state: State, measured: Mapping[str, tuple[tuple[int, ...], Callable[[], Any]]]
 ) -> State:
-  """Returns the State with leaves measured: path -> (shape, what measures it)."""
+  """Returns the State with measured leaves; path -> (shape, function to measure)."""
   for path, (shape, measure) in measured.items():
     state = put(state, path, shape, measure)
   return state

@@ -1,8 +1,8 @@
 """Label shift: source images are weighted by the target's class shares.
 
-A stage that is wrapped in 'label_shift' weighs every source image by q / p of its
-class. Its surgery 'estimate_shift' finds q, the shares of classes in the target, with
-the network of an earlier stage and without a label of the target.
+A stage wrapped in 'label_shift' weights every source image by q / p of its class. Its
+surgery 'estimate_shift' estimates q, the class shares in the target, with the network
+of an earlier stage and without any label of the target.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,23 +20,23 @@ from lt_jax.method import Batch, Method, Outputs, State
 from lt_jax.surgery import Surgery, earlier_stage, put
 
 PLACE = 'memory/label_shift/shares'
-"""Where a State has q."""
+"""Place of q in a State."""
 
 
 def label_shift(method: Method, *, counts: Any) -> Method:
-  r"""Weighs source images by :math:`q_y / p_y`, whatever the loss or the alignment.
+  r"""Weights source images by :math:`q_y / p_y`, whatever the loss or the alignment.
 
-  p are the shares of classes among the training images, q those in
-  `state.memory['label_shift']`, where 'estimate_shift' puts an estimate for the target;
-  before that q is p. Under p the weights have mean 1.
+  p are the class shares of the training images, q those in
+  `state.memory['label_shift']`, where 'estimate_shift' puts its estimate for the
+  target; until then q is p. Under p the weights have mean 1.
 
   Args:
-    method: one whose objective is that of `supervised`, with or without an alignment.
-    counts: (C,) training images of each class of the source.
+    method: a method with the objective of `supervised`, with or without an alignment.
+    counts: (C,) training images per class of the source.
 
   Raises:
-    UserError: a class without training images; a method that does not weigh images,
-      when it is traced.
+    UserError: a class without training images; when traced, a method that does not
+      weight images.
 
   Source: Lipton et al., arXiv 1802.03916, section 5: importance-weighted training.
   """
@@ -54,7 +54,7 @@ def label_shift(method: Method, *, counts: Any) -> Method:
     weighted = {**batches['train'], 'weight': weight}
     state, metrics = method.step(state, {**batches, 'train': weighted})
     if 'mean_weight' not in metrics:
-      raise UserError("wrapper 'label_shift': the method does not weigh images")
+      raise UserError("wrapper 'label_shift': the method does not weight images")
     return state, metrics
 
   return Method(init, step, method.predict)
@@ -67,17 +67,17 @@ def estimate_shift(
   estimator: str = 'bbse',
   target: str = 'target/train',
 ) -> Surgery:
-  """Estimates the shares of classes in a target for the wrapper 'label_shift'.
+  """Estimates the class shares in a target for the wrapper 'label_shift'.
 
   Args:
-    survey: passes with this stage's network, which here has the parameters of an
-      earlier stage.
-    stage: the earlier stage, which was trained on the source.
+    survey: passes with this stage's network, here with the parameters of the earlier
+      stage.
+    stage: the earlier stage, trained on the source.
     estimator: 'bbse', which needs validation images of the source, or 'em'.
-    target: the images whose shares are estimated; their labels are not there.
+    target: the images to estimate shares for; they have no labels.
 
   Raises:
-    UserError: no such estimator, stage or images, or a stage without the wrapper.
+    UserError: an unknown estimator, stage or split, or a stage without the wrapper.
   """
   estimate = lookup(ESTIMATORS, 'estimator of label shift', estimator)
 
@@ -87,7 +87,7 @@ def estimate_shift(
       params={**fresh.params, 'net': origin.params['net']},
       stats={**fresh.stats, 'net': origin.stats['net']},
     )
-    for split in (target, *estimate.reads):  # there are such images
+    for split in (target, *estimate.reads):  # raises if there are no such images
       classes = survey.outputs(trained, split)['logits'].shape[-1]
     if 'label_shift' not in fresh.memory:
       raise UserError("estimate_shift: the stage has no wrapper 'label_shift'")
@@ -111,7 +111,7 @@ def _kept(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def _bbse(
   probabilities: np.ndarray, shares: np.ndarray, val: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-  """By what the network confuses on validation images, from hard predictions."""
+  """Uses the network's confusions on validation images, from hard predictions."""
   del shares
   one_hot = np.eye(probabilities.shape[1])
   hard, predicted = (one_hot[p.argmax(1)] for p in (val['probability'], probabilities))
@@ -119,11 +119,11 @@ def _bbse(
 
 
 class Estimator(NamedTuple):
-  """How the shares of classes in a target are found.
+  """A way to estimate the class shares in a target.
 
   Attributes:
-    shares: (probabilities of the target (N, C), p (C,), records of each split that it
-      reads) -> q (C,).
+    shares: (target probabilities (N, C), p (C,), records of each split it reads) -> q
+      (C,).
     reads: labelled splits of the source that it needs.
   """
 
@@ -132,7 +132,7 @@ class Estimator(NamedTuple):
 
 
 ESTIMATORS = {'bbse': Estimator(_bbse, ('val',)), 'em': Estimator(em)}
-"""Of `lt_jax.evals.label_shift`."""
+"""The estimators of `lt_jax.evals.label_shift`."""
 
 WRAPPERS = {'label_shift': label_shift}
 SURGERIES = {'estimate_shift': estimate_shift}

@@ -1,8 +1,9 @@
 """Zero-shot classifiers in stages without steps: a wrapper, and surgeries that fit.
 
-The wrapper 'calibrated_stacking' takes gamma from the scores of seen classes. What is
-chosen, gamma and hyper-parameters, is chosen by validation classes: seen classes that
-play unseen ones. It is in `state.memory['calibrated_stacking']`, and so in the result.
+The wrapper 'calibrated_stacking' subtracts gamma from the scores of seen classes. Gamma
+and hyper-parameters are chosen on validation classes, which are seen classes that play
+the part of unseen ones. What was chosen is in `state.memory['calibrated_stacking']`,
+and so in the result.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,18 +29,18 @@ from lt_jax.surgery import Surgery, earlier_stage, put
 
 MEMORY = 'calibrated_stacking'
 
-TOLD = ('gamma', 'val_zero_shot', 'val_harmonic_mean')
-"""What is always in the memory: gamma, T of validation classes, and H at gamma."""
+CHOSEN = ('gamma', 'val_zero_shot', 'val_harmonic_mean')
+"""Always in the memory: gamma, T of validation classes, and H at gamma."""
 
 
 class Classes(NamedTuple):
-  """What surgeries know of classes.
+  """What surgeries know about classes.
 
   Attributes:
     described: (C, A) descriptions, rows of unit norm; None without any.
-    raw: the same as they are.
+    raw: the same without normalising.
     seen: (C,) bool.
-    validation: (C,) bool, those of them that play unseen ones.
+    validation: (C,) bool, seen classes that play the part of unseen ones.
   """
 
   described: np.ndarray | None
@@ -49,7 +50,7 @@ class Classes(NamedTuple):
 
   @classmethod
   def of(cls, dataset: Dataset) -> 'Classes':
-    """Returns what a data set says of its classes."""
+    """Returns what a data set says about its classes."""
     raw, none = dataset.class_vectors, np.zeros(len(dataset.class_names), bool)
     return cls(
       None if raw is None else unit_rows(raw),
@@ -60,24 +61,24 @@ class Classes(NamedTuple):
 
   @property
   def fitted(self) -> np.ndarray:
-    """The seen classes but those of validation, (C,) bool."""
+    """The seen classes except the validation classes, (C,) bool."""
     return self.seen & ~self.validation
 
 
 def calibrated_stacking(
   method: Method, *, unseen: np.ndarray | None, values: Sequence[str] = ()
 ) -> Method:
-  r"""Predicts with gamma taken from the scores of seen classes.
+  r"""Predicts with gamma subtracted from the scores of seen classes.
 
   .. math:: s_c - \gamma\, [c \text{ seen}]
 
-  Classes that are added when the network is used count as unseen. Outputs say 'gamma'
-  (B,), so that metrics can tell what it does.
+  Classes that are added after training count as unseen. Outputs contain 'gamma' (B,),
+  so that metrics can show its effect.
 
   Args:
     method: any method.
     unseen: (C,) bool.
-    values: names of numbers that a surgery leaves beside gamma.
+    values: names of numbers that a surgery stores besides gamma.
 
   Raises:
     UserError: no class is unseen.
@@ -90,7 +91,7 @@ def calibrated_stacking(
 
   def init(key, batches):
     state = method.init(key, batches)
-    memory = {name: jnp.zeros((), jnp.float32) for name in (*TOLD, *values)}
+    memory = {name: jnp.zeros((), jnp.float32) for name in (*CHOSEN, *values)}
     return state.replace(memory={**state.memory, MEMORY: memory})
 
   def predict(state, images):
@@ -120,26 +121,26 @@ def fit_closed_form(
 ) -> Surgery:
   """Fits a head in closed form, after choosing its hyper-parameters and gamma.
 
-  Both are chosen by validation classes. The method is fitted to the other seen classes;
-  hyper-parameters are best by accuracy among the validation classes, gamma by H, where
-  those play the unseen ones, and held-out images of the others the seen ones. Then it
-  is fitted to all seen classes.
+  Both are chosen on validation classes. The method is fitted to the other seen classes.
+  Hyper-parameters are chosen by accuracy among the validation classes, gamma by H,
+  where validation classes count as unseen and held-out images of the others as seen.
+  Then it is fitted to all seen classes.
 
   Args:
     survey: passes with the stage's own network.
-    classes: of the data.
+    classes: the data's classes.
     form: a key of `FORMS`.
-    given: hyper-parameters that are not searched for.
-    calibrate: chooses gamma; else it is 0.
-    search: an earlier stage by whose features is chosen, one that has not learned from
-      the validation classes; empty: the same features, where nothing has.
-    held_out: the split with images of seen classes that are not fitted to; empty: every
-      fifth training image is set apart while it is chosen.
-    most: images, at most, that are fitted to while it is chosen; 0: all.
+    given: fixed hyper-parameters, which are not searched.
+    calibrate: choose gamma; otherwise it is 0.
+    search: an earlier stage that has not learned from the validation classes, whose
+      features are used to choose; empty for the same features, if nothing was trained.
+    held_out: the split with images of seen classes to keep out of the fit; empty to set
+      aside every fifth training image while choosing.
+    most: largest number of images to fit to while choosing; 0 for all.
 
   Raises:
-    UserError: there are no validation classes although something is to be chosen, or
-      the head is of another method.
+    UserError: something must be chosen but there are no validation classes, or the head
+      belongs to another method.
   """
   method = lookup(FORMS, 'closed form', form)
   given = dict(given or {})
@@ -163,7 +164,7 @@ def fit_closed_form(
     if _is_rehearsal(fresh):
       return fresh
     data = _features(survey, fresh, 'train')
-    hyper, told = dict(given), dict.fromkeys(TOLD, 0.0)
+    hyper, chosen = dict(given), dict.fromkeys(CHOSEN, 0.0)
     if open_ or calibrate:
       parts = data, _features(survey, fresh, held_out) if held_out else None
       if search:
@@ -171,10 +172,10 @@ def fit_closed_form(
         parts = tuple(
           split and _features(survey, origin, split) for split in ('train', held_out)
         )
-      hyper, told = choose(method, classes, *parts, given, calibrate, most)
+      hyper, chosen = choose(method, classes, *parts, given, calibrate, most)
     seen = _seen(data, classes, classes.seen)
     (params,) = method.fits(seen, [hyper])
-    return _placed(fresh, params, told | hyper)
+    return _placed(fresh, params, chosen | hyper)
 
   return surgery
 
@@ -182,11 +183,11 @@ def fit_closed_form(
 def _check_validation(
   classes: Classes, form: str, open_: Sequence[str], calibrate: bool
 ) -> None:
-  """Refuses to choose without validation classes."""
+  """Raises a `UserError` if something must be chosen without validation classes."""
   wanted = [*open_, *(['gamma'] if calibrate else [])]
   if wanted and not classes.validation.any():
     raise UserError(
-      f'{form}: {" and ".join(wanted)} are chosen by validation classes: set '
+      f'{form}: {" and ".join(wanted)} are chosen on validation classes: set '
       'data.val_classes, or give the values'
     )
 
@@ -200,19 +201,20 @@ def choose(
   calibrate: bool,
   most: int = 0,
 ) -> tuple[Hyper, dict[str, float]]:
-  """Chooses hyper-parameters and gamma by validation classes; see `fit_closed_form`.
+  """Chooses hyper-parameters and gamma on validation classes; see `fit_closed_form`.
 
   Args:
     method: the method.
-    classes: of the data.
+    classes: the data's classes.
     train: 'features' and 'label' of training images.
-    held_out: of others, of seen classes; None: every fifth of those is one.
-    given: hyper-parameters that are not searched for.
-    calibrate: whether gamma is chosen.
-    most: images that are fitted to; 0: all.
+    held_out: the same for other images of seen classes; None to set aside every fifth
+      training image.
+    given: fixed hyper-parameters, which are not searched.
+    calibrate: whether to choose gamma.
+    most: largest number of images to fit to; 0 for all.
 
   Returns:
-    (hyper-parameters, what `TOLD` names).
+    (hyper-parameters, the values that `CHOSEN` names).
   """
   label = train['label']
   of_validation = classes.validation[label]
@@ -248,30 +250,30 @@ def choose(
     value, found = scored(params)
     if value > accuracy:
       best, accuracy, scores = hyper, value, found
-  told = {'gamma': 0.0, 'val_zero_shot': accuracy, 'val_harmonic_mean': 0.0}
+  chosen = {'gamma': 0.0, 'val_zero_shot': accuracy, 'val_harmonic_mean': 0.0}
   if calibrate:
     gamma, mean = best_gamma(scores, y, classes)
-    told |= {'gamma': gamma, 'val_harmonic_mean': mean}
-  return best, told
+    chosen |= {'gamma': gamma, 'val_harmonic_mean': mean}
+  return best, chosen
 
 
 def best_gamma(
   scores: np.ndarray, label: np.ndarray, classes: Classes
 ) -> tuple[float, float]:
-  """Returns the gamma of the largest H on validation classes, and that H.
+  """Returns the gamma with the largest H on validation classes, and that H.
 
   Args:
-    scores: (N, C); those of unseen classes are not looked at.
+    scores: (N, C); those of unseen classes are ignored.
     label: (N,) int, of validation classes and of fitted ones.
-    classes: of the data.
+    classes: the data's classes.
   """
   scores = np.where(classes.seen[None], scores, -np.inf)
   found = scores_of(scores, label, classes.validation)
   curve = seen_unseen_curve(found, classes.validation)
   if curve is None:
     raise UserError(
-      'gamma is chosen by images of validation classes and others of seen classes, but '
-      'one of the two is missing'
+      'choosing gamma needs images of validation classes and of other seen classes, '
+      'but one of the two is missing'
     )
   place = curve.best
   mean = harmonic_mean(curve.seen[place], curve.unseen[place])
@@ -285,8 +287,8 @@ def choose_gamma(
 
   Args:
     survey: passes with the stage's own network.
-    classes: of the data.
-    stage: the earlier stage, which was trained on the group 'fitted'.
+    classes: the data's classes.
+    stage: the earlier stage, trained on the group 'fitted'.
     held_out: the split with images of the fitted classes that it was not trained on.
 
   Raises:
@@ -311,12 +313,12 @@ def choose_gamma(
     novel = classes.validation[label]
     among = np.where(classes.validation, scores[novel], -np.inf).argmax(1)
     gamma, mean = best_gamma(scores, label, classes)
-    told = {
+    chosen = {
       'gamma': gamma,
       'val_zero_shot': class_mean_accuracy(label[novel], among, classes.validation),
       'val_harmonic_mean': mean,
     }
-    return _told(fresh, told)
+    return _with_chosen(fresh, chosen)
 
   return surgery
 
@@ -337,9 +339,9 @@ def _seen(data: Collected, classes: Classes, fitted: np.ndarray) -> Seen:
 
 
 def _with_network(fresh: State, origin: State) -> State:
-  """Returns a State whose network, as far as it has the same parts, is another's.
+  """Returns a State with the network of another State, as far as the parts match.
 
-  Of an earlier stage with another head only what comes before the head is taken.
+  If that has a different head, only what comes before the head is taken.
   """
   parts = {}
   for field in ('params', 'stats'):
@@ -369,26 +371,26 @@ def _keep_logits(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   return {'logits': outputs['logits'], 'label': batch['label']}
 
 
-def _placed(state: State, params: Params, told: Mapping[str, float]) -> State:
-  """Returns the State with a fitted head, and what was chosen in the memory."""
+def _placed(state: State, params: Params, chosen: Mapping[str, float]) -> State:
+  """Returns the State with a fitted head, and with the chosen values in its memory."""
   for name, value in params.items():
     state = put(
       state, f'params/net/head/{name}', np.shape(value), lambda value=value: value
     )
-  return _told(state, told)
+  return _with_chosen(state, chosen)
 
 
-def _told(state: State, told: Mapping[str, float]) -> State:
-  for name, value in _present(state, told):
+def _with_chosen(state: State, chosen: Mapping[str, float]) -> State:
+  for name, value in _present(state, chosen):
     state = put(
       state, f'memory/{MEMORY}/{name}', (), lambda value=value: np.float32(value)
     )
   return state
 
 
-def _present(state: State, told: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-  """Yields what the wrapper has a place for."""
-  for name, value in told.items():
+def _present(state: State, chosen: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+  """Yields the values that the wrapper has a place for."""
+  for name, value in chosen.items():
     if name in state.memory[MEMORY]:
       yield name, value
 
