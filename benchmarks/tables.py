@@ -58,7 +58,10 @@ CIFAR = (
 
 PAIR = 'source_only,dann,adda,dan,deep_coral,self_supervised,fda,target_only'
 
-PIXELS = 'source_only,entropy,minent,advent,fda,mean_teacher,target_only'
+PIXELS = (
+  'source_only,entropy,minent,advent,advent_minent,label_prior,fda,mean_teacher,'
+  'target_only'
+)
 
 
 class Sweep(NamedTuple):
@@ -151,6 +154,12 @@ TABLES = {
     '0,1,2',
   ),
   'scenes': Sweep('scenes.py', PIXELS, '0,1,2'),
+  'scenes_compound': Sweep(
+    'scenes.py:target=fog+night+rain',
+    'source_only,adapt_seg,minent,ocda,ocda_entropy,ocda_no_memory,ocda_no_indicator,'
+    'ocda_random_order,target_only',
+    '0,1,2',
+  ),
   'camvid_dusk': Sweep('camvid_dusk.py', PIXELS, '0,1,2'),
   'cifar10_lt_cb_focal': Sweep(
     'cifar10_lt.py:imbalance=100', 'cb_focal', '0,1,2', (GAMMAS, BETAS, *VALIDATED)

@@ -19,14 +19,18 @@ Published mIoU over 19 classes in %, DeepLab on VGG-16 with batch normalisation:
   source_only   16.2†   18.0†    20.9†      21.2†   not run
   adapt_seg     20.2†   21.2†    23.8†      25.1†   not run
 
-and OCDA itself 22.0†, 22.9†, 27.0†, 27.9†.
+and OCDA itself (`ocda`) 22.0†, 22.9†, 27.0†, 27.9†.
 
 † quoted from memory, unverified: Liu et al., Open Compound Domain Adaptation, CVPR
 2020, arXiv 1909.03403. The authors' segmentation code only includes the baseline
-adapt_seg, so splits and training here are ours, and numbers will not be comparable to
-the point.
+adapt_seg (XingangPan/OCDA-Driving-Example). The network is theirs: hidden layers of
+1,024 features in front of the branches, and no auxiliary output. They train it for
+40,000 steps of 8 + 8 images at a learning rate of 0.01 (discriminator 0.005). Splits
+and training here are ours, and `ocda` is a re-creation (see docs/methods.md), so
+numbers will not be comparable to the point.
 
-Cost: 100,000 steps of 1 + 1 images: not run, on the order of a day on one GPU.
+Cost: 100,000 steps of 1 + 1 images: not run, on the order of a day on one GPU. `ocda`
+takes about one and a half times as long.
 
 Argument: a recipe for domain adaptation (see docs/methods.md) and
   net      vgg16_bn (default), resnet101, resnet50, vgg16, lite0, or small for CPUs

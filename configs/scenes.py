@@ -11,7 +11,8 @@ tested on the same 300 layouts.
 
 There is no published number: the data are our own. Use the mIoU to compare methods with
 each other, never with Cityscapes. Expect source_only below MinEnt (`entropy`) and FDA,
-and those below target_only.
+and those below target_only. With target=fog+night+rain expect source_only below
+adapt_seg, and adapt_seg below `ocda`.
 
 With tail=10 the source's training images keep one in ten of their cars, poles and
 persons. That is a long tail of pixels, which the long-tailed losses count:

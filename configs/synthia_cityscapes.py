@@ -21,6 +21,7 @@ best of many checkpoints on the test images, as for `gta5_cityscapes`:
   adapt_seg             46.7†           not run
   minent        38.1†   44.2†           not run
   advent        40.8†   47.6            not run
+  advent_minent 41.2†   48.0†           not run
   target_only           71.7            not run
 
 With net=vgg16: minent_cp 30.4† / 35.4†, advent_cp 31.4† / 36.6†.

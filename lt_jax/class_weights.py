@@ -175,16 +175,59 @@ def inverse_square_root(counts: np.ndarray) -> np.ndarray:
   return _sum_to_classes(check_counts(counts, 'inverse_square_root') ** -0.5)
 
 
+def median_frequency(
+  counts: np.ndarray, *, class_pixels: Callable[[], np.ndarray]
+) -> np.ndarray:
+  r"""Weights of pixels by how large a class is in those images that show it.
+
+  .. math::
+    w_c \propto \frac{\operatorname{median}_k f_k}{f_c}, \qquad
+    f_c = \frac{\sum_i n_{ic}}{\sum_{i:\, n_{ic} > 0} \sum_k n_{ik}}
+
+  with n the labelled pixels of each class in each training image. A class that few
+  images show, but that fills them, is thus no rare one. Like all weights here they are
+  scaled to sum to C, so the median is a factor that cancels.
+
+  Args:
+    counts: (C,) training pixels of each class.
+    class_pixels: () -> (N, C) int, n.
+
+  Returns:
+    (C,) float64, sum C.
+
+  Raises:
+    UserError: an empty class.
+
+  Examples:
+    >>> n = np.array([[90, 10, 0], [50, 0, 50]])  # f: 0.7, 0.1, 0.5
+    >>> median_frequency(n.sum(0), class_pixels=lambda: n).round(2).tolist()
+    [0.32, 2.23, 0.45]
+
+  Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels with a Common
+  Multi-Scale Convolutional Architecture", ICCV 2015, arXiv 1411.4734, section 6.3.2;
+  taken up by SegNet (Badrinarayanan et al., arXiv 1511.00561).
+  """
+  counts, pixels = check_counts(counts, 'median_frequency'), class_pixels()
+  of_images = ((pixels > 0) * pixels.sum(1, keepdims=True)).sum(0)
+  return _sum_to_classes(of_images / counts)
+
+
 CLASS_WEIGHTS = {
   'uniform': uniform,
   'effective_number': inverse_effective_number,
   'inverse_frequency': inverse_frequency,
   'inverse_square_root': inverse_square_root,
+  'median_frequency': median_frequency,
 }
 
 
 def make_class_weights(
-  name: str, counts: np.ndarray, *, start_step: int = 0, **options: Any
+  name: str,
+  counts: np.ndarray,
+  *,
+  start_step: int = 0,
+  class_pixels: Callable[[], np.ndarray] | None = None,
+  **options: Any,
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns class weights as a function of the step.
 
@@ -196,6 +239,8 @@ def make_class_weights(
     name: a key of `CLASS_WEIGHTS`.
     counts: (C,) training images of each class.
     start_step: first re-weighted step.
+    class_pixels: () -> (N, C) pixels of each class in each training image, for rules
+      that use them.
     **options: options of the rule, such as `beta`.
 
   Returns:
@@ -212,7 +257,14 @@ def make_class_weights(
   Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss",
   NeurIPS 2019, arXiv 1906.07413.
   """
-  weights = construct(CLASS_WEIGHTS, 'class weights', name, counts, options=options)
+  weights = construct(
+    CLASS_WEIGHTS,
+    'class weights',
+    name,
+    counts,
+    options=options,
+    class_pixels=class_pixels,
+  )
 
   def class_weights(step: jax.Array) -> jax.Array:
     return jnp.where(step >= start_step, jnp.asarray(weights), 1.0)

@@ -22,10 +22,10 @@ from lt_jax.build import WRAPPERS
 from lt_jax.class_weights import CLASS_WEIGHTS
 from lt_jax.data.samplers import SAMPLERS
 from lt_jax.errors import UserError, lookup, suggest
-from lt_jax.losses import LOSSES, PENALTIES
+from lt_jax.losses import LOSSES, PENALTIES, make_loss
 from lt_jax.losses.alignment import ALIGNMENTS
 from lt_jax.methods import METHODS
-from lt_jax.models import HEADS, TRUNKS
+from lt_jax.models import HEADS, OF_PIXELS, TRUNKS
 from lt_jax.optim import OPTIMIZERS, SCHEDULES
 
 Table = Mapping[str, Callable | None]
@@ -40,9 +40,12 @@ FAMILIES: dict[str, tuple[str, Table]] = {
   'schedule': ('schedule.name', SCHEDULES),
   'method': ('method.name', METHODS),
   'model.trunk_options': ('model.trunk', TRUNKS),
-  'model.head_options': ('model.head', HEADS),
+  'model.head_options': ('model.head', HEADS | OF_PIXELS),
 }
 """Key of the options -> (key of the function's name, the functions)."""
+
+MAKERS: dict[str, Callable] = {'loss': make_loss}
+"""Key of the options -> a function that has further ones, whatever the name."""
 
 TYPES = {bool: bool, int: int, float: float, str: str, Any: object}
 
@@ -108,7 +111,13 @@ def _rename(config: ConfigDict, stage: str, options: str, name: str) -> None:
 
 
 def _parameters(function: Callable | None) -> Mapping[str, inspect.Parameter]:
-  return inspect.signature(function).parameters if function else {}
+  return dict(inspect.signature(function).parameters) if function else {}
+
+
+def _defaults(function: Callable | None) -> dict[str, inspect.Parameter]:
+  """Returns the parameters of a function that have a default."""
+  empty = inspect.Parameter.empty
+  return {n: p for n, p in _parameters(function).items() if p.default is not empty}
 
 
 def _make_room(config: ConfigDict, key: str) -> None:
@@ -139,7 +148,7 @@ def _make_room(config: ConfigDict, key: str) -> None:
     chosen = _get(config, stage + name) or _get(config, name)
   else:
     raise UserError(f'unknown config key {key}{suggest(last, holder)}')
-  parameters = _parameters(table.get(chosen))
+  parameters = _parameters(table.get(chosen)) | _defaults(MAKERS.get(own))
   kinds = {option: _type(p.annotation) for option, p in parameters.items()}
   if not kinds.get(last):
     known = sorted({*holder, *filter(kinds.get, kinds)})

@@ -14,7 +14,7 @@ from lt_jax.class_weights import (
   inverse_effective_number,
   make_class_weights,
 )
-from lt_jax.errors import UserError
+from lt_jax.errors import UserError, construct
 
 # Counts int(n_max * (1/imbalance)^(c/(C-1))) and weights for beta = 0.9999.
 TABLES = {
@@ -115,14 +115,33 @@ def test_power_weights(name, raw):
   np.testing.assert_allclose(CLASS_WEIGHTS[name]([64, 16, 4]), expected, rtol=1e-12)
 
 
+def weights_by(name, counts):
+  """Returns the weights of a rule; of pixels, all are in one image."""
+  rows = {'class_pixels': lambda: np.array([counts])}
+  return construct(CLASS_WEIGHTS, 'rule', name, counts, options={}, **rows)
+
+
 @pytest.mark.parametrize('name', CLASS_WEIGHTS)
 def test_contract(name):
   counts = np.array([5000, 17, 1, 400])
-  weights = CLASS_WEIGHTS[name](counts)
+  weights = weights_by(name, counts)
   assert weights.shape == (4,)
   np.testing.assert_allclose(weights.sum(), 4, rtol=1e-12)
   assert (np.diff(weights[np.argsort(counts)]) <= 0).all()
-  np.testing.assert_allclose(CLASS_WEIGHTS[name]([9, 9]), [1, 1], rtol=1e-12)
+  np.testing.assert_allclose(weights_by(name, [9, 9]), [1, 1], rtol=1e-12)
+
+
+def test_the_median_frequency_is_over_the_images_that_show_a_class(rng):
+  pixels = rng.integers(1, 100, (20, 5)) * (rng.random((20, 5)) < (1, 0.8, 0.5, 0.2, 1))
+  frequency = [
+    sum(row[c] for row in pixels) / sum(row.sum() for row in pixels if row[c])
+    for c in range(5)
+  ]
+  published = np.median(frequency) / np.array(frequency)
+  weights = make_class_weights(
+    'median_frequency', pixels.sum(0), class_pixels=lambda: pixels
+  )
+  np.testing.assert_allclose(weights(0), 5 * published / published.sum(), rtol=1e-6)
 
 
 def test_switch_is_exactly_at_start_step():

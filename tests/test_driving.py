@@ -84,7 +84,7 @@ def config(name, arg, folder, **changes):
     ('synthia_cityscapes', 'minent_cp,net=small'),
     ('synthia_cityscapes', 'source_only,classes=13,net=lite0'),
     ('cityscapes_foggy', 'target_only,net=vgg16'),
-    ('c_driving', 'adapt_seg'),
+    ('c_driving', 'ocda'),
   ],
 )
 def test_a_config_builds_on_a_miniature_in_the_real_layout(tmp_path, name, arg):
@@ -107,6 +107,12 @@ def test_a_config_builds_on_a_miniature_in_the_real_layout(tmp_path, name, arg):
       n: x.shape for n, x in shapes.items()
     }, split
   assert stage.passes['test'].stream.shapes['label'].shape == (1, 12, 16)
+  if name == 'c_driving':
+    params = train.state_shapes(stage.method, stage.streams).params['net']['head']
+    assert params['head']['hidden2']['kernel'].shape == (3, 3, 1024, 1024)
+    branches = [x.shape for x in jax.tree.leaves(params['head']['main']) if x.ndim == 4]
+    assert branches == 4 * [(3, 3, 1024, 19)]
+    assert stage.reads['target'].ordered_by == 'target/train/domain_distance'
 
 
 def test_weathers_are_one_target_and_overcast_is_open(tmp_path):
@@ -119,14 +125,16 @@ def test_weathers_are_one_target_and_overcast_is_open(tmp_path):
   assert tested == {'rainy': 2, 'snowy': 1, 'cloudy': 2, 'overcast': 2}
   joint = experiment.last.images['test']
   assert joint.domain.tolist() == [0, 0, 1, 2, 2] and joint.of_pixels
-  np.testing.assert_array_equal(joint.class_pixels().sum(1) > 0, True)
+  np.testing.assert_array_equal(joint.class_pixels(19).sum(1) > 0, True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['gta5_cityscapes', 'c_driving'])
-def test_a_miniature_goes_through_a_config_from_end_to_end(tmp_path, name):
+@pytest.mark.parametrize(
+  ('name', 'recipe'), [('gta5_cityscapes', 'advent'), ('c_driving', 'ocda')]
+)
+def test_a_miniature_goes_through_a_config_from_end_to_end(tmp_path, name, recipe):
   made = config(
-    name, 'advent,net=small,steps=100000', tmp_path / 'data', save_every_epochs=10.0
+    name, f'{recipe},net=small,steps=100000', tmp_path / 'data', save_every_epochs=10.0
   )
   made |= {'evaluate_every_epochs': 10.0, 'log_every_steps': 2}
   result = run.run(made, tmp_path / 'run')

@@ -347,6 +347,39 @@ def masked(name, options, reduction):
   return in_float64
 
 
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+def test_only_the_hardest_pixels_have_a_loss(reduction):
+  """Against a sort in NumPy; void pixels are neither hard nor counted."""
+  logits, labels = batch()
+  void = np.where(np.arange(BATCH) % 3 > 0, labels, -1).astype(np.int32)
+  n = int((void >= 0).sum())
+  shaped = {'label': jnp.asarray(void.reshape(PIXELS))}
+
+  def objective(z, hardest):
+    losses = make_loss('cross_entropy', COUNTS, hardest=hardest)(
+      {'logits': z.reshape(*PIXELS, CLASSES)}, shaped
+    )
+    return jnp.vdot(REDUCTIONS[reduction](np.ones(CLASSES), shaped['label']), losses)
+
+  with jax.enable_x64(True):
+    for hardest in (0.3, 1.0):
+      kept = int(np.ceil(hardest * n))
+      z = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+      losses = np.where(void >= 0, -z[np.arange(BATCH), labels], -np.inf)
+      hard = np.argsort(-losses)[:kept]
+      value, grad = jax.value_and_grad(objective)(jnp.asarray(logits), hardest)
+      np.testing.assert_allclose(value, losses[hard].mean(), rtol=1e-12)
+      expected = np.zeros((BATCH, CLASSES))
+      expected[hard] = (np.exp(z[hard]) - np.eye(CLASSES)[labels[hard]]) / kept
+      np.testing.assert_allclose(grad, expected, atol=1e-12)
+    nothing = {'label': jnp.full_like(shaped['label'], -1)}
+    z = {'logits': jnp.asarray(logits.reshape(*PIXELS, CLASSES))}
+    assert not make_loss('cross_entropy', COUNTS, hardest=0.3)(z, nothing).any()
+  for wrong in (0, 1.5, 'half'):
+    with pytest.raises(UserError, match='loss.hardest must be more than 0'):
+      make_loss('cross_entropy', COUNTS, hardest=wrong)
+
+
 def test_a_custom_loss_is_masked_too(monkeypatch):
   """Even one that indexes with labels, for which -1 would be the last class."""
 

@@ -312,12 +312,23 @@ def test_faults_of_files_are_reported_before_anything_is_trained(listed, fault):
   assert '\n' not in str(error.value)
 
 
+def test_all_label_maps_at_fault_are_counted(listed):
+  of_another_size(listed)
+  save(listed / '0_ids.png', ids(values=(0, 77)))
+  with pytest.raises(UserError, match=r'0_ids.png: id 77 .* \(and 1 more are at fault'):
+    loaded(f'list:{listed}')
+
+
 def test_a_window_larger_than_an_image_is_reported(listed):
-  split = loaded(f'list:{listed}', window=(11, 14), scale=(0.5, 0.6)).splits['train']
+  """Before training, and also where only some scales make an image too small."""
   with pytest.raises(
-    UserError, match=r'0.png: a window of 14 x 11 pixels does not fit'
+    UserError, match=r'0.png: a window of 14 x 11 pixels does not fit .* 8 x 6 are left'
   ):
-    split.example(0, np.random.default_rng(0))
+    loaded(f'list:{listed}', window=(11, 14), scale=(0.5, 2.0))
+  split = loaded(f'list:{listed}', window=(6, 8), scale=(0.5, 0.6)).splits['train']
+  small = split.crop._replace(scale=(0.3, 0.3))
+  with pytest.raises(UserError, match='a window of 8 x 6 .* 5 x 4 are left'):
+    split._replace(crop=small).example(0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def assert_frequencies(sampler, expected, epoch=0):
 
 
 def test_every_sampler_has_options_here():
-  by_order = {'curriculum'}  # of images, see tests/test_curriculum.py
-  assert set(OPTIONS) | by_order == set(samplers.SAMPLERS)
+  others = {'curriculum', 'rare_class'}  # which read no labels (N,)
+  assert set(OPTIONS) | others == set(samplers.SAMPLERS)
 
 
 @pytest.mark.parametrize('name', OPTIONS)
@@ -221,3 +221,57 @@ def test_mistakes_are_reported_in_one_line(name, options, message):
   with pytest.raises(UserError, match=message) as error:
     make(name, LABELS, **options)
   assert '\n' not in str(error.value)
+
+
+# Rare classes of label maps.
+
+
+def class_pixels(rng):
+  """Returns pixels of four classes in 60 images; the last class is in none."""
+  pixels = rng.integers(1, 50, (60, 4)) * (rng.random((60, 4)) < (1, 0.6, 0.1, 0))
+  pixels[:, 0] += 900
+  return pixels
+
+
+def test_rare_classes_are_drawn_by_the_formula_of_daformer(rng):
+  pixels, temperature = class_pixels(rng), 0.4
+  frequency = pixels.sum(0) / pixels.sum()
+  weights = np.exp((1 - frequency) / temperature) * (frequency > 0)
+  p = weights / weights.sum()
+  # An image is as likely as the classes that it shows make it, each by its share.
+  expected = ((pixels > 0) / np.maximum((pixels > 0).sum(0), 1) * p).sum(1)
+  sampler = samplers.rare_class(pixels, temperature=temperature)
+  assert sampler.length == 60
+  epochs = [sampler.indices(seed, epoch) for seed in range(40) for epoch in range(10)]
+  draws = 60 * len(epochs)
+  drawn = np.bincount(np.concatenate(epochs), minlength=60) / draws
+  assert (np.abs(drawn - expected) <= 5 * np.sqrt(expected / draws)).all()
+  np.testing.assert_array_equal(epochs[3], sampler.indices(0, 3))
+  assert (epochs[0] != epochs[1]).any() and epochs[0].dtype == np.int32
+  np.testing.assert_allclose(
+    samplers.rare_class_probabilities(pixels.sum(0)[:3], temperature), p[:3], rtol=1e-12
+  )
+
+
+def test_an_image_must_show_enough_of_a_rare_class(rng):
+  pixels = np.array([[90, 0, 1], [90, 30, 0], [90, 2, 0]])
+  sampler = samplers.rare_class(pixels, temperature=0.01, fewest_pixels=10)
+  drawn = np.concatenate([sampler.indices(0, epoch) for epoch in range(20)])
+  assert set(drawn.tolist()) == {0}  # which has more of the rarest than any other
+  sampler = samplers.rare_class(pixels[1:, :2], temperature=0.01, fewest_pixels=10)
+  assert set(sampler.indices(0, 0).tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'temperature': 0.0}, 'temperature 0.0 must be positive'),
+    ({'fewest_pixels': 0}, 'fewest_pixels 0 at least 1'),
+    ({'temprature': 1.0}, "did you mean 'temperature'"),
+  ],
+)
+def test_mistakes_in_sampling_rare_classes_are_told(options, message):
+  with pytest.raises(UserError, match=message):
+    make('rare_class', np.ones((2, 2), int), **options)
+  with pytest.raises(UserError, match='no training image has a labelled pixel'):
+    make('rare_class', np.zeros((2, 2), int))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import scenes as config_file
-from lt_jax import build, predict, run, trained
+from lt_jax import build, options, predict, run, trained
 from lt_jax.config import resolve
 from lt_jax.data import scenes
 from lt_jax.data.masks import VOID
@@ -16,6 +16,7 @@ from lt_jax.doctor import data
 from lt_jax.doctor.case import CheckSkipped
 from lt_jax.errors import UserError
 from lt_jax.report.page import write
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('one_device')
 
@@ -155,6 +156,19 @@ def test_recipes_of_long_tails_and_of_adaptation_learn_by_pixels(recipe):
   np.testing.assert_array_equal(experiment.dataset.counts, pixels.sum(0))
   assert stage.streams['train'].payload_shapes().keys() == {'index'}
   assert not stage.uses_target_labels
+
+
+def test_weights_and_hard_pixels_from_the_command_line(tmp_path):
+  made = config_file.get_config('ce,train=16')
+  given = {'loss.hardest': '0.25', 'class_weights.name': 'median_frequency'}
+  options.prepare(made, given)
+  made.loss.hardest, made.class_weights.name = 0.25, 'median_frequency'
+  build.build(resolve(made), devices=1)
+  images = tiny.config(
+    tiny.write_npz(tmp_path / 'x.npz'), 'ce', class_weights={'name': 'median_frequency'}
+  )
+  with pytest.raises(UserError, match="label maps, but .* take 'inverse_frequency'"):
+    build.build(images, devices=1)
 
 
 def test_the_doctor_counts_pixels():

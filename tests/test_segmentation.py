@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lt_jax.errors import UserError
-from lt_jax.evals import TASKS, segmentation
+from lt_jax.evals import TASKS, label_free, segmentation
 from lt_jax.evals.calibration import calibration
 from lt_jax.method import Method
 from lt_jax.methods.tiled import starts, tiled
@@ -146,3 +146,19 @@ def test_the_headline_is_the_miou_and_a_state_can_be_chosen_by_it():
   task = TASKS['segmentation']
   assert task.headline == 'miou' and task.metrics['miou'].better == 1
   assert task.per_pixel and 'pixel_accuracy' in task.metrics
+
+
+def test_no_map_of_logits_leaves_the_device():
+  """Of an image of 2048 x 1024 pixels, by shapes: some C^2 numbers, and features."""
+  size, classes, width = (1024, 2048), 19, 64
+  outputs = {
+    'logits': jax.ShapeDtypeStruct((1, 512, 1024, classes), jnp.float32),
+    'features': jax.ShapeDtypeStruct((1, width), jnp.float32),
+  }
+  batch = {'label': jax.ShapeDtypeStruct((1, *size), jnp.int32)}
+  kept = segmentation.keep(1, classes)
+  for record in (segmentation.record, kept, label_free.keep_of_pixels):
+    found = jax.eval_shape(record, outputs, batch)
+    assert sum(x.size for x in jax.tree.leaves(found)) < 2 * classes**2
+  shown = jax.eval_shape(segmentation.picture, outputs, batch)
+  assert {x.shape for x in shown.values()} == {(1, 128, 256)}

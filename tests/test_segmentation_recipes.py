@@ -10,7 +10,8 @@ import pytest
 from configs import scenes as config_file
 from lt_jax import build, run, train
 from lt_jax.config import resolve
-from lt_jax.data import scenes
+from lt_jax.data import samplers, scenes
+from lt_jax.errors import UserError
 from lt_jax.recipes import segmentation
 from lt_jax.writers import read_rows
 from tests import child
@@ -52,10 +53,19 @@ METRICS = {
   'advent_cp': JUDGED | {'alignment'},
   'adapt_seg': JUDGED,
   'mean_teacher': {'pseudo_loss', 'labelled'},
+  'label_prior': {'label_prior'},
+  'ocda': JUDGED,
+  'ocda_entropy': ENTROPY,
 }
+STEPLESS = {'advent_minent'}
+"""Recipes whose last stage makes no steps."""
 
 
-@pytest.mark.parametrize('recipe', segmentation.RECIPES)
+def test_every_recipe_has_metrics_here():
+  assert set(segmentation.RECIPES) - STEPLESS <= set(METRICS)
+
+
+@pytest.mark.parametrize('recipe', METRICS)
 def test_every_recipe_makes_a_step_without_labels_of_the_target(recipe, datasets):
   experiment = build.build(config(recipe), devices=1, datasets=datasets)
   stage = experiment.last
@@ -63,7 +73,29 @@ def test_every_recipe_makes_a_step_without_labels_of_the_target(recipe, datasets
   metrics = train.metric_shapes(stage.method, stage.streams, state, experiment.mesh)
   assert METRICS[recipe] <= metrics.keys()
   assert not stage.uses_target_labels
-  assert ('discriminator' in state.params) == recipe.startswith('ad')
+  assert ('discriminator' in state.params) == (METRICS[recipe] >= JUDGED)
+
+
+@pytest.mark.parametrize('recipe', ['lade', 'mcd'])
+def test_what_compares_whole_images_is_told(recipe, datasets):
+  experiment = build.build(config(recipe), devices=1, datasets=datasets)
+  stage = experiment.last
+  state = train.state_shapes(stage.method, stage.streams)
+  with pytest.raises(UserError, match='compares whole images, but here every pixel'):
+    train.metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+
+
+def test_a_mean_teacher_is_shown_rare_classes(datasets):
+  experiment = build.build(config('mean_teacher'), devices=1, datasets=datasets)
+  rows = experiment.last.streams['train'].payload(0)['index']
+  pixels = datasets['source'].splits['train'].class_pixels(len(scenes.CLASSES))
+  sampler = samplers.rare_class(pixels, temperature=0.01)
+  np.testing.assert_array_equal(rows, samplers.batch_indices(sampler, 0, 8, 0))
+  rarest = pixels.sum(0).argmin()
+  assert (pixels[rows, rarest] > 0).mean() > (pixels[:, rarest] > 0).mean()
+  made = config('minent') | {'sampler': {'name': 'class_balanced'}}
+  with pytest.raises(UserError, match="have label maps: use 'rare_class'"):
+    build.build(made, devices=1, datasets=datasets)
 
 
 @pytest.mark.parametrize('recipe', ['minent', 'advent', 'adapt_seg'])
@@ -109,7 +141,7 @@ def test_advent_runs_from_end_to_end_and_resumes_bit_by_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('recipe', ['minent_cp', 'mean_teacher'])
+@pytest.mark.parametrize('recipe', ['minent_cp', 'mean_teacher', 'label_prior'])
 def test_other_recipes_run_and_resume_bit_by_bit(recipe, tmp_path):
   assert_resumes(recipe, tmp_path)
 

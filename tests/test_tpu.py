@@ -85,6 +85,8 @@ OF_PIXELS = {  # likewise for the embedded scenes
   ('minent', 'train'): 'aligned',
   ('advent', 'train'): 'advent',
   ('mean_teacher', 'train'): 'mean_teacher',
+  ('label_prior', 'adapt'): 'label_prior',
+  ('ocda', 'scheduled'): 'advent',
 }
 
 

@@ -63,7 +63,7 @@ from lt_jax.optim import (
   per_parameter,
 )
 from lt_jax.players import make_players
-from lt_jax.surgeries import maps, posthoc, shallow, shift, zero_shot
+from lt_jax.surgeries import maps, pixels, posthoc, shallow, shift, zero_shot
 from lt_jax.train import Plan, state_shapes
 
 WRAPPERS = (
@@ -75,6 +75,7 @@ WRAPPERS = (
   | shift.WRAPPERS
   | zero_shot.WRAPPERS
   | tiled.WRAPPERS
+  | pixels.WRAPPERS
 )
 
 
@@ -87,6 +88,7 @@ SURGERIES = (
   | self_training.SURGERIES
   | shift.SURGERIES
   | zero_shot.SURGERIES
+  | pixels.SURGERIES
 )
 
 
@@ -605,6 +607,7 @@ def _method(
       weights,
       counts=counts,
       start_step=start_step,
+      class_pixels=functools.partial(_class_pixels, train.dataset),
     ),
     'reduction': lookup(REDUCTIONS, 'reduction', config['reduction']),
     'penalty': _made('penalty', make_penalty, config['penalty'], counts=counts),
@@ -651,6 +654,20 @@ def _method(
   # A function traced for its shapes is then not traced again for the program.
   method = Method(*(jax.jit(function, inline=True) for function in method))
   return method, weigh
+
+
+def _class_pixels(dataset: Dataset) -> np.ndarray:
+  """Returns (N, C), the pixels of each class in each training image.
+
+  Raises:
+    UserError: the images have one label each.
+  """
+  if not dataset.of_pixels:
+    raise UserError(
+      'class_weights.name asks for label maps, but each image has one label: take '
+      "'inverse_frequency'"
+    )
+  return dataset.splits['train'].class_pixels(len(dataset.class_names))
 
 
 def _first_step(config: Config, earlier: Mapping[str, Stage]) -> int:

@@ -474,12 +474,8 @@ def _sampler(
     )
   if order is not None:
     images = order
-  elif 'labels' in asked:
-    if isinstance(split, Unlabelled):
-      raise UserError(
-        f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
-      )
-    images = split.labels if learned.all() else (np.cumsum(learned) - 1)[split.labels]
+  elif {'labels', 'class_pixels'} & {*asked}:
+    images = _labels_for(name, 'class_pixels' in asked, split, learned, stream)
   sampler = construct(
     SAMPLERS,
     'sampler',
@@ -493,3 +489,37 @@ def _sampler(
   if not start:
     return sampler
   return deferred(instance(stored), sampler, switch_epoch=math.ceil(start))
+
+
+def _labels_for(
+  name: str,
+  by_pixels: bool,
+  split: Split | Unlabelled,
+  learned: np.ndarray,
+  stream: str,
+) -> np.ndarray:
+  """Returns the labels that a sampler draws by.
+
+  Args:
+    name: of the sampler.
+    by_pixels: whether it draws by the pixels of each class, (N, C), and not by one
+      label an image, (N,).
+    split: the images.
+    learned: (C,) bool, the classes that are learned.
+    stream: its name.
+
+  Raises:
+    UserError: the images have no labels, or labels of the other kind.
+  """
+  if isinstance(split, Unlabelled):
+    raise UserError(
+      f'sampler {name!r} needs labels, which the stream {stream!r} does not have'
+    )
+  if by_pixels != split.of_pixels:
+    raise UserError(
+      f'sampler {name!r} does not fit the stream {stream!r}, whose images have '
+      + ("label maps: use 'rare_class'" if split.of_pixels else 'one label each')
+    )
+  if by_pixels:
+    return split.class_pixels(len(learned))
+  return split.labels if learned.all() else (np.cumsum(learned) - 1)[split.labels]

@@ -333,7 +333,11 @@ def _window(
       raise UserError(
         f'{told}, so they are tested on as large as they are: set data.resize_to to ()'
       )
-  return Window(*(window or (0, 0)), tuple(scale), tuple(resize_to), canvas)
+  made = Window(*(window or (0, 0)), tuple(scale), tuple(resize_to), canvas)
+  if split == 'train':
+    for row, size in zip(rows, sizes.tolist(), strict=True):
+      made.check_fits(source.where(row), size)
+  return made
 
 
 def _pool(sources: Mapping[str, Any], train_split: str, name: str) -> Any:

@@ -270,15 +270,28 @@ class _Encoded:
     from rich.progress import track
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      rows = pool.map(self._measure_one, range(len(self)))
+      rows = pool.map(self._measured_or_fault, range(len(self)))
       told = f'label maps of {self.home()}'
       found = [*track(rows, told, total=len(self), transient=True)]
+    faults = [str(row) for row in found if isinstance(row, UserError)]
+    if faults:
+      others = f' (and {len(faults) - 1} more are at fault)'
+      raise UserError(faults[0] + others * (len(faults) > 1))
     pixels, sizes = zip(*found, strict=True) if found else ((), ())
     classes = len(self.class_names)
     return {
       'pixels': np.array(pixels, np.int64).reshape(-1, classes),
       'sizes': np.array(sizes, np.int64).reshape(-1, 2),
     }
+
+  def _measured_or_fault(
+    self, position: int
+  ) -> tuple[np.ndarray, tuple[int, int]] | UserError:
+    """Returns what is wrong with a map, so that all of them are looked at."""
+    try:
+      return self._measure_one(position)
+    except UserError as error:
+      return error
 
   def _measure_one(self, position: int) -> tuple[np.ndarray, tuple[int, int]]:
     try:
@@ -500,12 +513,7 @@ class Window(NamedTuple):
     factor = generator.uniform(*self.scale)
     size = tuple(round(side * factor) for side in base)
     wanted = (self.height, self.width) if self.height else base
-    if wanted[0] > size[0] or wanted[1] > size[1]:
-      raise UserError(
-        f'{source.where(row)}: a window of {_told(wanted)} pixels does not fit into '
-        f'the image of {_told(image.shape[:2])}, of which {_told(size)} are left: '
-        'lower data.window, or raise data.scale or data.resize_to'
-      )
+    self.check_fits(source.where(row), image.shape[:2], size)
     corner = [
       int(generator.integers(side - part + 1))
       for side, part in zip(size, wanted, strict=True)
@@ -514,6 +522,27 @@ class Window(NamedTuple):
     if labelled:
       found['label'] = nearest(label, size, corner, wanted)
     return found
+
+  def check_fits(
+    self, where: str, image: Sequence[int], size: Sequence[int] | None = None
+  ) -> None:
+    """Refuses a window that is larger than an image is.
+
+    Args:
+      where: name of the image.
+      image: its (height, width).
+      size: (height, width) after resizing; None for the smallest that `scale` allows.
+    """
+    if not self.height:
+      return
+    if size is None:
+      size = [round(side * self.scale[0]) for side in self.resize or image]
+    if self.height > size[0] or self.width > size[1]:
+      raise UserError(
+        f'{where}: a window of {_told((self.height, self.width))} pixels does not fit '
+        f'into the image of {_told(image)}, of which {_told(size)} are left: lower '
+        'data.window, or raise data.scale or data.resize_to'
+      )
 
   def evaluation(self, source: Any, row: int, labelled: bool) -> dict[str, np.ndarray]:
     """Returns 'image' (h, w, 3) and, if labelled, 'label', the whole map.

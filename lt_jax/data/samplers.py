@@ -341,6 +341,80 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   return Sampler(first.length, indices)
 
 
+def rare_class(
+  class_pixels: np.ndarray, *, temperature: float = 0.01, fewest_pixels: int = 1
+) -> Sampler:
+  r"""Rare-class sampling: draws a class, rare ones more often, then an image of it.
+
+  .. math::
+    P(c) = \frac{e^{(1 - f_c) / T}}{\sum_k e^{(1 - f_k) / T}}
+
+  with f the share of class c among the labelled pixels of the training set. The image
+  is the next one in the shuffled cycle of those that show the class. A class that no
+  image shows is never drawn.
+
+  Args:
+    class_pixels: (N, C) int, pixels of each class in each training image.
+    temperature: T. The lower it is, the more often rare classes are drawn.
+    fewest_pixels: how many pixels of a class an image must have to be drawn for it.
+      Where no image has as many, every image that shows the class is.
+
+  Returns:
+    A sampler with L = N.
+
+  Raises:
+    UserError: no image has a labelled pixel, or an option is out of range.
+
+  Examples:
+    >>> class_pixels = np.array([[90, 0]] * 99 + [[80, 10]])  # only the last has both
+    >>> drawn = rare_class(class_pixels, temperature=1.0).indices(seed=0, epoch=0)
+    >>> bool((drawn == 99).mean() > 0.5)  # e^0.999 : e^0.001 = 2.7 : 1
+    True
+
+  Source: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, equations 10 and 11. The
+  authors' code asks for 3,000 pixels of a class in an image and draws its window up to
+  ten times until it shows half as many; here the window stays random.
+  """
+  class_pixels = np.asarray(class_pixels)
+  totals = class_pixels.sum(axis=0)
+  shown = np.flatnonzero(totals)
+  if not shown.size:
+    raise UserError("sampler 'rare_class': no training image has a labelled pixel")
+  if temperature <= 0 or fewest_pixels < 1:
+    raise UserError(
+      f"sampler 'rare_class': temperature {temperature} must be positive and "
+      f'fewest_pixels {fewest_pixels} at least 1'
+    )
+  probabilities = rare_class_probabilities(totals[shown], temperature)
+  members = [_images_of(class_pixels[:, c], fewest_pixels) for c in shown]
+  classes = _Classes(np.array([*map(len, members)]), np.concatenate(members))
+  length = len(class_pixels)
+
+  def indices(seed: int, epoch: int) -> np.ndarray:
+    generator = _generator('rare_class', seed, epoch)
+    draws = generator.choice(len(shown), size=length, p=probabilities)
+    return _serve(generator, classes, draws)
+
+  return Sampler(length, indices)
+
+
+def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
+  """Returns how likely `rare_class` draws each class, (C,), by its pixels (C,).
+
+  Examples:
+    >>> rare_class_probabilities(np.array([75, 25]), temperature=0.5).round(3).tolist()
+    [0.269, 0.731]
+  """
+  rarity = (1 - pixels / pixels.sum()) / temperature
+  weights = np.exp(rarity - rarity.max())
+  return weights / weights.sum()
+
+
+def _images_of(pixels: np.ndarray, fewest: int) -> np.ndarray:
+  """Returns the images that have enough pixels (N,) of a class, or else any."""
+  return np.flatnonzero(pixels >= min(fewest, pixels.max()))
+
+
 def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
   """Returns which share of a curriculum has been opened by an epoch.
 
@@ -475,10 +549,11 @@ SAMPLERS = {
   'progressive': progressive,
   'class_aware': class_aware,
   'effective_number': effective_number,
+  'rare_class': rare_class,
   'curriculum': curriculum,
 }
-"""name -> (images, labels or an order, batch or epochs where it names them, options) ->
-a sampler."""
+"""name -> (images, labels, pixels by class or an order, batch or epochs where it names
+them, options) -> a sampler."""
 
 
 # Large enough for two epochs of every seed of runs that are trained side by side.

@@ -119,14 +119,20 @@ class Split(NamedTuple):
     are counted when they are first asked for.
     """
     if self.of_pixels:
-      return self.class_pixels().sum(0)
+      return self.class_pixels(num_classes).sum(0)
     several = self.numbers().get('classes')
     if several is not None:
       return (several == 1).sum(0)
     return label_counts(self.labels, num_classes)
 
-  def class_pixels(self) -> np.ndarray:
-    """Returns (N, C) int64, the pixels of each class in each image with a label map."""
+  def class_pixels(self, num_classes: int) -> np.ndarray:
+    """Returns (N, C) int64, the pixels of each class in each image; 0 without a map.
+
+    A split that only has shapes, of a run that is opened without its data, has a pixel
+    of every class in every image.
+    """
+    if self.source is None:
+      return np.ones((len(self.rows), num_classes), np.int64)
     return self.source.class_pixels(self.rows)
 
   def at(self, positions: np.ndarray) -> 'Split':

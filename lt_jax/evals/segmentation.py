@@ -109,8 +109,11 @@ def keep(examples: int, classes: int) -> Record:
 
 
 def _kept(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  features = outputs['features'].astype(jnp.float32)
-  return record(outputs, batch) | {'features': features}
+  return {
+    **record(outputs, batch),
+    **{key: outputs[key] for key in ('borrowed',) if key in outputs},
+    'features': outputs['features'].astype(jnp.float32),
+  }
 
 
 def picture(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:

@@ -19,9 +19,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lt_jax.class_weights import check_counts, weights_of
-from lt_jax.errors import check_options, lookup
+from lt_jax.errors import UserError, check_options, lookup
 from lt_jax.losses import classification, margin, metric, ranking
 
 LOSSES = classification.LOSSES | margin.LOSSES | ranking.LOSSES
@@ -33,6 +34,7 @@ def make_loss(
   counts: np.ndarray,
   classes: np.ndarray | None = None,
   auxiliary: float = 0.0,
+  hardest: float = 1.0,
   **options: Any,
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]:
   """Returns a per-label loss as a function of a network's outputs and a batch.
@@ -42,6 +44,7 @@ def make_loss(
     counts: (C,) training images per class, for losses that use them.
     classes: (C,) bool, the classes to learn; the others are ruled out, see `only`.
     auxiliary: weight of the same loss on outputs['auxiliary_logits'], which is added.
+    hardest: share of a batch's labels that have a loss, see `of_hardest`.
     **options: options of the loss, such as `gamma`.
 
   Returns:
@@ -51,7 +54,8 @@ def make_loss(
     (B, C), if there is one.
 
   Raises:
-    UserError: an unknown name or option, or an empty class if the loss uses counts.
+    UserError: an unknown name or option, an empty class if the loss uses counts, or a
+      share out of range.
 
   Examples:
     >>> loss = make_loss('balanced_softmax', counts=np.array([90, 10]))
@@ -65,6 +69,8 @@ def make_loss(
   asked = inspect.signature(per_example).parameters
   if 'counts' in asked:
     options['counts'] = check_counts(counts, what)
+  if not isinstance(hardest, int | float) or not 0 < hardest <= 1:
+    raise UserError(f'loss.hardest must be more than 0 and at most 1, got {hardest!r}')
 
   def loss_of(logits, batch):
     labels = batch['label']
@@ -75,7 +81,10 @@ def make_loss(
       logits = only(logits, classes)
     # Where the label is -1 any class will do: the loss there is discarded below.
     losses = per_example(logits, jnp.maximum(each, 0), **several, **options)
-    return jnp.where(each >= 0, losses, 0).reshape(labels.shape)
+    losses = jnp.where(each >= 0, losses, 0)
+    if hardest < 1:
+      losses = of_hardest(losses, each >= 0, hardest)
+    return losses.reshape(labels.shape)
 
   def loss(outputs, batch):
     value = loss_of(outputs['logits'], batch)
@@ -85,6 +94,43 @@ def make_loss(
     return value
 
   return loss
+
+
+def of_hardest(losses: jax.Array, valid: jax.Array, share: float) -> jax.Array:
+  r"""Returns losses of which only the largest are left: online hard examples.
+
+  .. math::
+    \tilde\ell_i = \frac{n}{|H|}\, [i \in H]\, \ell_i, \qquad
+    H = \{i : \ell_i \ge \ell_{(k)}\}, \quad k = \lceil s n \rceil
+
+  with n the labels of the batch and the k-th largest of their losses; ties count. The
+  mean over the labels is then that over the hardest ones. Where labels are maps, these
+  are the pixels on which the network is worst.
+
+  Args:
+    losses: (N,), 0 where there is no label.
+    valid: (N,) bool, where there is one.
+    share: s, in (0, 1].
+
+  Returns:
+    (N,).
+
+  Examples:
+    >>> losses, valid = jnp.array([4.0, 1.0, 2.0, 3.0]), jnp.array([True] * 4)
+    >>> of_hardest(losses, valid, share=0.5).tolist()
+    [8.0, 0.0, 0.0, 6.0]
+
+  Shrivastava et al., "Training Region-based Object Detectors with Online Hard Example
+  Mining", CVPR 2016, arXiv 1604.03540; for pixels Wu et al., arXiv 1605.06885 ("online
+  bootstrapping"), and Pohlen et al. (FRRN), CVPR 2017, arXiv 1611.08323, who keep a
+  fixed number.
+  """
+  known = jnp.where(valid, lax.stop_gradient(losses), -jnp.inf)
+  n = valid.sum()
+  kept = jnp.ceil(share * n).astype(jnp.int32)
+  least = jnp.sort(known, descending=True)[jnp.maximum(kept - 1, 0)]
+  hard = valid & (known >= least)
+  return jnp.where(hard, losses, 0) * (n / jnp.maximum(hard.sum(), 1))
 
 
 def only(logits: jax.Array, classes: np.ndarray) -> jax.Array:
@@ -140,6 +186,8 @@ def make_penalty(
   outputs_key = 'features' if 'features' in asked else 'logits'
 
   def penalty(outputs, batch):
+    if batch['label'].ndim > 1:
+      raise UserError(f'{what} compares whole images, but here every pixel has a label')
     return weight * function(outputs[outputs_key], batch['label'], **options)
 
   return penalty

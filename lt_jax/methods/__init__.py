@@ -11,7 +11,7 @@ from lt_jax.methods.mcd import mcd
 from lt_jax.methods.mean_teacher import mean_teacher
 from lt_jax.methods.multitask import multitask
 from lt_jax.methods.self_supervised import self_supervised
-from lt_jax.methods.self_training import pseudo_label, saved_label
+from lt_jax.methods.self_training import label_prior, pseudo_label, saved_label
 from lt_jax.methods.supervised import supervised
 from lt_jax.methods.translation import i2i
 
@@ -32,6 +32,7 @@ METHODS = {
   'self_supervised': self_supervised,
   'pseudo_label': pseudo_label,
   'saved_label': saved_label,
+  'label_prior': label_prior,
   'i2i': i2i,
   'multitask': multitask,
   'advent': advent,

@@ -110,6 +110,8 @@ def mcd(
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     batch, images = batches['train'], batches['target']['image']
+    if batch['label'].ndim > 1:
+      raise UserError('mcd compares whole images, but here every pixel has a label')
 
     def on_source(params: PyTree, stats: PyTree):
       params = optimizer.held(params)

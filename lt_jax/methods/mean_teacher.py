@@ -125,9 +125,9 @@ def mean_teacher(
 
   The teacher: Tarvainen and Valpola, "Mean teachers are better role models", NIPS 2017,
   arXiv 1703.01780. Pasted classes: Tranheden et al., DACS, WACV 2021, arXiv 2007.08702.
-  The whole: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, without its blur, its
-  distance from features of ImageNet, and its sampling of rare classes, which is a
-  sampler's work; there the colours of four batches in five are changed.
+  The whole: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, without its blur and
+  its distance from features of ImageNet; its sampling of rare classes is the sampler
+  'rare_class'. There the colours of four batches in five are changed.
   """
   check_streams(streams, 'target')
   lookup(STATISTICS, 'kind of batch statistics', statistics)

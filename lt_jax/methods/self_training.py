@@ -1,4 +1,4 @@
-"""Self-training: confident predictions on the target become labels."""
+"""Self-training: what a network predicts for target images becomes their labels."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -129,34 +129,106 @@ def saved_label(
   if only_unseen and unseen is None:
     raise UserError('saved_label: only_unseen is set, but no class is unseen')
 
+  def of_target(outputs: Outputs, target: Batch) -> tuple[jax.Array, Metrics]:
+    labels = _checked(_saved(target, 'pseudo_label'), outputs['logits'])
+    if only_unseen:
+      labels = jnp.where(jnp.asarray(unseen)[labels], labels, -1)
+    mean = loss(outputs, {'label': labels}).mean()
+    labelled = (labels >= 0).sum(dtype=jnp.float32)
+    return mean, {
+      'pseudo_loss': mean_metric(mean),
+      'labelled': (labelled, jnp.float32(labels.size)),
+    }
+
+  return _with_saved(
+    net, optimizer, objective, of_target, alignment_weight, statistics=statistics
+  )
+
+
+def label_prior(
+  net: Network,
+  optimizer: Optimizer,
+  *,
+  objective: Objective,
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  streams: Collection[str],
+  statistics: str = 'separate',
+) -> Method:
+  r"""Supervised learning on the source, and on estimated class shares of target images.
+
+  .. math::
+    L_y - \frac{\lambda(p)}{T} \sum_{i \in T} \sum_c q_{ic}
+    \log \Big( \frac1N \sum_n p_{inc} \Big)
+
+  over the N pixels of an image. The stream 'target' has q as 'label_shares' (T, C),
+  which an earlier stage saved for whole images, so leave out data.window. How much of
+  an image a class covers is easier to predict than where.
+
+  Args:
+    net: network that returns a dict with 'logits' (B, ..., C).
+    optimizer: optimiser of the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
+    alignment_weight: step -> lambda.
+    streams: names of the streams; it reads 'target'.
+    statistics: how the domains share batch normalisation, see `pseudo_label`.
+
+  Raises:
+    UserError: unknown statistics, or no target.
+
+  Zhang, David and Gong, "Curriculum Domain Adaptation for Semantic Segmentation of
+  Urban Scenes", ICCV 2017, arXiv 1707.09465, equation 1 for whole images, without their
+  superpixels.
+  """
+  check_streams(streams, 'target')
+
+  def of_target(outputs: Outputs, target: Batch) -> tuple[jax.Array, Metrics]:
+    log_p = jax.nn.log_softmax(outputs['logits'])
+    log_p = log_p.reshape(len(log_p), -1, log_p.shape[-1])
+    # The logarithm of the mean, finite for any logits.
+    log_mean = jax.nn.logsumexp(log_p, axis=1) - math.log(log_p.shape[1])
+    shares = _saved(target, 'label_shares')
+    value = -(shares * log_mean).sum(-1).mean()
+    return value, {'label_prior': mean_metric(value)}
+
+  return _with_saved(
+    net, optimizer, objective, of_target, alignment_weight, statistics=statistics
+  )
+
+
+def _with_saved(
+  net: Network,
+  optimizer: Optimizer,
+  objective: Objective,
+  of_target: Callable[[Outputs, Batch], tuple[jax.Array, Metrics]],
+  alignment_weight: Callable[[jax.Array], jax.Array],
+  *,
+  statistics: str,
+) -> Method:
+  """Returns a method that learns from what a stage has saved for the target's images.
+
+  Args:
+    net: see `saved_label`.
+    optimizer: likewise.
+    objective: likewise.
+    of_target: (outputs, batch), both of the target -> (value (), metrics).
+    alignment_weight: step -> what the value is multiplied by.
+    statistics: a key of `lt_jax.methods.pairs.STATISTICS`.
+  """
+
   def value(params: PyTree, state: State, batches: Mapping[str, Batch]):
-    net_params = optimizer.held(params)['net']
     batch, target = batches['train'], batches['target']
-    if 'pseudo_label' not in target:
-      raise UserError(
-        "saved_label reads 'pseudo_label' of the stream 'target': set its stage and "
-        'arrays'
-      )
-    of_source, of_target, stats = forward_pair(
+    source_outputs, target_outputs, stats = forward_pair(
       net,
-      net_params,
+      optimizer.held(params)['net'],
       state.stats,
       batch['image'],
       target['image'],
       statistics=statistics,
     )
-    own, metrics = objective(of_source, batch, state.step)
-    labels = _checked(target['pseudo_label'], of_target['logits'])
-    if only_unseen:
-      labels = jnp.where(jnp.asarray(unseen)[labels], labels, -1)
-    mean = loss(of_target, {'label': labels}).mean()
-    labelled = (labels >= 0).sum(dtype=jnp.float32)
-    metrics |= {
-      'loss': mean_metric(own),
-      'pseudo_loss': mean_metric(mean),
-      'labelled': (labelled, jnp.float32(labels.size)),
-    }
-    return own + alignment_weight(state.step) * mean, (stats, metrics)
+    own, metrics = objective(source_outputs, batch, state.step)
+    added, others = of_target(target_outputs, target)
+    metrics |= {'loss': mean_metric(own), **others}
+    return own + alignment_weight(state.step) * added, (stats, metrics)
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     grads, (stats, metrics) = jax.grad(value, has_aux=True)(
@@ -167,6 +239,15 @@ def saved_label(
 
   init = begin(net, optimizer, lambda outputs: {}, statistics=statistics, players={})
   return Method(init, step, predictor(net))
+
+
+def _saved(target: Batch, name: str) -> jax.Array:
+  """Returns what the stream 'target' reads from an earlier stage."""
+  if name not in target:
+    raise UserError(
+      f"the method needs {name!r} in the stream 'target': set its stage and arrays"
+    )
+  return target[name]
 
 
 def _checked(labels: jax.Array, logits: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from lt_jax.errors import UserError, construct
-from lt_jax.models import deeplab, described, discriminator, fcn
+from lt_jax.models import deeplab, described, discriminator, fcn, pixel_memory
 from lt_jax.models.attention import ModulatedAttention
 from lt_jax.models.decoder import decoder
 from lt_jax.models.fusion import fusion
@@ -41,7 +41,7 @@ NETWORKS = {
 HEADS = PLAIN_HEADS | described.HEADS
 """Heads that read the features of an image."""
 
-OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS
+OF_PIXELS = PIXEL_HEADS | deeplab.HEADS | fcn.HEADS | pixel_memory.HEADS
 """Heads of networks that give logits for every pixel; they read maps."""
 
 DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
@@ -153,19 +153,24 @@ def make_classifier(
   """
   norm = functools.partial(BatchNorm, **(batch_norm or {}))
   heads = HEADS | (OF_PIXELS if per_pixel else {})
+
+  def make_head(name: str, options: Mapping[str, Any]) -> nn.Module:
+    return construct(
+      heads,
+      'head',
+      name,
+      num_classes,
+      options=options,
+      class_vectors=class_vectors,
+      examples=examples,
+      make_head=make_head,
+    )
+
   parts = {
     'trunk': construct(
       TRUNKS, 'trunk', trunk, options=trunk_options or {}, dtype=dtype, norm=norm
     ),
-    'head': construct(
-      heads,
-      'head',
-      head,
-      num_classes,
-      options=head_options or {},
-      class_vectors=class_vectors,
-      examples=examples,
-    ),
+    'head': make_head(head, head_options or {}),
   }
   if per_pixel:
     if attention or projection:

@@ -50,14 +50,20 @@ def uniform_by_fan_in(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Arra
 
 
 def dense(
-  features: int, *, inputs: int, kernel_init: Callable | None = None, **attributes
+  features: int,
+  *,
+  inputs: int,
+  kernel_init: Callable | None = None,
+  bias_init: Callable | None = None,
+  **attributes,
 ) -> nn.Dense:
-  """Returns the layer x W + b with b, and W by default, from U(+-1 / sqrt(inputs)).
+  """Returns the layer x W + b; W and b are from U(+-1 / sqrt(inputs)) by default.
 
   Args:
     features: number of outputs.
     inputs: size of x, which the initialisation needs.
-    kernel_init: initialiser of W; None for PyTorch's, the same as b's.
+    kernel_init: initialiser of W; None for PyTorch's.
+    bias_init: initialiser of b; None likewise.
     **attributes: attributes of `nn.Dense`, such as its name.
   """
   bound = 1 / math.sqrt(inputs)
@@ -68,7 +74,7 @@ def dense(
   return nn.Dense(
     features,
     kernel_init=kernel_init or uniform,
-    bias_init=uniform,
+    bias_init=bias_init or uniform,
     precision=lax.Precision.HIGHEST,
     **attributes,
   )

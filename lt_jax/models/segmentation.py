@@ -6,7 +6,7 @@ map, so it also sees a pixel's surroundings.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,12 +66,7 @@ class Segmenter(nn.Module):
         'labels of pixels need a trunk that ends in a map of features, such as '
         "model.trunk='small_segmenter'"
       )
-    size = images.shape[1:3]
-    if getattr(self.head, 'of_layers', False):
-      outputs = self.head(layers, size, **memory)
-    else:
-      low = self.apply_head(features, train=train, **memory)['logits']
-      outputs = {'logits': resize(low, size), 'low_logits': low}
+    outputs = classify(self.head, layers, images.shape[1:3], **memory)
     maps = {'features': features.mean((1, 2)), 'map': features}
     return layers | maps | outputs
 
@@ -89,14 +84,36 @@ class Segmenter(nn.Module):
         'this method applies the head to features alone, but this head reads other '
         "layers of the trunk too: set model.head, such as to 'multi_dilation'"
       )
-    if getattr(self.head, 'of_maps', False):
-      return {'features': features, 'logits': self.head(features, **memory)}
-    pixels = features.reshape(-1, features.shape[-1])
-    logits = self.head(pixels, **memory)
-    return {
-      'features': features,
-      'logits': logits.reshape(*features.shape[:-1], logits.shape[-1]),
-    }
+    return {'features': features, 'logits': scores(self.head, features, **memory)}
+
+
+def classify(
+  head: nn.Module, layers: Mapping[str, jax.Array], size: tuple[int, int], **memory
+) -> dict[str, jax.Array]:
+  """Applies a head of any kind, see `Segmenter`, to the layers of a trunk.
+
+  Args:
+    head: the head.
+    layers: name -> (B, h, w, D), 'features' among them.
+    size: (H, W) of the images.
+    **memory: what the head reads beside the features.
+
+  Returns:
+    'logits' (B, H, W, C), 'low_logits', which they are resized from, and what else the
+    head names.
+  """
+  if getattr(head, 'of_layers', False):
+    return head(layers, size, **memory)
+  low = scores(head, layers['features'], **memory)
+  return {'logits': resize(low, size), 'low_logits': low}
+
+
+def scores(head: nn.Module, features: jax.Array, **memory: jax.Array) -> jax.Array:
+  """Applies a head that reads features alone to (B, h, w, D); returns (B, h, w, C)."""
+  if getattr(head, 'of_maps', False):
+    return head(features, **memory)
+  logits = head(features.reshape(-1, features.shape[-1]), **memory)
+  return logits.reshape(*features.shape[:-1], logits.shape[-1])
 
 
 class SmallSegmenter(nn.Module):

@@ -4,13 +4,18 @@ The stages and their learning rates follow the authors' code, where each stage i
 training; `lt_jax.methods.compound` describes them. All recipes here share every stage
 but the last, so differences come from the last stage alone. Only the oracle also has
 different domain features.
+
+For label maps the same names have stages of their own, see `_of_pixels`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
+from lt_jax.errors import UserError
+from lt_jax.recipes import segmentation
 from lt_jax.recipes.parts import Recipe, copy, target_stream
 
 ADAM: Overrides = {'name': 'adam', 'weight_decay': (('.*', 0.0),)}
@@ -130,22 +135,99 @@ def _source_only(config: ConfigDict) -> Overrides:
   return {**whole, 'stages': alone, 'stage_order': tuple(alone)}
 
 
+def _of_pixels(
+  config: ConfigDict,
+  *,
+  base: str = 'adapt_seg',
+  memory: bool = True,
+  indicator: bool = True,
+  near_first: bool = True,
+) -> Overrides:
+  """The stages of segmentation: the source, its memory, and the target, near to far.
+
+  A re-creation by the paper's ideas, as no code was released, with the memory of
+  `lt_jax.models.pixel_memory`. Each domain has batch statistics of its own, so that an
+  image borrows as much when it is predicted as when it is learned from.
+
+  Args:
+    config: of the first stage, which the last is as long as.
+    base: the recipe of segmentation that the last stage adapts by; AdaptSegNet, as in
+      the paper.
+    memory: the last stage enriches features by the memory; else they stay as they are.
+    indicator: the domain says by how much; else every image borrows alike.
+    near_first: the last stage offers near images first; else all in random order.
+  """
+  inner = {'head': config.model.head, 'options': config.model.head_options.to_dict()}
+  options = ConfigDict({**inner, 'indicator': indicator})
+  remembering = {'model': {'head': 'pixel_memory', 'head_options': options}}
+  remember = {
+    **remembering,
+    'epochs': 0.0,
+    'surgeries': (
+      copy('net/trunk/.*', 'source'),
+      copy('net/head/head/(.*)', 'source', source=r'net/head/\1'),
+      ('pixel_memory', {}),
+    ),
+    'save_outputs': ('target/train/domain_distance',),
+  }
+  scheduled = {
+    **segmentation.RECIPES[base].overrides(config),
+    **(remembering if memory else {}),
+    'surgeries': tuple(
+      copy(f'{name}/(.*)', 'memory' if memory else 'source', source=r'net/\1')
+      for name in ('net', 'net_source')
+    ),
+  }
+  scheduled['method']['statistics'] = 'domain_specific'
+  if near_first:
+    scheduled['streams']['target'] |= {
+      'stage': 'memory',
+      'order': 'domain_distance',
+      'sampler': {'name': 'curriculum', 'window': 'expand'},
+    }
+  stages = {'source': {}, 'memory': remember, 'scheduled': scheduled}
+  return {'stages': stages, 'stage_order': tuple(stages)}
+
+
+def _by_label(
+  of_images: Callable[[ConfigDict], Overrides],
+  of_pixels: Callable[[ConfigDict], Overrides] | None = None,
+) -> Recipe:
+  """Returns a recipe with stages for labels of images, and others for label maps."""
+
+  def overrides(config: ConfigDict) -> Overrides:
+    if config.task != 'segmentation':
+      return of_images(config)
+    if of_pixels is None:
+      raise UserError(
+        f'recipe {config.recipe!r} is for one label an image and has no form for label '
+        "maps: take 'ocda'"
+      )
+    return of_pixels(config)
+
+  return Recipe(overrides, needs=('target',))
+
+
 RECIPES: dict[str, Recipe] = {
-  'ocda_source': Recipe(_source_only, needs=('target',)),
-  'ocda': Recipe(_ocda, needs=('target',)),
-  'ocda_released': Recipe(
-    lambda config: _ocda(config, form='released', repo_quirks=True), needs=('target',)
+  'ocda_source': _by_label(_source_only, lambda config: {}),
+  'ocda': _by_label(_ocda, _of_pixels),
+  'ocda_released': _by_label(
+    lambda config: _ocda(config, form='released', repo_quirks=True)
   ),
-  'ocda_no_memory': Recipe(
-    lambda config: _ocda(config, form='domain'), needs=('target',)
+  'ocda_no_memory': _by_label(
+    lambda config: _ocda(config, form='domain'),
+    lambda config: _of_pixels(config, memory=False),
   ),
-  'ocda_no_indicator': Recipe(
-    lambda config: _ocda(config, form='selector'), needs=('target',)
+  'ocda_no_indicator': _by_label(
+    lambda config: _ocda(config, form='selector'),
+    lambda config: _of_pixels(config, indicator=False),
   ),
-  'ocda_random_order': Recipe(
-    lambda config: _ocda(config, near_first=False), needs=('target',)
+  'ocda_random_order': _by_label(
+    lambda config: _ocda(config, near_first=False),
+    lambda config: _of_pixels(config, near_first=False),
   ),
-  'ocda_oracle_domains': Recipe(
-    lambda config: _ocda(config, oracle=True), needs=('target',)
+  'ocda_oracle_domains': _by_label(lambda config: _ocda(config, oracle=True)),
+  'ocda_entropy': Recipe(
+    lambda config: _of_pixels(config, base='minent'), needs=segmentation.NEEDS
   ),
 }

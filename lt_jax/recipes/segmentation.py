@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lt_jax.config import Overrides
-from lt_jax.recipes.parts import Recipe, target_stream
+from lt_jax.recipes.parts import Recipe, copy, target_stream
 
 
 def _on_logits(config: ConfigDict, name: str, **options: Any) -> Overrides:
@@ -53,10 +53,49 @@ def _advent(
   }
 
 
+def _average(config: ConfigDict) -> Overrides:
+  """AdvEnt, MinEnt on the most uncertain pixels, and the average of their logits.
+
+  The stage 'begin' has the first weights, from which both are trained.
+  """
+  begun = {'surgeries': (copy('net/.*', 'begin'),)}
+  stages = {
+    'begin': {'epochs': 0.0},
+    'advent': _advent(config) | begun,
+    'minent': _minent(config, hardest=0.3) | begun,
+    'average': {
+      'epochs': 0.0,
+      'wrappers': {'average_logits': {'weight': 0.5}},
+      'surgeries': (copy('net/.*', 'advent'), ('second_network', {'stage': 'minent'})),
+    },
+  }
+  return {'stages': stages, 'stage_order': tuple(stages)}
+
+
+def _label_prior(config: ConfigDict) -> Overrides:
+  """The class shares of target images, estimated from the source, are asked for."""
+  shares = {
+    'epochs': 0.0,
+    'wrappers': {'label_shares': {}},
+    'surgeries': (copy('net/.*', 'source'), ('fit_label_shares', {})),
+    'save_outputs': ('target/train/label_shares',),
+  }
+  read = {'stage': 'shares', 'arrays': {'label_shares': 'label_shares'}}
+  adapt = {
+    **target_stream(config, **read),
+    'method': {'name': 'label_prior', 'statistics': 'separate'},
+    'alignment': {'weight': {'name': 'constant', 'weight': 0.1}},
+    'surgeries': (copy('net/.*', 'source'),),
+  }
+  stages = {'source': {}, 'shares': shares, 'adapt': adapt}
+  return {'stages': stages, 'stage_order': tuple(stages)}
+
+
 def _mean_teacher(config: ConfigDict) -> Overrides:
-  """A teacher labels target images; source images are mixed into them."""
+  """A teacher labels target images; source images are mixed in, rare classes first."""
   return {
     **target_stream(config),
+    'sampler': {'name': 'rare_class', 'temperature': 0.01, 'start_epoch': 0.0},
     'method': {'name': 'mean_teacher', 'statistics': 'separate'},
     'alignment': {'weight': {'name': 'constant', 'weight': 1.0}},
   }
@@ -72,5 +111,7 @@ RECIPES: dict[str, Recipe] = {
     lambda config: _advent(config, alignment='class_prior'), needs=NEEDS
   ),
   'adapt_seg': Recipe(lambda config: _advent(config, shown='softmax'), needs=NEEDS),
+  'advent_minent': Recipe(_average, needs=NEEDS),
+  'label_prior': Recipe(_label_prior, needs=NEEDS),
   'mean_teacher': Recipe(_mean_teacher, needs=NEEDS),
 }

@@ -17,6 +17,9 @@ from lt_jax.data.attributes import binary
 Params = dict[str, np.ndarray]
 Hyper = dict[str, float]
 
+BLOCK = 4096
+"""Rows of a large matrix that are computed at once."""
+
 POWERS = tuple(10.0**power for power in range(-3, 4))
 
 
@@ -136,8 +139,15 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 
 
 def gaussian(x: np.ndarray, support: np.ndarray, width: float) -> np.ndarray:
-  """Returns exp(-|x - s|^2 / 2 width^2), (N, M), one matrix at a time."""
-  apart = -2 * (x @ support.T)
+  """Returns exp(-|x - s|^2 / 2 width^2), (N, M), with one matrix of that size.
+
+  In blocks of rows: NumPy computes the whole X X^T with `syrk`, where OpenBLAS (of NumPy
+  2.4.6 and 2.5.5) crashes on two threads if X has 24,000 rows.
+  """
+  apart = np.empty((len(x), len(support)))
+  for begin in range(0, len(x), BLOCK):
+    rows = slice(begin, begin + BLOCK)
+    np.matmul(-2 * x[rows], support.T, out=apart[rows])
   apart += (x * x).sum(1)[:, None]
   apart += (support * support).sum(1)[None]
   np.maximum(apart, 0, out=apart)

@@ -17,7 +17,7 @@ from lt_jax.errors import ClassError, UserError
 from lt_jax.evals import openmax
 from lt_jax.evals.collect import Survey
 from lt_jax.method import Method, State
-from lt_jax.surgery import Surgery, class_sums, put
+from lt_jax.surgery import Surgery, class_sums, earlier_stage, put
 
 
 def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
@@ -45,6 +45,72 @@ def adjust_logits(method: Method, *, counts: Any, tau: float = 1.0) -> Method:
     return {**outputs, 'logits': outputs['logits'] - offset[None]}
 
   return Method(method.init, method.step, predict)
+
+
+def average_logits(method: Method, *, weight: float = 0.5) -> Method:
+  r"""Predicts with the average of the logits of two networks.
+
+  .. math:: z = (1 - w)\, z_{net} + w\, z_{second}
+
+  The second network is in `state.memory['second']`, where the surgery 'second_network'
+  puts that of another stage. All other outputs are those of the first.
+
+  Args:
+    method: any method; its steps do not change.
+    weight: w, in [0, 1].
+
+  Raises:
+    UserError: the weight is out of range.
+
+  Source: Vu et al., ADVENT, CVPR 2019, arXiv 1811.12833, section 4.2 ("AdvEnt +
+  MinEnt"), whose code averages the logits of two models alike.
+  """
+  if not 0 <= weight <= 1:
+    raise UserError(f'average_logits: weight must be in [0, 1], got {weight}')
+
+  def init(key, batches):
+    state = method.init(key, batches)
+    second = {'params': state.params['net'], 'stats': state.stats['net']}
+    empty = jax.tree.map(jnp.zeros_like, second)
+    return state.replace(memory={**state.memory, 'second': empty})
+
+  def predict(state, images):
+    second = state.memory['second']
+    other = state.replace(
+      params={**state.params, 'net': second['params']},
+      stats={**state.stats, 'net': second['stats']},
+    )
+    outputs = method.predict(state, images)
+    of_other = method.predict(other, images)['logits']
+    logits = (1 - weight) * outputs['logits'] + weight * of_other
+    return {**outputs, 'logits': logits}
+
+  return Method(init, method.step, predict)
+
+
+def second_network(*, stage: str) -> Surgery:
+  """Takes the second network of `average_logits` from an earlier stage.
+
+  Args:
+    stage: the stage that has trained it.
+
+  Raises:
+    UserError: the stage is not wrapped in 'average_logits', or the networks differ.
+  """
+
+  def surgery(fresh: State, earlier: Mapping[str, State]) -> State:
+    origin = earlier_stage(earlier, stage)
+    taken = {'params': origin.params['net'], 'stats': origin.stats['net']}
+    if 'second' not in fresh.memory:
+      raise UserError("second_network: the stage has no wrapper 'average_logits'")
+    ours, theirs = (
+      jax.tree.map(lambda x: x.shape, one) for one in (fresh.memory['second'], taken)
+    )
+    if ours != theirs:
+      raise UserError(f'second_network: stage {stage!r} has another network')
+    return fresh.replace(memory={**fresh.memory, 'second': taken})
+
+  return surgery
 
 
 def tau_norm(method: Method, *, taus: Sequence[float]) -> Method:
@@ -230,7 +296,12 @@ def fit_openmax(*, survey: Survey, tail: int = 20, split: str = 'train') -> Surg
 
 WRAPPERS: dict[str, Any] = {
   'adjust_logits': adjust_logits,
+  'average_logits': average_logits,
   'tau_norm': tau_norm,
   'openmax': with_openmax,
 }
-SURGERIES: dict[str, Any] = {'choose_tau': choose_tau, 'fit_openmax': fit_openmax}
+SURGERIES: dict[str, Any] = {
+  'second_network': second_network,
+  'choose_tau': choose_tau,
+  'fit_openmax': fit_openmax,
+}
