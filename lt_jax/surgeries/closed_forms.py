@@ -141,8 +141,8 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 def gaussian(x: np.ndarray, support: np.ndarray, width: float) -> np.ndarray:
   """Returns exp(-|x - s|^2 / 2 width^2), (N, M), with one matrix of that size.
 
-  In blocks of rows: NumPy computes the whole X X^T with `syrk`, where OpenBLAS (of NumPy
-  2.4.6 and 2.5.5) crashes on two threads if X has 24,000 rows.
+  In blocks of rows: NumPy computes the whole X X^T with `syrk`, where OpenBLAS (that of
+  NumPy 2.4.6 and 2.5.5) crashes on two threads if X has 24,000 rows.
   """
   apart = np.empty((len(x), len(support)))
   for begin in range(0, len(x), BLOCK):
