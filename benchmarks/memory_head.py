@@ -36,7 +36,8 @@ from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.methods.memory import oltr
 from lt_jax.models import make_classifier
 from lt_jax.models.heads import HEADS
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
+from lt_jax.schedules import make_schedule
 from lt_jax.surgery import class_sums
 
 HERE = pathlib.Path(__file__).parent

@@ -26,7 +26,8 @@ from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.methods import meta
 from lt_jax.methods.supervised import supervised
 from lt_jax.models import make_classifier
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
+from lt_jax.schedules import make_schedule
 
 BATCH = 100
 EVERY = 4

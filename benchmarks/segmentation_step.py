@@ -30,7 +30,8 @@ from lt_jax.methods import METHODS
 from lt_jax.methods.advent import JUDGES
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import NETWORKS, make_classifier
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
+from lt_jax.schedules import make_schedule
 
 TRAINING = 3000
 """Steps of a whole training, which the schedules assume."""

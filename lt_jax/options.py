@@ -26,7 +26,8 @@ from lt_jax.losses import LOSSES, PENALTIES, make_loss
 from lt_jax.losses.alignment import ALIGNMENTS
 from lt_jax.methods import METHODS
 from lt_jax.models import HEADS, OF_PIXELS, TRUNKS
-from lt_jax.optim import OPTIMIZERS, SCHEDULES
+from lt_jax.optim import OPTIMIZERS
+from lt_jax.schedules import SCHEDULES
 
 Table = Mapping[str, Callable | None]
 

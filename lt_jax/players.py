@@ -16,7 +16,8 @@ from typing import Any
 from lt_jax.errors import UserError, check_options, construct
 from lt_jax.method import Player
 from lt_jax.models import NETWORKS
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
+from lt_jax.schedules import make_schedule
 
 
 def make_players(
@@ -55,7 +56,7 @@ def make_player(
   Args:
     network: a 'name' in `lt_jax.models.NETWORKS`, and its options.
     optimizer: a 'name' in `lt_jax.optim.OPTIMIZERS`, and its options.
-    schedule: a 'name' in `lt_jax.optim.SCHEDULES`, its 'base' and its options.
+    schedule: a 'name' in `lt_jax.schedules.SCHEDULES`, its 'base' and its options.
     length: examples per epoch.
     batch: examples per step.
 

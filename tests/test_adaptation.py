@@ -29,8 +29,9 @@ from lt_jax.models import Classifier, make_classifier
 from lt_jax.models.digits import Convolution, DigitsNet
 from lt_jax.models.discriminator import mlp
 from lt_jax.models.heads import linear
-from lt_jax.optim import adam, make_schedule, sgd
+from lt_jax.optim import adam, sgd
 from lt_jax.replicas import vectorise
+from lt_jax.schedules import make_schedule
 
 CLASSES = 3
 STEPS = 20

@@ -13,8 +13,9 @@ from lt_jax.method import Player
 from lt_jax.methods import METHODS
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import NETWORKS, make_classifier
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
 from lt_jax.recipes import adaptation, compound
+from lt_jax.schedules import make_schedule
 
 BATCH = 4
 COUNTS = np.ones(3, int)

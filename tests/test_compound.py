@@ -17,7 +17,8 @@ from lt_jax.models.decoder import decoder
 from lt_jax.models.discriminator import mlp
 from lt_jax.models.fusion import FORMS, fusion
 from lt_jax.models.heads import linear
-from lt_jax.optim import adam, make_schedule, sgd
+from lt_jax.optim import adam, sgd
+from lt_jax.schedules import make_schedule
 from lt_jax.writers import read_rows
 from tests.test_adaptation import CLASSES, batches_of, close, normalised_net, plain_net
 from tests.test_memory import draw_like, numerical_gradient

@@ -60,14 +60,9 @@ from lt_jax.data import dataset
 from lt_jax.data.longtail import class_counts
 from lt_jax.data.streams import Split
 from lt_jax.errors import UserError
-from lt_jax.optim import (
-  as_rules,
-  epoch_start,
-  make_optimizer,
-  make_schedule,
-  per_parameter,
-)
+from lt_jax.optim import as_rules, make_optimizer, per_parameter
 from lt_jax.protocols import cifar
+from lt_jax.schedules import epoch_start, make_schedule
 
 WITH_META = (
   'l2rw',

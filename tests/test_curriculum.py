@@ -9,7 +9,7 @@ from lt_jax.data.samplers import batch_indices, curriculum, offered
 from lt_jax.errors import UserError
 from lt_jax.evals.collect import Survey
 from lt_jax.evals.ordering import distance, entropy_of, nearest_first
-from lt_jax.optim import make_schedule
+from lt_jax.schedules import make_schedule
 
 EPOCHS, IMAGES = 200, 1000
 

@@ -35,6 +35,7 @@ MODULES = (
   'losses.ranking',
   'losses.tasks',
   'optim',
+  'schedules',
 )
 
 

@@ -24,7 +24,8 @@ from lt_jax.models import Classifier
 from lt_jax.models.few_shot import WeightGenerator
 from lt_jax.models.heads import CosineBias, Linear, cosine_bias
 from lt_jax.models.trunks import SmallCNN
-from lt_jax.optim import constant, sgd
+from lt_jax.optim import sgd
+from lt_jax.schedules import constant
 from lt_jax.surgery import operate
 from lt_jax.train import batches_at
 

@@ -22,8 +22,9 @@ from lt_jax.losses import REDUCTIONS, make_loss
 from lt_jax.method import forward
 from lt_jax.methods import METHODS
 from lt_jax.models import make_classifier
-from lt_jax.optim import make_optimizer, make_schedule
+from lt_jax.optim import make_optimizer
 from lt_jax.recipes import RECIPES
+from lt_jax.schedules import make_schedule
 from tests import tiny
 
 STEPS = 100

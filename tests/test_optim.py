@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from lt_jax.errors import UserError
-from lt_jax.optim import (
-  OPTIMIZERS,
-  adam,
-  epoch_start,
-  make_optimizer,
-  make_schedule,
-  per_parameter,
-  sgd,
-)
+from lt_jax.optim import OPTIMIZERS, adam, make_optimizer, per_parameter, sgd
+from lt_jax.schedules import epoch_start, make_schedule
 
 STEPS = 6
 DECAY = (('net/head/bias', 0.0), ('.*', 0.1))

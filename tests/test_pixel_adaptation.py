@@ -25,7 +25,8 @@ from lt_jax.methods import METHODS
 from lt_jax.methods.advent import JUDGES
 from lt_jax.methods.mean_teacher import half_of_classes
 from lt_jax.methods.supervised import make_objective
-from lt_jax.optim import adam, make_schedule, sgd
+from lt_jax.optim import adam, sgd
+from lt_jax.schedules import make_schedule
 
 CLASSES = 4
 COUNTS = np.array([50, 30, 15, 5])

@@ -55,14 +55,9 @@ from lt_jax.methods.pairs import as_source
 from lt_jax.methods.supervised import make_objective
 from lt_jax.models import DTYPES, make_classifier
 from lt_jax.models.layers import Layer, chopped, trunk_layers
-from lt_jax.optim import (
-  Optimizer,
-  as_rules,
-  make_optimizer,
-  make_schedule,
-  per_parameter,
-)
+from lt_jax.optim import Optimizer, as_rules, make_optimizer, per_parameter
 from lt_jax.players import make_players
+from lt_jax.schedules import make_schedule
 from lt_jax.surgeries import maps, pixels, posthoc, shallow, shift, zero_shot
 from lt_jax.train import Plan, state_shapes
 

@@ -26,7 +26,7 @@ from lt_jax.errors import UserError, class_names, construct, lookup, named_class
 from lt_jax.evals.ordering import nearest_first
 from lt_jax.evals.saved import saved_shape, split_and_name
 from lt_jax.methods.translation import Pixels
-from lt_jax.optim import epoch_start
+from lt_jax.schedules import epoch_start
 from lt_jax.train import state_shapes
 
 ON_BAD_IMAGE = {'raise': False, 'skip': True}
