@@ -23,9 +23,9 @@ from lt_jax import (
 from lt_jax.build import Experiment
 from lt_jax.cautions import cautions
 from lt_jax.errors import UserError
+from lt_jax.screen import Screen
 from lt_jax.stage import BadImages
 from lt_jax.surgeries import posthoc
-from lt_jax.writers import Screen
 
 WORKDIR = commands.workdir_flag()
 WHICH = commands.which_flag()

@@ -145,7 +145,7 @@ class LiveTable:
     return summary
 
   def screen(self, number: int) -> 'CellScreen':
-    """Returns the stand-in for a `writers.Screen` of a cell."""
+    """Returns the stand-in for a `screen.Screen` of a cell."""
     return CellScreen(self.rows[number], self._console, self._clock)
 
   def took(self, seconds: float, cells: int) -> None:
@@ -154,7 +154,7 @@ class LiveTable:
 
 
 class CellScreen:
-  """Shows a run in its row: a `writers.Screen` that prints only lines."""
+  """Shows a run in its row: a `screen.Screen` that prints only lines."""
 
   def __init__(self, row: Row, console: Console, clock: Callable[[], float]):
     self._row = row

@@ -40,8 +40,8 @@ from lt_jax.errors import UserError, lookup
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.segmentation import at_labels
 from lt_jax.method import Batch, Outputs
+from lt_jax.screen import Screen
 from lt_jax.trained import Trained
-from lt_jax.writers import Screen
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()

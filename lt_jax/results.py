@@ -28,8 +28,9 @@ from lt_jax.evals.domains import (
 )
 from lt_jax.method import Batch, Outputs, State
 from lt_jax.pretrained import ours
+from lt_jax.screen import Screen
 from lt_jax.train import Preempted
-from lt_jax.writers import Screen, read_rows, read_vectors, write_npz
+from lt_jax.writers import read_rows, read_vectors, write_npz
 
 PREDICTIONS = (
   'domain',

@@ -23,6 +23,7 @@ from lt_jax.data.dataset import Dataset
 from lt_jax.errors import UserError
 from lt_jax.evals.saved import saved_shape
 from lt_jax.method import State
+from lt_jax.screen import Screen
 from lt_jax.stage import BadImages, StageRunner
 from lt_jax.stopping import (
   StopRequest,
@@ -33,7 +34,7 @@ from lt_jax.stopping import (
 )
 from lt_jax.together import run_together
 from lt_jax.train import metric_shapes, state_shapes
-from lt_jax.writers import Events, Screen, Track, read_rows, tracking
+from lt_jax.writers import Events, Track, read_rows, tracking
 
 
 def run(

@@ -20,6 +20,7 @@ from lt_jax.evals.collect import collector
 from lt_jax.evals.saved import collect_saved
 from lt_jax.method import State, named_key
 from lt_jax.parts import parts
+from lt_jax.screen import Screen
 from lt_jax.stopping import (
   StopRequest,
   agreed,
@@ -28,15 +29,7 @@ from lt_jax.stopping import (
   wait_for_all,
 )
 from lt_jax.surgery import operate
-from lt_jax.writers import (
-  Events,
-  MetricWriter,
-  Row,
-  Screen,
-  Track,
-  read_rows,
-  write_npz,
-)
+from lt_jax.writers import Events, MetricWriter, Row, Track, read_rows, write_npz
 
 
 class BadImages:

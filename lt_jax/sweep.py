@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from lt_jax import allocator, commands, config_file, files, live
 from lt_jax.config import check_set_domains, resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
-from lt_jax.writers import terminal
+from lt_jax.screen import terminal
 
 CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()

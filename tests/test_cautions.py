@@ -8,7 +8,7 @@ import pytest
 from lt_jax import build, doctor, footprint, results, run
 from lt_jax.cautions import cautions, check_memory
 from lt_jax.errors import UserError
-from lt_jax.writers import Screen
+from lt_jax.screen import Screen
 from tests import tiny
 
 

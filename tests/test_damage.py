@@ -27,11 +27,11 @@ from lt_jax import (
   stopping,
   train,
   trained,
-  writers,
 )
 from lt_jax.config import ADDED, RENAMED
 from lt_jax.errors import UserError
 from lt_jax.report import figures, runs
+from lt_jax.screen import Screen
 from lt_jax.writers import read_rows
 from tests import tiny
 
@@ -522,6 +522,6 @@ def test_a_closed_terminal_is_not_written_to(monkeypatch):
   os.close(reader)
   with open(writer, 'w', buffering=1) as stdout:
     monkeypatch.setattr('sys.stdout', stdout)
-    screen = writers.Screen()
+    screen = Screen()
     screen.line('nobody reads this')
     screen.line('nor this')

@@ -9,6 +9,7 @@ from PIL import Image
 
 from lt_jax import doctor, evaluate, files, footprint, prepare, run, writers
 from lt_jax.errors import UserError
+from lt_jax.screen import Screen
 from tests import child, mini, tiny
 
 COUNTS = (6, 3, 1, 1)
@@ -121,7 +122,7 @@ def test_skipped_images_are_reported_everywhere(listed, tmp_path, rng, capsys):
   case = doctor.Case(made)
   assert not text_of(list(case.open()), 'wrong')
   capsys.readouterr()
-  run._banner(case.experiment, tmp_path, writers.Screen(), [])
+  run._banner(case.experiment, tmp_path, Screen(), [])
   banner = capsys.readouterr().out
   assert all(line in banner for line in lines)
   prepare.convert(f'folder:{folder}', name='pets', data_dir=str(tmp_path / 'records'))

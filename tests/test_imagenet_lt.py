@@ -15,9 +15,10 @@ from lt_jax.config import resolve
 from lt_jax.data import reading
 from lt_jax.data import streams as data_streams
 from lt_jax.errors import UserError
+from lt_jax.screen import Screen
 from lt_jax.stage import StageRunner
 from lt_jax.stopping import StopRequest
-from lt_jax.writers import Events, Screen, read_rows
+from lt_jax.writers import Events, read_rows
 from tests import mini
 from tests.test_pretrained import tiny_state
 

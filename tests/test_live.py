@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from lt_jax import live, writers
+from lt_jax import live
+from lt_jax.screen import Screen
 
 CELLS = [('ce', 0), ('ce', 1), ('ldam_drw', 0)]
 
@@ -90,7 +91,7 @@ def test_a_long_table_shows_what_runs_and_what_is_near():
 
 
 def test_a_cell_has_every_method_of_a_screen():
-  public = {name for name in vars(writers.Screen) if not name.startswith('_')}
+  public = {name for name in vars(Screen) if not name.startswith('_')}
   assert public <= {*vars(live.CellScreen)}
 
 

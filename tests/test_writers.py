@@ -9,6 +9,7 @@ from etils import epath
 
 from lt_jax import writers
 from lt_jax.errors import UserError
+from lt_jax.screen import terminal
 
 CONFIG = {'name': 'digits_lt', 'recipe': 'ce', 'seed': 3, 'data': {'source': 'digits'}}
 
@@ -107,7 +108,7 @@ def test_without_a_tracker_nothing_is_reported(tmp_path):
 def test_a_notebook_gets_plain_lines(monkeypatch):
   monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
   monkeypatch.setenv('TERM', 'xterm')
-  assert writers.terminal().is_terminal
+  assert terminal().is_terminal
   monkeypatch.setattr('rich.console._is_jupyter', lambda: True)
-  console = writers.terminal()
+  console = terminal()
   assert not console.is_terminal and not console.is_jupyter
