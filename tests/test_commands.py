@@ -196,7 +196,7 @@ def test_a_stage_that_follows_drops_options_with_the_top_level(parse):
     ('data.sourse=digits', "unknown config key data.sourse; did you mean 'source'"),
     ('optimizer.momentun=1', "optimizer.name is 'sgd'; did you mean 'momentum'"),
     ('schedule.bas=1', "schedule.name is 'step_decay'; did you mean 'base'"),
-    ('loss.gama=1', "key loss.gama: loss.name is 'cross_entropy'; known: label_smoo"),
+    ('loss.gama=1', "key loss.gama: loss.name is 'cross_entropy'; known: auxiliary"),
     ('wrappers.emma.decay=1', "unknown wrapper 'emma'; did you mean 'ema'"),
     ('wrappers.ema.decy=1', "the wrapper is 'ema'; did you mean 'decay'"),
     ('optimizer.name=adm', "unknown optimizer 'adm'; did you mean 'adam'"),

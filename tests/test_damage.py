@@ -459,7 +459,7 @@ def test_a_torn_file_is_deleted_and_written_anew(built, tmp_path, name):
   workdir = built.copy(tmp_path / 'run')
   whole = (workdir / name).read_bytes()
   (workdir / name).write_bytes(whole[:99])
-  with pytest.raises(UserError, match=f'{name} is not valid JSON: .*; delete it, and'):
+  with pytest.raises(UserError, match=f'{name} is not valid JSON: .*; delete it and'):
     built.main(workdir)
   (workdir / name).unlink()
   built.main(workdir)

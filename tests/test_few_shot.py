@@ -99,7 +99,7 @@ def some_episode(rng, shots=(2, 3), most=4, queries=6):
   mask = np.arange(most)[None] < np.array(shots)[:, None]
   exemplars = rng.normal(size=(len(shots), most, WIDTH)).astype(np.float32)
   return {
-    'classes': np.array([3, 1], np.int32),
+    'pretended': np.array([3, 1], np.int32),
     'exemplars': exemplars,
     'exemplar_mask': mask,
     'queries': rng.normal(size=(queries, WIDTH)).astype(np.float32),
@@ -178,7 +178,7 @@ def test_without_attention_a_weight_starts_as_the_mean_direction(rng):
 
 def reference_loss(state, episode):
   """Cross-entropy over base classes, with generated weights for pretended ones."""
-  head, classes = state.params['net']['head'], list(episode['classes'])
+  head, classes = state.params['net']['head'], list(episode['pretended'])
   kernel = np.asarray(head['kernel'], np.float64)
   attended = BASE & ~np.isin(np.arange(CLASSES), classes)
   weights = {b: kernel[:, b] for b in np.flatnonzero(attended)}
@@ -274,7 +274,7 @@ def test_an_episode_keeps_its_promises():
   for seed in range(3):
     for step in range(40):
       drawn = tasks.draw(seed, step)
-      classes, mask = drawn['classes'], drawn['exemplar_mask']
+      classes, mask = drawn['pretended'], drawn['exemplar_mask']
       exemplars, queries, label = (drawn[n] for n in ('exemplars', 'queries', 'label'))
       assert len(set(classes)) == 2 and BASE[classes].all()
       assert (LABELS[exemplars] == classes[:, None]).all()

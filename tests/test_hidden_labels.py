@@ -40,6 +40,7 @@ RECIPE_OF = {
   'i2i': 'i2i',
   'advent': 'advent',
   'mean_teacher': 'mean_teacher',
+  'label_prior': 'label_prior',
 }
 """Method that a run with a target can have -> a recipe that has it."""
 

@@ -204,7 +204,9 @@ def test_mistakes_are_reported(domains, wrappers, surgeries, message):
 
 def test_a_dimension_that_the_images_do_not_support_is_rejected(domains):
   x, labels, z = domains
-  with pytest.raises(UserError, match='d = 4, but the target varies in 2 directions'):
+  with pytest.raises(
+    UserError, match='d = 4, but the target only varies in 2 directions'
+  ):
     operated((x, labels, z[:3]), (SUBSPACES,), (maps.align_subspaces,))
 
 

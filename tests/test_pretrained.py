@@ -416,7 +416,7 @@ def test_nothing_is_unpickled(tmp_path, name, message):
 
 @pytest.mark.parametrize('name', ['resnet50', '', 'a/b/c', '/timm/resnet50', 'a b/c'])
 def test_a_name_that_means_nothing(name):
-  with pytest.raises(UserError, match='neither a .safetensors file nor OWNER/MODEL'):
+  with pytest.raises(UserError, match='neither a .safetensors file, nor OWNER/MODEL'):
     published.load(name)
 
 

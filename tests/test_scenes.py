@@ -107,8 +107,8 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
   adapted = config('minent,train=16,steps=4,target=fog+rain')
   trained.build_without_data(adapted, trained.read_facts(tmp_path))
   page = write(tmp_path).read_text()
-  assert 'mIoU' in page and '<h2>By class</h2>' in page and 'something else' not in page
-  assert page.count('alt="prediction"') == 4 * 3  # targets, source, snow
+  assert 'mIoU' in page and '>By class</h2>' in page and 'something else' not in page
+  assert page.count(': prediction"') == 4 * 3  # targets, source, snow
   assert '#46' in page  # the colour of buildings
 
 
@@ -177,7 +177,7 @@ def test_the_doctor_counts_pixels():
   texts = [finding.text for finding in data.splits(case)]
   assert texts[0] == 'train: 16 images, 65,536 labelled pixels of 7 of 7 classes'
   assert not [*data.classes(case)]
-  with pytest.raises(CheckSkipped, match='classes are measured each by its IoU'):
+  with pytest.raises(CheckSkipped, match='classes are measured by their IoU'):
     next(data.balanced_test(case))
 
 

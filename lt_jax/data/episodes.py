@@ -25,8 +25,8 @@ class Episodes(NamedTuple):
     images: N, the number of training images.
     novel: K, the number of classes that act as novel ones.
     queries: Q, the number of queries.
-    draw: (seed, step) -> 'classes' (K,) int32, 'exemplars' (K, M) int32 positions into
-      the training set, 'exemplar_mask' (K, M) bool, false for padding,
+    draw: (seed, step) -> 'pretended' (K,) int32, 'exemplars' (K, M) int32 positions
+      into the training set, 'exemplar_mask' (K, M) bool, false for padding,
       'queries' (Q,) int32 positions and 'label' (Q,) int32, the queries' classes.
   """
 
@@ -104,7 +104,7 @@ def episodes(
     for c, count in zip(others, counts, strict=True):
       ask(c, generator.permutation(images[c]), count)
     return {
-      'classes': classes.astype(np.int32),
+      'pretended': classes.astype(np.int32),
       'exemplars': exemplars,
       'exemplar_mask': mask,
       'queries': np.concatenate(queries).astype(np.int32),

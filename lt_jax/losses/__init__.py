@@ -186,7 +186,7 @@ def make_penalty(
   outputs_key = 'features' if 'features' in asked else 'logits'
 
   def penalty(outputs, batch):
-    if batch['label'].ndim > 1:
+    if batch['label'].ndim > 2:
       raise UserError(f'{what} compares whole images, but here every pixel has a label')
     return weight * function(outputs[outputs_key], batch['label'], **options)
 

@@ -109,7 +109,7 @@ def weight_generator(
   def objective(params: PyTree, batch: Batch, key: jax.Array):
     params = optimizer.held(params)
     exemplar_key, query_key = jax.random.split(key)
-    classes, mask = batch['classes'], batch['exemplar_mask']
+    classes, mask = batch['pretended'], batch['exemplar_mask']
     own = params['net']['head']
     exemplars = thinned(batch['exemplars'], exemplar_key)
     made = generator.apply(

@@ -322,7 +322,7 @@ def _samples(run: Run) -> dict[str, Any]:
       'images': [
         {
           'uri': pictures.uri(image),
-          'told': f'{names[label]}, taken for {names[prediction]} '
+          'caption': f'{names[label]}, taken for {names[prediction]} '
           f'({100 * confidence:.0f}\xa0%)',
         }
         for image, label, prediction, confidence in rows
@@ -339,7 +339,7 @@ def _translations(run: Run) -> list[dict[str, str]]:
   try:
     stored = run.arrays('translations.npz')
     return [
-      {'uri': pictures.uri(image), 'told': name.replace('_', ' ')}
+      {'uri': pictures.uri(image), 'caption': name.replace('_', ' ')}
       for name in sorted(stored)
       for image in stored[name][:MOST_TRANSLATIONS]
     ]

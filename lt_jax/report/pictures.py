@@ -20,8 +20,8 @@ def rows(run: Run) -> list[dict[str, object]]:
   """Returns a row a test image: itself, its labels, the prediction and its entropy.
 
   Returns:
-    rows of 'images', each with 'uri' and what is 'told' of it; none where a run's task
-    shows no label maps, or its file is not there.
+    rows of 'images', each with 'uri' and 'caption'; none if a run's task
+    shows no label maps or its file is missing.
   """
   if run.task.picture is None:
     return []
@@ -37,7 +37,7 @@ def rows(run: Run) -> list[dict[str, object]]:
         images['entropy'] = np.repeat(images['entropy'][..., None], 3, axis=2)
         domain = printable(split.removesuffix('test').rstrip('/') or 'target')
         shown = [
-          {'uri': uri(image, THUMBNAIL), 'told': f'{domain}: {name}'}
+          {'uri': uri(image, THUMBNAIL), 'caption': f'{domain}: {name}'}
           for name, image in images.items()
         ]
         found.append({'images': shown})
