@@ -50,14 +50,14 @@ LONG = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-  """Uses 1.5 processes per core, since many tests wait for child processes.
+  """Uses two processes per core, since many tests wait for child processes.
 
   Each takes up to 4 GB.
   """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 0
   cores = cores or os.cpu_count() or 1
-  return max(1, min(cores + cores // 2, memory // 5_000_000_000))
+  return max(1, min(2 * cores, memory // 5_000_000_000))
 
 
 def pytest_collection_modifyitems(items):

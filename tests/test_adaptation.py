@@ -263,7 +263,9 @@ def test_domain_specific_statistics_are_two_and_the_targets_predict(normalised):
   ('name', 'options'),
   [
     ('aligned', {'statistics': 'separate'}),
-    ('aligned', {'alignment': 'coral', 'weight': 0.0}),
+    pytest.param(
+      'aligned', {'alignment': 'coral', 'weight': 0.0}, marks=pytest.mark.slow
+    ),
     ('dann', {'weight': 0.0}),
   ],
 )
@@ -712,6 +714,7 @@ def test_no_image_moves_from_one_device_to_another():
   assert not re.findall(r'all-gather|all-to-all|collective-permute', text)
 
 
+@pytest.mark.slow
 def test_replicas_are_single_runs():
   method = made('dann', plain_net(), **TWO_PLAYERS)
   batches, keys = batches_of(), jax.random.split(jax.random.key(1), 2)

@@ -143,9 +143,7 @@ IMPOSSIBLE = {
 
 OFTEN = (
   'ce',
-  'cb_focal',
   'ldam_drw',
-  'balanced_softmax',
   'meta_ce',
   'oltr',
   'crt',

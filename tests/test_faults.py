@@ -164,7 +164,7 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   'fault',
   [
     'term_at:31',
-    'hup_at:8',
+    pytest.param('hup_at:8', marks=pytest.mark.slow),
     pytest.param('usr1_at:8', marks=pytest.mark.slow),
     pytest.param('term_twice_at:31', marks=pytest.mark.slow),
     pytest.param('term_in_evaluation:40', marks=pytest.mark.slow),

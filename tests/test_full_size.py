@@ -48,6 +48,7 @@ def test_inat18_from_records(inat, tmp_path):
   assert {'many', 'medium', 'few'} <= set(result['test'])
 
 
+@pytest.mark.slow
 def test_imagenet_from_records(tmp_path):
   """It trains, can be evaluated again and has a page."""
   folder = mini.write_imagenet(tmp_path / 'data', np.random.default_rng(0))

@@ -301,7 +301,7 @@ def marked(often):
 
 
 DOUBLE = [('additive', 'sgd'), ('mwn', 'sgd'), ('mwn detached', 'sgd'), ('mwn', 'adam')]
-SINGLE = [('multiplicative', 'sgd'), ('mwn', 'sgd')]
+SINGLE = [('mwn', 'sgd')]
 
 
 @pytest.mark.parametrize(('kind', 'optimizer'), marked(DOUBLE))

@@ -228,6 +228,9 @@ def test_a_step_compiles_to_the_program_of_the_same_written_plainly(npz):
 
 
 REPEATS = (
+  'tail_mmd',
+  'tail_dann',
+  'tail_self_supervised',
   'focal',
   'cb_ce',
   'cb_sigmoid',
@@ -404,7 +407,7 @@ def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
   [
     'cb_focal',
     'ldam_drw',
-    'balanced_softmax',
+    pytest.param('balanced_softmax', marks=pytest.mark.slow),
     pytest.param('l2rw', marks=pytest.mark.slow),
     pytest.param('mwn', marks=pytest.mark.slow),
     'meta_ldam',
