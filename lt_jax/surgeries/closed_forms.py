@@ -20,6 +20,10 @@ Hyper = dict[str, float]
 BLOCK = 4096
 """Rows of a large matrix that are computed at once."""
 
+LARGE = 2**32
+"""Bytes of a symmetric matrix from which on OpenBLAS (that of NumPy 2.4.6 and 2.5.5, and
+of SciPy) crashes in `syrk` on several threads, and in `potrf`, which calls it."""
+
 POWERS = tuple(10.0**power for power in range(-3, 4))
 
 
@@ -119,6 +123,7 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
   Source: Romera-Paredes and Torr, ICML 2015, section 3.2.
   """
   from scipy import linalg
+  from threadpoolctl import threadpool_limits
 
   described = seen.described[seen.fitted]
   belongs = seen.y[:, None] == np.flatnonzero(seen.fitted)[None]
@@ -132,7 +137,8 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
     width = factor * spread
     gram = gaussian(seen.x, seen.x, width)
     gram[np.diag_indices_from(gram)] += g
-    solved = linalg.solve(gram, right, assume_a='pos', overwrite_a=True)
+    with threadpool_limits(1 if gram.nbytes >= LARGE else None):
+      solved = linalg.solve(gram, right, assume_a='pos', overwrite_a=True)
     for one in group:
       alpha = linalg.solve(inner + one['l'] * eye, solved.T, assume_a='pos').T
       yield {'kernel': alpha, 'support': seen.x, 'width': np.float64(width)}
@@ -141,8 +147,7 @@ def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
 def gaussian(x: np.ndarray, support: np.ndarray, width: float) -> np.ndarray:
   """Returns exp(-|x - s|^2 / 2 width^2), (N, M), with one matrix of that size.
 
-  In blocks of rows: NumPy computes the whole X X^T with `syrk`, where OpenBLAS (that of
-  NumPy 2.4.6 and 2.5.5) crashes on two threads if X has 24,000 rows.
+  In blocks of rows, since NumPy computes a whole X X^T with `syrk`: see `LARGE`.
   """
   apart = np.empty((len(x), len(support)))
   for begin in range(0, len(x), BLOCK):
