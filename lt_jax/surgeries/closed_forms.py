@@ -21,8 +21,8 @@ BLOCK = 4096
 """Rows of a large matrix that are computed at once."""
 
 LARGE = 2**32
-"""Bytes from which OpenBLAS (of NumPy 2.4.6 and 2.5.5, and of SciPy) crashes on symmetric
-matrices if it has several threads: in `syrk`, and in `potrf`, which calls it."""
+"""Bytes of a symmetric matrix from which OpenBLAS crashes on several threads, in `syrk`
+and in `potrf`, which calls it (seen in NumPy 2.4.6 and 2.5.5, and in SciPy)."""
 
 POWERS = tuple(10.0**power for power in range(-3, 4))
 
