@@ -20,9 +20,9 @@ Hyper = dict[str, float]
 BLOCK = 4096
 """Rows of a large matrix that are computed at once."""
 
-LARGE = 2**32
-"""Bytes of a symmetric matrix from which OpenBLAS crashes on several threads, in `syrk`
-and in `potrf`, which calls it (seen in NumPy 2.4.6 and 2.5.5, and in SciPy)."""
+LARGE = 2**29
+"""Bytes of a symmetric matrix that is solved on one thread. On two, OpenBLAS crashed in
+`potrf` from 16,000 rows on and in `syrk` from 24,000 (NumPy 2.4.6 and 2.5.5, SciPy)."""
 
 POWERS = tuple(10.0**power for power in range(-3, 4))
 
