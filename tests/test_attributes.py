@@ -250,6 +250,13 @@ def first(*rows):
   return np.array(rows)[:, None]
 
 
+def changed(value):
+  """Returns the attributes (A, C), one of which is changed."""
+  attributes = mini_zsl.planted()[2].T
+  attributes[2, 5] = value
+  return attributes
+
+
 MAT = {
   'overlap': ({'test_seen_loc': first(1, 2)}, 'parts of the split overlap|is unseen'),
   'beyond': ({'test_seen_loc': first(1000)}, 'but there are 240 images'),
@@ -260,6 +267,26 @@ MAT = {
     "cell 0 of 'allclasses_names' is not a string",
   ),
   'no part': ({'test_seen_loc': None}, "has no 'test_seen_loc'"),
+  'not all images': (
+    {'test_seen_loc': np.zeros((0, 1))},
+    'splits 195 images, but .*res101.mat has 240: are they of the same data set',
+  ),
+  'nan': (
+    {'original_att': changed(np.nan)},
+    "att_splits.mat: attribute 2 of 'animal_5' is nan",
+  ),
+  'same': (
+    {'original_att': np.ones((mini_zsl.ATTRIBUTES, mini_zsl.CLASSES))},
+    r"class 0 \('animal_0'\) and class 1 .* have the same description",
+  ),
+  'transposed': (
+    {'original_att': changed(1.0).T},
+    '12 classes are named, but there are 8 rows .* seem to be transposed',
+  ),
+  'missing class': (
+    {'original_att': changed(1.0)[:, 1:]},
+    '12 classes are named, but there are 11 rows',
+  ),
 }
 
 
@@ -270,6 +297,46 @@ def test_wrong_splits_are_one_line(tmp_path, name):
   with pytest.raises(UserError, match=message) as error:
     load_source(f'xlsa:{tmp_path}')
   assert '\n' not in str(error.value)
+
+
+X, LABEL, _ = mini_zsl.planted()
+
+FEATURES = {
+  'transposed': ({'features': X}, 'has features of 10 images, but 240 labels'),
+  'few labels': ({'labels': LABEL[:9] + 1}, 'features of 240 images, but 9 labels'),
+  'from 0': ({'labels': LABEL}, 'labels must start at 1'),
+  'halves': ({'labels': LABEL + 1.5}, 'labels must be whole numbers from 1'),
+  'nan': (
+    {'features': np.where(np.arange(len(X)) == 4, np.nan, X.T)},
+    'features of image 5 are not finite',
+  ),
+  'classes': ({'labels': LABEL + 2}, 'labels go up to 13, but .* describes 12 classes'),
+}
+
+
+@pytest.mark.parametrize('name', FEATURES)
+def test_wrong_features_are_one_line(tmp_path, name):
+  changes, message = FEATURES[name]
+  mini_zsl.write(tmp_path)
+  whole = {'features': X.T, 'labels': LABEL + 1}
+  io.savemat(tmp_path / 'res101.mat', whole | changes)
+  with pytest.raises(UserError, match=message) as error:
+    load_source(f'xlsa:{tmp_path}')
+  assert '\n' not in str(error.value)
+
+
+def test_damaged_archives_of_features_are_one_line(tmp_path):
+  path = tmp_path / 'features.npz'
+  mini_zsl.write(tmp_path)
+  with pytest.raises(UserError, match='there is no file or folder'):
+    load_source(f'xlsa:{path}')
+  path.write_bytes(b'PK\x03\x04 and no more')
+  with pytest.raises(UserError, match='not a zip file'):
+    load_source(f'xlsa:{path}')
+  for x in (X[:, 0], X.astype(str)):
+    np.savez(path, features=x, labels=LABEL)
+    with pytest.raises(UserError, match='features must be numbers, D for each image'):
+      load_source(f'xlsa:{path}')
 
 
 def test_unseen_classes_in_training_are_rejected(tmp_path):

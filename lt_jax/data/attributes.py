@@ -64,13 +64,29 @@ def class_vectors(files: Sequence[str], class_names: Sequence[str]) -> Block:
   """
   if isinstance(files, str):
     raise UserError(f'data.class_vectors is {files!r}; it must be a list of files')
-  blocks = [_block(file, class_names) for file in files]
+  blocks = [_block(file, _read(file, class_names), class_names) for file in files]
   vectors = blocks[0].vectors
   if len(blocks) > 1:
     vectors = np.concatenate([unit_rows(block.vectors) for block in blocks], axis=1)
   _check_distinct(vectors, class_names, ', '.join(files))
   columns = tuple(name for block in blocks for name in _columns(block))
   return Block(vectors, columns)
+
+
+def checked(file: str, found: Described, class_names: Sequence[str]) -> Described:
+  """Returns the descriptions of the classes in their order, checked like a file's.
+
+  Args:
+    file: where they are from, for messages.
+    found: what it has.
+    class_names: names of the classes, to which its own are matched.
+
+  Raises:
+    UserError: as for `class_vectors`.
+  """
+  block = _block(file, found, class_names)
+  _check_distinct(block.vectors, class_names, file)
+  return Described(tuple(class_names), block.vectors, block.columns)
 
 
 def read_descriptions(files: Sequence[str]) -> Described:
@@ -125,9 +141,8 @@ def _columns(block: Block) -> Iterable[str]:
   return block.columns or map(str, range(block.vectors.shape[1]))
 
 
-def _block(file: str, class_names: Sequence[str]) -> Block:
+def _block(file: str, found: Described, class_names: Sequence[str]) -> Block:
   """Returns a file's vectors in the order of the classes."""
-  found = _read(file, class_names)
   vectors, classes = found.vectors, len(class_names)
   if vectors.ndim != 2 or not vectors.size:
     raise UserError(f'{file}: class vectors must be (classes, attributes)')
@@ -213,7 +228,7 @@ def _read_npz(path: str, class_names: Sequence[str]) -> Described:
   """Reads 'class_vectors' (C, A), and optional 'class_names' and 'attribute_names'."""
   del class_names
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
       members = {name: archive[name] for name in archive.files if name in _MEMBERS}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(f'{path}: {" ".join(str(error).split())}') from None
