@@ -66,6 +66,8 @@ def test_word_vectors_are_averaged_over_the_words_of_a_name(tmp_path, first):
   np.testing.assert_allclose(found, expected, rtol=1e-12)
   with pytest.raises(UserError, match=r'no vector of 2 words of class names: emu, ze'):
     class_vectors([str(path)], ('zebra', 'blue+emu'))
+  with pytest.raises(UserError, match=r"the class name '\+' has no words"):
+    class_vectors([str(path)], ('blue', '+'))
 
 
 def test_digits_have_ten_codes():
@@ -79,6 +81,8 @@ def test_missing_attributes_take_the_mean_of_the_others():
   np.testing.assert_array_equal(found, [[4, 2], [3, 4], [5, 3]])
   signed = np.array([[-1.0, 2.0], [-0.5, 4.0]])
   np.testing.assert_array_equal(filled(signed), signed)
+  signs = np.array([[-1.0, 1.0], [1.0, -1.0]])
+  np.testing.assert_array_equal(filled(signs), signs)
 
 
 def npz(path, **arrays):
@@ -108,6 +112,14 @@ WRONG = {
     "attribute 1 of 'zebra' is nan",
   ),
   'no file': (lambda p: f'{p}/none.csv', 'there is no file'),
+  'twice': (
+    lambda p: write_csv(p / 'w.csv', (*NAMES, 'zebra'), VECTORS[[0, 1, 2, 0]]),
+    r"several descriptions of class 0 \('zebra'\): 'zebra', 'zebra'",
+  ),
+  'two spellings': (
+    lambda p: write_csv(p / 'w.csv', ('zebra', 'Polar Bear', 'polar_bear'), VECTORS),
+    r"several descriptions of class 1 \('polar\+bear'\): 'Polar Bear', 'polar_bear'",
+  ),
   'ending': (lambda p: f'{p}/none.xls', r'end in \.npz, \.csv, \.mat'),
   'objects': (
     lambda p: bad(p, class_vectors=np.array([None, 1], object)),
@@ -139,6 +151,8 @@ def test_a_file_for_new_classes_must_name_them(tmp_path):
 def test_classes_are_chosen_by_name_file_or_number(tmp_path):
   among = np.array([True, True, True, False])
   names = ('a', 'b+c', '2', 'open')
+  with pytest.raises(UserError, match=r"'A b' can be class 0 \('a-b'\) or class 1"):
+    chosen_classes('unseen', ['A b'], ('a-b', 'a_b', 'c'), among[:3], 0)
   assert chosen_classes('unseen', ['B_c'], names, among, 0).tolist() == [0, 1, 0, 0]
   (tmp_path / 'list.txt').write_text('a\n2\n')
   found = chosen_classes('unseen', [f'@{tmp_path}/list.txt'], names, among, 0)
@@ -161,6 +175,8 @@ def test_classes_are_chosen_by_name_file_or_number(tmp_path):
 def test_words_of_names():
   assert words_of('002.Laysan_Albatross') == ('laysan', 'albatross')
   assert words_of('persian+cat') == ('persian', 'cat') and words_of('7') == ('7',)
+  # Numbers can be all that tells names apart.
+  assert words_of('747-400') == ('747', '400') and words_of('3.') == ('3',)
 
 
 def digits(**changes):
