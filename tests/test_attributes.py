@@ -277,7 +277,10 @@ MAT = {
   'overlap': ({'test_seen_loc': first(1, 2)}, 'parts of the split overlap|is unseen'),
   'beyond': ({'test_seen_loc': first(1000)}, 'but there are 240 images'),
   'from 0': ({'test_seen_loc': first(0)}, 'goes from 0'),
-  'struct': ({'extra': {'a': 1}}, "'extra' is a struct; only arrays of numbers"),
+  'struct': (
+    {'extra': {'a': 1}},
+    "'extra' is of the type struct; only arrays of numbers",
+  ),
   'cell of numbers': (
     {'allclasses_names': mini_zsl.cells([1.0] * 12)},
     "cell 0 of 'allclasses_names' is not a string",
@@ -373,8 +376,24 @@ def test_other_matlab_files_are_rejected(tmp_path):
   new.write_bytes(b'what is this' * 40)
   with pytest.raises(UserError, match='is not a readable MATLAB file'):
     read_mat(str(new), ('att',))
-  io.savemat(new, {'att': np.zeros((3000, 3000))}, do_compression=True)
-  with pytest.raises(UserError, match='over 200 times its size'):
+  zeros, cell = np.zeros((3000, 1000)), np.empty((1, 1), object)
+  cell[0, 0] = zeros
+  for contents in (zeros, zeros.astype(np.int8), cell):
+    io.savemat(new, {'att': contents}, do_compression=True)
+    with pytest.raises(UserError, match='over 200 times its size'):
+      read_mat(str(new), ('att',))
+  made = np.zeros(1, [('a', object)]).view(io.matlab.MatlabObject)
+  io.savemat(new, {'other': io.matlab.MatlabObject(made, 'inline')})
+  with pytest.raises(
+    UserError, match="'other' is of the type object; only arrays of numbers"
+  ):
+    read_mat(str(new), ('att',))
+  io.savemat(new, {'other': np.ones(3)})
+  double, function = (b'\6\0\0\0\b\0\0\0' + bytes([kind, 0, 0, 0]) for kind in (6, 16))
+  new.write_bytes(new.read_bytes().replace(double, function))
+  with pytest.raises(
+    UserError, match="'other' is of the type function; only arrays of numbers"
+  ):
     read_mat(str(new), ('att',))
 
 
