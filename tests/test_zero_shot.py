@@ -434,7 +434,7 @@ WRONG = {
   'gamma of a training': (
     'ale',
     {'val_classes': ()},
-    'unknown group of classes .fitted',
+    'gamma is chosen on validation classes, .*: set data.val_classes',
   ),
   'nothing unseen': (
     'eszsl',
