@@ -68,7 +68,7 @@ def class_vectors(files: Sequence[str], class_names: Sequence[str]) -> Block:
   vectors = blocks[0].vectors
   if len(blocks) > 1:
     vectors = np.concatenate([unit_rows(block.vectors) for block in blocks], axis=1)
-  _check_distinct(vectors, class_names, ', '.join(files))
+  check_distinct(vectors, class_names, ', '.join(files))
   columns = tuple(name for block in blocks for name in _columns(block))
   return Block(vectors, columns)
 
@@ -85,7 +85,7 @@ def checked(file: str, found: Described, class_names: Sequence[str]) -> Describe
     UserError: as for `class_vectors`.
   """
   block = _block(file, found, class_names)
-  _check_distinct(block.vectors, class_names, file)
+  check_distinct(block.vectors, class_names, file)
   return Described(tuple(class_names), block.vectors, block.columns)
 
 
@@ -207,7 +207,7 @@ def _finder(names: Sequence[str]) -> Callable[[str], list[int]]:
   return lambda name: exact.get(name) or loose.get(words_of(name), [])
 
 
-def _check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) -> None:
+def check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) -> None:
   """Refuses two classes with the same description."""
   seen: dict[bytes, int] = {}
   for label, row in enumerate(vectors):
