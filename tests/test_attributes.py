@@ -275,6 +275,8 @@ def changed(value):
 
 MAT = {
   'overlap': ({'test_seen_loc': first(1, 2)}, 'parts of the split overlap|is unseen'),
+  'halves': ({'trainval_loc': first(1, 2.5)}, 'must be positions of images, whole'),
+  'text': ({'trainval_loc': 'all'}, 'must be positions of images, whole'),
   'beyond': ({'test_seen_loc': first(1000)}, 'but there are 240 images'),
   'from 0': ({'test_seen_loc': first(0)}, 'goes from 0'),
   'struct': (
@@ -414,5 +416,7 @@ def test_a_custom_split(tmp_path):
   np.testing.assert_allclose(
     unit_rows(found.class_vectors)[0], unit_rows(attributes)[0]
   )
+  with pytest.raises(UserError, match='labels must be whole numbers from 0 to 11'):
+    make_split(path, x, label + 1, attributes, unseen, class_names=mini_zsl.NAMES)
   with pytest.raises(UserError, match='too few to split'):
     make_split(path, x[:3], label[:3], attributes, unseen, class_names=mini_zsl.NAMES)

@@ -177,7 +177,10 @@ def _parts(
   for name in PARTS:
     if name not in variables:
       raise UserError(f'{path} has no {name!r}')
-    rows = variables[name].ravel().astype(np.int64) - 1
+    found = variables[name].ravel()
+    if found.dtype.kind not in 'iuf' or not np.array_equal(found, np.rint(found)):
+      raise UserError(f'{path}: {name} must be positions of images, whole numbers')
+    rows = found.astype(np.int64) - 1
     if rows.size and not 0 <= rows.min() <= rows.max() < images:
       raise UserError(
         f'{path}: {name} goes from {rows.min() + 1} to {rows.max() + 1}, but there are '
@@ -237,7 +240,8 @@ def make_split(
     seed: of the draw.
 
   Raises:
-    UserError: the sizes do not match, or a seen class has too few images for both.
+    UserError: the sizes do not match, a label is of no class, or a seen class has too
+      few images for both.
   """
   labels, unseen = np.asarray(labels), np.asarray(unseen, bool)
   sizes = {len(vectors), len(unseen), len(class_names)}
@@ -245,6 +249,10 @@ def make_split(
     raise UserError(
       f'make_split: {len(features)} features and {len(labels)} labels, '
       f'{len(vectors)} vectors, {len(unseen)} flags and {len(class_names)} names'
+    )
+  if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(len(unseen))).all():
+    raise UserError(
+      f'make_split: labels must be whole numbers from 0 to {len(unseen) - 1}'
     )
   order = np.random.default_rng(seed).permutation(len(labels))
   is_test = unseen[labels]
