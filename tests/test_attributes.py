@@ -94,6 +94,12 @@ def bad(tmp_path, **changes):
   return npz(tmp_path / 'bad.npz', **({'class_vectors': VECTORS} | changes))
 
 
+def transposed(path):
+  rows = [('', *NAMES), *((f'a{m}', *row) for m, row in enumerate(VECTORS.T.tolist()))]
+  path.write_text('\n'.join(','.join(map(str, row)) for row in rows))
+  return str(path)
+
+
 WRONG = {
   'missing class': (
     lambda p: write_csv(p / 'w.csv', NAMES[:2], VECTORS[:2]),
@@ -106,6 +112,10 @@ WRONG = {
   'transposed': (
     lambda p: bad(p, class_vectors=VECTORS.T),
     'are 4 x 3, but there are 3 classes; they seem to be transposed',
+  ),
+  'transposed table': (
+    lambda p: transposed(p / 't.csv'),
+    'the classes are columns, so it seems to be transposed',
   ),
   'nan': (
     lambda p: bad(p, class_vectors=VECTORS + np.where(np.eye(3, 4, 1) > 0, np.nan, 0)),

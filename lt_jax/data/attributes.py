@@ -156,6 +156,8 @@ def _block(file: str, found: Described, class_names: Sequence[str]) -> Block:
         f'{file}: {len(names)} classes are named, but there are {len(vectors)} rows of '
         f'class vectors{_transposed(vectors.shape, len(names))}'
       )
+  if set(class_names) <= set(found.columns):
+    raise UserError(f'{file}: the classes are columns, so it seems to be transposed')
   if not np.isfinite(vectors).all():
     row = int(np.argmin(np.isfinite(vectors).all(1)))
     column = int(np.argmin(np.isfinite(vectors[row])))
@@ -484,7 +486,8 @@ def _names(key: str, given: Sequence[str | int]) -> Iterable[str]:
       with open(os.path.expanduser(name[1:]), encoding='utf-8-sig') as file:
         lines = io.StringIO(file.read())
     except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'data.{key}: {name[1:]}: {error}') from None
+      told = getattr(error, 'strerror', None) or error
+      raise UserError(f'data.{key}: {name[1:]}: {told}') from None
     yield from filter(None, (line.strip() for line in lines))
 
 
