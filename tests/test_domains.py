@@ -316,6 +316,7 @@ def test_several_sources_tell_the_domain_of_an_image():
       "sampler 'class_balanced' needs labels, which the stream 'target' does not",
     ),
     ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
+    ({'stream': 3}, 'streams.stream is 3; it must be a dict'),
     ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
     ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
     ({'domains': {'sourc': 'x'}}, "sets 'sourc', but data has no such key"),
@@ -328,6 +329,8 @@ def test_mistakes_are_one_line(change, message):
     match key:
       case 'streams':
         made['streams']['target'] |= value
+      case 'stream':
+        made['streams'][key] = value
       case 'domains':
         made['domains']['blended'] |= value
       case 'copy':
@@ -535,6 +538,14 @@ def test_a_state_is_chosen_by_training_images_of_the_target(monkeypatch):
     assert ('label' in payload) == (domain == 'source')
     assert arrays['image'] is split.arrays['image']
     assert set(payload['index'].tolist()) <= set(split.rows.tolist())
+
+
+@pytest.mark.parametrize('stream', ['train', 'target'])
+def test_a_stream_that_is_needed_cannot_skip_steps(tmp_path, stream):
+  made = config('dann')
+  made['streams'][stream]['every'] = 2
+  with pytest.raises(UserError, match=f'streams.{stream}.every is 2, but the method'):
+    run.rehearsed(made, tmp_path)
 
 
 def test_targets_of_one_stream_are_read_in_one_way():
