@@ -346,4 +346,4 @@ def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
   states = ('1 finished', '1 finished, 1 failed')  # and for the last `main` writes it
   for page, state in zip(pages, states, strict=True):
     assert state in page
-  assert 'Figures follow when the sweep ends' in page and '<svg' not in page
+  assert 'Figures are drawn when the sweep ends' in page and '<svg' not in page
