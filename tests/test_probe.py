@@ -186,7 +186,7 @@ def test_features_of_a_layer_are_a_file_that_is_a_source(network, tmp_path):
   with pytest.raises(UserError, match='features of another size'):
     np.savez(path, x_other=np.zeros((2, 5)), y_other=np.zeros(2, int))
     probe.save(network, ['conv1'], path, 12)
-  with pytest.raises(UserError, match='--save is of one layer'):
+  with pytest.raises(UserError, match='--save takes one layer'):
     probe.save(network, ['conv1', 'conv2'], path, 12)
 
 
