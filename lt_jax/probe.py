@@ -355,7 +355,7 @@ def save(
   """
   if len(layers) != 1:
     raise UserError(
-      f'--save takes one layer; set --layers to one of {", ".join(layers)}'
+      f'--save takes one layer: set --layers to one of {", ".join(layers)}'
     )
   made: dict[str, np.ndarray] = {}
   for domain, dataset in network.experiment.domains.items():

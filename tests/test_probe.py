@@ -85,7 +85,7 @@ def test_retrieval_is_that_of_ranked_lists(images):
   for k in (1, 3):
     hits = [s[o[:k]].any() for s, o in zip(same, order, strict=True)]
     assert found[f'recall@{k}'] == np.mean(hits)
-  with pytest.raises(UserError, match='no query is of a class'):
+  with pytest.raises(UserError, match='no query has a class'):
     probing.retrieval(queries._replace(labels=queries.labels + 9), gallery)
 
 

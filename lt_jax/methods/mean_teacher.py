@@ -223,7 +223,7 @@ def _check_pixels(source: Batch, images: jax.Array, label: jax.Array) -> None:
   if label.ndim != 3:
     raise UserError(
       'mean_teacher mixes images by the labels of pixels, but these are labels of '
-      'whole images; set method.mix to False'
+      'whole images: set method.mix to False'
     )
   sizes = [x.shape[1:3] for x in (source['image'], images)]
   if sizes[0] != sizes[1]:

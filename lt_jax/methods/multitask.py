@@ -245,7 +245,7 @@ def multitask(
   read = ['train', *dict.fromkeys(head.stream for head in heads)]
   for stream in read:
     if stream not in streams:
-      raise UserError(f'a head reads the stream {stream!r}; set streams.{stream}')
+      raise UserError(f'a head reads the stream {stream!r}: set streams.{stream}')
   for stream in streams:
     if stream not in read:
       raise UserError(f'no head reads the stream {stream!r}')
