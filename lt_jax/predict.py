@@ -2,17 +2,17 @@
 
   python -m lt_jax.predict --workdir=runs/digits photographs/ one.png --out=found.csv
 
-IMAGES are image files, folders (all images below them, hidden ones left out) and lists:
-@FILE has a path a line, relative to the current folder, as on the command line. A row a
-image is written, of the State that the run's result is of. The run's folder is enough:
-its training data are not read.
+IMAGES are image files, folders (all images below them, except hidden ones) and lists:
+@FILE has one path per line, relative to the current folder, as on the command line. One
+row per image is written, predicted by the State that result.json describes. Only the
+run's folder is needed, not its training data.
 
-Where a network predicts every pixel, --out is a folder. For each image it takes a label
-map, a palette PNG in the colours of the data set, and the image with the map over it.
+If the network predicts every pixel, --out is a folder. It gets two files per image: the
+label map, a palette PNG in the colours of the data set, and the image overlaid with it.
 
-A network that knows classes by descriptions takes new ones without any training:
---class_vectors=FILE, a CSV file with a row NAME,NUMBER,... for each, as long as those
-that it was trained with (several files as in training, with commas between them).
+A network that knows classes by their descriptions accepts new ones without training:
+--class_vectors=FILE, a CSV file with a row NAME,NUMBER,... per class, with as many
+numbers as it was trained with (several files as in training, separated by commas).
 """
 
 import copy
@@ -45,16 +45,16 @@ from lt_jax.trained import Trained
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
 OUT = commands.out_flag()
-TOP = flags.DEFINE_integer('top', 5, 'How many classes to list for each image.')
+TOP = flags.DEFINE_integer('top', 5, 'How many classes to list per image.')
 CLASS_VECTORS = flags.DEFINE_list(
-  'class_vectors', [], 'Files that describe classes the network has never seen.'
+  'class_vectors', [], 'Files that describe classes the network has not seen.'
 )
 ON_BAD = flags.DEFINE_enum(
-  'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'Whether to skip damaged images.'
+  'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'What to do with a damaged image.'
 )
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-"""Channels of the images that a network was trained on -> mode of Pillow."""
+"""Channels of the training images -> mode in Pillow."""
 
 
 def main(*images: str) -> None:
@@ -80,29 +80,29 @@ def predict(
   on_bad_image: str = 'raise',
   class_vectors: Sequence[str] = (),
 ) -> int:
-  """Predicts images and writes a CSV file, whole or not at all; or label maps.
+  """Predicts images and writes a CSV file, completely or not at all, or label maps.
 
-  The CSV file has the columns 'path', 'prediction', 'confidence', the probability of
-  that class, 'known_score', 'is_unknown' where the run has chosen a threshold of the
-  known score for this State, and then 'class_1', 'probability_1', 'class_2' and so on,
-  the likeliest first.
+  The CSV file has the columns 'path', 'prediction', 'confidence' (the probability of
+  that class), 'known_score', 'is_unknown' if the run chose a threshold of the known
+  score for this State, and then 'class_1', 'probability_1', 'class_2' and so on, the
+  most probable class first.
 
   Args:
     workdir: the run's folder.
     images: files, folders and lists, see `expand`.
-    out: the file to write; the folder, where the network predicts every pixel, see
+    out: the file to write, or the folder if the network predicts every pixel; see
       `lt_jax.label_maps`.
-    top: how many classes of an image are told.
-    which: 'last' or 'best'; None for the State that the run's result is of.
-    on_bad_image: 'raise', or 'skip' leaves out what cannot be read.
+    top: how many classes to list per image.
+    which: 'last' or 'best'; None for the State that result.json describes.
+    on_bad_image: 'raise', or 'skip' to leave out images that cannot be read.
     class_vectors: files that describe further classes, see `Trained.with_classes`.
 
   Returns:
     The number of images predicted.
 
   Raises:
-    UserError: a path is wrong, an image cannot be read, the run is damaged or of
-      images that no file holds, or `out` must not be replaced.
+    UserError: a path is wrong, an image cannot be read, the run is damaged or was
+      trained on images that files cannot hold, or `out` must not be replaced.
   """
   skip = lookup(ON_BAD_IMAGE, 'answer to a bad image', on_bad_image)
   if top < 1:
@@ -111,14 +111,16 @@ def predict(
   if not per_pixel:
     files.check_out(out)
   elif class_vectors:
-    raise UserError(f'{workdir} predicts every pixel: it takes no --class_vectors')
+    raise UserError(
+      f'{workdir} predicts every pixel, so it does not take --class_vectors'
+    )
   passed_over: list[str] = []
   paths = [path for name in images for path in expand(name, passed_over)]
   if not paths:
     raise UserError('no images are given: name files, folders or @LIST')
   given = [*paths, *(name.removeprefix('@') for name in images)]
   if os.path.isfile(out) and any(_is_same(out, path) for path in given):
-    raise UserError(f'--out is {out}, which is among the images and lists')
+    raise UserError(f'--out={out} is one of the images or lists')
   places = label_maps.places(paths, out) if per_pixel else []
   batch = min(len(paths), trained.read_config(workdir)['eval_batch'])
   network = trained.open_run(workdir, which, batch)
@@ -128,12 +130,12 @@ def predict(
   if network.dtype != np.uint8:
     raise UserError(
       f'{workdir} was trained on features or other float arrays, but predict reads '
-      'image files: evaluate it, or export it for another program'
+      'image files; use lt_jax.evaluate or lt_jax.export instead'
     )
   if channels not in MODES:
     raise UserError(
-      f'{workdir} was trained on images of {channels} channels, but image files are '
-      'read as grey, RGB or RGBA: evaluate it, or export it for another program'
+      f'{workdir} was trained on images with {channels} channels, but image files are '
+      'read as grey, RGB or RGBA; use lt_jax.evaluate or lt_jax.export instead'
     )
   batch = sharding.round_up(batch, network.mesh.size)
   pictures = Pictures(paths, network, skip)
@@ -147,12 +149,12 @@ def predict(
     return _maps(network, pictures, places, batch, screen)
   found = _run(network, pictures, batch, min(top, len(network.class_names)), screen)
   if len(pictures.bad) == len(paths):
-    raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
+    raise UserError(f'no image could be read; the first: {pictures.bad[0]}')
   read = [i for i in range(len(paths)) if i not in pictures.bad]
   found = {name: value[read] for name, value in found.items()}
   text = _table(network, [paths[i] for i in read], found)
   files.write_atomically(out, text.encode(errors='surrogateescape'))
-  _tell(network, pictures, found['known_score'], out, screen)
+  _summarise(network, pictures, found['known_score'], out, screen)
   return len(read)
 
 
@@ -164,17 +166,17 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
   """Yields the images that an argument stands for.
 
   Args:
-    name: a file; a folder, for all images below it, sorted; or '@' and a file with a
-      path a line, which stands for a file or a folder in turn.
-    passed_over: takes what else is in the folders.
+    name: a file; a folder, for all images below it, sorted; or '@' and a file with one
+      path per line, each a file or a folder.
+    passed_over: other files in the folders are appended to it.
 
   Raises:
-    UserError: it is not there, or a folder without images.
+    UserError: the path does not exist, or is a folder without images.
   """
   if name.startswith('@'):
     name = '@' + os.path.expanduser(name[1:])
     try:
-      # Spreadsheets and editors put a mark before the first line.
+      # Spreadsheets and editors may write a byte order mark first.
       text = pathlib.Path(name[1:]).read_text('utf-8-sig', errors='surrogateescape')
     except OSError as error:
       raise UserError(f'the list {name[1:]} cannot be read: {error.strerror}') from None
@@ -182,7 +184,7 @@ def expand(name: str, passed_over: list[str]) -> Iterator[str]:
       yield from _below(line, passed_over) if os.path.isdir(line) else [line]
   elif os.path.isdir(name):
     yield from _below(name, passed_over)
-  elif os.path.isfile(name):  # what is read from a pipe might never come
+  elif os.path.isfile(name):  # reading a pipe might block for ever
     yield name
   elif os.path.exists(name):
     raise UserError(f'{name} is not a regular file')
@@ -200,14 +202,14 @@ def _below(folder: str, passed_over: list[str]) -> list[str]:
 
 
 class Pictures:
-  """Images in files, brought to what a network has been trained on.
+  """Images in files, in the form that the network was trained on.
 
-  Photographs are cropped as in its evaluation. Where it has seen images of one size,
-  others are resized to it, and made grey if those were.
+  Photographs are cropped as in evaluation. If the network was trained on images of one
+  size, others are resized to it, and made grey if the training images were.
 
   Attributes:
     paths: of the files.
-    bad: position of an image that cannot be read -> why.
+    bad: position of an unreadable image -> why.
     resized: positions of images that had another size.
   """
 
@@ -224,7 +226,7 @@ class Pictures:
     """Returns an image, (H, W, channels) uint8; zeros for one that is skipped.
 
     Raises:
-      UserError: it cannot be read, and is not skipped.
+      UserError: it cannot be read and is not to be skipped.
     """
     try:
       return self._read(position)
@@ -247,7 +249,7 @@ class Pictures:
       image.putalpha(_transparency(encoded, image.size))
     if image.size != (width, height):
       self.resized.add(position)
-      # Pillow widens the filter where it reduces, so that nothing aliases.
+      # Pillow widens the filter when it shrinks an image, so that nothing aliases.
       image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(self._shape)
 
@@ -258,7 +260,7 @@ class Pictures:
     return part
 
   def in_batches(self, batch: int) -> Pass:
-    """Returns one pass, the last batch padded, read ahead by threads."""
+    """Returns one pass with the last batch padded; threads read ahead."""
     examples = len(self.paths)
 
     def payload(step: int) -> dict[str, np.ndarray]:
@@ -274,7 +276,7 @@ class Pictures:
 
 
 def _transparency(encoded: bytes, size: tuple[int, int]) -> Any:
-  """Returns the alpha channel of an image that can be decoded, in a size."""
+  """Returns the alpha channel of a readable image, resized."""
   from PIL import Image
 
   with Image.open(io.BytesIO(encoded), formats=crops.FORMATS) as image:
@@ -288,7 +290,7 @@ def _run(
 
   def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
     del batch
-    # By logits, as many a small probability is 0 in float32.
+    # By logits, because small probabilities are 0 in float32.
     _, classes = jax.lax.top_k(outputs['logits'], top)
     return {
       'class': classes,
@@ -319,7 +321,7 @@ def _maps(
   batch: int,
   screen: Screen,
 ) -> int:
-  """Writes the label map of every image, batch by batch; returns how many."""
+  """Writes the label map of every image, batch by batch; returns their number."""
   size = network.facts['image_shape'][:2]
 
   def keep(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
@@ -344,7 +346,7 @@ def _maps(
   finally:
     screen.stop_bar()
   if len(pictures.bad) == len(places):
-    raise UserError(f'no image can be read; the first: {pictures.bad[0]}')
+    raise UserError(f'no image could be read; the first: {pictures.bad[0]}')
   for reason in pictures.bad.values():
     screen.line(f'skipped: {reason}')
   written = len(places) - len(pictures.bad)
@@ -354,21 +356,21 @@ def _maps(
     ('pixels', network.predicts_by),
     ('classes', ', '.join(label_maps.legend(network.class_names))),
   ]
-  told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
+  title = f'{network.config["recipe"]}, seed {network.config["seed"]}'
   folder = os.path.commonpath([place.parent for place in places])
-  screen.table(told, [*rows, ('folder', folder)])
+  screen.table(title, [*rows, ('folder', folder)])
   return written
 
 
 def _table(network: Trained, paths: Sequence[str], found: Collected) -> str:
-  """Returns the CSV file, a row an image."""
+  """Returns the CSV text, one row per image."""
   names, threshold = network.class_names, network.threshold
   unknown = [] if threshold is None else ['is_unknown']
   top = range(1, found['class'].shape[1] + 1)
-  told = [f'{what}_{place}' for place in top for what in ('class', 'probability')]
+  ranked = [f'{what}_{place}' for place in top for what in ('class', 'probability')]
   text = io.StringIO()
   table = csv.writer(text, lineterminator='\n')
-  table.writerow(['path', 'prediction', 'confidence', 'known_score', *unknown, *told])
+  table.writerow(['path', 'prediction', 'confidence', 'known_score', *unknown, *ranked])
   for path, classes, probabilities, score in zip(
     paths, found['class'], found['probability'], found['known_score'], strict=True
   ):
@@ -387,14 +389,14 @@ def _table(network: Trained, paths: Sequence[str], found: Collected) -> str:
 
 
 def _number(value: Any) -> str:
-  """Returns a number in as many digits as float32 has."""
+  """Returns a number with the digits that float32 has."""
   return f'{value:.7g}'
 
 
-def _tell(
+def _summarise(
   network: Trained, pictures: Pictures, score: np.ndarray, out: str, screen: Screen
 ) -> None:
-  """Says what was done, and what a person should know of it."""
+  """Prints a summary, with warnings."""
   for reason in pictures.bad.values():
     screen.line(f'skipped: {reason}')
   for warning in network.result.get('warnings') or ():
@@ -404,7 +406,7 @@ def _tell(
     kind = ', grey' if channels == 1 else ''
     screen.line(
       f'{len(pictures.resized)} of {len(pictures.paths)} images were resized to '
-      f'{width} x {height} pixels{kind}, as the network was trained on'
+      f'{width} x {height} pixels{kind}, the form that the network was trained on'
     )
   state = '' if network.verified else ', UNVERIFIED'
   rows = [
@@ -419,9 +421,9 @@ def _tell(
     chosen = network.result['threshold']['value'] is not None
     step = network.result['step']
     why = f'the threshold was chosen for step {step}' if chosen else 'no threshold'
-    rows.append(('unknown', f'not told: {why}'))
-  told = f'{network.config["recipe"]}, seed {network.config["seed"]}'
-  screen.table(told, [*rows, ('file', out)])
+    rows.append(('unknown', f'not decided: {why}'))
+  title = f'{network.config["recipe"]}, seed {network.config["seed"]}'
+  screen.table(title, [*rows, ('file', out)])
 
 
 if __name__ == '__main__':

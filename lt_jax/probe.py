@@ -4,19 +4,19 @@
   python -m lt_jax.probe --config=my_images:net=efficientnet_lite0,data=photos \
     --init=timm/tf_efficientnet_lite0.in1k --shots=1,5,15,30 --out=probes/photos
 
-Of a run, or of published weights on the data of a config. Features of every layer are
-averaged to --budget values at most and kept in the folder `features` of --out, by the
-weights, the layer, the preprocessing and the images that they are of: the same command
-again fits classifiers only. They learn from so many training images of each class,
-drawn --draws times, the fewer among the more; what is told is the mean accuracy over
-classes on the test images.
+The network is that of a run, or published weights on the data of a config. Features of
+every layer are averaged to at most --budget values and cached in the folder `features`
+of --out, keyed by weights, layer, preprocessing and images, so that repeating the
+command only fits classifiers. These learn from --shots training images per class, drawn
+--draws times, smaller draws being subsets of larger ones. The mean accuracy over
+classes on the test images is reported.
 
-Leaves probe.json, probe.md and probe.svg in --out, which is the run's folder `probe` by
-default. --retrieval measures besides how well test images find training images of their
-class, and leaves retrieval.html: some of them with what is nearest, by the features of
-the layer that does it best. --save=FILE.npz writes features of one layer, of every
-domain, as a file that `npz:` reads; domains of an earlier file stay. Nothing is trained
-and no number of the run changes.
+It writes probe.json, probe.md and probe.svg to --out, by default `probe` in the run's
+folder. --retrieval also measures how well test images find training images of their
+class, and writes retrieval.html: some test images with the images nearest to them, by
+the features of the best layer. --save=FILE.npz writes the features of one layer, for
+every domain, as a file that `npz:` reads; domains already in the file are kept. The
+network is not trained and no number of the run changes.
 """
 
 import hashlib
@@ -60,16 +60,16 @@ WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()
 DATA_DIR = commands.data_dir_flag()
 INIT = commands.init_flag()
 OUT = commands.out_flag()
-SAVE = commands.path_flag('save', 'Saves the features of one layer to this .npz.')
-LAYERS = flags.DEFINE_list('layers', [], 'Layers to probe; by default all.')
+SAVE = commands.path_flag('save', 'Save the features of one layer to this .npz.')
+LAYERS = flags.DEFINE_list('layers', [], 'Layers to probe; all by default.')
 KINDS = flags.DEFINE_list('classifiers', list(CLASSIFIERS), 'Classifiers to fit.')
 SHOTS = flags.DEFINE_list('shots', ['0'], 'Training images per class; 0: all.')
-DRAWS = flags.DEFINE_integer('draws', 5, 'How many times to draw them.')
+DRAWS = flags.DEFINE_integer('draws', 5, 'How many times to draw these images.')
 FOLDS = flags.DEFINE_integer(
   'folds', 3, 'Folds for choosing the regularisation strength.'
 )
 BUDGET = flags.DEFINE_integer('budget', 2048, 'Maximum values per layer; 0: no limit.')
-RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Also measures retrieval.')
+RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Also measure retrieval.')
 
 
 class Network(NamedTuple):
@@ -77,7 +77,7 @@ class Network(NamedTuple):
 
   Attributes:
     experiment: its data and devices.
-    stage: whose network it is.
+    stage: the stage whose network it is.
     state: its State.
   """
 
@@ -87,7 +87,7 @@ class Network(NamedTuple):
 
 
 def main() -> None:
-  """Probes what the flags name."""
+  """Probes the network that the flags name."""
   if not all(text.isdecimal() for text in SHOTS.value):
     raise UserError(f'--shots must be whole numbers: {",".join(SHOTS.value)}')
   for name in KINDS.value:
@@ -95,7 +95,7 @@ def main() -> None:
   if min(DRAWS.value, FOLDS.value - 1) < 1 or BUDGET.value < 0:
     raise UserError('--draws must be 1 or more, --folds 2 or more, --budget 0 or more')
   if not SAVE.value and OUT.value is WORKDIR.value is None:
-    raise UserError('--out is missing: the folder to write')
+    raise UserError('--out is missing: the folder to write to')
   network = opened()
   layers = chosen_layers(network, LAYERS.value)
   if SAVE.value:
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _folder() -> epath.Path:
-  """Returns the folder to write in, which is made."""
+  """Creates and returns the output folder."""
   out = files.absolute(OUT.value or f'{WORKDIR.value}/probe')
   out.mkdir(parents=True, exist_ok=True)
   return out
@@ -125,7 +125,7 @@ def opened() -> Network:
   """Opens the run, or the config with weights, that the flags name.
 
   Raises:
-    UserError: neither is named, or both, or the network would be a random one.
+    UserError: neither or both are named, or the network would be random.
   """
   if (WORKDIR.value is None) == (CONFIG.value is None):
     raise UserError('give either --workdir=RUN, or --config with --init=WEIGHTS')
@@ -146,20 +146,20 @@ def opened() -> Network:
   if stage.start is not None:
     state, _ = stage.start(state)
   elif jax.tree.leaves(state.params['net'].get('trunk', {})):
-    raise UserError('the network would be a random one: give --init=WEIGHTS')
+    raise UserError('the network would have random weights; pass --init=WEIGHTS')
   state = sharding.put_replicated(experiment.mesh, jax.device_get(state))
   return Network(experiment, stage, state)
 
 
 WHOLE = 'features'
-"""What the head reads, the one layer of a network whose trunk has no taps."""
+"""The input of the head: the only layer of a network whose trunk has no taps."""
 
 
 def chosen_layers(network: Network, names: Sequence[str]) -> list[str]:
   """Returns the layers to probe, in order.
 
   Raises:
-    UserError: one does not exist; it names the near miss.
+    UserError: one does not exist; the message suggests a near miss.
   """
   stage, own = network.stage, network.state
   shape = (1, *stage.dataset.image_shape)
@@ -175,7 +175,7 @@ def chosen_layers(network: Network, names: Sequence[str]) -> list[str]:
 def features(
   network: Network, one_pass: Pass, layers: Sequence[str], budget: int
 ) -> dict[str, np.ndarray]:
-  """Returns layer -> (N, D) of the images of a pass, and 'label' (N,)."""
+  """Returns layer -> features (N, D) of the images of a pass, and 'label' (N,)."""
   net = network.stage.net
 
   def predict(state: State, images: jax.Array) -> dict[str, jax.Array]:
@@ -206,17 +206,17 @@ def _pass(network: Network, domain: str, split: Split) -> Pass:
 def cached(
   network: Network, layers: Sequence[str], split: str, folder: epath.Path, budget: int
 ) -> dict[str, probing.Images]:
-  """Returns layer -> features of a split of the stage's own domain, kept in files.
+  """Returns layer -> features of a split of the stage's domain, cached in files.
 
   Args:
     network: the network.
     layers: their names.
     split: 'train' or 'test'.
     folder: of the files.
-    budget: most values of a layer.
+    budget: most values per layer.
   """
   stage = network.stage
-  told = {
+  key = {
     'weights': _digest(network.state),
     'images': f'{stage.dataset.fingerprint} {split}',
     'preprocessing': {
@@ -224,7 +224,7 @@ def cached(
     },
     'budget': budget,
   }
-  text = json.dumps(told, sort_keys=True, default=list)
+  text = json.dumps(key, sort_keys=True, default=list)
   paths = {
     name: folder / f'{hashlib.sha256(f"{text} {name}".encode()).hexdigest()[:16]}.npz'
     for name in layers
@@ -241,7 +241,7 @@ def cached(
 
 
 def _digest(state: State) -> str:
-  """Returns a digest of what computes features: all of the network but its head."""
+  """Returns a digest of the network without its head, which computes the features."""
   net = {name: part for name, part in state.params['net'].items() if name != 'head'}
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(jax.device_get((net, state.stats['net']))):
@@ -258,16 +258,16 @@ def probe(
   budget: int = 2048,
   retrieves: bool = False,
 ) -> dict[str, Any]:
-  """Probes layers; what it returns is plain data.
+  """Probes layers and returns plain data.
 
   Args:
     network: the network.
     layers: their names.
     kinds: keys of `CLASSIFIERS`.
     draws: how images are drawn.
-    out: the folder for features.
-    budget: most values of a layer.
-    retrieves: whether retrieval is measured too.
+    out: the folder of the cached features.
+    budget: most values per layer.
+    retrieves: whether to measure retrieval too.
   """
   classes = network.stage.dataset.class_names
   groups = {name: network.stage.groups[name] for name in ('many', 'medium', 'few')}
@@ -275,7 +275,9 @@ def probe(
   for shots in draws.shots:
     short = [name for name, count in zip(classes, counts, strict=True) if count < shots]
     if len(short) == len(classes):
-      raise UserError(f'no class has {shots} training images; {counts.max()} at most')
+      raise UserError(
+        f'no class has {shots} training images; the most is {counts.max()}'
+      )
     if short:
       print(
         f'{len(short)} classes have fewer than {shots} images, such as {short[0]!r}'
@@ -292,10 +294,10 @@ def probe(
       for kind in kinds
     }
     print(f'{layer}: {own.features.shape[1]} values', flush=True)
-    told = {'values': own.features.shape[1], 'classifiers': rows}
+    row = {'values': own.features.shape[1], 'classifiers': rows}
     if retrieves:
-      told['retrieval'] = probing.retrieval(held_out, own)
-    found['layers'][layer] = told
+      row['retrieval'] = probing.retrieval(held_out, own)
+    found['layers'][layer] = row
   return found
 
 
@@ -305,19 +307,19 @@ SHOWN_QUERIES, SHOWN_FOUND = 30, 8
 def write_retrieval(
   network: Network, found: Mapping[str, Any], out: epath.Path, budget: int
 ) -> None:
-  """Writes retrieval.html: test images, and the training images that are found.
+  """Writes retrieval.html: test images and the training images nearest to them.
 
   Args:
     network: the network.
-    found: what `probe` returns, with retrieval.
-    out: the folder of the page, which has the features.
-    budget: most values of a layer.
+    found: the result of `probe`, with retrieval.
+    out: the folder of the page and the cached features.
+    budget: most values per layer.
   """
-  measured = {layer: told['retrieval'] for layer, told in found['layers'].items()}
+  measured = {layer: row['retrieval'] for layer, row in found['layers'].items()}
   best = max(measured, key=lambda layer: measured[layer]['mean_average_precision'])
   splits = [network.stage.dataset.every[name] for name in ('test', 'train')]
   if splits[0].dtype != np.uint8:
-    print('retrieval.html is left out: float arrays are no pictures')
+    print('retrieval.html is not written: float arrays are not images')
     return
   queries, gallery = (
     cached(network, [best], name, out / 'features', budget)[best]
@@ -346,13 +348,15 @@ def write_retrieval(
 def save(
   network: Network, layers: Sequence[str], path: epath.Path, budget: int
 ) -> None:
-  """Writes the features of one layer, of every domain, as `npz:` reads them.
+  """Writes the features of one layer, for every domain, as a file that `npz:` reads.
 
   Raises:
-    UserError: several layers, or a file with features of another size.
+    UserError: there are several layers, or the file has features of another size.
   """
   if len(layers) != 1:
-    raise UserError(f'--save is of one layer: set --layers; {", ".join(layers)}')
+    raise UserError(
+      f'--save takes one layer: set --layers to one of {", ".join(layers)}'
+    )
   made: dict[str, np.ndarray] = {}
   for domain, dataset in network.experiment.domains.items():
     parts = [dataset.splits['train']]
@@ -367,13 +371,13 @@ def save(
   earlier = files.read_npz(path) if path.exists() else {}
   widths = {v.shape[1] for k, v in (earlier | made).items() if k.startswith('x_')}
   if len(widths) > 1:
-    raise UserError(f'{path} has features of another size: save to another file')
+    raise UserError(f'{path} has features of another size; save to another file')
   write_npz(path, **earlier | made)
   print(path)
 
 
 def _same_images(one: Split, other: Split) -> bool:
-  """Returns whether two splits are the same images, as where all are tested on."""
+  """Returns whether two splits are the same images, as if all are tested on."""
   return one.source is other.source and np.array_equal(one.rows, other.rows)
 
 
@@ -387,36 +391,36 @@ def percent(values: Sequence[float | None]) -> str:
 
 
 def table(found: Mapping[str, Any]) -> str:
-  """Returns a table in Markdown: a row a layer, a column a classifier and number."""
+  """Returns a Markdown table: a row per layer, a column per classifier and shots."""
   columns = _columns(found)
   heads = ['layer', 'values', *columns]
   rows = [
-    [layer, str(told['values']), *(cells[i] for cells in columns.values())]
-    for i, (layer, told) in enumerate(found['layers'].items())
+    [layer, str(row['values']), *(cells[i] for cells in columns.values())]
+    for i, (layer, row) in enumerate(found['layers'].items())
   ]
-  told = [heads, ['---'] * len(heads), *rows]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in told) + '\n'
+  lines = [heads, ['---'] * len(heads), *rows]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in lines) + '\n'
 
 
 def _columns(found: Mapping[str, Any]) -> dict[str, list[str]]:
-  """Returns title -> cells, a layer each."""
+  """Returns title -> one cell per layer."""
   columns: dict[str, list[str]] = {}
-  for told in found['layers'].values():
-    for kind, rows in told['classifiers'].items():
+  for layer in found['layers'].values():
+    for kind, rows in layer['classifiers'].items():
       for row in rows:
-        shots = f', {row["shots"]} a class' if row['shots'] else ''
+        shots = f', {row["shots"]} per class' if row['shots'] else ''
         columns.setdefault(f'{kind}{shots}', []).append(percent(row['accuracy']))
         if not row['shots']:
           for group, values in row['groups'].items():
             if any(value is not None for value in values):
               columns.setdefault(f'{kind}, {group}', []).append(percent(values))
-    for name, value in told.get('retrieval', {}).items():
+    for name, value in layer.get('retrieval', {}).items():
       columns.setdefault(name.replace('_', ' '), []).append(percent([value]))
   return columns
 
 
 def figure(found: Mapping[str, Any]) -> str:
-  """Draws accuracy by layer, of the most images a class, a line a classifier: SVG."""
+  """Draws accuracy by layer at the most shots, one line per classifier, as SVG."""
   layers = [*found['layers']]
   with matplotlib.rc_context(drawing.STYLE):
     drawn, axes = drawing.plot()

@@ -3,17 +3,17 @@
   python -m lt_jax.sweep --config=configs/digits_lt.py --methods=ce,ldam_drw,oltr \
     --seeds=0,1,2 --workdir=runs/digits [--config.KEY=VALUE ...]
 
-A cell is an ordinary run under DIR/METHOD/SEED, which goes on where it was interrupted.
---grid=loss.gamma=0.5,1,2 --grid=class_weights.beta=0.9,0.99 crosses values of config
-keys too, each combination in a folder of its own between METHOD and SEED; the report
-then chooses among them by validation images.
-The same command again runs what is not finished. A cell that fails is told and does not
-stop the rest; error.json in its folder says why, until it is begun again. A terminal
-shows the cells in one table. DIR/report.html shows what there is after every cell.
+A cell is an ordinary run in DIR/METHOD/SEED, which resumes if it was interrupted.
+--grid=loss.gamma=0.5,1,2 --grid=class_weights.beta=0.9,0.99 also crosses values of
+config keys, with a folder for each combination between METHOD and SEED; the report then
+chooses among them on validation images. Repeating the command runs the cells that have
+not finished. If a cell fails, the failure is reported, the other cells run, and
+error.json in its folder says why until it starts again. A terminal shows all cells in
+one table. DIR/report.html is updated after each cell.
 
-What stands behind the colon of --config are options for all methods
-(--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs the I-th cell
-alone: under SLURM, `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`; --list shows them.
+Options after the colon of --config apply to all methods
+(--config=configs/cifar10_lt.py:net=resnet8,epochs=40). --cell=I runs only cell I: under
+SLURM, use `--array=0-8` and `--cell=$SLURM_ARRAY_TASK_ID`. --list lists the cells.
 """
 
 import ast
@@ -39,24 +39,24 @@ CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
 TRACKER = commands.tracker_flag()
 METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
 SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
-CELL = flags.DEFINE_integer('cell', None, 'Runs only this cell, counted from 0.')
+CELL = flags.DEFINE_integer('cell', None, 'Run only this cell, counted from 0.')
 VECTORISE = flags.DEFINE_bool(
   'vectorise',
   False,
-  'Trains the seeds of a method as one program: for small networks on accelerators.',
+  'Train the seeds of a method as one program: for small networks on accelerators.',
 )
 GRID = flags.DEFINE_multi_string(
   'grid',
   [],
-  'KEY=VALUE,VALUE,...: crosses the values of a config key; may be repeated.',
+  'KEY=VALUE,VALUE,...: cross the values of a config key; may be repeated.',
 )
-LIST = flags.DEFINE_bool('list', False, 'Lists the cells and runs nothing.')
+LIST = flags.DEFINE_bool('list', False, 'List the cells and run nothing.')
 
 
 MOST_SEED = 2**31 - 1
 
 LONG_CELL = 60.0
-"""Seconds of a cell that may well be followed by the seconds that figures take."""
+"""Seconds; after a cell that took longer, the time to draw figures does not matter."""
 
 
 class Cell(NamedTuple):
@@ -64,7 +64,7 @@ class Cell(NamedTuple):
 
   Attributes:
     method: name of the recipe.
-    seed: of the run.
+    seed: its seed.
     workdir: its folder.
     point: (config key, value) of a grid, as given; empty without one.
   """
@@ -75,8 +75,8 @@ class Cell(NamedTuple):
   point: tuple[tuple[str, str], ...] = ()
 
   @property
-  def told(self) -> str:
-    """The method, and where in the grid."""
+  def label(self) -> str:
+    """The method and its point in the grid."""
     return ', '.join([self.method, *(f'{key}={value}' for key, value in self.point)])
 
 
@@ -85,23 +85,21 @@ Grid = Mapping[str, Sequence[str]]
 
 
 def parse_grid(given: Sequence[str]) -> dict[str, list[str]]:
-  """Returns key -> values of what --grid was given.
+  """Returns key -> values from the values of --grid.
 
   Raises:
-    UserError: it is not KEY=VALUE,VALUE, or something is named twice.
+    UserError: one is not KEY=VALUE,VALUE, or a key or value occurs twice.
   """
   grid: dict[str, list[str]] = {}
   for one in given:
     key, equals, text = one.removeprefix('config.').partition('=')
     values = text.split(',')
     if not (key and equals and all(values)):
-      raise UserError(
-        f'--grid={one}: it must be KEY=VALUE,VALUE, such as loss.gamma=1,2'
-      )
+      raise UserError(f'--grid={one}: must be KEY=VALUE,VALUE, such as loss.gamma=1,2')
     if key in grid or len(set(values)) < len(values):
-      raise UserError(f'--grid={one}: each key and each value must be named once')
+      raise UserError(f'--grid={one}: name each key and each value only once')
     if key in ('seed', 'recipe'):
-      raise UserError(f'--grid={one}: give --seeds and --methods')
+      raise UserError(f'--grid={one}: use --seeds and --methods instead')
     grid[key] = values
   return grid
 
@@ -112,20 +110,22 @@ def cells(
   workdir: epath.Path,
   grid: Grid | None = None,
 ) -> list[Cell]:
-  """Returns all cells, the seeds of a method one after the other.
+  """Returns all cells, with the seeds of a method next to each other.
 
   Raises:
-    UserError: a seed is no number, or something is named twice.
+    UserError: a seed is not a number, or a method or seed is named twice.
   """
   grid = grid or {}
   for name, values in (('methods', methods), ('seeds', seeds)):
     if not values or len(set(values)) < len(values):
-      raise UserError(f'--{name} must name some, each of them once: {",".join(values)}')
+      raise UserError(
+        f'--{name}: name at least one, and each only once: {",".join(values)}'
+      )
   for seed in seeds:
     if not (seed.isascii() and seed.isdecimal() and str(int(seed)) == seed):
-      raise UserError(f'--seeds: {seed!r} is no whole number')
+      raise UserError(f'--seeds: {seed!r} is not a whole number')
     if int(seed) > MOST_SEED:
-      raise UserError(f'--seeds: {seed} is more than {MOST_SEED}')
+      raise UserError(f'--seeds: {seed} is larger than {MOST_SEED}')
   points = [
     tuple(zip(grid, values, strict=True))
     for values in itertools.product(*grid.values())
@@ -143,7 +143,7 @@ def _folder(point: Sequence[tuple[str, str]]) -> list[str]:
 
 
 Board = Mapping[Cell, live.CellScreen]
-"""Where each cell shows on a terminal; empty for plain lines."""
+"""The row of each cell in the table on a terminal; empty for plain lines."""
 
 
 def sweep(
@@ -153,20 +153,20 @@ def sweep(
   table: live.LiveTable | None = None,
   after: Callable[[float], None] = lambda seconds: None,
 ) -> dict[Cell, Exception]:
-  """Runs unfinished cells; a failure ends only its own cell.
+  """Runs the unfinished cells; a failure ends only its own cell.
 
   Args:
     chosen: the cells.
     make_config: recipe -> config.
-    vectorise: trains the seeds of a method as one program.
+    vectorise: whether to train the seeds of a method as one program.
     table: shows the cells, in this order; None for plain lines.
-    after: called with how long they took when cells have ended and others follow.
+    after: called with the seconds taken whenever cells have ended and others follow.
 
   Returns:
-    cell -> what went wrong; empty if nothing did.
+    cell -> its error; empty if there was none.
 
   Raises:
-    Preempted: it was asked to stop; the cell that ran is saved.
+    Preempted: it was asked to stop; the running cell has been saved.
   """
   failed: dict[Cell, Exception] = {}
   board = {cell: table.screen(i) for i, cell in enumerate(chosen)} if table else {}
@@ -178,13 +178,13 @@ def sweep(
     seeds = ', '.join(str(cell.seed) for cell in members)
     done += len(members)
     if not table:
-      print(f'\ncell {done} of {len(chosen)}: {members[0].told}, seed {seeds}')
+      print(f'\ncell {done} of {len(chosen)}: {members[0].label}, seed {seeds}')
     for cell in set(members) & set(board):
       board[cell].begin()
     ended = _attempt(members, make_config, board)
     wrong = {cell: error for cell, error in ended.items() if error is not None}
     for cell, error in wrong.items():
-      place = f'{cell.told}, ' if table else ''
+      place = f'{cell.label}, ' if table else ''
       print(f'failed: {place}seed {cell.seed}: {_line(error)}')
       _leave(cell, error)
     failed |= wrong
@@ -216,24 +216,24 @@ def _line(error: Exception) -> str:
 
 
 def _leave(cell: Cell, error: Exception) -> None:
-  """Writes error.json, as a start that fails leaves no other trace of the cell.
+  """Writes error.json: a cell that fails to start leaves no other trace.
 
-  Where the folder is that of another run there is nothing to tell of this one.
+  If the folder belongs to another run, nothing is written.
   """
   from lt_jax.run import OtherConfig
 
   if isinstance(error, files.InUse | OtherConfig):
     return
-  told = {'recipe': cell.method, 'seed': cell.seed, 'error': _line(error)}
-  with contextlib.suppress(OSError):  # which may be what the cell failed of
+  record = {'recipe': cell.method, 'seed': cell.seed, 'error': _line(error)}
+  with contextlib.suppress(OSError):  # which may be why the cell failed
     cell.workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(cell.workdir / 'error.json', told)
+    files.write_json(cell.workdir / 'error.json', record)
 
 
 def _code(failed: Iterable[Exception]) -> int:
-  """Returns the exit code of a sweep: whether running it again may help."""
+  """Returns the exit code of a sweep, which says whether running it again may help."""
   codes = {
-    TRY_AGAIN  # when the other sweep is done
+    TRY_AGAIN  # once the other sweep is done
     if isinstance(error, files.InUse)
     else (commands.explained(error) or ('', WRONG_INPUT))[1]
     for error in failed
@@ -244,10 +244,10 @@ def _code(failed: Iterable[Exception]) -> int:
 def _attempt(
   cells: Sequence[Cell], make_config: Callable[[str], ConfigDict], board: Board
 ) -> dict[Cell, Exception | None]:
-  """Runs cells of one method; what cannot be done together is done one by one.
+  """Runs cells of one method, one by one if they cannot run together.
 
   Returns:
-    cell -> what went wrong with it, or None; without those that were finished before.
+    cell -> its error or None, without cells that had already finished.
   """
   from lt_jax.train import Preempted
 
@@ -255,12 +255,12 @@ def _attempt(
     return _run(cells, make_config, board)
   except (Preempted, KeyboardInterrupt):
     raise
-  except Exception as error:  # of any kind: the other cells are wanted
+  except Exception as error:  # of any kind: the other cells must run
     if commands.explained(error) is None:
       traceback.print_exc()
     if len(cells) == 1:
       return {cells[0]: error}
-    print(f'not as one program: {error}')
+    print(f'cannot run as one program: {error}')
   alone = [_attempt([cell], make_config, board) for cell in cells]
   return {cell: error for ended in alone for cell, error in ended.items()}
 
@@ -268,10 +268,10 @@ def _attempt(
 def _run(
   cells: Sequence[Cell], make_config: Callable[[str], ConfigDict], board: Board
 ) -> dict[Cell, Exception | None]:
-  """Runs those cells of one method that are not finished, as one program if many.
+  """Runs the unfinished cells of one method, as one program if there are several.
 
   Returns:
-    cell -> how it diverged, while others went on, or None.
+    cell -> None, or its error if it diverged while others went on.
   """
   from lt_jax import run
 
@@ -282,7 +282,7 @@ def _run(
     configs[cell] = resolve(config)
     if _finished(cell, configs[cell]):
       if not board:
-        print(f'is finished: {cell.workdir}')
+        print(f'already finished: {cell.workdir}')
       del configs[cell]
   if not configs:
     return {}
@@ -299,10 +299,10 @@ def _run(
 
 
 def at_point(config: ConfigDict, point: Sequence[tuple[str, str]]) -> ConfigDict:
-  """Sets the keys of a point of the grid, each by the type that it has.
+  """Sets the keys of a point of the grid, each with its own type.
 
   Raises:
-    UserError: there is no such key, or it takes no such value.
+    UserError: there is no such key, or it does not take the value.
   """
   if not point:
     return config
@@ -310,13 +310,13 @@ def at_point(config: ConfigDict, point: Sequence[tuple[str, str]]) -> ConfigDict
     config_file.prepare(config, dict(point))
     config.update_from_flattened_dict({key: _value(text) for key, text in point})
   except (KeyError, TypeError, ValueError, AttributeError) as error:
-    told = ','.join(f'{key}={text}' for key, text in point)
-    raise UserError(f'--grid: {told}: {one_line(error)}') from None
+    setting = ','.join(f'{key}={text}' for key, text in point)
+    raise UserError(f'--grid: {setting}: {one_line(error)}') from None
   return config
 
 
 def _value(text: str) -> Any:
-  """Returns a number or a truth value; any other text as it is."""
+  """Returns a number or boolean if the text is one, else the text."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):
@@ -324,13 +324,13 @@ def _value(text: str) -> Any:
 
 
 def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
-  """Returns whether a cell has ended, with this configuration."""
+  """Returns whether a cell has finished, with this config."""
   from lt_jax import provenance
 
   try:
     result = files.read_json(cell.workdir / 'result.json')
     before = provenance.read_config(cell.workdir)
-  except UserError:  # not there, or torn; the run writes the result anew
+  except UserError:  # missing or damaged; the run writes the result again
     return False
   whole = isinstance(result.get('test'), Mapping)
   return whole and not provenance.changes(before, config, same_place=True)
@@ -339,12 +339,12 @@ def _finished(cell: Cell, config: Mapping[str, Any]) -> bool:
 def loader(
   path: str, options: str, overrides: Mapping[str, Any]
 ) -> Callable[[str], ConfigDict]:
-  """Returns what makes the config of a recipe: recipe -> ConfigDict.
+  """Returns the function that makes the config of a recipe.
 
   Args:
-    path: of the config file, or the name of one that comes with the package.
-    options: of all recipes, such as 'net=resnet8,epochs=40'; a recipe among them, for
-      the sake of keys that only some have, is not the one that runs.
+    path: of the config file, or the name of one in the package.
+    options: for all recipes, such as 'net=resnet8,epochs=40'. They may name a recipe,
+      to have its keys, but it is not the one that runs.
     overrides: key -> value, for all recipes.
   """
   get_config = config_file.loader(path)
@@ -353,7 +353,7 @@ def loader(
     config = get_config(','.join(filter(None, (options, recipe))))
     if config.recipe != recipe:
       raise UserError(
-        f'--methods: {recipe!r} is no recipe; options stand behind the colon of '
+        f'--methods: {recipe!r} is not a recipe; options go after the colon of '
         f'--config, as in --config=FILE.py:{recipe}'
       )
     try:
@@ -369,12 +369,12 @@ def loader(
 
 @contextlib.contextmanager
 def _table(cells: Sequence[Cell]) -> Iterator[live.LiveTable | None]:
-  """Opens the table of the cells, if there is a terminal to show it."""
+  """Opens the table of the cells if output goes to a terminal."""
   console = terminal(soft_wrap=False)
   if not console.is_terminal:
     yield None
     return
-  with live.LiveTable([(cell.told, cell.seed) for cell in cells], console) as table:
+  with live.LiveTable([(cell.label, cell.seed) for cell in cells], console) as table:
     yield table
 
 
@@ -385,7 +385,7 @@ def _write_page(workdir: epath.Path, seconds: float) -> None:
   try:
     report.write(workdir, draw=seconds >= LONG_CELL)
   except (OSError, UserError) as error:
-    print(f'no report for now: {error}')
+    print(f'the report was not written: {error}')
 
 
 def main() -> None:
@@ -401,30 +401,32 @@ def main() -> None:
   overrides = config_file.overrides()
   for key in ('seed', 'recipe'):
     if key in overrides:
-      raise UserError(f'--config.{key}: a sweep sets it; give --methods and --seeds')
+      raise UserError(
+        f'--config.{key}: a sweep sets this; use --methods and --seeds instead'
+      )
   grid = parse_grid(GRID.value)
   if twice := sorted(set(grid) & set(overrides)):
-    raise UserError(f'{twice[0]} is set by --grid and by --config.{twice[0]}')
+    raise UserError(f'{twice[0]} is set by both --grid and --config.{twice[0]}')
   every = cells(METHODS.value, SEEDS.value, files.absolute(WORKDIR.value), grid)
   make_config = loader(path, options, overrides)
-  for cell in every:  # mistakes in names are told before anything runs
+  for cell in every:  # wrong names are reported before anything runs
     if cell.seed == every[0].seed:
       at_point(make_config(cell.method), cell.point)
   if LIST.value:
     for number, cell in enumerate(every):
-      print(f'{number}  {cell.told}, seed {cell.seed}: {cell.workdir}')
+      print(f'{number}  {cell.label}, seed {cell.seed}: {cell.workdir}')
     return
   if CELL.value is not None and not 0 <= CELL.value < len(every):
-    raise UserError(f'--cell is {CELL.value}; there are 0 to {len(every) - 1}')
+    raise UserError(f'--cell is {CELL.value}; cells are 0 to {len(every) - 1}')
   allocator.keep_pages(make_config(METHODS.value[0]))  # methods share data and batch
   workdir = files.make_workdir(WORKDIR.value)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # seeds share their programs
     jax.config.update('jax_compilation_cache_dir', os.fspath(workdir / '.compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   if VECTORISE.value and TRACKER.value:
-    raise UserError('--vectorise: a tracker takes one run at a time; leave --tracker')
+    raise UserError('--vectorise: a tracker takes one run at a time; omit --tracker')
   chosen = every if CELL.value is None else [every[CELL.value]]
-  whole = CELL.value is None  # one cell of a cluster leaves the page to others
+  whole = CELL.value is None  # a single cell, as on a cluster, does not write the page
   after = functools.partial(_write_page, workdir) if whole else lambda seconds: None
   with _table(chosen) as table:
     failed = sweep(chosen, make_config, VECTORISE.value, table, after)
@@ -436,10 +438,10 @@ def main() -> None:
     except (OSError, UserError) as error:
       if not failed:
         raise
-      print(f'no report: {error}')  # and then what failed before
+      print(f'the report was not written: {error}')  # the failures follow
   if failed:
-    told = '; '.join(f'{c.told}/{c.seed}: {_line(e)}' for c, e in failed.items())
-    text = f'{len(failed)} of {len(chosen)} cells failed: {told}'
+    errors = '; '.join(f'{c.label}/{c.seed}: {_line(e)}' for c, e in failed.items())
+    text = f'{len(failed)} of {len(chosen)} cells failed: {errors}'
     commands.fail(text, _code(failed.values()))
 
 

@@ -219,7 +219,7 @@ def test_a_table_without_a_row_is_reported_in_one_line(make_table, swept, monkey
 
   code, message = make_table('--seeds=0,x')
   assert code == 2 and not swept
-  assert message == "error: --seeds: 'x' is no whole number\n"
+  assert message == "error: --seeds: 'x' is not a whole number\n"
 
   def failing(chosen, workdir):
     failed = {'recipe': 'ce', 'seed': 0, 'error': 'Diverged: not finite', 'time': 1.5}

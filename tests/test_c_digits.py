@@ -158,8 +158,8 @@ def test_faces_of_six_cameras(tmp_path, rng):
 @pytest.mark.parametrize(
   ('spec', 'message'),
   [
-    ('rotated:npz:x.npz', 'it is degrees and a source'),
-    ('rotated:30', 'it is degrees and a source'),
+    ('rotated:npz:x.npz', 'must be degrees and a source'),
+    ('rotated:30', 'must be degrees and a source'),
     ('rotated:30:fakes', "unknown source 'fakes'"),
   ],
 )

@@ -729,7 +729,7 @@ def test_mistakes_in_the_argument_are_reported(arg, message):
     ({'streams.meta': {'split': 'meta'}}, "does not read the stream 'meta'"),
     ({'data.test_per_class': -5}, 'data.test_per_class is -5'),
     ({'data.pad': -1}, 'data.pad is -1'),
-    ({'data.mean': [0.5, 0.5]}, 'must be one number, as the images have 1 channel$'),
+    ({'data.mean': [0.5, 0.5]}, 'must be one number: the images have 1 channel$'),
     ({'data.std': [0.0]}, 'must be positive'),
     ({'select': 'val/class_accuracy'}, "unknown metric to select by 'class_accuracy'"),
     ({'wrappers': {'ema': {'decay': 1.5}}}, 'decay must be in'),
@@ -769,7 +769,7 @@ def test_mistakes_in_the_argument_are_reported(arg, message):
     ({'schedule.factors': ['x', 2]}, "an element is 'x'; it must be a number"),
     ({'schedule': {'name': 'constant'}}, "schedule is {'name': 'constant'}: .*'base'"),
     ({'loss': {}}, "loss is {}: .*'name'"),
-    ({'data.mean': ['x']}, 'must be one number, as the images have 1 channel$'),
+    ({'data.mean': ['x']}, 'must be one number: the images have 1 channel$'),
     ({'data.n_max': 900}, 'digits: class 0: .* images asked'),
   ],
 )

@@ -129,7 +129,7 @@ def test_an_epoch_is_shuffled(order):
   [
     (
       {'order': np.array([0, 2, 2])},
-      'order of 3 images does not name each of them once',
+      'order of 3 images must contain each of them once',
     ),
     ({'order': np.array([], int)}, 'order of 0 images'),
     ({'window': 'shfit'}, "window of a curriculum 'shfit'; did you mean 'shift'"),

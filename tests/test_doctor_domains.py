@@ -63,7 +63,7 @@ def test_a_target_that_is_the_source_under_another_name(tmp_path, rng):
   write(tmp_path / 'one.npz', rng, 0)
   findings = found(tmp_path, source=f'npz:{tmp_path}/one.npz')
   (finding,) = (f for f in findings if f.level == 'wrong')
-  assert "the target 'other' is the source 'source' once more" in finding.text
+  assert "the target 'other' is the same data as the source 'source'" in finding.text
 
 
 def test_test_images_of_a_target_that_are_trained_on_are_odd(tmp_path, rng):

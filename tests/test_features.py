@@ -100,7 +100,7 @@ def test_features_reach_the_head_as_they_are(archive, tmp_path, one_device):
     )
     assert description['image_dtype'] == 'float32'
   (found,) = runs.find(epath.Path(tmp_path))
-  assert 'float arrays, which are no pictures' in page._samples(found)['missing']
+  assert 'float arrays, which are not images' in page._samples(found)['missing']
 
 
 def test_the_doctor_does_not_take_features_for_pictures(archive):
@@ -115,7 +115,7 @@ def test_the_doctor_does_not_take_features_for_pictures(archive):
 @pytest.mark.parametrize(
   ('data', 'message'),
   [
-    ({'pad': 2}, "domain 'source' has float32 arrays and no images: set data.pad to 0"),
+    ({'pad': 2}, "domain 'source' has float32 arrays, not images: set data.pad to 0"),
     ({'flip': True}, 'set data.flip to False'),
     ({'size': 8}, 'data.size and data.channels are for uint8 images'),
     ({'unit': 'l3'}, "unknown data.unit 'l3'; known: none, l1, l2"),

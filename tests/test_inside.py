@@ -50,7 +50,7 @@ def test_every_training_image_has_its_epsilon(weighed):
   assert (np.diff(order[:8]) <= 0).all() and order[0] == found['epsilon'].max()
   assert found['image'].shape == (len(order), 8, 8, 1)
   page = report.write(weighed).read_text()
-  assert 'would be weighed by next' in page and 'data:image/png;base64' in page
+  assert 'the next step would add' in page and 'data:image/png;base64' in page
 
 
 def test_it_weighs_as_the_next_step_does(weighed):
@@ -103,7 +103,7 @@ def test_embeddings_stand_beside_features_and_centroids(remembered):
   expected = 10 / near * (v + np.tanh(dense(v, head['selector'])) * (o @ memory))
   np.testing.assert_allclose(found['embeddings'], expected, rtol=0.05, atol=0.05)
   text = report.write(remembered).read_text()
-  assert 'as direct features' in text and 'share of attention' in text
+  assert 'direct features' in text and 'share of attention' in text
 
 
 def test_invisible_errors_are_reported(remembered, monkeypatch):

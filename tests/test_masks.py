@@ -257,7 +257,7 @@ def test_an_archive_with_label_maps(tmp_path):
       {'y_train': np.zeros((3, 4, 4), int)},
       r'must be as large as the images: \(3, 4, 5',
     ),
-    ({'y_train': np.zeros((3, 4, 5, 3), int)}, 'maps in colours: one of ids is expect'),
+    ({'y_train': np.zeros((3, 4, 5, 3), int)}, 'colours: store the ids of classes'),
     ({'y_train': np.zeros(3, int)}, 'some splits have label maps and others one label'),
     ({'y_test': np.full((2, 4, 5), VOID)}, "every pixel of the split 'test' is void"),
   ],

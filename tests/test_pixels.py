@@ -171,7 +171,7 @@ def test_ablations_differ_in_their_last_stage_alone(recipe):
 
 @pytest.mark.parametrize('recipe', ['ocda_released', 'ocda_oracle_domains'])
 def test_what_was_released_for_images_alone_is_told(recipe):
-  with pytest.raises(UserError, match=f"recipe '{recipe}' is for one label an image"):
+  with pytest.raises(UserError, match=f"recipe '{recipe}' needs one label per image"):
     config(recipe)
 
 

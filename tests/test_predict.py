@@ -215,7 +215,7 @@ def test_a_threshold_holds_for_the_state_that_it_was_chosen_for(
     out = tmp_path / 'out.csv'
     predict.predict(workdir, [str(photographs[1])], str(out), which=which)
     assert ('is_unknown' in table(out)[0]) == (threshold is not None)
-  warning = 'not told: the threshold was chosen for step 0'
+  warning = 'not decided: the threshold was chosen for step 0'
   assert capsys.readouterr().out.count(warning) == 1
   files.write_json(workdir / 'data.json', data | {'threshold': {'value': 0.9}})
   with pytest.raises(UserError, match='another threshold than result.json'):
@@ -309,7 +309,7 @@ def test_bad_images_are_left_out_on_request(digits, some_bad, tmp_path, capsys):
   assert [pathlib.Path(row['path']).stem for row in rows] == list('aceg')
   assert len({row['confidence'] for row in rows}) == 1
   bad = [str(some_bad / name) for name in ('b.png', 'f.png')]
-  with pytest.raises(UserError, match='no image can be read; the first: .*b.png'):
+  with pytest.raises(UserError, match='no image could be read; the first: .*b.png'):
     predict.predict(digits[0], bad, out, on_bad_image='skip')
   with pytest.raises(UserError, match='b.png: .*--on_bad_image=skip leaves it out'):
     predict.predict(digits[0], bad, out)

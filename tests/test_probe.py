@@ -85,7 +85,7 @@ def test_retrieval_is_that_of_ranked_lists(images):
   for k in (1, 3):
     hits = [s[o[:k]].any() for s, o in zip(same, order, strict=True)]
     assert found[f'recall@{k}'] == np.mean(hits)
-  with pytest.raises(UserError, match='no query is of a class'):
+  with pytest.raises(UserError, match='no query has a class'):
     probing.retrieval(queries._replace(labels=queries.labels + 9), gallery)
 
 
@@ -186,7 +186,7 @@ def test_features_of_a_layer_are_a_file_that_is_a_source(network, tmp_path):
   with pytest.raises(UserError, match='features of another size'):
     np.savez(path, x_other=np.zeros((2, 5)), y_other=np.zeros(2, int))
     probe.save(network, ['conv1'], path, 12)
-  with pytest.raises(UserError, match='--save is of one layer'):
+  with pytest.raises(UserError, match='--save takes one layer'):
     probe.save(network, ['conv1', 'conv2'], path, 12)
 
 

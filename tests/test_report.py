@@ -309,7 +309,7 @@ def test_other_configurations_are_not_averaged(tables_only, tmp_path):
   page = page_of(tmp_path)
   assert row_of(tmp_path, 'ce (epochs=200)')['accuracy'] == '50.0'
   assert row_of(tmp_path, 'ce (epochs=100)')['accuracy'] == '70.0'
-  warning = 'runs of 2 configurations or data sets, which are not averaged'
+  warning = 'runs with 2 different configs or data sets, which are not averaged'
   assert warning in page.text
   assert warning in (tmp_path / 'report.md').read_text()
   assert warning in (tmp_path / 'report.tex').read_text()
@@ -378,7 +378,7 @@ def test_a_seed_counts_once(tables_only, tmp_path):
   row = row_of(tmp_path, 'ce')
   assert row['accuracy'] == tables.percent([0.5, 0.7])
   assert row['runs'] == '2 finished, 1 repeated'
-  assert "count once, without ['copy of b']" in page.text
+  assert "counts once, so these runs are left out: ['copy of b']" in page.text
 
 
 def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
@@ -401,7 +401,7 @@ def test_failed_cells_are_in_the_table(tables_only, tmp_path):
   assert text.count('failed: OSError: no <space> left') == 3
   assert 'failed: ValueError: \ufffd' in text
   cells = {'ce': '1 finished, 2 failed', 'oltr': '1 failed'}
-  cells |= {'ldam (no configuration)': '1 failed', 'ldam (epochs=10)': '1 finished'}
+  cells |= {'ldam (no config)': '1 failed', 'ldam (epochs=10)': '1 finished'}
   assert {label: row_of(tmp_path, label)['runs'] for label in cells} == cells
 
 
@@ -506,7 +506,7 @@ def test_a_diverged_run_that_continues_has_not_failed(tables_only, run_folder):
 
 
 @pytest.mark.parametrize('name', ARRAYS)
-@pytest.mark.parametrize('damage', ['missing', 'damaged', 'something else'])
+@pytest.mark.parametrize('damage', ['missing', 'damaged', 'unexpected contents'])
 def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage):
   path = run_folder / name
   if damage == 'missing':
@@ -520,7 +520,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
     assert drawn.svg == ''
     assert drawn.caption.startswith(f'No figure of {figure.replace("_", " ")}: ')
     assert damage in drawn.caption and drawn.caption.count('\n') == 0
-    assert damage == 'something else' or name in drawn.caption
+    assert damage == 'unexpected contents' or name in drawn.caption
 
 
 def test_predictions_of_an_earlier_version_are_marked(run_folder):
@@ -529,7 +529,7 @@ def test_predictions_of_an_earlier_version_are_marked(run_folder):
   np.savez(path, label=label, logits=np.zeros((len(label), 5), np.float16))
   for figure in ARRAYS['predictions.npz']:
     drawn = drawing.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
-    assert 'predictions.npz is of an earlier version; ' in drawn.caption
+    assert 'predictions.npz was written by an earlier version; ' in drawn.caption
 
 
 def test_every_file_may_be_missing_but_the_configuration(tmp_path):
@@ -587,7 +587,9 @@ def test_training_images_are_shown_if_all_methods_have_the_same(tmp_path, classe
   assert 'training images' in rows and 'different' not in caption
   other, rows, caption = labels_below(groups)
   assert other[0] == ('class 4' if classes == 5 else '1 to 2')
-  assert 'training images' not in rows and 'different numbers of images' in caption
+  assert (
+    'training images' not in rows and 'different numbers of training images' in caption
+  )
 
 
 def test_many_classes_are_drawn_in_blocks(tmp_path):
@@ -645,9 +647,9 @@ def test_published_numbers_stand_beside_their_own_setting_only(tables_only, tmp_
   assert len(rows) == 1
   cells = [text.strip() for text in rows[0].strip('|').split(' | ')]
   assert cells[1:5] == ['top-1 error', '25.0', '20.0', '23.0']
-  assert 'Beside published numbers' in page.text
+  assert 'Compared with published numbers' in page.text
   report.write(tmp_path / 'short')
-  assert 'Beside published' not in (tmp_path / 'short/report.html').read_text()
+  assert 'Compared with published' not in (tmp_path / 'short/report.html').read_text()
 
 
 @pytest.mark.parametrize(
@@ -867,7 +869,7 @@ def test_an_epsilon_far_below_the_weights_can_be_seen(run_folder):
   del stored['learned']
   np.savez(run_folder / 'weights.npz', **stored)
   drawn = drawing.draw('epsilons', learned.epsilons, [run], 'page')
-  assert 'of an earlier version' in drawn.caption
+  assert 'by an earlier version' in drawn.caption
 
 
 def scored(folder, recipe, seed, rates, prediction):

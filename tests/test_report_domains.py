@@ -293,7 +293,7 @@ def test_files_of_an_earlier_version_cost_their_figure_alone(tmp_path, name):
   np.savez(folder / name, **kept)
   run, figure = runs.Run(epath.Path(folder), 'run'), f'domain_{name.partition(".")[0]}'
   drawn = drawing.draw(figure, ALL[figure], [run], 'page')
-  assert drawn.svg == '' and f'{name} tells of no domains' in drawn.caption
+  assert drawn.svg == '' and f'{name} has no domains' in drawn.caption
 
 
 def test_a_run_of_one_domain_has_none_of_this(by_domain_only, tmp_path):

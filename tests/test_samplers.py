@@ -212,7 +212,7 @@ def test_an_empty_training_set_is_rejected(name):
     ('class_aware', {'batch': 8, 'per_clas': 4}, "did you mean 'per_class'"),
     ('instance', {'per_class': 8}, "no option 'per_class'"),
     ('progressive', {'epoch': 5}, "no option 'epoch'"),
-    ('class_aware', {'batch': 1000}, '530 training images are less than one batch'),
+    ('class_aware', {'batch': 1000}, '530 training images are fewer than one batch'),
     ('class_aware', {'batch': 8, 'per_class': 0}, 'must be positive'),
     ('effective_number', {'beta': 1.0}, r'beta must be in \[0, 1\)'),
   ],

@@ -136,11 +136,11 @@ def test_labels_of_the_target_do_not_reach_the_second_stage(finished):
   [
     ({'stage': 'nowhere'}, {}, "unknown earlier stage of streams.train 'nowhere'"),
     ({'arrays': {'label': 'logits'}}, {}, "does not save 'target/train/logits'"),
-    ({'arrays': {'image': 'features'}}, {}, "the batch has 'image' already"),
+    ({'arrays': {'image': 'features'}}, {}, "the batch already has 'image'"),
     ({'order': 'features'}, {}, "streams.train.order: 'features' has"),
     ({'order': ''}, {}, "sampler 'curriculum' needs an order"),
     ({}, {'sampler': {'name': 'instance'}}, 'does not use an order'),
-    ({'labels': True}, {}, "the batch has 'label' already"),
+    ({'labels': True}, {}, "the batch already has 'label'"),
     ({'domain': 'source'}, {}, "does not save 'prediction'"),
   ],
 )

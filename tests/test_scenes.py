@@ -107,7 +107,9 @@ def test_a_run_from_end_to_end_and_its_report(tmp_path):
   adapted = config('minent,train=16,steps=4,target=fog+rain')
   trained.build_without_data(adapted, trained.read_facts(tmp_path))
   page = write(tmp_path).read_text()
-  assert 'mIoU' in page and '>By class</h2>' in page and 'something else' not in page
+  assert (
+    'mIoU' in page and '>By class</h2>' in page and 'unexpected contents' not in page
+  )
   assert page.count(': prediction"') == 4 * 3  # targets, source, snow
   assert '#46' in page  # the colour of buildings
 

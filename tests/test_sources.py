@@ -366,7 +366,7 @@ def test_tfds_faults(tmp_path):
     'cifar_10': "unknown TFDS data set 'cifar_10'; did you mean 'cifar10'",
     'nothing_like_it': "unknown TFDS data set 'nothing_like_it'$",
     'a b': 'a b',
-    'no_label': "needs the features 'image'.*'label'.* has id, image$",
+    'no_label': "needs the features 'image'.*'label'.*but has id, image$",
     'deep': "needs the features 'image'",
     'small_set': 'as tfrecord, which has no random access',
   }.items():

@@ -75,7 +75,7 @@ def test_finished_cells_are_not_run_again(swept):
   before = (workdir / 'ce' / '0' / 'events.jsonl').read_bytes()
   code, output = run(workdir, methods='ce,focal', seeds='0')
   assert code == 0, output
-  assert output.count('is finished: ') == 1
+  assert output.count('already finished: ') == 1
   assert result(workdir, 'focal', 0)['recipe'] == 'focal'
   assert (workdir / 'ce' / '0' / 'events.jsonl').read_bytes() == before
 
@@ -94,7 +94,7 @@ def test_seeds_as_one_program_are_ordinary_runs(swept, tmp_path):
     assert found['config_digest'] == alone['config_digest']
     assert found['test']['loss'] == pytest.approx(alone['test']['loss'], rel=1e-3)
   code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
-  assert code == 0 and output.count('is finished: ') == 2
+  assert code == 0 and output.count('already finished: ') == 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_torn_result_is_written_anew(swept, tmp_path, torn):
   workdir = shutil.copytree(swept[0] / 'ce' / '0', tmp_path / 'runs' / 'ce' / '0')
   (workdir / 'result.json').write_bytes(torn)
   code, output = run(tmp_path / 'runs', methods='ce', seeds='0')
-  assert code == 0 and 'is finished: ' not in output
+  assert code == 0 and 'already finished: ' not in output
   whole = result(swept[0], 'ce', 0)
   assert result(tmp_path / 'runs', 'ce', 0)['state_sha256'] == whole['state_sha256']
 
@@ -129,7 +129,7 @@ def test_a_seed_that_cannot_be_among_them_fails_alone(tmp_path):
   code, output = run(tmp_path / 'runs', '--config.batch=32', methods='ce', seeds='1')
   assert code == 0, output
   code, output = run(tmp_path / 'runs', '--vectorise', methods='ce')
-  assert code == 2 and 'not as one program: ' in output
+  assert code == 2 and 'cannot run as one program: ' in output
   (failed,) = [line for line in output.splitlines() if line.startswith('failed: ')]
   assert failed.startswith('failed: seed 1: OtherConfig: ') and 'batch was 32' in failed
   # A sweep has no --allow_config_change.
@@ -224,7 +224,7 @@ def test_one_cell_for_a_scheduler(tmp_path):
   code, output = run(tmp_path / 'runs', '--list', seeds='3,4')
   assert output.splitlines()[3].startswith('3  ldam_drw, seed 4: ')
   code, output = run(tmp_path / 'runs', '--cell=4', seeds='3,4')
-  assert code == 2 and '--cell is 4; there are 0 to 3' in output
+  assert code == 2 and '--cell is 4; cells are 0 to 3' in output
 
 
 @pytest.mark.slow
@@ -240,13 +240,13 @@ def test_asked_to_stop_it_saves_and_ends(tmp_path):
   ('options', 'message'),
   [
     ({'methods': 'ce,nope'}, "unknown method 'nope'"),
-    ({'methods': 'ce,epochs=7'}, "'epochs=7' is no recipe; options stand behind the"),
-    ({'methods': 'ce,ce'}, '--methods must name some, each of them once: ce,ce'),
-    ({'seeds': '0,x'}, "--seeds: 'x' is no whole number"),
-    ({'seeds': '1,1'}, '--seeds must name some, each of them once'),
-    ({'seeds': '1,01'}, "--seeds: '01' is no whole number"),
-    ({'seeds': '\u00b2'}, "--seeds: '\u00b2' is no whole number"),
-    ({'seeds': '0,3000000000'}, '--seeds: 3000000000 is more than 2147483647'),
+    ({'methods': 'ce,epochs=7'}, "'epochs=7' is not a recipe; options go after the"),
+    ({'methods': 'ce,ce'}, '--methods: name at least one, and each only once: ce,ce'),
+    ({'seeds': '0,x'}, "--seeds: 'x' is not a whole number"),
+    ({'seeds': '1,1'}, '--seeds: name at least one, and each only once'),
+    ({'seeds': '1,01'}, "--seeds: '01' is not a whole number"),
+    ({'seeds': '\u00b2'}, "--seeds: '\u00b2' is not a whole number"),
+    ({'seeds': '0,3000000000'}, '--seeds: 3000000000 is larger than 2147483647'),
   ],
 )
 def test_mistakes_are_reported_before_anything_runs(tmp_path, options, message):
@@ -257,13 +257,13 @@ def test_mistakes_are_reported_before_anything_runs(tmp_path, options, message):
 
 def test_the_seed_is_not_for_all(tmp_path):
   code, output = run(tmp_path / 'runs', '--config.seed=3')
-  assert code == 2 and '--config.seed: a sweep sets it' in output
+  assert code == 2 and '--config.seed: a sweep sets this' in output
 
 
 def test_cells_come_seed_after_seed(tmp_path):
   found = sweep.cells(['a', 'b'], ['0', '1'], tmp_path)
   assert [(c.method, c.seed) for c in found] == [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
-  with pytest.raises(UserError, match='--methods must name some'):
+  with pytest.raises(UserError, match='--methods: name at least one'):
     sweep.cells([], ['0'], tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_grid_crosses_values_of_keys(tmp_path):
   found = sweep.cells(['cb_focal'], ['0', '1'], tmp_path, grid)
   assert len(found) == 8 and len({cell.workdir for cell in found}) == 8
   assert found[1].workdir.name == '1' and found[1].point == found[0].point
-  assert found[-1].told == 'cb_focal, loss.gamma=1, class_weights.beta=0.99'
+  assert found[-1].label == 'cb_focal, loss.gamma=1, class_weights.beta=0.99'
   make = sweep.loader(f'{child.ROOT}/configs/digits_lt.py', 'epochs=6', {})
   made = sweep.at_point(make('cb_focal'), found[-1].point)
   assert (made.loss.gamma, made.class_weights.beta) == (1.0, 0.99)
@@ -284,10 +284,10 @@ def test_a_grid_crosses_values_of_keys(tmp_path):
 @pytest.mark.parametrize(
   ('grid', 'message'),
   [
-    ('loss.gamma', 'it must be KEY=VALUE,VALUE, such as loss.gamma=1,2'),
-    ('loss.gamma=1,,2', 'it must be KEY=VALUE,VALUE'),
-    ('loss.gamma=1,1', 'each key and each value must be named once'),
-    ('seed=1,2', 'give --seeds and --methods'),
+    ('loss.gamma', 'must be KEY=VALUE,VALUE, such as loss.gamma=1,2'),
+    ('loss.gamma=1,,2', 'must be KEY=VALUE,VALUE'),
+    ('loss.gamma=1,1', 'name each key and each value only once'),
+    ('seed=1,2', 'use --seeds and --methods'),
   ],
 )
 def test_mistakes_in_a_grid_are_reported(grid, message):
@@ -337,7 +337,7 @@ def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
 
   monkeypatch.setattr(sweep, '_run', run_cells)
   found = sweep.cells(['ce'], ['0', '1', '2', '3'], tmp_path)
-  shown = [(cell.told, cell.seed) for cell in found]
+  shown = [(cell.label, cell.seed) for cell in found]
   table = live.LiveTable(shown, Console(file=io.StringIO()))
   assert list(sweep.sweep(found, None, table=table, after=after)) == [found[1]]
   states = [live.FINISHED, live.FAILED, live.FINISHED, live.FINISHED]
@@ -346,4 +346,4 @@ def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
   states = ('1 finished', '1 finished, 1 failed')  # and for the last `main` writes it
   for page, state in zip(pages, states, strict=True):
     assert state in page
-  assert 'Figures follow when the sweep ends' in page and '<svg' not in page
+  assert 'Figures are drawn when the sweep ends' in page and '<svg' not in page

@@ -1,4 +1,4 @@
-"""Checks before anything is built: ranges, ends, impossible choices."""
+"""Checks of a config before anything is built: ranges, ends, impossible choices."""
 
 import inspect
 import math
@@ -47,7 +47,7 @@ RANGES = {
   'method.weight': (0, 1e30),
   'penalty.weight': (0, 1e30),
 }
-"""Least and largest value of numbers in a configuration."""
+"""Key of a config -> smallest and largest value."""
 
 OPTION_RANGES = {
   'class_weights.beta': (0, 1),
@@ -58,11 +58,11 @@ OPTION_RANGES = {
   'optimizer.b2': (0, 1),
   'optimizer.eps': (0, 1e6),
 }
-"""The same of options of named functions; that they are numbers is checked there."""
+"""The same for options of named functions, which check that they are numbers."""
 
 
 def check_ranges(config: Config) -> None:
-  """Refuses numbers that mean nothing, such as a batch of no images."""
+  """Rejects numbers without a meaning, such as a batch of no images."""
   flat = flatten(config)
   ranges = RANGES | {
     f'domains.{name}.{key.removeprefix("data.")}': most
@@ -82,7 +82,7 @@ def check_ranges(config: Config) -> None:
 
 
 def check_surgeries(surgeries: Any) -> None:
-  """Refuses surgeries that are no pairs of a name and options."""
+  """Rejects surgeries that are not pairs of a name and options."""
   for surgery in surgeries:
     match surgery:
       case [str(), {}]:
@@ -95,9 +95,9 @@ def check_surgeries(surgeries: Any) -> None:
 
 
 def check_end(stages: Mapping[str, Config]) -> None:
-  """Refuses what would come when a stage has ended, and so never.
+  """Rejects changes scheduled after a stage has ended, which would never happen.
 
-  Fewer epochs leave it where it was, and `ldam_drw` would be `ldam` without a word.
+  Lowering the epochs does not move them, so `ldam_drw` would silently become `ldam`.
   """
   ends = {name: stage['epochs'] for name, stage in stages.items()}
   for name, stage in reversed(stages.items()):
@@ -122,7 +122,7 @@ def check_end(stages: Mapping[str, Config]) -> None:
 
 
 def _latest(epochs: Any) -> float:
-  """Returns the last of some epochs; 0 of what is none, which is refused elsewhere."""
+  """Returns the last epoch of a sequence; 0 for other values, which others reject."""
   found = epochs if isinstance(epochs, list | tuple) else []
   return max((e for e in found if isinstance(e, int | float)), default=0)
 
@@ -134,7 +134,7 @@ _BEYOND = (
 
 
 def check_channels(data: Config, channels: int) -> None:
-  """Refuses means and deviations that do not fit the images."""
+  """Rejects means and deviations that do not fit the images."""
   for key in ('mean', 'std'):
     values = data[key]
     numbers = isinstance(values, list | tuple) and all(
@@ -143,7 +143,7 @@ def check_channels(data: Config, channels: int) -> None:
     if not numbers or len(values) not in (1, channels):
       many = f'one number or {channels} numbers' if channels > 1 else 'one number'
       raise UserError(
-        f'data.{key} is {values!r}; it must be {many}, as the images have {channels} '
+        f'data.{key} is {values!r}; it must be {many}: the images have {channels} '
         f'channel{"s" * (channels > 1)}'
       )
   if not all(value > 0 for value in data['std']):
@@ -151,55 +151,55 @@ def check_channels(data: Config, channels: int) -> None:
 
 
 def check_arrays(name: str, data: Config, dtype: str) -> None:
-  """Refuses to treat float arrays, such as features, as images, and the reverse."""
+  """Rejects options for images on float arrays such as features, and the reverse."""
   lookup(UNITS, 'data.unit', data['unit'])
   if dtype == 'uint8':
     if data['unit'] != 'none':
-      raise UserError(f'domain {name!r}: data.unit is for float arrays, not for uint8')
+      raise UserError(f'domain {name!r}: data.unit is for float arrays, not uint8')
     return
   for key in ('pad', 'flip', 'jitter'):
     if data[key]:
       raise UserError(
-        f'domain {name!r} has {dtype} arrays and no images: set data.{key} to '
+        f'domain {name!r} has {dtype} arrays, not images: set data.{key} to '
         f'{type(data[key])(0)!r}'
       )
 
 
 def check_device(device: str) -> None:
-  """Refuses to train on a CPU what was meant for an accelerator.
+  """Refuses to run on a CPU if an accelerator was asked for.
 
-  A driver that is missing or busy makes JAX fall back to the CPU with a warning.
+  If a driver is missing or busy, JAX only warns and falls back to the CPU.
   """
   backend = jax.default_backend()
   if device not in ('any', 'cpu', backend):
     raise UserError(
       f'config.device is {device!r}, but JAX found {backend!r}; '
-      'set --config.device=any to run on what is there'
+      'set --config.device=any to run on it'
     )
 
 
 def check_collapse(config: Config) -> None:
-  """Refuses to draw two free networks together, with nothing that keeps them apart."""
+  """Rejects a loss that pulls two free networks together and never apart."""
   free = config['model']['head_options'].get('fixed', 'none') == 'none'
   attracts = config['loss'].get('name') == 'negative_score'
   if attracts and config['model']['head'] == 'two_tower' and free:
     raise UserError(
-      "loss 'negative_score' only draws an image and its class together: with both "
-      'sides of two_tower free, constants are as good as anything, and training '
-      "collapses: set model.head_options.fixed to 'classes' or 'images', or take a "
-      'loss that compares classes, such as cross_entropy'
+      "loss 'negative_score' only pulls an image and its class together; with both "
+      'sides of two_tower free, constants minimise it, so training collapses: set '
+      "model.head_options.fixed to 'classes' or 'images', or use a loss that compares "
+      'classes, such as cross_entropy'
     )
 
 
 def check_all_is_used(
   name: str, config: Config, wrappers: Mapping[str, Callable]
 ) -> None:
-  """Refuses what a method would not look at, such as class weights or a stream.
+  """Rejects settings that a method would ignore, such as class weights or a stream.
 
   Args:
-    name: of the method.
-    config: of the stage.
-    wrappers: name -> what may wrap the method, and read a stream that it does not.
+    name: name of the method.
+    config: config of the stage.
+    wrappers: name -> wrapper of the method, which may read further streams.
   """
   asked = set(inspect.signature(lookup(METHODS, 'method', name)).parameters)
   if 'objective' in asked:

@@ -1,4 +1,4 @@
-"""From config keys to domains: their data, their roles, their pixels."""
+"""From config keys to domains: their data, roles and pixels."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ NOT_LOADING = (
   'workers',
   'on_bad_image',
 )
-"""Keys of `data` that say what is done with images once they are loaded."""
+"""Keys of `data` that apply to images after loading."""
 
 OF_READING = (
   'image_size',
@@ -62,13 +62,13 @@ Transforms = tuple[Callable, Callable]
 
 
 class Domains(NamedTuple):
-  """The domains of a run, by name, and what they are there for.
+  """The domains of a run, by name and by role.
 
   Attributes:
     datasets: name or role -> data set; a role of several domains joins them.
     data: name or role -> keys of `data`.
-    roles: 'source', 'target' and 'open' -> names of their domains.
-    transforms: name or role -> (training, evaluation) transform of pixels.
+    roles: 'source', 'target' and 'open' -> names of the domains.
+    transforms: name or role -> pixel transforms for (training, evaluation).
   """
 
   datasets: dict[str, Dataset]
@@ -83,7 +83,7 @@ class Domains(NamedTuple):
     return lookup(self.datasets, 'domain', name)
 
   def is_target(self, name: str) -> bool:
-    """Returns whether labels of a domain are those of a target."""
+    """Returns whether the labels of a domain are those of a target."""
     return name == TARGET or name in self.roles[TARGET]
 
   @property
@@ -104,11 +104,11 @@ def load_domains(
   Args:
     config: the resolved config.
     to_device: puts images of small sources into device memory.
-    given: domain or role -> data set that takes the place of what the config names.
+    given: domain or role -> data set to use instead of the one in the config.
 
   Raises:
-    UserError: a domain that is not there, has no role or two, domains that meet but
-      differ in classes or image shape, or a target with the images of a source.
+    UserError: a domain does not exist or has two roles, domains used together differ
+      in classes or image shape, or a target has the images of a source.
   """
   roles = _roles(config)
   meeting = list(dict.fromkeys(name for members in roles.values() for name in members))
@@ -150,7 +150,7 @@ def load_domains(
 
 
 def _roles(config: Config) -> dict[str, tuple[str, ...]]:
-  """Returns role -> its domains, each of which has one role."""
+  """Returns role -> its domains; each domain has one role."""
   roles = {
     SOURCE: tuple(config['sources']) or (SOURCE,),
     TARGET: tuple(config['target']),
@@ -158,7 +158,9 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
   }
   for name in config['domains']:
     if name in roles:
-      raise UserError(f'domains.{name}: this is the name of a role; call it otherwise')
+      raise UserError(
+        f'domains.{name}: this is the name of a role; choose another name'
+      )
   seen: dict[str, str] = {}
   for role, members in roles.items():
     for name in members:
@@ -176,36 +178,38 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:
-  """Returns `mean` and `std` of a domain's training images, if it asks for them.
+  """Returns `mean` and `std` of a domain's training images if `standardise` is set.
 
-  No label is read. Of a channel that never changes the deviation is 1.
+  No label is read. A constant channel gets the deviation 1.
 
   Raises:
     UserError: the images are not in memory.
   """
   split = dataset.splits['train']
-  if not data['standardise'] or split.source is None:  # which predicts, and trains not
+  if (
+    not data['standardise'] or split.source is None
+  ):  # opened without its data, to predict
     return {}
   images = getattr(split.source, 'images', None)
   if images is None:
     raise UserError(
-      f'domain {name!r}: data.standardise is for images in memory; set data.mean and '
-      'data.std'
+      f'domain {name!r}: data.standardise needs images in memory: set data.mean and '
+      'data.std instead'
     )
   mean, std = augment.moments(images[split.rows], data['unit'])
   return {'mean': mean.tolist(), 'std': std.tolist()}
 
 
 def _same_classes(name: str, data: Config) -> dict[str, str]:
-  """Returns what classes of a domain are called in the union of label spaces."""
+  """Returns class of a domain -> its name in the union of label spaces."""
   for pair in data['same_classes']:
     match pair:
       case [str(), str()]:
         pass
       case _:
         raise UserError(
-          f'domain {name!r}: data.same_classes has {pair!r}; it must be a class here '
-          'and its name in the union'
+          f'domain {name!r}: data.same_classes has {pair!r}; each entry must be a '
+          'class of the domain and its name in the union'
         )
   return {ours: name for ours, name in data['same_classes']}
 
@@ -213,13 +217,13 @@ def _same_classes(name: str, data: Config) -> dict[str, str]:
 def _check_pixels(
   role: str, members: Sequence[str], configs: Mapping[str, Config]
 ) -> None:
-  """Refuses domains of one stream whose pixels are treated differently."""
+  """Rejects domains of one role whose pixels would be treated differently."""
   first = configs[members[0]]
   if len(members) > 1 and any(configs[name]['standardise'] for name in members):
-    told = ' and '.join(map(repr, members))
+    names = ' and '.join(map(repr, members))
     raise UserError(
-      f'domains {told} are one {role}, but data.standardise is for one that is alone: '
-      'set data.mean and data.std'
+      f'domains {names} are one {role}, but data.standardise works only for a single '
+      'domain: set data.mean and data.std instead'
     )
   for name in members[1:]:
     for key in (*NOT_LOADING[:8], *OF_READING):
@@ -248,14 +252,14 @@ def _check_apart(
     images = targets[target].splits['train']
     if within(images, [*labelled[source].every.values()]):
       raise UserError(
-        f'the target {target!r} is the source {source!r} once more: all its '
+        f'the target {target!r} is the same data as the source {source!r}: all its '
         f'{len(images.rows):,} training images are images of the source too; name '
         f'other data in domains.{target}.source'
       )
 
 
 def make_transforms(data: Config) -> Transforms:
-  """Returns (training, evaluation): what is done with pixels on the device."""
+  """Returns (training, evaluation): the transforms of pixels on the device."""
   mean, std, unit = data['mean'], data['std'], data['unit']
   pad, pad_mode, flip = data['pad'], data['pad_mode'], data['flip']
   jitter = data['jitter']
@@ -267,7 +271,7 @@ def make_transforms(data: Config) -> Transforms:
     return {**batch, 'image': images}
 
   def augmented(key, batch):
-    most = augment.white(batch['image'])  # before jitter makes floats of them
+    most = augment.white(batch['image'])  # before jitter turns them into floats
     crop_key, flip_key = jax.random.split(key)
     jitter_key = jax.random.fold_in(key, 1)
     if pad:

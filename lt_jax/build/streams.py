@@ -1,9 +1,9 @@
-"""From config keys to streams: which images, in which order, transformed how.
+"""From config keys to streams: which images, in which order, with which transforms.
 
 Each row of `config.streams` names a batch and says which images it is drawn from. A row
 gives images by default; its 'name' selects another kind from `STREAMS`, and its other
-keys are options of that function. Only the row 'train' is known by name: its epochs are
-the stage's clock.
+keys are options of that function. Only the row 'train' has a special name: its epochs
+are the stage's clock.
 """
 
 import inspect
@@ -30,7 +30,7 @@ from lt_jax.schedules import epoch_start
 from lt_jax.train import state_shapes
 
 ON_BAD_IMAGE = {'raise': False, 'skip': True}
-"""Whether another image of the class stands in for one that cannot be read."""
+"""Answer -> whether another image of the class replaces one that cannot be read."""
 
 
 class Row(NamedTuple):
@@ -38,14 +38,13 @@ class Row(NamedTuple):
 
   Attributes:
     stream: the stream.
-    length: L of an epoch: it begins at every step ceil(e L / B).
+    length: L, the length of an epoch; epoch e begins at step ceil(e L / B).
     batch: B.
-    sizes: what it is -> the first axes of what a step is given, which devices divide.
-    split: the images, and the name of their split; None: there are none.
-    left: what an earlier stage leaves for the stream, if it reads any.
-    dataset: the data set whose training counts and classes are those of the stream.
+    dataset: the data set with the training counts and classes of the stream.
+    split: name of the split and its images; None if it has no images.
+    left: what the stream reads from an earlier stage, if anything.
     uses_target_labels: whether it gives labels of a target domain.
-    pixels: (mean, std) by which its images are normalised; None: it has none.
+    pixels: (mean, std) with which its images are normalised; None without images.
   """
 
   stream: Stream
@@ -71,16 +70,16 @@ def make_rows(
   """Builds the streams of a stage.
 
   Args:
-    config: of the stage.
+    config: config of the stage.
     domains: the data.
     learned: (C,) bool, the classes that are learned.
-    earlier: the stages before.
+    earlier: name -> earlier stage.
 
   Raises:
-    UserError: a row that cannot be, by the name of the stream.
+    UserError: a row is not possible; the message names the stream.
   """
   if CLOCK not in config['streams']:
-    raise UserError(f'streams has no {CLOCK!r}, whose epochs the stage is counted in')
+    raise UserError(f'streams has no {CLOCK!r}, whose epochs are the clock of a stage')
 
   def made(name: str, clock: Row | None) -> Row:
     row = config['streams'][name]
@@ -122,29 +121,29 @@ def _images(
   arrays: Config | None = None,
   order: str = '',
 ) -> Row:
-  """Returns the stream of a split's images, by a sampler.
+  """Returns the stream that a sampler draws from a split's images.
 
   Args:
-    config: of the stage.
+    config: config of the stage.
     domains: the data.
     stream: the name of the row.
     learned: (C,) bool, the classes that are learned; images of others are left out.
-    earlier: the stages before.
-    clock: the stream whose epochs are those of the stage; None: this one.
-    domain: whose images, a domain or a role; empty: the stage's.
-    split: which of them, 'train' or 'meta' (of a source).
-    batch: images a step; 0: `config.batch`.
-    sampler: its name and options; None: `config.sampler` for the stage's own images,
-      every image once an epoch for others.
+    earlier: name -> earlier stage.
+    clock: the stream whose epochs are the stage's clock; None if it is this one.
+    domain: the domain or role with the images; empty for the stage's own.
+    split: 'train', or the 'meta' set of a source.
+    batch: images per step; 0 for `config.batch`.
+    sampler: its name and options; None for `config.sampler` if this is the clock, else
+      every image once per epoch.
     every: steps from one batch to the next.
-    labels: whether batches have labels; None: those of a source have.
-    domain_labels: whether batches tell which of several domains an image is of; None:
-      those of several sources do, those of a compound target do not.
-    stage: an earlier stage, which saves something of these images (`save_outputs`).
-    arrays: name in the batch -> name of what it saves, such as {'label': 'prediction'}
-      of images without labels.
-    order: the name of numbers that it saves, one an image: the sampler is given the
-      images from the least to the greatest.
+    labels: whether batches have labels; by default those of a source do.
+    domain_labels: whether batches say which of several domains an image is from; by
+      default those of several sources do, those of a compound target do not.
+    stage: an earlier stage that saves outputs for these images (`save_outputs`).
+    arrays: name in the batch -> name of a saved output, such as {'label': 'prediction'}
+      for images without labels.
+    order: name of a saved output with one number per image: the sampler gets the images
+      sorted by it, smallest first.
 
   Raises:
     UserError: there is no such split, it is too small, or the sampler needs labels.
@@ -154,18 +153,20 @@ def _images(
     raise UserError(f'streams.{stream}.every is {every!r}; it must be 1 or more')
   if domain == OPEN or domain in domains.roles[OPEN]:
     raise UserError(
-      f'streams.{stream}: domain {domain!r} is open, which training never sees'
+      f'streams.{stream}: domain {domain!r} is open, so training must not use it'
     )
   of_target = domains.is_target(domain)
   labelled = not of_target if labels is None else labels
   if of_target and split == 'meta' and not labelled:
     raise UserError(
-      f'streams.{stream}: the meta set of a target is drawn by its labels: set '
-      'labels to True, or split to train'
+      f'streams.{stream}: the meta set of a target is drawn by its labels: set labels '
+      'to True, or split to train'
     )
   dataset = domains.dataset(domain)
   if dataset.class_names != domains.dataset(config['domain']).class_names:
-    learned = np.ones(len(dataset.class_names), bool)  # of classes of its own, all
+    learned = np.ones(
+      len(dataset.class_names), bool
+    )  # it has its own classes: learn all
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled and images.of_pixels:
@@ -193,7 +194,7 @@ def _images(
     reads.check(stream, {'image', 'index', 'bad', *drawn.numbers()})
   own = sampler or (config['sampler'] if stream == CLOCK else {'name': 'instance'})
   data = domains.data[domain]
-  # So many as the stage reads in one of its epochs.
+  # As many as the stage reads in one of its epochs.
   positions = math.ceil(clock.length * batch / (clock.batch * every)) if clock else 0
 
   def make(beside: Mapping[str, np.ndarray], order: np.ndarray | None):
@@ -233,12 +234,12 @@ def _images(
 
 
 def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
-  """Refuses images without a label map, and to learn only some of the classes.
+  """Rejects images without a label map, and learning only some of the classes.
 
   Args:
-    images: of the stream.
+    images: the images of the stream.
     stream: its name.
-    learned: (C,) bool, the classes that are learned, or have no pixel.
+    learned: (C,) bool, the classes that are learned or have no pixels.
   """
   if not learned.all():
     raise UserError('shot_groups is for labels of whole images: set it to ()')
@@ -251,21 +252,21 @@ def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
 
 
 def _without_counts(dataset: Dataset) -> Dataset:
-  """Returns a data set whose classes seem equally frequent, as no label tells more."""
+  """Returns the data set with equal counts, as its true counts must stay unknown."""
   each = max(1, int(dataset.counts.mean()))
   return dataset._replace(counts=np.full_like(dataset.counts, each))
 
 
 class _Reads(NamedTuple):
-  """What a stream of images reads of an earlier stage.
+  """What a stream of images reads from an earlier stage.
 
   Attributes:
     origin: the stage.
-    split: what the stage calls the split of the images.
+    split: the name that the stage uses for the split of the images.
     arrays: name in the batch -> name of an output.
     order: the name of the output that orders the images; empty for none.
-    places: (n,) places in the split of the images that the stream has.
-    total: N, the images of the split.
+    places: (n,) positions in the split of the stream's images.
+    total: N, the number of images in the split.
   """
 
   origin: Stage
@@ -276,44 +277,44 @@ class _Reads(NamedTuple):
   total: int
 
   def check(self, stream: str, taken: Collection[str]) -> None:
-    """Refuses names in the batch that are taken, and an order that is no number."""
+    """Rejects names that the batch already has, and an order with several numbers."""
     for name in self.arrays:
       if name in taken:
-        raise UserError(f'streams.{stream}.arrays: the batch has {name!r} already')
+        raise UserError(f'streams.{stream}.arrays: the batch already has {name!r}')
     for key, one in self._saved().items():
       if split_and_name(key)[1] == self.order and one.ndim != 1:
         raise UserError(
-          f'streams.{stream}.order: {self.order!r} has {one.shape[1:]} numbers an '
+          f'streams.{stream}.order: {self.order!r} has {one.shape[1:]} numbers per '
           'image; it must have one'
         )
 
   def ordered_by(self) -> str:
-    """Returns under which name the stage saves the order; empty for none."""
+    """Returns the name under which the stage saves the order; empty for none."""
     return self._key(self.order) if self.order else ''
 
   def _key(self, output: str) -> str:
-    """Returns under which name the stage saves an output of these images."""
+    """Returns the name under which the stage saves an output for these images."""
     for saved in self.origin.save_outputs:
       if split_and_name(saved) == (self.split, output):
         return saved
     name = output if self.split == 'train' else f'{self.split}/{output}'
     raise UserError(
-      f'stage {self.origin.name!r} does not save {name!r}: add it to its save_outputs'
+      f'stage {self.origin.name!r} does not save {name!r}; add it to its save_outputs'
     )
 
   def _saved(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns name in arrays.npz -> shape and type of a batch of it."""
+    """Returns name in arrays.npz -> shape and type for a batch."""
     state = state_shapes(self.origin.method, self.origin.streams)
     outputs = [*self.arrays.values(), *([self.order] if self.order else [])]
     keys = dict.fromkeys(self._key(output) for output in outputs)
     return {key: saved_shape(self.origin.survey, state, key) for key in keys}
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
-    """Returns name in arrays.npz -> shape of all of it."""
+    """Returns name in arrays.npz -> shape of the whole array."""
     return {key: (self.total, *one.shape[1:]) for key, one in self._saved().items()}
 
   def stand_ins(self) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Returns what `taken` will, before the stage has left anything."""
+    """Returns placeholders for the result of `taken`, before the stage has run."""
     return self.taken(
       {
         key: np.broadcast_to(np.zeros((), one.dtype), (self.total, *one.shape[1:]))
@@ -324,7 +325,7 @@ class _Reads(NamedTuple):
   def taken(
     self, found: Mapping[str, np.ndarray]
   ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Returns (name in the batch -> (n, ...), the (n,) order or None)."""
+    """Returns (name in the batch -> array (n, ...), order (n,) or None)."""
     beside = {
       name: found[self._key(output)][self.places]
       for name, output in self.arrays.items()
@@ -337,8 +338,8 @@ class _Reads(NamedTuple):
 def _seen_as(
   domains: Domains, domain: str, split: str, origin: Stage, stream: str
 ) -> str:
-  """Returns what an earlier stage calls a split of images in its passes."""
-  # First by name: where a run is opened without its data, all domains have the same.
+  """Returns the name of a split of images in the passes of an earlier stage."""
+  # By name first: if a run is opened without its data, all domains share a data set.
   if domain == TARGET and not domains.is_target(origin.domain):
     return f'{TARGET}/{split}'
   if domain == origin.domain or domains.dataset(domain) is origin.dataset:
@@ -346,7 +347,7 @@ def _seen_as(
   if domains.roles[TARGET] and domains.dataset(domain) is domains.dataset(TARGET):
     return f'{TARGET}/{split}'
   raise UserError(
-    f'streams.{stream}: stage {origin.name!r} sees no images of domain {domain!r}'
+    f'streams.{stream}: stage {origin.name!r} does not use images of domain {domain!r}'
   )
 
 
@@ -363,8 +364,8 @@ def _split(dataset: Dataset, stream: str, name: str, domain: str, batch: int) ->
   if name == 'meta':
     missing = np.setdiff1d(np.arange(len(dataset.class_names)), split.labels)
     if missing.size:
-      told = named_class(missing[0], dataset.class_names)
-      raise UserError(f'the meta set has no image of {told}')
+      name = named_class(missing[0], dataset.class_names)
+      raise UserError(f'the meta set has no image of {name}')
   if batch > len(split.rows) and stream != CLOCK:
     raise UserError(
       f'streams.{stream}.batch is {batch}, but {name}{where} has {len(split.rows)} '
@@ -385,9 +386,9 @@ def _episodes(
   queries_novel: int,
   queries_base: int,
 ) -> Row:
-  """Returns the stream of few-shot tasks on the features that a stage saves.
+  """Returns the stream of few-shot tasks on features that a stage saves.
 
-  An epoch is `per_epoch` tasks; the others are options of `episodes`.
+  An epoch has `per_epoch` tasks; the other arguments are those of `episodes`.
   """
   origin = lookup(earlier, 'earlier stage', stage)
   if 'features' not in origin.save_outputs:
@@ -417,14 +418,14 @@ def _episodes(
 
 
 STREAMS = {'images': _images, 'episodes': _episodes}
-"""Kind of a row -> (config, domains, ...) -> the row, built."""
+"""Kind of a row -> function (config, domains, ...) that builds it."""
 
 
 def batch_sizes(config: Config) -> dict[str, int]:
-  """Returns the first axes of what a step is given, which devices must divide.
+  """Returns the batch sizes of a step, which the number of devices must divide.
 
   Raises:
-    UserError: a batch is no positive whole number.
+    UserError: a batch is not a positive whole number.
   """
   sizes = {}
   for name, row in config['streams'].items():
@@ -444,7 +445,7 @@ def batch_sizes(config: Config) -> dict[str, int]:
 
 
 def workers(number: int) -> int:
-  """Returns how many processes decode images; -1 means one a core."""
+  """Returns how many processes decode images; -1 means one per core."""
   return usable_cores() if number == -1 else number
 
 
@@ -458,11 +459,10 @@ def _sampler(
   positions: int,
   stream: str,
 ) -> Sampler:
-  """Builds a sampler; before its start, a whole epoch, instance sampling serves.
+  """Builds a sampler; before its start epoch, rounded up, instance sampling is used.
 
-  A curriculum goes by the epochs of the stage, however many images the stream has. One
-  that draws by class is told of the learned classes (C,) bool alone, as if there were
-  no others.
+  A curriculum follows the epochs of the stage, however many images the stream has. A
+  sampler that draws by class only sees the learned classes (C,) bool.
   """
   options = dict(options)
   start = options.pop('start_epoch', 0)
@@ -503,15 +503,15 @@ def _labels_for(
   """Returns the labels that a sampler draws by.
 
   Args:
-    name: of the sampler.
+    name: name of the sampler.
     by_pixels: whether it draws by the pixels of each class, (N, C), and not by one
-      label an image, (N,).
+      label per image, (N,).
     split: the images.
     learned: (C,) bool, the classes that are learned.
     stream: its name.
 
   Raises:
-    UserError: the images have no labels, or labels of the other kind.
+    UserError: the images have no labels, or the other kind of labels.
   """
   if isinstance(split, Unlabelled):
     raise UserError(
@@ -520,7 +520,7 @@ def _labels_for(
   if by_pixels != split.of_pixels:
     raise UserError(
       f'sampler {name!r} does not fit the stream {stream!r}, whose images have '
-      + ("label maps: use 'rare_class'" if split.of_pixels else 'one label each')
+      + ("label maps; use 'rare_class'" if split.of_pixels else 'one label each')
     )
   if by_pixels:
     return split.class_pixels(len(learned))

@@ -1,4 +1,4 @@
-"""What a source is: labelled images by position; and the one that lies in memory."""
+"""What a source is: labelled images by position. `Arrays` is the one in memory."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,17 +10,16 @@ import numpy as np
 class Source(Protocol):
   """What every source offers.
 
-  One that lies in memory has `images` beside it, and their `dtype`: uint8, or float32
-  of features and other arrays, where D features are D channels of one pixel; one whose
-  images differ in size has `encoded(position)`, the bytes of a file, and
-  `where(position)`, its name; one that leaves out part of what is there tells of it in
-  `passed_over`, a tuple of lines. Where every pixel has a label it has what
-  `lt_jax.data.masks` says, too.
+  A source in memory also has `images` and their `dtype`: uint8, or float32 for features
+  and other arrays, where D features are D channels of one pixel. A source whose images
+  differ in size has `encoded(position)`, the bytes of a file, and `where(position)`,
+  its name. A source that leaves out part of its data says so in `passed_over`, a tuple
+  of lines. If every pixel has a label, see also `lt_jax.data.masks`.
 
   Attributes:
-    labels: (N,) int32, -1 for images of no known class.
+    labels: (N,) int32; -1 for images without a known class.
     class_names: names of classes 0 ... C - 1.
-    image_shape: (H, W, channels); H and W are None where images differ in size.
+    image_shape: (H, W, channels); H and W are None if images differ in size.
   """
 
   labels: np.ndarray
@@ -34,11 +33,11 @@ class Source(Protocol):
     """Returns one image, (H, W, channels) uint8, or of `dtype`."""
 
   def identity(self, rows: np.ndarray) -> bytes | np.ndarray:
-    """Returns what stands in a fingerprint for the images at `rows`."""
+    """Returns what represents the images at `rows` in a fingerprint."""
 
 
 class InMemory:
-  """What sources with all their `images` (N, H, W, channels) in memory have alike."""
+  """Common part of sources that have all `images` (N, H, W, channels) in memory."""
 
   images: np.ndarray
 
@@ -63,14 +62,14 @@ class InMemory:
 class Arrays(InMemory):
   """A source in memory: images (N, H, W, channels) and labels (N,) int32.
 
-  Images are uint8. Features and other arrays are float32, and their own normalisation.
-  Images that are pictures of a world, such as a maze, may have it as `world`. Further
-  labels of each image are `attributes`, name -> (N, ...): whole numbers, of which -1 is
-  missing, or float32, of which NaN is. Images with several classes each have them as
-  the attribute 'classes' (N, C): 1 for a class of the image, 0 for others, -1 where it
-  is not known; their label is one of them, see `rarest`. Where the files describe their
-  classes and say which are unseen, `described` has the former, see
-  `attributes.Described`, and `unseen` the names of the latter.
+  Images are uint8. Features and other arrays are float32 and used as they are. Images
+  that show a world, such as a maze, may have it as `world`. `attributes` are further
+  labels of each image, name -> (N, ...): whole numbers, where -1 is missing, or
+  float32, where NaN is. Images with several classes have them as the attribute
+  'classes' (N, C): 1 for a class of the image, 0 for others, -1 if unknown; their label
+  is one of them, see `rarest`. If the files describe their classes and say which are
+  unseen, `described` has the descriptions, see `attributes.Described`, and `unseen` the
+  names of unseen classes.
   """
 
   images: np.ndarray
@@ -88,15 +87,16 @@ class Arrays(InMemory):
 
 
 def rarest(classes: np.ndarray) -> np.ndarray:
-  """Returns (N,) int32, of the classes of each image the one that fewest images have.
+  """Returns (N,) int32: of each image's classes, the one that fewest images have.
 
-  It is the label of an image with several classes: what draws images by label, such as
-  a sampler that balances classes or a tail that is cut, then sees rare classes where
-  they are. A class that is nowhere the rarest is still the label of one of its images.
+  This is the label of an image with several classes, so that whatever selects images by
+  label, such as a class-balanced sampler or a long-tailed subset, finds the images of
+  rare classes. A class that is nowhere the rarest is still the label of one of its
+  images.
 
   Args:
-    classes: (N, C), 1 for each class of an image, 0 for others, -1 where it is not
-      known. Where an image has no class, one that is not known serves, or else -1.
+    classes: (N, C), 1 for each class of an image, 0 for others, -1 if unknown. An image
+      without a class gets one that is unknown, or else -1.
 
   Examples:
     >>> rarest(np.array([[1, 1], [1, 0], [-1, 0], [0, 0]])).tolist()
@@ -108,6 +108,6 @@ def rarest(classes: np.ndarray) -> np.ndarray:
   label = np.where(has.any(1), order[has.argmax(1)], -1)
   for c in np.setdiff1d(order, label):
     own = np.flatnonzero(classes[:, c] == 1)
-    if own.size:  # the one whose label most other images have too
+    if own.size:  # the image whose label is the most common one
       label[own[np.argmax((label[own][:, None] == label).sum(1))]] = c
   return label.astype(np.int32)

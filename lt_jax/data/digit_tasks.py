@@ -1,8 +1,8 @@
 """Transfer tasks from scikit-learn's digits: nothing is downloaded.
 
-The 1,797 digits are split into two halves once. One half serves the source tasks, the
-other the target tasks, so that no digit is in a source and in a target. A task has 8x8
-grey images and its own classes.
+The 1,797 digits are split once into two halves, one for the source tasks and one for
+the target tasks, so that no digit is in both a source and a target. A task has 8x8 grey
+images and its own classes.
 
 | task | half | classes |
 |---|---|---|
@@ -13,10 +13,10 @@ grey images and its own classes.
 | `coarse` | target | `round` against `straight` |
 | `parity` | target | even against odd |
 | `one` | target | 1 against the even digits |
-| `traits` | target | round, odd, prime and square, of which a digit may have several |
+| `traits` | target | round, odd, prime and square; a digit may have several |
 
-Beside its label each image has all of these as attributes, and `ink`, the mean of its
-pixels in [0, 1], for learning several at once.
+For learning several tasks at once, each image also has the labels of all target tasks
+as attributes, and `ink`, the mean of its pixels in [0, 1].
 """
 
 from typing import Any
@@ -59,11 +59,11 @@ TRAITS: Groups = {
   'prime': (2, 3, 5, 7),
   'square': (0, 4, 9),
 }
-"""Class -> its digits, where a digit may be of several classes."""
+"""Class -> its digits; a digit may have several classes."""
 
 
 def labels_of(groups: Groups, digits: np.ndarray) -> np.ndarray:
-  """Returns (N,) int32, the class of each digit; -1 of those that are in none."""
+  """Returns (N,) int32: the class of each digit; -1 if it has none."""
   label = np.full(10, -1, np.int32)
   for number, members in enumerate(groups.values()):
     label[list(members)] = number
@@ -71,7 +71,7 @@ def labels_of(groups: Groups, digits: np.ndarray) -> np.ndarray:
 
 
 def traits_of(digits: np.ndarray) -> np.ndarray:
-  """Returns (N, 4) int32, 1 for each trait of a digit and 0 for others."""
+  """Returns (N, 4) int32: 1 for each trait of a digit, 0 for others."""
   has = [np.isin(digits, members) for members in TRAITS.values()]
   return np.stack(has, axis=1).astype(np.int32)
 
@@ -80,9 +80,9 @@ def digit_task(name: str, data_dir: str | None) -> dict[str, Any]:
   """Returns split -> source of a task; see the table above.
 
   Args:
-    name: a key of `TASKS`; 'TASK,SHARE' gives attributes to this share of the training
-      images only, and to the others -1 or NaN.
-    data_dir: of no use here.
+    name: a key of `TASKS`, or 'traits'; 'TASK,SHARE' gives attributes only to this
+      share of the training images, and -1 or NaN to the others.
+    data_dir: not used.
 
   Raises:
     UserError: there is no such task.

@@ -1,6 +1,6 @@
-"""A generated data set: the shapes, counts and classes of a real one, without content.
+"""Generated data with the shapes, counts and classes of a real data set.
 
-For smoke tests, profiling and planning: any configuration runs on it unchanged, with
+For smoke tests, profiling and planning: any config runs on it with
 --config.data.source=fake.
 """
 
@@ -17,18 +17,18 @@ from lt_jax.data.arrays import Arrays
 from lt_jax.errors import UserError
 
 PHOTOGRAPHS = 16
-"""Files that stand for all photographs, one after the other."""
+"""Number of distinct files that are used in turn as photographs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Photographs:
-  """A source of encoded images of many sizes, a few of them over and over.
+  """A source of encoded images of many sizes; a few files repeat.
 
   Attributes:
     labels: (N,) int32.
     class_names: names of classes 0 ... C - 1.
-    image_shape: height and width are those of each file.
-    attributes: of each image, name -> (N, ...) int32, see `arrays.Arrays`.
+    image_shape: each file has its own height and width.
+    attributes: name -> (N, ...) int32, see `arrays.Arrays`.
   """
 
   labels: np.ndarray
@@ -48,7 +48,7 @@ class Photographs:
     return f'generated image {position}'
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns nothing: the labels say it all."""
+    """Returns nothing: the labels determine the images."""
     return b''
 
 
@@ -75,12 +75,12 @@ SIDES = (240, 320)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabelledPhotographs:
-  """A source of images of one size with label maps, all of them the same.
+  """A source of identical images with label maps.
 
   Attributes:
     count: N.
     class_names: names of classes 0 ... C - 1.
-    image_shape: height and width are those of each file.
+    image_shape: each file has its own height and width.
   """
 
   count: int
@@ -93,14 +93,14 @@ class LabelledPhotographs:
 
   @property
   def labels(self) -> np.ndarray:
-    """(N,) int32: no image has one label."""
+    """(N,) int32, all -1: images have label maps, not labels."""
     return np.full(self.count, -1, np.int32)
 
   def __getitem__(self, position: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*SIDES, 3), np.uint8)
 
   def has_map(self, position: int) -> bool:
-    """Returns whether an image has a label map, as each has."""
+    """Returns True: every image has a label map."""
     return True
 
   def label_map(self, position: int) -> np.ndarray:
@@ -110,12 +110,12 @@ class LabelledPhotographs:
     return np.repeat(band.astype(np.uint8)[:, None], width, axis=1)
 
   def class_pixels(self, rows: np.ndarray) -> np.ndarray:
-    """Returns (n, C) int64, the pixels of each class in some images."""
+    """Returns (n, C) int64: pixels of each class in the images `rows`."""
     pixels = np.bincount(self.label_map(0).reshape(-1), minlength=len(self.class_names))
     return np.repeat(pixels[None], len(rows), axis=0)
 
   def sizes(self, rows: np.ndarray) -> np.ndarray:
-    """Returns (n, 2) int, height and width of some images."""
+    """Returns (n, 2) int: height and width of the images `rows`."""
     return np.repeat(np.array([SIDES]), len(rows), axis=0)
 
   def where(self, position: int) -> str:
@@ -123,16 +123,16 @@ class LabelledPhotographs:
     return f'generated image {position}'
 
   def identity(self, rows: np.ndarray) -> bytes:
-    """Returns nothing: their number says it all."""
+    """Returns nothing: the number of images determines them."""
     return b''
 
 
 def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.ndarray:
-  r"""Returns counts from the largest to the smallest class, of a given sum.
+  r"""Returns class counts from the largest to the smallest, with a given sum.
 
   .. math:: n_c = s + (l - s) (1 - c / (C - 1))^p
 
-  rounded, with p such that the sum is N, up to what rounding adds; that is spread over
+  rounded, with p such that the sum is N. What rounding adds or removes is corrected in
   the classes between the first and the last.
 
   Args:
@@ -142,13 +142,13 @@ def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.nd
     smallest: s.
 
   Raises:
-    UserError: no such counts have that sum.
+    UserError: no such counts have this sum.
   """
   mean = total / max(classes, 1)
   if not 1 <= smallest <= mean <= largest or (smallest < largest and classes < 3):
     raise UserError(
-      f'data.fake: {total} images cannot be {classes} classes of {smallest} to '
-      f'{largest}'
+      f'data.fake: {total} images cannot have {classes} classes of {smallest} to '
+      f'{largest} images'
     )
   if smallest == largest:
     return np.full(classes, smallest)
@@ -160,7 +160,7 @@ def class_counts(total: int, classes: int, largest: int, smallest: int) -> np.nd
     step = int(np.sign(missing))
     room = (inner < largest) if step > 0 else (inner > smallest)
     if not room.any():
-      raise UserError(f'data.fake: no {classes} classes have {total} images')
+      raise UserError(f'data.fake: {classes} classes cannot have {total} images')
     inner[np.flatnonzero(room)[: abs(missing)]] += step
   return counts
 
@@ -186,25 +186,25 @@ def sources(
   Args:
     classes: C.
     train: training images.
-    largest: training images of the largest class, the first.
-    smallest: those of the last.
-    val: validation images, as many of each class as they can be.
+    largest: training images of the first class, the largest.
+    smallest: training images of the last class.
+    val: validation images, spread evenly over the classes.
     test: test images, likewise.
-    open: images of no known class.
+    open: images without a known class.
     gallery: identities with an image in a gallery, among the test images. Three
-      quarters are classes, as many of the head as of the tail; the others are
-      zero-shot.
-    probe: images of these identities that are looked for.
-    distractors: images of nobody who is looked for.
-    image_size: side of the images; 0: photographs of many sizes.
-    label_maps: gives images a label map instead, and of all splits at least one.
-    several: gives images a second class each, the one after theirs.
+      quarters are classes, evenly from head to tail; the others are zero-shot.
+    probe: images of these identities to look up.
+    distractors: images of other identities.
+    image_size: side of the images; 0 for photographs of many sizes.
+    label_maps: gives images a label map instead of a label, and every split at least
+      one image.
+    several: gives each image a second class, the one after its own.
 
   Returns:
     split -> source.
 
   Raises:
-    UserError: there are no such counts.
+    UserError: the counts are impossible.
   """
   names = tuple(str(c) for c in range(classes))
   if label_maps:

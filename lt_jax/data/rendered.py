@@ -1,9 +1,9 @@
-"""An embedded pair of domains, and more: one set of digits, rendered in many ways.
+"""Embedded domains: one set of digits, rendered in different ways.
 
 For trying domain adaptation without a download. Half of the 1,797 digits bundled with
 scikit-learn are the domain 'source'; all other domains render the other half. So no
-digit is in both the source and a target, and the other domains differ from each other
-only in their rendering.
+digit is in both the source and a target, and the targets differ only in their
+rendering.
 """
 
 import functools
@@ -18,13 +18,13 @@ from lt_jax.data.resizing import resized
 from lt_jax.errors import lookup
 
 SIDE = 16
-"""Pixels of a rendered image, high and wide."""
+"""Height and width of a rendered image, in pixels."""
 
 SPLITS = {'source': {'train': 600, 'val': 100, 'test': 198}}
 TARGET_SPLITS = {'train': 600, 'test': 299}
 
 SEED = 0
-"""Of which digit is in which split and of all renderings: a part of the data set."""
+"""Seed of the splits and of all renderings: part of the data set."""
 
 
 def rendered_digits(rendering: str, data_dir: str | None = None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def rendered_digits(rendering: str, data_dir: str | None = None) -> dict[str, An
     data_dir: not used.
 
   Returns:
-    'train', 'val' (of 'source' only) and 'test' -> images (N, 16, 16, 3) uint8 in
+    'train', 'val' (only for 'source') and 'test' -> images (N, 16, 16, 3) uint8 in
     memory.
 
   Raises:
@@ -61,21 +61,21 @@ def rendered_digits(rendering: str, data_dir: str | None = None) -> dict[str, An
 
 
 def split_rows(labels: np.ndarray, rendering: str) -> dict[str, np.ndarray]:
-  """Returns which digits are in which split of a domain, drawn class by class.
+  """Returns the digits in each split of a domain, drawn class by class.
 
   Args:
-    labels: (1797,) int, of all digits.
-    rendering: 'source' or any other, which all have the same digits.
+    labels: (1797,) int, the labels of all digits.
+    rendering: 'source', or any other; the others all have the same digits.
 
   Returns:
-    split -> (N,) positions; classes take turns. Each has its share of every split, to
-    within two images.
+    split -> (N,) positions, in which the classes alternate. Each class has its share of
+    every split, to within two images.
   """
   shuffled = np.random.default_rng(SEED).permutation(len(labels))
   by_class = shuffled[np.argsort(labels[shuffled], kind='stable')]
   counts = np.bincount(labels)
-  # Each image's place in its class, from 0 to 1: in this order the classes alternate,
-  # so that whatever is cut out of it has a share of each.
+  # Each image's place in its class, from 0 to 1. In this order the classes alternate,
+  # so that every part of it has a share of each class.
   place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
   order = by_class[np.argsort(place, kind='stable')]
   half = sum(SPLITS['source'].values())
@@ -94,16 +94,16 @@ def as_it_is(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def blended(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-  """Returns |digit - patch|, of a random patch of one of two photographs.
+  """Returns |digit - patch|, with a random patch of one of two photographs.
 
   The construction of MNIST-M (Ganin and Lempitsky, ICML 2015, arXiv 1409.7495), which
-  takes other digits and the photographs of BSDS500: this is not MNIST-M.
+  uses other digits and the photographs of BSDS500: this is not MNIST-M.
   """
   photographs = _photographs()
   photograph = photographs[generator.integers(len(photographs))]
   row, column = generator.integers(np.array(photograph.shape[:2]) - SIDE + 1)
   patch = photograph[row : row + SIDE, column : column + SIDE]
-  # In uint8 a difference below 0 would wrap around.
+  # In uint8 a negative difference would wrap around.
   return np.abs(digit.astype(np.int16) - patch).astype(np.uint8)
 
 
@@ -111,8 +111,8 @@ def blended(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 def _photographs() -> list[np.ndarray]:
   """Returns china.jpg and flower.jpg of scikit-learn at a quarter of their size.
 
-  (106, 160, 3) uint8 each: at their own size a patch of 16 pixels is hardly more than
-  one colour.
+  (106, 160, 3) uint8 each: at full size, a patch of 16 x 16 pixels is almost a single
+  colour.
   """
   from sklearn.datasets import load_sample_images
 

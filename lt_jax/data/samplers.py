@@ -22,9 +22,9 @@ class Sampler(NamedTuple):
   """The order of a training set.
 
   Attributes:
-    length: L, the positions of an epoch.
-    indices: (seed, epoch) -> (L,) int32, positions into the training set; a pure
-      function, so that what it returns may be cached.
+    length: L, the number of positions in an epoch.
+    indices: (seed, epoch) -> (L,) int32, positions in the training set; a pure
+      function, so that its results may be cached.
   """
 
   length: int
@@ -35,11 +35,11 @@ class _Classes(NamedTuple):
   """The training set class by class."""
 
   counts: np.ndarray  # (C,) images of each class
-  images: np.ndarray  # (N,) positions of class 0, then of class 1, ...; none of -1
+  images: np.ndarray  # (N,) positions of class 0, then of class 1, ...; without -1
 
 
 def _generator(name: str, seed: int, epoch: int) -> np.random.Generator:
-  """Returns the random numbers of one sampler in one epoch."""
+  """Returns the random generator of a sampler in an epoch."""
   return np.random.default_rng((seed, epoch, zlib.crc32(name.encode())))
 
 
@@ -64,9 +64,9 @@ def _serve(
 ) -> np.ndarray:
   """Returns an image of each class drawn: the next of that class's shuffled cycle.
 
-  A class deals its images out in random order, and shuffles them anew when all have
-  been dealt. All cycles that the draws need are laid out at once, class after class
-  and lap after lap, and shuffled within each lap by one sort.
+  A class deals its images in random order, and reshuffles them when all have been
+  dealt. All cycles that the draws need are laid out at once, class by class and lap by
+  lap, and one sort shuffles them within each lap.
   """
   counts, images = classes
   drawn = np.bincount(draws, minlength=len(counts))
@@ -77,7 +77,7 @@ def _serve(
   lap, place = np.divmod(turn, counts[label])
   lap += (np.cumsum(laps) - laps)[label]
   cycles = images[(np.cumsum(counts) - counts)[label] + place]
-  # A stable sort gives the same order on every machine, whatever its instruction set.
+  # A stable sort gives the same order on every machine.
   cycles = cycles[np.argsort(lap + generator.random(len(lap)), kind='stable')]
   served = np.empty(len(draws), np.int32)
   served[np.argsort(draws, kind='stable')] = cycles[turn < drawn[label]]
@@ -85,7 +85,7 @@ def _serve(
 
 
 def _with_replacement(name: str, labels: np.ndarray, weights: np.ndarray) -> Sampler:
-  """Draws every image independently, by class weights (C,) of any scale."""
+  """Draws every image independently, with class weights (C,) on any scale."""
   labels = np.asarray(labels)
   cumulative = np.cumsum(np.where(labels >= 0, weights[labels], 0))
 
@@ -98,16 +98,16 @@ def _with_replacement(name: str, labels: np.ndarray, weights: np.ndarray) -> Sam
 
 
 def instance(images: np.ndarray) -> Sampler:
-  """Every image once an epoch, in random order: p_j = n_j / N.
+  """Every image once per epoch, in random order: p_j = n_j / N.
 
   Args:
-    images: (N,), one entry an image, of which only the number counts.
+    images: (N,), one entry per image; only their number matters.
 
   Returns:
     A sampler with L = N.
 
   Raises:
-    UserError: if there are no images.
+    UserError: there are no images.
 
   Examples:
     >>> sampler = instance(np.zeros(4))
@@ -127,9 +127,9 @@ def instance(images: np.ndarray) -> Sampler:
 def class_balanced(labels: np.ndarray) -> Sampler:
   """Samples every class equally often: p_j = 1 / C.
 
-  The class of each position is drawn independently and uniformly; its image is the
-  next of that class's shuffled cycle, so that a class repeats none before it has
-  shown all.
+  The class of each position is drawn independently and uniformly. Its image is the next
+  in that class's shuffled cycle, so no image repeats before all of its class have been
+  used.
 
   Args:
     labels: (N,) int, the training labels.
@@ -138,7 +138,7 @@ def class_balanced(labels: np.ndarray) -> Sampler:
     A sampler with L = N.
 
   Raises:
-    UserError: if a class has no images.
+    UserError: a class has no images.
 
   Examples:
     >>> labels = np.repeat([0, 1], [9000, 1000])
@@ -147,7 +147,7 @@ def class_balanced(labels: np.ndarray) -> Sampler:
     [0.5, 0.5]
 
   Source: Kang et al., Decoupling Representation and Classifier, arXiv 1910.09217,
-  Equation 1 with q = 0; `class_aware` is how their code realises it.
+  Equation 1 with q = 0; their code implements it as `class_aware`.
   """
   classes = _classes('class_balanced', labels)
 
@@ -169,7 +169,7 @@ def square_root(labels: np.ndarray) -> Sampler:
     A sampler with L = N.
 
   Raises:
-    UserError: if a class has no images.
+    UserError: a class has no images.
 
   Examples:
     >>> labels = np.repeat([0, 1], [16000, 1000])  # sqrt(16000) : sqrt(1000) = 4 : 1
@@ -186,18 +186,19 @@ def square_root(labels: np.ndarray) -> Sampler:
 def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
   """From instance to class-balanced: p_j(e) = (1 - t) n_j / N + t / C.
 
-  t goes linearly from 0 in the first epoch to 1 in the last, and stays there. The
-  class is drawn by p; its image is the next of that class's shuffled cycle.
+  t rises linearly from 0 in the first epoch to 1 in the last, and stays there. The
+  class is drawn with probability p; its image is the next in that class's shuffled
+  cycle.
 
   Args:
     labels: (N,) int, the training labels.
-    epochs: of the run, T of them begun; t = e / (T - 1).
+    epochs: of the run; T is this rounded up, and t = e / (T - 1).
 
   Returns:
     A sampler with L = N.
 
   Raises:
-    UserError: if a class has no images, or `epochs` is negative.
+    UserError: a class has no images, or `epochs` is negative.
 
   Examples:
     >>> labels = np.repeat([0, 1], [9000, 1000])
@@ -205,8 +206,8 @@ def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
     >>> (np.bincount(drawn) / len(drawn)).round(1).tolist()  # half-way to 0.5
     [0.7, 0.3]
 
-  Source: Kang et al., arXiv 1910.09217, Equation 2 with t = e / T; their code
-  reaches t = 1 in the last epoch, as here.
+  Source: Kang et al., arXiv 1910.09217, Equation 2 with t = e / T; their code, like
+  this, reaches t = 1 in the last epoch.
   """
   classes = _classes('progressive', labels)
   if epochs < 0:
@@ -227,20 +228,20 @@ def progressive(labels: np.ndarray, *, epochs: float) -> Sampler:
 def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sampler:
   """A few images each of many classes: B = 128 holds 32 classes with 4 images each.
 
-  The classes follow one another in a shuffled cycle, and each gives the next
-  `per_class` images of its own; a class with fewer repeats some.
+  The classes take turns in shuffled order, and each gives its next `per_class` images;
+  a class with fewer images repeats some.
 
   Args:
     labels: (N,) int, the training labels.
     batch: B, the global batch size.
-    per_class: consecutive images of one class.
+    per_class: number of consecutive images of a class.
 
   Returns:
-    A sampler with L = floor(N / B) * B, so that an epoch is whole batches.
+    A sampler with L = floor(N / B) * B, so that an epoch consists of whole batches.
 
   Raises:
-    UserError: if a class has no images, the training set is less than a batch, or
-      an option is not positive.
+    UserError: a class has no images, the training set is smaller than a batch, or an
+      option is not positive.
 
   Examples:
     >>> labels = np.repeat([0, 1], [6, 2])
@@ -250,8 +251,8 @@ def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sample
     [[0, 0, 1, 1], [0, 0, 1, 1]]
 
   Source: Liu et al., Open Long-Tailed Recognition, arXiv 1904.05160, and the authors'
-  sampler; there the cycles run on from epoch to epoch, here each epoch starts them
-  anew.
+  sampler; there the cycles continue from epoch to epoch, here each epoch starts new
+  ones.
   """
   classes = _classes('class_aware', labels)
   if min(batch, per_class) < 1:
@@ -261,7 +262,7 @@ def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sample
   length = len(labels) // batch * batch
   if not length:
     raise UserError(
-      f"sampler 'class_aware': {len(labels)} training images are less than one batch "
+      f"sampler 'class_aware': {len(labels)} training images are fewer than one batch "
       f'of {batch}'
     )
 
@@ -276,19 +277,19 @@ def class_aware(labels: np.ndarray, *, batch: int, per_class: int = 4) -> Sample
 
 
 def effective_number(labels: np.ndarray, *, beta: float) -> Sampler:
-  """Class-balanced weights as probabilities, images with replacement.
+  """Class-balanced weights as sampling probabilities, with replacement.
 
-  An image of class j is drawn in proportion to (1 - beta) / (1 - beta^n_j).
+  An image of class j has a probability proportional to (1 - beta) / (1 - beta^n_j).
 
   Args:
     labels: (N,) int, the training labels.
-    beta: in [0, 1); 0 draws images uniformly, towards 1 classes uniformly.
+    beta: in [0, 1); 0 draws images uniformly, values near 1 draw classes uniformly.
 
   Returns:
     A sampler with L = N.
 
   Raises:
-    UserError: if a class has no images, or beta is out of range.
+    UserError: a class has no images, or beta is out of range.
 
   Examples:
     >>> labels = np.repeat([0, 1], [9000, 1000])
@@ -297,7 +298,7 @@ def effective_number(labels: np.ndarray, *, beta: float) -> Sampler:
     [0.6, 0.4]
 
   Source: Cao et al., Learning Imbalanced Datasets with LDAM, arXiv 1906.07413, the
-  authors' re-sampling rule; the weights of Cui et al., arXiv 1901.05555.
+  authors' re-sampling rule, with the weights of Cui et al., arXiv 1901.05555.
   """
   counts = _classes('effective_number', labels).counts
   if not 0 <= beta < 1:
@@ -310,15 +311,15 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   """Deferred re-sampling (DRS): one sampler, then another.
 
   Args:
-    first: serves the epochs before `switch_epoch`.
-    second: serves `switch_epoch` and after.
+    first: the sampler before `switch_epoch`.
+    second: the sampler from `switch_epoch` on.
     switch_epoch: counted from 0.
 
   Returns:
-    A sampler with the length of both.
+    A sampler with the same length as both.
 
   Raises:
-    UserError: if their epochs differ in length.
+    UserError: their epochs differ in length.
 
   Examples:
     >>> labels = np.repeat([0, 1], [9000, 1000])
@@ -331,7 +332,7 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
   """
   if first.length != second.length:
     raise UserError(
-      'deferred sampling needs two samplers with epochs of one length, got '
+      'deferred sampling needs two samplers with epochs of the same length, got '
       f'{first.length} and {second.length}'
     )
 
@@ -344,20 +345,20 @@ def deferred(first: Sampler, second: Sampler, *, switch_epoch: int) -> Sampler:
 def rare_class(
   class_pixels: np.ndarray, *, temperature: float = 0.01, fewest_pixels: int = 1
 ) -> Sampler:
-  r"""Rare-class sampling: draws a class, rare ones more often, then an image of it.
+  r"""Rare-class sampling: draws a class, rare ones more often, then one of its images.
 
   .. math::
     P(c) = \frac{e^{(1 - f_c) / T}}{\sum_k e^{(1 - f_k) / T}}
 
-  with f the share of class c among the labelled pixels of the training set. The image
-  is the next one in the shuffled cycle of those that show the class. A class that no
+  with f_c the share of class c among the labelled pixels of the training set. The image
+  is the next one in the shuffled cycle of images that show the class. A class that no
   image shows is never drawn.
 
   Args:
     class_pixels: (N, C) int, pixels of each class in each training image.
     temperature: T. The lower it is, the more often rare classes are drawn.
-    fewest_pixels: how many pixels of a class an image must have to be drawn for it.
-      Where no image has as many, every image that shows the class is.
+    fewest_pixels: how many pixels of a class an image needs to be drawn for it. If no
+      image has so many, the images with the most pixels are drawn.
 
   Returns:
     A sampler with L = N.
@@ -372,8 +373,8 @@ def rare_class(
     True
 
   Source: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, equations 10 and 11. The
-  authors' code asks for 3,000 pixels of a class in an image and draws its window up to
-  ten times until it shows half as many; here the window stays random.
+  authors' code requires 3,000 pixels of a class in an image and draws its window up to
+  ten times until it shows half as many; here the window is random.
   """
   class_pixels = np.asarray(class_pixels)
   totals = class_pixels.sum(axis=0)
@@ -399,7 +400,7 @@ def rare_class(
 
 
 def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
-  """Returns how likely `rare_class` draws each class, (C,), by its pixels (C,).
+  """Returns the probabilities (C,) with which `rare_class` draws classes.
 
   Examples:
     >>> rare_class_probabilities(np.array([75, 25]), temperature=0.5).round(3).tolist()
@@ -411,20 +412,20 @@ def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarr
 
 
 def _images_of(pixels: np.ndarray, fewest: int) -> np.ndarray:
-  """Returns the images that have enough pixels (N,) of a class, or else any."""
+  """Returns the images with enough of the pixels (N,), or with the most if none has."""
   return np.flatnonzero(pixels >= min(fewest, pixels.max()))
 
 
 def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
-  """Returns which share of a curriculum has been opened by an epoch.
+  """Returns the share of a curriculum that is open at an epoch.
 
-  r0 + (1 - r0) (e / E)^power, which is 1 at the epoch E and more after it.
+  r0 + (1 - r0) (e / E)^power, which is 1 at epoch E and larger after it.
 
   Args:
     epoch: e.
     whole: E; 0 for a curriculum that is open from the start.
     first: r0.
-    power: below 1 most of it is opened early.
+    power: below 1, most of it opens early.
 
   Examples:
     >>> [offered(epoch, 100, first=0.5, power=0.5) for epoch in (0, 25, 100)]
@@ -434,7 +435,7 @@ def offered(epoch: float, whole: float, *, first: float, power: float) -> float:
 
 
 def shift(share: float, first: float) -> tuple[float, float]:
-  """A window of constant size, which leaves the near images as far ones come in.
+  """A window of constant size, which drops near images as far ones come in.
 
   Examples:
     >>> shift(0.75, first=0.5)
@@ -444,7 +445,7 @@ def shift(share: float, first: float) -> tuple[float, float]:
 
 
 def expand(share: float, first: float) -> tuple[float, float]:
-  """A window of all that has been opened.
+  """A window of everything that is open.
 
   Examples:
     >>> expand(0.75, first=0.5)
@@ -455,7 +456,7 @@ def expand(share: float, first: float) -> tuple[float, float]:
 
 
 WINDOWS = {'shift': shift, 'expand': expand}
-"""name -> (share that is opened, share in the beginning) -> (first, last) share."""
+"""name -> function (open share, initial share) -> (start, end) of the window."""
 
 
 def curriculum(
@@ -469,29 +470,28 @@ def curriculum(
   full: float = 0.85,
   in_place: bool = False,
 ) -> Sampler:
-  """Near images first: each epoch offers a window of the order, finally all images.
+  """Near images first: each epoch offers a window of the order, in the end all images.
 
-  The images of the window are dealt in random order, lap after lap, until the epoch has
-  as many positions as every other.
+  The images of the window are dealt in random order, lap after lap, until the epoch is
+  full: all epochs have the same number of positions.
 
   Args:
-    order: (N,) int, positions of the images, the nearest first. It is never changed.
+    order: (N,) int, positions of the images, nearest first. It is not modified.
     epochs: of the run.
-    positions: L, of an epoch; 0: N.
+    positions: L, per epoch; 0 for N.
     window: a key of `WINDOWS`.
-    first: share of the images that the first window has.
+    first: share of the images in the first window.
     power: how early the window opens, see `offered`.
     full: share of the epochs after which every image is offered.
-    in_place: every window is shuffled where it lies in the order, as by the authors'
-      sampler, so that near and far images mix from epoch to epoch: by the hundredth a
-      third of the images of a window are not its own. Each epoch then repeats the
-      shuffles of all before it.
+    in_place: shuffle every window in place, as the authors' sampler does, so that near
+      and far images mix from epoch to epoch: by the hundredth, a third of a window's
+      images come from outside it. Each epoch then repeats all earlier shuffles.
 
   Returns:
-    A sampler with L positions an epoch.
+    A sampler with L positions per epoch.
 
   Raises:
-    UserError: the order is no permutation, an option is out of range, or the first
+    UserError: the order is not a permutation, an option is out of range, or the first
       window would be empty.
 
   Examples:
@@ -506,7 +506,7 @@ def curriculum(
   length = len(order)
   if not np.array_equal(np.sort(order), np.arange(length)) or not length:
     raise UserError(
-      f"sampler 'curriculum': the order of {length} images does not name each of them "
+      f"sampler 'curriculum': the order of {length} images must contain each of them "
       'once'
     )
   place = lookup(WINDOWS, 'window of a curriculum', window)
@@ -552,19 +552,19 @@ SAMPLERS = {
   'rare_class': rare_class,
   'curriculum': curriculum,
 }
-"""name -> (images, labels, pixels by class or an order, batch or epochs where it names
-them, options) -> a sampler."""
+"""name -> function that makes a sampler from images, labels, pixels by class or an
+order, from batch or epochs if it names them, and from options."""
 
 
-# Large enough for two epochs of every seed of runs that are trained side by side.
+# Large enough for two epochs of every seed of runs that train together.
 @functools.lru_cache(maxsize=32)
 def _epoch(sampler: Sampler, seed: int, epoch: int) -> np.ndarray:
-  """Returns the order of an epoch; a sampler is equal only to itself."""
+  """Returns the order of an epoch, cached; a sampler equals only itself."""
   return sampler.indices(seed, epoch)
 
 
 def batch_indices(sampler: Sampler, seed: int, batch: int, step: int) -> np.ndarray:
-  """Returns the images of one step: places step * B ... step * B + B - 1 of the run.
+  """Returns the images of a step: positions step * B ... step * B + B - 1 of the run.
 
   Args:
     sampler: the order of each epoch.

@@ -165,10 +165,10 @@ class Records:
 
 
 class RecordsOfSeveral(Records):
-  """Records of images with several classes each, those of their objects, as of VOC.
+  """Records of images with the classes of all their objects, as in VOC.
 
-  A class whose objects are all marked as difficult in an image is not known there, as
-  in VOC's own lists of images.
+  If all objects of a class in an image are marked as difficult, the class is unknown
+  there, as in VOC's own image lists.
   """
 
   @functools.cached_property
@@ -178,7 +178,7 @@ class RecordsOfSeveral(Records):
 
   @functools.cached_property
   def attributes(self) -> dict[str, np.ndarray]:
-    """'classes' (N, C) int32: 1, 0, or -1 for those of difficult objects alone."""
+    """'classes' (N, C) int32: 1, 0, or -1 if all its objects are difficult."""
     return {'classes': self._known_labels().astype(np.int32)}
 
   def _label(self, feature: Mapping[str, Any]) -> np.ndarray:
@@ -205,31 +205,37 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   """Opens a data set.
 
   Args:
-    spec: 'digits'; 'digits_domains:RENDERING', see `rendered`; 'digits_tasks:TASK', see
-      `digit_tasks`; 'npz:PATH', an archive
-      of x_SPLIT and y_SPLIT, as a rule of the splits train and test: images (N, H, W)
-      or (N, H, W, channels) uint8, or float arrays of these shapes, or features (N, D)
-      of any type, with labels (N,) int, and perhaps class_names (C,) str and further
-      labels y_SPLIT.NAME, whole numbers of which -1 is missing or floats with NaN, of
-      which y_SPLIT.classes (N, C) are the classes of images with several;
-      'tfds:NAME', a prepared TFDS data set; 'list:FOLDER', lists of image files, see
-      `lists.list_source`; 'folder:DIR', image files in a folder a class, see
-      `lists.folder_source`; 'xlsa:PATH', features with unseen classes, see
-      `features.xlsa`; 'mazes:DOMAIN', see `mazes.maze_images`; 'scenes:DOMAIN',
-      see `scenes.scenes`; 'rotated:DEGREES:SOURCE', the images of another source in
-      memory, turned to the left; or, with label maps, a key of `layouts.LAYOUTS` with a
-      folder, 'list:FOLDER' with lists of two paths a line, see `masks.paired_lists`,
-      and 'npz:PATH' with y_SPLIT (N, H, W), void 255.
-    data_dir: the folder of TFDS data sets; None is TFDS's default, the environment
-      variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists the folder their
-      paths are relative to; None is that of the lists. Of 'xlsa:' the att_splits.mat
+    spec: one of
+
+      - 'digits';
+      - 'digits_domains:RENDERING', see `rendered`;
+      - 'digits_tasks:TASK', see `digit_tasks`;
+      - 'npz:PATH', an archive of x_SPLIT and y_SPLIT, usually for train and test:
+        images (N, H, W) or (N, H, W, channels) uint8, float arrays of these shapes, or
+        features (N, D) of any type, with labels (N,) int. Optional: class_names (C,)
+        str, and further labels y_SPLIT.NAME, whole numbers where -1 is missing or
+        floats where NaN is. y_SPLIT.classes (N, C) are the classes of images with
+        several. Label maps are y_SPLIT (N, H, W), with 255 for void;
+      - 'tfds:NAME', a prepared TFDS data set;
+      - 'list:FOLDER', lists of image files, see `lists.list_source`, or lists with two
+        paths per line, an image and its label map, see `masks.paired_lists`;
+      - 'folder:DIR', image files in one folder per class, see `lists.folder_source`;
+      - 'xlsa:PATH', features with unseen classes, see `features.xlsa`;
+      - 'mazes:DOMAIN', see `mazes.maze_images`;
+      - 'scenes:DOMAIN', see `scenes.scenes`;
+      - 'rotated:DEGREES:SOURCE', the images of another source in memory, rotated
+        anticlockwise;
+      - a key of `layouts.LAYOUTS` with a folder, for label maps.
+    data_dir: the folder of TFDS data sets; None for TFDS's default, the environment
+      variable TFDS_DATA_DIR or else ~/tensorflow_datasets. For lists, the folder their
+      paths are relative to; None for that of the lists. For 'xlsa:', the att_splits.mat
       if it is not beside the features.
 
   Returns:
     split -> source.
 
   Raises:
-    UserError: for an unknown specification, or files that are missing or wrong.
+    UserError: the specification is unknown, or files are missing or wrong.
   """
   kind, _, argument = spec.partition(':')
   argument, data_dir = (
@@ -237,7 +243,7 @@ def load_source(spec: str, data_dir: str | None = None) -> dict[str, Source]:
   )
   if os.path.exists(os.path.expanduser(spec)) and spec not in SOURCES:
     raise UserError(
-      f'source {spec!r} is a path: write folder:{spec}, list:{spec} or npz:{spec}'
+      f'source {spec!r} is a path; write folder:{spec}, list:{spec} or npz:{spec}'
     )
   return lookup(SOURCES, 'source', kind)(argument, data_dir)
 
@@ -272,12 +278,12 @@ def write_labels(file: epath.Path, labels: Sequence[int]) -> None:
 def fingerprint(source: Source, *indices: np.ndarray) -> str:
   """Returns the SHA-256 of the data, which shows whether they have changed.
 
-  Labels, attributes, class names and the length count, and of the images what
-  `identity` says: those in memory byte for byte, those in files by their paths, and a
-  TFDS data set by its name, version and number of bytes.
+  It covers labels, attributes, class names, the length, and what `identity` returns for
+  the images: images in memory byte for byte, images in files by their paths, and a TFDS
+  data set by its name, version and number of bytes.
 
   Args:
-    source: of any kind.
+    source: any source.
     *indices: positions in it, one array per split; without any, the whole source.
 
   Returns:
@@ -307,7 +313,7 @@ def _stored_labels(file: epath.Path) -> np.ndarray:
     raise UserError(f'{file} is damaged; delete it: {error}') from None
 
 
-# The header of an array is Python; these can be raised if a bit of it has changed.
+# The header of an array is Python code; a changed bit in it can raise any of these.
 _NPY_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
@@ -343,8 +349,8 @@ def _digits(argument: str, data_dir: str | None) -> dict[str, Source]:
 def _fake(argument: str, data_dir: str | None) -> dict[str, Source]:
   """Refuses an argument: 'fake' takes its counts from the config."""
   raise UserError(
-    f"source 'fake' takes no argument, got {argument!r}: data.fake says what it "
-    'generates, such as --config.data.fake.classes=10'
+    f"source 'fake' takes no argument, got {argument!r}: data.fake says what to "
+    'generate, such as --config.data.fake.classes=10'
   )
 
 
@@ -366,8 +372,8 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
     reason = str(getattr(error, 'strerror', None) or error)
     raise UserError(f'npz:{path}: {" ".join(reason.split())}') from None
 
-  # Without names the largest label gives the number of classes; if it exceeds the
-  # number of images, it is a mistake.
+  # Without names, the largest label gives the number of classes; a label beyond the
+  # number of images is an error.
   first = arrays[f'y_{splits[0]}']
   if first.ndim > 1:
     known = first[first != VOID]
@@ -377,11 +383,11 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
   names = next((arrays[key] for key in _CLASS_NAMES if key in arrays), range(count))
   names = tuple(str(name) for name in names)
   others = sorted(present.difference(keys))
-  told = (f'members passed over: {", ".join(others)}',) if others else ()
+  ignored = (f'members passed over: {", ".join(others)}',) if others else ()
   sources = {}
   for split in splits:
     y, images = arrays[f'y_{split}'], arrays[f'x_{split}']
-    own = told if split == splits[0] else ()
+    own = ignored if split == splits[0] else ()
     if y.ndim > 1:
       images = images[..., None] if images.ndim == 3 else images
       sources[split] = checked_arrays(images, y, names, f'npz:{path}: y_{split}', own)
@@ -398,7 +404,7 @@ def _npz(path: str, data_dir: str | None) -> dict[str, Source]:
 def _attributes(
   arrays: Mapping[str, np.ndarray], split: str, length: int, path: str
 ) -> dict[str, np.ndarray]:
-  """Returns the further labels of a split, which are named y_SPLIT.NAME."""
+  """Returns the further labels of a split, y_SPLIT.NAME."""
   found = {}
   for key, values in arrays.items():
     if key.startswith(f'y_{split}.'):
@@ -418,7 +424,7 @@ def _npz_splits(present: Collection[str]) -> list[str]:
   """Returns the splits of an archive, 'train' first: pairs of x_SPLIT and y_SPLIT.
 
   Raises:
-    ValueError: there is none, or one of train and test has no partner.
+    ValueError: there is none, or train or test is incomplete.
   """
   splits = {name[2:] for name in present if name[:2] in ('x_', 'y_')}
   pairs = {split for split in splits if {f'x_{split}', f'y_{split}'} <= {*present}}
@@ -429,7 +435,7 @@ def _npz_splits(present: Collection[str]) -> list[str]:
     for key in (f'x_{split}', f'y_{split}'):
       if key not in present:
         raise ValueError(
-          f'{key} is missing, has {", ".join(sorted(present)) or "none"}'
+          f'{key} is missing, the archive has {", ".join(sorted(present)) or "nothing"}'
         )
   return sorted(pairs, key=lambda split: (split != 'train', split))
 
@@ -457,7 +463,9 @@ def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np
   """Returns (shape, dtype) of a member; refuses one whose size is not as stated."""
   member = archive.getinfo(f'{key}.npy')
   if member.file_size > 2**24 and member.file_size > 100 * member.compress_size:
-    raise ValueError(f'{key} unpacks to {member.file_size} bytes, over 100-fold')
+    raise ValueError(
+      f'{key} unpacks to {member.file_size} bytes, over 100 times its size'
+    )
   with archive.open(member) as file:
     version = np.lib.format.read_magic(file)
     read_header = {
@@ -465,7 +473,7 @@ def _npz_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], np
       (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read_header is None:
-      raise ValueError(f'{key} has the array format {version}, known: 1.0 and 2.0')
+      raise ValueError(f'{key} has array format {version}; known are 1.0 and 2.0')
     shape, _, dtype = read_header(file)
     size = file.tell() + math.prod(shape) * dtype.itemsize
   if size != member.file_size:
@@ -520,7 +528,9 @@ def _check_members(
   for other in others:
     one, two = headers[first], headers[other]
     if one[0][1:] != two[0][1:]:
-      raise ValueError(f'{first} has images of {one[0][1:]}, {other} of {two[0][1:]}')
+      raise ValueError(
+        f'{first} has images of shape {one[0][1:]}, {other} of {two[0][1:]}'
+      )
     if (one[1] == np.uint8) != (two[1] == np.uint8):
       raise ValueError(f'{first} is {one[1]}, {other} {two[1]}')
   for key in _CLASS_NAMES:
@@ -547,7 +557,7 @@ def _rotated(argument: str, data_dir: str | None) -> dict[str, Source]:
   degrees, _, spec = argument.partition(':')
   if not re.fullmatch(r'-?\d{1,3}', degrees) or not spec:
     raise UserError(
-      f"source 'rotated:{argument}': it is degrees and a source, such as "
+      f"source 'rotated:{argument}' must be degrees and a source, such as "
       "'rotated:30:npz:mnist.npz'"
     )
   sources = load_source(spec, data_dir)
@@ -558,13 +568,13 @@ def _check_maps(split: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) 
   """Raises a ValueError for label maps whose size differs from their images'."""
   if len(y_shape) == 4 and y_shape[-1] in (3, 4):
     raise ValueError(
-      f'y_{split} has the shape {y_shape}, maps in colours: one of ids is expected, '
-      f'{x_shape[:3]}'
+      f'y_{split} has the shape {y_shape}, colours: store the ids of classes with '
+      f'shape {x_shape[:3]}'
     )
   if y_shape != x_shape[:3]:
     raise ValueError(
-      f'y_{split} has label maps {y_shape}, which must be as large as the images: '
-      f'{x_shape[:3]}'
+      f'y_{split} has the shape {y_shape}, but label maps must be as large as the '
+      f'images: {x_shape[:3]}'
     )
 
 
@@ -592,7 +602,7 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
   if 'segmentation_label' in features:
     return _tfds_maps(builder)
   image, label, kind = features.get('image'), features.get('label'), Records
-  if label is None:  # of an image with several it is a sequence of them
+  if label is None:  # images with several have a sequence of them
     label, kind = getattr(features.get('labels'), 'feature', None), RecordsOfSeveral
   if not (
     isinstance(image, tfds.features.Image)
@@ -601,8 +611,8 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
     and isinstance(label, tfds.features.ClassLabel)
   ):
     raise UserError(
-      f"tfds:{name} needs the features 'image' (uint8) and 'label' (a class), or "
-      f"'labels' (several), has {', '.join(sorted(features))}"
+      f"tfds:{name} needs the features 'image' (uint8) and 'label' (a class) or "
+      f"'labels' (several), but has {', '.join(sorted(features))}"
     )
   raw = tfds.decode.DeserializeMethod.RAW_BYTES
   try:
@@ -652,7 +662,7 @@ def _label_names(
 def _tfds_maps(builder: Any) -> dict[str, Source]:
   """Opens a prepared TFDS data set of label maps; only Cityscapes is supported.
 
-  Its maps have the ids of the label files, not train ids.
+  Its maps have the ids of the label files, not the train ids.
   """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.proto import tf_example_pb2
@@ -671,7 +681,7 @@ def _tfds_maps(builder: Any) -> dict[str, Source]:
       example = tf_example_pb2.Example.FromString(records[position])
       return example.features.feature
 
-    if str(split) != 'test':  # whose maps are blank
+    if str(split) != 'test':  # its maps are blank
       sources[_SPLIT_NAMES.get(str(split), str(split))] = LabelledRecords(
         name=f'tfds:{builder.info.full_name}/{split}',
         size=builder.info.splits[split].num_bytes,
@@ -728,9 +738,9 @@ def _check_metadata(name: str, data_dir: str | None) -> None:
 
 
 def _in_memory_if_small(source: Records) -> Source:
-  """Reads a source whose images have one size and fill `MEMORY_LIMIT` at most.
+  """Reads a source into memory if its images have one size and fit `MEMORY_LIMIT`.
 
-  One with several classes an image is left where it is.
+  A source with several classes per image stays on disk.
   """
   shape = (len(source), *source.image_shape)
   several = isinstance(source, RecordsOfSeveral)
@@ -745,7 +755,7 @@ def _in_memory_if_small(source: Records) -> Source:
   return Arrays(images, labels, source.class_names)
 
 
-_SPLIT_NAMES = {'validation': 'val'}  # of TFDS, where they are not ours
+_SPLIT_NAMES = {'validation': 'val'}  # names in TFDS that differ from ours
 
 SOURCES = {
   'digits': _digits,

@@ -1,7 +1,7 @@
 """Images with several classes each, measured class by class.
 
-Every class is a question of its own: the images are ranked by its logit, and the
-average precision says how far up those of the class are. No threshold is needed.
+For every class the images are ranked by its logit, and the average precision says how
+high the images of the class rank. No threshold is needed.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
   Args:
     scores: (N,).
-    labels: (N,) int, 1 or 0, -1 for images that do not count.
+    labels: (N,) int, 1 or 0; images with -1 are ignored.
 
   Returns:
-    None where no image has the label.
+    The average precision, or None if no image has the label.
 
   Examples:
     >>> scores, labels = np.array([0.9, 0.8, 0.7]), np.array([1, 0, 1])
@@ -43,7 +43,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return None
   hits = positive[np.argsort(-scores, kind='stable')].cumsum()
   precision = hits / np.arange(1, len(hits) + 1)
-  # Recall in whole tenths, which floats would not hold exactly.
+  # Recall is compared in integers, because floats do not represent tenths exactly.
   best = [
     precision[10 * hits >= tenth * hits[-1]].max(initial=0.0) for tenth in range(11)
   ]
@@ -51,18 +51,18 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns what the metrics need to know of a batch.
+  """Returns what the metrics need from a batch.
 
   Args:
-    outputs: with 'logits' (B, C).
-    batch: with 'label' (B,) and 'classes' (B, C): 1 for each class of an image, 0 for
-      others, -1 where it is not known; perhaps 'domain' and 'bad' (B,).
+    outputs: has 'logits' (B, C).
+    batch: has 'label' (B,) and 'classes' (B, C): 1 for each class of an image, 0 for
+      others, -1 if unknown; optionally 'domain' and 'bad' (B,).
 
   Returns:
-    'classes' and 'scores' (B, C), the logits; 'prediction' (B,), the class of the
-    largest, 'confidence', its sigmoid, and 'label', which is the prediction if the
-    image is of that class and the label of the batch otherwise; 'loss' (B,), the sum of
-    the binary cross-entropies of what is known, in nats.
+    'classes' and 'scores' (B, C), the logits; 'prediction' (B,), the class with the
+    largest logit, 'confidence', its sigmoid, and 'label', which is the prediction if
+    the image has that class and else the label of the batch; 'loss' (B,), the sum of
+    the binary cross-entropies of known classes, in nats.
   """
   logits, classes = outputs['logits'], batch['classes']
   prediction = logits.argmax(-1).astype(jnp.int32)
@@ -79,7 +79,7 @@ def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns what is kept of a test split: records, features and logits."""
+  """Returns the function that keeps records, features and logits of a test split."""
   del examples, classes
   return _kept
 
@@ -92,7 +92,7 @@ def _kept(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
 def measure(
   records: Collected, *, num_classes: int, groups: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Returns the average precision of every class, and means of it, in [0, 1].
+  """Returns the average precision of every class, and its means, in [0, 1].
 
   Args:
     records: what `record` keeps.
@@ -100,11 +100,11 @@ def measure(
     groups: name -> (C,) bool.
 
   Returns:
-    'map', the mean over the classes that an image has, and over those of each group,
-    None where it has no such class; 'hit', the share of images that are of the class
-    with the largest logit; 'loss', the mean binary cross-entropy of what is known, in
-    nats; 'classes_counted'; and the array 'class_average_precision' (C,), NaN of a
-    class that no image has.
+    'map', the mean over classes that some image has, and the same for each group, None
+    if it has no such class; 'hit', the share of images that have the class with the
+    largest logit; 'loss', the mean binary cross-entropy of known classes, in nats;
+    'classes_counted'; and the array 'class_average_precision' (C,), NaN for a class
+    that no image has.
   """
   scores, classes = records['scores'].astype(np.float64), records['classes']
   found = [average_precision(scores[:, c], classes[:, c]) for c in range(num_classes)]
@@ -130,7 +130,7 @@ METRICS = {
   'many': Metric('many-shot'),
   'medium': Metric('medium-shot'),
   'few': Metric('few-shot'),
-  'hit': Metric('first class is right'),
+  'hit': Metric('top class is right'),
   'loss': Metric(better=-1),
 }
 
@@ -147,4 +147,4 @@ MULTILABEL = Task(
     'classes': "tfds: data have 'labels', an archive y_test.classes (N, C) of 1, 0, -1"
   },
 )
-"""Average precision at 11 points, as VOC 2007 has it."""
+"""Average precision at 11 points, as in VOC 2007."""

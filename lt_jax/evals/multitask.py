@@ -1,8 +1,8 @@
 """Several tasks per image, each with the metric of its kind.
 
-Softmax by accuracy, sigmoid by the mean over its labels of the 11-point average
-precision of VOC 2007, regression by the coefficient of determination; of all of these
-more is better, so their mean is a number to choose by.
+Softmax has accuracy, sigmoid the mean over its labels of the 11-point average precision
+of VOC 2007, regression the coefficient of determination. For all of these more is
+better, so a State can be chosen by their mean.
 """
 
 import functools
@@ -21,11 +21,11 @@ from lt_jax.method import Batch, Outputs
 
 
 def record(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the records of classification, and outputs and labels of the other tasks.
+  """Returns the records of classification, with outputs and labels of other tasks.
 
   Args:
-    outputs: with 'KIND/NAME' (B, K) of the other tasks.
-    batch: with 'NAME' for the tasks that these images belong to.
+    outputs: has 'KIND/NAME' (B, K) for the other tasks.
+    batch: has 'NAME' for the tasks of these images.
   """
   return classification.record(outputs, batch) | _others(outputs, batch)
 
@@ -45,7 +45,7 @@ def _kept(inner: Record) -> Record:
 
 
 def keep(examples: int, classes: int) -> Record:
-  """Returns the function that keeps a test split, see `classification.keep`."""
+  """Returns the function that keeps records of a test split."""
   return _kept(classification.keep(examples, classes))
 
 
@@ -99,23 +99,23 @@ MEASURES: dict[str, Callable[..., dict[str, float | None]]] = {
   'sigmoid': mean_average_precision,
   'regression': determination,
 }
-"""Kind -> measures, of which the first one counts."""
+"""Kind -> function that returns its measures, of which the first is averaged."""
 
 
 def measure(
   records: Collected, *, num_classes: int, groups: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-  """Returns what classification measures, and of each other task its measures.
+  """Returns the metrics of classification, and the measures of each other task.
 
-  They are called NAME_MEASURE; 'task_mean' is the mean of the first of each task, the
-  classes' accuracy among them, None where one has none.
+  The latter are called NAME_MEASURE. 'task_mean' is the mean over tasks of the first
+  measure, including the accuracy of the classes; None if one of them is undefined.
   """
   found = classification.measure(records, num_classes=num_classes, groups=groups)
   return found | _with_mean(found['accuracy'], _measured(records))
 
 
 def _measured(records: Collected) -> dict[str, dict[str, float | None]]:
-  """Returns task -> its measures, of the tasks that have a head of their own."""
+  """Returns task -> its measures, for the tasks with their own head."""
   found = {}
   for key in records:
     kind, _, rest = key.partition('/')
@@ -128,7 +128,7 @@ def _measured(records: Collected) -> dict[str, dict[str, float | None]]:
 def _with_mean(
   accuracy: float, tasks: Mapping[str, Mapping[str, float | None]]
 ) -> dict[str, float | None]:
-  """Returns NAME_MEASURE of each task, and 'task_mean'."""
+  """Returns NAME_MEASURE for each task, and 'task_mean'."""
   firsts = [accuracy, *(next(iter(values.values())) for values in tasks.values())]
   return {
     **{
@@ -146,11 +146,11 @@ def across(
   num_classes: int,
   groups: Mapping[str, np.ndarray],
 ) -> Across:
-  """Returns what classification does, and measures of tasks with images of their own.
+  """Returns what classification returns, and measures of tasks with their own images.
 
   Args:
-    records: split -> what `record` keeps; of the test images of another stream, which
-      no class of the network's own head is told of, 'test/STREAM'.
+    records: split -> records; 'test/STREAM' for the test images of another stream,
+      which have no class of the network's own head.
     num_classes: C.
     groups: name -> (C,) bool.
   """
@@ -185,7 +185,7 @@ def relative_gain(
 
   Args:
     together: task -> measure.
-    alone: task -> measure of a network that only learned this task.
+    alone: task -> measure of a network that learned only this task.
     better: task -> 1 if more is better, -1 if less is.
 
   Returns:

@@ -1,7 +1,7 @@
 """How useful the features of a layer are: few-shot probes and retrieval.
 
 The functions take arrays and return numbers. The caller knows which network and layer
-the features come from, see `lt_jax.probe`.
+the features come from; see `lt_jax.probe`.
 """
 
 import math
@@ -105,22 +105,22 @@ def probe(
   groups: Mapping[str, np.ndarray],
   draws: Draws,
 ) -> list[dict[str, Any]]:
-  """Fits a classifier to few images a class, and measures it.
+  """Fits a classifier to few images per class, and measures it.
 
-  Features are brought to mean 0 and deviation 1 by the images that it is fitted to.
+  Features are standardised with the mean and deviation of the images used to fit.
 
   Args:
     name: a key of `classifiers.CLASSIFIERS`.
     train: images to draw from.
     test: images to measure on.
     num_classes: C.
-    groups: name -> (C,) bool, classes whose accuracy is told besides.
-    draws: how.
+    groups: name -> (C,) bool, classes whose accuracy is reported too.
+    draws: how images are drawn.
 
   Returns:
-    for each number of images a class: 'shots', 'strength' that was chosen, 'accuracy'
-    of each draw (the mean over classes), 'groups' likewise by name, and 'by_class', the
-    mean over draws, None of a class without test images.
+    for each number of images per class: 'shots', the chosen 'strength', 'accuracy' of
+    each draw (mean over classes), 'groups' likewise by name, and 'by_class', the mean
+    over draws, None for a class without test images.
   """
   found = []
   for shots in draws.shots:
@@ -165,22 +165,22 @@ def _strengths(name: str, labels: np.ndarray) -> tuple[float, ...]:
 
 
 def _by_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-  """Returns the share of each class that is right (C,); NaN of one without images."""
+  """Returns the accuracy of each class (C,); NaN for a class without images."""
   counts = np.bincount(labels, minlength=classes)
   right = np.bincount(labels, predicted == labels, minlength=classes)
   return np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
 
 
 def _mean(values: np.ndarray) -> float | None:
-  """Returns the mean of what is a number; None of nothing."""
+  """Returns the mean of finite values; None if there are none."""
   known = values[np.isfinite(values)]
   return float(known.mean()) if len(known) else None
 
 
 def nearest(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-  """Returns the gallery in the order of its nearness to each query, (Q, N) int.
+  """Returns the gallery sorted for each query, nearest first, (Q, N) int.
 
-  By the cosine of features that are centred by the gallery.
+  Nearness is the cosine of features, after subtracting the gallery's mean.
 
   Args:
     queries: features (Q, D).
@@ -196,9 +196,9 @@ def nearest(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 
 def one_of_each(labels: np.ndarray, most: int) -> np.ndarray:
-  """Returns the positions of at most so many images, of as many classes as can be.
+  """Returns the positions of at most `most` images, of as many classes as possible.
 
-  Drawn at random, in the order of their classes.
+  They are drawn at random and sorted by class.
 
   Examples:
     >>> labels = np.array([0, 0, 0, 1, 2, 2])
@@ -207,7 +207,7 @@ def one_of_each(labels: np.ndarray, most: int) -> np.ndarray:
   """
   place = places_in_class(labels, seed=0)
   rng = np.random.default_rng(0)
-  # First of every class one, then a second: among equals at random.
+  # First one of every class, then a second of each, in random order.
   order = np.lexsort((rng.random(len(labels)), place))[:most]
   return order[np.argsort(labels[order], kind='stable')]
 
@@ -220,17 +220,17 @@ def retrieval(
   .. math:: AP = \frac{1}{R} \sum_{k} \mathrm{rel}(k) \frac{1}{k} \sum_{j \le k}
     \mathrm{rel}(j)
 
-  with rel(k) 1 where the k-th image is of the query's class, of which there are R in
-  the gallery. Features are centred by the gallery.
+  with rel(k) = 1 if the k-th image has the query's class, which R images of the gallery
+  have. The gallery's mean is subtracted from all features.
 
   Args:
-    queries: images that are looked for.
-    gallery: images among which.
+    queries: images to look up.
+    gallery: images to search.
     ranks: the k of recall@k.
 
   Returns:
     'recall@k', the share of queries with an image of their class among the first k,
-    and 'mean_average_precision'; of queries whose class is in the gallery.
+    and 'mean_average_precision', over queries whose class is in the gallery.
 
   Raises:
     UserError: no query has its class in the gallery.
@@ -238,12 +238,12 @@ def retrieval(
   Examples:
     >>> gallery = Images(np.array([[1.0], [1.0], [-2.0]]), np.array([0, 1, 2]))
     >>> query = Images(np.array([[3.0]]), np.array([1]))
-    >>> retrieval(query, gallery, ranks=(1, 2))  # the second that is found
+    >>> retrieval(query, gallery, ranks=(1, 2))  # its class comes second
     {'recall@1': 0.0, 'recall@2': 1.0, 'mean_average_precision': 0.5}
   """
   kept = np.isin(queries.labels, gallery.labels)
   if not kept.any():
-    raise UserError('retrieval: no query is of a class that is in the gallery')
+    raise UserError('retrieval: no query has a class that is in the gallery')
   first, precision = [], []
   for part in np.array_split(np.flatnonzero(kept), -(-kept.sum() // 500)):
     order = nearest(queries.features[part], gallery.features)

@@ -1,15 +1,15 @@
-r"""Open compound domain adaptation: a memory, and features of the domain.
+r"""Open compound domain adaptation: a memory, and domain features.
 
-The target mixes domains without telling which image is of which. Six stages, as the
-authors' code has them, are what the recipe 'ocda' sets up:
+The target mixes several domains without domain labels. The recipe 'ocda' sets up the
+six stages of the authors' code:
 
   source         `centroid_loss`: the source's network, its classes around centroids
-  centroids      no steps: their mean features become the memory ('class_means')
-  adversarial    `compound`, which enriches features by the memory alone
-  domain_factor  `domain_factor`: features of what the class does not tell; at its end
-                 every target image has a distance from the source (the fifth stage)
-  scheduled      `compound` again from the source's network, enriched by memory and
-                 domain, while a curriculum offers near images first
+  centroids      no steps: the mean features of classes become the memory
+  ('class_means') adversarial    `compound`, with features enriched by the memory alone
+  domain_factor  `domain_factor`: features of what the class does not determine; at its
+                 end every target image has a distance from the source (the fifth stage)
+  scheduled      `compound` again from the source's network, with features enriched by
+                 memory and domain, while a curriculum offers near images first
 
 Source: Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv 1909.03403, and
 the authors' code.
@@ -61,44 +61,45 @@ def compound(
   counts: np.ndarray,
   threshold: float = 0.6,
 ) -> Method:
-  r"""Brings enriched features of the target to where the source's network has its own.
+  r"""Aligns enriched features of the target with those of the source's network.
 
-  An image x of the target has the direct feature and the prediction of the target's
-  network, reads the memory M (C, D) of the source's class centroids by the latter, and
-  has a feature of its domain from a network that stays as it is:
+  A target image x has a direct feature and a prediction from the target's network. The
+  prediction reads the memory M (C, D), the class centroids of the source. A frozen
+  network gives the feature of its domain:
 
   .. math::
     v = f(x), \qquad m = \sum_c p_c(v)\, M_c, \qquad d = f_{domain}(x)
 
-  A `Fusion` of the three is classified by a head of its own. The updates are those of
-  `adda`, of the target's network and the fusion. No label of the source is read, and
-  the source's network stays as it is, in evaluation mode. (In the authors' code that
-  network is in training mode: batch statistics and dropout.)
+  A `Fusion` of the three is classified by its own head. The target's network and the
+  fusion are updated as in `adda`. No label of the source is read, and the source's
+  network is frozen, in evaluation mode. (In the authors' code it is in training mode,
+  with batch statistics and dropout.)
 
-  The batches are 'train', of the source, and 'target', which needs no labels. 'loss' is
-  that of the target's players; 'accuracy' is that of the source's network on its batch.
+  The batches are 'train', from the source, and 'target', which needs no labels. 'loss'
+  is that of the target's players; 'accuracy' is that of the source's network on its
+  batch.
 
   Args:
     net: returns a dict with 'logits' and 'features'.
-    optimizer: of the players `{'net': params}`.
+    optimizer: for the players `{'net': params}`.
     players: 'discriminator', a network from (B, D) to logits (B,), and 'fusion', see
       `lt_jax.models.fusion`.
-    align_on: names of the outputs that the discriminator reads: 'logits' in the paper's
-      code.
-    streams: names of the streams, of which it reads 'target'.
-    counts: (C,), of which only the number counts.
+    align_on: names of the outputs that the discriminator reads; 'logits' in the
+      authors' code.
+    streams: names of the streams; it reads 'target'.
+    counts: (C,); only its length is used.
     threshold: the target's players move only in steps in which the accuracy of the
-      discriminator, before its update, is above it; 0 for none.
+      discriminator, before its update, is above this; 0 for always.
 
   Returns:
-    The method. Its outputs have 'features' and 'logits' of the fusion, its 'borrowed'
-    (B,), and 'target_logit' (B,).
+    The method. Its outputs have the 'features', 'logits' and 'borrowed' (B,) of the
+    fusion, and 'target_logit' (B,).
 
   Raises:
     UserError: a player is missing, or no layer is read.
 
-  Source: see the module. What the memory reads by, and how it is added to a feature,
-  are sections 3.3 and 3.4 there.
+  Source: see the module. How the memory is read and added to a feature: sections 3.3
+  and 3.4 of the paper.
   """
   judge, fusion = named_players(players, 'discriminator', 'fusion')
   read = reader('compound', align_on)
@@ -150,7 +151,7 @@ def compound(
   def reads(outputs: Outputs) -> dict[str, PyTree]:
     names = ('direct', 'memory', 'domain')[: 2 + reads_domain]
     feature = outputs['features']
-    # What the fusion returns under these names is as large.
+    # The outputs of the fusion under these names have the same size.
     return {'fusion': dict.fromkeys(names, feature), 'discriminator': read(outputs)}
 
   begun = begin(
@@ -186,50 +187,50 @@ def domain_factor(
   reconstruction: float = 10.0,
   threshold: float = 0.3,
 ) -> Method:
-  r"""Learns features of an image that, with those of its class, show it, and no class.
+  r"""Learns features that, with those of the class, redraw an image, but show no class.
 
-  The trunk of the network becomes the encoder e of domains, its head D tells classes
-  from e(x). A network f of classes that stays as it is gives the target's images their
-  labels, and the decoder g what it knows already:
+  The trunk of the network becomes the domain encoder e; its head D classifies e(x). A
+  frozen class network f gives target images their labels, and gives the decoder g the
+  features of the class:
 
   .. math::
     \min_D\; \ell(D(e(x)), y), \qquad
     \min_{e, g}\; w_c\, \ell(D(e(x)), \tilde y) + w_r\, h(g(f(x), e(x)) - x)
 
   with the cross-entropy l, means over the images of both domains, y the label of a
-  source image and the prediction of f for a target image, labels y~ drawn at random in
-  every step, and the mean h over pixels of a Huber loss, quadratic up to 1.
+  source image or the prediction of f for a target image, labels y~ drawn at random in
+  every step, and h the mean over pixels of a Huber loss, quadratic up to 1.
 
-  With a player 'domain_classifier', a network from (B, D) to logits, e learns by domain
-  labels instead: of the source, 0, and of the target's domains, 1 and so on, which
-  batches of the target then tell ('domain'). It is an oracle: a compound target has no
-  such labels.
+  With a player 'domain_classifier', a network from (B, D) to logits, e learns from
+  domain labels instead: 0 for the source, and 1, 2, ... for the target's domains, which
+  target batches then have as 'domain'. This is an oracle: a compound target has no such
+  labels.
 
-  The batches are 'train', of the source, and 'target', which needs no labels. 'loss' is
-  that of the encoder; 'accuracy' is how often D is right: what the features still tell
-  of classes.
+  The batches are 'train', from the source, and 'target', which needs no labels. 'loss'
+  is that of the encoder; 'accuracy' is how often D is right, which shows how much the
+  features still say about classes.
 
   Args:
     net: returns a dict with 'logits' and 'features'.
-    optimizer: of the players `{'net': params}`; the head is moved by it too, for
-      itself.
-    players: 'decoder', a network from (B, 2 D) to images, and perhaps
+    optimizer: for the players `{'net': params}`; it also moves the head, in an update
+      of its own.
+    players: 'decoder', a network from (B, 2 D) to images, and optionally
       'domain_classifier'.
-    streams: names of the streams, of which it reads 'target'.
+    streams: names of the streams; it reads 'target'.
     image_shape: (H, W, C).
     confusion: w_c.
     reconstruction: w_r.
     threshold: encoder and decoder move only in steps in which the accuracy of D, before
-      its update, is above it; 0 for none.
+      its update, is above this; 0 for always.
 
   Returns:
-    The method; 'features' of its outputs are e(x) and 'logits' those of D.
+    The method; its outputs have e(x) as 'features', and the 'logits' of D.
 
   Raises:
     UserError: a player is missing.
 
-  Source: see the module; section 3.1 there. Weights and threshold are those of the
-  authors' code.
+  Source: see the module; section 3.1 of the paper. Weights and threshold are those of
+  the authors' code.
   """
   oracle = 'domain_classifier' in players
   needed = ('decoder', *['domain_classifier'] * oracle)

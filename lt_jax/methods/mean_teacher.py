@@ -1,4 +1,4 @@
-"""Self-training by a teacher: an average of the network labels its target images."""
+"""Self-training with a teacher: an average of the network labels target images."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
@@ -36,28 +36,28 @@ from lt_jax.methods.translation import Pixels, normalised, raw
 from lt_jax.optim import Optimizer
 
 
-def by_share(sure: jax.Array) -> jax.Array:
-  """Every pixel counts, as much as is sure of the batch: DAFormer's form."""
-  return jnp.full(sure.shape, sure.astype(jnp.float32).mean())
+def by_share(confident: jax.Array) -> jax.Array:
+  """Weights every pixel by the confident share of the batch, as DAFormer does."""
+  return jnp.full(confident.shape, confident.astype(jnp.float32).mean())
 
 
-def by_pixel(sure: jax.Array) -> jax.Array:
-  """Pixels that are sure count, and no others."""
-  return sure.astype(jnp.float32)
+def by_pixel(confident: jax.Array) -> jax.Array:
+  """Counts confident pixels only."""
+  return confident.astype(jnp.float32)
 
 
 TRUST: dict[str, Callable[[jax.Array], jax.Array]] = {
   'share': by_share,
   'pixel': by_pixel,
 }
-"""name -> (T, ...) bool, whether a label is sure, to weights of the same shape."""
+"""name -> function from (T, ...) bool, whether a label is confident, to weights."""
 
 
 class Mixed(NamedTuple):
-  """What the student is trained on beside the source.
+  """What the student is trained on, besides the source.
 
   Attributes:
-    image: (T, H, W, channels), normalised as the target's images are.
+    image: (T, H, W, channels), normalised like the target's images.
     label: (T, ...) int32.
     weight: (T, ...) float32.
   """
@@ -83,7 +83,7 @@ def mean_teacher(
   mix: bool = True,
   jitter: float = 0.2,
 ) -> Method:
-  r"""Supervised learning on the source, and on a teacher's labels for the target.
+  r"""Learns from the source's labels, and from a teacher's labels for the target.
 
   .. math::
     L_y + \frac{\lambda(p)}{N} \sum_n q_n\, \ell(\tilde x, \tilde y)_n, \qquad
@@ -91,43 +91,44 @@ def mean_teacher(
     \bar\theta_t = a_t \bar\theta_{t-1} + (1 - a_t)\, \theta_t, \quad
     a_t = \min\big(1 - \tfrac{1}{t + 1},\, a\big)
 
-  over the N labels of a batch of the target. The teacher, of parameters and statistics
-  that are averages of the network's, labels target images as they are. The student
-  sees them changed: the pixels of half of the classes of a source image, drawn anew in
-  every step, are pasted on each, with their true labels, and its colours are jittered.
-  Nothing moves, so that labels stay where they are. q is 1 where a pixel is pasted;
-  elsewhere it is the share of the batch of which the teacher is surer than the
-  threshold ('share'), or 1 where it is and 0 where it is not ('pixel').
+  over the N labels of a target batch. The teacher's parameters and statistics are
+  averages of the network's. It labels target images as they are; the student sees them
+  changed: onto each, the pixels of half of the classes of a source image, drawn anew in
+  every step, are pasted with their true labels, and colours are jittered. Pixels do not
+  move, so the labels stay valid. q is 1 where a pixel is pasted. Elsewhere it is the
+  share of the batch for which the teacher's probability reaches the threshold
+  ('share'), or 1 where it does and 0 where it does not ('pixel').
 
-  The teacher begins as what the network is in the first step, whatever surgery has made
-  it. The network predicts, not its teacher. 'labelled' is the share that is sure.
+  The teacher starts as the network of the first step, after any surgery. Predictions
+  come from the network, not from its teacher. The metric 'labelled' is the share of
+  labels that reach the threshold.
 
   Args:
     net: returns a dict with 'logits' (B, ..., C).
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source.
-    loss: (outputs, batch) -> (T, ...), of labels of which -1 counts for nothing.
+    optimizer: for the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source.
+    loss: (outputs, batch) -> (T, ...); it ignores the label -1.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
-    streams: names of the streams, of which it reads 'target'.
-    pixels: stream -> (mean, std) by which its images are normalised.
-    statistics: how the source and the changed images meet in batch normalisation, a key
+    streams: names of the streams; it reads 'target'.
+    pixels: stream -> (mean, std) with which its images are normalised.
+    statistics: how the source and the changed images share batch normalisation, a key
       of `lt_jax.methods.pairs.STATISTICS`.
     decay: a, in [0, 1).
-    threshold: of the probability of the teacher's label.
+    threshold: for the probability of the teacher's label.
     trust: a key of `TRUST`.
-    mix: pastes pixels of the source; only where labels are of pixels. Images of both
-      domains then have one size.
-    jitter: strength of the changes of colour, see `colour_jitter`; 0 for none, as of
-      images that have not three channels.
+    mix: whether to paste pixels of the source, which needs label maps, and images of
+      one size in both domains.
+    jitter: strength of the colour changes, see `colour_jitter`; 0 for none, which
+      images without three channels need.
 
   Raises:
-    UserError: a number is out of range, no target, or an unknown name.
+    UserError: a number is out of range, there is no target, or a name is unknown.
 
   The teacher: Tarvainen and Valpola, "Mean teachers are better role models", NIPS 2017,
   arXiv 1703.01780. Pasted classes: Tranheden et al., DACS, WACV 2021, arXiv 2007.08702.
   The whole: Hoyer et al., DAFormer, CVPR 2022, arXiv 2111.14887, without its blur and
-  its distance from features of ImageNet; its sampling of rare classes is the sampler
-  'rare_class'. There the colours of four batches in five are changed.
+  its ImageNet feature distance; its rare-class sampling is the sampler 'rare_class'.
+  DAFormer changes the colours of four batches in five, here all are changed.
   """
   check_streams(streams, 'target')
   lookup(STATISTICS, 'kind of batch statistics', statistics)
@@ -143,7 +144,7 @@ def mean_teacher(
     return state.replace(memory={'teacher': first, 'updates': jnp.int32(0)})
 
   def taught(state: State) -> State:
-    """Moves the teacher to where the network has come."""
+    """Moves the teacher towards the current network."""
     t = state.memory['updates'].astype(jnp.float32)
     a = jnp.minimum(1 - 1 / (t + 1), decay)
     teacher = jax.tree.map(
@@ -155,13 +156,13 @@ def mean_teacher(
     return state.replace(memory=memory)
 
   def mixed(state: State, batches: Mapping[str, Batch]) -> tuple[Mixed, jax.Array]:
-    """What the student sees, and where the teacher is sure."""
+    """Returns what the student sees, and where the teacher is confident."""
     source, images = batches['train'], batches['target']['image']
     teacher = state.memory['teacher']
     outputs, _ = forward(net, teacher['params'], teacher['stats'], images, train=False)
     p = nn.softmax(outputs['logits'])
-    label, sure = p.argmax(-1).astype(jnp.int32), p.max(-1) >= threshold
-    seen = Mixed(raw(images, *pixels['target']), label, weigh(sure))
+    label, confident = p.argmax(-1).astype(jnp.int32), p.max(-1) >= threshold
+    seen = Mixed(raw(images, *pixels['target']), label, weigh(confident))
     if mix:
       _check_pixels(source, images, label)
       given, image = (_as_many(source[key], len(images)) for key in ('label', 'image'))
@@ -179,7 +180,7 @@ def mean_teacher(
     if jitter:
       colours = named_key(state.key, 'jitter', state.step)
       image = colour_jitter(colours, 255 * image, strength=jitter) / 255
-    return seen._replace(image=normalised(image, *pixels['target'])), sure
+    return seen._replace(image=normalised(image, *pixels['target'])), confident
 
   def objectives(
     params: PyTree, state: State, batch: Batch, seen: Mixed
@@ -200,12 +201,12 @@ def mean_teacher(
 
   def step(state: State, batches: Mapping[str, Batch]) -> tuple[State, Metrics]:
     state = taught(state)
-    seen, sure = mixed(state, batches)
+    seen, confident = mixed(state, batches)
     grads, (stats, metrics) = jax.grad(objectives, has_aux=True)(
       state.params, state, batches['train'], seen
     )
     state, norms = update_all(state, grads, optimizer, {})
-    labelled = sure.sum(dtype=jnp.float32), jnp.float32(sure.size)
+    labelled = confident.sum(dtype=jnp.float32), jnp.float32(confident.size)
     metrics |= {'labelled': labelled} | norms
     return tick(state.replace(stats=stats)), metrics
 
@@ -213,47 +214,47 @@ def mean_teacher(
 
 
 def _average_of(state: State) -> PyTree:
-  """Returns what a teacher is an average of."""
+  """Returns the values that a teacher averages."""
   return {'params': state.params['net'], 'stats': state.stats['net']}
 
 
 def _check_pixels(source: Batch, images: jax.Array, label: jax.Array) -> None:
-  """Refuses what cannot be mixed: labels of images, images of two sizes."""
+  """Rejects what cannot be mixed: labels of whole images, images of different sizes."""
   if label.ndim != 3:
     raise UserError(
-      'mean_teacher mixes images by labels of pixels, and these are labels of whole '
-      'images: set method.mix to False'
+      'mean_teacher mixes images by the labels of pixels, but these are labels of '
+      'whole images: set method.mix to False'
     )
   sizes = [x.shape[1:3] for x in (source['image'], images)]
   if sizes[0] != sizes[1]:
     raise UserError(
-      f'mean_teacher mixes images of one size, not of {sizes[0]} and {sizes[1]}: crop '
-      'both domains alike, or set method.mix to False'
+      f'mean_teacher mixes images of one size, not of {sizes[0]} and {sizes[1]}; crop '
+      'both domains to one size, or set method.mix to False'
     )
 
 
 def _as_many(x: jax.Array, count: int) -> jax.Array:
-  """Returns a batch (S, ...) as one of another size, neighbours staying neighbours."""
-  if len(x) == count:  # and no image leaves its device
+  """Resizes a batch (S, ...) by repeating or dropping images, keeping their order."""
+  if len(x) == count:  # so that no image leaves its device
     return x
   return x[np.arange(count) * len(x) // count]
 
 
 def half_of_classes(key: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
-  """Returns where an image shows one of half of its classes, rounded up, at random.
+  """Returns the pixels of a random half of the classes in each image, rounded up.
 
   Args:
     key: random key.
-    labels: (B, H, W) int, -1 where there is none, which is never chosen.
+    labels: (B, H, W) int; -1, no label, is never chosen.
     classes: C.
 
   Returns:
     (B, H, W) bool.
 
-  Source: ClassMix, Olsson et al., arXiv 2007.07936, algorithm 1; codes that build on it
-  also draw the pixels without a label as a class.
+  Source: ClassMix, Olsson et al., arXiv 2007.07936, algorithm 1. Code that builds on it
+  also treats the pixels without a label as a class.
   """
-  # Compared rather than looked up, by which images would leave their devices.
+  # A comparison: a lookup would move images between devices.
   shown = labels[..., None] == jnp.arange(classes)[None, None, None]
   present = shown.any((1, 2))
   draws = jax.random.uniform(key, present.shape)

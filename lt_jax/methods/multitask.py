@@ -1,4 +1,4 @@
-r"""Several tasks on one trunk: the classes, and further labels of the images.
+r"""Several tasks on one trunk: the classes, and further labels of images.
 
 .. math:: J = \sum_k w_k L_k
 
@@ -47,10 +47,10 @@ class Head(NamedTuple):
   """A further task.
 
   Attributes:
-    name: of the task, and of its labels in the batch.
+    name: name of the task, and of its labels in the batch.
     kind: a key of `KINDS`.
     outputs: K.
-    stream: whose images it learns from.
+    stream: the stream whose images it learns from.
   """
 
   name: str
@@ -60,12 +60,12 @@ class Head(NamedTuple):
 
   @property
   def key(self) -> str:
-    """What its outputs are called."""
+    """The name of its outputs."""
     return f'{self.kind}/{self.name}'
 
   @property
   def label(self) -> str:
-    """What its labels are called in its stream, whose own labels they may be."""
+    """The name of its labels in its stream; another stream has them as its labels."""
     return self.name if self.stream == 'train' else LABEL
 
 
@@ -78,7 +78,7 @@ def make_heads(heads: Mapping[str, Mapping[str, Any]]) -> tuple[Head, ...]:
   """Returns the further tasks that a config describes.
 
   Raises:
-    UserError: an unknown kind, an option that there is not, or a name that is taken.
+    UserError: an unknown kind or option, or a name that is taken.
   """
   made = []
   for name, options in heads.items():
@@ -93,15 +93,15 @@ def make_heads(heads: Mapping[str, Mapping[str, Any]]) -> tuple[Head, ...]:
   return tuple(made)
 
 
-# Weights: (params, memory) -> (K,), and what they add to the objective.
+# Weightings of the tasks.
 
 
 class Weighting(NamedTuple):
-  """How tasks are weighed.
+  """How tasks are weighted.
 
   Attributes:
-    params: name -> first value of what is learned.
-    memory: what is remembered, arrays by name.
+    params: name -> initial value of learned parameters.
+    memory: name -> array that is kept from step to step.
     combine: (losses (K,), params, memory) -> (objective (), weights (K,)).
     remember: (memory, losses (K,), step) -> memory after the step.
   """
@@ -113,7 +113,7 @@ class Weighting(NamedTuple):
 
 
 def fixed(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
-  """The weights that were given."""
+  """Uses the given weights."""
   del halves, period
 
   def combine(losses, params, memory):
@@ -124,13 +124,13 @@ def fixed(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
 
 
 def uncertainty(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
-  r"""Weights by a learned log variance of each task.
+  r"""Weights each task by a learned log variance.
 
   .. math:: \sum_k h_k e^{-s_k} L_k + \tfrac12 s_k
 
-  with h = 1/2 of a regression and 1 of a classification. It may be negative. s begins
-  at 0, moves at the network's learning rate and does not decay. A task of the weight 0
-  stays out.
+  with h = 1/2 for a regression and 1 for a classification. It may be negative. s starts
+  at 0, moves at the network's learning rate and has no weight decay. Tasks with weight
+  0 are left out.
 
   Source: Kendall et al., CVPR 2018, arXiv 1705.07115, section 3.2.
   """
@@ -154,11 +154,11 @@ def dynamic(weights: jax.Array, halves: jax.Array, period: int) -> Weighting:
   .. math::
     w_k \propto \exp\left(\frac{L_k^{(t-1)}}{L_k^{(t-2)}} \Big/ T\right), \qquad T = 2
 
-  with means over the last two periods; in the first two they are those that were given.
-  Their sum stays the same.
+  with mean losses over the last two periods. In the first two periods the given weights
+  are used. The sum of the weights stays the same.
 
-  Source: dynamic weight averaging of Liu et al., CVPR 2019, arXiv 1803.10704, equation
-  6, where a period is an epoch.
+  Source: dynamic weight averaging, Liu et al., CVPR 2019, arXiv 1803.10704, equation 6,
+  where a period is an epoch.
   """
   del halves
   in_use = weights > 0
@@ -192,7 +192,7 @@ STATISTICS: dict[str, Callable[[str], str]] = {
   'shared': lambda stream: 'net',
   'by_stream': lambda stream: 'net' if stream == 'train' else f'net_{stream}',
 }
-"""Name -> stream -> where in `State.stats` its running averages are."""
+"""Name -> stream -> the key of its running averages in `State.stats`."""
 
 
 def multitask(
@@ -212,22 +212,21 @@ def multitask(
 
   Args:
     net: returns 'logits' and 'features'.
-    optimizer: of the players 'net' and 'heads'.
+    optimizer: for the players 'net' and 'heads'.
     objective: of the network's own task.
     heads: the further tasks.
-    streams: names of those that there are.
+    streams: names of the streams.
     weighting: a key of `WEIGHTINGS`.
-    weights: task -> fixed weight; those that are not named, and all of them by
-      default, have one over the number of tasks.
-    only: the single task that is learned, a control; the others have the weight 0.
-    period: steps after which 'dynamic' looks at the losses.
-    statistics: a key of `STATISTICS`. In training a batch is normalised by itself in
-      any case; 'by_stream' lets the heads of a stream predict by averages over its own
-      batches, with one more pass through the network for each such stream.
+    weights: task -> fixed weight; tasks that are not named have the weight 1 / K.
+    only: for a control, the single task to learn; the others have weight 0.
+    period: number of steps after which 'dynamic' updates the weights.
+    statistics: a key of `STATISTICS`. In training a batch is always normalised by
+      itself; with 'by_stream' the heads of a stream predict with averages over its own
+      batches, which takes another pass through the network for each such stream.
 
   Raises:
     UserError: an unknown task, weighting or kind of statistics, a negative weight, or a
-      stream that is not there or not read.
+      stream that is missing or not read.
   """
   names = (LABEL, *(head.name for head in heads))
   given = {name: 1 / len(names) for name in names}
@@ -242,7 +241,7 @@ def multitask(
       raise UserError(f'method.only: no task {only!r}{suggest(only, names)}')
     given = {name: float(name == only) for name in names}
   if not any(given.values()) or period < 1:
-    raise UserError('method.weights: some task must have a weight above 0')
+    raise UserError('method.weights: at least one task must have a weight above 0')
   read = ['train', *dict.fromkeys(head.stream for head in heads)]
   for stream in read:
     if stream not in streams:

@@ -30,25 +30,25 @@ from lt_jax.methods.supervised import Objective
 from lt_jax.optim import Optimizer
 
 Pixels = tuple[Sequence[float], Sequence[float]]
-"""(mean, std) by which images were normalised."""
+"""(mean, std) with which images were normalised."""
 
 
 def low_amplitudes(source: jax.Array, target: jax.Array, *, beta: float) -> jax.Array:
-  r"""Gives images the low-frequency amplitudes of others; their phases stay.
+  r"""Gives images the low-frequency amplitudes of others and keeps their phases.
 
   .. math::
     x = F^{-1}\big( (M |F t| + (1 - M) |F s|)\, e^{i \angle F s} \big), \qquad
     M_{jk} = [\, |j| \le b \wedge |k| \le b \,], \quad
     b = \max(1, \lfloor \beta \min(H, W) \rfloor)
 
-  for every channel. Of digits, beta times the side is often below one, where some codes
-  swap the mean alone or nothing at all; here the window always has the lowest
-  frequencies too. Nothing is clipped, as in the authors' code.
+  for every channel. For small images such as digits, beta times the side is often below
+  one, and some implementations then swap only the mean, or nothing; here the window
+  always includes the lowest frequencies. As in the authors' code, nothing is clipped.
 
   Args:
-    source: (B, H, W, C), from 0 (black) on, on any scale. Amplitudes are not those of
-      the image if a number has been taken from all pixels: the mean is one of them.
-    target: (B, H, W, C) on the same scale, one for each.
+    source: (B, H, W, C), on any scale where black is 0. Images from which a constant
+      has been subtracted would have other amplitudes, because the mean is one of them.
+    target: (B, H, W, C) on the same scale, one for each source image.
     beta: in (0, 0.5).
 
   Returns:
@@ -62,8 +62,8 @@ def low_amplitudes(source: jax.Array, target: jax.Array, *, beta: float) -> jax.
   most = min(max(1, int(beta * side)), (side - 1) // 2)
   waves = [_waves(size, most, source.dtype) for size in (height, width)]
 
-  # The few frequencies of the window as products of matrices: unlike a fast transform,
-  # each device computes those of its own images.
+  # Matrix products compute the few frequencies of the window; unlike with an FFT, each
+  # device then computes those of its own images.
   def spectrum(images: jax.Array) -> jax.Array:
     return _product('bhwc,hj,wk->bjkc', images, *waves)
 
@@ -94,16 +94,16 @@ def fda(
 ) -> Method:
   """Trains a method on source images in the style of target images (FDA).
 
-  The i-th image of the batch 'train' takes the amplitudes of an image of the batch
-  'target', see `low_amplitudes`, on the scale where black is 0 and white is 1. It is
-  then normalised as the target's images are. Nothing is learned for it, and predictions
-  are those of the method.
+  Each image of the batch 'train' takes the amplitudes of an image of the batch
+  'target', see `low_amplitudes`, on the scale where black is 0 and white is 1, and is
+  then normalised like the target's images. This learns nothing, and predictions are
+  those of the method.
 
   Args:
-    method: the method, of which 'target' is a stream or is not.
-    pixels: stream -> (mean, std) by which its images are normalised.
-    streams: names of the streams, of which it reads 'target'.
-    beta: size of the window, as a share of the image's side; 0.01 to 0.09 in the paper.
+    method: the method, which may or may not read the stream 'target' itself.
+    pixels: stream -> (mean, std) with which its images are normalised.
+    streams: names of the streams; it reads 'target'.
+    beta: size of the window as a share of the image's side; 0.01 to 0.09 in the paper.
 
   Raises:
     UserError: beta is out of range, or there is no target.
@@ -118,7 +118,7 @@ def fda(
     source, target = (
       raw(batches[name]['image'], *pixels[name]) for name in ('train', 'target')
     )
-    # Neighbours in a batch stay neighbours, and so on their device.
+    # This keeps the order, so that images stay on their device.
     chosen = np.arange(len(source)) * len(target) // len(source)
     styled = low_amplitudes(source, target[chosen], beta=beta)
     images = normalised(styled, *pixels['target'])
@@ -128,14 +128,14 @@ def fda(
 
 
 def raw(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-  """Returns images (B, H, W, C) as they were before `normalised`, white being 1."""
+  """Undoes `normalised`: returns images (B, H, W, C) in which white is 1."""
   return images * _channels(std) + _channels(mean)
 
 
 def normalised(
   images: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-  """Returns (x - mean) / std of images (B, H, W, C) of which white is 1."""
+  """Returns (x - mean) / std of images (B, H, W, C) in which white is 1."""
   return (images - _channels(mean)) / _channels(std)
 
 
@@ -165,7 +165,7 @@ def i2i(
   cycle: float = 1.0,
   translated: float = 1.0,
 ) -> Method:
-  r"""Classification by features from which images of either domain can be drawn.
+  r"""Classifies by features from which images of either domain can be generated.
 
   .. math::
     L_c + L_z
@@ -175,44 +175,44 @@ def i2i(
     + w_{trc}\, L_c(h f g_T f x)
 
   with the encoder f and the classifier h of the network, decoders g of the source and
-  the target, source images x, target images y, and means over pixels. L_z is that of
-  `lt_jax.methods.adversarial.dann`, on the features that are decoded: reversed, and
-  scaled by lambda(p). For L_tr either domain has a discriminator of its images and
-  those translated into it, from which f and g descend the cross-entropy of being taken
-  for true ones, scaled by lambda(p) too. All discriminators train with weight 1.
+  the target, source images x, target images y, and means over pixels. L_z is the loss
+  of `lt_jax.methods.adversarial.dann` on the decoded features, with its gradient
+  reversed and scaled by lambda(p). For L_tr each domain has a discriminator between its
+  images and those translated into it; f and g minimise the cross-entropy of being taken
+  for real images, also scaled by lambda(p). All discriminators train with weight 1.
 
-  A term whose weight is 0 is not computed, and has no players. Without all four it is
+  A term whose weight is 0 is not computed and has no players. Without all four it is
   `dann`; without L_z it has no 'discriminator'; images, cycle and translated are the
-  terms of CyCADA, trained at once. The paper has an encoder for either domain, and so
-  has `adda`; here there is one, whose last layers most of its experiments share too.
+  terms of CyCADA, trained together. The paper, like `adda`, has an encoder for each
+  domain; here there is one. Most of the paper's experiments share its last layers, too.
 
   The batches are 'train', of the source, and 'target', which needs no labels.
 
   Args:
     net: returns a dict with 'logits', 'features' and further named layers. Batch
       statistics of translated images are not remembered.
-    optimizer: of the players `{'net': params}`.
-    objective: (outputs, batch, step) -> (value, metrics), of the source and of its
+    optimizer: for the players `{'net': params}`.
+    objective: (outputs, batch, step) -> (value, metrics), for the source and its
       translations.
-    players: of those that the terms need: 'discriminator', from (B, D) to logits (B,);
+    players: those that the terms need: 'discriminator', from (B, D) to logits (B,);
       'source_decoder' and 'target_decoder', from (B, D) to images; 'source_images' and
-      'target_images', from images to logits (B,) of being true ones.
-    align_on: names of the layers that are decoded, one after the other.
+      'target_images', from images to logits (B,) of being real.
+    align_on: names of the layers that are concatenated and decoded.
     alignment_weight: step -> lambda, see `lt_jax.losses.alignment.make_weight`.
-    streams: names of the streams, of which it reads 'target'.
+    streams: names of the streams; it reads 'target'.
     image_shape: (H, W, C).
-    pixels: stream -> (mean, std) by which its images are normalised.
+    pixels: stream -> (mean, std) with which its images are normalised.
     identity: w_id.
     images: w_tr.
     cycle: w_cyc.
     translated: w_trc.
 
   Returns:
-    The method. Where it has decoders its outputs have 'as_source' and 'as_target',
-    (B, H, W, C): every image as one of either domain, on the scale where white is 1.
+    The method. If it has decoders, its outputs have 'as_source' and 'as_target',
+    (B, H, W, C): every image translated to each domain, on the scale where white is 1.
 
   Raises:
-    UserError: a player is missing or has no use, or there is no layer to decode.
+    UserError: a player is missing or unused, or there is no layer to decode.
 
   Murez et al., "Image to Image Translation for Domain Adaptation", CVPR 2018, arXiv
   1712.00479.
@@ -224,7 +224,7 @@ def i2i(
     needed.append('discriminator')
   named_players(players, *needed)
   if not align_on:
-    raise UserError('i2i needs alignment.align_on: the layer that is decoded')
+    raise UserError('i2i needs alignment.align_on, the layer to decode')
   check_streams(streams, 'target')
   shape = tuple(image_shape)
   players = {

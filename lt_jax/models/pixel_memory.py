@@ -1,7 +1,7 @@
-r"""A head that enriches features of pixels by a memory of the source's classes.
+r"""A head that enriches features of pixels with a memory of the source's classes.
 
-With the feature v of a pixel, what a head makes of it, p, and the memory M (C, D), the
-mean feature of the pixels of each class of the source:
+With the feature v of a pixel, the probabilities p that a head gives it, and the memory
+M (C, D), the mean feature of the pixels of each class of the source:
 
 .. math::
   m = \sum_c p_c(v)\, M_c, \qquad
@@ -10,15 +10,15 @@ mean feature of the pixels of each class of the source:
   e = \max\Big(0,\, 1 - \frac1\delta\Big), \quad
   \delta = \frac{|u - \bar u|}{E_s |u_s - \bar u|}
 
-and the same head classifies x. m is what attention over the memory adds. u, the feature
-of the domain, is free of classes: what is left of the pixels of an image once their
-classes have been taken away. The indicator e is one number an image: 0 where u is no
-further from the source's mean than images of the source are on average, towards 1 where
-it is far, so that an image of a distant domain borrows more from the memory.
+and the same head classifies x. m is what attention over the memory adds. u, the domain
+feature, is what remains of an image's pixels after their classes are subtracted. The
+indicator e is one number per image: 0 if u is no further from the source's mean than
+source images are on average, and towards 1 if it is far, so that an image of a distant
+domain borrows more from the memory.
 
-Source: the idea is that of Liu et al., "Open Compound Domain Adaptation", CVPR 2020,
-arXiv 1909.03403, section 3. For segmentation no code was released and the paper gives
-no formula, so the forms of u, delta and e here are our own.
+Source: the idea is from Liu et al., "Open Compound Domain Adaptation", CVPR 2020, arXiv
+1909.03403, section 3. For segmentation no code was released and the paper gives no
+formula, so the forms of u, delta and e here are our own.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,17 +37,17 @@ TINY = 1e-12
 
 
 class PixelMemory(nn.Module):
-  """A head of pixels, read twice: for the attention, and for what it says in the end.
+  """A head for pixels, applied twice: for the attention, and for the final scores.
 
   The memory is kept with the batch statistics, where no gradient moves it: 'centroids'
   (C, D), 'centre' (D,), the mean of u, and 'spread' (), the mean distance from it. The
-  surgery 'pixel_memory' measures them. Until then they are zero, and nothing is added;
-  W and b are zero in the beginning, and so is what is added in the first step.
+  surgery 'pixel_memory' measures them. Until then they are zero and nothing is added. W
+  and b start at zero, so nothing is added in the first step either.
 
   Attributes:
-    head: that of the network.
+    head: the network's own head.
     num_classes: C.
-    indicator: whether e is asked; False: it is 1 for every image.
+    indicator: whether to use e; if False, it is 1 for every image.
   """
 
   head: nn.Module
@@ -62,22 +62,22 @@ class PixelMemory(nn.Module):
     """Maps the layers of a trunk to outputs.
 
     Args:
-      layers: name -> (B, h, w, D), 'features' among them.
+      layers: name -> (B, h, w, D), including 'features'.
       size: (H, W) of the images.
 
     Returns:
-      the outputs of the head, of the enriched features; and 'domain_feature' u (B, D),
+      the outputs of the head for the enriched features; 'domain_feature' u (B, D),
       'domain_distance' delta (B,) and 'borrowed' (B,), the mean of |x - v| / |v|.
 
     Raises:
-      UserError: the head does not score the pixels of the map.
+      UserError: the head does not score every pixel of the map.
     """
     v = layers['features']
     scores = classify(self.head, layers, size)['low_logits']
     if scores.shape[:-1] != v.shape[:-1]:
       raise UserError(
-        'a memory of pixels needs a head that scores the pixels of the map that it '
-        "reads, such as 'multi_dilation' or 'deeplab'"
+        'pixel_memory needs a head that scores every pixel of the map it reads, such '
+        "as 'multi_dilation' or 'deeplab'"
       )
     centroids = self._kept('centroids', (self.num_classes, v.shape[-1]))
     centre, spread = self._kept('centre', v.shape[-1:]), self._kept('spread', ())
@@ -106,7 +106,7 @@ class PixelMemory(nn.Module):
     }
 
   def _kept(self, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Returns what a surgery has put beside the batch statistics."""
+    """Returns a value that a surgery puts among the batch statistics."""
     return self.variable('batch_stats', name, jnp.zeros, shape, jnp.float32).value
 
 

@@ -2,10 +2,10 @@
 
 The stages and their learning rates follow the authors' code, where each stage is a long
 training; `lt_jax.methods.compound` describes them. All recipes here share every stage
-but the last, so differences come from the last stage alone. Only the oracle also has
+but the last, so differences come only from the last stage. Only the oracle also has
 different domain features.
 
-For label maps the same names have stages of their own, see `_of_pixels`.
+With label maps, the same names have their own stages, see `_of_pixels`.
 """
 
 from collections.abc import Callable
@@ -76,10 +76,10 @@ def _ocda(
     form: form of the last stage's fusion, a key of `lt_jax.models.fusion.FORMS`.
     near_first: the last stage starts with near images; otherwise the order is random.
     oracle: learn domain features from the target's domain labels.
-    repo_quirks: do as the authors' code does: the sampler shuffles the order in place,
-      and the last stage trains the network at a tenth of its rate. One quirk is left
-      out: there the fusion's domain gate keeps its initial rate, here its rate rises
-      with the others.
+    repo_quirks: follow the authors' code: the sampler shuffles the order in place, and
+      the last stage trains the network at a tenth of its rate. One quirk is left out:
+      there the fusion's domain gate keeps its initial rate; here its rate rises with
+      the others.
   """
   source, slow, steady = (
     ConfigDict({'name': 'constant', 'base': rate}) for rate in (1e-4, 1e-5, 1e-4)
@@ -129,7 +129,7 @@ def _ocda(
 
 
 def _source_only(config: ConfigDict) -> Overrides:
-  """The first stage they all share, over which gains are measured."""
+  """The first stage of all, the baseline for gains."""
   whole = _ocda(config)
   alone = {'source': whole['stages']['source']}
   return {**whole, 'stages': alone, 'stage_order': tuple(alone)}
@@ -143,19 +143,20 @@ def _of_pixels(
   indicator: bool = True,
   near_first: bool = True,
 ) -> Overrides:
-  """The stages of segmentation: the source, its memory, and the target, near to far.
+  """The stages for segmentation: the source, its memory, and the target, near to far.
 
-  A re-creation by the paper's ideas, as no code was released, with the memory of
-  `lt_jax.models.pixel_memory`. Each domain has batch statistics of its own, so that an
-  image borrows as much when it is predicted as when it is learned from.
+  A re-creation of the paper's ideas, because no code was released, with the memory of
+  `lt_jax.models.pixel_memory`. Each domain has its own batch statistics, so that an
+  image borrows as much in evaluation as in training.
 
   Args:
-    config: of the first stage, which the last is as long as.
-    base: the recipe of segmentation that the last stage adapts by; AdaptSegNet, as in
+    config: config of the first stage; the last stage is as long.
+    base: the segmentation recipe with which the last stage adapts; AdaptSegNet, as in
       the paper.
-    memory: the last stage enriches features by the memory; else they stay as they are.
-    indicator: the domain says by how much; else every image borrows alike.
-    near_first: the last stage offers near images first; else all in random order.
+    memory: whether the last stage enriches features with the memory.
+    indicator: whether the domain decides how much an image borrows; else all borrow
+      equally.
+    near_first: whether the last stage offers near images first; else in random order.
   """
   inner = {'head': config.model.head, 'options': config.model.head_options.to_dict()}
   options = ConfigDict({**inner, 'indicator': indicator})
@@ -193,15 +194,15 @@ def _by_label(
   of_images: Callable[[ConfigDict], Overrides],
   of_pixels: Callable[[ConfigDict], Overrides] | None = None,
 ) -> Recipe:
-  """Returns a recipe with stages for labels of images, and others for label maps."""
+  """Returns a recipe with different stages for labels of images and for label maps."""
 
   def overrides(config: ConfigDict) -> Overrides:
     if config.task != 'segmentation':
       return of_images(config)
     if of_pixels is None:
       raise UserError(
-        f'recipe {config.recipe!r} is for one label an image and has no form for label '
-        "maps: take 'ocda'"
+        f'recipe {config.recipe!r} needs one label per image and has no form for label '
+        "maps; use 'ocda'"
       )
     return of_pixels(config)
 

@@ -1,6 +1,6 @@
-"""Adaptation recipes for segmentation: entropy, adversarial, or with a teacher.
+"""Adaptation recipes for segmentation: by entropy, adversarially, or with a teacher.
 
-The weights of their losses are ADVENT's, for images of a million pixels and 19 classes.
+Loss weights are ADVENT's, for images of a million pixels and 19 classes.
 If the network has an auxiliary output (`model.head_options.auxiliary`), it is adapted
 too.
 """
@@ -73,7 +73,7 @@ def _average(config: ConfigDict) -> Overrides:
 
 
 def _label_prior(config: ConfigDict) -> Overrides:
-  """The class shares of target images, estimated from the source, are asked for."""
+  """Penalises predictions that miss class shares, estimated from the source."""
   shares = {
     'epochs': 0.0,
     'wrappers': {'label_shares': {}},

@@ -66,7 +66,7 @@ def _layer_decay(config: ConfigDict) -> Overrides:
 
 
 def _chop(config: ConfigDict) -> Overrides:
-  """The first layers are copied, the others initialised anew; all learn at one rate."""
+  """The first layers are copied, the others reinitialised; all learn at one rate."""
   optimizer = _rates(config, learning_rate_scale=(('.*', 1.0),))
   return {'kept_layers': 'first:1', 'optimizer': optimizer}
 

@@ -4,7 +4,7 @@ from lt_jax import commands, files, report
 
 
 def main(folder: str) -> None:
-  """Writes the report and names it."""
+  """Writes the report and prints its path."""
   print(report.write(files.absolute(folder)))
 
 

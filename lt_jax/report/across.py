@@ -1,4 +1,4 @@
-"""Figures of several methods beside each other: gains by class, training curves."""
+"""Figures that compare several methods: gains per class, training curves."""
 
 import functools
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from lt_jax.report.drawing import (
 from lt_jax.report.runs import Group, NoData, Run
 
 PLAIN = 'ce'
-"""The recipe that gains are over."""
+"""The recipe that gains are measured against."""
 
 MOST_COLUMNS = 20
 MOST_LINES = 12
 GAIN, LOSS = (0.18, 0.62, 0.43), (0.87, 0.48, 0.13)
 STRONGEST = 30
-"""Gain, in points, that has the full colour."""
+"""Gain, in points, that is drawn in full colour."""
 
 
 def compare_gains(groups: Sequence[Group]) -> Drawn:
-  """Draws what each method gains over the plain network: by class, and in the open.
+  """Draws each method's gain over the plain network, per class and on the open set.
 
-  The columns are classes, the most frequent first, or blocks of them, and the open
-  class. There are two numbers of each: accuracy, and F1, which false alarms cost. Of
-  known classes both are without rejection, of the open class at the chosen threshold.
+  The columns are classes, the most frequent first, or blocks of them, and then the open
+  class. Each has two numbers: accuracy, and F1, which false alarms lower. Known classes
+  are scored without rejection, the open class at the chosen threshold.
 
   Args:
-    groups: of methods; one of them is `PLAIN`.
+    groups: one per method; one of them is `PLAIN`.
 
   Raises:
-    NoData: it is not there, or none of the others has the same classes.
+    NoData: the plain network is missing, or no other method has its classes.
   """
   groups = [group for group in groups if group.counted]
   plain = next((g for g in groups if g.counted[0].recipe == PLAIN), None)
@@ -49,7 +49,7 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
   names = plain.counted[0].class_names
   others = [g for g in groups if g is not plain and g.counted[0].class_names == names]
   if not others:
-    raise NoData('there is no other method with the classes of the plain network')
+    raise NoData('no other method has the classes of the plain network')
   order = np.argsort(-plain.counted[0].counts, kind='stable')
   parts = np.array_split(order, min(len(order), MOST_COLUMNS))
   ticks = (
@@ -58,7 +58,7 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
     else [f'{part[0] + 1} to {part[-1] + 1}' for part in _ranks(parts)]
   )
   figure, panels = plot(2, size=(9, 2 + 0.5 * len(others)), sharex=True)
-  for axes, (told, measure) in zip(panels, MEASURES.items(), strict=True):
+  for axes, (name, measure) in zip(panels, MEASURES.items(), strict=True):
     gains = []
     for group in others:
       gain = _mean(group, measure) - _mean(plain, measure)
@@ -66,12 +66,12 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
       gains.append([*blocks, gain[-1]])
     _squares(axes, np.array(gains))
     axes.set_yticks(range(len(others)), [_short(group.label) for group in others])
-    axes.set_title(f'gain in {told}, points')
+    axes.set_title(f'gain in {name}, points')
   turned = 90 if max(map(len, ticks)) * len(ticks) > 100 else 0
   panels[-1].set_xticks(range(len(ticks) + 1), [*ticks, 'open'], rotation=turned)
   panels[-1].set_xlabel('classes, the most frequent first, and the open class')
   return figure, (
-    f'Gain over the plain network ({plain.label}) by class, the mean over seeds. Known '
+    f'Gain over the plain network ({plain.label}) per class, mean over seeds. Known '
     'classes are scored without rejection, the open class at the chosen threshold.'
   )
 
@@ -91,7 +91,7 @@ def _mean(group: Group, measure) -> np.ndarray:
 
 
 def _accuracy(run: Run) -> np.ndarray:
-  """Returns (C + 1,) accuracies; NaN of what is not there."""
+  """Returns (C + 1,) accuracies; NaN where there is none."""
   test = run.result['test']
   opened = test.get('open_accuracy')
   known = np.array(run.test('class_accuracy'), np.float64)
@@ -99,7 +99,7 @@ def _accuracy(run: Run) -> np.ndarray:
 
 
 def _f1(run: Run) -> np.ndarray:
-  """Returns (C + 1,) F1 values; NaN of what is not there."""
+  """Returns (C + 1,) F1 values; NaN where there is none."""
   label, prediction, _ = run.predicted
   classes = len(run.counts)
   there, guessed, right = (
@@ -112,7 +112,7 @@ def _f1(run: Run) -> np.ndarray:
 
 
 def open_f1(run: Run, known: int) -> float:
-  r"""Returns F1 of telling open images, at the chosen threshold; NaN without one.
+  r"""Returns F1 of detecting open images at the chosen threshold; NaN without one.
 
   With M open images, of which O were accepted, and N known ones, of which K were
   accepted and R given the right class: result.json has R / N, 1 - O / M and
@@ -159,9 +159,9 @@ def _squares(axes: Axes, gains: np.ndarray) -> None:
 
 
 def compare_training(groups: Sequence[Group]) -> Drawn:
-  """Draws accuracy over training, a line a method, its seeds as a band.
+  """Draws accuracy over training: one line per method, with a band over its seeds.
 
-  Of many methods the ones of highest accuracy in the end.
+  With more than `MOST_LINES` methods, those with the highest final accuracy.
   """
   groups = [group for group in groups if group.counted]
   ranked = sorted(
@@ -190,19 +190,21 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
     raise NoData('metrics.jsonl has no accuracy of any method')
   for axes, split in zip(panels, ('training', 'test'), strict=True):
     per_pixel = split == 'test' and shown[0].counted[0].task.per_pixel
-    told = 'mIoU' if per_pixel else 'accuracy'
-    axes.set(ylabel=f'{split} {told} (%)', ylim=(None, 102))
+    measure = 'mIoU' if per_pixel else 'accuracy'
+    axes.set(ylabel=f'{split} {measure} (%)', ylim=(None, 102))
   panels[-1].set_xlabel('step')
   legend(figure, panels[-1] if panels[-1].lines else panels[0])
-  fewer = f' The {MOST_LINES} of highest accuracy.' * (len(shown) < len(groups))
+  fewer = f' Shown are the {MOST_LINES} with the highest accuracy.' * (
+    len(shown) < len(groups)
+  )
   return figure, (
-    'Training curves: the mean over seeds, and its standard deviation as a band. Of '
-    f'training images with augmentation and weights, of test images without.{fewer}'
+    'Training curves: mean over seeds, with the standard deviation as a band. Training '
+    f'images are augmented and weighted, test images are not.{fewer}'
   )
 
 
 def _band(runs: Sequence[Run], split: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns steps that all seeds have, and their accuracies (R, S) in %."""
+  """Returns the steps that all seeds logged, and their accuracies (R, S) in %."""
   found = [
     dict(zip(*curve(run, split, run.logged(split), 100), strict=True)) for run in runs
   ]

@@ -1,4 +1,4 @@
-"""Rows of a run's log as curves over all its stages."""
+"""A run's log as curves over all its stages."""
 
 import numpy as np
 
@@ -6,9 +6,9 @@ from lt_jax.report.runs import Run, printable
 
 
 def stages_of(run: Run) -> dict[str, tuple[int, int]]:
-  """Returns stage -> (where it begins, what to add to its steps), one after the other.
+  """Returns stage -> (where it begins, what to add to its steps), in order.
 
-  A stage counts its steps anew, unless it carries on the clock of the one before.
+  Each stage counts its steps from 0, unless it continues the clock of the one before.
   """
   found, end = {}, 0
   for stage in dict.fromkeys(row.get('stage') for row in run.rows):

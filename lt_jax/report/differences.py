@@ -1,7 +1,7 @@
-"""Differences of methods from one of them, and which of these are within noise.
+"""Differences between each method and a reference, and which are within noise.
 
-Methods are compared with the control of the same data, or without one with the best of
-them; see `lt_jax.report.noise` for the tests.
+The reference is the control trained on the same data or, without one, the best method.
+`lt_jax.report.noise` has the tests.
 """
 
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ from lt_jax.report.runs import Group, NoData, Run, printable
 from lt_jax.report.tables import Table
 
 CONTROLS = ('ce', 'source_only')
-"""Recipes that others are compared with: plain networks, of one domain or of two."""
+"""Plain networks that other recipes are compared with, for one domain and for two."""
 
 FEWEST_SEEDS = 3
-"""Of fewer, deviations say too little: two seeds may agree to the image by chance."""
+"""With fewer, deviations say too little: two seeds may agree to the image by chance."""
 
 SHOTS = ('many', 'medium', 'few')
 
 REMARK = (
-  f'Difference in points with its {100 * LEVEL:.0f} % interval, grey here and in the '
-  'first table where the interval contains zero, so that noise may explain it. With '
-  f'{FEWEST_SEEDS} or more seeds in common it is that of a paired t-test over seeds: '
-  'would other seeds agree? With fewer, of a paired bootstrap over test images '
-  f'({RESAMPLES:,} resamples): would other images agree, for these very networks? '
-  'Neither is corrected for many comparisons.'
+  f'Difference in points with its {100 * LEVEL:.0f} % interval; grey, here and in the '
+  'first table, if the interval contains zero, so that noise may explain it. With '
+  f'{FEWEST_SEEDS} or more seeds in common, the interval is from a paired t-test over '
+  'seeds: would other seeds agree? With fewer, it is from a paired bootstrap over test '
+  f'images ({RESAMPLES:,} resamples): would these networks agree on other images? '
+  'Neither is corrected for multiple comparisons.'
 )
 
 
 class Comparison(NamedTuple):
-  """What sets a method apart from another one.
+  """How a method differs from its reference.
 
   Attributes:
     group: the method.
-    reference: the one that it is compared with.
-    test: which test, over how many seeds.
+    reference: the method that it is compared with.
+    test: the name of the test, and over which seeds.
     intervals: metric -> its difference.
   """
 
@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
-  """Compares every method that has finished with the reference of the same data."""
+  """Compares every finished method with the reference for the same data."""
   settings: dict[tuple, list[Group]] = {}
   for group in groups:
     if group.counted:
@@ -65,7 +65,7 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def _reference(groups: Sequence[Group]) -> Group:
-  """Returns the control; where there is none, or several, the best method."""
+  """Returns the control, or the best method if there is none or several."""
   controls = [group for group in groups if group.counted[0].recipe in CONTROLS]
   if len(controls) == 1:
     return controls[0]
@@ -80,17 +80,17 @@ def _reference(groups: Sequence[Group]) -> Group:
 def _compared(group: Group, reference: Group) -> Comparison:
   ours, theirs = ({run.seed: run for run in g.counted} for g in (group, reference))
   seeds = [seed for seed in ours if seed in theirs]
-  told = f'{len(seeds)} seeds' if len(seeds) > 1 else f'seed {next(iter(seeds), "")}'
+  which = f'{len(seeds)} seeds' if len(seeds) > 1 else f'seed {next(iter(seeds), "")}'
   if len(seeds) >= FEWEST_SEEDS:
-    test, name = _over_seeds, f'paired t, {told}'
+    test, name = _over_seeds, f'paired t, {which}'
   else:
-    test, name = _over_images, f'bootstrap, {told}'
+    test, name = _over_images, f'bootstrap, {which}'
   pairs = [(ours[seed], theirs[seed]) for seed in seeds]
   return Comparison(group, reference, name, test(pairs) if pairs else {})
 
 
 Pairs = Sequence[tuple[Run, Run]]
-"""Runs of a seed."""
+"""For each seed, our run and theirs."""
 
 
 def _over_seeds(pairs: Pairs) -> dict[str, Interval]:
@@ -103,15 +103,15 @@ def _over_seeds(pairs: Pairs) -> dict[str, Interval]:
 
 
 def _both(pairs: Pairs, name: str) -> list[list[float | None]]:
-  """Returns a test metric of each seed, of either side."""
+  """Returns a test metric for each seed, for both sides."""
   sides = zip(*pairs, strict=True)
   return [[run.result['test'].get(name) for run in side] for side in sides]
 
 
 def _over_images(pairs: Pairs) -> dict[str, Interval]:
-  """Compares means over seeds; without a metric that the predictions do not give.
+  """Compares means over seeds, for metrics that follow from the stored predictions.
 
-  Such is the headline of several targets, or of unseen classes.
+  The headline over several targets, or over unseen classes, does not: it is left out.
   """
   try:
     intervals = (_of_pixels if pairs[0][0].task.per_pixel else _of_labels)(pairs)
@@ -121,16 +121,17 @@ def _over_images(pairs: Pairs) -> dict[str, Interval]:
   for name, interval in intervals.items():
     ours, theirs = _both(pairs, name)
     if None not in (*ours, *theirs):
-      told = np.mean(ours) - np.mean(theirs)
-      if np.isclose(interval.difference, told, atol=1e-5):
+      recorded = np.mean(ours) - np.mean(theirs)
+      if np.isclose(interval.difference, recorded, atol=1e-5):
         found[name] = interval
   return found
 
 
 def _of_labels(pairs: Pairs) -> dict[str, Interval]:
-  """Returns differences of accuracies, over all images and of groups of classes.
+  """Returns differences in accuracy, over all images and by group of classes.
 
-  Images of one kind have one class, and are right under as many of either's seeds.
+  Images of the same kind share their class, and the number of seeds under which each
+  side gets them right.
   """
   label = pairs[0][0].predicted[0]
   if any((run.predicted[0] != label).any() for pair in pairs for run in pair):
@@ -157,7 +158,7 @@ def _of_labels(pairs: Pairs) -> dict[str, Interval]:
 
 
 def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
-  """Returns differences of mean IoU; every image is of its own kind."""
+  """Returns differences in mean IoU; every image is a kind of its own."""
   sides = [
     [run.arrays('predictions.npz')['confusion'].astype(np.float64) for run in side]
     for side in zip(*pairs, strict=True)
@@ -185,18 +186,18 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
 
 
 def _groups(pairs: Pairs) -> dict[str, np.ndarray]:
-  """Returns the shot groups that have classes, which are those with a metric."""
+  """Returns the shot groups with at least one class; only these have a metric."""
   groups = pairs[0][0].groups
   return {name: groups[name] for name in SHOTS if groups[name].any()}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-  """Returns a quotient, NaN where nothing is divided by nothing."""
+  """Returns part / whole, NaN where whole is 0."""
   return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
 
 
 def differences_table(found: Sequence[Comparison]) -> Table:
-  """Returns a row a method: its differences in points, grey within noise."""
+  """Returns one row per method: differences in points, grey if within noise."""
   names = {name for comparison in found for name in comparison.intervals}
   columns = {name: title for name, title in titles().items() if name in names}
   rows, faint = [], set()
@@ -206,20 +207,20 @@ def differences_table(found: Sequence[Comparison]) -> Table:
       interval = comparison.intervals.get(name)
       if interval is not None and interval.within_noise:
         faint.add((row, len(cells)))
-      cells.append('-' if interval is None else _told(interval))
+      cells.append('-' if interval is None else _as_text(interval))
     rows.append(cells)
   headings = ['method', 'compared with', 'test', *columns.values()]
   links = [f'#{comparison.group.anchor}' for comparison in found]
   return Table(headings, rows, links, faint=frozenset(faint))
 
 
-def _told(interval: Interval) -> str:
+def _as_text(interval: Interval) -> str:
   middle, low, high = (f'{round(100 * x, 6) + 0:+.1f}' for x in interval)
   return f'{middle} ({low} to {high})'
 
 
 def title(found: Sequence[Comparison]) -> str:
-  """Returns what a page calls the table."""
+  """Returns the heading of the table."""
   labels = {comparison.reference.label for comparison in found}
   return (
     f'Differences from {printable(labels.pop())}' if len(labels) == 1 else 'Differences'
@@ -227,7 +228,7 @@ def title(found: Sequence[Comparison]) -> str:
 
 
 def within_noise(found: Sequence[Comparison]) -> set[tuple[str, str]]:
-  """Returns (anchor of a group, metric) of what is within noise."""
+  """Returns (a group's anchor, metric) for each difference within noise."""
   return {
     (comparison.group.anchor, name)
     for comparison in found

@@ -1,4 +1,4 @@
-"""Figures of a run by domain; as those of `lt_jax.report.figures`."""
+"""Figures of a run by domain, in the manner of `lt_jax.report.figures`."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -40,18 +40,18 @@ from lt_jax.report.runs import Group, NoData, Run
 MOST_PANELS = 6
 
 EARLIER = (
-  '{} tells of no domains, as it is of an earlier version; the command of the run, '
-  'given again, writes it anew'
+  '{} has no domains: it was written by an earlier version; repeat the command of the '
+  'run to write it again'
 )
 
 
 def _title(domain: Domain) -> str:
-  """Returns the title of a domain, as it fits into a figure."""
+  """Returns the title of a domain, short enough for a figure."""
   return domain._replace(name=shortened(domain.name)).title
 
 
 def colours_of(shown: Sequence[Domain]) -> dict[Domain, str | tuple]:
-  """Returns a colour a domain."""
+  """Returns a colour for each domain."""
   if len(shown) <= len(CYCLE):
     return dict(zip(shown, CYCLE, strict=False))
   colours = matplotlib.colormaps['turbo'](np.linspace(0.05, 0.95, len(shown)))
@@ -59,24 +59,24 @@ def colours_of(shown: Sequence[Domain]) -> dict[Domain, str | tuple]:
 
 
 def _metric(runs: Sequence[Run], domain: Domain, name: str) -> np.ndarray:
-  """Returns (R, ...) of a metric of a domain in %, NaN where there is none."""
+  """Returns a metric of a domain in %, (R, ...), NaN where there is none."""
   found = [run.result['domains'][domain.name].get(name) for run in runs]
   return 100 * np.array(found, np.float64)
 
 
 def _blocks(counts: np.ndarray) -> list[np.ndarray]:
-  """Returns classes in their order by frequency, in at most `MOST_NAMED` blocks."""
+  """Returns classes by decreasing frequency, in at most `MOST_NAMED` blocks."""
   order = np.argsort(-counts, kind='stable')
   return np.array_split(order, min(len(order), MOST_NAMED))
 
 
 def _block_names(run: Run, parts: Sequence[np.ndarray]) -> tuple[list[str], str]:
-  """Returns a name a block, and what the axis of them is called."""
+  """Returns a name for each block, and the label of their axis."""
   if len(parts) == len(run.counts):
     return [shortened(run.class_names[c]) for (c,) in parts], 'class'
   ends = [(run.counts[part[0]], run.counts[part[-1]]) for part in parts]
-  told = 'classes of similar frequency, by their training images'
-  return [f'{first} to {last}' for first, last in ends], told
+  label = 'classes of similar frequency, by their training images'
+  return [f'{first} to {last}' for first, last in ends], label
 
 
 def domain_classes(runs: Sequence[Run]) -> Drawn:
@@ -86,17 +86,17 @@ def domain_classes(runs: Sequence[Run]) -> Drawn:
   by_class = runs[0].task.by_class
   rows = [finite_mean(_metric(runs, domain, by_class)) for domain in shown]
   cells = [[finite_mean(row[part][:, None])[0] for part in parts] for row in rows]
-  names, told = _block_names(runs[0], parts)
+  names, label = _block_names(runs[0], parts)
   figure, axes = plot(size=(9, 1.5 + 0.28 * len(shown)))
   matrix(axes, np.array(cells), numbers=True)
   turned = max(map(len, names)) * len(names) > 100
   axes.set_xticks(np.arange(len(names)), names, rotation=90 if turned else 0)
   axes.set_yticks(np.arange(len(shown)), [_title(domain) for domain in shown])
-  axes.set_xlabel(told)
+  axes.set_xlabel(label)
   mean = f' Mean of {len(runs)} seeds.' if len(runs) > 1 else ''
   return figure, (
-    f'Test {runs[0].measure} of each class in each domain in %, the class that is most '
-    f'frequent in training first.{mean}'
+    f'Test {runs[0].measure} of each class in each domain in %, the class with most '
+    f'training images first.{mean}'
   )
 
 
@@ -125,20 +125,19 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
     )
   sizes = {f'{name}-shot': int(masks[name].sum()) for name in there}
   sizes['all'] = len(runs[0].counts)
-  told = [f'{n}\n{size} class{"es" * (size > 1)}' for n, size in sizes.items()]
-  axes.set_xticks(np.arange(len(told)), told)
+  ticks = [f'{n}\n{size} class{"es" * (size > 1)}' for n, size in sizes.items()]
+  axes.set_xticks(np.arange(len(ticks)), ticks)
   axes.set(ylabel=f'test {runs[0].measure} (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
   legend(figure, axes, 3)
-  told = f'By shot group in each domain, the test {runs[0].measure}.'
-  return figure, told + seeds(runs)
+  return figure, f'Test {runs[0].measure} by shot group in each domain.{seeds(runs)}'
 
 
 def predicted(run: Run) -> Iterator[tuple[Domain, np.ndarray, np.ndarray]]:
-  """Yields each domain with (C,) how often each class is true, and is predicted.
+  """Yields each domain with (C,) how often each class occurs, and is predicted.
 
   Raises:
-    NoData: predictions.npz is not there, damaged, or of an earlier version.
+    NoData: predictions.npz is missing, damaged, or from an earlier version.
   """
   stored = run.arrays('predictions.npz')
   if 'domains' not in stored:
@@ -161,7 +160,7 @@ def predicted(run: Run) -> Iterator[tuple[Domain, np.ndarray, np.ndarray]]:
 
 
 def domain_predictions(runs: Sequence[Run]) -> Drawn:
-  """Draws how often each class is predicted in each domain, and how often it is true.
+  """Draws how often each class is predicted and how often it occurs, by domain.
 
   A network whose predictions have collapsed has few tall bars, and a low entropy.
   """
@@ -184,7 +183,7 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
     sharey=True,
     squeeze=False,
   )
-  names, told = _block_names(run, parts)
+  names, label = _block_names(run, parts)
   place = np.arange(len(parts))
   for axes, domain in zip(panels.flat, drawn, strict=False):
     true, taken = share[domain] / len(runs)
@@ -206,20 +205,20 @@ def domain_predictions(runs: Sequence[Run]) -> Drawn:
     panels.flat[number - columns].tick_params(labelbottom=True)
   for axes in panels[:, 0]:
     axes.set_ylabel(f'test {run.counted} (%)')
-  figure.supxlabel(told, fontsize='medium')
+  figure.supxlabel(label, fontsize='medium')
   legend(figure, panels[0, 0])
   left = len(share) - len(drawn)
-  others = f' {left} more domains are left out.' if left else ''
+  others = f' {left} more domains are not shown.' if left else ''
   mean = f' Mean of {len(runs)} seeds.' if len(runs) > 1 else ''
   return figure, (
-    'How often each class is predicted, and how often it is true, in each domain. The '
-    'entropy is that of the predicted shares, 1 where all classes are predicted alike '
-    f'and 0 where one class is predicted always (mode collapse).{mean}{others}'
+    'How often each class is predicted and how often it occurs, in each domain. The '
+    'entropy is that of the predicted shares: 1 if all classes are predicted equally '
+    f'often, 0 if one class is always predicted (mode collapse).{mean}{others}'
   )
 
 
 def _entropy(share: np.ndarray) -> float:
-  """Returns the entropy of (C,) shares over that of an even spread."""
+  """Returns the entropy of (C,) shares divided by that of a uniform distribution."""
   there = share[share > 0]
   return float(-(there * np.log(there)).sum() / max(math.log(len(share)), 1e-9)) + 0.0
 
@@ -249,21 +248,21 @@ def domain_training(runs: Sequence[Run]) -> Drawn:
     for axes in below:
       points = curve(run, 'train', 'domain_accuracy', 100)
       line(axes, *points, color=SPLITS['train'], alpha=alpha)
-  told = mark_stages(panels[:, 0], runs[0])
-  told_by = 'accuracy, mIoU' if runs[0].task.per_pixel else 'accuracy'
-  accuracy.set(ylabel=f'{told_by} (%)', ylim=(-3, 103))
+  stages = mark_stages(panels[:, 0], runs[0])
+  measure = 'accuracy, mIoU' if runs[0].task.per_pixel else 'accuracy'
+  accuracy.set(ylabel=f'{measure} (%)', ylim=(-3, 103))
   panels[-1, 0].set_xlabel('step')
   legend(figure, accuracy, 3)
   judge = ''
   for axes in below:
     axes.axhline(50, color=INK, linewidth=0.7, linestyle=':')
     axes.set(ylabel='discriminator\nright (%)', ylim=(0, 103))
-    judge = ' Below, how often the discriminator is right about the domain of an image.'
-  return figure, f'Accuracy by domain over training.{judge}{told}{each_seed(runs)}'
+    judge = ' Below: how often the discriminator is right about the domain of an image.'
+  return figure, f'Accuracy by domain over training.{judge}{stages}{each_seed(runs)}'
 
 
 def _curves(run: Run, shown: Sequence[Domain]) -> dict[str, tuple[str, str | tuple]]:
-  """Returns split of metrics.jsonl -> (what its curve is called, its colour)."""
+  """Returns split of metrics.jsonl -> (name of its curve, its colour)."""
   found = {'train': ('training images', SPLITS['train'])}
   targets = [domain for domain in shown if domain.role == 'target']
   logged = {row.get('split') for row in run.rows}
@@ -285,11 +284,11 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'domain_predictions': domain_predictions,
   'domain_training': domain_training,
 }
-"""name -> figure of seeds of one thing, tested on several domains."""
+"""name -> figure of one or more seeds, tested on several domains."""
 
 
 def domain_features(runs: Sequence[Run]) -> Drawn:
-  """Draws a plane map of test features, by domain and beside it by class."""
+  """Draws test features in a plane, coloured by domain and, beside it, by class."""
   run = runs[0]
   stored = run.arrays('features.npz')
   if 'domain' not in stored:
@@ -310,8 +309,8 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
   right.set_title('by class')
   return figure, (
     f'{name} map of {len(points)} test features of all domains, coloured by domain and '
-    'by class. Behind a class stand its training images. Distances between far groups '
-    'mean little.'
+    'by class. Numbers in brackets are training images per class. Distances between '
+    'far groups mean little.'
   )
 
 
@@ -319,7 +318,7 @@ OF_ONE_RUN = {'domain_features': domain_features}
 
 
 def domain_order(runs: Sequence[Run]) -> Drawn:
-  """Draws which target domains a curriculum has offered first."""
+  """Draws which target domains a curriculum offered first."""
   stored = runs[0].arrays('order.npz')
   score, domain = stored['score'], stored['domain']
   shown = _colours_by_name(runs[0])
@@ -339,14 +338,14 @@ def domain_order(runs: Sequence[Run]) -> Drawn:
   right.set_ylim(-3, 103)
   legend(figure, left)
   return figure, (
-    'The order of the target by the score that its curriculum went by, the least '
-    'first: the score of each domain (left), and of which domain the images in each '
-    'tenth of the order are (right). No domain was told in training.'
+    'The order in which the curriculum offers target images, by increasing score: the '
+    'scores of each domain (left), and the share of each domain in each tenth of the '
+    'order (right). Training does not know the domains.'
   )
 
 
 def domain_borrowed(runs: Sequence[Run]) -> Drawn:
-  """Draws how much of its features each domain takes from elsewhere."""
+  """Draws how much of its features each domain takes from the memory."""
   stored = runs[0].arrays('borrowed.npz')
   shown, names = _colours_by_name(runs[0]), stored['domains'].tolist()
   order = [name for name in shown if name in names]
@@ -361,14 +360,14 @@ def domain_borrowed(runs: Sequence[Run]) -> Drawn:
   axes.set_yticks(range(len(order)), [shown[name][0] for name in order])
   axes.set(xlabel='|added| / |own feature|', ylim=(len(order) - 0.5, -0.5))
   return figure, (
-    'How much memory and domain add to the features of test images, over the length of '
-    'the image’s own feature: median, quartiles, and 5 to 95 %, by domain. Far domains '
-    'are meant to borrow more.'
+    'How much memory and domain add to the features of test images, relative to the '
+    'length of the image’s own feature: median, quartiles, and 5 to 95 %, by domain. '
+    'Far domains should borrow more.'
   )
 
 
 def _colours_by_name(run: Run) -> dict[str, tuple[str, str | tuple]]:
-  """Returns name of a domain -> (its title, its colour)."""
+  """Returns a domain's name -> (its title, its colour)."""
   coloured = colours_of(domains(run)).items()
   return {domain.name: (_title(domain), colour) for domain, colour in coloured}
 
@@ -377,11 +376,11 @@ OF_FILES = {
   'domain_order': ('order.npz', domain_order),
   'domain_borrowed': ('borrowed.npz', domain_borrowed),
 }
-"""Name -> (file, figure): of a run that has left the file."""
+"""Name -> (file, figure of a run that has this file)."""
 
 
 def compare_domains(groups: Sequence[Group]) -> Drawn:
-  """Draws the accuracy of each method in each domain, a row each."""
+  """Draws the accuracy of each method in each domain, one row per method."""
   groups = [group for group in groups if any(map(domains, group.counted))]
   found = (domain for g in groups for run in g.counted for domain in domains(run))
   shown = list(dict.fromkeys(found))

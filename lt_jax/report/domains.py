@@ -10,13 +10,13 @@ from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
 UNITS = (
-  'Test accuracy in % in each domain, of label maps the mIoU; other test metrics are '
+  'Test accuracy in % in each domain (mIoU for label maps); other test metrics are '
   'those of the target, or means over targets.'
 )
 
 DISTANCE = (
-  'A-distance: how well a linear classifier tells features of training images of '
-  'source and target apart, from 0 (no better than chance) to 2 (without an error).'
+  'A-distance: how well a linear classifier separates features of training images of '
+  'source and target, from 0 (no better than chance) to 2 (no errors).'
 )
 
 
@@ -27,7 +27,7 @@ class Domain(NamedTuple):
   """A domain that runs are tested on.
 
   Attributes:
-    name: as the config calls it.
+    name: its name in the config.
     role: one of `ROLES`.
   """
 
@@ -36,9 +36,9 @@ class Domain(NamedTuple):
 
   @property
   def title(self) -> str:
-    """What tables and figures call it."""
-    told = self.name if self.name == self.role else f'{self.name} ({self.role})'
-    return printable(told)
+    """Its name in tables and figures."""
+    title = self.name if self.name == self.role else f'{self.name} ({self.role})'
+    return printable(title)
 
 
 def domains(run: Run) -> list[Domain]:
@@ -50,13 +50,13 @@ def domains(run: Run) -> list[Domain]:
 
 
 def domains_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with its test accuracy in each domain.
+  """Returns one row per method with its test accuracy in each domain.
 
-  With several targets, or with open domains, also the means over them. Where the
-  control `source_only` is there, a last column says how much of its gap to
-  `target_only` a method covers, or without that how many points it is above; less than
-  nothing is negative transfer. A control is that of the same data and targets, and it
-  must be the only one.
+  With several targets, or with open domains, also the means over them. If the control
+  `source_only` has been run, a last column says how much of its gap to `target_only` a
+  method covers or, without `target_only`, how many points it is above `source_only`; a
+  negative number is negative transfer. A control must have the same data and targets,
+  and be the only one.
   """
   found = [group for group in groups if any(map(domains, group.counted))]
   names = list(dict.fromkeys(d for g in found for r in g.counted for d in domains(r)))
@@ -74,7 +74,7 @@ def domains_table(groups: Sequence[Group]) -> Table:
 
 
 def remarks(table: Table) -> list[str]:
-  """Returns what is to be said of the table of domains; nothing of an empty one."""
+  """Returns the remarks on the table of domains; none for an empty table."""
   if not table.rows:
     return []
   apart = any(heading.startswith('A-distance') for heading in table.headings)
@@ -95,7 +95,7 @@ def _accuracy(run: Run, name: str) -> float | None:
 
 
 def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, list[str]]:
-  """Returns columns of means over domains, where they are not one domain's number."""
+  """Returns columns of means over domains, if there is more than one to average."""
   roles = [domain.role for domain in names]
   titles = {
     'compound': 'mean of targets' * (roles.count('target') > 1),
@@ -119,7 +119,7 @@ def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, lis
 def _distances(
   groups: Sequence[Group], names: Sequence[Domain]
 ) -> Mapping[str, list[str]]:
-  """Returns a column for the A-distance of each target, if any run has such."""
+  """Returns a column for the A-distance of each target that any run has."""
   there = {}
   for name in dict.fromkeys(d.name for d in names if d.role == 'target'):
     rows = [
@@ -137,7 +137,7 @@ def _distances(
 
 
 def _plain(values: Sequence[float | None]) -> str:
-  """Returns mean ± standard deviation, or n/a where a run has no such number."""
+  """Returns mean ± standard deviation, or n/a if a run lacks the number."""
   if not values or None in values:
     return 'n/a'
   deviation = f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
@@ -145,7 +145,7 @@ def _plain(values: Sequence[float | None]) -> str:
 
 
 def _gaps(groups: Sequence[Group]) -> Mapping[str, list[str]]:
-  """Returns the column that compares with the controls, if they are there."""
+  """Returns the column that compares with the controls, if there are any."""
   pairs = [[_control(g, groups, name) for g in groups] for name in CONTROLS]
   sources, targets = pairs
   if not any(sources):
@@ -178,13 +178,13 @@ def _beside(
   ours, below = _headline(group), _headline(source)
   if shares:
     share = gap_coverage(ours, below, _headline(target))
-    told = 'n/a' if share is None else f'{100 * share:.1f} %'
+    text = 'n/a' if share is None else f'{100 * share:.1f} %'
   else:
-    told = f'{100 * (ours - below):+.1f}'
+    text = f'{100 * (ours - below):+.1f}'
   if ours < below:
-    return f'{told} (negative transfer)'
+    return f'{text} (negative transfer)'
   worse = _worse(group, source) if group is not target else []
-  return f'{told} (negative transfer on {", ".join(worse)})' if worse else told
+  return f'{text} (negative transfer on {", ".join(worse)})' if worse else text
 
 
 def _headline(group: Group) -> float:
@@ -206,27 +206,27 @@ def _worse(group: Group, control: Group) -> list[str]:
 
 WINS, CHANCE = 0.98, 0.55
 FEWEST_ROWS = 4
-"""Rows of the log below which nothing is said of a discriminator."""
+"""Rows of the log without which a discriminator is not judged."""
 
 
 def discriminator_notes(groups: Sequence[Group]) -> list[str]:
-  """Says of which runs the discriminator of domains always wins, or always loses."""
-  told: dict[str, list[str]] = {}
+  """Names the runs whose domain discriminator always wins, or always loses."""
+  found: dict[str, list[str]] = {}
   for group in groups:
     for run in group.runs:
       if line := _of_discriminator(run):
-        told.setdefault(f'{group.label}: {line}', []).append(str(run.seed))
+        found.setdefault(f'{group.label}: {line}', []).append(str(run.seed))
   return [
     f'Warning of {line} ({"seed" if len(seeds) == 1 else "seeds"} {", ".join(seeds)}).'
-    for line, seeds in told.items()
+    for line, seeds in found.items()
   ]
 
 
 def _of_discriminator(run: Run) -> str:
-  """Says whether a discriminator wins to the end, or has never won; '' of neither.
+  """Says whether a discriminator always wins or always loses; '' if neither.
 
-  It wins where it was right for nearly all images in the second half of training, and
-  loses where no row of the log has it clearly better than chance.
+  It wins if it is right for nearly all images in the second half of training, and loses
+  if it is never clearly better than chance in the log.
   """
   rows = [row for row in run.rows if isinstance(row.get('domain_accuracy'), float)]
   right = [row['domain_accuracy'] for row in rows if row.get('split') == 'train']
@@ -234,11 +234,11 @@ def _of_discriminator(run: Run) -> str:
     return ''
   if np.mean(right[len(right) // 2 :]) >= WINS:
     return (
-      'the discriminator always wins, so the features of the domains have not come '
+      'the discriminator always wins, so the features of the domains have not moved '
       'closer'
     )
   if max(right) <= CHANCE:
     return (
-      'the discriminator always loses, so the features are told nothing of the domains'
+      'the discriminator always loses, so the features learn nothing about the domains'
     )
   return ''

@@ -1,8 +1,8 @@
-"""How figures are drawn: style, axes, and SVG that fits a light and a dark page.
+"""How figures are drawn: style, axes, and SVG for light and dark pages.
 
-A figure is a function of runs that returns what Matplotlib draws and the caption, or
-raises `NoData`. Nothing is painted behind it, and its text and axes have the colour of
-the text around it.
+A figure is a function of runs that returns a Matplotlib figure and its caption, or
+raises `NoData`. Its background is transparent, and its text and axes take the colour of
+the page's text.
 """
 
 import io
@@ -32,8 +32,8 @@ FONTS = (
   "'Noto Sans Arabic', sans-serif, "
   "'Apple Color Emoji', 'Segoe UI Emoji', 'Noto Color Emoji'"
 )
-"""What text is shown in. A browser takes each character from the first that has it, and
-of any other script from what else is installed."""
+"""Fonts for text. A browser takes each character from the first font that has it, and
+falls back to other installed fonts for other scripts."""
 
 
 INK = '#010203'
@@ -80,7 +80,7 @@ def plot(rows: int = 1, columns: int = 1, size: tuple[float, float] = (5.6, 3), 
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
-  """Puts a legend above the axes, in so many columns at most."""
+  """Puts a legend above the axes, in at most this many columns."""
   figure.legend(
     *axes.get_legend_handles_labels(),
     loc='outside upper left',
@@ -91,7 +91,7 @@ def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
 
 
 def log_counts(axes: Axes) -> None:
-  """Makes an axis of training images logarithmic, with plain numbers."""
+  """Makes the x axis, training images, logarithmic with plain numbers."""
   axes.set(xscale='log', xlabel='training images of the class')
   axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axes.xaxis.set_major_formatter('{x:g}')
@@ -102,12 +102,12 @@ MARKER = {'marker': 'o', 'markersize': 2.5}
 
 
 def line(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-  """Draws a curve; where it is a single point, that point."""
+  """Draws a curve, or a marker if it has only one point."""
   axes.plot(x, y, **(MARKER if len(x) == 1 else {}) | style)
 
 
 def matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
-  """Draws (R, C) percentages as squares, the stronger the more; zeros are left out."""
+  """Draws (R, C) percentages as squares, stronger for larger ones; zeros stay empty."""
   rows, columns = np.nonzero(np.nan_to_num(share) > 0)
   corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
   alpha = share[rows, columns] / 100
@@ -126,13 +126,13 @@ def matrix(axes: Axes, share: np.ndarray, *, numbers: bool) -> None:
 
 
 def mean_and_deviation(values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns mean and standard deviation over runs; no deviation of one."""
+  """Returns mean and standard deviation over runs; no deviation for a single run."""
   found = np.array(values, np.float64)
   return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else None
 
 
 def finite_mean(values: np.ndarray) -> np.ndarray:
-  """Returns the means of columns, without what is not a number."""
+  """Returns the means of the finite values of each column."""
   there = np.isfinite(values)
   count = there.sum(axis=0)
   total = np.where(there, values, 0).sum(axis=0)
@@ -140,13 +140,13 @@ def finite_mean(values: np.ndarray) -> np.ndarray:
 
 
 def thinned(positions: np.ndarray, most: int) -> np.ndarray:
-  """Returns at most some positions, evenly taken."""
+  """Returns at most `most` of the positions, evenly spaced."""
   last = len(positions) - 1
   return positions[np.unique(np.linspace(0, last, most).round().astype(int))]
 
 
 def seeds(runs: Sequence[Run]) -> str:
-  """Returns what a caption says of several seeds."""
+  """Returns the sentence of a caption about several seeds."""
   count = len(runs)
   return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
 
@@ -158,8 +158,8 @@ ROOM = '\u2004'  # a third of an em
 def shortened(name: str) -> str:
   """Returns a name that fits beside an axis.
 
-  East Asian characters and emoji are as wide as two others. Matplotlib's own font lacks
-  them and would leave too little room, so `ROOM` follows each; `svg` takes it out.
+  East Asian characters and emoji are twice as wide as others. Matplotlib's own font
+  lacks them and would leave too little room, so `ROOM` follows each; `svg` removes it.
   """
   ends = np.cumsum([_places(character) for character in name])
   if len(name) and ends[-1] > MOST_PLACES:
@@ -169,7 +169,7 @@ def shortened(name: str) -> str:
 
 
 def _places(character: str) -> int:
-  """Returns how many Latin letters a character is as wide as; 0 of an accent."""
+  """Returns the width of a character in Latin letters; 0 for an accent."""
   if unicodedata.category(character) in ('Mn', 'Me', 'Cf'):
     return 0
   return 1 + (unicodedata.east_asian_width(character) in 'WF')
@@ -184,16 +184,16 @@ def finished(runs: Sequence[Run]) -> list[Run]:
 
 
 OTHER_CONTENTS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
-"""What comes of files that hold something else."""
+"""Errors raised by files with unexpected contents."""
 
 
 class Figured(NamedTuple):
   """A figure for a page.
 
   Attributes:
-    name: of the figure.
+    name: its name.
     caption: what it shows.
-    svg: the drawing; '' if there is none, and the caption says why.
+    svg: the drawing; '' if there is none, and then the caption says why.
   """
 
   name: str
@@ -202,9 +202,9 @@ class Figured(NamedTuple):
 
   @property
   def title(self) -> str:
-    """What a page calls it."""
-    told = self.name.removeprefix('compare_').replace('_', ' ')
-    return told[:1].upper() + told[1:]
+    """Its heading on a page."""
+    title = self.name.removeprefix('compare_').replace('_', ' ')
+    return title[:1].upper() + title[1:]
 
   @property
   def is_wide(self) -> bool:
@@ -219,7 +219,7 @@ WIDE = 700
 def draw(
   name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
 ) -> Figured:
-  """Draws a figure; without what it is made of, says what that is."""
+  """Draws a figure; if its data are missing, returns a caption that says which."""
   title = name.replace('_', ' ')
   try:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -229,8 +229,8 @@ def draw(
   except NoData as missing:
     return Figured(name, f'No figure of {title}: {missing}.', '')
   except OTHER_CONTENTS as error:
-    told = f'its files hold something else ({type(error).__name__}: {error})'
-    return Figured(name, f'No figure of {title}: {printable(told)}.', '')
+    why = f'its files have unexpected contents ({type(error).__name__}: {error})'
+    return Figured(name, f'No figure of {title}: {printable(why)}.', '')
 
 
 NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}
@@ -244,12 +244,12 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
   """Returns a figure as an <svg> element whose ids begin with a prefix.
 
   Args:
-    figure: what Matplotlib draws.
+    figure: the Matplotlib figure.
     prefix: unique on the page.
-    label: what a screen reader says.
+    label: for screen readers.
   """
   buffer = io.BytesIO()
-  # What savefig does besides is to draw everything a second time.
+  # savefig would draw everything a second time.
   FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
   root = ElementTree.fromstring(buffer.getvalue())
   space = f'{{{NAMESPACES[""]}}}'
@@ -272,14 +272,14 @@ def svg(figure: Figure, prefix: str, label: str) -> str:
         element.set(key, f'{prefix}-{value}')
       elif key == href and value.startswith('#'):
         element.set(key, f'#{prefix}-{value[1:]}')
-      elif key != href:  # an image is its own data
+      elif key != href:  # an image's href holds its data
         value = REFERENCE.sub(rf'url(#{prefix}-\1)', value)
         value = FAMILY.sub('', value) if key == 'style' else value
         element.set(key, value.replace(INK, 'currentColor'))
   width, height = (float(number) for number in root.get('viewBox').split()[2:])
   root.attrib.update(
     {
-      'width': f'{width * 4 / 3:.0f}',  # of points, in pixels
+      'width': f'{width * 4 / 3:.0f}',  # points to pixels
       'height': f'{height * 4 / 3:.0f}',
       'role': 'img',
       'aria-label': label,

@@ -1,6 +1,6 @@
-"""Figures of a report, each drawn from the files of one run or of seeds of one thing.
+"""Figures of a report, each drawn from the files of one run or of several seeds.
 
-A figure is a function of runs that returns what Matplotlib draws and the caption, or
+A figure is a function of runs that returns a Matplotlib figure and its caption, or
 raises `NoData`; see `lt_jax.report.drawing`.
 """
 
@@ -38,7 +38,7 @@ from lt_jax.report.learned import epsilons
 from lt_jax.report.runs import Group, NoData, Run
 
 MOST_CLASSES = 50
-"""Classes up to which each has a place of its own in a matrix."""
+"""Up to this many classes, each has its own row in a matrix."""
 
 MOST_NAMED = 20
 MOST_POINTS = 1000
@@ -46,7 +46,7 @@ FEWEST_NEIGHBOURS = 30
 
 
 def _class_accuracy(runs: Sequence[Run]) -> np.ndarray:
-  """Returns (R, C) test accuracies, or IoU, in %, NaN of a class that has none."""
+  """Returns (R, C) test accuracies, or IoU, in %, NaN for a class without one."""
   return 100 * np.array([run.test(run.task.by_class) for run in runs], np.float64)
 
 
@@ -84,7 +84,7 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
     ticks = [f'{shortened(names[c])}\n{counts[c]}' for c in order]
     turned = max(len(names[c]) for c in order) * len(order) > 90
     axes.set_xticks(np.arange(len(order)), ticks, rotation=45 if turned else 0)
-    axes.set_xlabel(f'class, and its training {runs[0].counted}')
+    axes.set_xlabel(f'class, with its training {runs[0].counted}')
   else:
     width = max(3, len(order) // 10)
     kernel = np.ones(width) / width
@@ -99,8 +99,8 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
   measure = runs[0].measure
   axes.set(ylabel=f'test {measure} (%)', ylim=(-3, 103))
   legend(figure, axes)
-  told = f'{_capital(measure)} of each class against class frequency.'
-  return figure, told + seeds(runs)
+  caption = f'{_capital(measure)} of each class against its frequency.'
+  return figure, caption + seeds(runs)
 
 
 def shot_groups(runs: Sequence[Run]) -> Drawn:
@@ -117,10 +117,10 @@ def shot_groups(runs: Sequence[Run]) -> Drawn:
   axes.bar(place, mean, 0.6, yerr=deviation, color=colours, ecolor=INK, capsize=3)
   for x, value in zip(place, mean, strict=True):
     axes.text(x, 2, f'{value:.1f}', ha='center', color=INK)
-  told = [
+  ticks = [
     f'{n if n == "all" else n + "-shot"}\n{masks[n].sum()} classes' for n in there
   ]
-  axes.set_xticks(place, told)
+  axes.set_xticks(place, ticks)
   measure = runs[0].measure
   axes.set(ylabel=f'test {measure} (%)', ylim=(0, 103))
   axes.grid(visible=False, axis='x')
@@ -128,13 +128,13 @@ def shot_groups(runs: Sequence[Run]) -> Drawn:
   bounds = shot_bounds(runs[0].counts, data['many_shot'], data['few_shot'])
   return figure, (
     f'{_capital(measure)} by shot group: many-shot classes have more than '
-    f'{bounds["many"]:g} training {runs[0].counted}, few-shot ones less than '
+    f'{bounds["many"]:g} training {runs[0].counted}, few-shot classes fewer than '
     f'{bounds["few"]:g}.{seeds(runs)}'
   )
 
 
 def confusion(runs: Sequence[Run]) -> Drawn:
-  """Draws what images, or pixels, of each class or block of classes were taken for."""
+  """Draws which classes the images, or pixels, of each class or block are taken for."""
   runs = finished(runs)
   counts = runs[0].counts
   classes = len(counts)
@@ -162,18 +162,20 @@ def confusion(runs: Sequence[Run]) -> Drawn:
     starts = np.append(0, ends[:-1] + 1)
     ranges = zip(counts[order][starts], counts[order][ends], strict=True)
     names, size = [f'{a} to {b}' for a, b in ranges], 7
-    what = f'{blocks} blocks of classes of similar frequency, by their training images'
+    what = (
+      f'{blocks} blocks of classes of similar frequency, named by their training images'
+    )
   axes.set_xticks(np.arange(blocks), names, rotation=90, fontsize=size)
   axes.set_yticks(np.arange(blocks), names, fontsize=size)
   axes.set(xlabel='predicted', ylabel='true')
-  pooled = f', {len(runs)} seeds together' if len(runs) > 1 else ''
+  pooled = f', {len(runs)} seeds pooled' if len(runs) > 1 else ''
   return figure, (
     f'Confusion of {what}, the most frequent first: share of the true row in %{pooled}.'
   )
 
 
 def reliability(runs: Sequence[Run]) -> Drawn:
-  """Draws accuracy against confidence, and how many images have which."""
+  """Draws accuracy against confidence, and the distribution of confidence."""
   runs = finished(runs)
   bins = _reliability_bins(runs)
   figure, (upper, lower) = plot(2, size=(5.6, 4.6), sharex=True, height_ratios=(3, 1))
@@ -194,7 +196,7 @@ def reliability(runs: Sequence[Run]) -> Drawn:
   lower.set(xlabel='confidence (%)', ylabel=f'{runs[0].counted} (%)')
   mean, deviation = mean_and_deviation([100 * run.test('ece') for run in runs])
   spread = '' if deviation is None else f' ± {deviation:.1f}'
-  pooled = f' {len(runs)} seeds together.' if len(runs) > 1 else ''
+  pooled = f' {len(runs)} seeds pooled.' if len(runs) > 1 else ''
   return figure, (
     f'Reliability: the expected calibration error is {mean:.1f}{spread} % '
     f'({BINS} bins).{pooled}'
@@ -202,7 +204,7 @@ def reliability(runs: Sequence[Run]) -> Drawn:
 
 
 def _reliability_bins(runs: Sequence[Run]) -> dict[str, np.ndarray]:
-  """Returns 'bin_count' and 'bin_accuracy' of the test images of all runs together."""
+  """Returns 'bin_count' and 'bin_accuracy' over the test images of all runs."""
   if runs[0].task.per_pixel:
     stored = [run.arrays('predictions.npz') for run in runs]
     pixels, right = (
@@ -222,7 +224,7 @@ SCORES = {'known_score': 'the method’s score', 'energy': 'energy of the logits
 
 
 def open_set(runs: Sequence[Run]) -> Drawn:
-  """Draws what is accepted, of known and open images, as the threshold falls."""
+  """Draws the shares of known and open images accepted, as the threshold falls."""
   runs = finished(runs)
   figure, (rates, f_measures) = plot(1, 2, size=(9, 3.2))
   for run in runs:
@@ -248,11 +250,11 @@ def open_set(runs: Sequence[Run]) -> Drawn:
       )
   chosen = (runs[0].result.get('threshold') or {}).get('value')
   if chosen is not None:
-    told = 'chosen threshold' if len(runs) == 1 else f'chosen, seed {runs[0].seed}'
-    f_measures.axvline(chosen, color=INK, linestyle='--', linewidth=0.8, label=told)
+    label = 'chosen threshold' if len(runs) == 1 else f'chosen, seed {runs[0].seed}'
+    f_measures.axvline(chosen, color=INK, linestyle='--', linewidth=0.8, label=label)
   rates.set(
     xlabel='open images accepted (%)',
-    ylabel='known images accepted\nand classified right (%)',
+    ylabel='known images accepted\nand correctly classified (%)',
     xlim=(0, 100),
     ylim=(0, 103),
   )
@@ -264,7 +266,7 @@ def open_set(runs: Sequence[Run]) -> Drawn:
   mean, _ = mean_and_deviation([100 * run.test('auroc') for run in runs])
   return (
     figure,
-    f'The open set, at every threshold; AUROC {mean:.1f} %.{each_seed(runs)}',
+    f'The open set at every threshold; AUROC {mean:.1f} %.{each_seed(runs)}',
   )
 
 
@@ -289,39 +291,43 @@ def training(runs: Sequence[Run]) -> Drawn:
       line(loss, *curve(run, split, 'loss'), **style)
       line(accuracy, *curve(run, split, run.logged(split), 100), **style)
     line(rate, *curve(run, 'train', 'learning_rate'), color=SPLITS['train'])
-  told = mark_stages(panels, runs[0])
+  stages = mark_stages(panels, runs[0])
   loss.set_ylabel('loss (nats)')
   legend(figure, loss)
   accuracy.set(ylabel=_logged(runs[0]), ylim=(0, 103))
   rate.set(ylabel='learning rate', xlabel='step')
   return figure, (
-    'Training. Of training images the loss is the one that is minimised, with weights '
-    f'and margins; of the others it is the cross-entropy.{told}{each_seed(runs)}'
+    'Training. On training images the loss is the one that is minimised, with weights '
+    f'and margins; on others it is the cross-entropy.{stages}{each_seed(runs)}'
   )
 
 
 def _logged(run: Run) -> str:
-  """Returns what an axis of the metrics in the log is called."""
+  """Returns the label of an axis for the metrics in the log."""
   title = run.task.metrics[run.headline].title
   return f'accuracy, {title} (%)' if title != 'accuracy' else 'accuracy (%)'
 
 
 def mark_stages(panels: Sequence[Axes], run: Run) -> str:
-  """Draws where stages begin; returns what a caption says of it."""
+  """Draws where stages begin; returns the sentence of the caption about it."""
   stages = stages_of(run)
   for axes, (begin, _) in itertools.product(panels, list(stages.values())[1:]):
     axes.axvline(begin, color=INK, linewidth=0.7, linestyle='--')
-  told = f' Stages, between dashed lines: {", ".join(stages)}.'
-  return told if len(stages) > 1 else ''
+  caption = f' Stages, between dashed lines: {", ".join(stages)}.'
+  return caption if len(stages) > 1 else ''
 
 
 def each_seed(runs: Sequence[Run]) -> str:
-  """Returns what a caption says where each of several seeds has a line."""
-  return '' if len(runs) == 1 else f' A line a seed, the strong one {runs[0].seed}.'
+  """Returns the sentence of a caption if each of several seeds has a line."""
+  return (
+    ''
+    if len(runs) == 1
+    else f' One line per seed; the strong one is seed {runs[0].seed}.'
+  )
 
 
 def weights(runs: Sequence[Run]) -> Drawn:
-  """Draws the weights that a method has learned: by class, over training."""
+  """Draws the weights that a method learned, by class, over training."""
   run = runs[0]
   stored = run.arrays('weights.npz')
   counts, step, prior, mean, spread = (
@@ -333,9 +339,9 @@ def weights(runs: Sequence[Run]) -> Drawn:
   for c, alpha in zip(lines, np.linspace(0.25, 1, len(lines)), strict=True):
     style = {'color': COLOURS['few'], 'linewidth': 1, 'alpha': alpha}
     line(over_time, step, mean[:, c], **style)
-  over_time.set(xlabel='step', ylabel='mean weight of a class')
+  over_time.set(xlabel='step', ylabel='mean weight per class')
   over_time.set_title('strong: rare classes; faint: frequent ones')
-  # The last fifth of training: a single log row has few images of a rare class.
+  # Over the last fifth of training, as one log row has few images of a rare class.
   tail = slice(-max(1, len(step) // 5), None)
   last, width, before = (finite_mean(x[tail][:, order]) for x in (mean, spread, prior))
   at_end.errorbar(
@@ -349,15 +355,17 @@ def weights(runs: Sequence[Run]) -> Drawn:
   at_end.set_title('last fifth of training: mean, deviation')
   at_end.legend()
   seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
-  return figure, f'Learned weights of examples, by class, over training.{seed}'
+  return figure, f'Learned weights of examples by class over training.{seed}'
 
 
 def features(runs: Sequence[Run]) -> Drawn:
-  """Draws a plane map of test features, with the centroids of classes."""
+  """Draws test features in a plane, with the class centroids."""
   run = runs[0]
   stored = run.arrays('features.npz')
   number = stored.get('domain', np.zeros(len(stored['label']), int))
-  tested = max(1, len(run.config.get('target', ())))  # the headline's come first
+  tested = max(
+    1, len(run.config.get('target', ()))
+  )  # the headline's domains come first
   points, rows = drawable(stored, number < tested)
   label = stored['label'][rows]
   centroids = stored['centroids'].astype(np.float32)
@@ -374,29 +382,29 @@ def features(runs: Sequence[Run]) -> Drawn:
     )
   crosses = ', and class centroids (crosses)' if len(shown) else ''
   return figure, (
-    f'{name} map of {len(points)} test features{crosses}. Behind a class stand its '
-    'training images. Distances between far groups mean little.'
+    f'{name} map of {len(points)} test features{crosses}. Numbers in '
+    'brackets are training images per class. Distances between far groups mean little.'
   )
 
 
 Sets = dict[str, tuple[np.ndarray, Any]]
-"""Title -> (N,) bool, which points belong to it, and their colour."""
+"""Title -> ((N,) bool that says which points belong to it, their colour)."""
 
 
 def drawable(
   stored: Mapping[str, np.ndarray], wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns features of some rows, at most `MOST_POINTS`, and what goes with them.
+  """Returns the wanted features, at most `MOST_POINTS`, and their rows.
 
   Args:
-    stored: of features.npz.
+    stored: the arrays of features.npz.
     wanted: (N,) bool.
 
   Returns:
-    (M, D) finite features, and (M,) their rows.
+    (M, D) finite features, and (M,) row numbers.
 
   Raises:
-    NoData: there are too few that differ.
+    NoData: too few of them differ.
   """
   points = stored['features'].astype(np.float32)
   keep = np.flatnonzero(np.isfinite(points).all(axis=1) & wanted)
@@ -408,7 +416,7 @@ def drawable(
 
 
 def class_sets(run: Run, label: np.ndarray) -> Sets:
-  """Returns points by class, or where there are many by shot group."""
+  """Returns points by class, or by shot group if there are many classes."""
   counts = run.counts
   if len(counts) > 10:
     return {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
@@ -421,16 +429,16 @@ def class_sets(run: Run, label: np.ndarray) -> Sets:
 
 
 def scatter(axes: Axes, plane: np.ndarray, sets: Sets, name: str) -> None:
-  """Draws points of a plane map in the colours of sets, with a legend."""
-  for told, (mask, colour) in sets.items():
-    axes.scatter(*plane[mask].T, s=9, color=colour, alpha=0.75, label=told)
+  """Draws points in the colours of their sets, with a legend."""
+  for title, (mask, colour) in sets.items():
+    axes.scatter(*plane[mask].T, s=9, color=colour, alpha=0.75, label=title)
   axes.set(xlabel=f'{name} 1 (no unit)', ylabel=f'{name} 2 (no unit)')
   axes.set(xticks=[], yticks=[])
   axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), handletextpad=0.2)
 
 
 def plane_of(points: np.ndarray) -> tuple[np.ndarray, str]:
-  """Returns (N, 2) places of points, and the name of the map."""
+  """Returns (N, 2) points mapped to a plane, and the name of the map."""
   from sklearn.decomposition import PCA
   from sklearn.manifold import TSNE
   from threadpoolctl import threadpool_limits
@@ -440,7 +448,7 @@ def plane_of(points: np.ndarray) -> tuple[np.ndarray, str]:
   if len(points) < FEWEST_NEIGHBOURS:
     return points[:, :2], 'PCA'
   mapped = TSNE(perplexity=min(30, len(points) / 4), max_iter=500, random_state=0)
-  with threadpool_limits(1):  # threads that wait for each other cost more than they do
+  with threadpool_limits(1):  # more threads are slower: they wait for each other
     return mapped.fit_transform(points), 't-SNE'
 
 
@@ -454,14 +462,14 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Drawn]] = {
   'weights': weights,
   'epsilons': epsilons,
 }
-"""name -> figure of seeds of one thing."""
+"""name -> figure of one or more seeds."""
 
 OF_ONE_RUN = {'features': features}
-"""Those that take seconds."""
+"""Figures that take seconds."""
 
 
 def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
-  """Draws many-, medium- and few-shot accuracy of each method, a row each."""
+  """Draws many-, medium- and few-shot accuracy, one row per method."""
   groups = [group for group in groups if group.counted]
   figure, axes = plot(size=(5.6, 0.9 + 0.26 * len(groups)))
   place = np.arange(len(groups))
@@ -492,12 +500,12 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   measure = groups[0].counted[0].measure
   axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes)
-  told = 'by shot group; mean and standard deviation over seeds.'
-  return figure, f'{_capital(measure)} {told}'
+  caption = 'by shot group; mean and standard deviation over seeds.'
+  return figure, f'{_capital(measure)} {caption}'
 
 
 def short_label(label: str) -> str:
-  """Returns a label that fits beside an axis; its end sets it apart from others."""
+  """Returns a label that fits beside an axis; its end tells it from others."""
   return label if len(label) <= 40 else f'{label[:15]}…{label[-24:]}'
 
 
@@ -506,7 +514,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   groups = [group for group in groups if group.counted]
   names = groups[0].counted[0].class_names
   if any(group.counted[0].class_names != names for group in groups):
-    raise NoData('the runs have not the same classes')
+    raise NoData('the runs do not have the same classes')
   counts = np.stack([group.counted[0].counts for group in groups])
   same = bool((counts == counts[0]).all())
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])
@@ -518,12 +526,12 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   if len(parts) == len(order):
     ticks = [shortened(names[c]) + f'\n{counts[0, c]}' * same for c in order]
     counted = groups[0].counted[0].counted
-    axes.set_xlabel('class' + f', and its training {counted}' * same)
+    axes.set_xlabel('class' + f', with its training {counted}' * same)
   else:
     numbers = counts[0, order] if same else np.arange(1, len(order) + 1)
     ticks = [f'{part[0]} to {part[-1]}' for part in np.array_split(numbers, len(parts))]
-    told = 'training images' if same else 'rank'
-    axes.set_xlabel(f'classes of similar frequency, by their {told}')
+    unit = 'training images' if same else 'rank'
+    axes.set_xlabel(f'classes of similar frequency, by their {unit}')
   turned = max(map(len, ticks)) * len(ticks) > 100
   axes.set_xticks(np.arange(len(ticks)), ticks, rotation=90 if turned else 0)
   axes.set_yticks(np.arange(len(groups)), [short_label(g.label) for g in groups])
@@ -531,8 +539,8 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   caption = f'Test {measure} of each class in %, the most frequent first.'
   if not same:
     caption += (
-      ' The methods were trained on different numbers of images of a class, which are '
-      'left out; the order is that of their sums.'
+      ' The methods have different numbers of training images per class, so these are '
+      'not shown; classes are ordered by their sums.'
     )
   return figure, caption
 
@@ -543,4 +551,4 @@ COMPARISONS: dict[str, Callable[[Sequence[Group]], Drawn]] = {
   'compare_gains': compare_gains,
   'compare_training': compare_training,
 }
-"""name -> figure of several groups."""
+"""name -> figure that compares groups."""

@@ -1,8 +1,8 @@
-"""Values of config keys that a recipe was run with: which is best by validation.
+"""Which values of config keys are best for a recipe, by validation.
 
-A recipe with runs of several configurations on the same data is a grid. Its cells are
-groups of seeds; the chosen one has the best mean metric on validation images, the one
-that `config.select` names or else the accuracy. Test images are only told.
+A recipe that was run with several configs on the same data is a grid. Its cells are
+groups of seeds. The chosen cell has the best mean on validation images, of the metric
+that `config.select` names or else of the headline. Test metrics are only reported.
 """
 
 import json
@@ -24,19 +24,19 @@ from lt_jax.report.drawing import (
 from lt_jax.report.runs import Group, NoData, Run, printable
 from lt_jax.report.tables import Table, percent
 
-REMARK = 'Values in %; the chosen ones are best on validation images, by their mean.'
+REMARK = 'Values in %; the chosen cell has the best mean on validation images.'
 
 
 class Grid(NamedTuple):
-  """A recipe's runs of several configurations.
+  """A recipe's runs with several configs.
 
   Attributes:
-    recipe: its name, with that of the data set where there are several.
-    keys: config keys that tell the cells apart.
-    cells: groups that have finished.
-    values: of each cell, the values of the keys.
-    metric: by which a cell is chosen.
-    chosen: the place of the best cell; None without validation images.
+    recipe: its name.
+    keys: config keys in which the cells differ.
+    cells: finished groups.
+    values: for each cell, the values of the keys.
+    metric: the one by which a cell is chosen.
+    chosen: the index of the best cell; None without validation images.
   """
 
   recipe: str
@@ -64,7 +64,7 @@ def grids(groups: Sequence[Group]) -> list[Grid]:
 
 def _grid(recipe: str, cells: list[Group]) -> Grid:
   configs = [trained_by(group.counted[0].config) for group in cells]
-  keys = _telling(configs)
+  keys = _distinguishing(configs)
   values = [tuple(config.get(key) for key in keys) for config in configs]
   split, _, metric = str(configs[0].get('select', '')).partition('/')
   headline = cells[0].counted[0].headline
@@ -77,10 +77,10 @@ def _grid(recipe: str, cells: list[Group]) -> Grid:
   return Grid(recipe, keys, cells, values, metric, best)
 
 
-def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
-  """Returns keys that tell configurations apart; of keys that tell the same, one.
+def _distinguishing(configs: Sequence[dict[str, Any]]) -> list[str]:
+  """Returns the keys in which configurations differ, one of those that vary together.
 
-  That is the one with the shortest name: what follows another key has a longer one.
+  It is the one with the shortest name: keys derived from another have longer names.
   """
   found: dict[str, str] = {}
   differing = {k for config in configs for k in config if k != 'seed'}
@@ -93,18 +93,18 @@ def _telling(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _validated(group: Group, metric: str) -> float | None:
-  """Returns the mean of a metric on validation images; None if a run has none."""
+  """Returns the mean of a metric on validation images; None if a run lacks it."""
   values = [(run.result.get('val') or {}).get(metric) for run in group.counted]
   return None if None in values else float(np.mean(values))
 
 
 def grids_table(found: Sequence[Grid]) -> Table:
-  """Returns a row a cell: its values, the metric on validation and test images."""
+  """Returns one row per cell: its values, the metric on validation and test images."""
   rows, links = [], []
   for grid in found:
     for place, (cell, values) in enumerate(zip(grid.cells, grid.values, strict=True)):
-      told = ', '.join(
-        f'{k}={_told(v)}' for k, v in zip(grid.keys, values, strict=True)
+      setting = ', '.join(
+        f'{k}={_as_text(v)}' for k, v in zip(grid.keys, values, strict=True)
       )
       val, test = (
         percent(
@@ -113,21 +113,21 @@ def grids_table(found: Sequence[Grid]) -> Table:
         for split in ('val', 'test')
       )
       mark = 'yes' if place == grid.chosen else ''
-      row = [grid.recipe, printable(told), str(len(cell.counted)), val, test, mark]
+      row = [grid.recipe, printable(setting), str(len(cell.counted)), val, test, mark]
       rows.append(row)
       links.append(f'#{cell.anchor}')
   headings = ['method', 'values', 'seeds', 'on validation', 'on test', 'chosen']
   return Table(headings, rows, links)
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
   return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def error_by_value(found: Sequence[Grid]) -> Drawn:
-  """Draws the error against the values of a number, a line a value of the other keys.
+  """Draws the error against a numeric key, one line per setting of the other keys.
 
-  The number is the one of most values; the recipes that were run over it share a plot.
+  The key is the one with the most values; all recipes that vary it share the plot.
   """
   key, shown = _number(found)
   places = sorted({grid.values[i][grid.keys.index(key)] for grid, i in _cells(shown)})
@@ -137,18 +137,18 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
     values = dict(zip(grid.keys, grid.values[i], strict=True))
     x = values.pop(key)
     parts = [
-      f'{name}={_told(v)}'
+      f'{name}={_as_text(v)}'
       for name, v in zip(_short(values), values.values(), strict=True)
     ]
-    told = ', '.join([grid.recipe] * (len(recipes) > 1 or not parts) + parts)
-    lines.setdefault(told, []).append((x, grid.cells[i], i == grid.chosen))
+    label = ', '.join([grid.recipe] * (len(recipes) > 1 or not parts) + parts)
+    lines.setdefault(label, []).append((x, grid.cells[i], i == grid.chosen))
   columns = 4 if max(map(len, lines)) < 20 else 2 if max(map(len, lines)) < 40 else 1
   figure, axes = plot(size=(5.6, 3.2 + 0.2 * math.ceil(len(lines) / columns)))
-  for number, (told, points) in enumerate(lines.items()):
+  for number, (name, points) in enumerate(lines.items()):
     colour = CYCLE[number % len(CYCLE)]
     points.sort(key=lambda point: point[0])
     x = [places.index(value) for value, _, _ in points]
-    marker = 'os^D'[number // len(CYCLE) % 4]  # where colours come again
+    marker = 'os^D'[number // len(CYCLE) % 4]  # once the colours repeat
     for split, style in SPLITS.items():
       values = [_errors(group.counted, split) for _, group, _ in points]
       if any(None in seeds for seeds in values):
@@ -156,7 +156,7 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
       pairs = [mean_and_deviation(seeds) for seeds in values]
       mean = [mean for mean, _ in pairs]
       spread = [0 if deviation is None else deviation for _, deviation in pairs]
-      label = printable(told) if split == 'test' else None
+      label = printable(name) if split == 'test' else None
       axes.errorbar(
         x,
         mean,
@@ -171,17 +171,17 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
       for place, value, (_, _, best) in zip(x, mean, points, strict=True):
         if best and split == 'test':
           axes.plot(place, value, 'o', color='none', mec=colour, markersize=11)
-  axes.set_xticks(range(len(places)), [_told(value) for value in places])
+  axes.set_xticks(range(len(places)), [_as_text(value) for value in places])
   axes.set(xlabel=key, ylabel='error (%)')
   legend(figure, axes, columns)
   return figure, (
-    f'Error against {key}: on test images (solid) and on validation images (dashed), '
-    'by which the cells in circles were chosen; mean and deviation over seeds.'
+    f'Error against {key} on test images (solid) and on validation images (dashed), '
+    'which chose the circled cells; mean and standard deviation over seeds.'
   )
 
 
 def _short(keys: Iterable[str]) -> list[str]:
-  """Returns the last parts of keys; the whole keys where these are not unique."""
+  """Returns the last parts of keys, or the whole keys if these are not unique."""
   keys = list(keys)
   last = [key.rpartition('.')[2] for key in keys]
   return last if len(set(last)) == len(last) else keys
@@ -198,7 +198,7 @@ def _cells(found: Sequence[Grid]) -> list[tuple[Grid, int]]:
 
 
 def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
-  """Returns the key of the number with most values, and the grids that have it.
+  """Returns the numeric key with the most values, and the grids that have it.
 
   Raises:
     NoData: there is none.

@@ -1,4 +1,4 @@
-"""Figures of what `lt_jax.inside` has found in a run: of single images."""
+"""Figures of what `lt_jax.inside` found in a run, image by image."""
 
 from collections.abc import Callable, Sequence
 
@@ -42,9 +42,9 @@ def example_epsilons(runs: Sequence[Run]) -> Drawn:
   left.plot(counts[label] * jitter, epsilon, '.', color=COLOURS['few'], alpha=0.5)
   left.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3), useMathText=False)
   right.plot(counts[label], prior, 'o', color=COLOURS['many'], markersize=4)
-  for axes, told in ((left, 'epsilon of an image'), (right, 'weight w')):
+  for axes, name in ((left, 'epsilon of an image'), (right, 'weight w')):
     log_counts(axes)
-    axes.set_ylabel(told)
+    axes.set_ylabel(name)
     axes.grid()
   for line, places in enumerate((range(half), range(half, len(shown)))):
     for column, place in enumerate(places):
@@ -52,14 +52,14 @@ def example_epsilons(runs: Sequence[Run]) -> Drawn:
       title = f'{name}\n{epsilon[shown[place]]:+.1e}'
       show(figure.add_subplot(grid[1 + line, column]), images[place], title)
   return figure, (
-    f'What {len(label)} training images would be weighed by next, beyond the weight of '
-    'their class (left) and beside it (right); below, the images with the largest '
-    'epsilon (upper row) and with the smallest, each with its class.'
+    f'What the next step would add to the class weight of {len(label)} training images '
+    '(left), and that class weight (right). Below: the images with the largest epsilon '
+    '(upper row) and the smallest, each with its class.'
   )
 
 
 def feature_maps(runs: Sequence[Run]) -> Drawn:
-  """Draws test images, the plain network's map, the modulated one and attention."""
+  """Draws test images, the plain network's map, the modulated map and attention."""
   run = runs[0]
   stored = run.arrays('feature_maps.npz')
   columns = ('image', 'plain', 'modulated', 'attention')
@@ -80,9 +80,9 @@ def feature_maps(runs: Sequence[Run]) -> Drawn:
       show(axes[row, column], maps[column], titles[column], **style)
     show(axes[row, 3], maps[3], 'attention', cmap='magma', vmin=0)
   return figure, (
-    'Test images with their class; the mean size of the features at each pixel in the '
-    'plain network and after attention, on one scale, with what either network '
-    'predicts; and the share of attention that a pixel gets.'
+    'Test images with their class; the mean magnitude of the features at each pixel in '
+    'the plain network and after attention, on one scale, with the prediction of each; '
+    'and the share of attention that each pixel gets.'
   )
 
 
@@ -97,7 +97,7 @@ def embeddings(runs: Sequence[Run]) -> Drawn:
   for axes, (title, key) in zip(panels, kinds.items(), strict=True):
     points = stored[key].astype(np.float32)
     both = np.concatenate([points, centroids])
-    if key == 'embeddings':  # whose lengths tell how near a centroid is
+    if key == 'embeddings':  # their lengths say how near a centroid is
       both = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-6)
     places, name = plane_of(both)
     for group, mask in run.groups.items():
@@ -110,14 +110,14 @@ def embeddings(runs: Sequence[Run]) -> Drawn:
     axes.plot(x, y, 'P', color=INK, markersize=6, markeredgecolor='#8a8a8a')
     if len(centroids) <= 20:
       for c, place in enumerate(zip(x, y, strict=True)):
-        told = shortened(run.class_names[c])
-        axes.annotate(told, place, (4, 4), textcoords='offset points')
+        text = shortened(run.class_names[c])
+        axes.annotate(text, place, (4, 4), textcoords='offset points')
     axes.set(title=title, xticks=[], yticks=[], xlabel=f'{name} 1', ylabel=f'{name} 2')
   panels[0].legend(loc='best')
   return figure, (
-    f'{len(label)} test images as direct features, and the directions of their '
-    'meta-embeddings, each in a plane of its own; crosses are the centroids of the '
-    'memory, on the right their directions.'
+    f'{len(label)} test images: direct features (left) and directions of '
+    'meta-embeddings (right), each in a plane of its own. Crosses are the centroids of '
+    'the memory, on the right their directions.'
   )
 
 
@@ -126,4 +126,4 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], Drawn]]] = {
   'feature_maps': ('feature_maps.npz', feature_maps),
   'embeddings': ('embeddings.npz', embeddings),
 }
-"""name -> (the file that it is made of, the figure of one run)."""
+"""name -> (the file that it needs, figure of one run)."""

@@ -1,4 +1,4 @@
-"""Figures of what a method has learned of single examples, from the files of a run."""
+"""Figures of the example weights that a method learned, from the files of a run."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from lt_jax.report.runs import NoData, Run
 
 
 def epsilons(runs: Sequence[Run]) -> Drawn:
-  """Draws what was learned beyond the class-balanced weight, beside that weight.
+  """Draws epsilon, which is added to the class-balanced weight, and that weight.
 
-  Where it is a millionth of the weight it cannot be seen in the weight itself.
+  Epsilon may be a millionth of the weight, too small to be seen in their sum.
   """
   run = runs[0]
   stored = run.arrays('weights.npz')
   if 'learned' not in stored:
-    raise NoData('weights.npz is of an earlier version, without epsilon')
+    raise NoData('weights.npz was written by an earlier version, without epsilon')
   counts, step = stored['counts'], stored['step']
   order = np.argsort(-counts, kind='stable')
   tail = slice(-max(1, len(step) // 5), None)
@@ -30,13 +30,13 @@ def epsilons(runs: Sequence[Run]) -> Drawn:
   )
   left.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3), useMathText=False)
   right.plot(counts[order], prior, 'o', color=COLOURS['many'], markersize=4)
-  for axes, told in ((left, 'epsilon'), (right, 'class-balanced weight w')):
+  for axes, name in ((left, 'epsilon'), (right, 'class-balanced weight w')):
     log_counts(axes)
-    axes.set_ylabel(told)
-  left.set_title('mean and deviation of the images of a class')
+    axes.set_ylabel(name)
+  left.set_title('mean and deviation over the images of a class')
   scale = np.nanmean(np.abs(learned)) / np.nanmean(np.abs(prior))
   seed = '' if len(runs) == 1 else f' Seed {run.seed}.'
   return figure, (
-    'What was learned beyond the class-balanced weight (left), and that weight, '
+    'Epsilon, which is added to the class-balanced weight (left), and that weight, '
     f'over the last fifth of training: epsilon is {scale:.1e} of the weight.{seed}'
   )

@@ -1,4 +1,4 @@
-"""Several tasks at once: each task beside the network that learned it alone."""
+"""Multi-task results: each task compared with a network that learned it alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from lt_jax.report.runs import Group, Run
 from lt_jax.report.tables import Table, percent
 
 REMARK = (
-  'Accuracy or mean average precision on test images in %, of a regression the root '
-  'mean squared error times 100; the gain is the mean over tasks of the relative '
-  'difference to networks that learned one task alone (method.only) on the same data.'
+  'Accuracy or mean average precision on test images in %; for a regression, the root '
+  'mean squared error times 100. The gain is the mean over tasks of the relative '
+  'difference from networks that learned one task alone (method.only) on the same data.'
 )
 
 OWN = 'label'
@@ -23,18 +23,18 @@ MEASURE = {
   'sigmoid': ('map', 1),
   'regression': ('rmse', -1),
 }
-"""Kind -> (the measure that is shown, whether more of it is better or less)."""
+"""Kind -> (the measure shown, 1 if more is better or -1 if less is)."""
 
 ALONE, EQUAL, FIXED = 'one task alone', 'equal', 'fixed'
 
 
 def multitask_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method of several tasks, with the relative gain over controls.
+  """Returns one row per multi-task method, with the relative gain over the controls.
 
-  A control is a run that learned one task alone (`method.only`), on the same data.
-  Measures are in %, of a regression the root mean squared error. The last column is the
-  mean relative gain, '-' where a control is missing. Of fixed weights those with the
-  best mean over tasks on validation images are marked as such.
+  A control is a run that learned one task alone (`method.only`) on the same data.
+  Measures are in %; for a regression, the root mean squared error times 100. The last
+  column is the mean relative gain, '-' if a control is missing. The fixed weights with
+  the best mean over tasks on validation images are marked.
   """
   shown = _of_several(groups)
   tasks = list(dict.fromkeys(t for group in shown for t in _tasks(group.counted[0])))
@@ -68,7 +68,7 @@ def multitask_table(groups: Sequence[Group]) -> Table:
 
 
 def remarks(groups: Sequence[Group]) -> list[str]:
-  """Returns a line for every control that a table of several tasks lacks."""
+  """Returns a line for every control that the multi-task table lacks."""
   shown, lines = _of_several(groups), []
   for data in dict.fromkeys(map(_data, shown)):
     own = [group for group in shown if _data(group) == data]
@@ -82,25 +82,25 @@ def remarks(groups: Sequence[Group]) -> list[str]:
     if missing := [task for task in tasks if task not in controls]:
       lines.append(
         f'No network learned {", ".join(missing)} alone, so there is no gain over '
-        f'single tasks: --grid=method.only={",".join(tasks)}.'
+        f'single tasks; run --grid=method.only={",".join(tasks)}.'
       )
     if EQUAL not in kinds:
-      lines.append('No run has equal weights: --methods=multitask.')
+      lines.append('No run has equal weights; run --methods=multitask.')
     if not _best_fixed(own):
       lines.append(
-        'The best fixed weights are not known: they take several fixed weights, '
+        'The best fixed weights are not known; run several fixed weights, '
         '--grid=method.weights.TASK=..., on data with validation images.'
       )
   return lines
 
 
 def _of_several(groups: Sequence[Group]) -> list[Group]:
-  """Returns the groups that have finished and are of several tasks."""
+  """Returns the finished groups with several tasks."""
   return [group for group in groups if group.counted and _tasks(group.counted[0])]
 
 
 def _weights(group: Group) -> str:
-  """Says how the tasks are weighed."""
+  """Says how the tasks are weighted."""
   if only := _only(group):
     return f'{ALONE}: {only}'
   run = group.counted[0]
@@ -117,9 +117,10 @@ def _weights(group: Group) -> str:
 
 
 def _best_fixed(groups: Sequence[Group]) -> list[Group]:
-  """Returns of each data set the fixed weights that are best by validation images.
+  """Returns the fixed weights that are best on validation images, for each data set.
 
-  None where fewer than two were tried, or a run has no validation images.
+  A data set is left out if fewer than two were tried, or if a run has no validation
+  images.
   """
   found = []
   for data in dict.fromkeys(map(_data, groups)):
@@ -140,7 +141,7 @@ def _validated(group: Group) -> float | None:
 
 
 def _tasks(run: Run) -> dict[str, tuple[str, int]]:
-  """Returns task -> (its measure, the sign of better); {} of a run of one task."""
+  """Returns task -> (its measure, 1 if more is better, else -1); {} for one task."""
   method: Mapping[str, Any] = run.config.get('method') or {}
   if method.get('name') != 'multitask':
     return {}

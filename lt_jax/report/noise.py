@@ -1,7 +1,7 @@
-"""Whether a difference of two methods is more than noise: two paired 95 % intervals.
+"""Whether a difference between two methods is more than noise: paired 95 % intervals.
 
-Both are of a difference of paired measurements, and a difference is within noise if its
-interval contains zero. The t interval is over seeds; the bootstrap is over test images.
+A difference of paired measurements is within noise if its interval contains zero. The t
+interval is over seeds, the bootstrap interval over test images.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 SEED = 0
 _BLOCK = 2**22
-"""Most numbers of a block of resamples, which bounds the memory they take."""
+"""Most numbers in a block of resamples, which limits their memory."""
 
 
 class Interval(NamedTuple):
@@ -26,24 +26,24 @@ class Interval(NamedTuple):
 
   @property
   def within_noise(self) -> bool:
-    """Whether the difference may as well be zero."""
+    """Whether the difference may be zero."""
     return self.low <= 0 <= self.high
 
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
   r"""Returns the interval of a paired t-test.
 
-  With the n differences d_i, their mean and their sample deviation s:
+  With n differences d_i and their sample standard deviation s:
 
   .. math:: \bar d \pm t_{n-1,\,0.975} \, s / \sqrt n
 
-  Pairs are used because runs of one seed share their initial weights and the order of
-  their batches, so they are not independent. The interval also holds where they are.
-  A permutation test is no alternative: of three seeds its least p is 1/4.
+  The test is paired because runs with the same seed share their initial weights and the
+  order of their batches, so they are not independent. The interval also holds if they
+  are. A permutation test is no alternative: with three seeds its smallest p is 1/4.
 
   Args:
-    ours: (n,) measurements, n > 1.
-    theirs: (n,) measurements of the same seeds.
+    ours: (n,) measurements, one per seed, n > 1.
+    theirs: (n,) measurements for the same seeds.
 
   Examples:
     >>> found = paired_t([0.5, 0.7, 0.9], [0.4, 0.5, 0.6])
@@ -60,20 +60,20 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 def paired_bootstrap(
   differences: Callable[[np.ndarray], np.ndarray], images: Sequence[int]
 ) -> list[Interval]:
-  """Returns percentile intervals over `RESAMPLES` draws of as many test images.
+  """Returns percentile intervals over `RESAMPLES` resamples of the test images.
 
-  Both methods are measured on the images of each draw. Images that count alike are of
-  one kind: their number in a draw is multinomial, so they need not be drawn one by one.
+  Both methods are measured on the same resample. Images with the same effect are one
+  kind: their number in a resample is multinomial, so none is drawn on its own.
 
   Args:
-    differences: numbers of images (R, K) of each kind -> M differences (R, M), NaN
-      where a draw has none of the images it is about.
-    images: (K,) how many test images are of each kind.
+    differences: numbers of images of each kind (R, K) -> M differences (R, M), NaN
+      where a resample has none of the images concerned.
+    images: (K,) number of test images of each kind.
 
   Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
 
   Examples:
-    Of 100 images, 30 are right only under our method, 10 only under theirs.
+    Of 100 images, only our method gets 30 right, and only theirs 10.
 
     >>> gain = np.array([[1], [-1], [0]]) / 100
     >>> (found,) = paired_bootstrap(lambda n: n @ gain, [30, 10, 60])

@@ -1,4 +1,4 @@
-"""The page: what was read, counted and drawn, through one template."""
+"""The page: puts what was read, counted and drawn into one template."""
 
 import base64
 import hashlib
@@ -32,12 +32,14 @@ from lt_jax.report import (
 from lt_jax.report.runs import Group, NoData, Run, find, grouped, printable
 
 MOST_DRAWN = 20
-"""Groups up to which each has figures; of more, the reports of their folders have."""
+"""With more groups, only the reports of their own folders have figures."""
 
-REMARK = 'There are many methods: the report of a method’s own folder has its figures.'
+REMARK = (
+  'There are many methods; the report of each method’s own folder has its figures.'
+)
 NOT_DRAWN = (
-  'Figures follow when the sweep ends; python -m lt_jax.report with this folder draws '
-  'them now.'
+  'Figures are drawn when the sweep ends; python -m lt_jax.report with this folder '
+  'draws them now.'
 )
 
 MOST_SAMPLES = 32
@@ -46,11 +48,11 @@ STANDALONE = (
   '<style>svg{color:#24292f}'
   '@media(prefers-color-scheme:dark){svg{color:#d7dde3}}</style>'
 )
-"""In a file of its own a figure has no text around it to take a colour from."""
+"""In its own file, a figure has no surrounding text to take a colour from."""
 
 
 class Part(NamedTuple):
-  """A table and what is said of it.
+  """A table with its remarks.
 
   Attributes:
     anchor: its id on the page.
@@ -70,20 +72,20 @@ class Part(NamedTuple):
 def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
   """Writes the report of a run, or of all runs beneath a folder, from their files.
 
-  Beside report.html go report.md and report.tex, and as figures/NAME.svg the figures of
-  a run, or those that compare several.
+  It also writes report.md, report.tex and figures/NAME.svg: the figures of a run, or
+  those that compare several.
 
   Args:
-    folder: a run's workdir, or one that holds such.
+    folder: a run's workdir, or a folder that contains some.
     draw: whether to draw figures, which takes seconds.
 
   Returns:
     The path of report.html.
 
   Raises:
-    UserError: there is no run; or the folder cannot be written, after showing the
-      tables.
-    OSError: writing failed, as on a full disk.
+    UserError: there is no run; or the folder cannot be written, in which case the
+      tables are printed first.
+    OSError: writing failed, for instance because the disk is full.
   """
   folder = files.absolute(folder)
   runs = find(folder)
@@ -142,13 +144,13 @@ def _parts(
   notes: Sequence[str],
   folder: epath.PathLike,
 ) -> list[Part]:
-  """Returns the tables with rows; notes stand below the first.
+  """Returns the tables that have rows; the notes go below the first.
 
   Args:
     groups: of runs.
     found: the grids among them.
-    notes: on the runs.
-    folder: of the page, if it is not that of a run; '' for no links to runs.
+    notes: about the runs.
+    folder: of the page, if it is not a run's own; '' for no links to runs.
   """
 
   def address(run: Run) -> str:
@@ -184,7 +186,7 @@ def _parts(
     Part('chosen', 'Chosen by validation', grids.grids_table(found), [grids.REMARK]),
     Part(
       'published',
-      'Beside published numbers',
+      'Compared with published numbers',
       tables.published_table(groups),
       [tables.PUBLISHED],
     ),
@@ -201,36 +203,39 @@ def _title(runs: list[Run], folder: epath.Path, alone: bool) -> str:
 
 
 def _facts(run: Run) -> list[str]:
-  """Says in a few lines what a run was, and where."""
+  """Describes a run in a few lines."""
   result = run.result
-  told = [f'{run.folder}: {run.state}']
+  lines = [f'{run.folder}: {run.state}']
   if result:
     chosen = result.get('threshold') or {}
     versions = (result.get('versions') or {}).items()
-    told += [
+    lines += [
       f'Stage {result.get("stage")}, step {result.get("step")}, '
       f'State by {result.get("select")}; {result.get("wall_seconds")} s on '
       f'{result.get("device")}; {", ".join(f"{k} {v}" for k, v in versions)}',
-      f'Configuration {run.kind[0]}, state {str(result.get("state_sha256"))[:16]}',
+      f'Config {run.kind[0]}, state {str(result.get("state_sha256"))[:16]}',
     ]
     if chosen.get('value') is not None:
-      told.append(
-        f'Threshold of the open set: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
+      lines.append(
+        f'Open-set threshold: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
       )
-  return [printable(line) for line in told]
+  return [printable(line) for line in lines]
 
 
 def _warnings(runs: list[Run]) -> list[str]:
-  """Returns what runs warn of, each warning once."""
-  names: dict[str, list[str]] = {}
+  """Returns the warnings of all runs, each once."""
+  runs_by_line: dict[str, list[str]] = {}
   for run in runs:
     for line in run.result.get('warnings') or ():
-      names.setdefault(line, []).append(run.name)
+      runs_by_line.setdefault(line, []).append(run.name)
   return [
-    printable(f'Warning of {some[0]}{f" and {len(some) - 1} more" * (len(some) > 1)}: ')
-    + printable(line)
-    for line, some in names.items()
+    printable(f'Warning of {names[0]}{_more(names)}: {line}')
+    for line, names in runs_by_line.items()
   ]
+
+
+def _more(names: list[str]) -> str:
+  return f' and {len(names) - 1} more' if len(names) > 1 else ''
 
 
 def _template() -> jinja2.Template:
@@ -248,7 +253,7 @@ def _template() -> jinja2.Template:
 
 
 def _compared(groups: list[Group]) -> list[drawing.Figured]:
-  """Draws methods beside each other, if any has finished."""
+  """Draws the figures that compare methods, if any has finished."""
   if not any(group.counted for group in groups):
     return []
   wanted = figures.COMPARISONS
@@ -260,13 +265,13 @@ def _compared(groups: list[Group]) -> list[drawing.Figured]:
 def _section(
   group: Group, folder: epath.Path, alone: bool, groups: int
 ) -> dict[str, Any]:
-  """Returns what the page shows of a group of runs.
+  """Returns what the page shows for a group of runs.
 
   Args:
     group: the runs.
     folder: of the page.
-    alone: whether it is that of the only run.
-    groups: how many there are; 0 if nothing is drawn.
+    alone: whether the page is of this one run.
+    groups: number of groups; 0 to draw nothing.
   """
   links = [] if alone else [_address(run, folder) for run in group.runs]
   shown = group.counted or group.runs
@@ -289,7 +294,7 @@ def _section(
 
 
 def _inside(run: Run) -> dict[str, Any]:
-  """Returns the figures of files that not every run has."""
+  """Returns the figures of files that only some runs have."""
   return {
     name: figure
     for name, (file, figure) in (insides.FIGURES | domain_figures.OF_FILES).items()
@@ -298,18 +303,18 @@ def _inside(run: Run) -> dict[str, Any]:
 
 
 def _address(run: Run, folder: epath.PathLike) -> str:
-  """Returns the address of a run's own page, or else folder, from a page above it."""
+  """Returns the address of a run's page, or else its folder, relative to the page."""
   below = os.fspath(run.folder).removeprefix(os.fspath(folder)).lstrip('/')
   page = 'report.html' if (run.folder / 'report.html').exists() else ''
   return urllib.parse.quote(f'{below}/{page}', errors='surrogateescape')
 
 
 def _samples(run: Run) -> dict[str, Any]:
-  """Returns the worst errors on rare classes, and what they were taken for."""
+  """Returns the worst errors on rare classes, with the predicted classes."""
   try:
     stored = run.arrays('samples.npz')
     if stored['image'].dtype != np.uint8:
-      raise NoData('the run learned from float arrays, which are no pictures')
+      raise NoData('the run was trained on float arrays, which are not images')
     names = run.class_names
     rows = zip(
       *(
@@ -330,12 +335,12 @@ def _samples(run: Run) -> dict[str, Any]:
     }
   except NoData as missing:
     return {'missing': str(missing), 'images': []}
-  except (OSError, *drawing.OTHER_CONTENTS) as error:  # no image can be made of it
-    return {'missing': f'samples.npz holds something else ({error})', 'images': []}
+  except (OSError, *drawing.OTHER_CONTENTS) as error:  # the arrays are not images
+    return {'missing': f'samples.npz has unexpected contents ({error})', 'images': []}
 
 
 def _translations(run: Run) -> list[dict[str, str]]:
-  """Returns test images and what the method draws of them; [] if it draws nothing."""
+  """Returns translated test images; [] if the method generates none."""
   try:
     stored = run.arrays('translations.npz')
     return [

@@ -1,4 +1,4 @@
-"""Pictures on the page: images as data URIs, and label maps in colours of classes."""
+"""Images on the page: as data URIs, with label maps in the colours of their classes."""
 
 import base64
 import io
@@ -11,17 +11,17 @@ from lt_jax.report.drawing import OTHER_CONTENTS
 from lt_jax.report.runs import NoData, Run, printable
 
 THUMBNAIL = 256
-"""Pixels of the longer side of a label map, and twice those of other images."""
+"""Longest side of a label map in pixels; other images have half of it."""
 
 SHOWN = ('image', 'label', 'prediction', 'entropy')
 
 
 def rows(run: Run) -> list[dict[str, object]]:
-  """Returns a row a test image: itself, its labels, the prediction and its entropy.
+  """Returns one row per test image: the image, its labels, the prediction and entropy.
 
   Returns:
-    rows of 'images', each with 'uri' and 'caption'; none if a run's task
-    shows no label maps or its file is missing.
+    rows of 'images', each with 'uri' and 'caption'; none if the run's task
+    has no label maps or samples.npz is missing or damaged.
   """
   if run.task.picture is None:
     return []
@@ -47,7 +47,7 @@ def rows(run: Run) -> list[dict[str, object]]:
 
 
 def legend(run: Run) -> list[dict[str, str]]:
-  """Returns the colour of each class, as HTML has it."""
+  """Returns the name of each class and its colour in HTML notation."""
   if run.task.picture is None:
     return []
   colours = _colours(run)
@@ -58,19 +58,20 @@ def legend(run: Run) -> list[dict[str, str]]:
 
 
 def _colours(run: Run) -> np.ndarray:
-  """Returns (256, 3) uint8, the colour of each id; void is black."""
+  """Returns (256, 3) uint8: the colour of each id; void is black."""
   known = palette(run.data.get('class_names', ()))
   return np.concatenate([known, np.zeros((VOID + 1 - len(known), 3), np.uint8)])
 
 
 def uri(pixels: np.ndarray, side: int = THUMBNAIL // 2) -> str:
-  """Returns an image (H, W, channels) uint8 as a data URI, at most a thumbnail.
+  """Returns an image (H, W, channels) uint8 as a data URI, shrunk to a thumbnail.
 
-  Of RGBA the transparency is dropped; of other channels the first is shown.
+  The alpha channel of RGBA is dropped. Unless there are 3 or 4 channels, the first is
+  shown.
 
   Args:
     pixels: the image.
-    side: most pixels of its longer side.
+    side: the longest side it may have, in pixels.
   """
   from PIL import Image
 

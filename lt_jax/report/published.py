@@ -1,11 +1,10 @@
-"""Published numbers, each beside the digest of the configuration of its setting.
+"""Published numbers, each with the digest of the config that has its setting.
 
-A row of published.json names that configuration as --config does, CONFIG:ARGUMENT, and
-perhaps keys that are `set` on top of it. What its source tells of the setting is
-`measured`, names in `facts`: keys of the configuration and their values. A number that
-was measured otherwise, or of which the source does not tell, has a `mark`, a few words
-that are printed with it. When a configuration has changed on purpose, the digests are
-made anew:
+A row of published.json names that config as --config does, CONFIG:ARGUMENT, with
+optional keys to `set` on top of it. `measured` lists what the source says about the
+setting, as names in `facts`: config keys and their values. A number that was measured
+differently, or whose source does not say how, has a `mark`: a few words printed with
+it. After a config has changed on purpose, renew the digests:
 
   python -c "from lt_jax.report import published; published.renew('configs')"
 """
@@ -32,17 +31,17 @@ ASIDE = frozenset(
     'save_every_epochs',
   }
 )
-"""Keys, of a run or a stage, in which runs of one setting may differ."""
+"""Keys of a run or stage that are not part of its setting."""
 
 Row = dict[str, Any]
 Facts = dict[str, dict[str, Any]]
 
 
 def setting(config: Config) -> str:
-  """Returns a digest of what of a resolved configuration makes its setting.
+  """Returns a digest of the keys of a resolved config that make up its setting.
 
-  The images may lie anywhere, but generated ones are others; so are weights to begin
-  with, whose place does not count either.
+  It does not matter where images and initial weights are stored, but it does matter
+  whether images are generated, and whether there are initial weights.
   """
   flat = flatten(config)
   kept = {
@@ -58,23 +57,23 @@ def setting(config: Config) -> str:
 
 
 def read() -> tuple[list[Row], Facts]:
-  """Returns the rows of published.json, and the facts that they refer to."""
+  """Returns the rows of published.json and the facts that they refer to."""
   stored = json.loads(PATH.read_text())
   return stored['rows'], stored['facts']
 
 
 def beside(config: Config) -> list[Row]:
-  """Returns the rows of published.json that are of a configuration's setting."""
+  """Returns the rows of published.json that have a config's setting."""
   own = setting(config)
   return [row for row in read()[0] if row['setting'] == own]
 
 
 def configuration(row: Row, configs: str) -> dict[str, Any]:
-  """Returns the resolved configuration of a row.
+  """Returns the resolved config of a row.
 
   Args:
     row: of published.json.
-    configs: the folder of the configurations.
+    configs: the folder of the configs.
   """
   name, _, argument = row['config'].partition(':')
   config = runpy.run_path(f'{configs}/{name}.py')['get_config'](argument)
@@ -84,26 +83,28 @@ def configuration(row: Row, configs: str) -> dict[str, Any]:
 
 
 def differences(row: Row, facts: Facts, config: Config) -> Mapping[str, Any]:
-  """Returns what of a number's setting is other in a configuration.
+  """Returns where a config differs from the setting of a published number.
 
   Args:
     row: of published.json.
-    facts: name -> key -> value, as it was measured; None: there is no such key.
-    config: resolved; its last stage is what is compared.
+    facts: name -> key -> value, as measured; None if there is no such key.
+    config: resolved; its last stage is compared.
 
   Returns:
-    key -> value of the configuration.
+    key -> value in the config, where it differs.
   """
   found = flatten(stage_config(config, config['stage_order'][-1]))
-  told = {k: v for name in row.get('measured', ()) for k, v in facts[name].items()}
-  return {key: found.get(key) for key, value in told.items() if found.get(key) != value}
+  measured = {k: v for name in row.get('measured', ()) for k, v in facts[name].items()}
+  return {
+    key: found.get(key) for key, value in measured.items() if found.get(key) != value
+  }
 
 
 def made(configs: str) -> str:
-  """Returns what published.json must hold, by the configurations in a folder.
+  """Returns the contents that published.json should have, given a folder of configs.
 
   Raises:
-    ValueError: a number without a mark would stand beside another setting.
+    ValueError: a number without a mark has another setting than its config.
   """
   rows, facts = read()
   for row in rows:
@@ -112,9 +113,9 @@ def made(configs: str) -> str:
     other = differences(row, facts, config)
     if 'mark' not in row and (other or not row.get('measured')):
       raise ValueError(f'{row["config"]}, {row["value"]}: not as measured: {other}')
-  told = [f'{json.dumps(name)}: {json.dumps(facts[name])}' for name in facts]
+  entries = [f'{json.dumps(name)}: {json.dumps(facts[name])}' for name in facts]
   return (
-    f'{{\n "facts": {{\n  {_lines(told)}\n }},\n'
+    f'{{\n "facts": {{\n  {_lines(entries)}\n }},\n'
     f' "rows": [\n  {_lines(map(json.dumps, rows))}\n ]\n}}\n'
   )
 
@@ -124,5 +125,5 @@ def _lines(entries: Iterable[str]) -> str:
 
 
 def renew(configs: str) -> None:
-  """Makes the digests of published.json anew."""
+  """Renews the digests in published.json."""
   files.write_atomically(PATH, made(configs))

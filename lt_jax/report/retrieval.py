@@ -1,4 +1,4 @@
-"""The page of `lt_jax.probe --retrieval`: queries, and what is found for them."""
+"""The page of `lt_jax.probe --retrieval`: queries and their nearest images."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -15,9 +15,9 @@ class Query(NamedTuple):
 
   Attributes:
     image: (H, W, channels) uint8.
-    name: of its class.
-    found: images of the gallery, the nearest first.
-    names: of their classes.
+    name: its class.
+    found: images of the gallery, nearest first.
+    names: their classes.
   """
 
   image: np.ndarray
@@ -30,9 +30,9 @@ def page(layer: str, measured: Mapping[str, float], queries: Sequence[Query]) ->
   """Returns the page as HTML.
 
   Args:
-    layer: whose features are compared.
+    layer: the layer whose features are compared.
     measured: name -> value in [0, 1], over all queries.
-    queries: those that are shown.
+    queries: the ones to show.
   """
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('lt_jax.report', '.'),
@@ -51,7 +51,9 @@ def page(layer: str, measured: Mapping[str, float], queries: Sequence[Query]) ->
     }
     for query in queries
   ]
-  told = {k.replace('_', ' '): f'{100 * value:.1f} %' for k, value in measured.items()}
+  percentages = {
+    k.replace('_', ' '): f'{100 * value:.1f} %' for k, value in measured.items()
+  }
   return environment.get_template('retrieval.html').render(
-    layer=layer, measured=told, rows=rows
+    layer=layer, measured=percentages, rows=rows
   )

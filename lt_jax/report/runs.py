@@ -1,4 +1,4 @@
-"""Runs on disk: what each one recorded, and which ones differ only in the seed."""
+"""Runs on disk: what each recorded, and which ones differ only in the seed."""
 
 import contextlib
 import functools
@@ -64,30 +64,30 @@ SHAPES: dict[str, Any] = {
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},
 }
-"""file -> what the tables and figures rely on in it, see `fits`."""
+"""file -> the part of its contents that tables and figures need; see `fits`."""
 
 
 class NoData(Exception):
-  """A run lacks the data for a figure; the message names the file."""
+  """A run has no data for a figure; the message names the file."""
 
 
 class Run:
-  """One run's folder, read; what is not there, or damaged, is empty.
+  """One run, as its folder records it; missing or damaged files are empty.
 
   Attributes:
-    folder: of the run.
+    folder: its workdir.
     name: its path below the folder of the report, or the folder's own name.
-    config: what config.json holds.
-    data: what data.json holds.
-    error: what error.json holds, which a sweep leaves where a run could not go on.
-    result: what result.json holds; empty unless the run has finished, and all of these
-      files are whole and belong together.
+    config: contents of config.json.
+    data: contents of data.json.
+    error: contents of error.json, which a sweep writes if a run fails.
+    result: contents of result.json; empty unless the run has finished and all of these
+      files are intact and belong together.
     state: 'finished', 'diverged at step 40', 'failed: OSError: no space left',
-      'unfinished, at step 120', or what is damaged.
+      'unfinished, at step 120', or which files are damaged.
   """
 
   def __init__(self, folder: epath.Path, name: str):
-    """Reads the small files; arrays are read when they are asked for."""
+    """Reads the small files; arrays are read on demand."""
     self.folder, self.name = folder, printable(name)
     self._damaged: list[str] = []
     self.config = self._read('config.json')
@@ -115,12 +115,12 @@ class Run:
     return {}
 
   def _check_provenance(self) -> None:
-    """Notes a config.json or data.json that checkpoints or result contradict."""
+    """Notes a config.json or data.json that contradicts the checkpoints or result."""
     try:
       if provenance.check_config(self.folder, self.config) is None:
-        told = self.result.get('config_digest')
+        digest = self.result.get('config_digest')
         both = (self.config, upgraded(self.config))
-        if told is not None and told not in map(config_digest, both):
+        if digest is not None and digest not in map(config_digest, both):
           raise UserError
     except UserError:
       self._damaged.append('config.json was changed after training')
@@ -134,7 +134,7 @@ class Run:
       self._damaged.append('data.json was changed after training')
 
   def _check_headline(self) -> None:
-    """Notes a result without the number that a run is told by."""
+    """Notes a result that lacks the headline metric."""
     means = ('domains', 'domain_means')
     places = [p for key in means for p in (self.result.get(key) or {}).values()]
     places += [
@@ -145,30 +145,30 @@ class Run:
 
   @property
   def task(self) -> Task:
-    """What a label of the run is, and what is measured."""
+    """What a label is, and what is measured."""
     return TASKS.get(self.config.get('task'), CLASSIFICATION)
 
   @property
   def headline(self) -> str:
-    """The metric that it is told by, such as 'accuracy'."""
+    """The metric that represents the run, such as 'accuracy'."""
     return self.task.headline
 
   @property
   def measure(self) -> str:
-    """What figures call the metric of its classes."""
+    """The name of the metric per class in figures."""
     return self.task.of_class
 
   @property
   def counted(self) -> str:
-    """What is counted: a label is of each of them."""
+    """What has a label and is counted: images or pixels."""
     return 'pixels' if self.task.per_pixel else 'images'
 
   def logged(self, split: str) -> str:
-    """Returns the metric that tells of a split in the log."""
+    """Returns the metric that the log has for a split."""
     return 'accuracy' if split == 'train' else self.headline
 
   def _progress(self) -> str:
-    """Says how far the run has come, by its files."""
+    """Says how far the run got, from its files."""
     if self.result:
       return 'finished'
     for event in reversed(read_rows(self.folder / 'events.jsonl')):
@@ -183,12 +183,12 @@ class Run:
 
   @property
   def why_unfinished(self) -> str:
-    """Why there is no result that counts."""
+    """Why there is no usable result."""
     return printable('; '.join(self._damaged) or 'result.json is missing')
 
   def _lacks(self, name: str) -> str:
-    told = f'{name} is damaged'
-    return told if told in self._damaged else f'{name} is missing'
+    damaged = f'{name} is damaged'
+    return damaged if damaged in self._damaged else f'{name} is missing'
 
   @property
   def seed(self) -> int | str:
@@ -202,13 +202,13 @@ class Run:
 
   @functools.cached_property
   def rows(self) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a damaged line is left out."""
+    """Rows of metrics.jsonl, without damaged lines."""
     return read_rows(self.folder / 'metrics.jsonl')
 
   @property
   def losses(self) -> list[str]:
-    """Says which rows of the log are missing or damaged, a line each."""
-    told = [
+    """Says which rows of the log are missing or damaged, one line each."""
+    lines = [
       f'{name}: {damaged}'
       for name in ('events.jsonl', 'metrics.jsonl')
       for damaged in damaged_lines(self.folder / name)
@@ -216,33 +216,33 @@ class Run:
     for path in sorted((self.folder / 'stages').glob('*')):
       manifest = _newest_manifest(path)
       expected, step = manifest.get('rows') or {}, manifest.get('step', 0)
-      if self.result and step > (manifest.get('first') or 0):  # evaluated at its end
+      if self.result and step > (manifest.get('first') or 0):  # evaluated at the end
         step += 1
         expected = {s: n if _is_before_end(s) else n + 1 for s, n in expected.items()}
       found = count_rows(places(self.rows, path.name), step)
       lost = missing_rows(expected, found, path.name, manifest.get('step', 0))
-      told += [f'metrics.jsonl: {lost}'] * bool(lost)
+      lines += [f'metrics.jsonl: {lost}'] * bool(lost)
       vectors = {p.name: _count_vectors(p) for p in (path / 'metrics').glob('*.npz')}
-      told += missing_vectors(expected, vectors, path / 'metrics')
-    return [printable(line) for line in told]
+      lines += missing_vectors(expected, vectors, path / 'metrics')
+    return [printable(line) for line in lines]
 
   @functools.cached_property
   def kind(self) -> tuple[str, str]:
-    """What seeds of one thing share: digests of the configuration and of the data."""
+    """What runs that differ only in the seed share: digests of config and data."""
     if not self.config:
       return self.recipe, ''
     return config_digest(self.config), self.data.get('fingerprint', '')
 
   @property
   def setting(self) -> tuple[str, tuple[str, ...]]:
-    """What runs must share to be compared: the data, and which of them are targets."""
+    """What runs must share to be compared: the data and the targets."""
     return self.data.get('fingerprint', ''), tuple(self.config.get('target', ()))
 
   def arrays(self, name: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a .npz file.
 
     Raises:
-      NoData: it is not there, or damaged.
+      NoData: it is missing or damaged.
     """
     path = self.folder / name
     if not path.exists():
@@ -257,15 +257,17 @@ class Run:
     """(label, prediction, confidence) of the test images, (N,) each.
 
     Raises:
-      NoData: the file is not there, damaged, or of a version that left no predictions.
+      NoData: the file is missing, damaged, or from a version without predictions.
     """
     stored = self.arrays('predictions.npz')
     if self.task.per_pixel:
-      raise NoData('every pixel has a label, and those of single pixels are not kept')
+      raise NoData(
+        'every pixel has a label, and the predictions of single pixels are not stored'
+      )
     if 'label' in stored and 'prediction' not in stored:
       raise NoData(
-        'predictions.npz is of an earlier version; the command of the run, given '
-        'again, writes it anew'
+        'predictions.npz was written by an earlier version; repeat the command of the '
+        'run to write it again'
       )
     return stored['label'], stored['prediction'], stored['confidence']
 
@@ -328,16 +330,16 @@ def _count_vectors(path: epath.Path) -> int:
 
 
 JOINERS = '\u200c\u200d'
-"""Without a glyph, but part of words in some scripts, and of emoji."""
+"""They have no glyph, but are part of words in some scripts, and of emoji."""
 
 
 def printable(text: str) -> str:
-  """Returns text without what neither XML nor a terminal can hold."""
+  """Replaces characters that XML or a terminal cannot show."""
   return ''.join(c if c.isprintable() or c in JOINERS else '\ufffd' for c in text)
 
 
 def find(folder: epath.Path) -> list[Run]:
-  """Returns the run that a folder is, or all runs beneath it, by path.
+  """Returns the run in a folder, or all runs below it, by path.
 
   Raises:
     UserError: there are none.
@@ -345,8 +347,8 @@ def find(folder: epath.Path) -> list[Run]:
   found = [Run(path, _below(path, folder)) for path in _folders(folder, set())]
   if not found:
     damaged = (folder / 'config.json').exists()
-    told = 'its config.json is damaged' if damaged else 'there is no config.json'
-    raise UserError(f'{folder} is not a run and contains none: {told}')
+    why = 'its config.json is damaged' if damaged else 'there is no config.json'
+    raise UserError(f'{folder} is not a run and contains none: {why}')
   return found
 
 
@@ -357,28 +359,29 @@ def _below(path: epath.Path, folder: epath.Path) -> str:
 
 
 def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
-  """Yields the folders of runs; a link back up is not followed twice.
+  """Yields the folders of runs; links that lead back up are not followed.
 
-  A folder whose file is torn is a run, unless there are runs below it.
+  A folder whose config.json or error.json is damaged counts as a run unless there are
+  runs below it.
   """
   real = os.path.realpath(folder)
   if real in seen or not folder.is_dir():
     return
   seen.add(real)
-  told = [_tells_of_a_run(folder / name) for name in ('config.json', 'error.json')]
-  if any(told):
+  records = [_is_record(folder / name) for name in ('config.json', 'error.json')]
+  if any(records):
     yield folder
     return
   paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
   below = [found for path in paths for found in _folders(path, seen)]
-  yield from below or [folder] * (None in told)
+  yield from below or [folder] * (None in records)
 
 
-def _tells_of_a_run(path: epath.Path) -> bool | None:
-  """Returns whether a file is a run's, and no other one's; None: it is torn."""
+def _is_record(path: epath.Path) -> bool | None:
+  """Returns whether a file was written by a run; None if it is damaged."""
   try:
     value = json.loads(path.read_text())
-  except (ValueError, RecursionError):  # the latter of what is nested without end
+  except (ValueError, RecursionError):  # RecursionError: nested too deeply
     return None
   except OSError:
     return False
@@ -389,10 +392,10 @@ class Group(NamedTuple):
   """Runs that differ only in the seed.
 
   Attributes:
-    label: the recipe, and what sets it apart from other groups of that recipe.
+    label: the recipe, and what distinguishes it from other groups of that recipe.
     anchor: a name for links, of letters, digits and '-'.
-    runs: all of them, by path, those without a configuration last.
-    counted: those that have finished, one a seed; what means are taken over.
+    runs: all of them by path, those without a config last.
+    counted: the finished runs, one per seed, over which means are taken.
   """
 
   label: str
@@ -402,10 +405,10 @@ class Group(NamedTuple):
 
 
 def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-  """Sorts runs into groups; runs of different configurations or data never meet.
+  """Sorts runs into groups; runs with different configs or data are kept apart.
 
   Returns:
-    (groups, in the order of their first runs; notes on what was kept apart).
+    (groups, in the order of their first runs; notes on runs that are not averaged).
   """
   recipes: dict[str, list[list[Run]]] = {}
   for members in _kinds(runs):
@@ -415,8 +418,8 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     short, full = _differences([members[0] for members in several])
     if len(several) > 1:
       notes.append(
-        f'{recipe} has runs of {len(several)} configurations or data sets, which are '
-        f'not averaged: {"; ".join(full)}.'
+        f'{recipe} has runs with {len(several)} different configs or data sets, which '
+        f'are not averaged: {"; ".join(full)}.'
       )
     for members, difference in zip(several, short, strict=True):
       counted = {r.seed: r for r in reversed(members) if r.result}
@@ -424,7 +427,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
       again = [r.name for r in members if r.result and counted[r.seed] is not r]
       if again:
         notes.append(
-          f'{label}: seeds that are there twice count once, without {again}.'
+          f'{label}: each seed counts once, so these runs are left out: {again}.'
         )
       anchor = f'group-{len(groups)}'
       kept = [r for r in members if counted.get(r.seed) is r]
@@ -433,9 +436,9 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
 
 def _kinds(runs: Sequence[Run]) -> list[list[Run]]:
-  """Sorts runs by their kinds; the first of each has a configuration, if any has.
+  """Sorts runs by kind; the first of each kind has a config, if any has.
 
-  A run that has none is of the only kind that its recipe has, or else of its own.
+  A run without a config joins the only kind of its recipe, or else is its own kind.
   """
   known: dict[str, set[tuple[str, str]]] = {}
   for run in runs:
@@ -449,30 +452,32 @@ def _kinds(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _recipe(run: Run, runs: Sequence[Run]) -> str:
-  """Returns the recipe, with the data set's name where runs have several."""
+  """Returns the recipe, with the data set's name if there are several."""
   if run.config and len({other.config['name'] for other in runs if other.config}) > 1:
     return f'{printable(run.config["name"])}: {run.recipe}'
   return run.recipe
 
 
 def _differences(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-  """Says of each of some runs of a recipe what of its configuration is its own.
+  """Says how the configs of a recipe's runs differ.
 
   Returns:
-    (in few words, which are enough to tell them apart; all of it).
+    for each run: (as few keys as distinguish the runs; all keys that differ).
   """
-  told = [_told(run) for run in runs]
-  keys = {key for one in told for key in one}
+  described = [_described(run) for run in runs]
+  keys = {key for one in described for key in one}
   differing = [
-    key for key in sorted(keys) if len({one.get(key, '-') for one in told if one}) > 1
+    key
+    for key in sorted(keys)
+    if len({one.get(key, '-') for one in described if one}) > 1
   ]
 
   def words(keys: Sequence[str]) -> list[str]:
     return [
       printable(', '.join(f'{key}={one.get(key, "-")}' for key in keys))
       if one
-      else 'no configuration'
-      for one in told
+      else 'no config'
+      for one in described
     ]
 
   def length(key: str) -> tuple[bool, int]:
@@ -486,13 +491,13 @@ def _differences(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
 
 
 DIGESTS = ('config', 'data')
-"""Among the words for a run; for a label they are the last resort."""
+"""Keys of `_described` that a label uses only as a last resort."""
 
 
-def _told(run: Run) -> dict[str, str]:
-  """Returns in words what a run was trained by; empty without its configuration."""
+def _described(run: Run) -> dict[str, str]:
+  """Returns the keys and values that a run was trained with; {} without a config."""
   if not run.config:
     return {}
   keys = {key: value for key, value in trained_by(run.config).items() if key != 'seed'}
-  told = {k: f'{v:g}' if isinstance(v, float) else str(v) for k, v in keys.items()}
-  return told | {'config': run.kind[0], 'data': run.kind[1][:7] or 'unknown'}
+  words = {k: f'{v:g}' if isinstance(v, float) else str(v) for k, v in keys.items()}
+  return words | {'config': run.kind[0], 'data': run.kind[1][:7] or 'unknown'}

@@ -11,18 +11,18 @@ from lt_jax.report.runs import Group, Run
 from lt_jax.report.tables import Table, percent
 
 REMARK = (
-  'Test accuracy in %, of the State that each rule chooses among those that were '
-  'evaluated; oracle is the best on test images, which nobody can choose, and no other '
-  'rule reads a label of the target.'
+  'Test accuracy in % of the State that each rule chooses among those evaluated. '
+  'oracle is the best State on test images, which is not a valid choice; no other rule '
+  'reads a label of the target.'
 )
 
 
 def selection_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with the test accuracy of the State that each rule chooses.
+  """Returns one row per method: the test accuracy of the State that each rule chooses.
 
-  In %, of the States that were evaluated in training. The first rule is the last State;
-  `oracle` is the best on test images, which nobody can choose. What is between needs no
-  label of the target.
+  In %, among the States evaluated in training. The first rule takes the last State;
+  `oracle` takes the best on test images, which is not a valid choice. The rules between
+  them need no label of the target.
   """
   counted = [run for group in groups for run in group.counted]
   headline = counted[0].headline if counted else 'accuracy'
@@ -53,7 +53,7 @@ Rows = Mapping[str, Mapping[int, Mapping[str, Any]]]
 def _chosen(
   run: Run, rules: Mapping[str, Callable[[Rows], int | None]]
 ) -> dict[str, float | None]:
-  """Returns rule -> test accuracy; empty of a run without a target."""
+  """Returns rule -> test accuracy; {} for a run without a target."""
   stage = run.result.get('stage')
   rows: dict[str, dict[int, Any]] = {'val': {}, 'target': {}, 'test': {}}
   for row in run.rows:
@@ -72,7 +72,7 @@ def _last(rows: Rows) -> int:
 
 
 def _best_by(split: str, metric: str, better: int) -> Callable[[Rows], int | None]:
-  """Returns a rule: the step at which a metric is best, the first of equals."""
+  """Returns a rule: the first step at which a metric is best."""
 
   def choose(rows: Rows) -> int | None:
     values = {s: r[metric] for s, r in rows[split].items() if r.get(metric) is not None}

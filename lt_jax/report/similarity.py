@@ -1,4 +1,4 @@
-"""The page of `lt_jax.similarity`: what is near, and which source suits a target."""
+"""The page of `lt_jax.similarity`: how near domains are, which source suits which."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ MOST_FLOWS = 12
 
 
 def page(found: Found) -> str:
-  """Returns the page of what similarity.json holds, as HTML."""
+  """Returns the contents of similarity.json as an HTML page."""
   figures = []
   if 'pairs' in found:
     figures = [
@@ -49,7 +49,7 @@ def page(found: Found) -> str:
 
 
 def _shown(figures: Sequence[Figured]) -> list[Figured]:
-  """Returns figures that could be drawn, and lines of the others."""
+  """Returns the figures, those that could not be drawn last."""
   return sorted(figures, key=lambda figure: not figure.svg)
 
 
@@ -64,26 +64,26 @@ def _pairs(found: Found) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def _matrix(shown: Sequence[Found]) -> Drawn:
-  """Draws the similarity of every source with every target, each column by itself."""
+  """Draws the similarity of every source to every target, shaded by column."""
   sources, targets, values = _pairs(shown[0])
   figure, axes = plot(size=(1.8 + 0.8 * len(targets), 1.2 + 0.4 * len(sources)))
   low, high = values.min(0), values.max(0)
   shade = (values - low) / np.where(high > low, high - low, 1)
   axes.imshow(shade, cmap='Blues', vmin=-0.2, vmax=1.6, aspect='auto')
   for row, column in np.ndindex(values.shape):
-    told = f'{values[row, column]:.3f}'
-    axes.text(column, row, told, ha='center', va='center', color=INK, fontsize=8)
+    text = f'{values[row, column]:.3f}'
+    axes.text(column, row, text, ha='center', va='center', color=INK, fontsize=8)
   axes.set_xticks(range(len(targets)), [_short(name) for name in targets], rotation=30)
   axes.set_yticks(range(len(sources)), [_short(name) for name in sources])
   axes.grid(visible=False)
   return figure, (
-    'Similarity of sources (rows) to targets (columns). Shades compare the sources of '
-    'one target: columns do not compare with each other.'
+    'Similarity of sources (rows) to targets (columns). Shades compare the sources for '
+    'one target; they do not compare columns.'
   )
 
 
 def _flow(shown: Sequence[Found]) -> Drawn:
-  """Draws which classes of a source serve which classes of a target."""
+  """Draws which classes of a source correspond to which classes of a target."""
   flow = shown[0]
   links = flow['links'][:MOST_LINKS]
   if not links:
@@ -121,16 +121,16 @@ def _flow(shown: Sequence[Found]) -> Drawn:
     spine.set_visible(False)
   total = sum(link['share'] for link in links)
   return figure, (
-    f'Which classes of {flow["source"]} (left) serve which of {flow["target"]}: the '
-    f'{len(links)} largest parts of the cheapest transport, {100 * total:.0f} % of it.'
+    f'Which classes of {flow["source"]} (left) go with which of {flow["target"]}: the '
+    f'{len(links)} largest flows of the optimal transport, {100 * total:.0f} % of it.'
   )
 
 
 def _accuracy(shown: Sequence[Found]) -> Drawn:
-  """Draws similarity against accuracy, a line a target."""
+  """Draws accuracy against similarity, one line per target."""
   known = [pair for pair in shown[0]['pairs'] if pair['accuracy'] is not None]
   if not known:
-    raise NoData('no accuracy is known: give --accuracy')
+    raise NoData('accuracies are not known; pass --accuracy')
   figure, axes = plot(size=(5.6, 3.4))
   for target in dict.fromkeys(pair['target'] for pair in known):
     own = sorted(
@@ -142,8 +142,8 @@ def _accuracy(shown: Sequence[Found]) -> Drawn:
   axes.set(xlabel='similarity', ylabel='accuracy')
   legend(figure, axes, columns=3)
   return figure, (
-    'Accuracy on the target against similarity, a line a target: only the points of '
-    'one line compare.'
+    'Accuracy on the target against similarity, one line per target; compare only '
+    'points on the same line.'
   )
 
 
@@ -152,6 +152,6 @@ def _short(name: str) -> str:
 
 
 def _class(name: str) -> str:
-  """Returns what a class of one of several sources is called beside an axis."""
+  """Returns the name of a class for an axis, with its source if there are several."""
   source, _, label = name.rpartition('/')
   return shortened(f'{_short(source)}/{label}' if source else label)

@@ -1,16 +1,16 @@
-// Sorts a table by the column whose heading is clicked. Without this the page works too.
+// Sorts a table by the column whose heading is clicked. The page also works without this script.
 for (const table of document.querySelectorAll('table')) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const text = (row, i) => row.cells[i].textContent.trim();
-  const absent = (told) => ['', '-', 'n/a'].includes(told);
+  const absent = (value) => ['', '-', 'n/a'].includes(value);
   heads.forEach((head, i) => {
     const button = document.createElement('button');
     button.title = 'Sort by this column';
     button.append(...head.childNodes);
     head.append(button);
     button.onclick = () => {
-      const rows = [...body.rows], told = rows.map((row) => text(row, i));
-      const numbers = i > 0 && told.every((t) => absent(t) || !isNaN(parseFloat(t)));
+      const rows = [...body.rows], values = rows.map((row) => text(row, i));
+      const numbers = i > 0 && values.every((t) => absent(t) || !isNaN(parseFloat(t)));
       const before = head.getAttribute('aria-sort');
       const falling = before ? before === 'ascending' : numbers;
       const order = (a, b) =>

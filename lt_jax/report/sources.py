@@ -1,4 +1,4 @@
-"""Networks that begin on a source: how well they have learned each source."""
+"""How well networks that train on sources first have learned each source."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from lt_jax.report.runs import Group, Run, printable
 from lt_jax.report.tables import Table, percent
 
 REMARK = (
-  'Test accuracy in % at the end of the stage that trains on a source, before anything '
-  'is learned of the target. A union is tested on the images of each of its sources, '
-  'among the classes of all of them.'
+  'Test accuracy in % at the end of the stage that trains on a source, before the '
+  'target is used. A union is tested on the images of each of its sources, with the '
+  'classes of all of them.'
 )
 
 
 def sources_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a source, or union of sources, that a stage was trained on.
+  """Returns one row per source, or union of sources, that a stage was trained on.
 
-  The columns are the sources whose test images there are. Runs whose stage is the same
-  are one row, whatever they do on the target; of several seeds it tells the mean.
+  The columns are the sources with test images. Runs with the same stage share a row,
+  whatever they do on the target; over several seeds it has the mean.
   """
   found: dict[str, tuple[str, dict[int | str, dict[str, float | None]]]] = {}
   for group in groups:
@@ -47,7 +47,7 @@ def sources_table(groups: Sequence[Group]) -> Table:
 
 
 def _union(run: Run, domain: str) -> str:
-  """Returns what a domain is called: a union by its parts."""
+  """Returns the name of a domain; a union has the names of its parts."""
   return ' + '.join(run.config.get('sources') or ()) if domain == 'source' else domain
 
 
@@ -56,7 +56,7 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 def _last(run: Run, stage: str, domain: str) -> dict[str, float | None]:
-  """Returns source -> the headline on its test images, of the last that was logged."""
+  """Returns source -> the last headline that was logged for its test images."""
   rows: dict[str, Mapping[str, Any]] = {}
   for row in run.rows:
     split = str(row.get('split'))

@@ -1,7 +1,7 @@
-"""Tables of a report: numbers over seeds, beside published ones, as Markdown and LaTeX.
+"""Tables of a report: numbers over seeds, and published ones, as Markdown and LaTeX.
 
-Means are of the runs that `Group.counted` holds; standard deviations are of the sample
-(n - 1), and there is none of one run.
+Means are over the runs in `Group.counted`; standard deviations are those of a sample
+(n - 1), and a single run has none.
 """
 
 import re
@@ -16,8 +16,8 @@ from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
-UNITS = 'Test metrics in %; of several seeds mean ± standard deviation.'
-BY_CLASS = 'On test images in %, of several targets the mean.'
+UNITS = 'Test metrics in %; over several seeds, mean ± standard deviation.'
+BY_CLASS = 'On test images in %; with several targets, the mean.'
 PUBLISHED = (
   'Most authors report the best epoch on the test set; ours is the State that the run '
   'selected.'
@@ -29,10 +29,10 @@ class Table(NamedTuple):
 
   Attributes:
     headings: of the columns.
-    rows: of texts, as many each.
-    links: where the first cell of each row leads; '' for nowhere.
-    faint: (row, column) of the cells that are grey.
-    runs: of each row, (text, address) of single runs, which its second cell links to.
+    rows: of text, one cell per heading.
+    links: for each row, where its first cell links to; '' for nowhere.
+    faint: (row, column) of grey cells.
+    runs: for each row, (text, address) of the runs that its second cell links to.
   """
 
   headings: list[str]
@@ -43,12 +43,12 @@ class Table(NamedTuple):
 
 
 def percent(values: Sequence[float | None]) -> str:
-  """Returns mean ± standard deviation in %, or n/a where a run has no such number."""
+  """Returns mean ± standard deviation in %, or n/a if a run lacks the number."""
   if not values or None in values:
     return 'n/a'
   scaled = 100 * np.array(values, np.float64)
   deviation = f' ± {scaled.std(ddof=1):.1f}' if len(scaled) > 1 else ''
-  # Of a number between two tenths, what it is and not how it is stored decides.
+  # A number halfway between two tenths is not rounded by its float representation.
   return f'{round(scaled.mean(), 6):.1f}{deviation}'
 
 
@@ -57,12 +57,12 @@ def results_table(
   within_noise: Collection[tuple[str, str]] = (),
   address: Callable[[Run], str] = lambda run: '',
 ) -> Table:
-  """Returns a row a group, with the test metrics that any of them has, in %.
+  """Returns one row per group with the test metrics that any group has, in %.
 
   Args:
     groups: of runs.
-    within_noise: (anchor of a group, metric) of what is grey.
-    address: where a run has a page or a folder; '' for nowhere.
+    within_noise: (a group's anchor, metric) of the cells to grey.
+    address: returns the page or folder of a run; '' for none.
   """
   columns = _columns(run for group in groups for run in group.runs)
   return Table(
@@ -95,7 +95,7 @@ def results_table(
 
 
 def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
-  """Returns a row a run; what has not finished says so."""
+  """Returns one row per run; unfinished runs say so."""
   columns = _columns(runs)
   return Table(
     ['run', 'seed', 'state', *columns.values(), 'wall time (s)', 'device'],
@@ -118,10 +118,10 @@ def runs_table(runs: Sequence[Run], links: Sequence[str]) -> Table:
 
 
 def classes_table(groups: Sequence[Group]) -> Table:
-  """Returns a row a method with the metric of each class in %, where it is no accuracy.
+  """Returns one row per method: the metric of each class in %, unless it is accuracy.
 
-  Such as the IoU of pixels, or the average precision of images with several classes. Of
-  several seeds it is the mean; a class that is nowhere in a run has none there.
+  For instance the IoU of pixels, or the average precision of images with several
+  classes. It is the mean over seeds; a class that does not occur in a run has no value.
   """
   found = [
     group
@@ -143,24 +143,24 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
-  """Returns the metrics that any run has, with their titles."""
+  """Returns the metrics that any run has -> their titles."""
   there = {name for run in runs if run.result for name in run.result['test']}
   return {name: title for name, title in titles().items() if name in there}
 
 
 def _states(group: Group) -> str:
-  """Says how many runs the means are over, and what became of the others."""
-  told = Counter(
+  """Says how many runs the means are over, and the state of the others."""
+  states = Counter(
     'repeated'
     if run.result and run not in group.counted
     else re.split(', | at |: ', run.state)[0]
     for run in group.runs
   )
-  return ', '.join(f'{count} {state}' for state, count in told.items())
+  return ', '.join(f'{count} {state}' for state, count in states.items())
 
 
 def published_table(groups: Sequence[Group]) -> Table:
-  """Returns our numbers beside published ones, where a group has their setting."""
+  """Returns our numbers beside published ones with the same setting."""
   rows, links = [], []
   for group in groups:
     test = [run.result['test'] for run in group.counted]
@@ -192,7 +192,7 @@ def published_table(groups: Sequence[Group]) -> Table:
 
 
 def _published(row: published.Row) -> str:
-  """Returns a published number, with what sets it apart from ours."""
+  """Returns a published number, with its mark if its setting differs from ours."""
   mark = f' ({row["mark"]})' if 'mark' in row else ''
   return f'{row["value"]:.1f}{mark}'
 
@@ -201,9 +201,9 @@ _METRICS = {
   'error': 'top-1 error',
   'f_measure_oltr2019_at_0.1': 'open-set F (oltr2019) at 0.1',
   **{
-    f'known_{group}{suffix}': f'{group}-shot beside the open set{told}'
+    f'known_{group}{suffix}': f'{group}-shot beside the open set{rule}'
     for group in ('many', 'medium', 'few')
-    for suffix, told in (
+    for suffix, rule in (
       ('_at_0.1', ' at 0.1'),
       ('_own_rule', ', own rule'),
     )
@@ -230,7 +230,7 @@ def markdown(table: Table) -> str:
 
 
 def markdown_text(text: str) -> str:
-  """Returns text that Markdown shows as it is."""
+  """Returns text escaped for Markdown."""
   for special in '\\`*_[]<>|':
     text = text.replace(special, f'\\{special}')
   return text

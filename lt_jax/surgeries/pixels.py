@@ -1,4 +1,4 @@
-"""Surgeries of networks that classify every pixel: their memory, and class shares."""
+"""Surgeries for networks that classify every pixel: a memory, and class shares."""
 
 import functools
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from lt_jax.models.heads import product
 from lt_jax.surgery import Surgery, class_sums, put
 
 PLACE = 'stats/net/head/'
-"""Where a State has the memory of `lt_jax.models.pixel_memory`."""
+"""The place of the memory of `lt_jax.models.pixel_memory` in a State."""
 
 
 def pixel_memory(*, survey: Survey, split: str = 'train') -> Surgery:
-  """Fills the head 'pixel_memory': class means, then the mean domain and its spread.
+  """Fills the head 'pixel_memory': class means, then the domain's mean and spread.
 
   In evaluation mode, over a whole split. The label of a pixel of the map is that of the
-  image's pixel in which its centre lies. A class that has no such pixel keeps a mean of
-  zero, which adds nothing.
+  image pixel at its centre. A class without such a pixel keeps a mean of zero, which
+  adds nothing.
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images and label maps.
+    split: the split whose images and label maps are used.
 
   Raises:
     UserError: the network has another head.
@@ -70,8 +70,8 @@ def pixels_of(maps: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
   """Returns the pixels of maps (B, h, w, D) as (N, D), and their labels.
 
   Args:
-    maps: of features.
-    batch: with 'label' (B, H, W) and 'mask' (B,).
+    maps: feature maps.
+    batch: has 'label' (B, H, W) and 'mask' (B,).
 
   Returns:
     (features, {'label': (N,), 'mask': (N,)}).
@@ -89,18 +89,18 @@ def pixels_of(maps: jax.Array, batch: Batch) -> tuple[jax.Array, Batch]:
 # Class shares of whole images.
 
 SHARES = 'label_shares'
-"""What the wrapper adds to the outputs, and its place in the memory of a State."""
+"""The output that the wrapper adds, and its place in the memory of a State."""
 
 PENALTIES = 10.0 ** np.arange(-4, 5)
-"""What large weights cost, as multiples of the images, of which one is chosen."""
+"""Ridge penalties to choose from, per image."""
 
 
 def label_shares(method: Method) -> Method:
-  """Tells how much of an image each class covers, as 'label_shares' (B, C).
+  """Estimates the share of an image that each class covers: 'label_shares' (B, C).
 
-  They sum to 1. A linear map tells them by the mean features of the image. It is in
-  `state.memory['label_shares']`, where the surgery 'fit_label_shares' puts it; negative
-  shares become 0.
+  The shares sum to 1. A linear map estimates them from the mean features of the image.
+  It is in `state.memory['label_shares']`, where the surgery 'fit_label_shares' puts it.
+  Negative shares become 0.
 
   Args:
     method: any method whose outputs have 'logits' (B, ..., C) and 'features' (B, D).
@@ -128,7 +128,7 @@ def fit_label_shares(*, survey: Survey, split: str = 'train') -> Surgery:
 
   Args:
     survey: passes with the stage's own network.
-    split: whose images.
+    split: the split whose images are used.
 
   Raises:
     UserError: the stage is not wrapped in 'label_shares', or no image has a label.
@@ -165,8 +165,8 @@ def ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   .. math::
     \min_{W, b} \sum_i |x_i W + b - y_i|^2 + \alpha N |W S|^2
 
-  with the deviations S of the features. :math:`\alpha` is the one of `PENALTIES` whose
-  squared error, each image left out of its own fit, is least.
+  with the standard deviations S of the features. :math:`\alpha` is the one of
+  `PENALTIES` with the smallest leave-one-out squared error.
 
   Args:
     x: (N, D).

@@ -1,7 +1,7 @@
-"""A small network on features: one hidden layer, trained by mini-batches.
+"""A small network on features: one hidden layer, trained with mini-batches.
 
-It has no unique optimum. What is drawn at random depends on nothing but the shapes, so
-that the same examples give the same network.
+It has no unique optimum. Random numbers depend only on the shapes, so the same examples
+give the same network.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def objective(
   weights: jax.Array,
   decay: jax.Array | float,
 ) -> jax.Array:
-  r"""Returns what is minimised, of a batch.
+  r"""Returns the objective for a batch.
 
   .. math::
     \frac{\sum_n a_n \mathrm{CE}(z_n, y_n)}{\sum_n a_n} + \frac{\lambda}{2}
@@ -54,7 +54,7 @@ def objective(
     net: the network.
     x: features (N, D).
     labels: (N,) int.
-    weights: a (N,); of a batch in which all are 0 the first term is 0.
+    weights: a (N,); if all are 0, the first term is 0.
     decay: lambda.
   """
   (first, second), (shift, bias) = net
@@ -73,17 +73,17 @@ def small_network(
   *,
   weights: np.ndarray | None = None,
 ) -> list[SmallNetwork]:
-  """Trains a network with one hidden layer of 128 units, by Adam with a cosine rate.
+  """Trains a network with one hidden layer of 128 units, using Adam and a cosine rate.
 
   Args:
     x: features (N, D), which should have mean 0 and deviation 1.
     labels: (N,) int.
     num_classes: C.
     decays: the values of lambda in `objective`.
-    weights: (N,), such as 0 for examples that are left out; 1 by default.
+    weights: (N,), for instance 0 to leave examples out; 1 by default.
 
   Returns:
-    a network for each decay, in their order.
+    one network per decay, in the same order.
   """
   rng = np.random.default_rng(0)
   batch = min(BATCH, len(x))
