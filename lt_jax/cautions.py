@@ -105,6 +105,15 @@ def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
       )
 
 
+def _shares_images(experiment: Experiment) -> Iterator[str]:
+  """Warns of labelled domains with images of a target."""
+  for name, number in experiment.sharing.items():
+    yield (
+      f'domain {name!r}, whose labels are learned, has {number:,} images of a target, '
+      'so the result says uses_target_labels'
+    )
+
+
 def _same_data(experiment: Experiment) -> Iterator[str]:
   """Warns of two domains with identical images."""
   prints: dict[str, str] = {}
@@ -203,6 +212,8 @@ CAUTIONS = (
   _unused_domains,
   _same_names,
   _several_classes,
+  _shares_images,
+  _shares_images,
   _same_data,
   _trained_on_tests,
   _short_stages,

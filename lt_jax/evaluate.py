@@ -22,6 +22,7 @@ from lt_jax import (
 )
 from lt_jax.build import Experiment
 from lt_jax.cautions import cautions
+from lt_jax.config import CLOCK
 from lt_jax.errors import UserError
 from lt_jax.screen import Screen
 from lt_jax.stage import BadImages
@@ -82,7 +83,8 @@ def evaluate(
   stage = experiment.stages[name]
   restored = trained.restore(workdir, stage, experiment.mesh, which)
   if logit_adjustment is not None:
-    counts = experiment.dataset.counts
+    learned = stage.images[stage.trained_on[CLOCK]]
+    counts = learned.counts(len(stage.dataset.class_names))
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
     stage = stage._replace(method=adjusted)
   screen = Screen()

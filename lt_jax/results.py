@@ -256,8 +256,9 @@ def write_results(
     **evaluated.metrics,
     **a_distances(experiment, stage, state, stop),
     'threshold': evaluated.threshold,
-    'uses_target_labels': any(s.uses_target_labels for s in experiment.stages.values())
-    or (bool(experiment.roles[TARGET]) and ours.used_target_labels(config['init'])),
+    # Of earlier starts too: their config may have been another.
+    'uses_target_labels': uses_target_labels(experiment)
+    or any(row.get('uses_target_labels') for row in starts),
     'warnings': cautions(experiment),
     'stand_ins': {
       name: int(kept['bad'].sum())
@@ -299,6 +300,14 @@ def write_results(
     _write_weights(workdir, stage, stage.dataset.counts)
     files.write_json(workdir / 'result.json', jsonable(result))
   return result
+
+
+def uses_target_labels(experiment: Experiment) -> bool:
+  """Returns whether a run, or the one it begins from, reads labels of a target."""
+  return any(stage.uses_target_labels for stage in experiment.stages.values()) or (
+    bool(experiment.roles[TARGET])
+    and ours.used_target_labels(experiment.config['init'])
+  )
 
 
 def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -220,7 +220,12 @@ def _opened(
       _claimed(experiment.config, data, workdir),
       tracking(tracker, config, workdir, events) as track,
     ):
-      events('started', pid=os.getpid(), host=platform.node())
+      events(
+        'started',
+        pid=os.getpid(),
+        host=platform.node(),
+        uses_target_labels=results.uses_target_labels(experiment),
+      )
       if not seeds or config['seed'] == seeds[0]:
         _banner(experiment, workdir, screen, seeds)
       for was, now in moved:

@@ -9,8 +9,9 @@ from safetensors.numpy import save_file
 
 from configs import digits_domains
 from lt_jax import build, run, sharding, train, trained
+from lt_jax.cautions import cautions
 from lt_jax.config import check_set_domains, resolve
-from lt_jax.data.domains import within
+from lt_jax.data.domains import shared
 from lt_jax.data.lists import Files
 from lt_jax.data.streams import Split, Unlabelled
 from lt_jax.errors import UserError
@@ -19,6 +20,7 @@ from lt_jax.methods import METHODS
 from lt_jax.pretrained import ours
 from lt_jax.recipes import RECIPES
 from lt_jax.report import runs
+from lt_jax.results import uses_target_labels
 from lt_jax.writers import read_rows
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -290,11 +292,11 @@ def test_several_sources_tell_the_domain_of_an_image():
     ({'target': ['source']}, "domain 'source' is both source and target"),
     (
       {'domains': {'source': 'digits_domains:source'}},
-      "target 'blended' is the same data as the source 'source': all its 600 training ",
+      "target 'blended' is the same data as 'source', whose labels are learned: all its",
     ),
     (
       {'domain': 'copy', 'domains': {}, 'copy': {}},
-      "target 'blended' is the source 'copy' once more",
+      "target 'blended' is the same data as 'copy'",
     ),
     (
       {'sources': ['source', 'inverted'], 'copy': {}},
@@ -373,9 +375,15 @@ def test_a_target_is_the_source_by_its_images(tmp_path, rng, arrays, same):
   made |= {'target': ['other'], 'open_domains': [], 'batch': 2, 'eval_batch': 2}
   made['model'] |= {'trunk': 'tiny_cnn'}
   if not same:
-    assert build.build(made, devices=1).roles['target'] == ('other',)
+    experiment = build.build(made, devices=1)
+    assert experiment.roles['target'] == ('other',)
+    # Two test images and, of the training images, those that were not changed.
+    there = 2 + (2 if arrays == 'one other' else 0)
+    assert experiment.sharing == {'source': there}
+    assert uses_target_labels(experiment)
+    assert any(f'{there} images of a target' in line for line in cautions(experiment))
     return
-  with pytest.raises(UserError, match="'other' is the same data as the source"):
+  with pytest.raises(UserError, match="'other' is the same data as 'source'"):
     build.build(made, devices=1)
 
 
@@ -389,9 +397,10 @@ def test_files_are_the_same_where_they_are_in_one_place():
   def split(source, *rows):
     return Split(source, np.array(rows, int), np.zeros(len(rows), np.int32), {})
 
-  assert within(split(one, 1, 0), [split(two, 0), split(one, 0), split(one, 1, 2)])
-  assert not within(split(one, 1, 0), [split(one, 1)])
-  assert not within(split(one, 1), [split(two, 1)])
+  others = [split(two, 0), split(one, 0), split(one, 1, 2)]
+  assert shared(split(one, 1, 0), others) == 2
+  assert shared(split(one, 1, 0), [split(one, 1)]) == 1
+  assert shared(split(one, 1), [split(two, 1)]) == 0
 
 
 def test_keys_of_a_domain_that_no_role_uses_are_rejected():

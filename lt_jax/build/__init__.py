@@ -145,6 +145,7 @@ def build(
     fingerprint(domains.single),
     mesh,
     stages,
+    domains.sharing,
   )
 
 
@@ -246,7 +247,7 @@ def _build_stage(
     streams=streams,
     trained_on={name: row.split[0] for name, row in rows.items() if row.split},
     images=images | dict(row.split for row in rows.values() if row.split),
-    uses_target_labels=gives_target_labels,
+    uses_target_labels=gives_target_labels or bool(domains.sharing),
     passes=evaluated,
     compared=_compared(config, domains, mesh),
     survey=stage_survey,

@@ -24,8 +24,8 @@ from lt_jax.data.domains import (
   have_one_label_space,
   joined,
   seen_through,
+  shared,
   united,
-  within,
 )
 from lt_jax.errors import UserError, check_options, lookup
 
@@ -69,12 +69,14 @@ class Domains(NamedTuple):
     data: name or role -> keys of `data`.
     roles: 'source', 'target' and 'open' -> names of the domains.
     transforms: name or role -> pixel transforms for (training, evaluation).
+    sharing: labelled domain -> how many images of a target it has too.
   """
 
   datasets: dict[str, Dataset]
   data: dict[str, Config]
   roles: dict[str, tuple[str, ...]]
   transforms: dict[str, Transforms]
+  sharing: dict[str, int]
 
   def dataset(self, name: str) -> Dataset:
     """Returns the data of a domain or of a role."""
@@ -132,9 +134,10 @@ def load_domains(
     meet = united(meet, roles[SOURCE], same)
     datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
   check_alike(meet, sizes=not of_pixels)
+  sharing: dict[str, int] = {}
   if not given:
     labelled = {name: datasets[name] for name in (*roles[SOURCE], *alone)}
-    _check_apart({name: meet[name] for name in roles[TARGET]}, labelled, configs)
+    sharing = _sharing({n: meet[n] for n in roles[TARGET]}, labelled, configs)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
@@ -146,7 +149,7 @@ def load_domains(
       for number, name in enumerate(members if len(parts) > 1 else ()):
         datasets[name] = seen_through(datasets[name], datasets[role], number)
   made = {name: make_transforms(data) for name, data in configs.items()}
-  return Domains(datasets, configs, roles, made)
+  return Domains(datasets, configs, roles, made, sharing)
 
 
 def _roles(config: Config) -> dict[str, tuple[str, ...]]:
@@ -234,28 +237,36 @@ def _check_pixels(
         )
 
 
-def _check_apart(
+def _sharing(
   targets: Mapping[str, Dataset],
   labelled: Mapping[str, Dataset],
   configs: Mapping[str, Config],
-) -> None:
-  """Refuses a target that is a labelled domain once more, whatever its name or path.
+) -> dict[str, int]:
+  """Returns labelled domain -> how many images of targets, of any split, it has too.
 
   Args:
     targets: name -> data.
     labelled: likewise, the sources, and domains of stages and streams without a role.
     configs: name -> keys of `data`.
+
+  Raises:
+    UserError: a target is a labelled domain once more, whatever its name or path.
   """
+  counts = dict.fromkeys(labelled, 0)
   for target, source in itertools.product(targets, labelled):
-    if configs[target]['source'] == 'fake':  # one set of images stands for all
+    if configs[target]['source'] == 'fake':  # all generated domains share their images
       continue
+    theirs = [*labelled[source].every.values()]
     images = targets[target].splits['train']
-    if within(images, [*labelled[source].every.values()]):
+    if shared(images, theirs) == len(images.rows) > 0:
       raise UserError(
-        f'the target {target!r} is the same data as the source {source!r}: all its '
-        f'{len(images.rows):,} training images are images of the source too; name '
+        f'the target {target!r} is the same data as {source!r}, whose labels are '
+        f'learned: all its {len(images.rows):,} training images are there too; name '
         f'other data in domains.{target}.source'
       )
+    for split in targets[target].every.values():
+      counts[source] += shared(split, theirs)
+  return {name: number for name, number in counts.items() if number}
 
 
 def make_transforms(data: Config) -> Transforms:

@@ -85,8 +85,8 @@ class Stage(NamedTuple):
     trained_on: streams of images -> name of the split.
     images: the images of every pass and stream, by name of the split. Those of 'test'
       are from the target domains if there are any, otherwise from its own domain.
-    uses_target_labels: whether a stream provides labels of a target domain, or the
-      stage learns the classes of one.
+    uses_target_labels: whether a stream provides labels of a target domain, the stage
+      learns the classes of one, or a labelled domain has images of one.
     passes: split -> evaluation pass; those of other domains are called DOMAIN/SPLIT.
     compared: its own domain and each target -> a pass over some training images without
       labels, to measure how far apart they are; empty without a target.
@@ -145,6 +145,7 @@ class Experiment(NamedTuple):
     fingerprint: SHA-256 of the training and evaluation data.
     mesh: the mesh of its devices.
     stages: the stages, in order.
+    sharing: labelled domain -> how many images of a target it has too.
   """
 
   config: Config
@@ -154,6 +155,7 @@ class Experiment(NamedTuple):
   fingerprint: str
   mesh: Mesh
   stages: dict[str, Stage]
+  sharing: dict[str, int]
 
   @property
   def last(self) -> Stage:
