@@ -31,6 +31,7 @@ from lt_jax import checkpoint, commands, files, sharding, trained
 from lt_jax.config import config_digest, upgraded
 from lt_jax.errors import UserError, lookup
 from lt_jax.method import Outputs
+from lt_jax.pretrained import ours
 from lt_jax.train import state_shapes
 from lt_jax.trained import Trained
 
@@ -141,6 +142,8 @@ def facts(network: Trained) -> dict[str, Any]:
     'counts': network.facts['counts'],
     **{name: network.facts[name] for name in OF_CLASSES if name in network.facts},
     'recipe': network.config['recipe'],
+    'uses_target_labels': bool(network.result.get('uses_target_labels'))
+    or ours.used_target_labels(network.config['init']),
     'seed': network.config['seed'],
     'stage': network.stage.name,
     'step': network.step,

@@ -320,6 +320,7 @@ def rehearsed(
       if begin > end:
         raise UserError(f'stage {name!r} ends at step {end}, but starts at {begin}')
       metric_shapes(stage.method, stage.streams, state, experiment.mesh)
+      _check_absences(stage, state, experiment)
       for saved in stage.save_outputs:
         saved_shape(stage.survey, state, saved)
       shapes[name] = state.replace(step=np.int32(end))
@@ -330,6 +331,23 @@ def rehearsed(
       f'the config cannot be built: {type(error).__name__}: {error}'
     ) from error
   return experiment
+
+
+def _check_absences(stage: Stage, state: State, experiment: Experiment) -> None:
+  """Refuses a stream that skips steps, if the method needs it in all of them."""
+  often = {name: one for name, one in stage.streams.items() if one.every == 1}
+  if len(often) == len(stage.streams):
+    return
+  try:
+    metric_shapes(stage.method, often, state, experiment.mesh)
+  except KeyError as missing:
+    (name,) = missing.args
+    if name not in stage.streams:
+      raise
+    raise UserError(
+      f'streams.{name}.every is {stage.streams[name].every}, but the method needs a '
+      'batch of it in every step: set it to 1'
+    ) from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lt_jax import build, checkpoint, files, provenance, sharding
 from lt_jax.build import Experiment, Stage
 from lt_jax.config import SOURCE, TARGET, Config, base_config, resolve
 from lt_jax.data import augment
-from lt_jax.data.attributes import Block, Described
+from lt_jax.data.attributes import Block, Described, check_distinct
 from lt_jax.data.crops import Crop
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Split
@@ -126,7 +126,8 @@ class Trained(NamedTuple):
       described: names and descriptions, as long as those it was trained with.
 
     Raises:
-      UserError: the network reads no descriptions, or descriptions of another length.
+      UserError: the network reads no descriptions, or descriptions of another length,
+        or two classes would have the same one.
     """
     head = self.state.stats['net'].get('head', {})
     if 'class_vectors' not in head:
@@ -142,9 +143,9 @@ class Trained(NamedTuple):
         f'network was trained with {width}'
       )
     rows |= dict(zip(described.names, described.vectors, strict=True))
-    vectors = sharding.put_replicated(
-      self.mesh, np.stack([*rows.values()]).astype(np.float32)
-    )
+    stacked = np.stack([*rows.values()]).astype(np.float32)
+    check_distinct(stacked, [*rows], 'new classes')
+    vectors = sharding.put_replicated(self.mesh, stacked)
     net = {**self.state.stats['net'], 'head': {**head, 'class_vectors': vectors}}
     stats = {**self.state.stats, 'net': net}
     return self._replace(

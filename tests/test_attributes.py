@@ -66,6 +66,8 @@ def test_word_vectors_are_averaged_over_the_words_of_a_name(tmp_path, first):
   np.testing.assert_allclose(found, expected, rtol=1e-12)
   with pytest.raises(UserError, match=r'no vector of 2 words of class names: emu, ze'):
     class_vectors([str(path)], ('zebra', 'blue+emu'))
+  with pytest.raises(UserError, match=r"the class name '\+' has no words"):
+    class_vectors([str(path)], ('blue', '+'))
 
 
 def test_digits_have_ten_codes():
@@ -79,6 +81,8 @@ def test_missing_attributes_take_the_mean_of_the_others():
   np.testing.assert_array_equal(found, [[4, 2], [3, 4], [5, 3]])
   signed = np.array([[-1.0, 2.0], [-0.5, 4.0]])
   np.testing.assert_array_equal(filled(signed), signed)
+  signs = np.array([[-1.0, 1.0], [1.0, -1.0]])
+  np.testing.assert_array_equal(filled(signs), signs)
 
 
 def npz(path, **arrays):
@@ -88,6 +92,12 @@ def npz(path, **arrays):
 
 def bad(tmp_path, **changes):
   return npz(tmp_path / 'bad.npz', **({'class_vectors': VECTORS} | changes))
+
+
+def transposed(path):
+  rows = [('', *NAMES), *((f'a{m}', *row) for m, row in enumerate(VECTORS.T.tolist()))]
+  path.write_text('\n'.join(','.join(map(str, row)) for row in rows))
+  return str(path)
 
 
 WRONG = {
@@ -103,11 +113,23 @@ WRONG = {
     lambda p: bad(p, class_vectors=VECTORS.T),
     'are 4 x 3, but there are 3 classes; they seem to be transposed',
   ),
+  'transposed table': (
+    lambda p: transposed(p / 't.csv'),
+    'the classes are columns, so it seems to be transposed',
+  ),
   'nan': (
     lambda p: bad(p, class_vectors=VECTORS + np.where(np.eye(3, 4, 1) > 0, np.nan, 0)),
     "attribute 1 of 'zebra' is nan",
   ),
   'no file': (lambda p: f'{p}/none.csv', 'there is no file'),
+  'twice': (
+    lambda p: write_csv(p / 'w.csv', (*NAMES, 'zebra'), VECTORS[[0, 1, 2, 0]]),
+    r"several descriptions of class 0 \('zebra'\): 'zebra', 'zebra'",
+  ),
+  'two spellings': (
+    lambda p: write_csv(p / 'w.csv', ('zebra', 'Polar Bear', 'polar_bear'), VECTORS),
+    r"several descriptions of class 1 \('polar\+bear'\): 'Polar Bear', 'polar_bear'",
+  ),
   'ending': (lambda p: f'{p}/none.xls', r'end in \.npz, \.csv, \.mat'),
   'objects': (
     lambda p: bad(p, class_vectors=np.array([None, 1], object)),
@@ -139,6 +161,8 @@ def test_a_file_for_new_classes_must_name_them(tmp_path):
 def test_classes_are_chosen_by_name_file_or_number(tmp_path):
   among = np.array([True, True, True, False])
   names = ('a', 'b+c', '2', 'open')
+  with pytest.raises(UserError, match=r"'A b' can be class 0 \('a-b'\) or class 1"):
+    chosen_classes('unseen', ['A b'], ('a-b', 'a_b', 'c'), among[:3], 0)
   assert chosen_classes('unseen', ['B_c'], names, among, 0).tolist() == [0, 1, 0, 0]
   (tmp_path / 'list.txt').write_text('a\n2\n')
   found = chosen_classes('unseen', [f'@{tmp_path}/list.txt'], names, among, 0)
@@ -161,6 +185,8 @@ def test_classes_are_chosen_by_name_file_or_number(tmp_path):
 def test_words_of_names():
   assert words_of('002.Laysan_Albatross') == ('laysan', 'albatross')
   assert words_of('persian+cat') == ('persian', 'cat') and words_of('7') == ('7',)
+  # Numbers can be all that tells names apart.
+  assert words_of('747-400') == ('747', '400') and words_of('3.') == ('3',)
 
 
 def digits(**changes):
@@ -250,16 +276,48 @@ def first(*rows):
   return np.array(rows)[:, None]
 
 
+def changed(value):
+  """Returns the attributes (A, C), one of which is changed."""
+  attributes = mini_zsl.planted()[2].T
+  attributes[2, 5] = value
+  return attributes
+
+
 MAT = {
   'overlap': ({'test_seen_loc': first(1, 2)}, 'parts of the split overlap|is unseen'),
+  'halves': ({'trainval_loc': first(1, 2.5)}, 'must be positions of images, whole'),
+  'text': ({'trainval_loc': 'all'}, 'must be positions of images, whole'),
   'beyond': ({'test_seen_loc': first(1000)}, 'but there are 240 images'),
   'from 0': ({'test_seen_loc': first(0)}, 'goes from 0'),
-  'struct': ({'extra': {'a': 1}}, "'extra' is a struct; only arrays of numbers"),
+  'struct': (
+    {'extra': {'a': 1}},
+    "'extra' is of the type struct; only arrays of numbers",
+  ),
   'cell of numbers': (
     {'allclasses_names': mini_zsl.cells([1.0] * 12)},
     "cell 0 of 'allclasses_names' is not a string",
   ),
   'no part': ({'test_seen_loc': None}, "has no 'test_seen_loc'"),
+  'not all images': (
+    {'test_seen_loc': np.zeros((0, 1))},
+    'splits 195 images, but .*res101.mat has 240: are they of the same data set',
+  ),
+  'nan': (
+    {'original_att': changed(np.nan)},
+    "att_splits.mat: attribute 2 of 'animal_5' is nan",
+  ),
+  'same': (
+    {'original_att': np.ones((mini_zsl.ATTRIBUTES, mini_zsl.CLASSES))},
+    r"class 0 \('animal_0'\) and class 1 .* have the same description",
+  ),
+  'transposed': (
+    {'original_att': changed(1.0).T},
+    '12 classes are named, but there are 8 rows .* seem to be transposed',
+  ),
+  'missing class': (
+    {'original_att': changed(1.0)[:, 1:]},
+    '12 classes are named, but there are 11 rows',
+  ),
 }
 
 
@@ -270,6 +328,46 @@ def test_wrong_splits_are_one_line(tmp_path, name):
   with pytest.raises(UserError, match=message) as error:
     load_source(f'xlsa:{tmp_path}')
   assert '\n' not in str(error.value)
+
+
+X, LABEL, _ = mini_zsl.planted()
+
+FEATURES = {
+  'transposed': ({'features': X}, 'has features of 10 images, but 240 labels'),
+  'few labels': ({'labels': LABEL[:9] + 1}, 'features of 240 images, but 9 labels'),
+  'from 0': ({'labels': LABEL}, 'labels must start at 1'),
+  'halves': ({'labels': LABEL + 1.5}, 'labels must be whole numbers from 1'),
+  'nan': (
+    {'features': np.where(np.arange(len(X)) == 4, np.nan, X.T)},
+    'features of image 5 are not finite',
+  ),
+  'classes': ({'labels': LABEL + 2}, 'labels go up to 13, but .* describes 12 classes'),
+}
+
+
+@pytest.mark.parametrize('name', FEATURES)
+def test_wrong_features_are_one_line(tmp_path, name):
+  changes, message = FEATURES[name]
+  mini_zsl.write(tmp_path)
+  whole = {'features': X.T, 'labels': LABEL + 1}
+  io.savemat(tmp_path / 'res101.mat', whole | changes)
+  with pytest.raises(UserError, match=message) as error:
+    load_source(f'xlsa:{tmp_path}')
+  assert '\n' not in str(error.value)
+
+
+def test_damaged_archives_of_features_are_one_line(tmp_path):
+  path = tmp_path / 'features.npz'
+  mini_zsl.write(tmp_path)
+  with pytest.raises(UserError, match='there is no file or folder'):
+    load_source(f'xlsa:{path}')
+  path.write_bytes(b'PK\x03\x04 and no more')
+  with pytest.raises(UserError, match='not a zip file'):
+    load_source(f'xlsa:{path}')
+  for x in (X[:, 0], X.astype(str)):
+    np.savez(path, features=x, labels=LABEL)
+    with pytest.raises(UserError, match='features must be numbers, D for each image'):
+      load_source(f'xlsa:{path}')
 
 
 def test_unseen_classes_in_training_are_rejected(tmp_path):
@@ -290,8 +388,24 @@ def test_other_matlab_files_are_rejected(tmp_path):
   new.write_bytes(b'what is this' * 40)
   with pytest.raises(UserError, match='is not a readable MATLAB file'):
     read_mat(str(new), ('att',))
-  io.savemat(new, {'att': np.zeros((3000, 3000))}, do_compression=True)
-  with pytest.raises(UserError, match='over 200 times its size'):
+  zeros, cell = np.zeros((3000, 1000)), np.empty((1, 1), object)
+  cell[0, 0] = zeros
+  for contents in (zeros, zeros.astype(np.int8), cell):
+    io.savemat(new, {'att': contents}, do_compression=True)
+    with pytest.raises(UserError, match='over 200 times its size'):
+      read_mat(str(new), ('att',))
+  made = np.zeros(1, [('a', object)]).view(io.matlab.MatlabObject)
+  io.savemat(new, {'other': io.matlab.MatlabObject(made, 'inline')})
+  with pytest.raises(
+    UserError, match="'other' is of the type object; only arrays of numbers"
+  ):
+    read_mat(str(new), ('att',))
+  io.savemat(new, {'other': np.ones(3)})
+  double, function = (b'\6\0\0\0\b\0\0\0' + bytes([kind, 0, 0, 0]) for kind in (6, 16))
+  new.write_bytes(new.read_bytes().replace(double, function))
+  with pytest.raises(
+    UserError, match="'other' is of the type function; only arrays of numbers"
+  ):
     read_mat(str(new), ('att',))
 
 
@@ -312,5 +426,7 @@ def test_a_custom_split(tmp_path):
   np.testing.assert_allclose(
     unit_rows(found.class_vectors)[0], unit_rows(attributes)[0]
   )
+  with pytest.raises(UserError, match='labels must be whole numbers from 0 to 11'):
+    make_split(path, x, label + 1, attributes, unseen, class_names=mini_zsl.NAMES)
   with pytest.raises(UserError, match='too few to split'):
     make_split(path, x[:3], label[:3], attributes, unseen, class_names=mini_zsl.NAMES)

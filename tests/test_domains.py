@@ -1,8 +1,11 @@
 """Domains and streams: who may see which data, and the results."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from configs import digits_domains
 from lt_jax import build, run, sharding, train, trained
@@ -289,6 +292,19 @@ def test_several_sources_tell_the_domain_of_an_image():
       {'domains': {'source': 'digits_domains:source'}},
       "target 'blended' is the same data as the source 'source': all its 600 training ",
     ),
+    (
+      {'domain': 'copy', 'domains': {}, 'copy': {}},
+      "target 'blended' is the source 'copy' once more",
+    ),
+    (
+      {'sources': ['source', 'inverted'], 'copy': {}},
+      "source has the domain 'source', which is `data` where there is no other",
+    ),
+    (
+      {'sources': ['blended'], 'target': ['source']},
+      "target has the domain 'source', which is `data` where there is no other",
+    ),
+    ({'domains': {'pad': -1}}, 'domains.blended.pad is -1; it must be from 0 to 256'),
     ({'target': []}, 'there is no target domain: set config.target'),
     ({'target': ['blendet']}, "unknown domain 'blendet'; did you mean 'blended'"),
     ({'domain': 'nowhere'}, "unknown domain 'nowhere'"),
@@ -300,6 +316,7 @@ def test_several_sources_tell_the_domain_of_an_image():
       "sampler 'class_balanced' needs labels, which the stream 'target' does not",
     ),
     ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
+    ({'stream': 3}, 'streams.stream is 3; it must be a dict'),
     ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
     ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
     ({'domains': {'sourc': 'x'}}, "sets 'sourc', but data has no such key"),
@@ -312,8 +329,15 @@ def test_mistakes_are_one_line(change, message):
     match key:
       case 'streams':
         made['streams']['target'] |= value
+      case 'stream':
+        made['streams'][key] = value
       case 'domains':
         made['domains']['blended'] |= value
+      case 'copy':
+        made['domains'] |= {
+          'copy': dict(made['domains']['blended']),
+          'inverted': {'source': 'digits_domains:inverted'},
+        }
       case _:
         made[key] = value
   if message is None:
@@ -495,6 +519,42 @@ def test_the_source_is_measured_with_statistics_of_its_own():
   )
 
 
+def test_a_state_is_chosen_by_training_images_of_the_target(monkeypatch):
+  """Label-free criteria see no label of the target and no test image."""
+  seen, scores = [], build.label_free_scores
+
+  def recorded(method, task, passes, mesh):
+    seen.append(passes)
+    return scores(method, task, passes, mesh)
+
+  monkeypatch.setattr(build, 'label_free_scores', recorded)
+  experiment = build.build(config('source_only'), devices=1)
+  (passes,) = seen
+  assert set(passes) == {'train', 'val', 'target/train'}
+  for name, one in passes.items():
+    domain = 'blended' if name == 'target/train' else 'source'
+    split = experiment.domains[domain].splits[name.removeprefix('target/')]
+    payload, arrays = one.stream.payload(0), one.stream.arrays
+    assert ('label' in payload) == (domain == 'source')
+    assert arrays['image'] is split.arrays['image']
+    assert set(payload['index'].tolist()) <= set(split.rows.tolist())
+
+
+@pytest.mark.parametrize('stream', ['train', 'target'])
+def test_a_stream_that_is_needed_cannot_skip_steps(tmp_path, stream):
+  made = config('dann')
+  made['streams'][stream]['every'] = 2
+  with pytest.raises(UserError, match=f'streams.{stream}.every is 2, but the method'):
+    run.rehearsed(made, tmp_path)
+
+
+def test_targets_of_one_stream_are_read_in_one_way():
+  made = config('dann', 'epochs=1.0,target=blended+inverted')
+  made['domains']['inverted']['resize'] = 40
+  with pytest.raises(UserError, match='are one target and must agree in data.resize'):
+    build.build(made, devices=1)
+
+
 def test_images_of_a_compound_target_lie_once_in_device_memory():
   made = config('dann', 'epochs=1.0,target=blended+inverted')
   experiment = build.build(made, devices=1)
@@ -566,3 +626,17 @@ def test_initial_weights_may_have_read_labels_of_the_target(tmp_path):
     )
     assert ours.used_target_labels(str(tmp_path)) is used
   assert not ours.used_target_labels('') and not ours.used_target_labels('timm/x')
+
+
+@pytest.mark.parametrize('used', [True, False])
+def test_what_weights_began_with_may_have_read_labels_of_the_target(tmp_path, used):
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  for folder, told, init in ((first, used, ''), (second, False, str(first))):
+    folder.mkdir()
+    (folder / 'result.json').write_text(json.dumps({'uses_target_labels': told}))
+    (folder / 'config.json').write_text(json.dumps({'init': init}))
+  assert ours.used_target_labels(str(second)) is used
+  path = tmp_path / 'net.safetensors'
+  told = {'uses_target_labels': json.dumps(used)}
+  save_file({'x': np.zeros(1, np.float32)}, path, told)
+  assert ours.used_target_labels(str(path)) is used

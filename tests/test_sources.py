@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lt_jax.data import sources
+from lt_jax.data.attributes import class_vectors
 from lt_jax.errors import UserError
 
 PIXELS = np.random.default_rng(0)
@@ -257,6 +258,34 @@ def test_tfds_with_one_image_size_is_read_into_memory(tmp_path):
   np.testing.assert_array_equal(loaded['test'].images, pixels[7:])
   assert loaded['train'].labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
   assert loaded['train'].class_names == ('cat', 'dog')
+
+
+def test_numbered_classes_are_named_by_their_records(tmp_path):
+  """As in caltech_birds2011, so that descriptions can be matched by name."""
+  import tensorflow_datasets as tfds
+
+  birds = {1: 'sooty_albatross', 2: 'indigo_bunting', 0: 'ovenbird'}
+  image = encode(np.zeros((4, 5), np.uint8), 'RGB', 'png')
+  examples = [
+    {'id': '', 'image': image, 'label': c, 'label_name': name}
+    for c, name in birds.items()
+  ]
+  write_tfds(
+    tmp_path,
+    'birds',
+    (None, None, 3),
+    {'train': examples[:2] * 2, 'test': examples[1:]},
+    label=tfds.features.ClassLabel(num_classes=4),
+    label_name=tfds.features.Text(),
+  )
+  loaded = sources.load_source('tfds:birds', str(tmp_path))
+  names = ('ovenbird', 'sooty_albatross', 'indigo_bunting', '3')
+  assert {one.class_names for one in loaded.values()} == {names}
+  assert loaded['test'].labels.tolist() == [2, 0]
+  described = ('014.Indigo_Bunting', '003.Sooty_Albatross', '167.Ovenbird')
+  np.savez(tmp_path / 'cub.npz', class_vectors=np.eye(3), class_names=described)
+  found = class_vectors([str(tmp_path / 'cub.npz')], names[:3])
+  np.testing.assert_array_equal(found.vectors, np.eye(3)[[2, 1, 0]])
 
 
 def test_a_large_tfds_stays_on_disk(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Zero-shot learning: closed forms, views and curves by independent formulas."""
 
+import functools
 import itertools
 import math
 import os
@@ -137,7 +138,7 @@ def loops(form, params, x, described, raw):
     elif form == 'nearest_cosine':
       found[i, c] = p @ has[c] / np.linalg.norm(p) / np.linalg.norm(has[c])
     elif form == 'conse':
-      top = np.argsort(-shares)[:10]
+      top = np.argsort(-shares)[:3]
       mean = shares[top] @ described[top]
       found[i, c] = mean @ described[c] / np.linalg.norm(mean)
     else:
@@ -150,15 +151,15 @@ def loops(form, params, x, described, raw):
 
 
 HEAD_OF = {
-  'eszsl': ('compatibility', {}),
+  'eszsl': ('compatibility', {'scale': 2.0}),
   'kernel_eszsl': ('kernel_compatibility', {}),
-  'sae': ('compatibility', {'similarity': 'attributes'}),
-  'sae_features': ('compatibility', {'similarity': 'features'}),
+  'sae': ('compatibility', {'similarity': 'attributes', 'scale': 2.0}),
+  'sae_features': ('compatibility', {'similarity': 'features', 'scale': 2.0}),
   'dap': ('attributes', {'rule': 'dap'}),
   'nearest_hamming': ('attributes', {'rule': 'hamming'}),
   'nearest_cosine': ('attributes', {'rule': 'cosine'}),
   'iap': ('seen_classes', {'rule': 'iap'}),
-  'conse': ('seen_classes', {'rule': 'conse', 'top': 10}),
+  'conse': ('seen_classes', {'rule': 'conse', 'top': 3}),
 }
 
 
@@ -169,11 +170,12 @@ def test_a_head_scores_as_its_form_does(form):
   (params,) = method.fits(seen, [hyper])
   assert set(params) == set(method.fills)
   x = mini_zsl.planted(seed=1)[0][:7]
-  scores = method.scores(params, x, seen.described, seen.raw)
+  name, options = HEAD_OF[form]
+  read = {key: options[key] for key in method.reads}
+  scores = method.scores(params, x, seen.described, seen.raw, **read)
   if 'bias' in params:
     expected = loops(form, params, x, seen.described, seen.raw)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
-  name, options = HEAD_OF[form]
   net = make_classifier(
     'identity',
     name,
@@ -346,6 +348,46 @@ def test_weights_of_ale_by_rank(rank, weight):
   assert float(loss / plain) == pytest.approx(weight, rel=1e-6)
 
 
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize('distance', [False, True])
+@pytest.mark.parametrize('fixed', ['none', 'classes', 'images'])
+def test_towers_are_their_formula(rng, fixed, distance):
+  x, described = rng.normal(size=(5, 4)), rng.normal(size=(6, 3))
+  made = {'fixed': fixed, 'distance': distance, 'width': 3, 'hidden': 7}
+  net = make_classifier(
+    'identity',
+    'two_tower',
+    6,
+    head_options={**made, 'temperature': 0.2},
+    class_vectors=described,
+  )
+  with jax.enable_x64(True):
+    images = jnp.asarray(x)[:, None, None]
+    variables = net.init(jax.random.key(0), images, train=False)
+    head = jax.tree.map(lambda p: rng.normal(size=p.shape), variables['params']['head'])
+    stats = {'head': {'class_vectors': jnp.asarray(described)}}
+    drawn = {'params': {'head': head}, 'batch_stats': stats}
+    outputs = jax.device_get(net.apply(drawn, images, train=False))
+
+  def dense(name, v):
+    return v @ head[name]['kernel'] + head[name]['bias']
+
+  f = x if fixed == 'images' else dense('images', x)
+  g = unit(described)
+  if fixed != 'classes':
+    g = dense('classes', np.maximum(dense('hidden', g), 0))
+  if distance:
+    expected = -((f[:, None] - g[None]) ** 2).sum(-1)
+  else:
+    expected = unit(f) @ unit(g).T / 0.2
+  np.testing.assert_allclose(outputs['logits'], expected, rtol=0, atol=1e-9)
+  parts = {'images': {'images'}, 'classes': {'hidden', 'classes'}}
+  assert set(head) == {'images', 'hidden', 'classes'} - parts.get(fixed, set())
+
+
 def test_two_free_towers_need_a_contrast():
   config = resolve(xlsa.get_config('two_tower'))
   checks.check_collapse(config)
@@ -413,6 +455,28 @@ def test_a_run_is_the_closed_form(folder, tmp_path, one_device):
   np.testing.assert_allclose(outputs['logits'], calibrated, atol=1e-3)
 
 
+def test_gamma_is_chosen_with_the_options_of_the_head(folder, tmp_path, one_device):
+  made = xlsa.get_config('conse')
+  made.stages.fit.model.head_options.top = 2
+  made.data.update(
+    source=f'xlsa:{folder}', unit='none', val_classes=mini_zsl.VALIDATION
+  )
+  result = run.run(resolve(made), tmp_path)
+  x, label, _ = mini_zsl.planted()
+  rank = np.array([(label[:i] == c).sum() for i, c in enumerate(label)])
+  is_train = ~UNSEEN[label] & (rank < 15)
+  train = {'features': x[is_train], 'label': label[is_train]}
+  form = FORMS['conse']
+  expected = {}
+  for top in (2, 10):
+    scores = functools.partial(form.scores, top=top)
+    parts = form._replace(scores=scores), classes(), train, None
+    expected[top] = choose(*parts, {}, True)[1]['gamma']
+  gamma = result['memory']['calibrated_stacking.gamma']
+  assert gamma == pytest.approx(expected[2], abs=1e-4)
+  assert abs(gamma - expected[10]) > 1e-3
+
+
 @pytest.mark.parametrize(
   'recipe', ['ale', pytest.param('two_tower', marks=pytest.mark.slow)]
 )
@@ -434,7 +498,7 @@ WRONG = {
   'gamma of a training': (
     'ale',
     {'val_classes': ()},
-    'unknown group of classes .fitted',
+    'gamma is chosen on validation classes, .*: set data.val_classes',
   ),
   'nothing unseen': (
     'eszsl',

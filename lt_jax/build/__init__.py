@@ -484,6 +484,11 @@ def learned_classes(
     UserError: there is no such group, or the groups have no class.
   """
   groups = {**groups, **_fitted(dataset)}
+  if 'fitted' in names and 'fitted' not in groups:
+    raise UserError(
+      'gamma is chosen on validation classes, with a network trained on the other seen '
+      'classes: set data.val_classes'
+    )
   members = [lookup(groups, 'group of classes', name) for name in names]
   every = groups.get('seen', np.ones_like(groups['many']))
   learned = np.any(members, axis=0) if members else every

@@ -64,7 +64,13 @@ OPTION_RANGES = {
 def check_ranges(config: Config) -> None:
   """Rejects numbers without a meaning, such as a batch of no images."""
   flat = flatten(config)
-  for key, (least, most) in RANGES.items():
+  ranges = RANGES | {
+    f'domains.{name}.{key.removeprefix("data.")}': most
+    for name in config.get('domains', {})
+    for key, most in RANGES.items()
+    if key.startswith('data.')
+  }
+  for key, (least, most) in ranges.items():
     value = flat.get(key, least)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and least <= value <= most):  # NaN is in no range

@@ -47,6 +47,17 @@ NOT_LOADING = (
 )
 """Keys of `data` that apply to images after loading."""
 
+OF_READING = (
+  'image_size',
+  'resize',
+  'crop_area',
+  'window',
+  'scale',
+  'resize_to',
+  'on_bad_image',
+)
+"""Keys of `data` that say how images are read and cropped; one stream has one way."""
+
 Transforms = tuple[Callable, Callable]
 
 
@@ -122,7 +133,8 @@ def load_domains(
     datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
   check_alike(meet, sizes=not of_pixels)
   if not given:
-    _check_apart(roles, meet, configs)
+    labelled = {name: datasets[name] for name in (*roles[SOURCE], *alone)}
+    _check_apart({name: meet[name] for name in roles[TARGET]}, labelled, configs)
   for role, members in roles.items():
     if role == OPEN or not members:
       continue
@@ -152,6 +164,11 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
   seen: dict[str, str] = {}
   for role, members in roles.items():
     for name in members:
+      if name == SOURCE and roles[SOURCE] != (SOURCE,):
+        raise UserError(
+          f'{role} has the domain {SOURCE!r}, which is `data` where there is no other '
+          'source: describe it under domains by another name'
+        )
       if name in seen:
         raise UserError(f'domain {name!r} is both {seen[name]} and {role}')
       if name != SOURCE:
@@ -209,7 +226,7 @@ def _check_pixels(
       'domain: set data.mean and data.std instead'
     )
   for name in members[1:]:
-    for key in NOT_LOADING[:8]:
+    for key in (*NOT_LOADING[:8], *OF_READING):
       if configs[name][key] != first[key]:
         raise UserError(
           f'domains {members[0]!r} and {name!r} are one {role} and must agree in '
@@ -218,18 +235,22 @@ def _check_pixels(
 
 
 def _check_apart(
-  roles: Mapping[str, Sequence[str]],
-  datasets: Mapping[str, Dataset],
+  targets: Mapping[str, Dataset],
+  labelled: Mapping[str, Dataset],
   configs: Mapping[str, Config],
 ) -> None:
-  """Rejects a target with the images of a source, whatever its name or path."""
-  for target, source in itertools.product(roles[TARGET], roles[SOURCE]):
-    if (
-      configs[target]['source'] == 'fake'
-    ):  # all generated domains have the same images
+  """Refuses a target that is a labelled domain once more, whatever its name or path.
+
+  Args:
+    targets: name -> data.
+    labelled: likewise, the sources, and domains of stages and streams without a role.
+    configs: name -> keys of `data`.
+  """
+  for target, source in itertools.product(targets, labelled):
+    if configs[target]['source'] == 'fake':  # one set of images stands for all
       continue
-    images = datasets[target].splits['train']
-    if within(images, [*datasets[source].every.values()]):
+    images = targets[target].splits['train']
+    if within(images, [*labelled[source].every.values()]):
       raise UserError(
         f'the target {target!r} is the same data as the source {source!r}: all its '
         f'{len(images.rows):,} training images are images of the source too; name '

@@ -429,6 +429,8 @@ def batch_sizes(config: Config) -> dict[str, int]:
   """
   sizes = {}
   for name, row in config['streams'].items():
+    if not isinstance(row, Mapping):
+      raise UserError(f'streams.{name} is {row!r}; it must be a dict')
     if row.get('name') == 'episodes':
       sizes[f'novel classes of {name}'] = row.get('novel', 0)
       sizes[f'queries of {name}'] = sum(

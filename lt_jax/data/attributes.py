@@ -64,13 +64,29 @@ def class_vectors(files: Sequence[str], class_names: Sequence[str]) -> Block:
   """
   if isinstance(files, str):
     raise UserError(f'data.class_vectors is {files!r}; it must be a list of files')
-  blocks = [_block(file, class_names) for file in files]
+  blocks = [_block(file, _read(file, class_names), class_names) for file in files]
   vectors = blocks[0].vectors
   if len(blocks) > 1:
     vectors = np.concatenate([unit_rows(block.vectors) for block in blocks], axis=1)
-  _check_distinct(vectors, class_names, ', '.join(files))
+  check_distinct(vectors, class_names, ', '.join(files))
   columns = tuple(name for block in blocks for name in _columns(block))
   return Block(vectors, columns)
+
+
+def checked(file: str, found: Described, class_names: Sequence[str]) -> Described:
+  """Returns the descriptions of the classes in their order, checked like a file's.
+
+  Args:
+    file: where they are from, for messages.
+    found: what it has.
+    class_names: names of the classes, to which its own are matched.
+
+  Raises:
+    UserError: as for `class_vectors`.
+  """
+  block = _block(file, found, class_names)
+  check_distinct(block.vectors, class_names, file)
+  return Described(tuple(class_names), block.vectors, block.columns)
 
 
 def read_descriptions(files: Sequence[str]) -> Described:
@@ -106,10 +122,10 @@ def binary(vectors: np.ndarray) -> tuple[np.ndarray, float]:
 def words_of(name: str) -> tuple[str, ...]:
   """Splits a class name into lower-case words at '+', '_', '-', '.' and ' '.
 
-  A leading number, as in '002.Laysan_Albatross', is dropped.
+  A leading number with a dot, as in '002.Laysan_Albatross', is dropped.
   """
-  words = [word for word in re.split(r'[+_\-./\s]+', name.lower()) if word]
-  return tuple(words[1:] if len(words) > 1 and words[0].isdigit() else words)
+  plain = re.sub(r'^\d+\.(?=.*[^\W_])', '', name.lower())
+  return tuple(word for word in re.split(r'[+_\-./\s]+', plain) if word)
 
 
 def names_of_words(path: str) -> set[tuple[str, ...]]:
@@ -125,9 +141,8 @@ def _columns(block: Block) -> Iterable[str]:
   return block.columns or map(str, range(block.vectors.shape[1]))
 
 
-def _block(file: str, class_names: Sequence[str]) -> Block:
+def _block(file: str, found: Described, class_names: Sequence[str]) -> Block:
   """Returns a file's vectors in the order of the classes."""
-  found = _read(file, class_names)
   vectors, classes = found.vectors, len(class_names)
   if vectors.ndim != 2 or not vectors.size:
     raise UserError(f'{file}: class vectors must be (classes, attributes)')
@@ -141,6 +156,8 @@ def _block(file: str, class_names: Sequence[str]) -> Block:
         f'{file}: {len(names)} classes are named, but there are {len(vectors)} rows of '
         f'class vectors{_transposed(vectors.shape, len(names))}'
       )
+  if set(class_names) <= set(found.columns):
+    raise UserError(f'{file}: the classes are columns, so it seems to be transposed')
   if not np.isfinite(vectors).all():
     row = int(np.argmin(np.isfinite(vectors).all(1)))
     column = int(np.argmin(np.isfinite(vectors[row])))
@@ -169,19 +186,30 @@ def _transposed(shape: tuple[int, ...], classes: int) -> str:
 
 def _places(file: str, names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
   """Returns the row of each class, found by name."""
-  exact = {name: row for row, name in enumerate(names)}
-  loose = {words_of(name): row for row, name in enumerate(names)}
+  find = _finder(names)
   rows = []
   for label, name in enumerate(class_names):
-    row = exact.get(name, loose.get(words_of(name)))
-    if row is None:
-      missing = named_class(label, class_names)
-      raise UserError(f'{file} has no description of {missing}{suggest(name, names)}')
-    rows.append(row)
+    found = find(name)
+    if len(found) != 1:
+      told = 'several descriptions' if found else 'no description'
+      several = ': ' + ', '.join(repr(names[row]) for row in found)
+      hint = several if found else suggest(name, names)
+      raise UserError(f'{file} has {told} of {named_class(label, class_names)}{hint}')
+    rows += found
   return np.array(rows, np.int64)
 
 
-def _check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) -> None:
+def _finder(names: Sequence[str]) -> Callable[[str], list[int]]:
+  """Returns the function that finds the places of a name, or else of its words."""
+  exact: dict[str, list[int]] = {}
+  loose: dict[tuple[str, ...], list[int]] = {}
+  for place, name in enumerate(names):
+    exact.setdefault(name, []).append(place)
+    loose.setdefault(words_of(name), []).append(place)
+  return lambda name: exact.get(name) or loose.get(words_of(name), [])
+
+
+def check_distinct(vectors: np.ndarray, class_names: Sequence[str], file: str) -> None:
   """Refuses two classes with the same description."""
   seen: dict[bytes, int] = {}
   for label, row in enumerate(vectors):
@@ -213,7 +241,7 @@ def _read_npz(path: str, class_names: Sequence[str]) -> Described:
   """Reads 'class_vectors' (C, A), and optional 'class_names' and 'attribute_names'."""
   del class_names
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
       members = {name: archive[name] for name in archive.files if name in _MEMBERS}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
     raise UserError(f'{path}: {" ".join(str(error).split())}') from None
@@ -239,11 +267,12 @@ def filled(vectors: np.ndarray) -> np.ndarray:
   """Returns attributes in float64; missing values become the attribute's mean.
 
   -1 means missing if all other values are at least 0, as in the matrices of Animals
-  with Attributes.
+  with Attributes; but not in a matrix of 1 and -1 alone.
   """
   vectors = np.array(vectors, np.float64)
   missing = vectors == -1
-  if not missing.any() or (vectors[~missing] < 0).any():
+  others = vectors[~missing]
+  if not missing.any() or (others < 0).any() or (others == 1).all():
     return vectors
   there = (~missing).sum(0)
   mean = np.where(missing, 0, vectors).sum(0) / np.maximum(there, 1)
@@ -318,6 +347,9 @@ def _read_words(path: str, class_names: Sequence[str]) -> Described:
   The vector of a class is the mean over the words of its name, see `words_of`, scaled
   to unit norm.
   """
+  for name in class_names:
+    if not words_of(name):
+      raise UserError(f'{path}: the class name {name!r} has no words')
   wanted = {word for name in class_names for word in words_of(name)}
   if not wanted:
     raise UserError(f'{path}: of word vectors, the names of the classes must be known')
@@ -434,8 +466,9 @@ def chosen_classes(
       draw = np.random.default_rng((seed, zlib.crc32(key.encode())))
       mask[draw.permutation(places)[:number]] = True
     case names:
+      find = _finder(class_names)
       for name in _names(key, names):
-        mask[_place(key, name, class_names, among)] = True
+        mask[_place(key, name, class_names, among, find(name))] = True
   if mask.any() and not (among & ~mask).any():
     raise UserError(f'data.{key} names every class, and none is left to learn from')
   return mask
@@ -453,16 +486,25 @@ def _names(key: str, given: Sequence[str | int]) -> Iterable[str]:
       with open(os.path.expanduser(name[1:]), encoding='utf-8-sig') as file:
         lines = io.StringIO(file.read())
     except (OSError, UnicodeDecodeError) as error:
-      raise UserError(f'data.{key}: {name[1:]}: {error}') from None
+      told = getattr(error, 'strerror', None) or error
+      raise UserError(f'data.{key}: {name[1:]}: {told}') from None
     yield from filter(None, (line.strip() for line in lines))
 
 
-def _place(key: str, name: str, class_names: Sequence[str], among: np.ndarray) -> int:
-  """Returns the number of a class, with names matched as in `class_vectors`."""
-  loose = {words_of(known): label for label, known in enumerate(class_names)}
-  label = class_names.index(name) if name in class_names else loose.get(words_of(name))
-  if label is None:
+def _place(
+  key: str,
+  name: str,
+  class_names: Sequence[str],
+  among: np.ndarray,
+  found: Sequence[int],
+) -> int:
+  """Returns the number of the class that was found for a name."""
+  if not found:
     raise UserError(f'data.{key}: no class {name!r}{suggest(name, class_names)}')
+  if len(found) > 1:
+    several = ' or '.join(named_class(label, class_names) for label in found)
+    raise UserError(f'data.{key}: {name!r} can be {several}')
+  (label,) = found
   if not among[label]:
     raise UserError(
       f'data.{key}: {named_class(label, class_names)} is unseen, or has no images to '

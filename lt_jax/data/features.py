@@ -6,6 +6,8 @@ An xlsa folder has res101.mat (features, one column per image, and labels counte
 
 import hashlib
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from lt_jax.data.arrays import Arrays
 from lt_jax.data.attributes import (
   ATT_SPLITS,
   Described,
-  class_vectors,
+  checked,
   described_by,
   words_of,
 )
@@ -55,9 +57,11 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
     data.train_split='all', data.test_split='all' and its data.unseen.
 
   Raises:
-    UserError: a file that is missing or wrong, parts that overlap, or images of unseen
-      classes among those to learn from.
+    UserError: a file that is missing or wrong, descriptions that do not fit, parts that
+      overlap or lack an image, or images of unseen classes among those to learn from.
   """
+  if not os.path.exists(path):
+    raise UserError(f'xlsa:{path}: there is no file or folder {path}')
   features = os.path.join(path, 'res101.mat') if os.path.isdir(path) else path
   beside = os.path.join(os.path.dirname(features), 'att_splits.mat')
   splits = splits or beside
@@ -65,11 +69,21 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
   described = described_by(splits, variables)
   found = _read_features(features)
   names = _class_names(features, found, described)
-  if found.names:  # the descriptions have another order
-    described = Described(names, class_vectors((splits,), names).vectors)
+  described = checked(splits, described, names)
   parts = _parts(splits, variables, len(found.x))
-  label = _checked(features, found.label, len(names))
+  label = found.label
+  if label.max() >= len(names):
+    raise UserError(
+      f'{features}: labels go up to {label.max() + 1}, but {splits} describes '
+      f'{len(names)} classes'
+    )
   unseen = _unseen(splits, parts, label, names)
+  split = sum(map(len, parts.values()))
+  if split < len(label):
+    raise UserError(
+      f'{splits} splits {split} images, but {features} has {len(label)}: are they of '
+      'the same data set?'
+    )
   images = found.x[:, None, None]
   both = np.sort(np.concatenate([parts['test_seen_loc'], parts['test_unseen_loc']]))
   lines = tuple(
@@ -77,9 +91,8 @@ def xlsa(path: str, splits: str | None) -> dict[str, Any]:
   )
 
   def part(rows: np.ndarray, lines: tuple[str, ...] = ()) -> Arrays:
-    classes = described._replace(names=names)
     return Arrays(
-      images[rows], label[rows], names, lines, described=classes, unseen=unseen
+      images[rows], label[rows], names, lines, described=described, unseen=unseen
     )
 
   return {
@@ -103,25 +116,43 @@ def _read_features(path: str) -> Features:
   if set(found) != {'features', 'labels'}:
     raise UserError(f"{path} needs 'features' (D, N) and 'labels' (N, 1)")
   label = found['labels'].ravel()
-  if label.min(initial=1) < 1:
+  if label.dtype.kind in 'iuf' and label.min(initial=1) < 1:
     raise UserError(f'{path}: labels must start at 1, but one is {label.min()}')
-  return Features(found['features'].T.astype(np.float32), label.astype(int) - 1, ())
+  return _checked(path, found['features'].T, label, 1, ())
 
 
 def _read_npz(path: str) -> Features:
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
       x, label = archive['features'], archive['labels']
       names = archive['classes'] if 'classes' in archive.files else ()
-  except (OSError, ValueError, KeyError, EOFError) as error:
+  except (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
+  ) as error:  # fmt: skip
     raise UserError(f'{path}: {" ".join(str(error).split())}') from None
-  return Features(x.astype(np.float32), label.astype(int), tuple(map(str, names)))
+  return _checked(path, x, label, 0, tuple(map(str, names)))
 
 
-def _checked(path: str, label: np.ndarray, classes: int) -> np.ndarray:
-  if label.size and not 0 <= label.min() <= label.max() < classes:
-    raise UserError(f'{path}: labels go up to {label.max() + 1}, but {classes} classes')
-  return label.astype(np.int32)
+def _checked(
+  path: str, x: np.ndarray, label: np.ndarray, first: int, names: tuple[str, ...]
+) -> Features:
+  """Returns features (N, D) with labels that count from `first`.
+
+  Raises:
+    UserError: shapes that do not match, labels that are no whole numbers, or features
+      that are not finite.
+  """
+  if x.ndim != 2 or x.dtype.kind not in 'iuf' or not x.size:
+    raise UserError(f'{path}: features must be numbers, D for each image')
+  if label.shape != x.shape[:1]:
+    raise UserError(f'{path} has features of {len(x)} images, but {label.size} labels')
+  whole = label.dtype.kind in 'iuf' and np.array_equal(label, np.rint(label))
+  if not whole or label.min() < first:
+    raise UserError(f'{path}: labels must be whole numbers from {first}')
+  if not np.isfinite(x).all():
+    image = int(np.argmin(np.isfinite(x).all(1)))
+    raise UserError(f'{path}: features of image {image + first} are not finite')
+  return Features(x.astype(np.float32), label.astype(np.int32) - first, names)
 
 
 def _class_names(path: str, found: Features, described: Described) -> tuple[str, ...]:
@@ -140,13 +171,16 @@ def _class_names(path: str, found: Features, described: Described) -> tuple[str,
 def _parts(
   path: str, variables: Mapping[str, np.ndarray], images: int
 ) -> dict[str, np.ndarray]:
-  """Returns the disjoint parts of the proposed split as positions from 0."""
+  """Returns the parts of the proposed split, disjoint, as positions from 0."""
   parts = {}
   taken = np.zeros(images, np.int64)
   for name in PARTS:
     if name not in variables:
       raise UserError(f'{path} has no {name!r}')
-    rows = variables[name].ravel().astype(np.int64) - 1
+    found = variables[name].ravel()
+    if found.dtype.kind not in 'iuf' or not np.array_equal(found, np.rint(found)):
+      raise UserError(f'{path}: {name} must be positions of images, whole numbers')
+    rows = found.astype(np.int64) - 1
     if rows.size and not 0 <= rows.min() <= rows.max() < images:
       raise UserError(
         f'{path}: {name} goes from {rows.min() + 1} to {rows.max() + 1}, but there are '
@@ -206,7 +240,8 @@ def make_split(
     seed: of the draw.
 
   Raises:
-    UserError: the sizes do not match, or a seen class has too few images for both.
+    UserError: the sizes do not match, a label is of no class, or a seen class has too
+      few images for both.
   """
   labels, unseen = np.asarray(labels), np.asarray(unseen, bool)
   sizes = {len(vectors), len(unseen), len(class_names)}
@@ -214,6 +249,10 @@ def make_split(
     raise UserError(
       f'make_split: {len(features)} features and {len(labels)} labels, '
       f'{len(vectors)} vectors, {len(unseen)} flags and {len(class_names)} names'
+    )
+  if labels.dtype.kind not in 'iu' or not np.isin(labels, np.arange(len(unseen))).all():
+    raise UserError(
+      f'make_split: labels must be whole numbers from 0 to {len(unseen) - 1}'
     )
   order = np.random.default_rng(seed).permutation(len(labels))
   is_test = unseen[labels]

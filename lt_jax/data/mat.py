@@ -2,7 +2,9 @@
 
 import math
 import os
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -13,6 +15,12 @@ NUMBERS = ('double', 'single', 'logical', 'char')
 
 MOST_PER_BYTE = 200
 """The largest ratio of unpacked to packed bytes."""
+
+HEADER, COMPRESSED, PIECE = 128, 15, 2**14
+"""Bytes of the header, the type of a packed variable, bytes to unpack at once."""
+
+ORDERS: dict[bytes, Literal['little', 'big']] = {b'IM': 'little', b'MI': 'big'}
+"""The last two bytes of the header -> the order of bytes in a number."""
 
 
 def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
@@ -36,12 +44,13 @@ def read_mat(path: str, wanted: Collection[str]) -> dict[str, np.ndarray]:
 
   try:
     with open(path, 'rb') as file:
-      head = file.read(128)
-    if head.startswith(b'MATLAB 7.3') or head.startswith(b'\x89HDF'):
-      raise UserError(
-        f'{path} is a MATLAB file of version 7.3, which is not supported: save it in '
-        "MATLAB with '-v7'"
-      )
+      head = file.read(HEADER)
+      if head.startswith(b'MATLAB 7.3') or head.startswith(b'\x89HDF'):
+        raise UserError(
+          f'{path} is a MATLAB file of version 7.3, which is not supported: save it in '
+          "MATLAB with '-v7'"
+        )
+      _check_size(path, _unpacked(file, head))
     _check_contents(path, io.whosmat(path))
     found = io.loadmat(path, variable_names=list(wanted))
   except UserError:
@@ -63,14 +72,49 @@ def _check_contents(path: str, contents: list[tuple[str, tuple[int, ...], str]])
   for name, _, kind in contents:
     if kind != 'cell' and kind not in NUMBERS and 'int' not in kind:
       raise UserError(
-        f'{path}: {name!r} is a {kind}; only arrays of numbers and cells of strings '
-        'are read'
+        f'{path}: {name!r} is of the type {kind}; only arrays of numbers and cells of '
+        'strings are read'
       )
-  size = sum(8 * math.prod(shape) for _, shape, _ in contents)
-  if size > 2**24 and size > MOST_PER_BYTE * os.path.getsize(path):
-    raise UserError(
-      f'{path} would unpack to {size} bytes, over {MOST_PER_BYTE} times its size'
-    )
+  _check_size(path, (8 * math.prod(shape) for _, shape, _ in contents))
+
+
+def _check_size(path: str, sizes: Iterable[int]) -> None:
+  """Refuses a file that unpacks to far more than its size.
+
+  Args:
+    path: path of the file.
+    sizes: bytes of the parts that it unpacks to.
+  """
+  size, packed = 0, os.path.getsize(path)
+  for part in sizes:
+    size += part
+    if size > 2**24 and size > MOST_PER_BYTE * packed:
+      raise UserError(f'{path} would unpack to over {MOST_PER_BYTE} times its size')
+
+
+def _unpacked(file: BinaryIO, head: bytes) -> Iterator[int]:
+  """Yields the bytes of packed variables, piece by piece, without keeping them.
+
+  The table of contents does not tell what is inside a cell.
+
+  Args:
+    file: the file, behind its header.
+    head: its header.
+  """
+  order = ORDERS.get(head[126:])
+  if order is None:  # version 4, which packs nothing
+    return
+  while len(tag := file.read(8)) == 8:
+    kind, left = (int.from_bytes(tag[i : i + 4], order) for i in (0, 4))
+    if kind != COMPRESSED:
+      file.seek(left, os.SEEK_CUR)
+      continue
+    unpacker = zlib.decompressobj()
+    while left > 0 and (packed := file.read(min(left, PIECE))):
+      left -= len(packed)
+      while packed:
+        yield len(unpacker.decompress(packed, 64 * PIECE))
+        packed = unpacker.unconsumed_tail
 
 
 def _strings(path: str, name: str, cells: np.ndarray) -> np.ndarray:

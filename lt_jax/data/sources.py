@@ -15,8 +15,8 @@ import re
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -40,6 +40,8 @@ from lt_jax.data.resizing import turned
 from lt_jax.data.scenes import scenes
 from lt_jax.errors import UserError, lookup, suggest
 from lt_jax.files import read_json, write_atomically
+
+T = TypeVar('T')
 
 MEMORY_LIMIT = 2**30  # bytes of images up to which a TFDS split is read into memory
 LABELS_FILE = 'lt_jax-labels-{}.npy'  # of a split, beside its records
@@ -101,14 +103,26 @@ class Records:
       UserError: the record is damaged, or its file is missing.
       OSError: it is temporarily unreadable, for example if a disk or network fails.
     """
+    return self._read(
+      position,
+      lambda feature: (feature['image'].bytes_list.value[0], self._label(feature)),
+    )
+
+  def label_name(self, position: int) -> str:
+    """Returns the text beside a label, where a set has one; raises as `example`."""
+    return self._read(
+      position, lambda feature: feature['label_name'].bytes_list.value[0].decode()
+    )
+
+  def _read(self, position: int, read: Callable[[Mapping[str, Any]], T]) -> T:
+    """Returns what a function reads from the features of a record."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2
 
     try:
       # Parsed here, because the decoders of TFDS take eight times as long.
       example = tf_example_pb2.Example.FromString(self.records[position])
-      feature = example.features.feature
-      return feature['image'].bytes_list.value[0], self._label(feature)
+      return read(example.features.feature)
     except (RuntimeError, ValueError, DecodeError, IndexError) as error:
       reason = ' '.join(str(error).split())[:200]
       passing = isinstance(error, RuntimeError) and not _LASTING.match(reason)
@@ -619,7 +633,30 @@ def _tfds(name: str, data_dir: str | None) -> dict[str, Source]:
     )
     for split, data in splits.items()
   }
+  is_numbered = list(label.names) == [str(c) for c in range(label.num_classes)]
+  if is_numbered and isinstance(features.get('label_name'), tfds.features.Text):
+    names = _label_names(sources, label.names)
+    sources = {
+      split: dataclasses.replace(source, class_names=names)
+      for split, source in sources.items()
+    }
   return {split: _in_memory_if_small(source) for split, source in sources.items()}
+
+
+def _label_names(
+  sources: Mapping[str, Records], numbers: Sequence[str]
+) -> tuple[str, ...]:
+  """Returns the names of classes that the set itself only numbers, as Caltech's birds.
+
+  Each is read from a record of the class; one without records keeps its number.
+  """
+  names = list(numbers)
+  for source in reversed(sources.values()):
+    classes, rows = np.unique(source.labels, return_index=True)
+    for label, row in zip(classes.tolist(), rows.tolist(), strict=True):
+      if label >= 0:
+        names[label] = source.label_name(row)
+  return tuple(names)
 
 
 def _tfds_maps(builder: Any) -> dict[str, Source]:

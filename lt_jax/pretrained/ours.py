@@ -61,11 +61,23 @@ def origin(source: str) -> Origin | None:
 
 
 def used_target_labels(source: str) -> bool:
-  """Returns whether an lt_jax run says that it read labels of a target."""
-  path = epath.Path(source).expanduser() / 'result.json'
-  if not source or not path.is_file():
-    return False
-  return bool(_json(path, source).get('uses_target_labels'))
+  """Returns whether labels of a target were read on the way to some weights of ours.
+
+  So says the run or the export, or what the run itself began with.
+  """
+  seen: set[str] = set()
+  while source and source not in seen:
+    seen.add(source)
+    path = epath.Path(source).expanduser()
+    if source.endswith('.safetensors') and path.is_file():
+      return _header(path).get('uses_target_labels') == 'true'
+    if not (path / 'result.json').is_file():
+      return False
+    if _json(path / 'result.json', source).get('uses_target_labels'):
+      return True
+    config = path / 'config.json'
+    source = str(_json(config, source).get('init', '')) if config.is_file() else ''
+  return False
 
 
 def adopted(config: Mapping[str, Any]) -> dict[str, Any]:

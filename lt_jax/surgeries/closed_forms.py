@@ -20,9 +20,9 @@ Hyper = dict[str, float]
 BLOCK = 4096
 """Rows of a large matrix that are computed at once."""
 
-LARGE = 2**32
-"""Bytes of a symmetric matrix from which OpenBLAS crashes on several threads, in `syrk`
-and in `potrf`, which calls it (seen in NumPy 2.4.6 and 2.5.5, and in SciPy)."""
+LARGE = 2**29
+"""Bytes of a symmetric matrix that is solved on one thread. On two, OpenBLAS crashed in
+`potrf` from 16,000 rows on and in `syrk` from 24,000 (NumPy 2.4.6 and 2.5.5, SciPy)."""
 
 POWERS = tuple(10.0**power for power in range(-3, 4))
 
@@ -54,12 +54,14 @@ class ClosedForm(NamedTuple):
       (N, C) scores.
     grid: name of a hyper-parameter -> values to try.
     fills: names of the head's parameters.
+    reads: attributes of the head that are further arguments of `scores`.
   """
 
   fits: Callable[[Seen, Sequence[Hyper]], Iterator[Params]]
   scores: Callable[..., np.ndarray]
   grid: Mapping[str, Sequence[float]]
   fills: tuple[str, ...] = ('kernel',)
+  reads: tuple[str, ...] = ()
 
   def sets(self, given: Mapping[str, float]) -> list[Hyper]:
     """Returns every set of hyper-parameters; given ones are fixed."""
@@ -104,11 +106,15 @@ def _signed_sums(x: np.ndarray, y: np.ndarray, fitted: np.ndarray) -> np.ndarray
 
 
 def bilinear_scores(
-  params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
+  params: Params,
+  x: np.ndarray,
+  described: np.ndarray,
+  raw: np.ndarray,
+  scale: float = 1.0,
 ) -> np.ndarray:
-  """Returns X W S^T."""
+  """Returns X W S^T, times a factor."""
   del raw
-  return x @ params['kernel'] @ described.T
+  return scale * (x @ params['kernel'] @ described.T)
 
 
 def kernel_eszsl(seen: Seen, sets: Sequence[Hyper]) -> Iterator[Params]:
@@ -211,19 +217,27 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def in_attributes_scores(
-  params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
+  params: Params,
+  x: np.ndarray,
+  described: np.ndarray,
+  raw: np.ndarray,
+  scale: float = 1.0,
 ) -> np.ndarray:
-  """Returns cosines between codes and descriptions."""
+  """Returns cosines between codes and descriptions, times a factor."""
   del raw
-  return cosines(x @ params['kernel'], described)
+  return scale * cosines(x @ params['kernel'], described)
 
 
 def in_features_scores(
-  params: Params, x: np.ndarray, described: np.ndarray, raw: np.ndarray
+  params: Params,
+  x: np.ndarray,
+  described: np.ndarray,
+  raw: np.ndarray,
+  scale: float = 1.0,
 ) -> np.ndarray:
-  """Returns cosines between features and decoded descriptions."""
+  """Returns cosines between features and decoded descriptions, times a factor."""
   del raw
-  return cosines(x, described @ params['kernel'].T)
+  return scale * cosines(x, described @ params['kernel'].T)
 
 
 # Classifiers of attributes and of classes.
@@ -435,28 +449,28 @@ PENALTIES: dict[str, Any] = {'penalty': (1.0, 10.0, 100.0)}
 
 RIDGES: dict[str, Any] = {'penalty': tuple(10.0**power for power in range(-2, 4))}
 
+WEIGHTS: dict[str, Any] = {'weight': tuple(10.0**power for power in range(-4, 7))}
+
 CODED = ('kernel', 'bias', 'threshold', 'prior')
 
 FORMS: dict[str, ClosedForm] = {
-  'eszsl': ClosedForm(eszsl, bilinear_scores, {'g': POWERS, 'l': POWERS}),
+  'eszsl': ClosedForm(
+    eszsl, bilinear_scores, {'g': POWERS, 'l': POWERS}, reads=('scale',)
+  ),
   'kernel_eszsl': ClosedForm(
     kernel_eszsl,
     kernel_scores,
     {'width': (0.5, 1.0), 'g': (1e-2, 1e-1, 1.0, 10.0), 'l': (1e-2, 1e-1, 1.0, 10.0)},
     ('kernel', 'support', 'width'),
   ),
-  'sae': ClosedForm(
-    sae, in_attributes_scores, {'weight': tuple(10.0**p for p in range(-4, 7))}
-  ),
-  'sae_features': ClosedForm(
-    sae, in_features_scores, {'weight': tuple(10.0**p for p in range(-4, 7))}
-  ),
+  'sae': ClosedForm(sae, in_attributes_scores, WEIGHTS, reads=('scale',)),
+  'sae_features': ClosedForm(sae, in_features_scores, WEIGHTS, reads=('scale',)),
   'dap': ClosedForm(attribute_classifiers, dap_scores, RIDGES, CODED),
   'nearest_hamming': ClosedForm(
     attribute_classifiers, hamming_scores, PENALTIES, CODED
   ),
   'nearest_cosine': ClosedForm(attribute_classifiers, cosine_scores, RIDGES, CODED),
   'iap': ClosedForm(seen_classifier, iap_scores, PENALTIES, CODED),
-  'conse': ClosedForm(seen_classifier, conse_scores, PENALTIES, CODED),
+  'conse': ClosedForm(seen_classifier, conse_scores, PENALTIES, CODED, ('top',)),
 }
 """Name -> method. Its recipe sets the matching head."""

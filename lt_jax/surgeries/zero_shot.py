@@ -6,6 +6,7 @@ the part of unseen ones. What was chosen is in `state.memory['calibrated_stackin
 and so in the result.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from lt_jax.evals.zero_shot import (
   scores_of,
   seen_unseen_curve,
 )
-from lt_jax.method import Batch, Method, Outputs, State
+from lt_jax.method import Batch, Method, Network, Outputs, State
 from lt_jax.surgeries.closed_forms import FORMS, ClosedForm, Hyper, Params, Seen
 from lt_jax.surgery import Surgery, earlier_stage, put
 
@@ -111,6 +112,7 @@ def calibrated_stacking(
 def fit_closed_form(
   *,
   survey: Survey,
+  net: Network,
   classes: Classes,
   form: str,
   given: Mapping[str, float] | None = None,
@@ -128,6 +130,7 @@ def fit_closed_form(
 
   Args:
     survey: passes with the stage's own network.
+    net: that network, whose head tells how to score.
     classes: the data's classes.
     form: a key of `FORMS`.
     given: fixed hyper-parameters, which are not searched.
@@ -172,7 +175,9 @@ def fit_closed_form(
         parts = tuple(
           split and _features(survey, origin, split) for split in ('train', held_out)
         )
-      hyper, chosen = choose(method, classes, *parts, given, calibrate, most)
+      options = {name: getattr(net.head, name) for name in method.reads}
+      scored = method._replace(scores=functools.partial(method.scores, **options))
+      hyper, chosen = choose(scored, classes, *parts, given, calibrate, most)
     seen = _seen(data, classes, classes.seen)
     (params,) = method.fits(seen, [hyper])
     return _placed(fresh, params, chosen | hyper)
