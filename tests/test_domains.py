@@ -294,7 +294,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ),
     (
       {'domain': 'copy', 'domains': {}, 'copy': {}},
-      "target 'blended' is the source 'copy' once more",
+      "target 'blended' is the same data as the source 'copy'",
     ),
     (
       {'sources': ['source', 'inverted'], 'copy': {}},

@@ -223,8 +223,8 @@ def test_a_run_of_several_classes(tmp_path):
   np.testing.assert_allclose(ap, wanted, atol=0.02)  # of logits in float16
   report.write(tmp_path)
   page = (tmp_path / 'report.md').read_text()
-  told = ' | '.join(f'{100 * value:.1f}' for value in ap)
-  assert 'average precision by class' in page and told in ' '.join(page.split())
+  shown = ' | '.join(f'{100 * value:.1f}' for value in ap)
+  assert 'average precision by class' in page and shown in ' '.join(page.split())
 
 
 def test_impossible_runs_are_reported(tmp_path):
@@ -232,7 +232,7 @@ def test_impossible_runs_are_reported(tmp_path):
   parts = {f'x_{split}': np.zeros((6, 4, 4), np.uint8) for split in splits}
   parts |= {f'y_{split}': labels for split in splits}
   config = small('ce')
-  for classes, told in (
+  for classes, message in (
     (np.zeros((6, 3), int), 'the shape .6, 3., but there are 6 images and 2 classes'),
     (np.full((6, 2), 2), 'must be 1, 0, or -1'),
     (None, "task 'multilabel' needs a classes for every test image"),
@@ -240,5 +240,5 @@ def test_impossible_runs_are_reported(tmp_path):
     own = {} if classes is None else {f'y_{s}.classes': classes for s in splits}
     np.savez(tmp_path / 'a.npz', **parts, **own)
     config['data']['source'] = f'npz:{tmp_path}/a.npz'
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       build.build(config, devices=1)
