@@ -239,7 +239,7 @@ def _check_apart(
   labelled: Mapping[str, Dataset],
   configs: Mapping[str, Config],
 ) -> None:
-  """Refuses a target that is a labelled domain once more, whatever its name or path.
+  """Rejects a target with the images of a labelled domain, whatever its name or path.
 
   Args:
     targets: name -> data.
