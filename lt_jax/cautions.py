@@ -213,7 +213,6 @@ CAUTIONS = (
   _same_names,
   _several_classes,
   _shares_images,
-  _shares_images,
   _same_data,
   _trained_on_tests,
   _short_stages,

@@ -54,7 +54,7 @@ def test_shared_images_are_reported(tmp_path, rng, shared):
   x = rng.integers(0, 50, (12, 4, 4, 1), np.uint8)
   x[:shared] = one['x_train'][:shared]
   write(tmp_path / 'two.npz', rng, 0, x_test=x)
-  wrong, odd = (f for f in found(tmp_path) if f.level != 'ok')
+  odd, wrong = (f for f in found(tmp_path) if f.level != 'ok')
   assert (wrong.level, odd.level) == ('wrong', 'odd')
   assert f'in other/test and in source/train: {shared}, such as #' in wrong.text
   assert f'{shared} images of a target' in odd.text

@@ -1,7 +1,7 @@
-"""What a network learns does not depend on labels of a target, nor on test images.
+"""What a network learns does not depend on target labels or on test images.
 
-`tests/test_domains.py` compares what every recipe hands to its steps and surgeries;
-here the digests of States are compared, after two steps of every stage.
+`tests/test_domains.py` compares what every recipe passes to its steps and surgeries.
+Here the digests of States are compared after two steps of every stage.
 """
 
 import functools
@@ -42,7 +42,7 @@ RECIPE_OF = {
   'mean_teacher': 'mean_teacher',
   'label_prior': 'label_prior',
 }
-"""Method that a run with a target can have -> a recipe that has it."""
+"""Method for runs with a target -> a recipe that uses it."""
 
 WITHOUT_TARGET = {
   'meta_weight_net',
@@ -52,14 +52,14 @@ WITHOUT_TARGET = {
   'multitask',
   'feature_generator',
 }
-"""Methods that read no stream of a target."""
+"""Methods that do not read a target stream."""
 
 
 WITH_WIDTH = ('decoder', 'image_discriminator', 'patch_discriminator')
 
 
 def small(recipe):
-  """The config of a recipe on a target, with a network of a few hundred parameters."""
+  """Returns the config of a recipe on a target, with a few hundred parameters."""
   needs = RECIPES[recipe].needs
   if 'pixels' in needs:
     one = scenes_zero_shot if 'class_vectors' in needs else scenes_config
@@ -87,7 +87,7 @@ def small(recipe):
 
 
 def first_state(stage):
-  """Returns a State to begin with, drawn by NumPy, as `init` takes long to compile."""
+  """Returns an initial State drawn by NumPy, because `init` is slow to compile."""
   shapes = train.state_shapes(stage.method, stage.streams)
   rng = np.random.default_rng(0)
 
@@ -104,7 +104,7 @@ def first_state(stage):
 
 
 def step_of(stage):
-  """Returns the compiled step of a stage, which serves any images and labels."""
+  """Returns the compiled step of a stage, for any images and labels."""
 
   @jax.jit
   def step(state, arrays, payloads):
@@ -127,7 +127,7 @@ def learned(experiment, begun, steps):
     state = begun[name]
     for surgery in stage.surgeries:
       state = surgery(state, earlier)
-    state = put(state)  # or the second step is another program
+    state = put(state)  # so that both steps are one program
     for number in range(min(2, stage.plan.steps)):
       payloads = train.payloads_at(streams, number)
       state = steps[name](state, arrays, payloads)
@@ -135,12 +135,12 @@ def learned(experiment, begun, steps):
       saved[name] = collect_saved(stage.survey, state, stage.save_outputs)
     earlier[name] = state
   for leaf in jax.tree.leaves(state.params):
-    assert np.isfinite(leaf).all()  # or any two would be the same
+    assert np.isfinite(leaf).all()  # otherwise any two would be the same
   return checkpoint.digest(state)
 
 
 def assert_hidden(recipe):
-  """Learns from the data, and from the data with what must not count changed."""
+  """Trains on the data, and again with everything changed that must not matter."""
   made = small(recipe)
   experiment = build.build(made, devices=1)
   stages = experiment.stages
@@ -174,10 +174,10 @@ def few_scenes(monkeypatch):
 
 
 LONGER = ('zsda', 'mean_teacher')
-"""Recipes with steps that are long to compile."""
+"""Recipes whose steps are slow to compile."""
 
 TRAINED = ('source_bbse', 'dann_bbse')
-"""BBSE refuses networks that know as little as these do; `dann_em` has all the rest."""
+"""BBSE refuses networks as weak as these; `dann_em` covers the rest."""
 
 PLAIN = {*RECIPE_OF.values(), 'target_only'} - {*LONGER}
 

@@ -1,4 +1,4 @@
-"""The table of a sweep: what stands in its rows, and how a terminal shows it."""
+"""The table of a sweep: the contents of its rows, and how a terminal shows it."""
 
 import io
 
@@ -12,7 +12,7 @@ CELLS = [('ce', 0), ('ce', 1), ('ldam_drw', 0)]
 
 
 class Clock:
-  """A clock that goes on when it is told to."""
+  """A clock that moves only when told to."""
 
   now = 100.0
 
@@ -48,7 +48,7 @@ def test_a_row_shows_what_a_run_reports(table, clock):
     '',
     'loss 0.5000  800 images/s',
   )
-  clock.now += 50  # which compiling takes
+  clock.now += 50  # the time of compiling
   screen.progress(110)
   assert row.left is None
   clock.now += 10
@@ -114,5 +114,5 @@ def test_a_terminal_is_refreshed_in_place(clock, output, capsys):
   assert capsys.readouterr().out == ''
   first, last = output.getvalue().split('printed meanwhile')
   assert '━━━━━━────── plain 5/10' in first
-  assert '\x1b[1A\x1b[2K' in first  # up a line, which is cleared
+  assert '\x1b[1A\x1b[2K' in first  # moves up a line and clears it
   assert 'finished' in last and '50.0 % accuracy' in last

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def by_definition(scores, labels):
-  """Average precision at recalls of 0, 0.1, ..., 1, in fractions, rank by rank."""
+  """Computes the average precision at recalls 0, 0.1, ..., 1, in exact fractions."""
   order = sorted(np.flatnonzero(labels >= 0), key=lambda i: -scores[i])
   positives = sum(labels[i] == 1 for i in order)
   points, right = [], 0
@@ -44,7 +44,7 @@ def by_definition(scores, labels):
     ([0, 0, 0, 1], 1 / 4),
     ([1, 1, 1, 1], 1.0),
     ([0, 1, 0, 1], 1 / 2),
-    ([-1, 1, -1, 0], 1.0),  # what is difficult counts for nothing
+    ([-1, 1, -1, 0], 1.0),  # difficult objects are ignored
     ([1, 0, 0, 1], (6 * 1 + 5 * 1 / 2) / 11),
   ],
 )
@@ -79,7 +79,7 @@ def test_measures_are_those_of_each_class(rng):
 
 @pytest.mark.parametrize(('name', 'gamma'), [('cross_entropy', 0), ('focal', 2.0)])
 def test_sigmoid_losses_take_all_classes_of_an_image(rng, name, gamma):
-  """Against sums in float64; one class an image is the usual loss, to the bit."""
+  """Against float64 sums; with one class per image it equals the usual loss exactly."""
   z, classes = rng.normal(size=(5, 3)), rng.integers(-1, 2, (5, 3))
   options = {'gamma': gamma} if gamma else {}
   loss = make_loss(f'sigmoid_{name}', counts=np.ones(3), **options)
@@ -124,7 +124,7 @@ def jpeg(rng):
 
 @pytest.fixture(scope='module')
 def voc(tmp_path_factory):
-  """A miniature of VOC 2007 in TFDS's own format: the folder of data sets."""
+  """Returns the folder of data sets with a miniature VOC 2007 in TFDS's format."""
   import tensorflow_datasets as tfds
 
   rng = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def voc(tmp_path_factory):
     if number >= 12:  # every class has an image
       objects = [{'label': number - 12}]
     elif number % 2:
-      objects.append(person)  # so that person is known after all
+      objects.append(person)  # so person is known here
     if number % 3 == 0 and number < 12:
       objects.append({'label': 2, 'is_difficult': True})
     objects = [
@@ -210,7 +210,7 @@ def small(recipe, **options):
 
 
 def test_a_run_of_several_classes(tmp_path):
-  """A loss for long tails, weights by the rarest class, and a tail that is cut."""
+  """A long-tail loss, weights by the rarest class, and a long-tailed subset."""
   profile = {'data.profile': 'exponential', 'data.n_max': 100, 'data.imbalance': 4.0}
   run.run(small('cb_focal', **profile), tmp_path)
   result = json.loads((tmp_path / 'result.json').read_text())
@@ -223,16 +223,16 @@ def test_a_run_of_several_classes(tmp_path):
   np.testing.assert_allclose(ap, wanted, atol=0.02)  # of logits in float16
   report.write(tmp_path)
   page = (tmp_path / 'report.md').read_text()
-  told = ' | '.join(f'{100 * value:.1f}' for value in ap)
-  assert 'average precision by class' in page and told in ' '.join(page.split())
+  shown = ' | '.join(f'{100 * value:.1f}' for value in ap)
+  assert 'average precision by class' in page and shown in ' '.join(page.split())
 
 
-def test_what_cannot_be_is_told(tmp_path):
+def test_impossible_runs_are_reported(tmp_path):
   splits, labels = ('train', 'test'), np.arange(6) % 2
   parts = {f'x_{split}': np.zeros((6, 4, 4), np.uint8) for split in splits}
   parts |= {f'y_{split}': labels for split in splits}
   config = small('ce')
-  for classes, told in (
+  for classes, message in (
     (np.zeros((6, 3), int), 'the shape .6, 3., but there are 6 images and 2 classes'),
     (np.full((6, 2), 2), 'must be 1, 0, or -1'),
     (None, "task 'multilabel' needs a classes for every test image"),
@@ -240,5 +240,5 @@ def test_what_cannot_be_is_told(tmp_path):
     own = {} if classes is None else {f'y_{s}.classes': classes for s in splits}
     np.savez(tmp_path / 'a.npz', **parts, **own)
     config['data']['source'] = f'npz:{tmp_path}/a.npz'
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
       build.build(config, devices=1)

@@ -1,4 +1,4 @@
-"""Intervals of differences, against SciPy and against the formula of the deviation."""
+"""Intervals of differences, against SciPy and the formula of the deviation."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def accuracy_gain(counts):
 
 
 def test_the_bootstrap_of_accuracies_has_the_deviation_of_their_difference():
-  images = np.array([60, 40, 300])  # right under ours alone, theirs alone, or alike
+  images = np.array([60, 40, 300])  # only ours right, only theirs, or both alike
   n, mean = images.sum(), 20 / 400
   error = np.sqrt((100 / n - mean**2) / n)
   (found,) = noise.paired_bootstrap(accuracy_gain, images)

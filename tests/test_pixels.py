@@ -1,4 +1,4 @@
-"""What segmentation remembers: a memory of pixels, class shares, a second network."""
+"""What segmentation keeps in a State: pixel memory, class shares, a second network."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def test_what_is_added_to_a_pixel_is_the_formula(indicator, rng):
 
 
 def test_without_a_memory_nothing_is_added(rng):
-  """And with one nothing in the first step, but the gate learns."""
+  """Nor in the first step with a memory, though the gate learns."""
   v = {'features': jnp.asarray(rng.normal(size=(2, 2, 3, D)), jnp.float32)}
   net = PixelMemory(Linear(CLASSES), CLASSES)
   variables = net.init(jax.random.key(0), v, (2, 3))
@@ -110,9 +110,9 @@ def test_a_head_that_scores_other_pixels_cannot_be_enriched():
 
 
 def test_the_memory_is_the_mean_feature_of_each_class(rng):
-  """Of pixels of the map, labelled by the pixel in which their centre lies."""
+  """Map pixels have the label of the image pixel at their centre."""
   maps = rng.normal(size=(5, 2, 3, D))
-  label = rng.integers(0, 2, (5, 4, 9))  # the third class has no pixel
+  label = rng.integers(0, 2, (5, 4, 9))  # the third class has no pixels
   label[0, 1, 1] = label[2, 3, 4] = -1
   domain = rng.normal(size=(5, D))
   at_map = label[:, [1, 3]][:, :, [1, 4, 7]]
@@ -160,7 +160,7 @@ def test_ablations_differ_in_their_last_stage_alone(recipe):
   assert list(made['stage_order']) == ['source', 'memory', 'scheduled']
   for stage in ('source', 'memory'):
     first, second = made['stages'][stage], whole['stages'][stage]
-    if recipe != 'ocda_no_indicator':  # whose memory is read in another way
+    if recipe != 'ocda_no_indicator':  # it reads the memory differently
       assert first == second
   last = made['stages']['scheduled']
   found = {last.get('model', {}).get('head'), *last['streams']['target']}
@@ -170,7 +170,7 @@ def test_ablations_differ_in_their_last_stage_alone(recipe):
 
 
 @pytest.mark.parametrize('recipe', ['ocda_released', 'ocda_oracle_domains'])
-def test_what_was_released_for_images_alone_is_told(recipe):
+def test_recipes_without_a_form_for_label_maps_are_refused(recipe):
   with pytest.raises(UserError, match=f"recipe '{recipe}' needs one label per image"):
     config(recipe)
 
@@ -198,7 +198,7 @@ def test_a_run_enriches_pixels_and_orders_the_target(tmp_path):
     memory['centroids'], state.stats['net_source']['head']['centroids']
   )
   assert np.abs(state.params['net']['head']['gate']['kernel']).max() > 0
-  # Each domain is predicted by its own statistics.
+  # Each domain is predicted with its own statistics.
   norms = (state.stats[name]['trunk'] for name in ('net', 'net_source'))
   assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, norms), strict=True))
 
@@ -213,7 +213,7 @@ def test_a_ridge_is_chosen_by_leaving_each_image_out(rng):
   scale = np.where(x.std(0) > 0, x.std(0), 1)
 
   def fit(penalty, keep):
-    """By the normal equations, the bias unpenalised."""
+    """Solves the normal equations, without a penalty on the bias."""
     design = np.c_[(x - x.mean(0)) / scale, np.ones(14)][keep]
     cost = np.diag([14 * penalty] * 5 + [0])
     return np.linalg.solve(design.T @ design + cost, design.T @ y[keep])
@@ -249,7 +249,7 @@ def test_class_shares_come_from_a_linear_map(rng):
 
 
 def test_the_prior_asks_for_the_shares_of_an_image(rng):
-  """The method adds to the source's loss the cross-entropy of shares, and no more."""
+  """The method adds only the cross-entropy of shares to the source's loss."""
 
   class Net(nn.Module):
     @nn.compact

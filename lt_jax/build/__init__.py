@@ -364,8 +364,8 @@ def _passes(
     tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
     tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
     target = domains.dataset(TARGET).splits['train']
-    told = target if gives_target_labels else Unlabelled(target)
-    learnt[f'{TARGET}/train'] = TARGET, told
+    split = target if gives_target_labels else Unlabelled(target)
+    learnt[f'{TARGET}/train'] = TARGET, split
   else:
     tested |= {n: (own, split) for n, split in dataset.tests.items()}
   for name in domains.roles[OPEN]:
