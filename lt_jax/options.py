@@ -122,7 +122,7 @@ def _defaults(function: Callable | None) -> dict[str, inspect.Parameter]:
 
 
 def _make_room(config: ConfigDict, key: str) -> None:
-  """Adds a key to the config if it is an option of a named function.
+  """Adds a key to the config if it is an option of a named function, or of a domain.
 
   Raises:
     UserError: the key is unknown.
@@ -141,6 +141,9 @@ def _make_room(config: ConfigDict, key: str) -> None:
     holder = _child(holder, part, path)
   if last in holder or '[' in key:
     return
+  if path.startswith('domains.') and last in config.data:
+    holder[last] = placeholder(config.data.get_type(last))
+    return
   stage, own = _split(path)
   if wrapper := _wrapper(own):
     name, chosen, table = 'the wrapper', wrapper, WRAPPERS
@@ -148,7 +151,8 @@ def _make_room(config: ConfigDict, key: str) -> None:
     name, table = FAMILIES[own]
     chosen = _get(config, stage + name) or _get(config, name)
   else:
-    raise UserError(f'unknown config key {key}{suggest(last, holder)}')
+    known = config.data if path.startswith('domains.') else holder
+    raise UserError(f'unknown config key {key}{suggest(last, known)}')
   parameters = _parameters(table.get(chosen)) | _defaults(MAKERS.get(own))
   kinds = {option: _type(p.annotation) for option, p in parameters.items()}
   if not kinds.get(last):

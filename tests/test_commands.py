@@ -181,6 +181,14 @@ def test_any_option_of_any_named_function(parse, keys, path, value, order):
     assert found == value
 
 
+def test_a_domain_takes_every_key_of_data(parse):
+  option = '--config.domains.blended.val_per_class'
+  found = parse('--config=digits_domains:dann', f'{option}=5')
+  assert found['domains']['blended']['val_per_class'] == 5
+  with pytest.raises(UserError, match="per_clas; did you mean 'val_per_class'"):
+    parse('--config=digits_domains:dann', '--config.domains.blended.val_per_clas=5')
+
+
 def test_a_stage_that_follows_drops_options_with_the_top_level(parse):
   found = parse('--config=digits_lt:fslwf', '--config.optimizer.name=adam')
   assert 'nesterov' not in found['stages']['generator']['optimizer']
