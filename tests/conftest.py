@@ -127,4 +127,4 @@ def no_data(monkeypatch):
   monkeypatch.setattr(dataset, 'fingerprint', lambda source, rows: 'none')
   monkeypatch.setattr(dataset, '_resident', lambda source, to_device: {})
   # All images are the same here, those of source and target, too.
-  monkeypatch.setattr('lt_jax.build.domains.within', lambda split, others: False)
+  monkeypatch.setattr('lt_jax.build.domains.shared', lambda split, others: 0)

@@ -208,4 +208,4 @@ def test_the_folder_to_write_is_asked_for_before_anything_is_read(tmp_path):
   given = ['--config=digits_lt:ce', '--init=nowhere']
   log = tmp_path / 'log'
   assert child.run(given, log, module='lt_jax.probe') == 2
-  assert log.read_text() == 'error: --out is missing: the folder to write\n'
+  assert log.read_text() == 'error: --out is missing: the folder to write to\n'

@@ -94,7 +94,7 @@ def test_a_mean_teacher_is_shown_rare_classes(datasets):
   rarest = pixels.sum(0).argmin()
   assert (pixels[rows, rarest] > 0).mean() > (pixels[:, rarest] > 0).mean()
   made = config('minent') | {'sampler': {'name': 'class_balanced'}}
-  with pytest.raises(UserError, match="have label maps: use 'rare_class'"):
+  with pytest.raises(UserError, match="have label maps; use 'rare_class'"):
     build.build(made, devices=1, datasets=datasets)
 
 

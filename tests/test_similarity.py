@@ -143,4 +143,4 @@ def test_a_run_looks_at_data_and_runs_are_ranked(tmp_path):
   table = similarity.ranked(tmp_path / 'runs', [f'npz:{npz}'])
   (row,) = table[f'npz:{npz}']
   assert row['run'] == 'one' and row['scores'] == similarity.scores(one)
-  assert 'Runs as beginnings' in page({'runs': table})
+  assert 'Runs to start from' in page({'runs': table})
