@@ -390,7 +390,9 @@ def test_files_that_are_read_or_linked_are_not_replaced(tmp_path, monkeypatch, o
   for link, target in (('link.csv', 'table.csv'), ('lost', 'nowhere')):
     os.symlink(target, link)
   os.link('one.png', 'same.png')
-  with pytest.raises(UserError, match=f'--out.*{out}.*(is one of|which exists)') as raised:
+  with pytest.raises(
+    UserError, match=f'--out.*{out}.*(is one of|which exists)'
+  ) as raised:
     predict.predict(epath.Path('run'), ['one.png', '@list'], out)
   assert ('not a regular file' in str(raised.value)) == (out in ('link.csv', 'lost'))
 
