@@ -629,6 +629,18 @@ def test_the_meta_set_of_a_target_needs_its_labels():
 
 
 def test_initial_weights_may_have_read_labels_of_the_target(tmp_path):
+  """So says the result, or without one the start of an unfinished run."""
+  (tmp_path / 'config.json').write_text('{"init": ""}')
+  for used in (True, False):
+    row = {
+      'event': 'started',
+      'time': 0,
+      'pid': 1,
+      'host': '',
+      'uses_target_labels': used,
+    }
+    (tmp_path / 'events.jsonl').write_text(f'{json.dumps(row)}\n')
+    assert ours.used_target_labels(str(tmp_path)) is used
   for used in (True, False):
     (tmp_path / 'result.json').write_text(
       f'{{"uses_target_labels": {str(used).lower()}}}'

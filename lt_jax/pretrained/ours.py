@@ -63,20 +63,26 @@ def origin(source: str) -> Origin | None:
 def used_target_labels(source: str) -> bool:
   """Returns whether labels of a target were read on the way to some weights of ours.
 
-  So says the run or the export, or what the run itself began with.
+  So says the run, finished or not, or the export, or what the run itself began with.
   """
+  from lt_jax.writers import read_rows  # imports `config`, which imports this file
+
   seen: set[str] = set()
   while source and source not in seen:
     seen.add(source)
     path = epath.Path(source).expanduser()
     if source.endswith('.safetensors') and path.is_file():
       return _header(path).get('uses_target_labels') == 'true'
-    if not (path / 'result.json').is_file():
+    result, events, config = (
+      path / name for name in ('result.json', 'events.jsonl', 'config.json')
+    )
+    if not config.is_file():
       return False
-    if _json(path / 'result.json', source).get('uses_target_labels'):
+    rows = [_json(result, source)] if result.is_file() else []
+    rows += read_rows(events) if events.is_file() else []
+    if any(row.get('uses_target_labels') for row in rows):
       return True
-    config = path / 'config.json'
-    source = str(_json(config, source).get('init', '')) if config.is_file() else ''
+    source = str(_json(config, source).get('init', ''))
   return False
 
 
