@@ -257,15 +257,15 @@ def _sharing(
     if configs[target]['source'] == 'fake':  # all generated domains share their images
       continue
     theirs = [*labelled[source].every.values()]
+    found = {name: shared(one, theirs) for name, one in targets[target].every.items()}
     images = targets[target].splits['train']
-    if shared(images, theirs) == len(images.rows) > 0:
+    if found['train'] == len(images.rows) > 0:
       raise UserError(
         f'the target {target!r} is the same data as {source!r}, whose labels are '
         f'learned: all its {len(images.rows):,} training images are there too; name '
         f'other data in domains.{target}.source'
       )
-    for split in targets[target].every.values():
-      counts[source] += shared(split, theirs)
+    counts[source] += sum(found.values())
   return {name: number for name, number in counts.items() if number}
 
 

@@ -27,6 +27,7 @@ from lt_jax.report import (
   selection,
   sources,
   tables,
+  templates,
   zero_shot,
 )
 from lt_jax.report.runs import Group, NoData, Run, find, grouped, printable
@@ -239,13 +240,7 @@ def _more(names: list[str]) -> str:
 
 
 def _template() -> jinja2.Template:
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('lt_jax.report', '.'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  environment = templates.environment()
   script, *_ = environment.loader.get_source(environment, 'sort.js')
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   environment.globals |= {'zip': zip, 'script': script, 'script_digest': digest}

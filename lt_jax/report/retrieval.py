@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 
+from lt_jax.report import templates
 from lt_jax.report.pictures import uri
 from lt_jax.report.runs import printable
 
@@ -34,13 +34,7 @@ def page(layer: str, measured: Mapping[str, float], queries: Sequence[Query]) ->
     measured: name -> value in [0, 1], over all queries.
     queries: the ones to show.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('lt_jax.report', '.'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  environment = templates.environment()
   rows = [
     {
       'query': {'uri': uri(query.image), 'name': printable(query.name)},

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from lt_jax.report import templates
 from lt_jax.report.drawing import (
   CYCLE,
   INK,
@@ -36,13 +36,7 @@ def page(found: Found) -> str:
       ),
       draw('accuracy', _accuracy, [found], 'similarity'),
     ]
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader('lt_jax.report', '.'),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
+  environment = templates.environment()
   return environment.get_template('similarity.html').render(
     found=found, figures=_shown(figures), correlations=found.get('correlations')
   )
