@@ -33,7 +33,7 @@ flags.disclaim_key_flags()  # so that --help of a command shows those defined he
 Flag = flags.Flag | flags.FlagHolder
 
 GRACE = 3.0
-"""Seconds that process 0 of several gives the others to find the same mistake."""
+"""Seconds that process 0 of several gives the others to end."""
 
 
 def _shared(name: str, define: Callable[..., Flag], *options: Any) -> Flag:
@@ -160,6 +160,8 @@ def exit_code(command: Callable[[], None]) -> int:
     if known is None:
       raise
     fail(*known)
+  if _one_of_several():
+    _leave_together()
   return 0
 
 
@@ -195,16 +197,36 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
   except OSError:  # the terminal is closed
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
   if _one_of_several():
-    # Skips JAX's shutdown, which would wait minutes for peers that are waiting for us.
-    # Process 0 connects the others, which die with it, so it gives them some time.
-    sys.stdout.flush()
-    if sys.modules['jax'].process_index() == 0:
-      time.sleep(GRACE)
-    os._exit(code)
+    # JAX's shutdown would wait minutes for peers that are waiting for us.
+    _leave(code)
   if code == INTERRUPTED or _read_is_stuck():  # does not wait for unfinished work
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)
+
+
+def _leave_together() -> NoReturn:
+  """Ends this process successfully once the others have finished, too.
+
+  JAX's own shutdown sometimes aborts a process that has finished: process 0 stops the
+  service that connects them before the others have let go of it.
+  """
+  from lt_jax import stopping
+
+  stopping.wait_for_all('finished')
+  _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+  """Ends this process, one of several, without JAX's shutdown.
+
+  Process 0 connects the others, which die with it, so it leaves last.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if sys.modules['jax'].process_index() == 0:
+    time.sleep(GRACE)
+  os._exit(code)
 
 
 def _read_is_stuck() -> bool:
