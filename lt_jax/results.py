@@ -27,7 +27,6 @@ from lt_jax.evals.domains import (
   split_by_domain,
 )
 from lt_jax.method import Batch, Outputs, State
-from lt_jax.pretrained import ours
 from lt_jax.screen import Screen
 from lt_jax.train import Preempted
 from lt_jax.writers import read_rows, read_vectors, write_npz
@@ -304,10 +303,8 @@ def write_results(
 
 def uses_target_labels(experiment: Experiment) -> bool:
   """Returns whether a run, or the one it begins from, reads labels of a target."""
-  return any(stage.uses_target_labels for stage in experiment.stages.values()) or (
-    bool(experiment.roles[TARGET])
-    and ours.used_target_labels(experiment.config['init'])
-  )
+  of_stages = any(stage.uses_target_labels for stage in experiment.stages.values())
+  return of_stages or experiment.begins_with_target_labels
 
 
 def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
