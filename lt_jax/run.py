@@ -332,6 +332,11 @@ def rehearsed(
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):
       raise
+    if error.args == ('label',):  # what a batch without labels lacks
+      raise UserError(
+        'the method reads labels of a stream that has none: look at its key labels in '
+        'config.streams'
+      ) from error
     raise UserError(
       f'the config cannot be built: {type(error).__name__}: {error}'
     ) from error

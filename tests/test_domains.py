@@ -320,6 +320,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ),
     ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
     ({'stream': 3}, 'streams.stream is 3; it must be a dict'),
+    ({'streams': {'sampler': 'instance'}}, "sampler is 'instance'; it must be a dict"),
     ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
     ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
     ({'domains': {'sourc': 'x'}}, "sets 'sourc', but data has no such key"),
@@ -350,6 +351,13 @@ def test_mistakes_are_one_line(change, message):
   with pytest.raises(UserError, match=message) as error:
     build.build(made)
   assert '\n' not in str(error.value)
+
+
+def test_labels_that_a_stream_does_not_give_are_one_line(tmp_path):
+  made = config('dann')
+  made['streams']['train'] = {**made['streams']['train'], 'labels': False}
+  with pytest.raises(UserError, match='reads labels of a stream that has none'):
+    run.rehearsed(made, tmp_path)
 
 
 @pytest.mark.parametrize(

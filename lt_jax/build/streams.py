@@ -464,9 +464,12 @@ def _sampler(
   A curriculum follows the epochs of the stage, however many images the stream has. A
   sampler that draws by class only sees the learned classes (C,) bool.
   """
+  if not isinstance(options, Mapping) or 'name' not in options:
+    raise UserError(
+      f"streams.{stream}.sampler is {options!r}; it must be a dict with a 'name'"
+    )
   options = dict(options)
-  start = options.pop('start_epoch', 0)
-  name = options.pop('name')
+  start, name = options.pop('start_epoch', 0), options.pop('name')
   stored = images = np.arange(len(split.rows))
   asked = inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters
   if ('order' in asked) != (order is not None):
