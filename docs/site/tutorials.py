@@ -1,7 +1,7 @@
 """Runs the tutorials, or those named: python docs/site/tutorials.py [NAME ...].
 
 The blocks of a page, ```bash and ```python, run one after the other in one empty
-folder. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
+folder; ```python title="FILE" is appended to that file instead. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
 docs/tutorials/figures/NAME.svg. `make docs` does this first, so that a page that no
 longer runs has no site. All pages share one cache of compiled programs.
 """
@@ -16,7 +16,7 @@ import tempfile
 import time
 
 PAGES = pathlib.Path(__file__).parents[1] / 'tutorials'
-BLOCK = re.compile(r'^```(bash|python)\n(.*?)^```$', re.M | re.S)
+BLOCK = re.compile(r'^```(bash|python)(?: title="(\S+)")?\n(.*?)^```$', re.M | re.S)
 FIGURE = re.compile(r'^<!-- figure: (\S+) as (\S+) -->$', re.M)
 
 
@@ -35,7 +35,11 @@ def run(page: pathlib.Path, cache: str) -> None:
     'python': [sys.executable, '-c'],
   }
   with tempfile.TemporaryDirectory() as folder:
-    for language, code in BLOCK.findall(text):
+    for language, file, code in BLOCK.findall(text):
+      if file:
+        with open(pathlib.Path(folder, file), 'a') as stream:
+          stream.write(code)
+        continue
       done = subprocess.run(
         [*starts[language], code],
         cwd=folder,
