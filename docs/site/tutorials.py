@@ -1,7 +1,8 @@
 """Runs the tutorials, or those named: python docs/site/tutorials.py [NAME ...].
 
 The blocks of a page, ```bash and ```python, run one after the other in one empty
-folder; ```python title="FILE" is appended to that file instead. What its line `<!-- figure: PATH as NAME.svg -->` names is kept as
+folder; ```python title="FILE" is appended to that file instead. What its line
+`<!-- figure: PATH as NAME.svg -->` names is kept as
 docs/tutorials/figures/NAME.svg. `make docs` does this first, so that a page that no
 longer runs has no site. All pages share one cache of compiled programs.
 """
