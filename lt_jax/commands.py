@@ -116,14 +116,18 @@ def cause(error: flags.Error) -> Exception:
 
 
 def launch(
-  command: Callable[..., None], *required: str, arguments: int | None = 0
+  command: Callable[..., None],
+  *required: str,
+  arguments: int | None = 0,
+  wanted: str = 'one argument',
 ) -> NoReturn:
   """Parses the flags, runs a command and exits with its code.
 
   Args:
     command: takes the positional arguments and reads its flags.
     *required: names of the flags that must be given.
-    arguments: how many positional arguments it takes; None: any number.
+    arguments: how many positional arguments it takes: 0 or 1; None: any number.
+    wanted: what a single one is, such as 'the folder of a run'.
   """
 
   def parse(given: Sequence[str]) -> list[str]:
@@ -138,9 +142,11 @@ def launch(
     for name in required:
       if flags.FLAGS[name].value is None:
         fail(f'--{name} is missing', WRONG_INPUT)
-    if arguments is not None and len(rest) - 1 != arguments:
-      many = 'one argument is' if arguments == 1 else f'{arguments} arguments are'
-      fail(f'{many} expected, got {rest[1:]}', WRONG_INPUT)
+    if arguments == 0 and rest[1:]:
+      fail(f'{rest[1]!r} is not an option: options are --NAME=VALUE', WRONG_INPUT)
+    if arguments == 1 and len(rest) != 2:
+      given = f', not {len(rest) - 1} arguments' if rest[1:] else ''
+      fail(f'give {wanted}{given}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # Orbax also raises what it logs
     sys.stdout.reconfigure(errors='backslashreplace')  # for paths that are not UTF-8
     return rest

@@ -270,4 +270,5 @@ def main(source: str) -> None:
 
 
 if __name__ == '__main__':
-  commands.launch(main, arguments=1)
+  wanted = 'one data set, such as cifar10 or folder:IMAGES'
+  commands.launch(main, arguments=1, wanted=wanted)

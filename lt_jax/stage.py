@@ -329,10 +329,10 @@ class StageRunner:
       )
     elif step:
       start = f'fresh start at step {step}, carried over'
-    epochs = self.stage.plan.steps / self.stage.epoch_steps
+    steps, of_epoch = self.stage.plan.steps, self.stage.epoch_steps
+    epochs = f'{steps / of_epoch:.3g} epochs of {_rounded(of_epoch)} steps'
     self._screen.line_if_followed(
-      f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
-      f'of {self.stage.epoch_steps:.4g} steps; {start}'
+      f'stage {self.stage.name}: {steps:,} steps ({epochs}); {start}'
     )
 
   def _report_parts(self, shapes: State) -> None:
@@ -498,6 +498,11 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def _rounded(number: float) -> str:
+  """Returns a number of steps without more decimals than anyone wants to read."""
+  return f'{number:,.0f}' if number >= 10 or number % 1 == 0 else f'{number:.1f}'
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

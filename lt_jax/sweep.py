@@ -388,6 +388,17 @@ def _write_page(workdir: epath.Path, seconds: float) -> None:
     print(f'the report was not written: {error}')
 
 
+def _remember(methods: Sequence[str], workdir: epath.Path) -> None:
+  """Writes the methods of a folder in the order in which they were given.
+
+  Those of an earlier sweep in the same folder come first.
+  """
+  from lt_jax.report import runs
+
+  every = dict.fromkeys([*runs.methods(workdir), *methods])
+  files.write_json(workdir / runs.ORDER, {'methods': [*every]})
+
+
 def main() -> None:
   """Runs the sweep that the flags name."""
   import jax
@@ -425,6 +436,7 @@ def main() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   if VECTORISE.value and TRACKER.value:
     raise UserError('--vectorise: a tracker takes one run at a time; omit --tracker')
+  _remember(METHODS.value, workdir)
   chosen = every if CELL.value is None else [every[CELL.value]]
   whole = CELL.value is None  # a single cell, as on a cluster, does not write the page
   after = functools.partial(_write_page, workdir) if whole else lambda seconds: None
@@ -434,7 +446,7 @@ def main() -> None:
   if whole and any(path.exists() for path in left):
     try:
       page = report.write(workdir)
-      print(f'\n{(workdir / "report.md").read_text()}\n{page}')
+      print(f'\n{report.summary(workdir)}\n\n{page}')
     except (OSError, UserError) as error:
       if not failed:
         raise
