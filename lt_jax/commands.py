@@ -8,7 +8,10 @@
 143  asked to stop (SIGTERM, SIGUSR1, SIGHUP) and saved: run again to resume
 """
 
+import importlib
+import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -61,6 +64,42 @@ def path_flag(name: str, help: str) -> Flag:
     return flags.DEFINE(_PathParser(), name, None, help)
 
   return _shared(name, define)
+
+
+class _ModuleParser(flags.ArgumentParser):
+  """Imports a module by its name."""
+
+  def parse(self, argument: str) -> str:
+    sys.path.insert(0, os.getcwd())  # installed commands lack it
+    try:
+      spec = importlib.util.find_spec(argument)
+    except (ImportError, ValueError):
+      spec = None
+    if spec is None:
+      raise UserError(
+        f'--import={argument}: there is no such module in this folder or on PYTHONPATH'
+      )
+    with config_file.errors_name_the_line(spec.origin or argument):
+      importlib.import_module(argument)
+    return argument
+
+  def flag_type(self) -> str:
+    return 'module'
+
+
+def import_flag() -> Flag:
+  """Returns the flag --import, which every command has."""
+  help = 'A Python module of yours to import first, such as one that adds a loss.'
+
+  def define(name: str) -> Flag:
+    return flags.DEFINE(_ModuleParser(), name, None, help)
+
+  return _shared('import', define)
+
+
+def _imports_first(arguments: Sequence[str]) -> list[str]:
+  """Puts --import=MODULE before --config, whose file may use what the module adds."""
+  return sorted(arguments, key=lambda one: not re.match('--?import=', one))
 
 
 def workdir_flag() -> Flag:
@@ -129,10 +168,11 @@ def launch(
     arguments: how many positional arguments it takes: 0 or 1; None: any number.
     wanted: what a single one is, such as 'the folder of a run'.
   """
+  import_flag()
 
   def parse(given: Sequence[str]) -> list[str]:
     try:
-      rest = flags.FLAGS(list(given))
+      rest = flags.FLAGS([given[0], *_imports_first(given[1:])])
     except SystemExit:  # from --help, which absl treats as a failure
       sys.exit(0)
     except flags.Error as error:

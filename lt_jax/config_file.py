@@ -99,14 +99,14 @@ def loader(name: str) -> Callable[..., ConfigDict]:
   module = importlib.util.module_from_spec(
     importlib.util.spec_from_loader(file.name, file)
   )
-  with _errors_name_the_line(path):
+  with errors_name_the_line(path):
     sys.modules[file.name] = module  # dataclasses look it up
     file.exec_module(module)
   if not callable(getattr(module, 'get_config', None)):
     raise UserError(f'{path} defines no function get_config')
 
   def get_config(*argument: str) -> ConfigDict:
-    with _errors_name_the_line(path):
+    with errors_name_the_line(path):
       config = module.get_config(*argument)
     if not isinstance(config, ConfigDict):
       found = type(config).__name__
@@ -144,8 +144,8 @@ def find(name: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _errors_name_the_line(path: str) -> Iterator[None]:
-  """Turns errors in a config file into a `UserError` with file and line."""
+def errors_name_the_line(path: str) -> Iterator[None]:
+  """Turns errors in a user's file into a `UserError` with file and line."""
   try:
     yield
   except UserError:

@@ -36,6 +36,7 @@ from configs import (
   mnist_mnistm,
   mnist_usps,
   ms1m_lt,
+  my_domains,
   my_images,
   office31,
   office_caltech10,
@@ -118,6 +119,7 @@ WITH_TARGET = {
   'synsigns_gtsrb': synsigns_gtsrb,
   'office_caltech10': office_caltech10,
   'office31': office31,
+  'my_domains': my_domains,
   'pacs': pacs,
   'visda': visda,
 }

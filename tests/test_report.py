@@ -653,6 +653,17 @@ def test_a_torn_file_hides_no_runs_below_it(tables_only, tmp_path, name, text):
   assert [run.name for run in found] == ['ce/0', 'ce/1']
 
 
+def test_a_run_does_not_hide_the_runs_below_it(tmp_path):
+  """Such as those of a sweep that was given the folder of a run, or the reverse."""
+  record = json.dumps({'recipe': 'ce', 'seed': 0})
+  for folder in ('.', 'ce/0', 'stages/train', 'figures'):
+    path = tmp_path / folder / 'config.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record)
+  found = runs.find(epath.Path(tmp_path))
+  assert [run.folder for run in found] == [tmp_path, tmp_path / 'ce/0']
+
+
 def labels_below(groups):
   """Returns the labels below the classes by which methods are compared."""
   figure, caption = figures.compare_classes(groups)

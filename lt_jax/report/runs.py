@@ -365,7 +365,7 @@ def printable(text: str) -> str:
 
 
 def find(folder: epath.Path) -> list[Run]:
-  """Returns the run in a folder, or all runs below it, by path.
+  """Returns the run in a folder and all runs below it, by path.
 
   Raises:
     UserError: there are none.
@@ -387,6 +387,7 @@ def _below(path: epath.Path, folder: epath.Path) -> str:
 def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
   """Yields the folders of runs; links that lead back up are not followed.
 
+  A run may have others below it, such as those of a sweep, but not among its own files.
   A folder whose config.json or error.json is damaged counts as a run unless there are
   runs below it.
   """
@@ -395,12 +396,16 @@ def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
     return
   seen.add(real)
   records = [_is_record(folder / name) for name in ('config.json', 'error.json')]
+  paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
   if any(records):
     yield folder
-    return
-  paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+    paths = [path for path in paths if path.name not in OF_A_RUN]
   below = [found for path in paths for found in _folders(path, seen)]
-  yield from below or [folder] * (None in records)
+  yield from below or [folder] * (None in records and not any(records))
+
+
+OF_A_RUN = ('stages', 'figures')
+"""Folders of a run that hold thousands of files, but no other run."""
 
 
 def _is_record(path: epath.Path) -> bool | None:
