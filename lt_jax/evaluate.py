@@ -29,10 +29,10 @@ from lt_jax.stage import BadImages
 from lt_jax.surgeries import posthoc
 
 WORKDIR = commands.workdir_flag()
-WHICH = commands.which_flag()
+WHICH = commands.which_flag('the last')
 DATA_DIR = commands.data_dir_flag()
 ADJUST = flags.DEFINE_float(
-  'logit_adjustment', None, 'Subtract this multiple of the log prior from the logits.'
+  'logit_adjustment', None, 'The multiple of the log prior to subtract from the logits.'
 )
 STAGE = flags.DEFINE_string(
   'stage', None, 'The stage to evaluate; by default the last.'

@@ -278,8 +278,9 @@ class StageRunner:
       recorded = begun_from.get(name)
       if recorded != digest and recorded != _old_digest(earlier[name]):
         raise UserError(
-          f'stage {self.stage.name!r} started from another State of stage {name!r}, '
-          f'which has changed since: delete {self._folder} to train the stage again'
+          f'stage {self.stage.name!r} started from another checkpoint of stage '
+          f'{name!r}, which has changed since: delete {self._folder} to train the '
+          'stage again'
         )
 
   def _with_arrays(self, stage: Stage) -> Stage:
@@ -467,7 +468,7 @@ class StageRunner:
     if than is None:
       raise UserError(
         f'{self._folder / "checkpoints/manifests/best.json"} lacks the value by which '
-        f'the State was selected; {self._checkpoints.how_to_retrain()}'
+        f'the checkpoint was selected; {self._checkpoints.how_to_retrain()}'
       )
     better = value > than or step < best['step']
     if agreed(better):

@@ -1,4 +1,4 @@
-"""Runs methods times seeds: python -m lt_jax.sweep --config=FILE.py --workdir=DIR ...
+r"""Trains several methods with several seeds, and compares them.
 
   python -m lt_jax.sweep --config=configs/digits_lt.py --methods=ce,ldam_drw,oltr \
     --seeds=0,1,2 --workdir=runs/digits [--config.KEY=VALUE ...]
@@ -35,10 +35,13 @@ from lt_jax.config import check_set_domains, resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
 from lt_jax.screen import terminal
 
-CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+CONFIG = commands.config_flag()
+WORKDIR = commands.workdir_flag('The folder for all runs and their report.')
 TRACKER = commands.tracker_flag()
-METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
-SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
+METHODS = flags.DEFINE_list('methods', None, 'Recipes to train, such as ce,ldam_drw.')
+SEEDS = flags.DEFINE_list(
+  'seeds', ['0'], 'Seeds to train each of them with, such as 0,1,2.'
+)
 CELL = flags.DEFINE_integer('cell', None, 'Run only this cell, counted from 0.')
 VECTORISE = flags.DEFINE_bool(
   'vectorise',
@@ -48,7 +51,7 @@ VECTORISE = flags.DEFINE_bool(
 GRID = flags.DEFINE_multi_string(
   'grid',
   [],
-  'KEY=VALUE,VALUE,...: cross the values of a config key; may be repeated.',
+  'KEY=VALUE,VALUE,...: values of a config key to cross with everything else',
 )
 LIST = flags.DEFINE_bool('list', False, 'List the cells and run nothing.')
 

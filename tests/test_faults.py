@@ -370,7 +370,7 @@ def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, over
   code, output = run(workdir, *overrides, fault=fault)
   assert code == 3, output
   assert re.search(
-    r'error: diverged: not finite at step \d+; that State was not saved, and the same '
+    r'error: diverged: not finite at step \d+; that step was not saved, and the same '
     r'command would diverge again: change the config, in another workdir or with '
     r'--allow_config_change$',
     output.strip(),

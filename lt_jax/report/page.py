@@ -100,7 +100,7 @@ def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
   folder = files.absolute(folder)
   runs = find(folder)
   groups, notes = _grouped(runs, folder)
-  alone = runs[0].folder == folder
+  alone = [run.folder for run in runs] == [folder]
   found = grids.grids(groups)
   parts = _parts(groups, found, notes, '' if alone else folder)
   sections = [_section(g, folder, alone, draw and len(groups)) for g in groups]
@@ -357,7 +357,7 @@ def _address(run: Run, folder: epath.PathLike) -> str:
   """Returns the address of a run's page, or else its folder, relative to the page."""
   below = os.fspath(run.folder).removeprefix(os.fspath(folder)).lstrip('/')
   page = 'report.html' if (run.folder / 'report.html').exists() else ''
-  return urllib.parse.quote(f'{below}/{page}', errors='surrogateescape')
+  return urllib.parse.quote(f'{below or "."}/{page}', errors='surrogateescape')
 
 
 def _samples(run: Run) -> dict[str, Any]:
