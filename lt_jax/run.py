@@ -614,7 +614,11 @@ def _of_classes(dataset: Dataset) -> str:
   counts, noun = dataset.counts, dataset.counted
   names = [name if name.isprintable() else ascii(name) for name in dataset.class_names]
   if len(counts) <= 10:
-    each = (f'{name} {count:,}' for name, count in zip(names, counts, strict=True))
+    numbered = names == [*map(str, range(len(names)))]
+    each = (
+      f'{count:,}' if numbered else f'{name} {count:,}'
+      for name, count in zip(names, counts, strict=True)
+    )
     return f'{", ".join(each)} {noun}'
   (least, fewest), (most, highest) = (
     (names[c], counts[c]) for c in (counts.argmin(), counts.argmax())

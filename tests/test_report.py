@@ -324,7 +324,10 @@ def test_a_run_alone_has_a_list_of_its_metrics(tables_only, tmp_path):
   path.write_text(json.dumps(result))
   add_events(folder, STARTED | {'command': 'python -m lt_jax.main --config=x'})
   page = page_of(folder)
-  for text in ('Checkpoint of step 20 (best val/accuracy), trained in 2 s', '0.5, the'):
+  for text in (
+    'Checkpoint of step 20 (best val/accuracy), trained in 2 s',
+    'below 0.5: this threshold is fixed',
+  ):
     assert text in page.text
   assert 'Command: python -m lt_jax.main --config=x' in page.text
   rows = (folder / 'report.md').read_text().splitlines()[4:]

@@ -18,12 +18,6 @@ from lt_jax.report.tables import SHOTS, Table
 FEWEST_SEEDS = 3
 """With fewer, deviations say too little: two seeds may agree to the image by chance."""
 
-BRIEF = (
-  f'Difference in points with its {100 * LEVEL:.0f} % interval. Noise may explain a '
-  'difference whose interval contains zero. n/a: all measurements agree, so there is '
-  'no interval.'
-)
-
 PAIRED_T = 'paired t'
 
 OVER_SEEDS = 'The interval is from a paired t-test over seeds: would other seeds agree?'
@@ -226,6 +220,18 @@ def _as_text(interval: Interval) -> str:
   return f'{middle} ({low} to {high})'
 
 
+def brief(found: Sequence[Comparison]) -> str:
+  """Returns what stands above the table where no cell is grey."""
+  every = [one for comparison in found for one in comparison.intervals.values()]
+  absent = ' n/a: all measurements agree, so there is no interval.'
+  return (
+    f'Difference in points with its {100 * LEVEL:.0f} % interval. Noise may explain a '
+    'difference whose interval contains zero.'
+    + absent
+    * any(not interval.is_known for interval in every)
+  )
+
+
 def remark(found: Sequence[Comparison]) -> str:
   """Returns what stands above the table on a page, where some cells are grey."""
   over_seeds = {comparison.test.startswith(PAIRED_T) for comparison in found}
@@ -234,7 +240,8 @@ def remark(found: Sequence[Comparison]) -> str:
   )
   several = ' Intervals are not corrected for multiple comparisons.' * (len(found) > 1)
   return (
-    f'{BRIEF} Such differences are grey, here and in the first table. {test}{several}'
+    f'{brief(found)} Such differences are grey, here and in the first table. '
+    f'{test}{several}'
   )
 
 

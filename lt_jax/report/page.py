@@ -223,7 +223,7 @@ def _parts(
       differences.title(compared),
       differences.differences_table(compared),
       [differences.remark(compared)],
-      brief=[differences.BRIEF],
+      brief=[differences.brief(compared)],
     ),
     Part(
       'selection',
@@ -267,14 +267,22 @@ def _facts(run: Run) -> list[str]:
       f'{str(result.get("state_sha256"))[:16]}',
     ]
     if chosen.get('value') is not None:
+      by = str(chosen.get('chosen_by'))
       lines.append(
         'An image counts as unknown if its known score is below '
-        f'{chosen["value"]:.4g}, the threshold chosen by this rule: '
-        f'{chosen.get("chosen_by")}'
+        f'{chosen["value"]:.4g}: this threshold {CHOSEN_BY.get(by, f"is {by}")}'
       )
   if run.command:
     lines.append(f'Command: {run.command}')
   return [printable(line) for line in lines]
+
+
+CHOSEN_BY = {
+  'f_measure_oltr2020 on val and open_val': 'has the best open-set F (oltr2020) on '
+  'validation images, which include unknown ones',
+  'keeps 95 % of val': 'keeps 95 % of the validation images',
+}
+"""How result.json says that a threshold was chosen -> the end of a sentence."""
 
 
 def _warnings(runs: list[Run]) -> list[str]:
