@@ -17,7 +17,7 @@ WRONG_INPUT, DIVERGED, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 3, 75, 130, 143
 MOST_SUGGESTED = 6
 """How many names a message suggests at most."""
 
-MOST_LISTED, LISTED = 40, 12
+MOST_LISTED, LISTED = 60, 12
 """A message lists up to so many known names; of more, only the first few."""
 
 
