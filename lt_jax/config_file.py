@@ -34,6 +34,7 @@ def define(name: str, default: str | None, help: str) -> flags.FlagHolder:
   """Defines the flag."""
   holder = config_flags.DEFINE_config_file(name, default, help)
   flags.FLAGS[name].parser = _Parser()
+  flags.FLAGS[name].default_as_str = default  # --help would show "None"
   return holder
 
 

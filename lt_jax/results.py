@@ -1,6 +1,5 @@
 """The results of a run: final metrics, predictions, features, worst errors."""
 
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from lt_jax.evals.domains import (
   split_by_domain,
 )
 from lt_jax.method import Batch, Outputs, State
-from lt_jax.screen import Screen
+from lt_jax.screen import Screen, checkpoint_of
 from lt_jax.train import Preempted
 from lt_jax.writers import read_rows, read_vectors, write_npz
 
@@ -606,6 +605,12 @@ def seconds_of_earlier_starts(events: Sequence[Mapping[str, Any]]) -> float:
   return sum(end - begin for begin, end in spans[:-1])
 
 
+def devices(count: int) -> str:
+  """Returns so many devices in words, such as '8 x gpu NVIDIA H200' or '1 x cpu'."""
+  backend, kind = jax.default_backend(), jax.devices()[0].device_kind
+  return f'{count} x {backend}' + f' {kind}' * (kind.casefold() != backend)
+
+
 def versions() -> dict[str, str]:
   """Returns the versions a result depends on."""
   import flax
@@ -616,15 +621,18 @@ def versions() -> dict[str, str]:
   return {'python': platform.python_version(), **found}
 
 
-def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
-  """Prints the table of a result and the path of its files."""
+def show(result: Mapping[str, Any], screen: Screen) -> None:
+  """Prints the table of a result, with the warnings.
+
+  Metrics of shot groups without classes are left out.
+  """
   test = result['test']
   shown = {
-    title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
+    title: f'{"n/a":>6}' if test[name] is None else f'{100 * test[name]:6.2f} %'
     for name, title in titles().items()
-    if name in test
+    if name in test and not (test[name] is None and name in ('many', 'medium', 'few'))
   }
-  screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())
+  title = f'test, {result["recipe"]}, seed {result["seed"]}, {checkpoint_of(result)}'
+  screen.table(title, shown.items())
   for warning in result['warnings']:
     screen.line(f'warning: {warning}')
-  screen.line(f'files: {os.fspath(workdir)}')

@@ -84,6 +84,11 @@ class Trained(NamedTuple):
     return tuple(self.facts['class_names'])
 
   @property
+  def of_several_domains(self) -> bool:
+    """Whether it was trained or tested on several domains."""
+    return any(self.config[key] for key in ('sources', 'target', 'open_domains'))
+
+  @property
   def of_pixels(self) -> bool:
     """Whether it predicts a class for every pixel rather than one per image."""
     return bool(self.facts.get('label_maps'))

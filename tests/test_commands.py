@@ -66,7 +66,7 @@ def test_a_module_adds_a_recipe_to_every_command(tmp_path):
   (tmp_path / 'wrong.py').write_text('\n1 / 0')
   train = child.command(workdir, config='digits_lt.py:nothing,epochs=1')
   for given, told in (
-    ([], "unknown method 'nothing'"),
+    ([], "unknown recipe 'nothing'"),
     (['--import=nine'], '--import=nine: there is no such module in this folder or on'),
     (['--import=wrong'], 'wrong.py:2: ZeroDivisionError: division by zero'),
   ):
@@ -313,3 +313,13 @@ def test_a_near_miss_has_any_case():
   assert errors.suggest('LDAM_DRW', ['ce', 'ldam_drw']) == "; did you mean 'ldam_drw'?"
   assert errors.suggest('ldam', ['LDAM']) == "; did you mean 'LDAM'?"
   assert errors.suggest('zzz', []) == ''
+
+
+def test_an_argument_that_is_missing_or_too_many_is_named(tmp_path):
+  output = tmp_path / 'out'
+  for module, given, message in (
+    ('lt_jax.report.__main__', [], 'give the folder of a run or of several runs'),
+    ('lt_jax.evaluate', ['--workdir=x', 'y'], "'y' is not an option: options are --"),
+  ):
+    assert child.run(given, output, module=module) == 2
+    assert output.read_text().startswith(f'error: {message}')

@@ -663,7 +663,7 @@ def test_head_and_margin_share_one_scale():
 @pytest.mark.parametrize(
   ('arg', 'message'),
   [
-    ('ldam_drv', "unknown method 'ldam_drv'; did you mean 'ldam_drw'"),
+    ('ldam_drv', "unknown recipe 'ldam_drv'; did you mean 'ldam_drw'"),
     ('ce,imbalence=3', "unknown option 'imbalence' of the config; did you mean"),
     ('ce,imbalance=big', "option imbalance='big' of the config is not a number"),
     ('ce,epochs=0', 'option epochs=0 of the config must be positive and finite'),

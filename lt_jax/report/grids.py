@@ -19,9 +19,10 @@ from lt_jax.report.drawing import (
   Drawn,
   legend,
   mean_and_deviation,
+  over_seeds,
   plot,
 )
-from lt_jax.report.runs import Group, NoData, Run, printable
+from lt_jax.report.runs import Group, NotApplicable, Run, printable
 from lt_jax.report.tables import Table, percent
 
 REMARK = 'Values in %; the chosen cell has the best mean on validation images.'
@@ -174,9 +175,10 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
   axes.set_xticks(range(len(places)), [_as_text(value) for value in places])
   axes.set(xlabel=key, ylabel='error (%)')
   legend(figure, axes, columns)
+  spread = over_seeds([cell for grid in shown for cell in grid.cells])
   return figure, (
     f'Error against {key} on test images (solid) and on validation images (dashed), '
-    'which chose the circled cells; mean and standard deviation over seeds.'
+    f'which chose the circled cells{spread}.'
   )
 
 
@@ -201,7 +203,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
   """Returns the numeric key with the most values, and the grids that have it.
 
   Raises:
-    NoData: there is none.
+    NotApplicable: there is none.
   """
   counts: dict[str, int] = {}
   for grid in found:
@@ -209,7 +211,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
       if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         counts[key] = max(counts.get(key, 0), len(set(values)))
   if not counts:
-    raise NoData('the runs of a recipe do not differ in a number')
+    raise NotApplicable('the runs of a recipe do not differ in a number')
   key = max(counts, key=lambda name: counts[name])
   return key, [
     grid
