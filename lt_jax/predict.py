@@ -1,6 +1,6 @@
 """Predicts the classes of images: python -m lt_jax.predict --workdir=DIR IMAGES ...
 
-  python -m lt_jax.predict --workdir=runs/digits photographs/ one.png --out=found.csv
+  python -m lt_jax.predict --workdir=runs/one photographs/ one.png --out=found.csv
 
 IMAGES are image files, folders (all images below them, except hidden ones) and lists:
 @FILE has one path per line, relative to the current folder, as on the command line. One
