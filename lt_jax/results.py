@@ -57,6 +57,9 @@ SAMPLES = 64
 TRANSLATED = 16
 SHOWN = 4
 
+SHOTS = ('many', 'medium', 'few')
+"""Metrics of the shot groups."""
+
 
 class Evaluated(NamedTuple):
   """A State, evaluated on every split.
@@ -624,13 +627,15 @@ def versions() -> dict[str, str]:
 def show(result: Mapping[str, Any], screen: Screen) -> None:
   """Prints the table of a result, with the warnings.
 
-  Metrics of shot groups without classes are left out.
+  Metrics of shot groups without classes are left out, as is that of a group with all.
   """
-  test = result['test']
+  groups = [name for name in SHOTS if result['test'].get(name) is not None]
+  silent = SHOTS if len(groups) < 2 else set(SHOTS) - set(groups)
+  test = {k: v for k, v in result['test'].items() if k not in silent}
   shown = {
     title: f'{"n/a":>6}' if test[name] is None else f'{100 * test[name]:6.2f} %'
     for name, title in titles().items()
-    if name in test and not (test[name] is None and name in ('many', 'medium', 'few'))
+    if name in test
   }
   title = f'test, {result["recipe"]}, seed {result["seed"]}, {checkpoint_of(result)}'
   screen.table(title, shown.items())

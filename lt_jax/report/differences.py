@@ -94,7 +94,7 @@ Pairs = Sequence[tuple[Run, Run]]
 
 def _over_seeds(pairs: Pairs) -> dict[str, Interval]:
   found = {}
-  for name in (pairs[0][0].headline, *SHOTS):
+  for name in (pairs[0][0].headline, *_groups(pairs)):
     ours, theirs = _both(pairs, name)
     if None not in (*ours, *theirs):
       found[name] = paired_t(ours, theirs)
@@ -185,9 +185,10 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
 
 
 def _groups(pairs: Pairs) -> dict[str, np.ndarray]:
-  """Returns the shot groups with at least one class; only these have a metric."""
+  """Returns the shot groups with at least one class; {} if one of them has all."""
   groups = pairs[0][0].groups
-  return {name: groups[name] for name in SHOTS if groups[name].any()}
+  there = {name: groups[name] for name in SHOTS if groups[name].any()}
+  return there if len(there) > 1 else {}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

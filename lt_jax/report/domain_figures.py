@@ -28,6 +28,7 @@ from lt_jax.report.drawing import (
 from lt_jax.report.figures import (
   MOST_NAMED,
   SPLITS,
+  about_map,
   class_sets,
   drawable,
   each_seed,
@@ -313,8 +314,7 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
   right.set_title('by class')
   return figure, (
     f'{name} map of {len(points)} test features of all domains, coloured by domain and '
-    'by class. Numbers in brackets are training images per class. Distances between '
-    'far groups mean little.'
+    f'by class.{about_map(run, name)}'
   )
 
 

@@ -43,6 +43,9 @@ MOST_CLASSES = 50
 
 MOST_NAMED = 20
 MOST_POINTS = 1000
+MOST_COLOURS = 10
+"""Up to this many classes, each has its own colour in a map of features."""
+
 FEWEST_NEIGHBOURS = 30
 
 
@@ -386,8 +389,7 @@ def features(runs: Sequence[Run]) -> Drawn:
     )
   crosses = ', and class centroids (crosses)' if len(shown) else ''
   return figure, (
-    f'{name} map of {len(points)} test features{crosses}. Numbers in '
-    'brackets are training images per class. Distances between far groups mean little.'
+    f'{name} map of {len(points)} test features{crosses}.{about_map(run, name)}'
   )
 
 
@@ -419,10 +421,17 @@ def drawable(
   return points, keep
 
 
+def about_map(run: Run, name: str) -> str:
+  """Returns the sentences of a caption about a map of features, by its name."""
+  named = len(run.counts) <= MOST_COLOURS
+  brackets = ' Numbers in brackets are training images per class.' * named
+  return brackets + ' Distances between far groups mean little.' * (name == 't-SNE')
+
+
 def class_sets(run: Run, label: np.ndarray) -> Sets:
   """Returns points by class, or by shot group if there are many classes."""
   counts = run.counts
-  if len(counts) > 10:
+  if len(counts) > MOST_COLOURS:
     return {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
   order = np.argsort(-counts, kind='stable')
   colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))

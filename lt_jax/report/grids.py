@@ -25,8 +25,6 @@ from lt_jax.report.drawing import (
 from lt_jax.report.runs import Group, NotApplicable, Run, printable
 from lt_jax.report.tables import Table, percent
 
-REMARK = 'Values in %; the chosen cell has the best mean on validation images.'
-
 
 class Grid(NamedTuple):
   """A recipe's runs with several configs.
@@ -97,6 +95,13 @@ def _validated(group: Group, metric: str) -> float | None:
   """Returns the mean of a metric on validation images; None if a run lacks it."""
   values = [(run.result.get('val') or {}).get(metric) for run in group.counted]
   return None if None in values else float(np.mean(values))
+
+
+def remark(found: Sequence[Grid]) -> str:
+  """Returns what stands above the table."""
+  if all(grid.chosen is None for grid in found):
+    return 'Values in %; without validation images, none is chosen.'
+  return 'Values in %; the chosen one has the best mean on validation images.'
 
 
 def grids_table(found: Sequence[Grid]) -> Table:

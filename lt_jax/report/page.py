@@ -31,7 +31,16 @@ from lt_jax.report import (
   templates,
   zero_shot,
 )
-from lt_jax.report.runs import Group, NoData, Run, find, grouped, methods, printable
+from lt_jax.report.runs import (
+  Group,
+  NoData,
+  NotApplicable,
+  Run,
+  find,
+  grouped,
+  methods,
+  printable,
+)
 from lt_jax.screen import checkpoint_of
 
 MOST_DRAWN = 20
@@ -204,11 +213,12 @@ def _parts(
   else:
     results = tables.metrics_table(groups[0].counted[0])
   by_domain = domains.domains_table(groups)
+  by_source = sources.sources_table(groups)
   chosen = selection.selection_table(groups)
   parts = [
     Part('results', 'Results', results, [tables.units(groups)], notes),
     Part('domains', 'By domain', by_domain, domains.remarks(by_domain, groups)),
-    Part('sources', 'By source', sources.sources_table(groups), [sources.REMARK]),
+    Part('sources', 'By source', by_source, [sources.remark(by_source, groups)]),
     Part(
       'tasks',
       'By task',
@@ -229,9 +239,12 @@ def _parts(
       'selection',
       'Which checkpoint would be chosen',
       chosen,
-      selection.remarks(chosen, groups),
+      [selection.remark(groups)],
+      selection.rules(chosen),
     ),
-    Part('chosen', 'Chosen by validation', grids.grids_table(found), [grids.REMARK]),
+    Part(
+      'chosen', 'Chosen by validation', grids.grids_table(found), [grids.remark(found)]
+    ),
     Part(
       'published',
       'Compared with published numbers',
@@ -368,12 +381,12 @@ def _address(run: Run, folder: epath.PathLike) -> str:
   return urllib.parse.quote(f'{below or "."}/{page}', errors='surrogateescape')
 
 
-def _samples(run: Run) -> dict[str, Any]:
-  """Returns the worst errors on rare classes, with the predicted classes."""
+def _samples(run: Run) -> dict[str, Any] | None:
+  """Returns the worst errors on rare classes; None if the run has no images of them."""
   try:
     stored = run.arrays('samples.npz')
     if stored['image'].dtype != np.uint8:
-      raise NoData('the run was trained on float arrays, which are not images')
+      raise NotApplicable('float arrays are not images')
     names = run.class_names
     rows = zip(
       *(
@@ -392,6 +405,8 @@ def _samples(run: Run) -> dict[str, Any]:
         for image, label, prediction, confidence in rows
       ],
     }
+  except NotApplicable:
+    return None
   except NoData as missing:
     return {'missing': str(missing), 'images': []}
   except (OSError, *drawing.OTHER_CONTENTS) as error:  # the arrays are not images

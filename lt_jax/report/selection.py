@@ -26,17 +26,20 @@ MEANINGS = {
 """Rule -> which checkpoint it chooses."""
 
 
-def remarks(table: Table, groups: Sequence[Group]) -> list[str]:
-  """Returns what the table shows, and a line for each of its rules."""
-  rules = [heading for heading in table.headings[1:] if heading]
-  lines = [
+def remark(groups: Sequence[Group]) -> str:
+  """Returns what stands above the table."""
+  return (
     f'Test {headline_title(groups)} in % of the checkpoint that each rule chooses '
     f'among those evaluated; {USED.strip()} marks the rule of the run. No rule but '
     f'{ORACLE} reads a label of the target.'
-  ]
-  return lines + [
+  )
+
+
+def rules(table: Table) -> list[str]:
+  """Returns a line for each rule of the table."""
+  return [
     f'{rule}: {MEANINGS.get(rule, "the best on validation images of the source")}.'
-    for rule in rules
+    for rule in table.headings[1:]
   ]
 
 

@@ -209,9 +209,14 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
-  """Returns the metrics with a value in any run -> their titles."""
+  """Returns the metrics with a value in any run -> their titles.
+
+  The metric of a shot group that has all classes would say nothing new.
+  """
   tested = [run.result['test'] for run in runs if run.result]
   there = {name for test in tested for name in test if test[name] is not None}
+  if len(there & {*SHOTS}) == 1:
+    there -= {*SHOTS}
   return {name: title for name, title in titles().items() if name in there}
 
 
