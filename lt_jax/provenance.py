@@ -29,6 +29,7 @@ DATA_KEYS = (
   'image_shape',
   'image_dtype',
   'preprocessing',
+  'label_maps',
   'unseen',
   'val_classes',
   'class_vectors',

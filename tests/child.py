@@ -378,7 +378,16 @@ def _slow_manifest(argument: str) -> None:
   _before(checkpoint.Checkpoints, '_write_manifest', lambda *_: time.sleep(seconds))
 
 
+def _draw_nothing(argument: str) -> None:
+  """Leaves the figures out of pages, which take as long as a short run."""
+  from lt_jax import report
+
+  del argument
+  report.write = functools.partial(report.write, draw=False)
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
+  'undrawn': _draw_nothing,
   'elsewhere': _work_elsewhere,
   'in_turns': _list_devices_in_turns,
   'slow_manifest': _slow_manifest,

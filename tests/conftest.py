@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 from importlib import metadata
 
@@ -9,6 +10,14 @@ from importlib import metadata
 if 'LT_JAX_TEST_CACHE' not in os.environ:
   CACHE = tempfile.TemporaryDirectory(prefix='lt_jax_compiled_')
   os.environ['LT_JAX_TEST_CACHE'] = CACHE.name
+
+# Without bytecode, every process spends seconds on compiling what it imports. Where
+# Python may not write it beside the sources, the processes share it in that folder.
+if sys.dont_write_bytecode:
+  os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+  sys.pycache_prefix = os.path.join(os.environ['LT_JAX_TEST_CACHE'], 'bytecode')
+  os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix
+  sys.dont_write_bytecode = False
 
 # Most of a test's time is compilation, most of which is LLVM optimisation. Much of the
 # rest are the newer fusion emitters, which jaxlib 0.10 can do without.

@@ -118,7 +118,8 @@ def damages(path, every_key):
       data.decode().strip().split('\n') if path.suffix == '.jsonl' else [data]
     )
     content, head = json.loads(last), '\n'.join([*before, ''])
-    keys = sorted(content)[:: 1 if every_key else len(content) - 1]
+    named = sorted(content) if isinstance(content, dict) else []
+    keys = named[:: 1 if every_key else len(named) - 1]
     for key in keys:
       for what, made in (('rename', _renamed), ('retype', _retyped)):
         yield f'{what} {key}', (head + json.dumps(made(content, key)) + '\n').encode()
@@ -335,6 +336,16 @@ def test_an_edited_config_is_rejected(built, tmp_path, command):
     UserError, match=r'data.mean was \[0.5\] and is \[0.1\]; undo that'
   ):
     getattr(built, command)(workdir)
+
+
+def test_a_value_of_another_type_is_reported_by_its_readers(built, tmp_path):
+  workdir = built.copy(tmp_path / 'run')
+  edit(workdir / 'config.json', open_domains=5)
+  built.report(workdir)
+  assert 'config.json is damaged' in (workdir / 'report.html').read_text()
+  edit(workdir / 'data.json', label_maps='five')
+  with pytest.raises(UserError, match=r"data\.json has an unexpected .* 'label_maps'"):
+    built.predict(workdir)
 
 
 @pytest.mark.parametrize(

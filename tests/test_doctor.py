@@ -134,10 +134,11 @@ def test_a_classifier_that_is_retrained_for_few_steps(config, tmp_path, capsys):
   made = tiny.config(tmp_path / 'data.npz', 'crt')
   config()  # writes the images
   made['epochs'], made['stages']['classifier']['epochs'] = 2.0, 2.0
-  found = text_of(list(doctor.Case(made).open()), 'odd')
+  case = doctor.Case(made)
+  found = text_of(list(case.open()), 'odd')
   assert "stage 'classifier' trains for only 2 steps, too few" in found
   assert 'raise config.stages.classifier.epochs' in found
-  run.run(made, tmp_path / 'run')
+  run._banner(case.experiment, tmp_path, Screen(), [])
   assert f'warning: {found}' in capsys.readouterr().out
 
 

@@ -16,8 +16,10 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from lt_jax import files
+from lt_jax import run as run_module
 from lt_jax.errors import UserError
 from lt_jax.writers import JsonLines, read_rows
 from tests import child
@@ -51,10 +53,11 @@ def run(workdir, *overrides, fault='', output=None, **options):
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
-  """The folder of a run without any fault."""
+  """The folder of a run without any fault; the command got a relative path of it."""
   workdir = tmp_path_factory.mktemp('unbroken') / 'run'
-  code, output = run(workdir)
-  assert code == 0, output
+  arguments = child.command(os.path.relpath(workdir, child.ROOT))
+  code = child.run(arguments, workdir.parent / 'log')
+  assert code == 0, (workdir.parent / 'log').read_text()
   return workdir
 
 
@@ -100,15 +103,44 @@ def _rows_so_far(workdir):
     return []
 
 
+ONE_AFTER_ANOTHER = (
+  ('term_while_compiling', TERMINATED, 'fresh start'),
+  ('kill_in_save:1', KILLED, ''),
+  ('kill_between:2', KILLED, ''),
+  ('kill_at:31', KILLED, 'resuming from 20 (verified)'),
+  ('file_size:9000', 75, 'could not be written'),
+  ('term_at:45', TERMINATED, 'resuming from 20 (verified)'),
+  ('', 0, 'resuming from 45 (verified)'),
+)
+"""(fault, exit code, what is printed) of each start of one run."""
+
+
+def test_one_fault_after_another_ends_in_the_same_run(tmp_path, unbroken):
+  """F1, F2, F3, F4, F8; alone, most of these faults are slow tests."""
+  workdir = tmp_path / 'run'
+  for fault, expected, printed in ONE_AFTER_ANOTHER:
+    code, output = run(workdir, fault=fault)
+    assert code == expected and printed in output, (fault, code, output)
+    assert 'Traceback' not in output
+    if fault.startswith('file_size'):
+      last = output.splitlines()[-1]
+      assert last.startswith('error: ') and str(workdir) in last
+      read_rows(workdir / 'metrics.jsonl')  # whole lines
+  assert_same_run(workdir, unbroken)
+  rejected = events(workdir, 'checkpoint_rejected')
+  assert 'no manifest' in rejected[0]['reason']
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fault',
   [
     'kill_at:31',
     'kill_in_save:1',
-    pytest.param('kill_in_save:2', marks=pytest.mark.slow),
+    'kill_in_save:2',
     'kill_between:2',
-    pytest.param('kill_in_evaluation:40', marks=pytest.mark.slow),
-    pytest.param('kill_in_evaluation:81', marks=pytest.mark.slow),
+    'kill_in_evaluation:40',
+    'kill_in_evaluation:81',
   ],
 )
 def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
@@ -122,16 +154,15 @@ def test_kill_9_anywhere_ends_in_the_same_run(tmp_path, unbroken, fault):
     assert 'no manifest' in events(workdir, 'checkpoint_rejected')[0]['reason']
 
 
+@pytest.mark.slow  # tests/test_segmentation_recipes.py resumes one in this process
 @pytest.mark.parametrize(
   ('recipe', 'fault', 'overrides'),
   [
     ('dann', 'kill_in_save:2', ()),
-    pytest.param(
-      'cdan', 'kill_in_save:2', ('--config.method.largest=8',), marks=pytest.mark.slow
-    ),
-    pytest.param('mcd', 'kill_in_save:2', (), marks=pytest.mark.slow),
-    pytest.param('adda', 'kill_in_save:4', (), marks=pytest.mark.slow),  # second stage
-    pytest.param('ocda', 'kill_in_save:9', (), marks=pytest.mark.slow),  # the last one
+    ('cdan', 'kill_in_save:2', ('--config.method.largest=8',)),
+    ('mcd', 'kill_in_save:2', ()),
+    ('adda', 'kill_in_save:4', ()),  # second stage
+    ('ocda', 'kill_in_save:9', ()),  # the last one
   ],
 )
 def test_kill_9_in_a_run_of_two_domains_and_players(tmp_path, recipe, fault, overrides):
@@ -160,15 +191,16 @@ def test_kill_9_in_and_around_saves_at_eight_random_times(tmp_path, unbroken):
   assert_same_run(workdir, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fault',
   [
     'term_at:31',
-    pytest.param('hup_at:8', marks=pytest.mark.slow),
-    pytest.param('usr1_at:8', marks=pytest.mark.slow),
-    pytest.param('term_twice_at:31', marks=pytest.mark.slow),
-    pytest.param('term_in_evaluation:40', marks=pytest.mark.slow),
-    pytest.param('term_in_evaluation:81', marks=pytest.mark.slow),
+    'hup_at:8',
+    'usr1_at:8',
+    'term_twice_at:31',
+    'term_in_evaluation:40',
+    'term_in_evaluation:81',
     'term_while_compiling',
   ],
 )
@@ -185,21 +217,6 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, unbroken, fault):
   assert_same_run(workdir, unbroken)
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, unbroken):
-  """F8: files cannot grow past a limit that a checkpoint exceeds."""
-  workdir = tmp_path / 'run'
-  assert run(workdir, fault='kill_at:31')[0] == KILLED
-  code, output = run(workdir, fault='file_size:9000')
-  assert code == 75, output
-  last = output.splitlines()[-1]
-  assert last.startswith('error: ') and str(workdir) in last
-  assert 'could not be written' in last and 'Traceback' not in output
-  read_rows(workdir / 'metrics.jsonl')  # whole lines
-  code, output = run(workdir)
-  assert code == 0, output
-  assert_same_run(workdir, unbroken)
-
-
 def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
   """F9: there is a file where the folder should be."""
   (tmp_path / 'file').write_text('')
@@ -208,7 +225,14 @@ def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
   assert 'cannot be written' in output and 'first step after' not in output
 
 
-@pytest.mark.parametrize('devices', [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'devices',
+  [
+    pytest.param(2, marks=pytest.mark.slow),
+    4,  # for which tests/test_processes.py compiles the same programs
+    pytest.param(8, marks=pytest.mark.slow),
+  ],
+)
 def test_a_run_resumes_on_other_devices(tmp_path, unbroken, devices):
   """F10: started on one device; equal up to rounding, with the same order of images."""
   workdir = tmp_path / 'run'
@@ -234,34 +258,47 @@ def test_another_config_is_rejected_by_key(tmp_path, unbroken):
   code, output = run(workdir, '--config.keep_checkpoints=5')  # makes no difference
   assert code == 0, output
   assert_same_run(workdir, unbroken)  # a finished run is not changed either
-  code, output = run(workdir, '--config.seed=1', '--allow_config_change')
+  (workdir / 'error.json').write_text('{}')  # left by a sweep; a new start removes it
+  changed = ('--config.seed=1', '--allow_config_change')
+  assert run(workdir, *changed, fault='kill_in_evaluation:1')[0] == KILLED
+  assert not (workdir / 'result.json').exists()
+  assert not (workdir / 'error.json').exists()
+  code, output = run(workdir, *changed)
   assert code == 0 and result(workdir)['seed'] == 1
+  before = contents(workdir)
   wider = ('--config.model.trunk=digits_cnn', '--allow_config_change')
   code, output = run(workdir, *wider)
   assert code == 2 and 'another network' in output
-  code, output = run(workdir, '--config.seed=1')  # the folder is unchanged
-  assert code == 0, output
+  assert contents(workdir) == before
+
+
+def contents(workdir):
+  """Returns name -> contents of what a run trained and found."""
+  kept = ('config.json', 'data.json', 'result.json', 'metrics.jsonl')
+  files = [*map(workdir.joinpath, kept), *workdir.glob('stages/**/*')]
+  return {str(path): path.read_bytes() for path in files if path.is_file()}
 
 
 @pytest.mark.parametrize(
-  ('change', 'message'),
+  ('key', 'value', 'message'),
   [
-    ('--config.data.known_classes=7', 'data.known_classes was 8 and is 7'),
-    (
-      '--config.model.trunk=digits_cnn',
-      'model.trunk was .tiny_cnn. and is .digits_cnn.',
-    ),
-    ('--config.optimizer.momentum=0.5', 'optimizer.momentum was 0.9 and is 0.5'),
-    ('--config.epochs=30.0', 'epochs was 20.0 and is 30.0'),
-    ('--config.schedule.boundaries=(1,2)', 'schedule.boundaries'),
+    ('data.known_classes', 7, 'data.known_classes was 8 and is 7'),
+    ('model.trunk', 'digits_cnn', 'model.trunk was .tiny_cnn. and is .digits_cnn.'),
+    ('optimizer.momentum', 0.5, 'optimizer.momentum was 0.9 and is 0.5'),
+    ('epochs', 30.0, 'epochs was 20.0 and is 30.0'),
+    ('schedule.boundaries', [1, 2], 'schedule.boundaries'),
   ],
 )
-def test_no_change_that_matters_goes_unnoticed(tmp_path, unbroken, change, message):
+def test_no_change_that_matters_goes_unnoticed(unbroken, key, value, message):
   """F11: classes, network, optimiser, lengths."""
-  workdir = shutil.copytree(unbroken, tmp_path / 'run')
-  code, output = run(workdir, change)
-  assert code == 2 and re.search(message, output), output
-  assert_same_run(workdir, unbroken)
+  made = place = files.read_json(unbroken / 'config.json')
+  run_module.check_config(made, epath.Path(unbroken))
+  *above, last = key.split('.')
+  for name in above:
+    place = place[name]
+  place[last] = value
+  with pytest.raises(run_module.OtherConfig, match=message):
+    run_module.check_config(made, epath.Path(unbroken))
 
 
 INTERRUPTED = """
@@ -302,24 +339,17 @@ def test_a_folder_that_checkpoints_cannot_have(tmp_path, name):
 
 def test_a_mistake_does_not_stand_in_the_way_of_the_corrected_command(tmp_path):
   workdir = tmp_path / 'run'
-  config = 'digits_lt.py:ce,epochs=4'
   for mistake in (
     '--config.optimizer.weight_decay=(("net/nix", 0.1),)',
     '--config.model.dtype=float33',
     '--config.select=val/loss_of_life',
   ):
-    code, output = run(workdir, mistake, config=config)
+    code, output = run(workdir, mistake)
     assert code == 2, output
     assert 'Traceback' not in output
-  code, output = run(workdir, config=config)
-  assert code == 0, output
-
-
-def test_a_relative_workdir(tmp_path):
-  workdir = os.path.relpath(tmp_path / 'run', child.ROOT)
-  arguments = child.command(workdir, config='digits_lt.py:ce,epochs=4')
-  assert child.run(arguments, tmp_path / 'log') == 0
-  assert (tmp_path / 'run' / 'result.json').exists()
+  code, output = run(workdir, fault='term_at:2')
+  assert code == TERMINATED, output
+  assert (workdir / 'stages/train/checkpoints/2').exists()
 
 
 def test_a_folder_in_use_is_rejected_and_a_dead_owner_is_not_in_the_way(tmp_path):
@@ -338,6 +368,7 @@ def test_a_folder_in_use_is_rejected_and_a_dead_owner_is_not_in_the_way(tmp_path
   assert code == 2 and 'in use by process' in output
 
 
+@pytest.mark.slow  # tests/test_posthoc.py ends such a pass in this process
 def test_a_signal_in_the_pass_of_a_surgery(tmp_path):
   """F4: the run does not wait for the pass to end."""
   options = {'config': 'digits_lt.py:ncm,epochs=4', 'fast': child.FAST[:1]}
@@ -347,7 +378,6 @@ def test_a_signal_in_the_pass_of_a_surgery(tmp_path):
   assert code == TERMINATED, (tmp_path / 'log').read_text()
   assert (workdir / 'stages/train/checkpoints').exists()
   assert not (workdir / 'stages/ncm').exists()
-  assert child.run(arguments, tmp_path / 'log') == 0, (tmp_path / 'log').read_text()
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -362,7 +392,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-  ('fault', 'overrides'), [('nan_at:23', ()), ('', ('--config.schedule.base=1e20',))]
+  ('fault', 'overrides'),
+  [
+    ('nan_at:23', ()),
+    pytest.param('', ('--config.schedule.base=1e20',), marks=pytest.mark.slow),
+  ],
 )
 def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, overrides):
   """F13."""
@@ -394,45 +428,12 @@ def test_a_class_without_images_is_reported(tmp_path):
   assert 'class 5 without images' in output
 
 
-def test_a_result_goes_when_another_config_is_trained(tmp_path, unbroken):
+def test_data_that_changed_are_rejected(tmp_path, unbroken):
+  """F20; tests/test_sources.py checks that a fingerprint sees every change."""
   workdir = shutil.copytree(unbroken, tmp_path / 'run')
-  (workdir / 'error.json').write_text('{}')  # left by a sweep; a new start removes it
-  more = ('--config.epochs=30.0', '--allow_config_change')
-  assert run(workdir, *more, fault='kill_at:75')[0] == KILLED
-  assert not (workdir / 'result.json').exists()
-  assert not (workdir / 'error.json').exists()
-
-
-def test_data_that_changed_are_rejected(tmp_path, rng):
-  """F20."""
-  path = tmp_path / 'data.npz'
-  data = {
-    'x_train': rng.integers(0, 256, (60, 8, 8, 1), np.uint8),
-    'y_train': np.tile(np.arange(3), 20),
-    'x_test': rng.integers(0, 256, (30, 8, 8, 1), np.uint8),
-    'y_test': np.tile(np.arange(3), 10),
-  }
-  overrides = (
-    f'--config.data.source=npz:{path}',
-    '--config.data.known_classes=0',
-    '--config.data.profile=original',
-    '--config.data.test_per_class=0',
-    '--config.data.val_per_class=0',
-    '--config.data.meta_per_class=0',
-    '--config.data.open_val_per_class=0',
-    '--config.data.open_test_per_class=0',
-    '--config.data.many_shot=40',
-    '--config.batch=20',
-  )
-  np.savez(path, **data)
-  workdir = tmp_path / 'run'
-  config = 'digits_lt.py:ce,epochs=2'
-  code, output = run(workdir, *overrides, config=config)
-  assert code == 0, output
-  data['x_train'][0, 0, 0] ^= 1
-  np.savez(path, **data)
-  code, output = run(workdir, *overrides, config=config)
+  code, output = run(workdir, fault='other_data')
   assert code == 2 and 'data have changed' in output
+  assert_same_run(workdir, unbroken)
 
 
 def test_a_torn_last_line_is_dropped_and_nothing_is_written_twice(tmp_path):

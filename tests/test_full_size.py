@@ -39,8 +39,9 @@ def inat(tmp_path_factory):
 def test_inat18_from_records(inat, tmp_path):
   config = small(
     inat18.get_config('cb_focal,net=resnet10,epochs=0.001'),
-    **{'data.dir': str(inat), 'data.workers': 2},
+    **{'data.dir': str(inat), 'data.workers': 1},
   )
+  config['model'] |= {'trunk': 'digits_cnn', 'trunk_options': {'width': 4}}
   result = run.run(config, tmp_path)
   assert result['step'] == 3  # ceil(0.001 * 16293 / 8)
   assert np.isnan(result['test']['class_accuracy'][30])  # has no test image here

@@ -31,7 +31,6 @@ SMALL = {
   'data.workers': 0,
   'data.many_shot': 5,
   'data.few_shot': 2,
-  'model.trunk_options.width': 8,
   'batch': 8,
   'eval_batch': 127,
   'log_every_steps': 2,
@@ -40,8 +39,9 @@ SMALL = {
 
 
 def config(recipe, **overrides):
+  """Returns the config with a trunk that compiles in no time."""
   made = imagenet_lt.get_config(f'{recipe},epochs=0.05')
-  made.model.trunk_options.width = 64
+  made.model.trunk, made.model.trunk_options = 'digits_cnn', {'width': 8}
   made.update_from_flattened_dict({**SMALL, **overrides})
   return resolve(made)
 
@@ -141,12 +141,12 @@ def test_crops_are_a_function_of_the_position(lists):
 def test_worker_processes_make_the_same_batches(request, kind, monkeypatch):
   monkeypatch.setattr(data_streams, 'SMALL_PASS', 7)
   source = request.getfixturevalue(kind)
-  experiment = build.build(config('ce', **source, **{'data.workers': 2}))
+  experiment = build.build(config('ce', **source, **{'data.workers': 1}))
   streams = experiment.stages['train'].streams | {
     'test': experiment.passes['test'].stream
   }
   for name, stream in streams.items():
-    assert stream.workers == 2
+    assert stream.workers == 1
     with reading.reading({name: stream}, 0, 1) as read:
       made = read(name, 0)
     direct = stream.payload(0)
@@ -175,11 +175,19 @@ def test_mistakes_are_reported_before_anything_runs(
   assert not (tmp_path / 'stages').exists()
 
 
-def test_a_run_starts_from_published_weights(lists, tmp_path, capsys):
+def test_a_run_starts_from_published_weights(lists, tmp_path, capsys, monkeypatch):
+  """Without steps, which take long to compile for such a network."""
+
+  def at_once(method, streams, state, *, hooks, **rest):
+    hooks.save(0, state)
+    return state
+
+  monkeypatch.setattr(train, 'train', at_once)
   weights = tmp_path / 'tiny.safetensors'
   save_file(tiny_state(), weights)
-  options = {'init': str(weights), 'model.trunk_options.width': 4}
-  begun = config('ce', **lists, **options, **{'schedule.base': 0.0})  # and stays there
+  options = {'init': str(weights), 'model.trunk': 'resnet10'}
+  options['model.trunk_options'] = {'width': 4}
+  begun = config('ce', **lists, **options, select='last')
   workdir = tmp_path / 'run'
   result = run.run(begun, workdir)
   printed = capsys.readouterr().out.splitlines()
@@ -211,7 +219,8 @@ def test_a_run_starts_from_published_weights(lists, tmp_path, capsys):
 def test_weights_of_another_network_are_rejected_before_anything_runs(lists, tmp_path):
   weights = tmp_path / 'tiny.safetensors'
   save_file(tiny_state(), weights)
-  wider = config('ce', **lists, **{'init': str(weights)})
+  options = {'model.trunk': 'resnet10', 'model.trunk_options': {'width': 8}}
+  wider = config('ce', **lists, **options, **{'init': str(weights)})
   with pytest.raises(UserError, match='conv'):
     run.run(wider, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'stages').exists()

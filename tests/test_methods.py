@@ -228,6 +228,14 @@ def test_a_step_compiles_to_the_program_of_the_same_written_plainly(npz):
 
 
 REPEATS = (
+  'sigmoid',
+  'sigmoid_focal',
+  'balanced_softmax',
+  'range',
+  'lade',
+  'ce_plus_meta',
+  'logit_adjust_posthoc',
+  'tau_norm',
   'tail_mmd',
   'tail_dann',
   'tail_self_supervised',
@@ -298,7 +306,7 @@ def test_it_overfits_eight_images(runner, trained):
   _, last, _, _ = trained
   split = runner.split
   images = split.source.images[split.rows].astype(np.float32) / 127.5 - 1
-  outputs = runner.stage.method.predict(last, images)
+  outputs = jax.jit(runner.stage.method.predict)(last, images)
   correct = outputs['logits'].argmax(-1) == split.labels
   assert (~correct).sum() <= 1  # of eight or sixteen
   assert outputs['features'].shape[0] == len(split.labels)
@@ -352,6 +360,7 @@ def test_eight_devices_are_one_by_any_recipe(npz, runner, request):
   assert_devices_agree(npz, recipe, runner, devices=8)
 
 
+@pytest.mark.slow
 def test_two_devices_are_one(npz):
   assert_devices_agree(npz, 'ldam_drw', Runner(npz, 'ldam_drw'), devices=2)
 
@@ -393,10 +402,13 @@ def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
   batches = train.batches_at(streams, runner.arrays, payloads, first.key, 0)
   last, _, _ = runner.run(runner.init(), 1)  # donates its state
   assert int(last.step) == 1
-  expected = first.stats['net']
+  expected, moved = (
+    first.stats['net'],
+    jax.jit(functools.partial(forward, net, train=True)),
+  )
   for part in range(2):  # every second image, one part after the other
     images = batches['train']['image'][part::2]
-    _, expected = forward(net, first.params['net'], expected, images, train=True)
+    _, expected = moved(first.params['net'], expected, images)
   chex.assert_trees_all_close(
     jax.device_get(last.stats['net']), jax.device_get(expected), rtol=1e-4
   )
@@ -405,8 +417,8 @@ def test_accumulation_counts_updates_and_moves_statistics_by_part(npz):
 @pytest.mark.parametrize(  # every method, and everything that uses counts
   'recipe',
   [
-    'cb_focal',
-    'ldam_drw',
+    pytest.param('cb_focal', marks=pytest.mark.slow),
+    pytest.param('ldam_drw', marks=pytest.mark.slow),
     pytest.param('balanced_softmax', marks=pytest.mark.slow),
     pytest.param('l2rw', marks=pytest.mark.slow),
     pytest.param('mwn', marks=pytest.mark.slow),
@@ -441,11 +453,7 @@ def test_a_penalty_refuses_accumulation():
 
 def test_a_penalty_is_added_unweighted(npz):
   """Its gradient is added whatever the class weights are."""
-  import jax.numpy as jnp
-
-  from lt_jax.losses import REDUCTIONS
   from lt_jax.methods.supervised import supervised
-  from lt_jax.optim import make_optimizer
 
   net = make_classifier(
     'digits_cnn',
@@ -465,26 +473,26 @@ def test_a_penalty_is_added_unweighted(npz):
     penalty=lambda outputs, batch: 3.0 * outputs['logits'].mean(),
   )
   batch = {
-    'image': jnp.ones((8, 8, 8, 1)),
-    'label': jnp.arange(8, dtype=jnp.int32) % 4,
+    'image': np.ones((8, 8, 8, 1), np.float32),
+    'label': np.arange(8, dtype=np.int32) % 4,
   }
-  first = method.init(jax.random.key(0), {'train': batch})
+  first = jax.jit(method.init)(jax.random.key(0), {'train': batch})
   last, metrics = jax.jit(method.step)(first, {'train': batch})
-  bias = [s.params['net']['head']['bias'] for s in (first, last)]
+  bias = [np.asarray(s.params['net']['head']['bias']) for s in (first, last)]
   np.testing.assert_allclose(bias[1] - bias[0], np.full(4, -0.5 * 3 / 4), rtol=1e-5)
   total, count = metrics['loss']
-  logits = method.predict(first, batch['image'])['logits']
+  logits = np.asarray(jax.jit(method.predict)(first, batch['image'])['logits'])
   np.testing.assert_allclose(total / count, 3 * logits.mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_ema_is_the_average_and_is_what_predicts(npz):
   runner = Runner(npz, 'ce', wrappers={'ema': {'decay': 0.5}})
   images = np.ones((8, 8, 8, 1), np.float32)
-  plain = Runner(npz, 'ce').stage.method.predict
+  plain = jax.jit(Runner(npz, 'ce').stage.method.predict)
+  averaged = jax.jit(runner.stage.method.predict)
   state = runner.init()
   np.testing.assert_array_equal(  # before step 1, predictions use the parameters
-    runner.stage.method.predict(state, images)['logits'],
-    plain(state, images)['logits'],
+    averaged(state, images)['logits'], plain(state, images)['logits']
   )
   visited = []
   for _ in range(4):
@@ -495,7 +503,7 @@ def test_ema_is_the_average_and_is_what_predicts(npz):
     lambda *x: np.average(x, axis=0, weights=weights).astype(np.float32), *visited
   )
   np.testing.assert_allclose(
-    runner.stage.method.predict(state, images)['logits'],
+    averaged(state, images)['logits'],
     plain(state.replace(**average), images)['logits'],
     rtol=1e-4,
     atol=1e-5,
@@ -506,9 +514,10 @@ def test_adjusted_logits_are_shifted_by_the_log_prior(npz):
   runner = Runner(npz, 'ce', wrappers={'adjust_logits': {'tau': 0.5}})
   state = runner.init()
   images = np.ones((8, 8, 8, 1), np.float32)
-  shift = (
-    runner.stage.method.predict(state, images)['logits']
-    - Runner(npz, 'ce').stage.method.predict(state, images)['logits']
+  adjusted, plain = (
+    np.asarray(jax.jit(one.stage.method.predict)(state, images)['logits'])
+    for one in (runner, Runner(npz, 'ce'))
   )
   expected = -0.5 * np.log(np.array(tiny.COUNTS) / 8)
-  np.testing.assert_allclose(shift, np.tile(expected, (8, 1)), rtol=1e-4)
+  shift = np.tile(expected, (8, 1))
+  np.testing.assert_allclose(adjusted - plain, shift, rtol=1e-4)

@@ -34,7 +34,7 @@ from tests import child, tiny
 def digits(tmp_path_factory):
   """Returns (run, folder of its test images); the run has moved since training."""
   folder = tmp_path_factory.mktemp('digits')
-  command = child.command(folder / 'run', config='digits_lt.py:ce,epochs=8')
+  command = child.command(folder / 'run', config='digits_lt.py:ce,epochs=20')
   log = folder / 'log'
   assert child.run(command, log) == 0, log.read_text()
   workdir = epath.Path(shutil.move(folder / 'run', folder / 'moved'))
@@ -150,7 +150,9 @@ def fitted(state):
   return state.replace(memory={'openmax': tails})
 
 
-@pytest.mark.parametrize('recipe', ['oltr', 'openmax'])
+@pytest.mark.parametrize(
+  'recipe', [pytest.param('oltr', marks=pytest.mark.slow), 'openmax']
+)
 def test_other_memory_of_a_method_counts(tmp_path, recipe):
   config = tiny.config(tiny.write_npz(tmp_path / 'tiny.npz', (8, 1, 1, 1)), recipe)
   workdir = epath.Path(tmp_path / 'run')
@@ -415,7 +417,7 @@ def test_no_file_of_a_run_is_replaced(digits, tmp_path):
   files.check_out(tmp_path / 'result.json')
 
 
-@pytest.mark.parametrize('channels', [2, 4])
+@pytest.mark.parametrize('channels', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_networks_of_other_channels(tmp_path, capsys, channels):
   path = tiny.write_npz(tmp_path / 'tiny.npz', (9, 9, 9, 9))
   with np.load(path) as stored:

@@ -42,11 +42,19 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def together(tmp_path_factory):
-  """The two processes, on a mesh that lists their devices alternately."""
-  workdir = tmp_path_factory.mktemp('together') / 'run'
-  codes, words = run(workdir, faults=('in_turns', 'in_turns'))
-  assert codes == BOTH, '\n'.join(words)
-  return workdir, words
+  """A run in two processes, on a mesh that lists their devices alternately.
+
+  Process 1 is killed, meets a mistake after a second start, and ends after a third.
+
+  Returns:
+    The folder and, for each start, how long it took, the exit codes and the outputs.
+  """
+  workdir, starts = tmp_path_factory.mktemp('together') / 'run', []
+  for fault in ('kill_at:32', 'mistake_at:46', ''):
+    began = time.monotonic()
+    faults = ('in_turns', '+'.join(filter(None, ['in_turns', fault])))
+    starts.append((*run(workdir, faults=faults), time.monotonic() - began))
+  return workdir, starts
 
 
 def assert_same(workdir, alone):
@@ -62,7 +70,8 @@ def assert_same(workdir, alone):
 
 
 def test_two_processes_are_one_run(together, alone):
-  workdir, words = together
+  workdir, (*_, (codes, words, _)) = together
+  assert codes == BOTH, '\n'.join(words)
   assert_same(workdir, alone)
   ours, theirs = (np.load(at / 'predictions.npz') for at in (workdir, alone))
   np.testing.assert_array_equal(ours['label'], theirs['label'])
@@ -110,16 +119,13 @@ def test_asking_one_process_stops_both_and_another_number_resumes(tmp_path, alon
   assert_same(workdir, alone)
 
 
-def test_one_is_killed_and_the_other_ends(tmp_path, alone):
-  workdir = tmp_path / 'run'
-  began = time.monotonic()
-  codes, words = run(workdir, faults=('', 'kill_at:32'))
+def test_one_is_killed_and_the_other_ends(together):
+  """Started again, they resume from what was saved, and end as an unbroken run."""
+  _, ((codes, words, seconds), (_, again, _), _) = together
   assert codes[1] == -signal.SIGKILL
   assert codes[0] not in (0, 2, 3), words[0]  # a launcher runs it again
-  assert time.monotonic() - began < 60
-  codes, words = run(workdir)
-  assert codes == BOTH, '\n'.join(words)
-  assert_same(workdir, alone)
+  assert seconds < 60
+  assert 'resuming from 20 (verified)' in again[0]
 
 
 @pytest.mark.slow
@@ -189,13 +195,12 @@ def test_a_damaged_image_of_either_process_is_reported(tmp_path):
   assert all(message in text for text in words)
 
 
-def test_a_mistake_in_one_process_ends_both(tmp_path):
+def test_a_mistake_in_one_process_ends_both(together):
   """It ends at once with its own code; the other one soon after, never successfully."""
-  began = time.monotonic()
-  codes, words = run(tmp_path / 'run', faults=('', 'mistake_at:32'))
+  _, (_, (codes, words, seconds), _) = together
   assert codes[1] == 2 and 'error: bad.jpg: the file is empty' in words[1]
   assert codes[0] not in (0, 2, 3), words[0]
-  assert time.monotonic() - began < 60
+  assert seconds < 60
 
 
 @pytest.mark.slow
@@ -211,7 +216,7 @@ def test_later_stages_read_what_another_process_wrote(tmp_path):
   config = 'digits_lt.py:fslwf,epochs=2'
   options = (
     '--config.stages.generator.streams.train.novel=4',
-    '--config.stages.generator.epochs=0.02',
+    '--config.stages.generator.streams.train.per_epoch=1',
     '--config.evaluate_every_epochs=1',
   )
   late = ('slow_manifest:1', '')

@@ -40,11 +40,18 @@ SHAPES: dict[str, Any] = {
     'recipe': str,
     'seed': int,
     'data': {'many_shot': NUMBER, 'few_shot': NUMBER},
+    # Older runs lack some of these.
+    'task': (None, str),
+    'method': (None, {}),
+    **dict.fromkeys(('sources', 'target', 'open_domains'), (None, [str])),
+    **dict.fromkeys(('stages', 'heads'), (None, {str: {}})),
   },
   'data.json': {
     'class_names': list,
     'counts': {'train': [int]},
     'fingerprint': str,
+    'unseen': (None, [str]),
+    'open_images': (None, {str: int}),
   },
   'result.json': {
     'test': {
