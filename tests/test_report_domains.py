@@ -129,7 +129,7 @@ def test_gap_coverage_is_of_means_over_targets_and_seeds(tmp_path):
   write_sweep(tmp_path, SWEEP)
   table = table_of(tmp_path)
   assert {name: row['gap covered'] for name, row in table.items()} == {
-    'source_only': '-',
+    'source_only': '0 %',
     'dann': '25.0 % (negative transfer on inverted)',
     'mcc': '-25.0 % (negative transfer)',
     'target_only': '100.0 %',
@@ -140,7 +140,7 @@ def test_without_target_only_points_are_counted_from_source_only(tmp_path):
   write_sweep(tmp_path, {k: v for k, v in SWEEP.items() if k != 'target_only'})
   table = table_of(tmp_path)
   assert {name: row['points above source_only'] for name, row in table.items()} == {
-    'source_only': '-',
+    'source_only': '0',
     'dann': '+5.0 (negative transfer on inverted)',
     'mcc': '-5.0 (negative transfer)',
   }

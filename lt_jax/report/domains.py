@@ -174,7 +174,7 @@ def _beside(
 ) -> str:
   """Says how a method compares with its controls, and marks negative transfer."""
   if group is source:
-    return '-'
+    return '0 %' if shares else '0'
   if source is None or (shares and target is None):
     return 'n/a'
   ours, below = _headline(group), _headline(source)

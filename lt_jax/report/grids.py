@@ -97,6 +97,21 @@ def _validated(group: Group, metric: str) -> float | None:
   return None if None in values else float(np.mean(values))
 
 
+def choices(found: Sequence[Grid]) -> list[str]:
+  """Says in a line for each grid which cell was chosen, if any was."""
+  return [
+    f'Chosen on validation images: {grid.recipe} with {_setting(grid, grid.chosen)}'
+    for grid in found
+    if grid.chosen is not None
+  ]
+
+
+def _setting(grid: Grid, place: int) -> str:
+  """Returns the keys and values of a cell."""
+  pairs = zip(grid.keys, grid.values[place], strict=True)
+  return printable(', '.join(f'{key}={_as_text(value)}' for key, value in pairs))
+
+
 def remark(found: Sequence[Grid]) -> str:
   """Returns what stands above the table."""
   if all(grid.chosen is None for grid in found):
@@ -108,10 +123,8 @@ def grids_table(found: Sequence[Grid]) -> Table:
   """Returns one row per cell: its values, the metric on validation and test images."""
   rows, links = [], []
   for grid in found:
-    for place, (cell, values) in enumerate(zip(grid.cells, grid.values, strict=True)):
-      setting = ', '.join(
-        f'{k}={_as_text(v)}' for k, v in zip(grid.keys, values, strict=True)
-      )
+    for place, cell in enumerate(grid.cells):
+      setting = _setting(grid, place)
       val, test = (
         percent(
           [(run.result.get(split) or {}).get(grid.metric) for run in cell.counted]
@@ -119,7 +132,7 @@ def grids_table(found: Sequence[Grid]) -> Table:
         for split in ('val', 'test')
       )
       mark = 'yes' if place == grid.chosen else ''
-      row = [grid.recipe, printable(setting), str(len(cell.counted)), val, test, mark]
+      row = [grid.recipe, setting, str(len(cell.counted)), val, test, mark]
       rows.append(row)
       links.append(f'#{cell.anchor}')
   headings = ['method', 'values', 'seeds', 'on validation', 'on test', 'chosen']

@@ -151,7 +151,7 @@ def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
 
 
 def summary(folder: epath.PathLike) -> str:
-  """Returns what a terminal shows of a report: a short table, and the notes.
+  """Returns what a terminal shows: a short table, what a grid chose, and the notes.
 
   Args:
     folder: as for `write`.
@@ -164,7 +164,8 @@ def summary(folder: epath.PathLike) -> str:
 
 
 def _summary(groups: Sequence[Group], notes: Sequence[str]) -> str:
-  return '\n'.join([tables.plain(tables.short_table(groups)), *notes]).rstrip()
+  told = [*grids.choices(grids.grids(groups)), *notes]
+  return '\n'.join([tables.plain(tables.short_table(groups)), *told]).rstrip()
 
 
 def _grouped(runs: Sequence[Run], folder: epath.Path) -> tuple[list[Group], list[str]]:

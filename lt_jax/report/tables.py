@@ -209,14 +209,14 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
-  """Returns the metrics with a value in any run -> their titles.
+  """Returns the metrics that any run has -> their titles.
 
-  The metric of a shot group that has all classes would say nothing new.
+  Shot groups without classes are left out, as is a group that has all of them.
   """
   tested = [run.result['test'] for run in runs if run.result]
-  there = {name for test in tested for name in test if test[name] is not None}
-  if len(there & {*SHOTS}) == 1:
-    there -= {*SHOTS}
+  groups = {n for n in SHOTS for test in tested if test.get(n) is not None}
+  there = {name for test in tested for name in test} - {*SHOTS}
+  there |= groups if len(groups) > 1 else set()
   return {name: title for name, title in titles().items() if name in there}
 
 
