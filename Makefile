@@ -33,8 +33,8 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# Runs the tutorials, which draw their figures, then builds the site. Broken links and
-# missing references fail.
+# Runs the tutorials, then builds the site. Broken links and missing references fail.
+# `docs/site/tutorials.py --figures` also replaces the figures of the tutorials.
 docs: $(READY)
 	$(RUN) docs/site/tutorials.py
 	$(RUN) -m zensical build --strict --clean

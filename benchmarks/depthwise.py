@@ -32,11 +32,11 @@ FORMS = {
 def by_xla(groups):
   """Returns XLA's replacement for a function of `convolution`."""
 
-  def convolved(x, kernel, stride=1, padding=((0, 0), (0, 0))):
+  def convolved(x, kernel, stride=1, padding=((0, 0), (0, 0)), dilation=1):
     x = convolution._unfused(x)
     count = x.shape[-1] if groups else 1
     return convolution._unfused(
-      convolution._convolved(x, kernel, stride, count, padding)
+      convolution._convolved(x, kernel, stride, count, padding, dilation)
     )
 
   return convolved

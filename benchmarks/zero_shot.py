@@ -1,6 +1,6 @@
 """Closed forms of zero-shot learning compared with plain NumPy, and epochs of training.
 
-  python benchmarks/zero_shot.py [--out=FILE] [--images=23527] [--features=2048]
+  python -m benchmarks.zero_shot [--json=FILE] [--images=23527] [--features=2048]
 
 Uses random features with the size of AwA2's (23,527 x 2,048, and 85 attributes of 40
 seen classes). A closed form is timed with its whole grid, as a run searches it, and
@@ -13,7 +13,6 @@ of features per second, beside those of a sum over all features, which only read
 
 import argparse
 import functools
-import json
 import time
 
 import jax
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import linalg
 
+from benchmarks import timing
 from lt_jax.data.attributes import unit_rows
 from lt_jax.losses import make_loss
 from lt_jax.models import make_classifier
@@ -147,9 +147,9 @@ def epoch(seen: Seen, recipe: str, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-  """Prints a table, and writes it as JSON to `--out`."""
+  """Prints a table, and writes it as JSON to `--json`."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--out', default='')
+  parser.add_argument('--json', default=None)
   parser.add_argument('--images', type=int, default=23527)
   parser.add_argument('--features', type=int, default=2048)
   parser.add_argument('--rounds', type=int, default=3)
@@ -158,8 +158,7 @@ def main() -> None:
   found = {
     'images': asked.images,
     'features': asked.features,
-    'jax': jax.__version__,
-    'device': jax.devices()[0].device_kind,
+    **timing.facts(),
     'eszsl': closed(seen, 'eszsl', plain_eszsl, asked.rounds),
     'sae': closed(seen, 'sae', plain_sae, asked.rounds),
     **{recipe: epoch(seen, recipe, asked.rounds) for recipe in HEADS},
@@ -177,9 +176,7 @@ def main() -> None:
       f'{row["images_per_second"]:,} images/s, {row["gigabytes_per_second"]} GB/s; '
       f'reading alone {row["reading_gigabytes_per_second"]} GB/s'
     )
-  if asked.out:
-    with open(asked.out, 'w') as file:
-      json.dump(found, file, indent=1)
+  timing.write_report(asked.json, found)
 
 
 if __name__ == '__main__':

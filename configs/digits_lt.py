@@ -4,7 +4,7 @@ Eight known classes (0 to 7) with 90 55 34 20 12 7 4 3 training images, a balanc
 set of 50 images per class, and classes 8 and 9 as the open set. It needs no download
 and no accelerator: use it to try a method first. The tests train on it too.
 
-  python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=runs/digits
+  python -m lt_jax.main --config=configs/digits_lt.py:ldam_drw --workdir=runs/one
 
 Cost: 704 steps of a network of 37,000 parameters, a few seconds on two CPU cores. There
 is no published number.

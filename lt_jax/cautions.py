@@ -114,6 +114,15 @@ def _shares_images(experiment: Experiment) -> Iterator[str]:
     )
 
 
+def _begins_with_target_labels(experiment: Experiment) -> Iterator[str]:
+  """Warns of initial weights that have learned labels of a target."""
+  if experiment.begins_with_target_labels:
+    yield (
+      f'the initial weights {experiment.config["init"]} were trained with labels of a '
+      'target, so the result says uses_target_labels'
+    )
+
+
 def _same_data(experiment: Experiment) -> Iterator[str]:
   """Warns of two domains with identical images."""
   prints: dict[str, str] = {}
@@ -213,6 +222,7 @@ CAUTIONS = (
   _same_names,
   _several_classes,
   _shares_images,
+  _begins_with_target_labels,
   _same_data,
   _trained_on_tests,
   _short_stages,

@@ -8,7 +8,10 @@
 143  asked to stop (SIGTERM, SIGUSR1, SIGHUP) and saved: run again to resume
 """
 
+import importlib
+import importlib.util
 import os
+import re
 import signal
 import sys
 import time
@@ -63,9 +66,45 @@ def path_flag(name: str, help: str) -> Flag:
   return _shared(name, define)
 
 
-def workdir_flag() -> Flag:
+class _ModuleParser(flags.ArgumentParser):
+  """Imports a module by its name."""
+
+  def parse(self, argument: str) -> str:
+    sys.path.insert(0, os.getcwd())  # installed commands lack it
+    try:
+      spec = importlib.util.find_spec(argument)
+    except (ImportError, ValueError):
+      spec = None
+    if spec is None:
+      raise UserError(
+        f'--import={argument}: there is no such module in this folder or on PYTHONPATH'
+      )
+    with config_file.errors_name_the_line(spec.origin or argument):
+      importlib.import_module(argument)
+    return argument
+
+  def flag_type(self) -> str:
+    return 'module'
+
+
+def import_flag() -> Flag:
+  """Returns the flag --import, which every command has."""
+  help = 'A Python module of yours to import first, such as one that adds a loss.'
+
+  def define(name: str) -> Flag:
+    return flags.DEFINE(_ModuleParser(), name, None, help)
+
+  return _shared('import', define)
+
+
+def _imports_first(arguments: Sequence[str]) -> list[str]:
+  """Puts --import=MODULE before --config, whose file may use what the module adds."""
+  return sorted(arguments, key=lambda one: not re.match('--?import=', one))
+
+
+def workdir_flag(help: str = 'The folder of the run.') -> Flag:
   """Returns the flag --workdir."""
-  return path_flag('workdir', 'The folder of the run or runs, such as runs/digits.')
+  return path_flag('workdir', help)
 
 
 def config_flag() -> Flag:
@@ -81,9 +120,9 @@ def data_dir_flag() -> Flag:
   return path_flag('data_dir', help)
 
 
-def out_flag() -> Flag:
+def out_flag(help: str = 'The file to write.') -> Flag:
   """Returns the flag --out."""
-  return path_flag('out', 'The file to write.')
+  return path_flag('out', help)
 
 
 def init_flag() -> Flag:
@@ -99,13 +138,18 @@ def list_flag(name: str, help: str) -> Flag:
 
 def tracker_flag() -> Flag:
   """Returns the flag --tracker."""
-  return _shared('tracker', flags.DEFINE_string, '', 'Also logs to wandb or trackio.')
+  return _shared(
+    'tracker', flags.DEFINE_string, '', 'Where to log too: wandb or trackio.'
+  )
 
 
-def which_flag() -> Flag:
-  """Returns the flag --which."""
-  help = 'The last State, or the one selected on val. By default the one in the '
-  help += 'result; evaluate uses the last.'
+def which_flag(default: str = 'the one that result.json describes') -> Flag:
+  """Returns the flag --which.
+
+  Args:
+    default: which checkpoint the command uses without it, in words.
+  """
+  help = f'The last checkpoint, or the best by config.select; by default {default}.'
   return _shared('which', flags.DEFINE_enum, None, ['last', 'best'], help)
 
 
@@ -116,19 +160,24 @@ def cause(error: flags.Error) -> Exception:
 
 
 def launch(
-  command: Callable[..., None], *required: str, arguments: int | None = 0
+  command: Callable[..., None],
+  *required: str,
+  arguments: int | None = 0,
+  wanted: str = 'one argument',
 ) -> NoReturn:
   """Parses the flags, runs a command and exits with its code.
 
   Args:
     command: takes the positional arguments and reads its flags.
     *required: names of the flags that must be given.
-    arguments: how many positional arguments it takes; None: any number.
+    arguments: how many positional arguments it takes: 0 or 1; None: any number.
+    wanted: what a single one is, such as 'the folder of a run'.
   """
+  import_flag()
 
   def parse(given: Sequence[str]) -> list[str]:
     try:
-      rest = flags.FLAGS(list(given))
+      rest = flags.FLAGS([given[0], *_imports_first(given[1:])])
     except SystemExit:  # from --help, which absl treats as a failure
       sys.exit(0)
     except flags.Error as error:
@@ -138,9 +187,11 @@ def launch(
     for name in required:
       if flags.FLAGS[name].value is None:
         fail(f'--{name} is missing', WRONG_INPUT)
-    if arguments is not None and len(rest) - 1 != arguments:
-      many = 'one argument is' if arguments == 1 else f'{arguments} arguments are'
-      fail(f'{many} expected, got {rest[1:]}', WRONG_INPUT)
+    if arguments == 0 and rest[1:]:
+      fail(f'{rest[1]!r} is not an option: options are --NAME=VALUE', WRONG_INPUT)
+    if arguments == 1 and len(rest) != 2:
+      many = f', not {len(rest) - 1} arguments' if rest[1:] else ''
+      fail(f'give {wanted}{many}', WRONG_INPUT)
     logging.set_verbosity(logging.FATAL)  # Orbax also raises what it logs
     sys.stdout.reconfigure(errors='backslashreplace')  # for paths that are not UTF-8
     return rest
@@ -176,7 +227,7 @@ def explained(error: Exception) -> tuple[str, int] | None:
   if isinstance(error, Preempted):
     return 'stopped on request and saved: run the same command to resume', PREEMPTED
   if isinstance(error, Diverged):
-    advice = 'that State was not saved, and the same command would diverge again: '
+    advice = 'that step was not saved, and the same command would diverge again: '
     advice += 'change the config, in another workdir or with --allow_config_change'
     return f'diverged: {error}; {advice}', DIVERGED
   if isinstance(error, SaveError):
@@ -196,6 +247,11 @@ def fail(error: BaseException | str, code: int) -> NoReturn:
     print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
   except OSError:  # the terminal is closed
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+  end(code)
+
+
+def end(code: int) -> NoReturn:
+  """Ends the process with an exit code other than 0."""
   if _one_of_several():
     # JAX's shutdown would wait minutes for peers that are waiting for us.
     _leave(code)

@@ -419,6 +419,20 @@ def domain_data(config: Config, name: str) -> dict[str, Any]:
   return {**config['data'], **{key: plain[key] for key in OWN}, **own}
 
 
+def labelled_data(config: Config) -> list[dict[str, Any]]:
+  """Returns the `data` of every domain whose labels a run learns.
+
+  Args:
+    config: of any run, also one of an older version or a damaged one.
+  """
+  if 'data' not in config:
+    return []
+  defaults = base_config().to_dict()
+  whole = {**defaults, **config, 'data': {**defaults['data'], **config['data']}}
+  names = {*(whole['sources'] or [SOURCE]), *domains_of_stages(whole)}
+  return [domain_data(whole, name) for name in sorted(names - {*whole['target']})]
+
+
 def domains_of_stages(config: Config) -> list[str]:
   """Returns the names of the domains that stages and their streams use."""
   stages = [config, *config['stages'].values()]

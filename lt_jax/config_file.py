@@ -34,6 +34,7 @@ def define(name: str, default: str | None, help: str) -> flags.FlagHolder:
   """Defines the flag."""
   holder = config_flags.DEFINE_config_file(name, default, help)
   flags.FLAGS[name].parser = _Parser()
+  flags.FLAGS[name].default_as_str = default  # --help would show "None"
   return holder
 
 
@@ -99,14 +100,14 @@ def loader(name: str) -> Callable[..., ConfigDict]:
   module = importlib.util.module_from_spec(
     importlib.util.spec_from_loader(file.name, file)
   )
-  with _errors_name_the_line(path):
+  with errors_name_the_line(path):
     sys.modules[file.name] = module  # dataclasses look it up
     file.exec_module(module)
   if not callable(getattr(module, 'get_config', None)):
     raise UserError(f'{path} defines no function get_config')
 
   def get_config(*argument: str) -> ConfigDict:
-    with _errors_name_the_line(path):
+    with errors_name_the_line(path):
       config = module.get_config(*argument)
     if not isinstance(config, ConfigDict):
       found = type(config).__name__
@@ -144,8 +145,8 @@ def find(name: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _errors_name_the_line(path: str) -> Iterator[None]:
-  """Turns errors in a config file into a `UserError` with file and line."""
+def errors_name_the_line(path: str) -> Iterator[None]:
+  """Turns errors in a user's file into a `UserError` with file and line."""
   try:
     yield
   except UserError:

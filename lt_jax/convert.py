@@ -19,7 +19,7 @@ from lt_jax.files import check_out, write_atomically
 from lt_jax.pretrained.published import MOST_BYTES
 
 SOURCE = commands.path_flag('source', 'The PyTorch file.')
-OUT = commands.out_flag()
+OUT = commands.out_flag('The .safetensors file to write.')
 
 WRAPPERS = ('state_dict', 'model', 'state_dict_best')
 """Keys under which training code stores weights, next to epoch or optimiser."""

@@ -17,6 +17,9 @@ WRONG_INPUT, DIVERGED, TRY_AGAIN, INTERRUPTED, PREEMPTED = 2, 3, 75, 130, 143
 MOST_SUGGESTED = 6
 """How many names a message suggests at most."""
 
+MOST_LISTED, LISTED = 60, 12
+"""A message lists up to so many known names; of more, only the first few."""
+
 
 class UserError(ValueError):
   """A mistake in the user's input, reported in one line; the command exits with 2.
@@ -55,7 +58,7 @@ def one_line(text: object) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-  """Returns "; did you mean X?" for a near miss, else the list of known names.
+  """Returns "; did you mean X?" for a near miss, else a list of known names.
 
   Prefers names that start with what was typed, then the most similar name, then names
   that contain it. Ignores case.
@@ -70,6 +73,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
   if near:
     *others, last = map(repr, near)
     return f'; did you mean {", ".join(others)}{" or " * bool(others)}{last}?'
+  if len(known) > MOST_LISTED:
+    return f'; known: {", ".join(known[:LISTED])} and {len(known) - LISTED} more'
   return f'; known: {", ".join(known)}' if known else ''
 
 

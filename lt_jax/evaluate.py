@@ -1,8 +1,8 @@
 """Evaluates a finished or running run again: python -m lt_jax.evaluate --workdir=DIR.
 
-Reads config.json rather than a Python config, and the newest checkpoint that passes
-every check. Trains nothing, leaves the run's own files alone, and writes
-evaluation.json.
+It reads the config from DIR/config.json, and the newest checkpoint that passes every
+check. It trains nothing, leaves the run's own files alone, and writes
+DIR/evaluation.json.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from lt_jax.stage import BadImages
 from lt_jax.surgeries import posthoc
 
 WORKDIR = commands.workdir_flag()
-WHICH = commands.which_flag()
+WHICH = commands.which_flag('the last')
 DATA_DIR = commands.data_dir_flag()
 ADJUST = flags.DEFINE_float(
-  'logit_adjustment', None, 'Subtract this multiple of the log prior from the logits.'
+  'logit_adjustment', None, 'The multiple of the log prior to subtract from the logits.'
 )
 STAGE = flags.DEFINE_string(
   'stage', None, 'The stage to evaluate; by default the last.'
@@ -88,8 +88,11 @@ def evaluate(
     adjusted = posthoc.adjust_logits(stage.method, counts=counts, tau=logit_adjustment)
     stage = stage._replace(method=adjusted)
   screen = Screen()
-  screen.line(f'evaluating stage {name!r} at step {restored.step}, the {which} State')
-  screen.line(f'images: {experiment.evaluates_by(stage)}')
+  screen.line(
+    f'evaluating the {which} checkpoint of stage {name!r}, step {restored.step}'
+  )
+  if len(experiment.domains) > 1:
+    screen.line(f'images: {experiment.evaluates_by(stage)}')
 
   def tell(event: str, split: str, image: str) -> None:
     screen.line(f'{event.replace("_", " ")}: split {split}, image {image}')
@@ -113,8 +116,10 @@ def evaluate(
     'warnings': cautions(experiment),
     'state_sha256': checkpoint.digest(restored.state),
   }
-  results.show(result, workdir, screen)
+  best_by = {'select': '/'.join(stage.select[:2])} if which == 'best' else {}
+  results.show(result | best_by, screen)
   files.write_json(workdir / 'evaluation.json', results.jsonable(result))
+  screen.line(f'file: {workdir / "evaluation.json"}')
   return result
 
 

@@ -36,8 +36,8 @@ from lt_jax.train import state_shapes
 from lt_jax.trained import Trained
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
-OUT = commands.out_flag()
-TO = flags.DEFINE_string('to', None, 'The format: safetensors or stablehlo.')
+OUT = commands.out_flag('The file to write; it ends in .safetensors or .stablehlo.')
+TO = flags.DEFINE_string('to', None, 'The format, safetensors or stablehlo.')
 
 FIELDS = ('params', 'stats', 'memory')
 """Fields of a State that prediction needs."""
@@ -99,7 +99,8 @@ def export(
     files.write_json(path, header)
   size = out.stat().length
   print(f'{out}: {size:,} bytes, checked: within {off:.1g} of what the run predicts')
-  print(f'images: {network.predicts_by}')
+  if network.of_several_domains:
+    print(f'images: {network.predicts_by}')
   return header
 
 

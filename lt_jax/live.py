@@ -27,9 +27,9 @@ class Row:
     method: recipe, and the values of a grid.
     seed: of the run.
     state: one of the four above.
-    stage: the stage that trains.
+    stage: the stage that runs; '' until the first one does.
     step: its current step.
-    steps: its last step.
+    steps: its last step; 0 for a stage without steps.
     left: seconds until then; None while unknown.
     metric: the latest value, as text.
   """
@@ -48,8 +48,10 @@ class Row:
     """Its state, or how much of the stage is done."""
     if self.state != RUNNING:
       return self.state
-    if not self.steps:
+    if not self.stage:
       return 'starting'
+    if not self.steps:
+      return self.stage
     share = min(self.step / self.steps, 1)
     done = round(BAR * share)
     bar = '━' * done + '─' * (BAR - done)

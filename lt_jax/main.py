@@ -1,7 +1,11 @@
-"""Trains: python -m lt_jax.main --config=digits_lt:ldam_drw --workdir=runs/digits.
+"""Trains one run: python -m lt_jax.main --config=digits_lt:ldam_drw --workdir=runs/one.
 
 The config is one that comes with lt_jax, or a file: --config=configs/digits_lt.py:ce.
-Run the same command again to resume. `lt_jax.commands` lists the exit codes.
+Run the same command again to resume.
+
+Exit codes: 0 finished; 2 something you gave is wrong; 3 diverged; 75 a temporary
+failure, such as a full disk; 130 interrupted from the keyboard; 143 asked to stop, and
+saved. docs/reliability.md says more.
 """
 
 import os
@@ -11,17 +15,18 @@ from absl import flags
 from lt_jax import allocator, commands, config_file
 from lt_jax.errors import UserError
 
-CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+CONFIG = commands.config_flag()
+WORKDIR = commands.workdir_flag('The folder of the run, which is made if need be.')
 TRACKER = commands.tracker_flag()
 ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   'allow_config_change', False, 'Resume although the config differs from the saved one.'
 )
 DATA_DIR = commands.data_dir_flag()
 PROFILE_STEPS = flags.DEFINE_string(
-  'profile_steps', None, 'FIRST,LAST: record a profiler trace of these steps.'
+  'profile_steps', None, 'FIRST,LAST: the steps of which to record a profiler trace.'
 )
 DISTRIBUTED = flags.DEFINE_bool(
-  'distributed', False, 'Start jax.distributed, for a run of several processes.'
+  'distributed', False, 'Start jax.distributed: this is one of several processes.'
 )
 
 

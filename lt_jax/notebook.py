@@ -1,8 +1,8 @@
 """Use from Python, as in a notebook: `lt_jax.fit`, `lt_jax.show` and `lt_jax.load`.
 
-  result = lt_jax.fit('digits_lt:ldam_drw', 'runs/digits', {'seed': 1})
-  lt_jax.show('runs/digits')  # as the last line of a cell: the report, inline
-  network = lt_jax.load('runs/digits')
+  result = lt_jax.fit('digits_lt:ldam_drw', 'runs/one', {'seed': 1})
+  lt_jax.show('runs/one')  # as the last line of a cell: the report, inline
+  network = lt_jax.load('runs/one')
   found = network.predict(['one.jpg', 'photographs/'])
 
 They do what the commands do, and write the same run folder.

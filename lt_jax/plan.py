@@ -31,7 +31,9 @@ from lt_jax.evals import TASKS
 
 CONFIG = commands.config_flag()
 DEVICES = flags.DEFINE_string(
-  'devices', None, "Such as v4-32 (Cloud TPU's name of a slice), v5e:4x8 or h100:8."
+  'devices',
+  None,
+  "The devices: v4-32 (Cloud TPU's name of a slice), v5e:4x8, h100:8 and so on.",
 )
 UTILISATION = flags.DEFINE_float(
   'utilisation', 0.4, 'The assumed share of the peak FLOP/s.'

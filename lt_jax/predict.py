@@ -1,11 +1,11 @@
 """Predicts the classes of images: python -m lt_jax.predict --workdir=DIR IMAGES ...
 
-  python -m lt_jax.predict --workdir=runs/digits photographs/ one.png --out=found.csv
+  python -m lt_jax.predict --workdir=runs/one photographs/ one.png --out=found.csv
 
 IMAGES are image files, folders (all images below them, except hidden ones) and lists:
 @FILE has one path per line, relative to the current folder, as on the command line. One
-row per image is written, predicted by the State that result.json describes. Only the
-run's folder is needed, not its training data.
+row per image is written, predicted by the checkpoint that result.json describes. Only
+the run's folder is needed, not its training data.
 
 If the network predicts every pixel, --out is a folder. It gets two files per image: the
 label map, a palette PNG in the colours of the data set, and the image overlaid with it.
@@ -44,10 +44,10 @@ from lt_jax.screen import Screen
 from lt_jax.trained import Trained
 
 WORKDIR, WHICH = commands.workdir_flag(), commands.which_flag()
-OUT = commands.out_flag()
+OUT = commands.out_flag('The CSV file to write, or the folder for label maps.')
 TOP = flags.DEFINE_integer('top', 5, 'How many classes to list per image.')
 CLASS_VECTORS = flags.DEFINE_list(
-  'class_vectors', [], 'Files that describe classes the network has not seen.'
+  'class_vectors', [], 'Files that describe classes which the network has not seen.'
 )
 ON_BAD = flags.DEFINE_enum(
   'on_bad_image', 'raise', list(ON_BAD_IMAGE), 'What to do with a damaged image.'
@@ -351,15 +351,24 @@ def _maps(
     screen.line(f'skipped: {reason}')
   written = len(places) - len(pictures.bad)
   rows = [
-    ('State', f'stage {network.stage.name}, step {network.step}'),
+    *_about(network),
     ('images', f'{written} predicted, {len(pictures.bad)} skipped'),
-    ('pixels', network.predicts_by),
-    ('classes', ', '.join(label_maps.legend(network.class_names))),
+    *(
+      ('' if number else 'classes', line)
+      for number, line in enumerate(label_maps.legend(network.class_names))
+    ),
   ]
   title = f'{network.config["recipe"]}, seed {network.config["seed"]}'
   folder = os.path.commonpath([place.parent for place in places])
   screen.table(title, [*rows, ('folder', folder)])
   return written
+
+
+def _about(network: Trained) -> list[tuple[str, str]]:
+  """Returns rows that say which network predicts, and how it sees the images."""
+  state = '' if network.verified else ', UNVERIFIED'
+  rows = [('checkpoint', f'stage {network.stage.name}, step {network.step}{state}')]
+  return rows + [('pixels', network.predicts_by)] * network.of_several_domains
 
 
 def _table(network: Trained, paths: Sequence[str], found: Collected) -> str:
@@ -408,15 +417,20 @@ def _summarise(
       f'{len(pictures.resized)} of {len(pictures.paths)} images were resized to '
       f'{width} x {height} pixels{kind}, the form that the network was trained on'
     )
-  state = '' if network.verified else ', UNVERIFIED'
   rows = [
-    ('State', f'stage {network.stage.name}, step {network.step}{state}'),
+    *_about(network),
     ('images', f'{len(score)} predicted, {len(pictures.bad)} skipped'),
-    ('pixels', network.predicts_by),
   ]
   if network.threshold is not None:
     below = (score < network.threshold).sum()
-    rows.append(('unknown', f'{below}, known score below {network.threshold:.4g}'))
+    rows.append(
+      (
+        'unknown',
+        f'{below} of {len(score)}, whose known score is below the threshold '
+        f'{network.threshold:.4g} that the run chose; for another threshold, compare '
+        'the column known_score with it',
+      )
+    )
   elif network.result.get('threshold'):
     chosen = network.result['threshold']['value'] is not None
     step = network.result['step']

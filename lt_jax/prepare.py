@@ -1,4 +1,4 @@
-"""Prepares a data set once, as records that load fast and without TensorFlow.
+r"""Prepares a data set once, as records that load fast and without TensorFlow.
 
   python -m lt_jax.prepare cifar10 [--data_dir=DIR]
   python -m lt_jax.prepare list:LISTS --images=IMAGES --name=places_lt --data_dir=DIR
@@ -33,7 +33,7 @@ DATA_DIR = commands.path_flag(
 IMAGES = commands.path_flag('images', 'The folder that lists are relative to.')
 NAME = flags.DEFINE_string('name', None, 'The name of the prepared data set.')
 SHORT_SIDE = flags.DEFINE_integer(
-  'short_side', 0, 'Shrinks larger images to this short side; 0 copies the files.'
+  'short_side', 0, 'Short side to which larger images are shrunk; 0: copy the files.'
 )
 
 VERSION = '1.0.0'
@@ -270,4 +270,5 @@ def main(source: str) -> None:
 
 
 if __name__ == '__main__':
-  commands.launch(main, arguments=1)
+  wanted = 'one data set, such as cifar10 or folder:IMAGES'
+  commands.launch(main, arguments=1, wanted=wanted)

@@ -1,4 +1,4 @@
-"""How useful each layer of a network is: probes of its features, layer by layer.
+r"""How useful each layer of a network is: probes of its features, layer by layer.
 
   python -m lt_jax.probe --workdir=runs/ldam_drw/1
   python -m lt_jax.probe --config=my_images:net=efficientnet_lite0,data=photos \
@@ -51,25 +51,28 @@ from lt_jax.evals.collect import collector
 from lt_jax.method import State
 from lt_jax.models.taps import tap_shapes, tapped
 from lt_jax.pretrained import ours
-from lt_jax.report import drawing, retrieval
+from lt_jax.report import drawing, retrieval, tables
 from lt_jax.report.page import STANDALONE
 from lt_jax.surgeries.classifiers import CLASSIFIERS
 from lt_jax.writers import write_npz
 
-WORKDIR, CONFIG = commands.workdir_flag(), commands.config_flag()
+WORKDIR = commands.workdir_flag('The folder of a run whose network to probe.')
+CONFIG = commands.config_flag()
 DATA_DIR = commands.data_dir_flag()
 INIT = commands.init_flag()
-OUT = commands.out_flag()
-SAVE = commands.path_flag('save', 'Save the features of one layer to this .npz.')
+OUT = commands.out_flag('The folder to write to; by default RUN/probe.')
+SAVE = commands.path_flag('save', 'The .npz file for features of one layer.')
 LAYERS = flags.DEFINE_list('layers', [], 'Layers to probe; all by default.')
 KINDS = flags.DEFINE_list('classifiers', list(CLASSIFIERS), 'Classifiers to fit.')
-SHOTS = flags.DEFINE_list('shots', ['0'], 'Training images per class; 0: all.')
+SHOTS = flags.DEFINE_list(
+  'shots', ['0'], 'Training images per class to learn from; 0: all.'
+)
 DRAWS = flags.DEFINE_integer('draws', 5, 'How many times to draw these images.')
 FOLDS = flags.DEFINE_integer(
   'folds', 3, 'Folds for choosing the regularisation strength.'
 )
-BUDGET = flags.DEFINE_integer('budget', 2048, 'Maximum values per layer; 0: no limit.')
-RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Also measure retrieval.')
+BUDGET = flags.DEFINE_integer('budget', 2048, 'Most values per layer; 0: no limit.')
+RETRIEVAL = flags.DEFINE_bool('retrieval', False, 'Measure retrieval, too.')
 
 
 class Network(NamedTuple):
@@ -110,8 +113,8 @@ def main() -> None:
   (out / 'probe.svg').write_text(figure(found))
   if RETRIEVAL.value:
     write_retrieval(network, found, out, BUDGET.value)
-  print(table(found))
-  print(out / 'probe.json')
+  print(f'\n{shown(found)}')
+  print(f'files: {out}/probe.json, probe.md (with all columns) and probe.svg')
 
 
 def _folder() -> epath.Path:
@@ -400,6 +403,28 @@ def table(found: Mapping[str, Any]) -> str:
   ]
   lines = [heads, ['---'] * len(heads), *rows]
   return '\n'.join(f'| {" | ".join(row)} |' for row in lines) + '\n'
+
+
+def shown(found: Mapping[str, Any]) -> str:
+  """Returns what a terminal shows: a row per layer, a column per classifier.
+
+  The classifiers are those with the most training images.
+  """
+  layers = found['layers']
+  rows = [one[-1] for row in layers.values() for one in row['classifiers'].values()]
+  shots = rows[0]['shots'] if rows else 0
+  given = f'{shots} training images per class' if shots else 'all training images'
+  kinds = [*next(iter(layers.values()))['classifiers']]
+  cells = [
+    [name, str(row['values'])]
+    + [percent(row['classifiers'][kind][-1]['accuracy']) for kind in kinds]
+    for name, row in layers.items()
+  ]
+  listed = tables.plain(tables.Table(['layer', 'values', *kinds], cells, []))
+  return (
+    'Mean accuracy over classes on the test images, in %, of classifiers on the '
+    f'features\nof each layer, fitted to {given}:\n\n{listed}'
+  )
 
 
 def _columns(found: Mapping[str, Any]) -> dict[str, list[str]]:

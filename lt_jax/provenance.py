@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -27,6 +29,7 @@ DATA_KEYS = (
   'image_shape',
   'image_dtype',
   'preprocessing',
+  'label_maps',
   'unseen',
   'val_classes',
   'class_vectors',
@@ -120,6 +123,26 @@ def changes(before: Config, now: Config, *, same_place: bool = False) -> list[st
     for key in sorted(before.keys() | now.keys())
     if differs(key)
   ]
+
+
+MOST_LISTED = 5
+"""How many changed keys a message names."""
+
+
+def listed(changes: Sequence[str]) -> str:
+  """Returns what `changes` found for a message, the first few of them."""
+  more = len(changes) - MOST_LISTED
+  shown = ', '.join(changes[:MOST_LISTED])
+  return f'{shown} and {more} more' if more > 0 else shown
+
+
+def command() -> str:
+  """Returns the command line of this process; '' unless it is a command of lt_jax."""
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  if spec is None or spec.name.partition('.')[0] != 'lt_jax':
+    return ''
+  name = spec.name.removesuffix('.__main__')
+  return shlex.join(['python', '-m', name, *sys.argv[1:]])
 
 
 _PLACE = re.compile(r'(?:data|domains\..+)\.(source|dir)')
@@ -252,7 +275,7 @@ def check_config(workdir: epath.Path, config: Config) -> dict[str, Any] | None:
   """
   record = recorded(workdir)
   if record and (differing := changes(record['config'], config)):
-    path, keys = workdir / 'config.json', ', '.join(differing)
+    path, keys = workdir / 'config.json', listed(differing)
     raise UserError(f'{path} was changed after training: {keys}; {_RESTORE}')
   return record
 

@@ -1,6 +1,5 @@
 """The results of a run: final metrics, predictions, features, worst errors."""
 
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,8 +26,7 @@ from lt_jax.evals.domains import (
   split_by_domain,
 )
 from lt_jax.method import Batch, Outputs, State
-from lt_jax.pretrained import ours
-from lt_jax.screen import Screen
+from lt_jax.screen import Screen, checkpoint_of
 from lt_jax.train import Preempted
 from lt_jax.writers import read_rows, read_vectors, write_npz
 
@@ -58,6 +56,9 @@ DOMAIN_FEATURES = 500
 SAMPLES = 64
 TRANSLATED = 16
 SHOWN = 4
+
+SHOTS = ('many', 'medium', 'few')
+"""Metrics of the shot groups."""
 
 
 class Evaluated(NamedTuple):
@@ -304,10 +305,8 @@ def write_results(
 
 def uses_target_labels(experiment: Experiment) -> bool:
   """Returns whether a run, or the one it begins from, reads labels of a target."""
-  return any(stage.uses_target_labels for stage in experiment.stages.values()) or (
-    bool(experiment.roles[TARGET])
-    and ours.used_target_labels(experiment.config['init'])
-  )
+  of_stages = any(stage.uses_target_labels for stage in experiment.stages.values())
+  return of_stages or experiment.begins_with_target_labels
 
 
 def _init(events: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -609,6 +608,12 @@ def seconds_of_earlier_starts(events: Sequence[Mapping[str, Any]]) -> float:
   return sum(end - begin for begin, end in spans[:-1])
 
 
+def devices(count: int) -> str:
+  """Returns so many devices in words, such as '8 x gpu NVIDIA H200' or '1 x cpu'."""
+  backend, kind = jax.default_backend(), jax.devices()[0].device_kind
+  return f'{count} x {backend}' + f' {kind}' * (kind.casefold() != backend)
+
+
 def versions() -> dict[str, str]:
   """Returns the versions a result depends on."""
   import flax
@@ -619,15 +624,20 @@ def versions() -> dict[str, str]:
   return {'python': platform.python_version(), **found}
 
 
-def show(result: Mapping[str, Any], workdir: epath.PathLike, screen: Screen) -> None:
-  """Prints the table of a result and the path of its files."""
-  test = result['test']
+def show(result: Mapping[str, Any], screen: Screen) -> None:
+  """Prints the table of a result, with the warnings.
+
+  Metrics of shot groups without classes are left out, as is that of a group with all.
+  """
+  groups = [name for name in SHOTS if result['test'].get(name) is not None]
+  silent = SHOTS if len(groups) < 2 else set(SHOTS) - set(groups)
+  test = {k: v for k, v in result['test'].items() if k not in silent}
   shown = {
-    title: 'n/a' if test[name] is None else f'{100 * test[name]:6.2f} %'
+    title: f'{"n/a":>6}' if test[name] is None else f'{100 * test[name]:6.2f} %'
     for name, title in titles().items()
     if name in test
   }
-  screen.table(f'test, {result["recipe"]}, seed {result["seed"]}', shown.items())
+  title = f'test, {result["recipe"]}, seed {result["seed"]}, {checkpoint_of(result)}'
+  screen.table(title, shown.items())
   for warning in result['warnings']:
     screen.line(f'warning: {warning}')
-  screen.line(f'files: {os.fspath(workdir)}')

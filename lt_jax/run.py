@@ -225,6 +225,7 @@ def _opened(
         pid=os.getpid(),
         host=platform.node(),
         uses_target_labels=results.uses_target_labels(experiment),
+        command=provenance.command(),
       )
       if not seeds or config['seed'] == seeds[0]:
         _banner(experiment, workdir, screen, seeds)
@@ -263,7 +264,8 @@ def _finish(
     replicas=replicas,
   )
   events('finished', state_sha256=result['state_sha256'])
-  results.show(result, workdir, opened.screen)
+  results.show(result, opened.screen)
+  opened.screen.line(f'files: {os.fspath(workdir)}')
   return result
 
 
@@ -332,6 +334,11 @@ def rehearsed(
   except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
     if isinstance(error, UserError):
       raise
+    if error.args == ('label',):  # what a batch without labels lacks
+      raise UserError(
+        'the method reads labels of a stream that has none: look at its key labels in '
+        'config.streams'
+      ) from error
     raise UserError(
       f'the config cannot be built: {type(error).__name__}: {error}'
     ) from error
@@ -441,12 +448,13 @@ def check_config(config: Config, workdir: epath.Path) -> None:
   before = record['config'] if record else stored
   if before and (changes := provenance.changes(before, config)):
     raise OtherConfig(
-      f'{workdir} was started with another config: {", ".join(changes)}; give '
+      f'{workdir} was started with another config: {provenance.listed(changes)}; give '
       'another workdir'
     )
   if stored and (changes := provenance.changes(stored, config)):
     raise UserError(
-      f'{path} was changed after training: {", ".join(changes)}; the checkpoints were '
+      f'{path} was changed after training: {provenance.listed(changes)}; the '
+      'checkpoints were '
       f'trained with the config of this command, so delete {path} to resume'
     )
 
@@ -555,13 +563,12 @@ def _banner(
     idle_note = f' ({idle} idle: too few seeds)' if idle else ''
     per_device = f'for each seed, {-(-len(seeds) // mesh.size)} seeds per device'
   sizes = _sizes(dataset)
-  kind = jax.devices()[0].device_kind
   imbalance = counts.max() / counts[counts > 0].min(initial=counts.max())
   screen.table(
     f'{config["name"]}: {config["recipe"]}, {_named(seeds or [config["seed"]])}',
     [
-      ('devices', f'{mesh.size} x {jax.default_backend()} {kind}{idle_note}'),
-      ('batch', f'{config["batch"]} ({per_device})'),
+      ('devices', f'{results.devices(mesh.size)}{idle_note}'),
+      ('batch', f'{config["batch"]:,} ({per_device})'),
       ('images', sizes),
       *_unseen(dataset),
       *(
@@ -573,8 +580,7 @@ def _banner(
       *(('note', line) for line in dataset.passed_over),
       (
         'classes',
-        f'{len(counts)}, {_abridged(counts)} {dataset.counted}, '
-        f'imbalance {imbalance:.4g}',
+        f'{len(counts)}: {_of_classes(dataset)}, imbalance {imbalance:.4g}',
       ),
       ('network', f'{config["model"]["trunk"]}, {params:,} parameters'),
       ('weights', config['init'] or 'random'),
@@ -586,8 +592,16 @@ def _banner(
     screen.line(f'warning: {caution}')
 
 
+SPLITS = ('train', 'meta', 'val', 'test')
+"""The order in which splits are shown; others follow."""
+
+
 def _sizes(dataset: Dataset) -> str:
-  return ', '.join(f'{name} {len(s.rows)}' for name, s in dataset.every.items())
+  """Returns the number of images of each split."""
+  names = dict.fromkeys(name for name in SPLITS if name in dataset.every)
+  return ', '.join(
+    f'{name} {len(dataset.every[name].rows):,}' for name in (names | dataset.every)
+  )
 
 
 def _named(seeds: Sequence[int]) -> str:
@@ -595,8 +609,18 @@ def _named(seeds: Sequence[int]) -> str:
   return f'seeds {numbers} as one program' if len(seeds) > 1 else f'seed {numbers}'
 
 
-def _abridged(counts: np.ndarray) -> str:
-  numbers = [str(n) for n in counts]
-  return ' '.join(
-    numbers if len(numbers) <= 10 else [*numbers[:5], '...', *numbers[-3:]]
+def _of_classes(dataset: Dataset) -> str:
+  """Says how many images or pixels classes have: all of them, or the two extremes."""
+  counts, noun = dataset.counts, dataset.counted
+  names = [name if name.isprintable() else ascii(name) for name in dataset.class_names]
+  if len(counts) <= 10:
+    numbered = names == [*map(str, range(len(names)))]
+    each = (
+      f'{count:,}' if numbered else f'{name} {count:,}'
+      for name, count in zip(names, counts, strict=True)
+    )
+    return f'{", ".join(each)} {noun}'
+  (least, fewest), (most, highest) = (
+    (names[c], counts[c]) for c in (counts.argmin(), counts.argmax())
   )
+  return f'from {highest:,} {noun} ({most}) to {fewest:,} ({least})'

@@ -55,6 +55,28 @@ def terminal(soft_wrap: bool = True) -> Console:
   )
 
 
+def checkpoint_of(result: Mapping[str, Any]) -> str:
+  """Says which checkpoint a result is of.
+
+  It names the stage unless that is called 'train', as the only stage of a run is.
+
+  Args:
+    result: what result.json or evaluation.json holds; any key may be missing.
+
+  Examples:
+    >>> checkpoint_of({'step': 189, 'select': 'val/macro_accuracy'})
+    'checkpoint of step 189 (best val/macro_accuracy)'
+    >>> checkpoint_of({'stage': 'plain', 'step': 40, 'which': 'last'})
+    'checkpoint of stage plain, step 40 (last)'
+  """
+  by = result.get('select') or result.get('which')
+  rule = f'best {by}' if by and '/' in by else by
+  stage = result.get('stage', 'train')
+  of_stage = '' if stage == 'train' else f'stage {stage}, '
+  because = f' ({rule})' if rule else ''
+  return f'checkpoint of {of_stage}step {result.get("step")}{because}'
+
+
 class Screen:
   """What the user sees: a progress bar on a terminal, plain lines anywhere else."""
 

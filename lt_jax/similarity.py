@@ -47,13 +47,17 @@ ACCURACY = commands.path_flag(
 )
 GAMMA = flags.DEFINE_float('gamma', measures.GAMMA, 'Scale of the similarity.')
 MIN_IMAGES = flags.DEFINE_integer(
-  'min_images', measures.MIN_IMAGES, 'Ignores source classes with fewer images.'
+  'min_images',
+  measures.MIN_IMAGES,
+  'Fewest images of a source class; others are ignored.',
 )
 K = flags.DEFINE_list(
   'k', ['200'], 'Source classes to keep per target, or one number for all.'
 )
-RULE = flags.DEFINE_string('rule', 'greedy', ', '.join(measures.RULES) + '.')
-OUT = commands.out_flag()
+RULE = flags.DEFINE_string(
+  'rule', 'greedy', 'How classes are ranked: ' + ', '.join(measures.RULES) + '.'
+)
+OUT = commands.out_flag('The folder to write to.')
 
 UNION = 'union'
 

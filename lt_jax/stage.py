@@ -278,8 +278,9 @@ class StageRunner:
       recorded = begun_from.get(name)
       if recorded != digest and recorded != _old_digest(earlier[name]):
         raise UserError(
-          f'stage {self.stage.name!r} started from another State of stage {name!r}, '
-          f'which has changed since: delete {self._folder} to train the stage again'
+          f'stage {self.stage.name!r} started from another checkpoint of stage '
+          f'{name!r}, which has changed since: delete {self._folder} to train the '
+          'stage again'
         )
 
   def _with_arrays(self, stage: Stage) -> Stage:
@@ -329,10 +330,10 @@ class StageRunner:
       )
     elif step:
       start = f'fresh start at step {step}, carried over'
-    epochs = self.stage.plan.steps / self.stage.epoch_steps
+    steps, of_epoch = self.stage.plan.steps, self.stage.epoch_steps
+    epochs = f'{steps / of_epoch:.3g} epochs of {_rounded(of_epoch)} steps'
     self._screen.line_if_followed(
-      f'stage {self.stage.name}: {self.stage.plan.steps} steps, {epochs:.4g} epochs '
-      f'of {self.stage.epoch_steps:.4g} steps; {start}'
+      f'stage {self.stage.name}: {steps:,} steps ({epochs}); {start}'
     )
 
   def _report_parts(self, shapes: State) -> None:
@@ -467,7 +468,7 @@ class StageRunner:
     if than is None:
       raise UserError(
         f'{self._folder / "checkpoints/manifests/best.json"} lacks the value by which '
-        f'the State was selected; {self._checkpoints.how_to_retrain()}'
+        f'the checkpoint was selected; {self._checkpoints.how_to_retrain()}'
       )
     better = value > than or step < best['step']
     if agreed(better):
@@ -498,6 +499,11 @@ class StageRunner:
     self._folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {'step': diverged.step, 'examples': examples})
     self._events('diverged', stage=self.stage.name, step=diverged.step, see=str(path))
+
+
+def _rounded(number: float) -> str:
+  """Returns a number of steps without more decimals than anyone wants to read."""
+  return f'{number:,.0f}' if number >= 10 or number % 1 == 0 else f'{number:.1f}'
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

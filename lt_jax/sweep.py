@@ -1,4 +1,4 @@
-"""Runs methods times seeds: python -m lt_jax.sweep --config=FILE.py --workdir=DIR ...
+r"""Trains several methods with several seeds, and compares them.
 
   python -m lt_jax.sweep --config=configs/digits_lt.py --methods=ce,ldam_drw,oltr \
     --seeds=0,1,2 --workdir=runs/digits [--config.KEY=VALUE ...]
@@ -35,10 +35,13 @@ from lt_jax.config import check_set_domains, resolve
 from lt_jax.errors import TRY_AGAIN, WRONG_INPUT, UserError, one_line
 from lt_jax.screen import terminal
 
-CONFIG, WORKDIR = commands.config_flag(), commands.workdir_flag()
+CONFIG = commands.config_flag()
+WORKDIR = commands.workdir_flag('The folder for all runs and their report.')
 TRACKER = commands.tracker_flag()
-METHODS = flags.DEFINE_list('methods', None, 'Names of recipes.')
-SEEDS = flags.DEFINE_list('seeds', ['0'], 'Whole numbers.')
+METHODS = flags.DEFINE_list('methods', None, 'Recipes to train, such as ce,ldam_drw.')
+SEEDS = flags.DEFINE_list(
+  'seeds', ['0'], 'Seeds to train each of them with, such as 0,1,2.'
+)
 CELL = flags.DEFINE_integer('cell', None, 'Run only this cell, counted from 0.')
 VECTORISE = flags.DEFINE_bool(
   'vectorise',
@@ -48,7 +51,7 @@ VECTORISE = flags.DEFINE_bool(
 GRID = flags.DEFINE_multi_string(
   'grid',
   [],
-  'KEY=VALUE,VALUE,...: cross the values of a config key; may be repeated.',
+  'KEY=VALUE,VALUE,...: values of a config key to cross with everything else',
 )
 LIST = flags.DEFINE_bool('list', False, 'List the cells and run nothing.')
 
@@ -388,6 +391,17 @@ def _write_page(workdir: epath.Path, seconds: float) -> None:
     print(f'the report was not written: {error}')
 
 
+def _remember(methods: Sequence[str], workdir: epath.Path) -> None:
+  """Writes the methods of a folder in the order in which they were given.
+
+  Those of an earlier sweep in the same folder come first.
+  """
+  from lt_jax.report import runs
+
+  every = dict.fromkeys([*runs.methods(workdir), *methods])
+  files.write_json(workdir / runs.ORDER, {'methods': [*every]})
+
+
 def main() -> None:
   """Runs the sweep that the flags name."""
   import jax
@@ -425,6 +439,7 @@ def main() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   if VECTORISE.value and TRACKER.value:
     raise UserError('--vectorise: a tracker takes one run at a time; omit --tracker')
+  _remember(METHODS.value, workdir)
   chosen = every if CELL.value is None else [every[CELL.value]]
   whole = CELL.value is None  # a single cell, as on a cluster, does not write the page
   after = functools.partial(_write_page, workdir) if whole else lambda seconds: None
@@ -434,7 +449,7 @@ def main() -> None:
   if whole and any(path.exists() for path in left):
     try:
       page = report.write(workdir)
-      print(f'\n{(workdir / "report.md").read_text()}\n{page}')
+      print(f'\n{report.summary(workdir)}\n\n{page}')
     except (OSError, UserError) as error:
       if not failed:
         raise

@@ -41,6 +41,7 @@ FACTS = {
     'unit': (None, str),
   },
   'threshold': THRESHOLD,
+  'label_maps': (None, bool),
   'unseen': (None, [str]),
   'val_classes': (None, [str]),
   'class_vectors': (None, [int]),
@@ -81,6 +82,11 @@ class Trained(NamedTuple):
   def class_names(self) -> tuple[str, ...]:
     """Names of the C classes."""
     return tuple(self.facts['class_names'])
+
+  @property
+  def of_several_domains(self) -> bool:
+    """Whether it was trained or tested on several domains."""
+    return any(self.config[key] for key in ('sources', 'target', 'open_domains'))
 
   @property
   def of_pixels(self) -> bool:
@@ -262,9 +268,13 @@ def read_facts(workdir: epath.Path) -> dict[str, Any]:
 
 
 def predicts_pixels(workdir: epath.Path) -> bool:
-  """Returns whether a run predicts pixels; False if there is no such run."""
+  """Returns whether a run predicts pixels; False if there is no such run.
+
+  Raises:
+    UserError: as for `read_facts`.
+  """
   there = (workdir / 'data.json').exists()
-  return there and bool(provenance.read_json(workdir / 'data.json').get('label_maps'))
+  return there and bool(read_facts(workdir).get('label_maps'))
 
 
 def build_without_data(config: Config, facts: Facts, batch: int = 0) -> Experiment:

@@ -57,6 +57,11 @@ EVENTS: dict[str, Any] = {
 """event -> what its row in events.jsonl contains in every version."""
 
 
+FIRST_STEP = (
+  'stage {stage}: first step after {seconds} s, {compile_seconds} s of it compilation'
+)
+
+
 class Lines(NamedTuple):
   """The contents of a JSON lines file.
 
@@ -176,11 +181,11 @@ class Events:
   def __call__(self, event: str, **values: Any) -> None:
     """Records an event, and shows it unless it is routine."""
     self._record(event, values)
-    if event not in ('saved', 'started', 'finished'):
+    if event == 'first_step':
+      self._screen.line_if_followed(FIRST_STEP.format(**values))
+    elif event not in ('saved', 'started', 'finished'):
       details = ', '.join(f'{k} {v}' for k, v in values.items())
-      screen = self._screen
-      show = screen.line_if_followed if event == 'first_step' else screen.line
-      show(f'{event.replace("_", " ")}: {details}')
+      self._screen.line(f'{event.replace("_", " ")}: {details}')
 
   def damaged(self, line: str) -> None:
     """Records that a file of the run is damaged, and shows it."""

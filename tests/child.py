@@ -406,6 +406,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
   'term_while_compiling': _terminate_while_compiling,
   'file_size': _limit_file_size,
   'devices': _simulate_devices,
+  'path': lambda folder: sys.path.insert(0, folder),
   'nan_at': _nan_image,
   'heartbeat': _hurry,
   'give_up_after': _give_up_after,

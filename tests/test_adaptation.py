@@ -371,6 +371,11 @@ def softmax(z):
   return e / e.sum(-1, keepdims=True)
 
 
+def test_a_discriminator_returns_one_logit_for_each_image():
+  with pytest.raises(UserError, match=r'returns \(4, 2\) for 4 images'):
+    domain_loss(jnp.zeros((4, 2)), jnp.zeros((4, 2)))
+
+
 def test_parts_of_adversarial_losses_are_their_formulas(rng):
   """Compares with float64 loops."""
   f, z, other = (rng.normal(size=(5, n)) for n in (4, CLASSES, CLASSES))

@@ -9,13 +9,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.digests import compared
 from configs import cifar10_lt
 from lt_jax import files
 from lt_jax.config import config_digest, resolve
-from lt_jax.models import make_classifier
+from lt_jax.models import convolution, make_classifier
 from lt_jax.sweep import _value, at_point, cells, loader, parse_grid
 from tests import child
 
@@ -38,15 +39,6 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_help_says_what_it_takes(name, monkeypatch, capsys):
-  monkeypatch.setattr(sys, 'argv', [name, '--help'])
-  with pytest.raises(SystemExit) as ended:
-    importlib.import_module(f'benchmarks.{name}').main()
-  assert ended.value.code == 0
-  assert '--' in capsys.readouterr().out
-
-
 SMALL = {
   'train_step': '--net=resnet8 --batch=8 --steps=2 --rounds=1',
   'train_step, host stream': '--net=resnet10 --size=48 --batch=8 --steps=2 --rounds=1',
@@ -58,6 +50,27 @@ SMALL = {
   'zero_shot': '--images=200 --features=12 --rounds=1',
   'probe': '--images=60 --features=20 --classes=3 --rounds=1 --within=1e-3',
 }
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_help_says_what_it_takes(name, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', [name, '--help'])
+  with pytest.raises(SystemExit) as ended:
+    importlib.import_module(f'benchmarks.{name}').main()
+  assert ended.value.code == 0
+  said = capsys.readouterr().out
+  assert '--' in said
+  assert '--json' in said or name not in SMALL
+
+
+def test_the_replaced_depthwise_convolution_computes_the_same(rng):
+  from benchmarks.depthwise import by_xla
+
+  x = jnp.asarray(rng.normal(size=(1, 5, 5, 2)), jnp.float32)
+  kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 2)), jnp.float32)
+  given = {'stride': 1, 'padding': ((2, 2), (2, 2)), 'dilation': 2}
+  own = convolution._shifted_products(x, kernel, **given)
+  np.testing.assert_allclose(by_xla(True)(x, kernel, **given), own, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -46,6 +46,38 @@ def test_help_shows_config_and_workdir_with_an_example(tmp_path):
   assert '--config=digits_lt:ldam_drw --workdir=' in main.__doc__
 
 
+MINE = """
+import jax.numpy as jnp
+from lt_jax.losses import LOSSES
+from lt_jax.recipes import RECIPES, Recipe
+
+def zero(logits, labels):
+  return jnp.zeros(len(labels))
+
+LOSSES['zero'] = zero
+RECIPES['nothing'] = Recipe(lambda config: {'loss': {'name': 'zero'}})
+"""
+
+
+def test_a_module_adds_a_recipe_to_every_command(tmp_path):
+  """To the command that trains, where it precedes --config, and to others."""
+  output, workdir = tmp_path / 'out', tmp_path / 'run'
+  (tmp_path / 'mine.py').write_text(MINE)
+  (tmp_path / 'wrong.py').write_text('\n1 / 0')
+  train = child.command(workdir, config='digits_lt.py:nothing,epochs=1')
+  for given, told in (
+    ([], "unknown recipe 'nothing'"),
+    (['--import=nine'], '--import=nine: there is no such module in this folder or on'),
+    (['--import=wrong'], 'wrong.py:2: ZeroDivisionError: division by zero'),
+  ):
+    assert child.run([*train, *given], output, f'path:{tmp_path}') == 2
+    assert told in output.read_text()
+  given = '--import=mine'
+  assert child.run([*train, given], output, f'path:{tmp_path}') == 0, output.read_text()
+  of_it = [f'--workdir={workdir}', given]
+  assert child.run(of_it, output, f'path:{tmp_path}', 'lt_jax.evaluate') == 0
+
+
 def test_a_key_of_a_domain_that_no_role_uses_is_rejected(tmp_path):
   options = child.two_domains('source_only')
   given = ('--config.domains.blended.source=x', "--config.target=('sketched',)")
@@ -281,3 +313,13 @@ def test_a_near_miss_has_any_case():
   assert errors.suggest('LDAM_DRW', ['ce', 'ldam_drw']) == "; did you mean 'ldam_drw'?"
   assert errors.suggest('ldam', ['LDAM']) == "; did you mean 'LDAM'?"
   assert errors.suggest('zzz', []) == ''
+
+
+def test_an_argument_that_is_missing_or_too_many_is_named(tmp_path):
+  output = tmp_path / 'out'
+  for module, given, message in (
+    ('lt_jax.report.__main__', [], 'give the folder of a run or of several runs'),
+    ('lt_jax.evaluate', ['--workdir=x', 'y'], "'y' is not an option: options are --"),
+  ):
+    assert child.run(given, output, module=module) == 2
+    assert output.read_text().startswith(f'error: {message}')

@@ -118,7 +118,8 @@ def damages(path, every_key):
       data.decode().strip().split('\n') if path.suffix == '.jsonl' else [data]
     )
     content, head = json.loads(last), '\n'.join([*before, ''])
-    keys = sorted(content)[:: 1 if every_key else len(content) - 1]
+    named = sorted(content) if isinstance(content, dict) else []
+    keys = named[:: 1 if every_key else len(named) - 1]
     for key in keys:
       for what, made in (('rename', _renamed), ('retype', _retyped)):
         yield f'{what} {key}', (head + json.dumps(made(content, key)) + '\n').encode()
@@ -337,6 +338,16 @@ def test_an_edited_config_is_rejected(built, tmp_path, command):
     getattr(built, command)(workdir)
 
 
+def test_a_value_of_another_type_is_reported_by_its_readers(built, tmp_path):
+  workdir = built.copy(tmp_path / 'run')
+  edit(workdir / 'config.json', open_domains=5)
+  built.report(workdir)
+  assert 'config.json is damaged' in (workdir / 'report.html').read_text()
+  edit(workdir / 'data.json', label_maps='five')
+  with pytest.raises(UserError, match=r"data\.json has an unexpected .* 'label_maps'"):
+    built.predict(workdir)
+
+
 @pytest.mark.parametrize(
   ('key', 'value'),
   [
@@ -483,7 +494,7 @@ def test_numbers_are_shown_where_they_cannot_be_written(
 
 
 def test_a_closed_terminal_asks_to_stop_unless_nohup():
-  before = signal.getsignal(signal.SIGHUP)
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
   try:
     with stopping.StopRequest() as stop:
       os.kill(os.getpid(), signal.SIGHUP)

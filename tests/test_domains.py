@@ -11,6 +11,7 @@ from configs import digits_domains
 from lt_jax import build, run, sharding, train, trained
 from lt_jax.cautions import cautions
 from lt_jax.config import check_set_domains, resolve
+from lt_jax.data import places
 from lt_jax.data.domains import shared
 from lt_jax.data.lists import Files
 from lt_jax.data.streams import Split, Unlabelled
@@ -320,6 +321,7 @@ def test_several_sources_tell_the_domain_of_an_image():
     ),
     ({'streams': {'batch': 601}}, 'streams.target.batch is 601, but train of target'),
     ({'stream': 3}, 'streams.stream is 3; it must be a dict'),
+    ({'streams': {'sampler': 'instance'}}, "sampler is 'instance'; it must be a dict"),
     ({'streams': {'batch': 0.5}}, 'streams.target.batch is 0.5'),
     ({'domains': {'size': 8}}, "the images of domain 'source' are 16x16x3"),
     ({'domains': {'sourc': 'x'}}, "sets 'sourc', but data has no such key"),
@@ -350,6 +352,13 @@ def test_mistakes_are_one_line(change, message):
   with pytest.raises(UserError, match=message) as error:
     build.build(made)
   assert '\n' not in str(error.value)
+
+
+def test_labels_that_a_stream_does_not_give_are_one_line(tmp_path):
+  made = config('dann')
+  made['streams']['train'] = {**made['streams']['train'], 'labels': False}
+  with pytest.raises(UserError, match='reads labels of a stream that has none'):
+    run.rehearsed(made, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -662,3 +671,27 @@ def test_what_weights_began_with_may_have_read_labels_of_the_target(tmp_path, us
   told = {'uses_target_labels': json.dumps(used)}
   save_file({'x': np.zeros(1, np.float32)}, path, told)
   assert ours.used_target_labels(str(path)) is used
+
+
+def test_initial_weights_may_have_learned_the_target_as_their_own_data(tmp_path):
+  """Alone, as one of several sources, or as the data of a single stage."""
+  at = [places.place({'source': f'npz:{n}.npz', 'dir': ''}) for n in 'ab']
+  domains = {'b': {'source': 'npz:b.npz'}}
+  for before, learned in (
+    ({'data': {'source': 'npz:a.npz'}}, [True, False]),
+    ({'data': {}, 'domains': domains, 'sources': ['b']}, [False, True]),
+    ({'data': {}, 'domains': domains, 'target': ['b']}, [False, False]),
+    ({'data': {}, 'domains': domains, 'stages': {'x': {'domain': 'b'}}}, [False, True]),
+  ):
+    (tmp_path / 'config.json').write_text(json.dumps(before))
+    told = [ours.used_target_labels(str(tmp_path), [place]) for place in at]
+    assert told == learned, before
+
+  own = {'data': {'source': 'digits_domains:blended'}}
+  (tmp_path / 'config.json').write_text(json.dumps(own))
+  experiment = build.build(config('dann'), devices=1)
+  assert not uses_target_labels(experiment)
+  begun = {**experiment.config, 'init': str(tmp_path)}
+  experiment = experiment._replace(config=begun)
+  assert uses_target_labels(experiment)
+  assert any('trained with labels of a target' in line for line in cautions(experiment))

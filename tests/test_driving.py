@@ -1,6 +1,7 @@
 """Configs for real label maps: they build and run on miniatures in the real layouts."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from configs import (
 )
 from lt_jax import build, run, train
 from lt_jax.config import resolve
-from tests import trees
+from tests import child, trees
 from tests.test_masks import archive
 
 
@@ -152,3 +153,62 @@ def test_day_and_dusk_from_archives(tmp_path):
   assert stage.streams['train'].payload_shapes().keys() == {'index'}
   state = train.state_shapes(stage.method, stage.streams)
   assert jax.tree.leaves(state.params)
+
+
+PAIRS = {
+  'scenes': ('train=16,steps=6', ['--config.model.trunk_options.width=4']),
+  'camvid_dusk': ('steps=200', []),  # of 305 images; 8 of the few here
+}
+"""Config of a pair that every machine can train on -> (its argument, overrides)."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PAIRS)
+def test_a_killed_adaptation_and_any_number_of_devices_end_alike(tmp_path, name):
+  """The commands themselves: bit-equal after kill -9, nearly so on 1, 2, 8 devices."""
+  argument, given = PAIRS[name]
+  given += [
+    '--config.batch=8',
+    '--config.eval_batch=8',
+    '--config.save_every_epochs=0.5',
+    '--config.log_every_steps=2',
+  ]
+  if name == 'camvid_dusk':
+    rng = np.random.default_rng(0)
+    for domain, data in (('day', 'data'), ('dusk', 'domains.dusk')):
+      images = rng.integers(0, 256, (2, 24, 45, 60, 3), np.uint8)
+      maps = rng.integers(0, 11, (2, 24, 45, 60), np.uint8)
+      given.append(f'--config.{data}.source=npz:{tmp_path / domain}.npz')
+      np.savez(
+        tmp_path / f'{domain}.npz',
+        x_train=images[0],
+        y_train=maps[0],
+        x_test=images[1][:8],
+        y_test=maps[1][:8],
+        class_names=[f'class {number}' for number in range(11)],
+      )
+
+  def ended(folder, fault=''):
+    workdir = tmp_path / folder
+    made = child.command(
+      workdir, *given, config=f'{name}.py:advent,{argument}', fast=()
+    )
+    code = child.run(made, tmp_path / 'log', fault)
+    assert code == (-signal.SIGKILL if 'kill' in fault else 0), (
+      tmp_path / 'log'
+    ).read_text()
+    return workdir
+
+  def result(workdir):
+    return json.loads((workdir / 'result.json').read_text())
+
+  whole = result(ended('whole', 'devices:1'))
+  ended('killed', 'devices:1+kill_in_save:2')
+  killed = result(ended('killed', 'devices:1'))
+  assert 'resuming from' in (tmp_path / 'log').read_text()
+  assert killed['state_sha256'] == whole['state_sha256']
+  assert killed['test'] == whole['test']
+  for devices in (2, 8):
+    found = result(ended(f'on{devices}', f'devices:{devices}'))
+    np.testing.assert_allclose(found['test']['loss'], whole['test']['loss'], rtol=1e-3)
+    assert abs(found['test']['miou'] - whole['test']['miou']) < 0.01

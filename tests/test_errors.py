@@ -76,3 +76,9 @@ def test_a_starting_stage_knows_the_names(named_npz, tmp_path, monkeypatch):
 )
 def test_near_misses_are_suggested(typed, known, suggestion):
   assert suggest(typed, known) == suggestion
+
+
+def test_a_long_list_of_known_names_is_cut():
+  names = [f'name {number}' for number in range(100)]
+  assert suggest('xyz', names[:20]) == f'; known: {", ".join(names[:20])}'
+  assert suggest('xyz', names) == f'; known: {", ".join(names[:12])} and 88 more'

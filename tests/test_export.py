@@ -83,7 +83,7 @@ def test_a_threshold_goes_along_with_the_state_that_it_was_chosen_for(
     )
     assert export.load(path).threshold == (expected and expected['value'])
     printed = capsys.readouterr().out
-    assert printed.count(f'images: {network.predicts_by}\n') == 1
+    assert 'images: ' not in printed  # there is only one domain
   assert network.predicts_by.startswith("normalised as 'source'; batch statistics: ")
 
 

@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_compiling(tmp_path):
   (tmp_path / 'file').write_text('')
   code, output = run(tmp_path / 'file' / 'run', output=tmp_path / 'log')
   assert code == 2
-  assert 'cannot be written' in output and 'first step' not in output
+  assert 'cannot be written' in output and 'first step after' not in output
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_divergence_stops_the_run_before_anything_is_saved(tmp_path, fault, over
   code, output = run(workdir, *overrides, fault=fault)
   assert code == 3, output
   assert re.search(
-    r'error: diverged: not finite at step \d+; that State was not saved, and the same '
+    r'error: diverged: not finite at step \d+; that step was not saved, and the same '
     r'command would diverge again: change the config, in another workdir or with '
     r'--allow_config_change$',
     output.strip(),
@@ -471,4 +471,4 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, arguments, message):
 
 def test_an_unknown_method_is_reported_with_the_near_miss(tmp_path):
   code, output = run(tmp_path / 'run', config='digits_lt.py:ldam_drx')
-  assert code == 2 and "unknown method 'ldam_drx'; did you mean 'ldam_drw'" in output
+  assert code == 2 and "unknown recipe 'ldam_drx'; did you mean 'ldam_drw'" in output

@@ -62,6 +62,9 @@ def test_a_row_shows_what_a_run_reports(table, clock):
   screen.start_bar('second', 0, 50)
   screen.progress(0)
   assert row.texts[2:4] == ('──────────── second 0/50', '')
+  screen.stop_bar()
+  screen.start_bar('posthoc', 0, 0)  # has no steps, but has started
+  assert row.progress == 'posthoc' and row.metric == '62.5 % accuracy on test'
   screen.end(False, '63.0 % accuracy')
   assert row.texts[2:] == ('finished', '', '63.0 % accuracy')
 

@@ -21,6 +21,9 @@ def test_equal_measurements_are_within_noise():
   assert noise.paired_t([0.5, 0.7], [0.5, 0.7]) == (0, 0, 0)
   assert noise.paired_t([0.5, 0.7], [0.5, 0.7]).within_noise
   assert not noise.Interval(1.0, 0.5, 1.5).within_noise
+  for seeds in ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]):  # a difference of 0.2, every time
+    found = noise.paired_t(np.add(seeds, 0.2), seeds)
+    assert found.within_noise and not found.is_known
 
 
 def accuracy_gain(counts):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import office31, office_caltech10, pacs, synsigns_gtsrb
+from configs import my_domains, office31, office_caltech10, pacs, synsigns_gtsrb
 from lt_jax import build, run, train
 from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
@@ -66,6 +66,25 @@ def test_photographs_are_found_where_their_archives_have_them(tmp_path):
   assert len(experiment.domains['sketch'].tests['test'].rows) == 40
   rates = dict(resolve(made)['optimizer']['learning_rate_scale'])
   assert rates == {'net/(head|projection)/.*': 1.0, '.*': 0.1}
+
+
+def test_photographs_of_ones_own_in_two_domains(tmp_path):
+  for domain in ('photos', 'sketches'):
+    for name, count in (('dog', 20), ('horse', 15)):
+      folder = tmp_path / domain / name
+      folder.mkdir(parents=True)
+      for number in range(count):
+        colours = np.full((40, 30, 3), 10 * number, np.uint8)
+        Image.fromarray(colours).save(folder / f'{number}.png')
+  folders = f'source={tmp_path}/photos,target={tmp_path}/sketches'
+  made = my_domains.get_config(f'mcc,net=resnet10,size=32,epochs=1,{folders}')
+  made.batch = made.streams.target.batch = 8
+  experiment = build.build(resolve(made), devices=1)
+  target = experiment.domains['unlabelled']
+  assert len(target.tests['test'].rows) == 2 * 3
+  assert len(target.splits['train'].rows) == 35 - 2 * 2 * 3
+  assert not experiment.last.uses_target_labels
+  assert 'label' not in experiment.last.streams['target'].payload(0)
 
 
 @pytest.mark.parametrize(

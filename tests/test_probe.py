@@ -113,6 +113,9 @@ def test_every_layer_is_probed_and_kept(network, tmp_path, monkeypatch):
   }
   assert values == {'conv1': 48, 'conv2': 24}  # 2x2 of 12 channels, 1x1 of 24
   assert '| conv2 | 24 |' in probe.table(found) and '<svg' in probe.figure(found)
+  head, *rows = probe.shown(found).splitlines()[3:]
+  assert head.split() == ['layer', 'values', 'ridge']
+  assert ['conv2', '24'] in [row.split()[:2] for row in rows]
   sets = probe.cached(network, layers, 'test', out / 'features', 48)
   split = network.experiment.dataset.tests['test']
   x = (split.source.images[split.rows] / 255).astype(np.float32)

@@ -216,7 +216,7 @@ def test_later_stages_read_what_another_process_wrote(tmp_path):
   config = 'digits_lt.py:fslwf,epochs=2'
   options = (
     '--config.stages.generator.streams.train.novel=4',
-    '--config.stages.generator.epochs=0.02',
+    '--config.stages.generator.streams.train.per_epoch=1',
     '--config.evaluate_every_epochs=1',
   )
   late = ('slow_manifest:1', '')

@@ -209,7 +209,7 @@ def test_a_run_has_every_figure_in_one_page(run_folder):
   for path in (run_folder / 'figures').iterdir():
     assert 'prefers-color-scheme' in ElementTree.parse(path).getroot()[0].text
   assert page.tags['img'] == 3
-  assert 'No figure' not in page.text
+  assert 'not drawn' not in page.text
 
 
 def test_ids_are_unique_and_references_lead_somewhere_without_a_network(tmp_path):
@@ -303,6 +303,91 @@ def test_means_and_deviations_are_over_seeds(tables_only, tmp_path):
   assert rf'65.0 $\pm$ {deviation:.1f}' in latex and r'\toprule' in latex
 
 
+def test_every_table_has_its_title_and_its_note_beside_it(tables_only, tmp_path):
+  for recipe in ('ce', 'ldam_drw'):
+    write_run(tmp_path / recipe, config(recipe))
+  page = page_of(tmp_path)
+  text = (tmp_path / 'report.md').read_text()
+  first, second = text.split('## Differences from ce\n\n')
+  assert first.startswith('## Results\n\nTest metrics in %.\n\n| method')
+  assert second.startswith('Difference in points with its 95 % interval. Noise may')
+  assert 'grey' not in text and 'Such differences are grey' in page.text
+  latex = (tmp_path / 'report.tex').read_text()
+  assert '% Differences from ce\n% Difference in points' in latex
+
+
+def test_a_run_alone_has_a_list_of_its_metrics(tables_only, tmp_path):
+  folder = write_run(tmp_path / 'run')
+  path = folder / 'result.json'
+  result = json.loads(path.read_text()) | {'step': 20, 'select': 'val/accuracy'}
+  result['test']['medium'] = None  # there is no such class
+  path.write_text(json.dumps(result))
+  add_events(folder, STARTED | {'command': 'python -m lt_jax.main --config=x'})
+  page = page_of(folder)
+  for text in (
+    'Checkpoint of step 20 (best val/accuracy), trained in 2 s',
+    'below 0.5: this threshold is fixed',
+  ):
+    assert text in page.text
+  assert 'Command: python -m lt_jax.main --config=x' in page.text
+  rows = (folder / 'report.md').read_text().splitlines()[4:]
+  cells = [[text.strip() for text in row.strip('|').split('|')] for row in rows]
+  assert cells[0] == ['metric', 'test (%)'] and cells[2] == ['accuracy', '50.0']
+  assert ['medium-shot', 'n/a'] not in cells and ['few-shot', '25.0'] in cells
+
+
+def test_a_terminal_shows_a_short_table(tables_only, tmp_path):
+  write_run(tmp_path / 'ldam_drw', config('ldam_drw'), 0.7)
+  write_run(tmp_path / 'ce', config('ce'))
+  assert report.summary(tmp_path).splitlines() == [
+    'method    accuracy (%)  many-shot (%)  medium-shot (%)  few-shot (%)',
+    'ce                50.0           75.0             50.0          25.0',
+    'ldam_drw          70.0           75.0             70.0          25.0',
+  ]
+  fail(tmp_path / 'oltr', 'oltr')
+  lines = report.summary(tmp_path).splitlines()
+  assert lines[0].split()[:2] == ['method', 'runs']
+  assert lines[-1].split()[:3] == ['oltr', '1', 'failed']
+
+
+def test_methods_are_in_the_order_of_the_sweep_or_the_reference_is_first(tmp_path):
+  for recipe in ('adaboost', 'ce', 'ldam', 'zebra'):
+    write_run(tmp_path / recipe, config(recipe))
+
+  def order():
+    found = runs.find(epath.Path(tmp_path))
+    groups, _ = runs.grouped(found, runs.methods(epath.Path(tmp_path)))
+    return [group.label for group in groups]
+
+  assert order() == ['ce', 'adaboost', 'ldam', 'zebra']
+  (tmp_path / runs.ORDER).write_text('{"methods": ["zebra", "ldam"]}')
+  assert order() == ['zebra', 'ldam', 'ce', 'adaboost']
+  (tmp_path / runs.ORDER).write_text('{"methods": ')
+  assert order() == ['ce', 'adaboost', 'ldam', 'zebra']
+
+
+def test_nothing_is_said_about_what_a_run_does_not_have(tmp_path):
+  """No open set, no learned weights, one seed, and all classes in one shot group."""
+  for recipe in ('ce', 'ldam'):
+    folder = write_run(tmp_path / recipe, config(recipe), counts=(300,) * 5)
+    for name in ('open_set.npz', 'weights.npz'):
+      (folder / name).unlink()
+    path = folder / 'result.json'
+    result = json.loads(path.read_text())
+    del result['test']['auroc']
+    path.write_text(json.dumps(result))
+  page = page_of(tmp_path)
+  for text in (
+    'not drawn',
+    'over seeds',
+    'shot group',
+    'open class',
+    'Learned weights',
+  ):
+    assert text not in page.text
+  assert page.text.count('Gain over the plain network') >= 2
+
+
 def test_other_configurations_are_not_averaged(tables_only, tmp_path):
   write_run(tmp_path / 'a', config(), 0.5)
   write_run(tmp_path / 'b', config(seed=1, epochs=100.0), 0.7)
@@ -378,7 +463,8 @@ def test_a_seed_counts_once(tables_only, tmp_path):
   row = row_of(tmp_path, 'ce')
   assert row['accuracy'] == tables.percent([0.5, 0.7])
   assert row['runs'] == '2 finished, 1 repeated'
-  assert "counts once, so these runs are left out: ['copy of b']" in page.text
+  note = 'copy of b repeats the method, config and seed of another run, so it is not'
+  assert note in page.text
 
 
 def fail(folder, recipe='ce', seed=0, error='OSError: no <space> left'):
@@ -509,6 +595,9 @@ def test_a_diverged_run_that_continues_has_not_failed(tables_only, run_folder):
 @pytest.mark.parametrize('damage', ['missing', 'damaged', 'unexpected contents'])
 def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage):
   path = run_folder / name
+  learned = run_folder / 'stages/second/metrics/weight_prior.npz'
+  learned.parent.mkdir(parents=True)
+  learned.touch()  # without it, no weights.npz is expected
   if damage == 'missing':
     path.unlink()
   elif damage == 'damaged':
@@ -518,7 +607,7 @@ def test_a_missing_file_costs_its_figures_and_is_named(run_folder, name, damage)
   for figure in ARRAYS[name]:
     drawn = drawing.draw(figure, ALL[figure], [runs.Run(run_folder, 'run')], 'page')
     assert drawn.svg == ''
-    assert drawn.caption.startswith(f'No figure of {figure.replace("_", " ")}: ')
+    assert drawn.caption.startswith(f'“{drawn.title}” is not drawn: ')
     assert damage in drawn.caption and drawn.caption.count('\n') == 0
     assert damage == 'unexpected contents' or name in drawn.caption
 
@@ -538,7 +627,7 @@ def test_every_file_may_be_missing_but_the_configuration(tmp_path):
   (folder / 'config.json').write_text(json.dumps(config()))
   page = page_of(folder)
   assert page.tags['svg'] == 0
-  assert page.text.count('No figure of') == len(RUN_FIGURES)
+  assert 'not drawn' not in page.text  # there is nothing to draw yet
   (folder / 'config.json').write_text('{')
   assert 'config.json is damaged' in page_of(folder).text
 
@@ -565,6 +654,17 @@ def test_a_torn_file_hides_no_runs_below_it(tables_only, tmp_path, name, text):
   (tmp_path / 'ce' / name).write_text(text)
   found = runs.find(epath.Path(tmp_path))
   assert [run.name for run in found] == ['ce/0', 'ce/1']
+
+
+def test_a_run_does_not_hide_the_runs_below_it(tmp_path):
+  """Such as those of a sweep that was given the folder of a run, or the reverse."""
+  record = json.dumps({'recipe': 'ce', 'seed': 0})
+  for folder in ('.', 'ce/0', 'stages/train', 'figures'):
+    path = tmp_path / folder / 'config.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record)
+  found = runs.find(epath.Path(tmp_path))
+  assert [run.folder for run in found] == [tmp_path, tmp_path / 'ce/0']
 
 
 def labels_below(groups):
@@ -715,7 +815,8 @@ addEventListener('load', () => {
   });
   const ink = e => getComputedStyle(e).fill;
   const table = document.querySelector('table');
-  const sorted = [2, 2, 0].map(i => {
+  const there = i => table.tHead.rows[0].cells[i];
+  const sorted = [2, 2, 0].filter(there).map(i => {
     const head = table.tHead.rows[0].cells[i];
     (head.querySelector('button') ?? head).click();
     const rows = [...table.tBodies[0].rows];
@@ -921,8 +1022,8 @@ def test_gains_are_over_the_plain_network_by_class(tmp_path):
   assert f1 == ['+33', '+0', '+0', '+0', '+100']  # no F for the open class
   assert [t.get_text() for t in figure.axes[-1].get_xticklabels()][-1] == 'open'
   assert drawing.draw('gains', across.compare_gains, groups, 'page').svg
-  note = drawing.draw('gains', across.compare_gains, groups[1:], 'page').caption
-  assert 'no finished run of the plain network' in note
+  without = drawing.draw('gains', across.compare_gains, groups[1:], 'page')
+  assert without.svg == without.caption == ''  # there is no plain network
 
 
 def test_seeds_are_a_band_around_the_mean(tmp_path):
@@ -977,6 +1078,18 @@ def test_seeds_in_common_are_compared_by_a_paired_t_test(tables_only, tmp_path):
   assert not any(text.startswith('70.3') for text in grey)  # the mean of more
   assert 'Differences from ce' in page and 'paired t-test over seeds' in page
   assert '+10.3 (+8.9 to +11.8)' in (tmp_path / 'report.md').read_text()
+
+
+def test_a_difference_that_never_varies_is_not_certain(tables_only, tmp_path):
+  for seed in range(3):
+    write_run(tmp_path / f'ce/{seed}', config('ce', seed), 0.5)
+    write_run(tmp_path / f'ldam/{seed}', config('ldam', seed), 0.6)
+  one = compared(tmp_path)['ldam']
+  assert one.intervals['accuracy'].within_noise
+  table = differences.differences_table([one])
+  cells = dict(zip(table.headings, table.rows[0], strict=True))
+  assert (cells['accuracy'], cells['few-shot']) == ('+10.0 (n/a)', '0.0 (n/a)')
+  assert (0, table.headings.index('accuracy')) in table.faint
 
 
 def write_predictions(folder, recipe, right):

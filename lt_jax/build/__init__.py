@@ -494,7 +494,10 @@ def learned_classes(
   every = groups.get('seen', np.ones_like(groups['many']))
   learned = np.any(members, axis=0) if members else every
   if not learned.any():
-    raise UserError(f'no class is in {" or ".join(names)}')
+    raise UserError(
+      f'shot_groups: no class is in {" or ".join(names)}; choose other groups, or '
+      'other bounds by data.many_shot and data.few_shot'
+    )
   return learned
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lt_jax.config import CLOCK, SOURCE, TARGET, Config
+from lt_jax.config import CLOCK, SOURCE, TARGET, Config, domain_data
+from lt_jax.data import places
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
@@ -16,6 +17,7 @@ from lt_jax.evals.tasks import Task
 from lt_jax.method import Method, State
 from lt_jax.models.layers import Layer
 from lt_jax.optim import Optimizer
+from lt_jax.pretrained import ours
 from lt_jax.surgery import Surgery
 from lt_jax.train import Plan, state_shapes
 
@@ -190,6 +192,13 @@ class Experiment(NamedTuple):
     if statistics == TARGETS_OWN:
       statistics += f', for images of {stage.domain!r} its own'
     return f'each domain normalised as itself; batch statistics: {statistics}'
+
+  @property
+  def begins_with_target_labels(self) -> bool:
+    """Whether its initial weights were trained with labels of a target."""
+    names = self.roles[TARGET]
+    targets = [places.place(domain_data(self.config, name)) for name in names]
+    return bool(names) and ours.used_target_labels(self.config['init'], targets)
 
   @property
   def dataset(self) -> Dataset:

@@ -42,10 +42,10 @@ def selection(
     return None
   split, _, metric = str(select).partition('/')
   if split.endswith('test'):
-    raise UserError('select: a State is never chosen on a test set')
+    raise UserError('select: a checkpoint is never chosen on a test set')
   if split == 'oracle':
     raise UserError(
-      'select: a State is never chosen by labels of a target, as oracle/ would be'
+      'select: a checkpoint is never chosen by labels of a target, as oracle/ would be'
     )
   if split == TARGET and metric:
     criteria = {

@@ -9,7 +9,7 @@ are the stage's clock.
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -149,35 +149,21 @@ def _images(
     UserError: there is no such split, it is too small, or the sampler needs labels.
   """
   domain, batch = domain or config['domain'], batch or config['batch']
-  if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-    raise UserError(f'streams.{stream}.every is {every!r}; it must be 1 or more')
-  if domain == OPEN or domain in domains.roles[OPEN]:
-    raise UserError(
-      f'streams.{stream}: domain {domain!r} is open, so training must not use it'
-    )
   of_target = domains.is_target(domain)
   labelled = not of_target if labels is None else labels
-  if of_target and split == 'meta' and not labelled:
-    raise UserError(
-      f'streams.{stream}: the meta set of a target is drawn by its labels: set labels '
-      'to True, or split to train'
-    )
+  _check_row(stream, every, domain, domains, split, hidden=of_target and not labelled)
   dataset = domains.dataset(domain)
   if dataset.class_names != domains.dataset(config['domain']).class_names:
-    learned = np.ones(
-      len(dataset.class_names), bool
-    )  # it has its own classes: learn all
+    # It has its own classes and learns them all.
+    learned = np.ones(len(dataset.class_names), bool)
   images = _split(dataset, stream, split, domain, batch)
   places, total = np.arange(len(images.rows)), len(images.rows)
   if labelled and images.of_pixels:
     unseen = dataset.unseen if dataset.unseen is not None else ~learned & learned
     _check_maps(images, stream, learned | unseen)
   elif labelled:
-    kept = learned[images.labels]
-    places = places[kept]
-    images = images._replace(rows=images.rows[kept], labels=images.labels[kept])
-    if images.domain is not None:
-      images = images._replace(domain=images.domain[kept])
+    places = np.flatnonzero(learned[images.labels])
+    images = _taken(images, places)
   if not (domain_labels if domain_labels is not None else not of_target):
     images = images._replace(domain=None)
   drawn = images if labelled else Unlabelled(images)
@@ -231,6 +217,33 @@ def _images(
     uses_target_labels=of_target and labelled,
     pixels=(data['mean'], data['std']),
   )
+
+
+def _check_row(
+  stream: str, every: Any, domain: str, domains: Domains, split: str, hidden: bool
+) -> None:
+  """Rejects a row that draws too rarely, from an open domain, or by hidden labels."""
+  if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    raise UserError(f'streams.{stream}.every is {every!r}; it must be 1 or more')
+  if domain == OPEN or domain in domains.roles[OPEN]:
+    raise UserError(
+      f'streams.{stream}: domain {domain!r} is open, so training must not use it'
+    )
+  if split == 'meta' and hidden:
+    raise UserError(
+      f'streams.{stream}: the meta set of a target is drawn by its labels: set labels '
+      'to True, or split to train'
+    )
+
+
+def _taken(images: Split, places: np.ndarray) -> Split:
+  """Returns some images of a split, by their places (n,) in it."""
+  taken = {
+    name: array[places]
+    for name in ('rows', 'labels', 'domain')
+    if (array := getattr(images, name)) is not None
+  }
+  return images._replace(**taken)
 
 
 def _check_maps(images: Split, stream: str, learned: np.ndarray) -> None:
@@ -464,9 +477,12 @@ def _sampler(
   A curriculum follows the epochs of the stage, however many images the stream has. A
   sampler that draws by class only sees the learned classes (C,) bool.
   """
+  if not isinstance(options, Mapping) or 'name' not in options:
+    raise UserError(
+      f"streams.{stream}.sampler is {options!r}; it must be a dict with a 'name'"
+    )
   options = dict(options)
-  start = options.pop('start_epoch', 0)
-  name = options.pop('name')
+  start, name = options.pop('start_epoch', 0), options.pop('name')
   stored = images = np.arange(len(split.rows))
   asked = inspect.signature(lookup(SAMPLERS, 'sampler', name)).parameters
   if ('order' in asked) != (order is not None):

@@ -36,6 +36,9 @@ HASHED = 50_000
 TOLERATED = 1e-3
 """The largest share of a split that can be duplicates and is odd rather than wrong."""
 
+FEWEST_CLASSES = 10
+"""With fewer, a tail has no shape to speak of."""
+
 FAR = 0.5
 """Normalised pixels whose mean is farther from 0 are odd."""
 
@@ -312,8 +315,8 @@ def tail(case: Case) -> Findings:
   yield ok(
     f'training {case.dataset.counted} per class: most {ordered[0]:,}, median '
     f'{np.median(ordered):,g}, fewest {ordered[-1]:,}; imbalance '
-    f'{ordered[0] / max(ordered[-1], 1):,.4g}, Gini coefficient {_gini(counts):.3f}; '
-    f'the tail is {_shape(ordered)}'
+    f'{ordered[0] / max(ordered[-1], 1):,.4g}, Gini coefficient {_gini(counts):.3f}'
+    + (f'; the tail is {_shape(ordered)}' if len(ordered) >= FEWEST_CLASSES else '')
   )
   stated = longtail.class_counts(
     data['profile'], len(counts), data['n_max'], data['imbalance']
@@ -401,14 +404,14 @@ def normalisation(case: Case) -> Findings:
   normal = (pixels - np.array(data['mean'])) / np.array(data['std'])
   mean, std = normal.mean(0), normal.std(0)
   text = (
-    f'the pixels of {len(case.sample)} training images have mean {_numbers(seen[0])} '
-    f'and deviation {_numbers(seen[1])}, normalised {_numbers(mean)} and '
-    f'{_numbers(std)}'
+    f'the normalised pixels of {len(case.sample)} training images have mean '
+    f'{_numbers(mean)} and deviation {_numbers(std)}'
   )
-  if np.abs(mean).max() > FAR or std.max() > FACTOR or std.min() < 1 / FACTOR:
+  if far := _far(mean, std):
     yield odd(
-      f'{text}, far from 0 and 1: see data.mean {_numbers(data["mean"])} and data.std '
-      f'{_numbers(data["std"])}'
+      f'{text}: {far}; see data.mean {_numbers(data["mean"])} and data.std '
+      f'{_numbers(data["std"])}, which are {_numbers(seen[0])} and {_numbers(seen[1])} '
+      'in these images'
     )
   else:
     yield ok(text)
@@ -422,9 +425,17 @@ def _scale(arrays: np.ndarray, data: Config) -> Finding:
     f'the values of {len(arrays)} training arrays have mean {normal.mean():.3g} and '
     f'deviation {normal.std():.3g}'
   )
-  if abs(normal.mean()) > FAR or not 1 / FACTOR < normal.std() < FACTOR:
-    return odd(f'{text}, far from 0 and 1: --config.data.standardise fits both')
+  if far := _far(normal.mean(), normal.std()):
+    return odd(f'{text}: {far}; --config.data.standardise fits both')
   return ok(text)
+
+
+def _far(mean: np.ndarray, std: np.ndarray) -> str:
+  """Says which of the two is far from what normalisation aims at; '' if neither is."""
+  far = ['the mean is far from 0'] * bool(np.abs(mean).max() > FAR)
+  if np.max(std) > FACTOR or np.min(std) < 1 / FACTOR:
+    far.append('the deviation is far from 1')
+  return ' and '.join(far)
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -31,8 +31,7 @@ SHARED_MEMORY = '/dev/shm'
 def versions(case: Case) -> Findings:
   """Reports what is installed, and where JAX runs."""
   yield ok(', '.join(f'{k} {v}' for k, v in results.versions().items()))
-  kind = jax.devices()[0].device_kind
-  yield ok(f'{jax.device_count()} x {jax.default_backend()} {kind}')
+  yield ok(results.devices(jax.device_count()))
 
 
 def accelerators(case: Case) -> Findings:
@@ -52,7 +51,8 @@ def cores(case: Case) -> Findings:
   if workers > found:
     yield odd(f'data.workers is {workers}, but this process can use only {found} cores')
   else:
-    yield ok(f'{found} cores, data.workers {workers}')
+    kinds = {-1: 'one data worker per core', 0: 'threads read the data'}
+    yield ok(f'{found} cores; {kinds.get(workers, f"{workers} data workers")}')
 
 
 def shared_memory(case: Case) -> Findings:

@@ -119,13 +119,13 @@ def _duration(seconds: float) -> str:
 
 
 def _trials(case: Case) -> dict[str, Trial]:
-  if not case.trials:
+  if not case.trials and case.experiment:  # otherwise that is why
     raise CheckSkipped('no step was compiled')
   return case.trials
 
 
 def _steps(case: Case) -> dict[str, Step]:
-  if not case.steps:
+  if not case.steps and case.experiment:  # otherwise that is why
     raise CheckSkipped('no step was taken')
   return case.steps
 
@@ -193,14 +193,14 @@ def learns(case: Case) -> Findings:
   """Reports whether parameters move, and whether the images affect how."""
   for name, step in _steps(case).items():
     still = [path for path, moved in step.moved.items() if not moved]
-    text = f'{name}: {len(step.moved) - len(still)} of {len(step.moved)} arrays of '
-    text += 'parameters move'
+    text = f'{name}: a step changes {len(step.moved) - len(still)} of '
+    text += f'{len(step.moved)} parameter arrays'
     if len(still) == len(step.moved):
-      yield wrong(f'{name}: no parameter moves: see schedule.base and what is frozen')
+      yield wrong(f'{name}: no parameter changes: see schedule.base and what is frozen')
     elif step.blind:
       yield wrong(f'{text}, but the same way for other images: no gradient arrives')
     else:
-      yield ok(text + (f'; {still[0]} is one that does not' if still else ''))
+      yield ok(text + (f', and not {still[0]}' if still else ''))
 
 
 def by_heart(case: Case) -> Findings:
@@ -215,10 +215,10 @@ def by_heart(case: Case) -> Findings:
     losses.append(float(values.get('loss', np.nan)))
     if not finite:
       break
-  text = f'{trial.stage.name}: {len(losses)} steps on one batch, at the learning rate '
-  text += (
-    f'of step {int(clock)}: the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}'
-  )
+  rate = f'learning rate of step {int(clock)}, where the warm-up ends'
+  rate = rate if int(clock) else 'initial learning rate'
+  text = f'{trial.stage.name}: in {len(losses)} steps on one batch, at the {rate}, '
+  text += f'the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}'
   if not (finite and checkpoint.all_finite(state)):
     yield wrong(f'{text}, not finite: try a smaller schedule.base, or a warm-up')
   elif losses[-1] < 0.5 * losses[0]:
@@ -268,12 +268,12 @@ def memory(case: Case) -> Findings:
     if device.platform == 'cpu':  # all devices share the memory of the host
       needed *= case.experiment.mesh.size
     largest = max(trial.memory, key=trial.memory.get)
-    text = f'{name}: a step takes {amount(needed)}, most of it {largest} '
-    text += f'({amount(trial.memory[largest])} per device)'
+    text = f'{name}: a step needs {amount(needed)} of memory, the largest part '
+    text += f'({amount(trial.memory[largest])} per device) for {largest}'
     if there is None:
       yield ok(text)
     else:
-      text += f'; there are {amount(there)}'
+      text += f'; {amount(there)} are available'
       level = wrong if needed > there else odd if needed > 0.9 * there else ok
       yield level(text)
 

@@ -318,7 +318,15 @@ def domain_loss(
 
   Returns:
     (loss (), {'domain_loss', 'domain_accuracy'}); the accuracy is not weighted.
+
+  Raises:
+    UserError: the logits have another shape, such as (S, 2).
   """
+  if of_source.ndim != 1:
+    raise UserError(
+      f'the discriminator returns {of_source.shape} for {len(of_source)} images; it '
+      'must return one logit for each: choose another players.discriminator.network'
+    )
   source_loss = (source_weights * nn.softplus(of_source)).mean()
   target_loss = (target_weights * nn.softplus(-of_target)).mean()
   loss = source_loss + target_loss

@@ -6,7 +6,7 @@ by `lt_jax.export`. Such weights know their preprocessing and classes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -60,29 +60,42 @@ def origin(source: str) -> Origin | None:
   return None
 
 
-def used_target_labels(source: str) -> bool:
+def used_target_labels(source: str, targets: Sequence[Mapping[str, str]] = ()) -> bool:
   """Returns whether labels of a target were read on the way to some weights of ours.
 
-  So says the run, finished or not, or the export, or what the run itself began with.
+  So says the run, finished or not, or the export, or what the run itself began with. A
+  run that learned the labels of a target's data set as its own had no target, so it is
+  known by the place of its data.
+
+  Args:
+    source: as for `origin`.
+    targets: where the data of targets are, see `places.place`.
   """
-  from lt_jax.writers import read_rows  # imports `config`, which imports this file
+  from lt_jax.config import labelled_data  # imports this file, as `writers` does
+  from lt_jax.data import places
+  from lt_jax.writers import read_rows
 
   seen: set[str] = set()
   while source and source not in seen:
     seen.add(source)
     path = epath.Path(source).expanduser()
     if source.endswith('.safetensors') and path.is_file():
-      return _header(path).get('uses_target_labels') == 'true'
-    result, events, config = (
-      path / name for name in ('result.json', 'events.jsonl', 'config.json')
-    )
-    if not config.is_file():
+      header = _header(path)
+      rows = [{'uses_target_labels': header.get('uses_target_labels') == 'true'}]
+      config = json.loads(header.get('config', '{}'))
+    elif (path / 'config.json').is_file():
+      result, events = path / 'result.json', path / 'events.jsonl'
+      rows = [_json(result, source)] if result.is_file() else []
+      rows += read_rows(events) if events.is_file() else []
+      config = _json(path / 'config.json', source)
+    else:
       return False
-    rows = [_json(result, source)] if result.is_file() else []
-    rows += read_rows(events) if events.is_file() else []
-    if any(row.get('uses_target_labels') for row in rows):
+    learned = map(places.place, labelled_data(config))
+    if any(row.get('uses_target_labels') for row in rows) or any(
+      place in targets for place in learned
+    ):
       return True
-    source = str(_json(config, source).get('init', ''))
+    source = str(config.get('init', ''))
   return False
 
 

@@ -12,6 +12,10 @@ from lt_jax.protocols import Protocol, train_by
 
 BATCH = 32
 
+TRUNK_SLOWLY = (('net/(head|projection)/.*', 1.0), ('.*', 0.1))
+"""Learning rate of parameters, relative to that of new layers: a trained trunk's is a
+tenth."""
+
 BOTTLENECK = 256
 """Size of a linear layer with ReLU between trunk and head, as in TLLib."""
 
@@ -40,12 +44,13 @@ FEATURE_STEPS = 1000
 """Training on features, where no trunk needs to learn."""
 
 
-def _tllib(steps: int, images: Mapping[str, int], pair: tuple[str, str]) -> Protocol:
+def tllib(of_source: float, of_target: float) -> Protocol:
   """Rates, decay, bottleneck and discriminator size of Jiang et al.'s library TLLib.
 
-  An epoch is one of the source, or of the target if only that is trained on.
+  Args:
+    of_source: epochs of the source to train for.
+    of_target: epochs of the target, if only that is trained on.
   """
-  of_source, of_target = ((steps - 0.5) * BATCH / images[name] for name in pair)
   return Protocol(
     {
       'batch': BATCH,
@@ -115,9 +120,7 @@ def pair_of_photographs(arg: str | None, pairs: Pairs) -> ConfigDict:
       'init': option.init,
       'data': {**_photographs(option), **pixels(option.net)},
       'model': {'trunk': option.net},
-      'optimizer': {
-        'learning_rate_scale': (('net/(head|projection)/.*', 1.0), ('.*', 0.1))
-      },
+      'optimizer': {'learning_rate_scale': TRUNK_SLOWLY},
     }
   config = apply(
     base_config(),
@@ -129,7 +132,7 @@ def pair_of_photographs(arg: str | None, pairs: Pairs) -> ConfigDict:
     },
   )
   steps = option.steps or (FEATURE_STEPS if option.features else pairs.steps)
-  protocol = _tllib(steps, pairs.images, pair)
+  protocol = tllib(*((steps - 0.5) * BATCH / pairs.images[name] for name in pair))
   training = Protocol(apply(ConfigDict(protocol.training), seen).to_dict())
   return train_by(config, recipe, protocol._replace(training=training.training))
 

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from lt_jax.config import apply
-from lt_jax.errors import lookup
+from lt_jax.errors import UserError, lookup
 from lt_jax.recipes import (
   adaptation,
   compound,
@@ -43,7 +43,12 @@ def find(name: str) -> Recipe:
   Raises:
     UserError: there is no recipe of this name.
   """
-  return lookup(RECIPES, 'method', name)
+  try:
+    return lookup(RECIPES, 'recipe', name)
+  except UserError as error:
+    if str(error).endswith('?'):  # it suggests a near miss
+      raise
+    raise UserError(f'{error}; python -m lt_jax recipes lists all') from None
 
 
 def apply_recipe(config: ConfigDict, name: str) -> ConfigDict:

@@ -17,7 +17,7 @@ from lt_jax.report.drawing import (
   plot,
   shortened,
 )
-from lt_jax.report.runs import Group, NoData, Run
+from lt_jax.report.runs import Group, NoData, NotApplicable, Run
 
 PLAIN = 'ce'
 """The recipe that gains are measured against."""
@@ -33,23 +33,24 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
   """Draws each method's gain over the plain network, per class and on the open set.
 
   The columns are classes, the most frequent first, or blocks of them, and then the open
-  class. Each has two numbers: accuracy, and F1, which false alarms lower. Known classes
-  are scored without rejection, the open class at the chosen threshold.
+  class if there is an open set. Each has two numbers: accuracy, and F1, which false
+  alarms lower. Known classes are scored without rejection, the open class at the chosen
+  threshold.
 
   Args:
     groups: one per method; one of them is `PLAIN`.
 
   Raises:
-    NoData: the plain network is missing, or no other method has its classes.
+    NotApplicable: the plain network is missing, or no other method has its classes.
   """
   groups = [group for group in groups if group.counted]
   plain = next((g for g in groups if g.counted[0].recipe == PLAIN), None)
   if plain is None:
-    raise NoData(f'there is no finished run of the plain network, {PLAIN!r}')
+    raise NotApplicable(f'there is no finished run of the plain network, {PLAIN!r}')
   names = plain.counted[0].class_names
   others = [g for g in groups if g is not plain and g.counted[0].class_names == names]
   if not others:
-    raise NoData('no other method has the classes of the plain network')
+    raise NotApplicable('no other method has the classes of the plain network')
   order = np.argsort(-plain.counted[0].counts, kind='stable')
   parts = np.array_split(order, min(len(order), MOST_COLUMNS))
   ticks = (
@@ -57,22 +58,38 @@ def compare_gains(groups: Sequence[Group]) -> Drawn:
     if len(parts) == len(order)
     else [f'{part[0] + 1} to {part[-1] + 1}' for part in _ranks(parts)]
   )
+  opened = any(
+    run.result['test'].get('open_accuracy') is not None
+    for group in groups
+    for run in group.counted
+  )
   figure, panels = plot(2, size=(9, 2 + 0.5 * len(others)), sharex=True)
   for axes, (name, measure) in zip(panels, MEASURES.items(), strict=True):
     gains = []
     for group in others:
       gain = _mean(group, measure) - _mean(plain, measure)
       blocks = [finite_mean(gain[part][:, None])[0] for part in parts]
-      gains.append([*blocks, gain[-1]])
+      gains.append([*blocks, *gain[-1:]] if opened else blocks)
     _squares(axes, np.array(gains))
+    if opened:
+      axes.axvline(len(parts) - 0.5, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(others)), [_short(group.label) for group in others])
     axes.set_title(f'gain in {name}, points')
   turned = 90 if max(map(len, ticks)) * len(ticks) > 100 else 0
-  panels[-1].set_xticks(range(len(ticks) + 1), [*ticks, 'open'], rotation=turned)
-  panels[-1].set_xlabel('classes, the most frequent first, and the open class')
+  ticks = [*ticks, 'open'] if opened else ticks
+  panels[-1].set_xticks(range(len(ticks)), ticks, rotation=turned)
+  beside = ', and the open class' if opened else ''
+  panels[-1].set_xlabel(f'classes, the most frequent first{beside}')
+  several = any(len(group.counted) > 1 for group in groups)
+  mean = ', mean over seeds' if several else ''
+  rejection = (
+    ' Known classes are scored without rejection, the open class at the chosen '
+    'threshold.'
+    if opened
+    else ''
+  )
   return figure, (
-    f'Gain over the plain network ({plain.label}) per class, mean over seeds. Known '
-    'classes are scored without rejection, the open class at the chosen threshold.'
+    f'Gain over the plain network ({plain.label}) per class{mean}.{rejection}'
   )
 
 
@@ -153,7 +170,6 @@ def _squares(axes: Axes, gains: np.ndarray) -> None:
   style = {'ha': 'center', 'va': 'center', 'fontsize': 7, 'color': INK}
   for row, column, value in zip(rows, columns, values, strict=True):
     axes.text(column, row, f'{value:+.0f}', **style)
-  axes.axvline(gains.shape[1] - 1.5, color=INK, linewidth=0.8)
   axes.grid(visible=False)
   axes.set(xlim=(-0.5, gains.shape[1] - 0.5), ylim=(len(gains) - 0.5, -0.5))
 
@@ -197,9 +213,10 @@ def compare_training(groups: Sequence[Group]) -> Drawn:
   fewer = f' Shown are the {MOST_LINES} with the highest accuracy.' * (
     len(shown) < len(groups)
   )
+  several = any(len(group.counted) > 1 for group in shown)
+  band = 'Mean over seeds, with the standard deviation as a band. ' if several else ''
   return figure, (
-    'Training curves: mean over seeds, with the standard deviation as a band. Training '
-    f'images are augmented and weighted, test images are not.{fewer}'
+    f'{band}Training images are augmented and weighted, test images are not.{fewer}'
   )
 
 

@@ -12,24 +12,23 @@ import numpy as np
 from lt_jax.evals import titles
 from lt_jax.report.drawing import OTHER_CONTENTS, finite_mean
 from lt_jax.report.noise import LEVEL, RESAMPLES, Interval, paired_bootstrap, paired_t
-from lt_jax.report.runs import Group, NoData, Run, printable
-from lt_jax.report.tables import Table
-
-CONTROLS = ('ce', 'source_only')
-"""Plain networks that other recipes are compared with, for one domain and for two."""
+from lt_jax.report.runs import CONTROLS, Group, NoData, Run, printable
+from lt_jax.report.tables import SHOTS, Table
 
 FEWEST_SEEDS = 3
 """With fewer, deviations say too little: two seeds may agree to the image by chance."""
 
-SHOTS = ('many', 'medium', 'few')
+PAIRED_T = 'paired t'
 
-REMARK = (
-  f'Difference in points with its {100 * LEVEL:.0f} % interval; grey, here and in the '
-  'first table, if the interval contains zero, so that noise may explain it. With '
-  f'{FEWEST_SEEDS} or more seeds in common, the interval is from a paired t-test over '
-  'seeds: would other seeds agree? With fewer, it is from a paired bootstrap over test '
-  f'images ({RESAMPLES:,} resamples): would these networks agree on other images? '
-  'Neither is corrected for multiple comparisons.'
+OVER_SEEDS = 'The interval is from a paired t-test over seeds: would other seeds agree?'
+OVER_IMAGES = (
+  'The interval is from a paired bootstrap over test images '
+  f'({RESAMPLES:,} resamples): would these networks agree on other images?'
+)
+BOTH = (
+  f'With {FEWEST_SEEDS} or more seeds in common, the interval is from a paired t-test '
+  'over seeds: would other seeds agree? With fewer, it is from a paired bootstrap over '
+  f'test images ({RESAMPLES:,} resamples): would these networks agree on other images?'
 )
 
 
@@ -82,7 +81,7 @@ def _compared(group: Group, reference: Group) -> Comparison:
   seeds = [seed for seed in ours if seed in theirs]
   which = f'{len(seeds)} seeds' if len(seeds) > 1 else f'seed {next(iter(seeds), "")}'
   if len(seeds) >= FEWEST_SEEDS:
-    test, name = _over_seeds, f'paired t, {which}'
+    test, name = _over_seeds, f'{PAIRED_T}, {which}'
   else:
     test, name = _over_images, f'bootstrap, {which}'
   pairs = [(ours[seed], theirs[seed]) for seed in seeds]
@@ -95,7 +94,7 @@ Pairs = Sequence[tuple[Run, Run]]
 
 def _over_seeds(pairs: Pairs) -> dict[str, Interval]:
   found = {}
-  for name in (pairs[0][0].headline, *SHOTS):
+  for name in (pairs[0][0].headline, *_groups(pairs)):
     ours, theirs = _both(pairs, name)
     if None not in (*ours, *theirs):
       found[name] = paired_t(ours, theirs)
@@ -186,9 +185,10 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
 
 
 def _groups(pairs: Pairs) -> dict[str, np.ndarray]:
-  """Returns the shot groups with at least one class; only these have a metric."""
+  """Returns the shot groups with at least one class; {} if one of them has all."""
   groups = pairs[0][0].groups
-  return {name: groups[name] for name in SHOTS if groups[name].any()}
+  there = {name: groups[name] for name in SHOTS if groups[name].any()}
+  return there if len(there) > 1 else {}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -216,7 +216,34 @@ def differences_table(found: Sequence[Comparison]) -> Table:
 
 def _as_text(interval: Interval) -> str:
   middle, low, high = (f'{round(100 * x, 6) + 0:+.1f}' for x in interval)
+  if not interval.is_known:
+    return f'{"0.0" if middle == "+0.0" else middle} (n/a)'
   return f'{middle} ({low} to {high})'
+
+
+def brief(found: Sequence[Comparison]) -> str:
+  """Returns what stands above the table where no cell is grey."""
+  every = [one for comparison in found for one in comparison.intervals.values()]
+  absent = ' n/a: all measurements agree, so there is no interval.'
+  return (
+    f'Difference in points with its {100 * LEVEL:.0f} % interval. Noise may explain a '
+    'difference whose interval contains zero.'
+    + absent
+    * any(not interval.is_known for interval in every)
+  )
+
+
+def remark(found: Sequence[Comparison]) -> str:
+  """Returns what stands above the table on a page, where some cells are grey."""
+  over_seeds = {comparison.test.startswith(PAIRED_T) for comparison in found}
+  test = (
+    BOTH if len(over_seeds) > 1 else OVER_SEEDS if True in over_seeds else OVER_IMAGES
+  )
+  several = ' Intervals are not corrected for multiple comparisons.' * (len(found) > 1)
+  return (
+    f'{brief(found)} Such differences are grey, here and in the first table. '
+    f'{test}{several}'
+  )
 
 
 def title(found: Sequence[Comparison]) -> str:

@@ -20,6 +20,7 @@ from lt_jax.report.drawing import (
   line,
   matrix,
   mean_and_deviation,
+  over_seeds,
   plot,
   seeds,
   shortened,
@@ -27,6 +28,7 @@ from lt_jax.report.drawing import (
 from lt_jax.report.figures import (
   MOST_NAMED,
   SPLITS,
+  about_map,
   class_sets,
   drawable,
   each_seed,
@@ -35,7 +37,7 @@ from lt_jax.report.figures import (
   scatter,
   short_label,
 )
-from lt_jax.report.runs import Group, NoData, Run
+from lt_jax.report.runs import Group, NoData, NotApplicable, Run
 
 MOST_PANELS = 6
 
@@ -105,6 +107,8 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
   runs = finished(runs)
   shown, masks = domains(runs[0]), runs[0].groups
   there = [name for name, mask in masks.items() if mask.any()]
+  if len(there) < 2:
+    raise NotApplicable('all classes are in one shot group')
   figure, axes = plot(size=(5.6, 3.2))
   width = 0.8 / len(shown)
   for number, (domain, colour) in enumerate(colours_of(shown).items()):
@@ -226,7 +230,8 @@ def _entropy(share: np.ndarray) -> float:
 def domain_training(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy on source and targets over all stages."""
   if not any(run.rows for run in runs):
-    raise NoData('metrics.jsonl is missing, or empty')
+    kind = NoData if any(run.result for run in runs) else NotApplicable
+    raise kind('metrics.jsonl is missing, or empty')
   shown = next(filter(None, map(domains, runs)))
   judged = any('domain_accuracy' in row for run in runs for row in run.rows)
   figure, panels = plot(
@@ -309,8 +314,7 @@ def domain_features(runs: Sequence[Run]) -> Drawn:
   right.set_title('by class')
   return figure, (
     f'{name} map of {len(points)} test features of all domains, coloured by domain and '
-    'by class. Numbers in brackets are training images per class. Distances between '
-    'far groups mean little.'
+    f'by class.{about_map(run, name)}'
   )
 
 
@@ -406,9 +410,7 @@ def compare_domains(groups: Sequence[Group]) -> Drawn:
   measure = titles()[groups[0].counted[0].headline]
   axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes, 3)
-  return figure, (
-    f'Test {measure} in each domain; mean and standard deviation over seeds.'
-  )
+  return figure, f'Test {measure} in each domain{over_seeds(groups)}.'
 
 
 COMPARISONS = {'compare_domains': compare_domains}

@@ -7,12 +7,7 @@ import numpy as np
 
 from lt_jax.evals.domains import gap_coverage
 from lt_jax.report.runs import Group, Run, printable
-from lt_jax.report.tables import Table, percent
-
-UNITS = (
-  'Test accuracy in % in each domain (mIoU for label maps); other test metrics are '
-  'those of the target, or means over targets.'
-)
+from lt_jax.report.tables import Table, headline_title, percent
 
 DISTANCE = (
   'A-distance: how well a linear classifier separates features of training images of '
@@ -73,12 +68,17 @@ def domains_table(groups: Sequence[Group]) -> Table:
   )
 
 
-def remarks(table: Table) -> list[str]:
+def remarks(table: Table, groups: Sequence[Group]) -> list[str]:
   """Returns the remarks on the table of domains; none for an empty table."""
   if not table.rows:
     return []
+  targets = max(len(run.config.get('target', ())) for g in groups for run in g.counted)
+  others = {0: '', 1: '; other test metrics are those of the target'}.get(
+    targets, '; other test metrics are means over targets'
+  )
   apart = any(heading.startswith('A-distance') for heading in table.headings)
-  return [UNITS, *[DISTANCE] * apart]
+  units = f'Test {headline_title(groups)} in % in each domain{others}.'
+  return [units, *[DISTANCE] * apart]
 
 
 def _accuracies(group: Group, domain: Domain) -> str:
@@ -173,6 +173,8 @@ def _beside(
   group: Group, source: Group | None, target: Group | None, *, shares: bool
 ) -> str:
   """Says how a method compares with its controls, and marks negative transfer."""
+  if group is source:
+    return '0 %' if shares else '0'
   if source is None or (shares and target is None):
     return 'n/a'
   ours, below = _headline(group), _headline(source)

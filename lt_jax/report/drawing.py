@@ -21,7 +21,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from lt_jax.report.runs import JOINERS, NoData, Run, printable
+from lt_jax.report.runs import JOINERS, Group, NoData, NotApplicable, Run, printable
 
 Drawn = tuple[Figure, str]
 
@@ -151,6 +151,12 @@ def seeds(runs: Sequence[Run]) -> str:
   return '' if count == 1 else f' Mean and standard deviation of {count} seeds.'
 
 
+def over_seeds(groups: Sequence[Group]) -> str:
+  """Returns the end of a caption about several methods, if any has several seeds."""
+  several = any(len(group.counted) > 1 for group in groups)
+  return '; mean and standard deviation over seeds' if several else ''
+
+
 MOST_PLACES = 14
 ROOM = '\u2004'  # a third of an em
 
@@ -179,7 +185,7 @@ def finished(runs: Sequence[Run]) -> list[Run]:
   """Returns the runs with a result."""
   found = [run for run in runs if run.result]
   if not found:
-    raise NoData(runs[0].why_unfinished)
+    raise NotApplicable(runs[0].why_unfinished)
   return found
 
 
@@ -192,24 +198,53 @@ class Figured(NamedTuple):
 
   Attributes:
     name: its name.
+    title: its heading on a page.
     caption: what it shows.
-    svg: the drawing; '' if there is none, and then the caption says why.
+    svg: the drawing; '' if there is none, and then the caption says why, or is '' if
+      the figure does not apply to the run.
   """
 
   name: str
+  title: str
   caption: str
   svg: str
-
-  @property
-  def title(self) -> str:
-    """Its heading on a page."""
-    title = self.name.removeprefix('compare_').replace('_', ' ')
-    return title[:1].upper() + title[1:]
 
   @property
   def is_wide(self) -> bool:
     """Whether it takes two columns of a page."""
     return float(re.search(r'width="([\d.]+)"', self.svg)[1]) > WIDE
+
+
+TITLES = {
+  'class_accuracy': '{measure} by class',
+  'shot_groups': '{measure} by shot group',
+  'reliability': 'Reliability of the confidence',
+  'weights': 'Learned weights of examples',
+  'epsilons': 'What learning added to the weights',
+  'compare_shot_groups': '{measure} of each method',
+  'compare_classes': '{measure} by class',
+  'compare_gains': 'Gain over the plain network',
+  'compare_training': 'Training curves',
+  'compare_domains': '{measure} by domain',
+  'domain_classes': '{measure} by class and domain',
+  'domain_shot_groups': '{measure} by shot group and domain',
+  'domain_predictions': 'Predicted and true classes by domain',
+  'domain_training': 'Training curves by domain',
+  'domain_features': 'Features by domain',
+  'domain_order': 'Order of the target images',
+  'domain_borrowed': 'What features take from the memory',
+  'example_epsilons': 'Weights of single images',
+}
+"""Name of a figure -> its heading, unless that is the name."""
+
+
+def _title(name: str, shown: Sequence[Any]) -> str:
+  """Returns the heading of a figure of runs, or of groups of runs."""
+  title = TITLES.get(name, name.replace('_', ' '))
+  if '{measure}' in title:
+    runs = [run for one in shown for run in getattr(one, 'runs', [one])]
+    title = title.format(measure=runs[0].measure)
+  return title[:1].upper() + title[1:]
 
 
 WIDE = 700
@@ -220,17 +255,19 @@ def draw(
   name: str, figure: Callable[[Sequence[Any]], Drawn], shown: Sequence[Any], prefix: str
 ) -> Figured:
   """Draws a figure; if its data are missing, returns a caption that says which."""
-  title = name.replace('_', ' ')
+  title = _title(name, shown)
   try:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Glyph')  # the browser has other fonts
       drawn, caption = figure(shown)
-      return Figured(name, caption, svg(drawn, f'{prefix}-{name}', caption))
+      return Figured(name, title, caption, svg(drawn, f'{prefix}-{name}', caption))
+  except NotApplicable:
+    return Figured(name, title, '', '')
   except NoData as missing:
-    return Figured(name, f'No figure of {title}: {missing}.', '')
+    return Figured(name, title, f'“{title}” is not drawn: {missing}.', '')
   except OTHER_CONTENTS as error:
     why = f'its files have unexpected contents ({type(error).__name__}: {error})'
-    return Figured(name, f'No figure of {title}: {printable(why)}.', '')
+    return Figured(name, title, f'“{title}” is not drawn: {printable(why)}.', '')
 
 
 NAMESPACES = {'': 'http://www.w3.org/2000/svg', 'xlink': 'http://www.w3.org/1999/xlink'}

@@ -29,19 +29,23 @@ from lt_jax.report.drawing import (
   log_counts,
   matrix,
   mean_and_deviation,
+  over_seeds,
   plot,
   seeds,
   shortened,
   thinned,
 )
 from lt_jax.report.learned import epsilons
-from lt_jax.report.runs import Group, NoData, Run
+from lt_jax.report.runs import Group, NoData, NotApplicable, Run
 
 MOST_CLASSES = 50
 """Up to this many classes, each has its own row in a matrix."""
 
 MOST_NAMED = 20
 MOST_POINTS = 1000
+MOST_COLOURS = 10
+"""Up to this many classes, each has its own colour in a map of features."""
+
 FEWEST_NEIGHBOURS = 30
 
 
@@ -106,6 +110,8 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
 def shot_groups(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of many-, medium- and few-shot classes, and of all."""
   runs = finished(runs)
+  if sum(mask.any() for mask in runs[0].groups.values()) < 2:
+    raise NotApplicable('all classes are in one shot group')
   masks = runs[0].groups | {'all': np.ones(len(runs[0].counts), bool)}
   test = [run.result['test'] | {'all': run.test(run.headline)} for run in runs]
   there = [name for name in masks if all(t.get(name) is not None for t in test)]
@@ -276,7 +282,8 @@ SPLITS = {'train': '#8a8a8a', 'val': CYCLE[0], 'test': CYCLE[1]}
 def training(runs: Sequence[Run]) -> Drawn:
   """Draws loss, accuracy and learning rate over all stages."""
   if not any(run.rows for run in runs):
-    raise NoData('metrics.jsonl is missing, or empty')
+    kind = NoData if any(run.result for run in runs) else NotApplicable
+    raise kind('metrics.jsonl is missing, or empty')
   figure, panels = plot(3, size=(5.6, 4.6), sharex=True, height_ratios=(2, 2, 1))
   loss, accuracy, rate = panels
   labelled: set[str] = set()
@@ -382,8 +389,7 @@ def features(runs: Sequence[Run]) -> Drawn:
     )
   crosses = ', and class centroids (crosses)' if len(shown) else ''
   return figure, (
-    f'{name} map of {len(points)} test features{crosses}. Numbers in '
-    'brackets are training images per class. Distances between far groups mean little.'
+    f'{name} map of {len(points)} test features{crosses}.{about_map(run, name)}'
   )
 
 
@@ -415,10 +421,17 @@ def drawable(
   return points, keep
 
 
+def about_map(run: Run, name: str) -> str:
+  """Returns the sentences of a caption about a map of features, by its name."""
+  named = len(run.counts) <= MOST_COLOURS
+  brackets = ' Numbers in brackets are training images per class.' * named
+  return brackets + ' Distances between far groups mean little.' * (name == 't-SNE')
+
+
 def class_sets(run: Run, label: np.ndarray) -> Sets:
   """Returns points by class, or by shot group if there are many classes."""
   counts = run.counts
-  if len(counts) > 10:
+  if len(counts) > MOST_COLOURS:
     return {f'{g}-shot': (m[label], COLOURS[g]) for g, m in run.groups.items()}
   order = np.argsort(-counts, kind='stable')
   colours = matplotlib.colormaps['turbo'](np.linspace(0.08, 0.92, len(order)))
@@ -473,7 +486,10 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   groups = [group for group in groups if group.counted]
   figure, axes = plot(size=(5.6, 0.9 + 0.26 * len(groups)))
   place = np.arange(len(groups))
-  for name in ('many', 'medium', 'few', 'all'):
+  grouped = any(
+    sum(mask.any() for mask in group.counted[0].groups.values()) > 1 for group in groups
+  )
+  for name in ('many', 'medium', 'few', 'all') if grouped else ('all',):
     found = [
       [r.result['test'].get(r.headline if name == 'all' else name) for r in g.counted]
       for g in groups
@@ -500,8 +516,8 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   measure = groups[0].counted[0].measure
   axes.set(xlabel=f'test {measure} (%)', ylim=(len(groups) - 0.5, -0.5))
   legend(figure, axes)
-  caption = 'by shot group; mean and standard deviation over seeds.'
-  return figure, f'{_capital(measure)} {caption}'
+  by = ' by shot group' if grouped else ''
+  return figure, f'Test {measure}{by}{over_seeds(groups)}.'
 
 
 def short_label(label: str) -> str:
@@ -514,7 +530,7 @@ def compare_classes(groups: Sequence[Group]) -> Drawn:
   groups = [group for group in groups if group.counted]
   names = groups[0].counted[0].class_names
   if any(group.counted[0].class_names != names for group in groups):
-    raise NoData('the runs do not have the same classes')
+    raise NotApplicable('the runs do not have the same classes')
   counts = np.stack([group.counted[0].counts for group in groups])
   same = bool((counts == counts[0]).all())
   rows = np.stack([_class_accuracy(g.counted).mean(axis=0) for g in groups])

@@ -19,12 +19,11 @@ from lt_jax.report.drawing import (
   Drawn,
   legend,
   mean_and_deviation,
+  over_seeds,
   plot,
 )
-from lt_jax.report.runs import Group, NoData, Run, printable
+from lt_jax.report.runs import Group, NotApplicable, Run, printable
 from lt_jax.report.tables import Table, percent
-
-REMARK = 'Values in %; the chosen cell has the best mean on validation images.'
 
 
 class Grid(NamedTuple):
@@ -98,14 +97,34 @@ def _validated(group: Group, metric: str) -> float | None:
   return None if None in values else float(np.mean(values))
 
 
+def choices(found: Sequence[Grid]) -> list[str]:
+  """Says in a line for each grid which cell was chosen, if any was."""
+  return [
+    f'Chosen on validation images: {grid.recipe} with {_setting(grid, grid.chosen)}'
+    for grid in found
+    if grid.chosen is not None
+  ]
+
+
+def _setting(grid: Grid, place: int) -> str:
+  """Returns the keys and values of a cell."""
+  pairs = zip(grid.keys, grid.values[place], strict=True)
+  return printable(', '.join(f'{key}={_as_text(value)}' for key, value in pairs))
+
+
+def remark(found: Sequence[Grid]) -> str:
+  """Returns what stands above the table."""
+  if all(grid.chosen is None for grid in found):
+    return 'Values in %; without validation images, none is chosen.'
+  return 'Values in %; the chosen one has the best mean on validation images.'
+
+
 def grids_table(found: Sequence[Grid]) -> Table:
   """Returns one row per cell: its values, the metric on validation and test images."""
   rows, links = [], []
   for grid in found:
-    for place, (cell, values) in enumerate(zip(grid.cells, grid.values, strict=True)):
-      setting = ', '.join(
-        f'{k}={_as_text(v)}' for k, v in zip(grid.keys, values, strict=True)
-      )
+    for place, cell in enumerate(grid.cells):
+      setting = _setting(grid, place)
       val, test = (
         percent(
           [(run.result.get(split) or {}).get(grid.metric) for run in cell.counted]
@@ -113,7 +132,7 @@ def grids_table(found: Sequence[Grid]) -> Table:
         for split in ('val', 'test')
       )
       mark = 'yes' if place == grid.chosen else ''
-      row = [grid.recipe, printable(setting), str(len(cell.counted)), val, test, mark]
+      row = [grid.recipe, setting, str(len(cell.counted)), val, test, mark]
       rows.append(row)
       links.append(f'#{cell.anchor}')
   headings = ['method', 'values', 'seeds', 'on validation', 'on test', 'chosen']
@@ -174,9 +193,10 @@ def error_by_value(found: Sequence[Grid]) -> Drawn:
   axes.set_xticks(range(len(places)), [_as_text(value) for value in places])
   axes.set(xlabel=key, ylabel='error (%)')
   legend(figure, axes, columns)
+  spread = over_seeds([cell for grid in shown for cell in grid.cells])
   return figure, (
     f'Error against {key} on test images (solid) and on validation images (dashed), '
-    'which chose the circled cells; mean and standard deviation over seeds.'
+    f'which chose the circled cells{spread}.'
   )
 
 
@@ -201,7 +221,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
   """Returns the numeric key with the most values, and the grids that have it.
 
   Raises:
-    NoData: there is none.
+    NotApplicable: there is none.
   """
   counts: dict[str, int] = {}
   for grid in found:
@@ -209,7 +229,7 @@ def _number(found: Sequence[Grid]) -> tuple[str, list[Grid]]:
       if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         counts[key] = max(counts.get(key, 0), len(set(values)))
   if not counts:
-    raise NoData('the runs of a recipe do not differ in a number')
+    raise NotApplicable('the runs of a recipe do not differ in a number')
   key = max(counts, key=lambda name: counts[name])
   return key, [
     grid

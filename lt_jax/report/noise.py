@@ -1,7 +1,9 @@
 """Whether a difference between two methods is more than noise: paired 95 % intervals.
 
 A difference of paired measurements is within noise if its interval contains zero. The t
-interval is over seeds, the bootstrap interval over test images.
+interval is over seeds, the bootstrap interval over test images. An interval without
+width says nothing: all seeds, or all images, gave the same difference, as happens with
+few test images. Such a difference counts as within noise, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,9 @@ from scipy.special import stdtrit
 LEVEL = 0.95
 RESAMPLES = 2000
 SEED = 0
+NARROWEST = 1e-9
+"""An interval that is narrower has no width but rounding errors."""
+
 _BLOCK = 2**22
 """Most numbers in a block of resamples, which limits their memory."""
 
@@ -25,9 +30,14 @@ class Interval(NamedTuple):
   high: float
 
   @property
+  def is_known(self) -> bool:
+    """Whether the measurements vary, so that the interval says something."""
+    return self.high - self.low > NARROWEST
+
+  @property
   def within_noise(self) -> bool:
     """Whether the difference may be zero."""
-    return self.low <= 0 <= self.high
+    return self.low <= 0 <= self.high or not self.is_known
 
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> Interval:

@@ -14,6 +14,7 @@ from etils import epath
 
 from lt_jax import files
 from lt_jax.errors import UserError
+from lt_jax.live import duration
 from lt_jax.report import (
   differences,
   domain_figures,
@@ -30,7 +31,17 @@ from lt_jax.report import (
   templates,
   zero_shot,
 )
-from lt_jax.report.runs import Group, NoData, Run, find, grouped, printable
+from lt_jax.report.runs import (
+  Group,
+  NoData,
+  NotApplicable,
+  Run,
+  find,
+  grouped,
+  methods,
+  printable,
+)
+from lt_jax.screen import checkpoint_of
 
 MOST_DRAWN = 20
 """With more groups, only the reports of their own folders have figures."""
@@ -61,6 +72,7 @@ class Part(NamedTuple):
     table: the table.
     before: remarks above it.
     after: remarks below it.
+    brief: what stands above it where nothing is grey, if that is not `before`.
   """
 
   anchor: str
@@ -68,6 +80,12 @@ class Part(NamedTuple):
   table: tables.Table
   before: Sequence[str] = ()
   after: Sequence[str] = ()
+  brief: Sequence[str] = ()
+
+  @property
+  def above(self) -> Sequence[str]:
+    """The remarks above it in report.md and report.tex."""
+    return self.brief or self.before
 
 
 def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
@@ -85,23 +103,21 @@ def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
 
   Raises:
     UserError: there is no run; or the folder cannot be written, in which case the
-      tables are printed first.
+      `summary` is printed first.
     OSError: writing failed, for instance because the disk is full.
   """
   folder = files.absolute(folder)
   runs = find(folder)
-  groups, notes = grouped(runs)
-  alone = runs[0].folder == folder
-  losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
-  judges = domains.discriminator_notes(groups)
-  notes = [*notes, *_warnings(runs), *judges, *losses]
+  groups, notes = _grouped(runs, folder)
+  alone = [run.folder for run in runs] == [folder]
   found = grids.grids(groups)
   parts = _parts(groups, found, notes, '' if alone else folder)
   sections = [_section(g, folder, alone, draw and len(groups)) for g in groups]
   compared = [] if len(groups) == 1 or not draw else _compared(groups)
   if found and draw:
     figure = grids.error_by_value
-    compared.append(drawing.draw('error_by_value', figure, found, 'page'))
+    errors = drawing.draw('error_by_value', figure, found, 'page')
+    compared += [errors] * bool(errors.caption)
   page = _template().render(
     title=_title(runs, folder, alone),
     facts=_facts(runs[0]) if alone else [printable(f'{folder}')],
@@ -115,14 +131,9 @@ def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
     translations=_translations(runs[0]) if alone else [],
     fonts=drawing.FONTS,
   )
-  remarks = [line for part in parts for line in part.before] + notes
-  plain = [*map(tables.markdown_text, remarks)]
-  plain += [tables.markdown(part.table) for part in parts]
-  latex = [f'% {remark}' for remark in remarks]
-  latex += [tables.latex(part.table) for part in parts]
   texts = {
-    'report.md': '\n\n'.join(plain),
-    'report.tex': '\n'.join(latex),
+    'report.md': '\n\n'.join(block for part in parts for block in _markdown(part)),
+    'report.tex': '\n'.join(block for part in parts for block in _latex(part)),
     'report.html': page,
   }
   for figure in sections[0]['figures'] if alone else compared:
@@ -134,9 +145,48 @@ def write(folder: epath.PathLike, *, draw: bool = True) -> epath.Path:
     for name, text in texts.items():
       files.write_atomically(folder / name, text)
   except UserError:
-    print(texts['report.md'])
+    print(_summary(groups, notes))
     raise
   return folder / 'report.html'
+
+
+def summary(folder: epath.PathLike) -> str:
+  """Returns what a terminal shows: a short table, what a grid chose, and the notes.
+
+  Args:
+    folder: as for `write`.
+
+  Raises:
+    UserError: there is no run.
+  """
+  folder = files.absolute(folder)
+  return _summary(*_grouped(find(folder), folder))
+
+
+def _summary(groups: Sequence[Group], notes: Sequence[str]) -> str:
+  told = [*grids.choices(grids.grids(groups)), *notes]
+  return '\n'.join([tables.plain(tables.short_table(groups)), *told]).rstrip()
+
+
+def _grouped(runs: Sequence[Run], folder: epath.Path) -> tuple[list[Group], list[str]]:
+  """Returns groups of runs, and notes about them."""
+  groups, notes = grouped(runs, methods(folder))
+  losses = [f'{run.name}: {line}' for run in runs for line in run.losses]
+  judges = domains.discriminator_notes(groups)
+  return groups, [*notes, *_warnings(runs), *judges, *losses]
+
+
+def _markdown(part: Part) -> list[str]:
+  """Returns a table with its title and remarks as paragraphs of Markdown."""
+  before, after = (map(tables.markdown_text, x) for x in (part.above, part.after))
+  title = f'## {tables.markdown_text(part.title)}'
+  return [title, *before, tables.markdown(part.table), *after]
+
+
+def _latex(part: Part) -> list[str]:
+  """Returns a table as LaTeX with its title and remarks as comments."""
+  lines = [part.title, *part.above, *part.after]
+  return [*(f'% {line}' for line in lines), tables.latex(part.table)]
 
 
 def _parts(
@@ -159,32 +209,43 @@ def _parts(
 
   compared = differences.compare(groups)
   within_noise = differences.within_noise(compared)
-  results = tables.results_table(groups, within_noise, address)
+  if folder or not groups[0].counted:
+    results = tables.results_table(groups, within_noise, address)
+  else:
+    results = tables.metrics_table(groups[0].counted[0])
   by_domain = domains.domains_table(groups)
+  by_source = sources.sources_table(groups)
+  chosen = selection.selection_table(groups)
   parts = [
-    Part('results', 'Results', results, [tables.UNITS], notes),
-    Part('domains', 'By domain', by_domain, domains.remarks(by_domain)),
-    Part('sources', 'By source', sources.sources_table(groups), [sources.REMARK]),
+    Part('results', 'Results', results, [tables.units(groups)], notes),
+    Part('domains', 'By domain', by_domain, domains.remarks(by_domain, groups)),
+    Part('sources', 'By source', by_source, [sources.remark(by_source, groups)]),
     Part(
       'tasks',
       'By task',
       multitask.multitask_table(groups),
       [multitask.REMARK, *multitask.remarks(groups)],
     ),
-    Part('classes', 'By class', tables.classes_table(groups), [tables.BY_CLASS]),
+    Part(
+      'classes', 'By class', tables.classes_table(groups), [tables.by_class(groups)]
+    ),
     Part(
       'differences',
       differences.title(compared),
       differences.differences_table(compared),
-      [differences.REMARK],
+      [differences.remark(compared)],
+      brief=[differences.brief(compared)],
     ),
     Part(
       'selection',
-      'Which State would be chosen',
-      selection.selection_table(groups),
-      [selection.REMARK],
+      'Which checkpoint would be chosen',
+      chosen,
+      [selection.remark(groups)],
+      selection.rules(chosen),
     ),
-    Part('chosen', 'Chosen by validation', grids.grids_table(found), [grids.REMARK]),
+    Part(
+      'chosen', 'Chosen by validation', grids.grids_table(found), [grids.remark(found)]
+    ),
     Part(
       'published',
       'Compared with published numbers',
@@ -210,17 +271,32 @@ def _facts(run: Run) -> list[str]:
   if result:
     chosen = result.get('threshold') or {}
     versions = (result.get('versions') or {}).items()
+    tested = checkpoint_of(result)
+    took = result.get('wall_seconds')
+    time = '' if took is None else f', trained in {duration(took)}'
     lines += [
-      f'Stage {result.get("stage")}, step {result.get("step")}, '
-      f'State by {result.get("select")}; {result.get("wall_seconds")} s on '
-      f'{result.get("device")}; {", ".join(f"{k} {v}" for k, v in versions)}',
-      f'Config {run.kind[0]}, state {str(result.get("state_sha256"))[:16]}',
+      f'{tested[:1].upper()}{tested[1:]}{time} on {result.get("device")}; '
+      f'{", ".join(f"{k} {v}" for k, v in versions)}',
+      f'Digest of the config {run.kind[0]}, of the checkpoint '
+      f'{str(result.get("state_sha256"))[:16]}',
     ]
     if chosen.get('value') is not None:
+      by = str(chosen.get('chosen_by'))
       lines.append(
-        f'Open-set threshold: {chosen["value"]:.4g}, {chosen.get("chosen_by")}'
+        'An image counts as unknown if its known score is below '
+        f'{chosen["value"]:.4g}: this threshold {CHOSEN_BY.get(by, f"is {by}")}'
       )
+  if run.command:
+    lines.append(f'Command: {run.command}')
   return [printable(line) for line in lines]
+
+
+CHOSEN_BY = {
+  'f_measure_oltr2020 on val and open_val': 'has the best open-set F (oltr2020) on '
+  'validation images, which include unknown ones',
+  'keeps 95 % of val': 'keeps 95 % of the validation images',
+}
+"""How result.json says that a threshold was chosen -> the end of a sentence."""
 
 
 def _warnings(runs: list[Run]) -> list[str]:
@@ -254,7 +330,8 @@ def _compared(groups: list[Group]) -> list[drawing.Figured]:
   wanted = figures.COMPARISONS
   if any(domains.domains(run) for group in groups for run in group.counted):
     wanted = wanted | domain_figures.COMPARISONS
-  return [drawing.draw(n, figure, groups, 'page') for n, figure in wanted.items()]
+  drawn = [drawing.draw(n, figure, groups, 'page') for n, figure in wanted.items()]
+  return [figure for figure in drawn if figure.caption]
 
 
 def _section(
@@ -282,7 +359,8 @@ def _section(
   return {
     'group': group,
     'runs': None if alone else tables.runs_table(group.runs, links),
-    'figures': drawn,
+    'figures': [figure for figure in drawn if figure.caption],
+    'command': '' if alone else printable(group.runs[0].command),
     'remark': '' if wanted else REMARK if groups else NOT_DRAWN,
     'config': json.dumps(group.runs[0].config, indent=1, sort_keys=True),
   }
@@ -301,15 +379,15 @@ def _address(run: Run, folder: epath.PathLike) -> str:
   """Returns the address of a run's page, or else its folder, relative to the page."""
   below = os.fspath(run.folder).removeprefix(os.fspath(folder)).lstrip('/')
   page = 'report.html' if (run.folder / 'report.html').exists() else ''
-  return urllib.parse.quote(f'{below}/{page}', errors='surrogateescape')
+  return urllib.parse.quote(f'{below or "."}/{page}', errors='surrogateescape')
 
 
-def _samples(run: Run) -> dict[str, Any]:
-  """Returns the worst errors on rare classes, with the predicted classes."""
+def _samples(run: Run) -> dict[str, Any] | None:
+  """Returns the worst errors on rare classes; None if the run has no images of them."""
   try:
     stored = run.arrays('samples.npz')
     if stored['image'].dtype != np.uint8:
-      raise NoData('the run was trained on float arrays, which are not images')
+      raise NotApplicable('float arrays are not images')
     names = run.class_names
     rows = zip(
       *(
@@ -328,6 +406,8 @@ def _samples(run: Run) -> dict[str, Any]:
         for image, label, prediction, confidence in rows
       ],
     }
+  except NotApplicable:
+    return None
   except NoData as missing:
     return {'missing': str(missing), 'images': []}
   except (OSError, *drawing.OTHER_CONTENTS) as error:  # the arrays are not images

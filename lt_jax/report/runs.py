@@ -27,11 +27,12 @@ from lt_jax.writers import (
   read_vectors,
 )
 
-ONLY = {
-  'open_set.npz': ', which only runs with an open set leave',
-  'zero_shot.npz': ', which only runs with unseen classes leave',
-  'weights.npz': ', which only methods that learn the weights of examples leave',
-}
+CONTROLS = ('ce', 'source_only')
+"""Plain networks that other recipes are compared with, for one domain and for two."""
+
+ORDER = 'sweep.json'
+"""The file in the folder of a sweep with its methods, in the order in which they were
+given."""
 
 SHAPES: dict[str, Any] = {
   'config.json': {
@@ -39,11 +40,18 @@ SHAPES: dict[str, Any] = {
     'recipe': str,
     'seed': int,
     'data': {'many_shot': NUMBER, 'few_shot': NUMBER},
+    # Older runs lack some of these.
+    'task': (None, str),
+    'method': (None, {}),
+    **dict.fromkeys(('sources', 'target', 'open_domains'), (None, [str])),
+    **dict.fromkeys(('stages', 'heads'), (None, {str: {}})),
   },
   'data.json': {
     'class_names': list,
     'counts': {'train': [int]},
     'fingerprint': str,
+    'unseen': (None, [str]),
+    'open_images': (None, {str: int}),
   },
   'result.json': {
     'test': {
@@ -69,6 +77,10 @@ SHAPES: dict[str, Any] = {
 
 class NoData(Exception):
   """A run has no data for a figure; the message names the file."""
+
+
+class NotApplicable(NoData):
+  """A figure makes no sense for a run: nothing is wrong, and the page leaves it out."""
 
 
 class Run:
@@ -171,7 +183,7 @@ class Run:
     """Says how far the run got, from its files."""
     if self.result:
       return 'finished'
-    for event in reversed(read_rows(self.folder / 'events.jsonl')):
+    for event in reversed(self._events):
       if event.get('event') == 'diverged':
         return f'diverged at step {event.get("step")}'
       if event.get('event') == 'started':
@@ -204,6 +216,16 @@ class Run:
   def rows(self) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, without damaged lines."""
     return read_rows(self.folder / 'metrics.jsonl')
+
+  @property
+  def command(self) -> str:
+    """The command line that last started the run; '' if it is not known."""
+    started = [r for r in self._events if r['event'] == 'started' and r.get('command')]
+    return str(started[-1]['command']) if started else ''
+
+  @functools.cached_property
+  def _events(self) -> list[dict[str, Any]]:
+    return read_rows(self.folder / 'events.jsonl')
 
   @property
   def losses(self) -> list[str]:
@@ -242,15 +264,25 @@ class Run:
     """Returns the arrays of a .npz file.
 
     Raises:
+      NotApplicable: this run does not write such a file, or has not yet.
       NoData: it is missing or damaged.
     """
     path = self.folder / name
     if not path.exists():
-      raise NoData(f'{name} is missing{ONLY.get(name, "")}')
+      raise (NoData if self._leaves(name) else NotApplicable)(f'{name} is missing')
     try:
       return files.read_npz(path)
     except (OSError, UserError):
       raise NoData(f'{name} is damaged') from None
+
+  def _leaves(self, name: str) -> bool:
+    """Returns whether a run like this leaves a file behind when it finishes."""
+    if name == 'open_set.npz':
+      return self.result.get('test', {}).get('auroc') is not None
+    if name == 'weights.npz':
+      learned = 'stages/*/metrics/weight_prior.npz'
+      return bool(self.result) and any(self.folder.glob(learned))
+    return bool(self.result) and not (name == 'features.npz' and self.task.per_pixel)
 
   @functools.cached_property
   def predicted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -261,7 +293,7 @@ class Run:
     """
     stored = self.arrays('predictions.npz')
     if self.task.per_pixel:
-      raise NoData(
+      raise NotApplicable(
         'every pixel has a label, and the predictions of single pixels are not stored'
       )
     if 'label' in stored and 'prediction' not in stored:
@@ -275,10 +307,11 @@ class Run:
     """Returns a test metric.
 
     Raises:
-      NoData: the run has not finished, or has no such metric.
+      NotApplicable: the run has not finished.
+      NoData: it has no such metric.
     """
     if not self.result:
-      raise NoData(self.why_unfinished)
+      raise NotApplicable(self.why_unfinished)
     if self.result['test'].get(name) is None:
       raise NoData(f'result.json has no {name}')
     return self.result['test'][name]
@@ -339,7 +372,7 @@ def printable(text: str) -> str:
 
 
 def find(folder: epath.Path) -> list[Run]:
-  """Returns the run in a folder, or all runs below it, by path.
+  """Returns the run in a folder and all runs below it, by path.
 
   Raises:
     UserError: there are none.
@@ -361,6 +394,7 @@ def _below(path: epath.Path, folder: epath.Path) -> str:
 def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
   """Yields the folders of runs; links that lead back up are not followed.
 
+  A run may have others below it, such as those of a sweep, but not among its own files.
   A folder whose config.json or error.json is damaged counts as a run unless there are
   runs below it.
   """
@@ -369,12 +403,16 @@ def _folders(folder: epath.Path, seen: set[str]) -> Iterator[epath.Path]:
     return
   seen.add(real)
   records = [_is_record(folder / name) for name in ('config.json', 'error.json')]
+  paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
   if any(records):
     yield folder
-    return
-  paths = sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+    paths = [path for path in paths if path.name not in OF_A_RUN]
   below = [found for path in paths for found in _folders(path, seen)]
-  yield from below or [folder] * (None in records)
+  yield from below or [folder] * (None in records and not any(records))
+
+
+OF_A_RUN = ('stages', 'figures')
+"""Folders of a run that hold thousands of files, but no other run."""
 
 
 def _is_record(path: epath.Path) -> bool | None:
@@ -404,17 +442,40 @@ class Group(NamedTuple):
   counted: list[Run]
 
 
-def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+def methods(folder: epath.Path) -> list[str]:
+  """Returns the methods of a sweep as they were given; [] if that is not known."""
+  try:
+    found = files.read_json(folder / ORDER)
+  except UserError:
+    return []
+  return found['methods'] if fits(found, {'methods': [str]}) else []
+
+
+def grouped(
+  runs: Sequence[Run], order: Sequence[str] = ()
+) -> tuple[list[Group], list[str]]:
   """Sorts runs into groups; runs with different configs or data are kept apart.
 
+  Args:
+    runs: the runs.
+    order: recipes that come first, in this order; then come `CONTROLS`, then all others
+      by name.
+
   Returns:
-    (groups, in the order of their first runs; notes on runs that are not averaged).
+    (groups; notes on runs that are not averaged).
   """
   recipes: dict[str, list[list[Run]]] = {}
   for members in _kinds(runs):
     recipes.setdefault(_recipe(members[0], runs), []).append(members)
+
+  def place(label: str) -> tuple[int, bool, str]:
+    recipe = recipes[label][0][0].recipe
+    rank = order.index(recipe) if recipe in order else len(order)
+    return rank, recipe not in CONTROLS, label
+
   groups, notes = [], []
-  for recipe, several in recipes.items():
+  for recipe in sorted(recipes, key=place):
+    several = recipes[recipe]
     short, full = _differences([members[0] for members in several])
     if len(several) > 1:
       notes.append(
@@ -426,8 +487,10 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
       label = f'{recipe} ({difference})' if len(several) > 1 else recipe
       again = [r.name for r in members if r.result and counted[r.seed] is not r]
       if again:
+        repeat, it = ('repeats', 'it') if len(again) == 1 else ('repeat', 'they')
         notes.append(
-          f'{label}: each seed counts once, so these runs are left out: {again}.'
+          f'{", ".join(again)} {repeat} the method, config and seed of another run, so '
+          f'{it} {"is" if len(again) == 1 else "are"} not counted in {label}.'
         )
       anchor = f'group-{len(groups)}'
       kept = [r for r in members if counted.get(r.seed) is r]

@@ -1,4 +1,4 @@
-"""Compares rules for choosing a State with the last and the best State."""
+"""Compares rules for choosing a checkpoint with the last and the best checkpoint."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,21 +8,50 @@ import numpy as np
 
 from lt_jax.evals.label_free import CRITERIA, centroid_rule
 from lt_jax.report.runs import Group, Run
-from lt_jax.report.tables import Table, percent
+from lt_jax.report.tables import Table, headline_title, percent
 
-REMARK = (
-  'Test accuracy in % of the State that each rule chooses among those evaluated. '
-  'oracle is the best State on test images, which is not a valid choice; no other rule '
-  'reads a label of the target.'
-)
+CENTROIDS, ORACLE = 'centroid rule', 'oracle'
+
+MEANINGS = {
+  'last': 'the end of training',
+  'target/entropy': 'the most confident predictions on the target',
+  'target/information': 'confident and diverse predictions on the target',
+  'target/soft_neighbours': 'neighbours in the target that are predicted alike',
+  'target/deep_embedded': 'the lowest validation error, each image weighted by how '
+  'much it looks like the target',
+  'target/centroid_distance': 'the nearest class centroids of source and target',
+  CENTROIDS: 'near centroids among the checkpoints with a low validation error',
+  ORACLE: 'the best on the test images, which is not a valid choice',
+}
+"""Rule -> which checkpoint it chooses."""
+
+
+def remark(groups: Sequence[Group]) -> str:
+  """Returns what stands above the table."""
+  return (
+    f'Test {headline_title(groups)} in % of the checkpoint that each rule chooses '
+    f'among those evaluated; {USED.strip()} marks the rule of the run. No rule but '
+    f'{ORACLE} reads a label of the target.'
+  )
+
+
+def rules(table: Table) -> list[str]:
+  """Returns a line for each rule of the table."""
+  return [
+    f'{rule}: {MEANINGS.get(rule, "the best on validation images of the source")}.'
+    for rule in table.headings[1:]
+  ]
+
+
+USED = ' (used)'
 
 
 def selection_table(groups: Sequence[Group]) -> Table:
-  """Returns one row per method: the test accuracy of the State that each rule chooses.
+  """Returns one row per method: the test metric of what each rule chooses.
 
-  In %, among the States evaluated in training. The first rule takes the last State;
+  In %, among the checkpoints evaluated in training. The first rule takes the last one;
   `oracle` takes the best on test images, which is not a valid choice. The rules between
-  them need no label of the target.
+  them need no label of the target. A rule that chooses for no method is left out.
   """
   counted = [run for group in groups for run in group.counted]
   headline = counted[0].headline if counted else 'accuracy'
@@ -32,18 +61,26 @@ def selection_table(groups: Sequence[Group]) -> Table:
     for name, criterion in CRITERIA.items()
   }
   rules |= {
-    'centroid rule': functools.partial(_by_centroids, headline),
-    'oracle': _best_by('test', headline, 1),
+    CENTROIDS: functools.partial(_by_centroids, headline),
+    ORACLE: _best_by('test', headline, 1),
   }
-  rows, links = [], []
-  for group in groups:
-    chosen = [_chosen(run, rules) for run in group.counted]
-    if chosen and all(chosen):
-      rows.append(
-        [group.label, *(percent([c[rule] for c in chosen]) for rule in rules)]
-      )
-      links.append(f'#{group.anchor}')
-  return Table(['method', *rules], rows, links)
+  found = {
+    group.anchor: [_chosen(run, rules) for run in group.counted] for group in groups
+  }
+  shown = [
+    group for group in groups if found[group.anchor] and all(found[group.anchor])
+  ]
+  chose = [one for group in shown for one in found[group.anchor]]
+  rules = [rule for rule in rules if any(one[rule] is not None for one in chose)]
+  rows = []
+  for group in shown:
+    used = group.counted[0].result.get('select')
+    cells = [
+      percent([one[rule] for one in found[group.anchor]]) + USED * (rule == used)
+      for rule in rules
+    ]
+    rows.append([group.label, *cells])
+  return Table(['method', *rules], rows, [f'#{group.anchor}' for group in shown])
 
 
 Rows = Mapping[str, Mapping[int, Mapping[str, Any]]]

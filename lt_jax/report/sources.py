@@ -5,13 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lt_jax.report.runs import Group, Run, printable
-from lt_jax.report.tables import Table, percent
+from lt_jax.report.tables import Table, headline_title, percent
 
-REMARK = (
-  'Test accuracy in % at the end of the stage that trains on a source, before the '
-  'target is used. A union is tested on the images of each of its sources, with the '
-  'classes of all of them.'
-)
+
+def remark(table: Table, groups: Sequence[Group]) -> str:
+  """Returns what stands above the table."""
+  if not table.rows:
+    return ''
+  union = any(' + ' in row[0] for row in table.rows)
+  return (
+    f'Test {headline_title(groups)} in % at the end of the stage that trains on a '
+    'source, before the target is used.'
+    + ' A union is tested on the images of each of its sources, with the classes of '
+    'all of them.' * union
+  )
 
 
 def sources_table(groups: Sequence[Group]) -> Table:

@@ -16,12 +16,13 @@ from lt_jax.evals.classification import CLASSIFICATION
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
-UNITS = 'Test metrics in %; over several seeds, mean ± standard deviation.'
-BY_CLASS = 'On test images in %; with several targets, the mean.'
 PUBLISHED = (
-  'Most authors report the best epoch on the test set; ours is the State that the run '
-  'selected.'
+  'Most authors report the best epoch on the test set; ours is the checkpoint that the '
+  'run selected.'
 )
+
+SHOTS = ('many', 'medium', 'few')
+"""Metrics of the shot groups."""
 
 
 class Table(NamedTuple):
@@ -50,6 +51,71 @@ def percent(values: Sequence[float | None]) -> str:
   deviation = f' ± {scaled.std(ddof=1):.1f}' if len(scaled) > 1 else ''
   # A number halfway between two tenths is not rounded by its float representation.
   return f'{round(scaled.mean(), 6):.1f}{deviation}'
+
+
+def units(groups: Sequence[Group]) -> str:
+  """Returns the remark on the table of results."""
+  several = any(len(group.counted) > 1 for group in groups)
+  spread = '; over several seeds, mean ± standard deviation' if several else ''
+  return f'Test metrics in %{spread}.'
+
+
+def by_class(groups: Sequence[Group]) -> str:
+  """Returns the remark on the table by class."""
+  several = any(
+    len(run.config.get('target', ())) > 1 for g in groups for run in g.counted
+  )
+  return 'On test images in %' + ', the mean over targets' * several + '.'
+
+
+def headline_title(groups: Sequence[Group]) -> str:
+  """Returns the title of the headline metric of some finished runs."""
+  names = dict.fromkeys(run.headline for group in groups for run in group.counted)
+  return ' or '.join(titles()[name] for name in names)
+
+
+def metrics_table(run: Run) -> Table:
+  """Returns the test metrics of one run, a row each."""
+  columns = _columns([run])
+  rows = [[title, percent([run.result['test'][n]])] for n, title in columns.items()]
+  return Table(['metric', 'test (%)'], rows, [])
+
+
+def short_table(groups: Sequence[Group]) -> Table:
+  """Returns what a terminal shows of several methods: the headline and shot groups.
+
+  There is a column of states only if some run has not finished.
+  """
+  counted = [run for group in groups for run in group.counted]
+  headlines = {run.headline for run in counted}
+  columns = _columns(counted)
+  columns = {n: title for n, title in columns.items() if n in (*headlines, *SHOTS)}
+  partial = any(group.runs != group.counted for group in groups)
+  rows = [
+    [
+      group.label,
+      *[_states(group)] * partial,
+      *(
+        percent([run.result['test'].get(name) for run in group.counted])
+        if group.counted
+        else '-'
+        for name in columns
+      ),
+    ]
+    for group in groups
+  ]
+  headings = ['method', *['runs'] * partial, *(f'{t} (%)' for t in columns.values())]
+  return Table(headings, rows, [])
+
+
+def plain(table: Table) -> str:
+  """Returns a table as text for a terminal, all columns but the first aligned right."""
+  rows = [table.headings, *table.rows]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows
+  ]
+  return ''.join(f'{"  ".join(line).rstrip()}\n' for line in lines)
 
 
 def results_table(
@@ -143,8 +209,14 @@ def classes_table(groups: Sequence[Group]) -> Table:
 
 
 def _columns(runs: Sequence[Run]) -> dict[str, str]:
-  """Returns the metrics that any run has -> their titles."""
-  there = {name for run in runs if run.result for name in run.result['test']}
+  """Returns the metrics that any run has -> their titles.
+
+  Shot groups without classes are left out, as is a group that has all of them.
+  """
+  tested = [run.result['test'] for run in runs if run.result]
+  groups = {n for n in SHOTS for test in tested if test.get(n) is not None}
+  there = {name for test in tested for name in test} - {*SHOTS}
+  there |= groups if len(groups) > 1 else set()
   return {name: title for name, title in titles().items() if name in there}
 
 

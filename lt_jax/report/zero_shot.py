@@ -17,7 +17,7 @@ from lt_jax.report.drawing import (
   shortened,
 )
 from lt_jax.report.figures import drawable, each_seed, plane_of, scatter
-from lt_jax.report.runs import NoData, Run
+from lt_jax.report.runs import NotApplicable, Run
 
 FILE = 'zero_shot.npz'
 MOST_ATTRIBUTES = 40
@@ -36,7 +36,9 @@ def seen_unseen(runs: Sequence[Run]) -> Drawn:
   for run in runs:
     stored, first = run.arrays(FILE), run is runs[0]
     if 'gamma' not in stored:
-      raise NoData('the test set has no images of seen classes, so there is no curve')
+      raise NotApplicable(
+        'the test set has no images of seen classes, so there is no curve'
+      )
     axes.step(
       100 * stored['unseen'],
       100 * stored['seen'],
@@ -74,7 +76,7 @@ def attributes(runs: Sequence[Run]) -> Drawn:
   runs = finished(runs)
   found = [run.result['test'].get('attribute_accuracies') for run in runs]
   if None in found:
-    raise NoData('the method predicts no attributes')
+    raise NotApplicable('the method predicts no attributes')
   mean, deviation = mean_and_deviation(100 * np.array(found, np.float64))
   order = np.argsort(mean, kind='stable')
   if len(order) > MOST_ATTRIBUTES:
@@ -101,14 +103,14 @@ def described_errors(runs: Sequence[Run]) -> Drawn:
   run = runs[0]
   vectors = run.arrays(FILE).get('class_vectors')
   if vectors is None:
-    raise NoData('the run has no descriptions of classes')
+    raise NotApplicable('the run has no descriptions of classes')
   label, prediction, _ = run.predicted
   wrong = label != prediction
   pairs, counts = np.unique(
     np.stack([label[wrong], prediction[wrong]]), axis=1, return_counts=True
   )
   if not counts.size:
-    raise NoData('there is no error')
+    raise NotApplicable('there is no error')
   of_class = np.bincount(label, minlength=len(vectors))
   share = 100 * counts / of_class[pairs[0]]
   worst = np.argsort(-share, kind='stable')[:MOST_PAIRS]
@@ -139,7 +141,7 @@ def described_features(runs: Sequence[Run]) -> Drawn:
   run = runs[0]
   stored, vectors = run.arrays('features.npz'), run.arrays(FILE).get('class_vectors')
   if vectors is None:
-    raise NoData('the run has no descriptions of classes')
+    raise NotApplicable('the run has no descriptions of classes')
   number = stored.get('domain', np.zeros(len(stored['label']), int))
   tested = max(1, len(run.config.get('target', ())))  # the headline's come first
   points, rows = drawable(stored, (number < tested) & (stored['label'] >= 0))
@@ -187,7 +189,7 @@ def placed_by_description(
   """
   there = np.flatnonzero(seen & (np.bincount(label, minlength=len(seen)) > 0))
   if not len(there):
-    raise NoData('there are no images of seen classes')
+    raise NotApplicable('there are no images of seen classes')
   means = np.stack([points[label == c].mean(0, dtype=np.float64) for c in there])
   unit, centre = unit_rows(vectors), means.mean(0)
   known = unit[there]
