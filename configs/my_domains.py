@@ -27,6 +27,7 @@ Argument: a recipe for domain adaptation (see docs/methods.md) and
 """
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
+from lt_jax.errors import UserError
 from lt_jax.pretrained.dialects import pixels
 from lt_jax.protocols import Protocol, train_by
 from lt_jax.protocols.cutting import cut
@@ -46,6 +47,11 @@ def get_config(arg: str | None = None):
   recipe, option = parse_arg(
     arg, 'dann', source='', target='', net='resnet18', size=128, epochs=20.0, init=''
   )
+  if bool(option.source) != bool(option.target):
+    missing = 'target' if option.source else 'source'
+    raise UserError(
+      f'{missing}= is missing: give both folders, or none to generate images'
+    )
   config = apply(
     base_config(),
     {
