@@ -336,6 +336,13 @@ def test_a_run_alone_has_a_list_of_its_metrics(tables_only, tmp_path):
   assert ['medium-shot', 'n/a'] not in cells and ['few-shot', '25.0'] in cells
 
 
+def test_a_rule_of_another_type_is_reported(tables_only, tmp_path):
+  folder = write_run(tmp_path / 'run')
+  path = folder / 'result.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'select': 5}))
+  assert 'result.json is damaged' in page_of(folder).text
+
+
 def test_a_terminal_shows_a_short_table(tables_only, tmp_path):
   write_run(tmp_path / 'ldam_drw', config('ldam_drw'), 0.7)
   write_run(tmp_path / 'ce', config('ce'))
