@@ -494,7 +494,7 @@ def test_numbers_are_shown_where_they_cannot_be_written(
 
 
 def test_a_closed_terminal_asks_to_stop_unless_nohup():
-  before = signal.getsignal(signal.SIGHUP)
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
   try:
     with stopping.StopRequest() as stop:
       os.kill(os.getpid(), signal.SIGHUP)
