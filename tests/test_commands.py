@@ -1,11 +1,12 @@
 """Flags, config files, and the final line of a command."""
 
+import importlib.machinery
 import sys
 
 import pytest
 from absl import flags
 
-from lt_jax import commands, config_file, errors, files, main
+from lt_jax import commands, config_file, errors, files, main, provenance
 from lt_jax.config import resolve
 from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
@@ -78,6 +79,28 @@ def test_a_module_adds_a_recipe_to_every_command(tmp_path):
   assert child.run(train, output, f'path:{tmp_path}') == 0, output.read_text()
   of_it = [f'--workdir={workdir}', '--import=mine']
   assert child.run(of_it, output, f'path:{tmp_path}', 'lt_jax.evaluate') == 0
+
+
+def test_a_syntax_error_names_its_own_file(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'unparsable.py').write_text('\na b')
+  (tmp_path / 'made.py').write_text('import unparsable')
+  with pytest.raises(UserError, match=r'/unparsable\.py:2: SyntaxError'):
+    config_file.loader(str(tmp_path / 'made.py'))
+
+
+def test_a_run_knows_its_command(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['main.py', '--config=x:ce', 'two words', '\udcff'])
+  for name, told in (
+    ('lt_jax.main', 'python -m lt_jax.main'),
+    ('lt_jax.doctor.__main__', 'python -m lt_jax.doctor'),
+    ('pytest.__main__', ''),
+    (None, ''),
+  ):
+    spec = name and importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setattr(sys.modules['__main__'], '__spec__', spec)
+    given = " --config=x:ce 'two words' '\udcff'" if told else ''
+    assert provenance.command() == told + given
 
 
 def test_modules_are_imported_before_the_config_is_made():
