@@ -24,6 +24,7 @@ from configs import cifar10_lt, places_lt
 from lt_jax import report
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
+from lt_jax.evals import classification
 from lt_jax.report import (
   across,
   curves,
@@ -371,6 +372,18 @@ def test_methods_are_in_the_order_of_the_sweep_or_the_reference_is_first(tmp_pat
   assert order() == ['zebra', 'ldam', 'ce', 'adaboost']
   (tmp_path / runs.ORDER).write_text('{"methods": ')
   assert order() == ['ce', 'adaboost', 'ldam', 'zebra']
+
+
+def test_every_choice_of_a_threshold_has_its_sentence():
+  scores = {
+    'known_score': np.ones(2),
+    'label': np.arange(2),
+    'prediction': np.arange(2),
+  }
+  unknown = {**scores, 'label': np.full(2, -1)}
+  for records in ({'val': scores}, {'val': scores, 'open_val': unknown}):
+    found = classification._choose_threshold(records, 'known_score')
+    assert found['chosen_by'] in report.page.CHOSEN_BY
 
 
 def test_nothing_is_said_about_what_a_run_does_not_have(tmp_path):
