@@ -270,7 +270,13 @@ def test_gradients_are_finite_at_the_corners(name, options, kind, rng):
     assert np.isfinite(leaf).all()
 
 
-@every_alignment
+@pytest.mark.parametrize(
+  'name, options',
+  [
+    pytest.param(*one, marks=[pytest.mark.slow] * (one[0] != 'joint_mmd'))
+    for one in ONE_EACH
+  ],
+)
 def test_replicas_are_one_after_the_other(name, options, rng):
   pairs = [(example(rng, 4), example(rng, 4)) for _ in range(2)]
   pairs = jax.tree.map(np.float32, pairs)

@@ -314,6 +314,7 @@ def test_a_class_discriminator_at_chance_stops_pushing():
   assert seen[-1]['confusion'] < 1.3 * np.log(CLASSES)
 
 
+@pytest.mark.slow
 def test_the_target_moves_to_where_the_source_is():
   """With a waiting discriminator the loss falls, in a single program."""
   batches, traces = batches_of(), []
@@ -437,10 +438,10 @@ def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_devi
   """Runs all stages and checks what each passes on to the next."""
   made = digits_domains.get_config('ocda,epochs=1.0,target=blended+inverted')
   made.model.trunk, made.model.trunk_options = 'tiny_cnn', {'width': 4}
-  made.evaluate_every_epochs = 100.0
+  made.evaluate_every_epochs, made.open_domains = 100.0, ()
   result = run.run(resolve(made), tmp_path)
   assert result['stage'] == 'scheduled' and not result['uses_target_labels']
-  assert set(result['domains']) == {'source', 'blended', 'inverted', 'sketched'}
+  assert set(result['domains']) == {'source', 'blended', 'inverted'}
   with np.load(tmp_path / 'order.npz') as stored:
     order = dict(stored)
   assert order['domains'].tolist() == ['blended', 'inverted']
@@ -451,7 +452,7 @@ def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_devi
   with np.load(tmp_path / 'borrowed.npz') as stored:
     share, domain = stored['borrowed'], stored['domain']
     assert set(stored['domains'].tolist()) == set(result['domains'])
-  assert np.isfinite(share).all() and (share > 0).all() and set(domain) == {0, 1, 2, 3}
+  assert np.isfinite(share).all() and (share > 0).all() and set(domain) == {0, 1, 2}
   rows = read_rows(tmp_path / 'metrics.jsonl')
   assert {row['stage'] for row in rows if row['split'] == 'train'} == {
     'source',

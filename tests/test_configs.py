@@ -146,7 +146,8 @@ OFTEN = (
   'crt',
   'tau_norm',
 )
-"""Recipes that every config is built with; configs with small networks take all."""
+"""Recipes that every config is built with; that of digits takes all, and CIFAR-100 is
+like CIFAR-10."""
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,9 @@ OFTEN = (
     pytest.param(
       name,
       recipe,
-      marks=[] if recipe in OFTEN or name == 'digits_lt' else pytest.mark.slow,
+      marks=[]
+      if name == 'digits_lt' or (recipe in OFTEN and name != 'cifar100_lt')
+      else pytest.mark.slow,
     )
     for name in CONFIGS
     for recipe, made in recipes.RECIPES.items()
@@ -309,10 +312,22 @@ def test_a_deferral_follows_the_epochs_until_it_is_set():
   assert (config.epochs, config.class_weights.start_epoch) == (100, 30)
 
 
-@pytest.mark.parametrize(  # one for each head, and for each way to start a stage
-  'recipe', ['ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf']
+BUILT = ('ldam_drw', 'ce_drs', 'cb_focal', 'ncm', 'lws', 'crt', 'oltr', 'fslwf')
+"""One recipe for each head, and for each way to start a stage."""
+
+
+@pytest.mark.parametrize(
+  ('protocol', 'recipe'),
+  [
+    pytest.param(
+      protocol,
+      recipe,
+      marks=[pytest.mark.slow] * (number > 0 and recipe not in ('cb_focal', 'crt')),
+    )
+    for number, protocol in enumerate(cifar.PROTOCOLS)
+    for recipe in BUILT
+  ],
 )
-@pytest.mark.parametrize('protocol', cifar.PROTOCOLS)
 def test_recipes_build_under_every_protocol(no_data, recipe, protocol):
   arg = f'{recipe},net=resnet8,protocol={protocol},meta=10'
   build.build(resolve(cifar10_lt.get_config(arg)))
@@ -422,7 +437,10 @@ STEPS = {
 """From Cui et al.'s code, and epochs times images over the batch."""
 
 
-@pytest.mark.parametrize('which', STEPS)
+@pytest.mark.parametrize(
+  'which',
+  [pytest.param(w, marks=[pytest.mark.slow] * w.startswith('cifar')) for w in STEPS],
+)
 def test_steps_of_photographs_on_generated_ones(which):
   name, recipe = which.split(':')
   config = CONFIGS[name][0].get_config(recipe)

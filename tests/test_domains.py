@@ -173,7 +173,8 @@ def test_a_step_on_the_source_is_the_same_program_with_targets_and_without():
   assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.slow  # tests/test_adaptation.py compares them on batches of its own
+@pytest.mark.parametrize('devices', [2, 8])
 def test_devices_agree_on_the_built_experiment(devices):
   """Two domains and two players; each device has its share of both."""
   made = config('dann')

@@ -459,7 +459,8 @@ def test_novel_classes_get_the_mean_proposal_of_all_their_images(rng, state):
   novel = Novel(rng, state)
   head = operate(novel.state, novel.earlier, [novel.surgery()]).params['net']['head']
   before = np.asarray(novel.state.params['net']['head']['kernel'])
-  features = np.asarray(novel.method.predict(novel.state, novel.images)['features'])
+  predict = jax.jit(novel.method.predict)
+  features = np.asarray(predict(novel.state, novel.images)['features'])
   for c in range(CLASSES):
     if BASE[c]:
       np.testing.assert_array_equal(head['kernel'][:, c], before[:, c])
@@ -500,7 +501,7 @@ def digits_run(tmp_path_factory):
   config = digits_lt.get_config('fslwf,epochs=4')
   config.stages.generator.streams.train.per_epoch = 4
   config.log_every_steps = 4
-  config.model.trunk_options = {'width': 4}
+  config.model.trunk, config.model.trunk_options = 'tiny_cnn', {'width': 4}
   workdir = tmp_path_factory.mktemp('fslwf')
   run.run(resolve(config), workdir)
   return workdir

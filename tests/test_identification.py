@@ -304,7 +304,9 @@ def check(result):
 
 def test_a_miniature_goes_through_the_config(one_device, data, tmp_path):
   """It trains, identifies, can be evaluated again, can predict and has a page."""
-  result = run.run(small('ce,net=resnet10,epochs=0.2', data), tmp_path)
+  made = small('ce,net=resnet10,epochs=0.2', data)
+  made['model'] |= {'trunk': 'digits_cnn', 'trunk_options': {'width': 4}}
+  result = run.run(made, tmp_path)
   assert (result['step'], result['select']) == (2, 'last')
   check(result)
   again = evaluate.evaluate(epath.Path(tmp_path))

@@ -77,7 +77,7 @@ def test_maps_stand_beside_those_of_the_plain_network(remembered):
   assert np.abs(found['plain'] - found['modulated']).max() > 1e-4
   stage, state = state_of(remembered, 0)
   images = found['image'].astype(np.float32) / 127.5 - 1
-  logits = stage.method.predict(state, images)['logits']
+  logits = jax.jit(stage.method.predict)(state, images)['logits']
   np.testing.assert_array_equal(found['plain_prediction'], logits.argmax(-1))
 
 

@@ -89,7 +89,8 @@ def test_the_centroid_rule_weighs_error_against_distance():
 
 def test_a_run_is_scored_and_chosen_without_labels(tmp_path):
   made = digits_domains.get_config('source_only,epochs=2.0')
-  made.evaluate_every_epochs = 1.0
+  made.model.trunk, made.model.trunk_options = 'tiny_cnn', {'width': 4}
+  made.evaluate_every_epochs, made.open_domains = 1.0, ()
   made.select = 'target/information'
   result = run.run(resolve(made), tmp_path)
   rows = [r for r in read_rows(tmp_path / 'metrics.jsonl') if r['split'] == 'target']

@@ -52,7 +52,13 @@ def count(tree):
 
 @pytest.mark.parametrize(
   ('depth', 'published'),
-  [(8, None), (20, '0.27'), (32, '0.46'), (44, '0.66'), (56, '0.85')],
+  [
+    (8, None),
+    (20, '0.27'),
+    (32, '0.46'),
+    pytest.param(44, '0.66', marks=pytest.mark.slow),
+    pytest.param(56, '0.85', marks=pytest.mark.slow),
+  ],
 )
 def test_parameters_of_a_cifar_resnet(depth, published):
   """He et al., table 6, prints the sizes in millions, to two places."""
@@ -97,21 +103,25 @@ def test_outputs_and_parameters_are_float32(trunk, width, head, dtype):
 
 def test_convolutions_compute_in_bfloat16(variables, images):
   full, half = (
-    small(dtype=dtype).apply(variables, images, train=False)['features']
+    jax.jit(functools.partial(small(dtype=dtype).apply, train=False))(variables, images)
     for dtype in (None, 'bfloat16')
   )
+  full, half = (np.asarray(one['features']) for one in (full, half))
   assert 0 < np.abs(full - half).max() < 0.05
   x = jnp.ones((1, 4, 4, 2))
-  assert Conv(3, dtype='bfloat16').init_with_output(jax.random.key(0), x)[
-    0
-  ].dtype == jnp.dtype('bfloat16')
+  found, _ = jax.eval_shape(
+    Conv(3, dtype='bfloat16').init_with_output, jax.random.key(0), x
+  )
+  assert found.dtype == jnp.dtype('bfloat16')
 
 
 def test_doubles_stay_doubles(variables, images):
+  moved = functools.partial(small().apply, train=True, mutable=['batch_stats'])
+  moved = jax.jit(moved)
   with jax.enable_x64(True):
-    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (variables, images))
-    outputs, updated = small().apply(*wide, train=True, mutable=['batch_stats'])
-  single, _ = small().apply(variables, images, train=True, mutable=['batch_stats'])
+    wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (variables, images))
+    outputs, updated = moved(*wide)
+  single, _ = moved(variables, images)
   leaves = jax.tree.leaves((outputs, updated))
   assert {leaf.dtype for leaf in leaves} == {np.dtype('float64')}
   np.testing.assert_allclose(single['logits'], outputs['logits'], atol=1e-5)
@@ -240,16 +250,17 @@ def test_batch_norm_in_evaluation_and_frozen(rng, state, axes):
 
 def test_groups_are_separate_batches(variables, images):
   """A network with two groups equals the network applied to each half."""
-  train = functools.partial(small().apply, variables, train=True)
-  halves = [train(half, mutable=['batch_stats']) for half in (images[:4], images[4:])]
-  outputs, updated = small(batch_norm={'groups': 2}).apply(
-    variables, images, train=True, mutable=['batch_stats']
+  moved, in_groups = (
+    jax.jit(functools.partial(net.apply, train=True, mutable=['batch_stats']))
+    for net in (small(), small(batch_norm={'groups': 2}))
   )
+  halves = [moved(variables, half) for half in np.split(np.asarray(images), 2)]
+  outputs, updated = in_groups(variables, images)
   both = jnp.concatenate([half['logits'] for half, _ in halves])
   np.testing.assert_allclose(outputs['logits'], both, atol=1e-5)
   mean = jax.tree.map(lambda a, b: (a + b) / 2, *(stats for _, stats in halves))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), updated, mean)
-  together, _ = train(images, mutable=['batch_stats'])
+  together, _ = moved(variables, images)
   assert np.abs(together['logits'] - outputs['logits']).max() > 1e-2
 
 
@@ -275,7 +286,8 @@ def test_a_constant_channel_is_finite(state):
     y, _ = BatchNorm().apply(state, x, train=True, mutable=['batch_stats'])
     return (y**2).sum()
 
-  assert np.isfinite(total(x)) and np.isfinite(jax.grad(total)(x)).all()
+  value, gradient = jax.jit(jax.value_and_grad(total))(x)
+  assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize(('groups', 'reductions'), [(1, True), (8, False)])

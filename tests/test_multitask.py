@@ -1,5 +1,6 @@
 """Several tasks on one trunk: masks, weights and metrics."""
 
+import functools
 import types
 
 import jax
@@ -103,9 +104,14 @@ def stage_of(**changes):
 
 def first(stage):
   arrays = {name: stream.arrays for name, stream in stage.streams.items()}
-  key, payloads = jax.random.key(0), train.payloads_at(stage.streams, 0)
-  batches = train.batches_at(stage.streams, arrays, payloads, key, 0)
-  return stage.method.init(key, batches), batches
+  payloads = train.payloads_at(stage.streams, 0)
+
+  @jax.jit
+  def begun(key, arrays, payloads):
+    batches = train.batches_at(stage.streams, arrays, payloads, key, 0)
+    return stage.method.init(key, batches), batches
+
+  return begun(jax.random.key(0), arrays, payloads)
 
 
 def test_one_task_alone_is_plain_training_to_the_bit():
@@ -118,8 +124,9 @@ def test_one_task_alone_is_plain_training_to_the_bit():
   states = []
   for stage in (alone, supervised):
     state, batches = first(stage)
+    step = jax.jit(stage.method.step)
     for _ in range(2):
-      state, _ = stage.method.step(state, batches)
+      state, _ = step(state, batches)
     states.append(state)
   equal = jax.tree.map(lambda a, b: bool((a == b).all()), *(s.params for s in states))
   assert all(jax.tree.leaves(equal))
@@ -128,7 +135,7 @@ def test_one_task_alone_is_plain_training_to_the_bit():
 def test_a_task_moves_its_own_head_and_the_trunk_alone():
   stage = stage_of(method={'only': 'ink'})
   state, batches = first(stage)
-  after, metrics = stage.method.step(state, batches)
+  after, metrics = jax.jit(stage.method.step)(state, batches)
   assert metrics['weight_of_ink'][0] == 1 and metrics['weight_of_label'][0] == 0
 
   def moved(*path):
@@ -192,27 +199,24 @@ def test_a_task_may_have_images_of_its_own():
   stage = experiment.last
   state, batches = first(stage)
   assert set(np.asarray(batches['other']['label'])) <= set(range(5))
-  after, metrics = stage.method.step(state, batches)
+  after, metrics = jax.jit(stage.method.step)(state, batches)
   assert metrics['loss_other'][0] > 0
   assert make_heads({}) == ()
   for place, stream in (('net', 'train'), ('net_other', 'other')):
-    own = forward(
-      stage.net,
-      state.params['net'],
-      state.stats['net'],
-      batches[stream]['image'],
-      train=True,
-    )[1]
-    jax.tree.map(np.testing.assert_array_equal, after.stats[place], own)
+    moved = jax.jit(functools.partial(forward, stage.net, train=True))
+    own = moved(state.params['net'], state.stats['net'], batches[stream]['image'])[1]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, after.stats[place], own)
   test = experiment.domains['other'].tests['test']
   images = np.float32(test.source.images[test.rows] / 255 - 0.306) / np.float32(0.377)
-  outputs = stage.method.predict(after, images)
+  predict = jax.jit(stage.method.predict)
+  outputs = predict(after, images)
   right = np.asarray(outputs['softmax/other']).argmax(1) == test.labels
   found = results.evaluate(experiment, stage, after).metrics['test']
   assert found['other_accuracy'] == pytest.approx(right.mean())
   assert found['task_mean'] == pytest.approx((found['accuracy'] + right.mean()) / 2)
   swapped = after.replace(stats={**after.stats, 'net_other': after.stats['net']})
-  other = stage.method.predict(swapped, images)
+  other = predict(swapped, images)
   assert np.abs(other['softmax/other'] - outputs['softmax/other']).max() > 1e-3
   np.testing.assert_array_equal(other['logits'], outputs['logits'])
 
@@ -295,7 +299,7 @@ def test_the_best_fixed_weights_are_those_of_validation():
 
 def test_a_run_of_several_tasks_and_its_page(tmp_path):
   config = digits_multitask.get_config('multitask_uncertainty,epochs=1,labelled=0.5')
-  config.model.trunk_options = {'width': 2}
+  config.model.trunk, config.model.trunk_options = 'tiny_cnn', {'width': 2}
   result = run.run(resolve(config), tmp_path)
   assert result['test']['task_mean'] is not None
   assert 0 <= result['test']['coarse_accuracy'] <= 1 and result['test']['ink_rmse'] > 0

@@ -1,9 +1,8 @@
 """The config for your own photographs: the splits it cuts off, and its shot bounds."""
 
-import json
-
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import my_images
 from lt_jax import build, run
@@ -69,9 +68,9 @@ def test_a_class_that_can_spare_nothing_is_named(tmp_path):
 
 
 def test_the_shot_bounds_come_from_the_data(photos, tmp_path):
-  result = run.run(config(photos), tmp_path)
-  facts = json.loads((tmp_path / 'data.json').read_text())
+  experiment = run.rehearsed(config(photos), tmp_path)
+  facts = run._data_facts(experiment, epath.Path(tmp_path))
   assert facts['shot_bounds'] == {'many': 12.0, 'few': 3.0}
-  groups = build.build(config(photos)).groups
-  assert groups['many'].tolist() == [True, False, False]
-  assert result['select'] == 'val/macro_accuracy'
+  assert experiment.groups['many'].tolist() == [True, False, False]
+  chosen = experiment.last.select
+  assert (chosen.split, chosen.metric) == ('val', 'macro_accuracy')

@@ -243,7 +243,11 @@ def cross_entropy(logits, labels):
 
 
 @pytest.mark.parametrize(
-  ('shown', 'prior'), [('self_information', True), ('softmax', False)]
+  ('shown', 'prior'),
+  [
+    ('self_information', True),
+    pytest.param('softmax', False, marks=pytest.mark.slow),
+  ],
 )
 def test_advent_fools_discriminators_that_learn_from_the_same_maps(shown, prior):
   """Source and target differ in size; all players are updated at once."""
@@ -284,8 +288,14 @@ def test_advent_fools_discriminators_that_learn_from_the_same_maps(shown, prior)
 
   judges = {name: state.params[name] for name in JUDGES}
   net = state.params['net']
-  of_net = jax.jit(jax.grad(lambda net: losses(net, judges)[0]))(net)
-  of_judges = jax.jit(jax.grad(lambda judges: losses(net, judges)[1]))(judges)
+
+  @jax.jit
+  def by_hand(net, judges):
+    of_net = jax.grad(lambda net: losses(net, judges)[0])(net)
+    of_judges = jax.grad(lambda judges: losses(net, judges)[1])(judges)
+    return of_net, of_judges, losses(net, judges)[2]
+
+  of_net, of_judges, value = by_hand(net, judges)
   after, metrics = jax.jit(method.step)(state, batches)
   close(after.params['net'], jax.tree.map(lambda p, g: p - 0.1 * g, net, of_net))
   for name, params in judges.items():
@@ -293,7 +303,7 @@ def test_advent_fools_discriminators_that_learn_from_the_same_maps(shown, prior)
       after.params[name],
       jax.tree.map(lambda p, g: p - 0.3 * g, params, of_judges[name]),
     )
-  close(metrics['loss'][0], jax.jit(losses)(net, judges)[2])
+  close(metrics['loss'][0], value)
   assert {'lambda', 'adversarial', 'auxiliary_adversarial'} <= metrics.keys()
   assert metrics['domain_accuracy'][1] == 4 * 9 + 2 * 16  # patches
   assert ('alignment' in metrics) == prior
@@ -329,6 +339,37 @@ def test_a_mean_teacher_labels_what_the_student_sees_changed(trust, mix):
   method = made('mean_teacher', jitter=0.0, weight=0.5, **options)
   init, step = jax.jit(method.init), jax.jit(method.step)
   state = init(jax.random.key(0), batches)
+
+  def pseudo(net, teacher, state):
+    images = batches['target']['image']
+    out, _ = forward(Pixels(), teacher['params'], teacher['stats'], images, train=False)
+    p = jax.nn.softmax(out['logits'])
+    labels, sure = p.argmax(-1), p.max(-1) >= 0.3
+    weights = sure if trust == 'pixel' else jnp.full(sure.shape, sure.mean())
+    seen = images
+    if mix:
+      key = jax.random.fold_in(state.key, zlib.crc32(b'mixed_classes'))
+      key = jax.random.fold_in(key, state.step)
+      true = batches['train']['label']
+      mask = half_of_classes(key, true, CLASSES)
+      brought = (batches['train']['image'] * 0.5 + 0.4 - 0.6) / 0.25
+      seen = jnp.where(mask[..., None], brought, images)
+      labels = jnp.where(mask, true, labels)
+      weights = jnp.where(mask, 1.0, weights)
+    out, _ = forward(Pixels(), net, state.stats['net'], seen, train=True)
+    return (weights * cross_entropy(out['logits'], labels)).mean(), sure.mean()
+
+  @jax.jit
+  def by_hand(state, teacher):
+    def whole(net):
+      images, labels = batches['train']['image'], batches['train']['label']
+      out, _ = forward(Pixels(), net, state.stats['net'], images, train=True)
+      own = cross_entropy(out['logits'], labels).sum() / (labels >= 0).sum()
+      other, sure = pseudo(net, teacher, state)
+      return own + 0.5 * other, (other, sure)
+
+    return jax.grad(whole, has_aux=True)(state.params['net'])
+
   teacher, shares = None, (0.0, 0.5, 0.6)  # 1 - 1 / (t + 1), at most the decay
   for t, share in enumerate(shares):
     now = {'params': state.params['net'], 'stats': state.stats['net']}
@@ -337,34 +378,7 @@ def test_a_mean_teacher_labels_what_the_student_sees_changed(trust, mix):
       if not t
       else jax.tree.map(lambda old, new, a=share: a * old + (1 - a) * new, teacher, now)
     )
-
-    def pseudo(net, teacher=teacher, state=state, t=t):
-      images = batches['target']['image']
-      out, _ = forward(Pixels(), *teacher.values(), images, train=False)
-      p = jax.nn.softmax(out['logits'])
-      labels, sure = p.argmax(-1), p.max(-1) >= 0.3
-      weights = sure if trust == 'pixel' else jnp.full(sure.shape, sure.mean())
-      seen = images
-      if mix:
-        key = jax.random.fold_in(state.key, zlib.crc32(b'mixed_classes'))
-        key = jax.random.fold_in(key, t)
-        true = batches['train']['label']
-        mask = half_of_classes(key, true, CLASSES)
-        brought = (batches['train']['image'] * 0.5 + 0.4 - 0.6) / 0.25
-        seen = jnp.where(mask[..., None], brought, images)
-        labels = jnp.where(mask, true, labels)
-        weights = jnp.where(mask, 1.0, weights)
-      out, _ = forward(Pixels(), net, state.stats['net'], seen, train=True)
-      return (weights * cross_entropy(out['logits'], labels)).mean(), sure.mean()
-
-    def whole(net, pseudo=pseudo, state=state):
-      images, labels = batches['train']['image'], batches['train']['label']
-      out, _ = forward(Pixels(), net, state.stats['net'], images, train=True)
-      own = cross_entropy(out['logits'], labels).sum() / (labels >= 0).sum()
-      other, sure = pseudo(net)
-      return own + 0.5 * other, (other, sure)
-
-    grads, (other, sure) = jax.jit(jax.grad(whole, has_aux=True))(state.params['net'])
+    grads, (other, sure) = by_hand(state, teacher)
     after, metrics = step(state, batches)
     close(
       after.params['net'],
@@ -376,12 +390,9 @@ def test_a_mean_teacher_labels_what_the_student_sees_changed(trust, mix):
     assert 0 < float(sure) < 1
     state = after
   predicted = jax.jit(method.predict)(state, batches['target']['image'])['logits']
-  expected, _ = forward(
-    Pixels(),
-    state.params['net'],
-    state.stats['net'],
-    batches['target']['image'],
-    train=False,
+  plain = jax.jit(functools.partial(forward, Pixels(), train=False))
+  expected, _ = plain(
+    state.params['net'], state.stats['net'], batches['target']['image']
   )
   close(predicted, expected['logits'])
 
@@ -414,10 +425,9 @@ def two_steps(devices, name):
   return jax.device_get(state.params), step.as_text()
 
 
-@pytest.mark.parametrize('devices', [pytest.param(2, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize(
-  'name', ['advent', pytest.param('mean_teacher', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # tests/test_adaptation.py does so for a method of whole images
+@pytest.mark.parametrize('devices', [2, 8])
+@pytest.mark.parametrize('name', ['advent', 'mean_teacher'])
 def test_many_devices_are_one(name, devices):
   """And only sums are exchanged, no images or maps."""
   (one, _), (many, text) = (two_steps(n, name) for n in (1, devices))
@@ -426,7 +436,9 @@ def test_many_devices_are_one(name, devices):
   assert not re.findall(r'all-gather|all-to-all|collective-permute', text)
 
 
-@pytest.mark.parametrize('name', ['advent', 'mean_teacher'])
+@pytest.mark.parametrize(
+  'name', ['advent', pytest.param('mean_teacher', marks=pytest.mark.slow)]
+)
 def test_it_descends_and_is_traced_once(name):
   batches, traces = batches_of(), []
   options = {'optimizer': adam(rate(0.05)), 'weight': 0.01}

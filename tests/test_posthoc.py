@@ -179,7 +179,7 @@ def test_a_head_that_is_not_linear_is_reported(npz, head):
     run.rehearsed(config, NOWHERE)
 
 
-@pytest.fixture(scope='module', params=[1, 8])
+@pytest.fixture(scope='module', params=[1, pytest.param(8, marks=pytest.mark.slow)])
 def chosen(request, npz):
   """Returns (experiment, States of both stages), on one device and on eight."""
   config = make_config(npz, 'tau_norm')

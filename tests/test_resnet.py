@@ -58,7 +58,13 @@ def drawn(net, rng, *sides):
 # Sizes.
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ('resnet101', 'resnet152')))
+    for name in PUBLISHED
+  ],
+)
 def test_published_sizes(name):
   features, variables = shapes_of(RESNETS[name](), 224, 224)
   channels = 512 if name in ('resnet18', 'resnet34') else 2048

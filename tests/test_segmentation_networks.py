@@ -155,7 +155,7 @@ DILATING = {
   ('name', 'stride'),
   [
     ('basic', 8),
-    ('lite', 8),
+    pytest.param('lite', 8, marks=pytest.mark.slow),
     pytest.param('bottleneck', 8, marks=pytest.mark.slow),
     pytest.param('deeplab', 8, marks=pytest.mark.slow),
     *(pytest.param(name, 16, marks=pytest.mark.slow) for name in DILATING),
