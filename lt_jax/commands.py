@@ -215,6 +215,8 @@ def exit_code(command: Callable[[], None]) -> int:
   """Runs a command and returns 0; if it fails, says why and exits with its code."""
   try:
     command()
+    if _one_of_several():
+      _leave_together()
   except KeyboardInterrupt:
     fail('interrupted; saved files are intact', INTERRUPTED)
   except Exception as error:
@@ -222,8 +224,6 @@ def exit_code(command: Callable[[], None]) -> int:
     if known is None:
       raise
     fail(*known)
-  if _one_of_several():
-    _leave_together()
   return 0
 
 
