@@ -19,6 +19,9 @@ if sys.dont_write_bytecode:
   os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix
   sys.dont_write_bytecode = False
 
+# Threads of linear algebra would wait for each other, burning the time of the cores.
+os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
+
 # Most of a test's time is compilation, most of which is LLVM optimisation. Much of the
 # rest are the newer fusion emitters, which jaxlib 0.10 can do without.
 os.environ['XLA_FLAGS'] = (

@@ -149,12 +149,14 @@ def deep_embedded(seen: Seen) -> float | None:
   if seen.val is None or 'log_p' not in seen.val:
     return None
   from sklearn.linear_model import LogisticRegression
+  from threadpoolctl import threadpool_limits
 
   source, target = seen.train['features'], seen.target['features']
   both = np.concatenate([source, target]).astype(np.float64)
   center, scale = both.mean(axis=0), both.std(axis=0) + 1e-12
   is_target = np.arange(len(both)) >= len(source)
-  judge = LogisticRegression(max_iter=200).fit((both - center) / scale, is_target)
+  with threadpool_limits(1):  # more threads are slower: they wait for each other
+    judge = LogisticRegression(max_iter=200).fit((both - center) / scale, is_target)
   log_odds = judge.decision_function((seen.val['features'] - center) / scale)
   weight = len(source) / len(target) * np.exp(np.clip(log_odds, -30, 30))
   label = seen.val['label'][:, None]
