@@ -7,10 +7,10 @@ Data: two folders of the same classes, each laid out as for configs/my_images.py
 `photos/CLASS/*.jpg`, or `photos/train/CLASS/*.jpg` with `val` and `test`. What is
 missing of these is set aside as there. The target, which the run calls `unlabelled`,
 gives its training images without their labels; its test images only measure how well
-that worked. If you know no labels at all, spread the images over the class folders as
-you like: nothing is learned from these folders, and only the accuracy on the target
-means nothing. Without source= and target= the images are generated, so you can check
-that everything runs.
+that worked. If you know no labels at all, spread the images evenly over the class
+folders, in any way: nothing is learned from these folders, and only the accuracy on the
+target means nothing. Without source= and target= the images are generated, so you can
+check that everything runs.
 
 Training follows TLLib, as in configs/office31.py.
 
@@ -27,6 +27,7 @@ Argument: a recipe for domain adaptation (see docs/methods.md) and
 """
 
 from lt_jax.config import Overrides, apply, base_config, parse_arg
+from lt_jax.errors import UserError
 from lt_jax.pretrained.dialects import pixels
 from lt_jax.protocols import Protocol, train_by
 from lt_jax.protocols.cutting import cut
@@ -46,6 +47,11 @@ def get_config(arg: str | None = None):
   recipe, option = parse_arg(
     arg, 'dann', source='', target='', net='resnet18', size=128, epochs=20.0, init=''
   )
+  if bool(option.source) != bool(option.target):
+    missing = 'target' if option.source else 'source'
+    raise UserError(
+      f'{missing}= is missing: give both folders, or none to generate images'
+    )
   config = apply(
     base_config(),
     {

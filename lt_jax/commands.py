@@ -10,6 +10,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import signal
@@ -71,9 +72,11 @@ class _ModuleParser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> str:
     sys.path.insert(0, os.getcwd())  # installed commands lack it
+    if argument.endswith('.py'):
+      raise UserError(f'--import={argument}: give the name of the module, without .py')
     try:
-      spec = importlib.util.find_spec(argument)
-    except (ImportError, ValueError):
+      spec = importlib.util.find_spec(argument.partition('.')[0])  # imports nothing
+    except ValueError:  # the name is empty
       spec = None
     if spec is None:
       raise UserError(
@@ -98,8 +101,16 @@ def import_flag() -> Flag:
 
 
 def _imports_first(arguments: Sequence[str]) -> list[str]:
-  """Puts --import=MODULE before --config, whose file may use what the module adds."""
-  return sorted(arguments, key=lambda one: not re.match('--?import=', one))
+  """Puts --import before --config, whose file may use what the module adds."""
+  first, others, left = [], [], iter(arguments)
+  for one in left:
+    if one == '--':  # what follows are no flags
+      others += [one, *left]
+    elif re.match('--?import(=|$)', one):
+      first += [one, *itertools.islice(left, '=' not in one)]
+    else:
+      others.append(one)
+  return first + others
 
 
 def workdir_flag(help: str = 'The folder of the run.') -> Flag:
@@ -204,6 +215,8 @@ def exit_code(command: Callable[[], None]) -> int:
   """Runs a command and returns 0; if it fails, says why and exits with its code."""
   try:
     command()
+    if _one_of_several():
+      _leave_together()
   except KeyboardInterrupt:
     fail('interrupted; saved files are intact', INTERRUPTED)
   except Exception as error:
@@ -211,8 +224,6 @@ def exit_code(command: Callable[[], None]) -> int:
     if known is None:
       raise
     fail(*known)
-  if _one_of_several():
-    _leave_together()
   return 0
 
 

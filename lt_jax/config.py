@@ -426,7 +426,10 @@ def labelled_data(config: Config) -> list[dict[str, Any]]:
   """Returns the `data` of every domain whose labels a run learns.
 
   Args:
-    config: of any run, also one of an older version or a damaged one.
+    config: of any run; one of an older version may lack keys.
+
+  Raises:
+    UserError: a domain does not exist, or sets a key that `data` does not have.
   """
   if 'data' not in config:
     return []

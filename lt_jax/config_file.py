@@ -153,6 +153,8 @@ def errors_name_the_line(path: str) -> Iterator[None]:
     raise
   except (Exception, SystemExit) as error:
     if isinstance(error, SyntaxError):
+      file = error.filename or ''  # it may be one that the user's file imports
+      path = file if os.path.isfile(file) else path
       place = f'{path}:{error.lineno}' if error.lineno else path
     else:
       frames = traceback.extract_tb(error.__traceback__)

@@ -21,6 +21,7 @@ network is not trained and no number of the run changes.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,8 +92,7 @@ class Network(NamedTuple):
 
 def main() -> None:
   """Probes the network that the flags name."""
-  if not all(text.isdecimal() for text in SHOTS.value):
-    raise UserError(f'--shots must be whole numbers: {",".join(SHOTS.value)}')
+  shots = ascending(SHOTS.value)
   for name in KINDS.value:
     lookup(CLASSIFIERS, 'classifier', name)
   if min(DRAWS.value, FOLDS.value - 1) < 1 or BUDGET.value < 0:
@@ -106,7 +106,7 @@ def main() -> None:
   out = _folder()
   for line in cautions(network.experiment):
     print(f'warning: {line}')
-  draws = probing.Draws([int(text) for text in SHOTS.value], DRAWS.value, FOLDS.value)
+  draws = probing.Draws(shots, DRAWS.value, FOLDS.value)
   found = probe(network, layers, KINDS.value, draws, out, BUDGET.value, RETRIEVAL.value)
   files.write_json(out / 'probe.json', found)
   (out / 'probe.md').write_text(table(found))
@@ -115,6 +115,17 @@ def main() -> None:
     write_retrieval(network, found, out, BUDGET.value)
   print(f'\n{shown(found)}')
   print(f'files: {out}/probe.json, probe.md (with all columns) and probe.svg')
+
+
+def ascending(given: Sequence[str]) -> list[int]:
+  """Returns the values of --shots once each, from few images to all of them (0).
+
+  Raises:
+    UserError: there are none, or one is not a whole number.
+  """
+  if not given or not all(text.isdecimal() for text in given):
+    raise UserError(f'--shots must be whole numbers, such as 1,5,0: {",".join(given)}')
+  return sorted({int(text) for text in given}, key=lambda shots: shots or math.inf)
 
 
 def _folder() -> epath.Path:

@@ -16,6 +16,7 @@ from lt_jax.cautions import cautions
 from lt_jax.config import OPEN, SOURCE, TARGET, config_digest, flatten
 from lt_jax.evals import titles
 from lt_jax.evals.classification import half
+from lt_jax.evals.closed_set import SHOTS, told_apart
 from lt_jax.evals.collect import Collected, collector
 from lt_jax.evals.domains import (
   mean_metrics,
@@ -56,9 +57,6 @@ DOMAIN_FEATURES = 500
 SAMPLES = 64
 TRANSLATED = 16
 SHOWN = 4
-
-SHOTS = ('many', 'medium', 'few')
-"""Metrics of the shot groups."""
 
 
 class Evaluated(NamedTuple):
@@ -629,9 +627,9 @@ def show(result: Mapping[str, Any], screen: Screen) -> None:
 
   Metrics of shot groups without classes are left out, as is that of a group with all.
   """
-  groups = [name for name in SHOTS if result['test'].get(name) is not None]
-  silent = SHOTS if len(groups) < 2 else set(SHOTS) - set(groups)
-  test = {k: v for k, v in result['test'].items() if k not in silent}
+  test = result['test']
+  groups = told_apart(name for name in SHOTS if test.get(name) is not None)
+  test = {k: v for k, v in test.items() if k not in SHOTS or k in groups}
   shown = {
     title: f'{"n/a":>6}' if test[name] is None else f'{100 * test[name]:6.2f} %'
     for name, title in titles().items()

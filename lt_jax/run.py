@@ -454,8 +454,8 @@ def check_config(config: Config, workdir: epath.Path) -> None:
   if stored and (changes := provenance.changes(stored, config)):
     raise UserError(
       f'{path} was changed after training: {provenance.listed(changes)}; the '
-      'checkpoints were '
-      f'trained with the config of this command, so delete {path} to resume'
+      'checkpoints were trained with the config of this command, so delete '
+      f'{path} to resume'
     )
 
 

@@ -331,7 +331,7 @@ class StageRunner:
     elif step:
       start = f'fresh start at step {step}, carried over'
     steps, of_epoch = self.stage.plan.steps, self.stage.epoch_steps
-    epochs = f'{steps / of_epoch:.3g} epochs of {_rounded(of_epoch)} steps'
+    epochs = f'{_rounded(steps / of_epoch)} epochs of {_rounded(of_epoch)} steps'
     self._screen.line_if_followed(
       f'stage {self.stage.name}: {steps:,} steps ({epochs}); {start}'
     )
@@ -502,8 +502,13 @@ class StageRunner:
 
 
 def _rounded(number: float) -> str:
-  """Returns a number of steps without more decimals than anyone wants to read."""
-  return f'{number:,.0f}' if number >= 10 or number % 1 == 0 else f'{number:.1f}'
+  """Returns a number with three digits, or with all those before the point.
+
+  Examples:
+    >>> [_rounded(number) for number in (0.0502, 2.0, 19.96, 1234.5)]
+    ['0.0502', '2', '20', '1,234']
+  """
+  return f'{number:,.0f}' if number >= 100 else f'{number:.3g}'
 
 
 def _arrays(path: epath.Path) -> dict[str, np.ndarray]:

@@ -1,11 +1,12 @@
 """Flags, config files, and the final line of a command."""
 
+import importlib.machinery
 import sys
 
 import pytest
 from absl import flags
 
-from lt_jax import commands, config_file, errors, files, main
+from lt_jax import commands, config_file, errors, files, main, provenance
 from lt_jax.config import resolve
 from lt_jax.data.sources import load_source
 from lt_jax.errors import UserError
@@ -63,19 +64,50 @@ def test_a_module_adds_a_recipe_to_every_command(tmp_path):
   """To the command that trains, where it precedes --config, and to others."""
   output, workdir = tmp_path / 'out', tmp_path / 'run'
   (tmp_path / 'mine.py').write_text(MINE)
-  (tmp_path / 'wrong.py').write_text('\n1 / 0')
+  (tmp_path / 'wrong').mkdir()
+  (tmp_path / 'wrong/__init__.py').write_text('\n1 / 0')
   train = child.command(workdir, config='digits_lt.py:nothing,epochs=1')
   for given, told in (
     ([], "unknown recipe 'nothing'"),
     (['--import=nine'], '--import=nine: there is no such module in this folder or on'),
-    (['--import=wrong'], 'wrong.py:2: ZeroDivisionError: division by zero'),
+    (['--import=mine.py'], '--import=mine.py: give the name of the module, without'),
+    (['--import=wrong.one'], '/wrong/__init__.py:2: ZeroDivisionError: division by'),
   ):
     assert child.run([*train, *given], output, f'path:{tmp_path}') == 2
     assert told in output.read_text()
-  given = '--import=mine'
-  assert child.run([*train, given], output, f'path:{tmp_path}') == 0, output.read_text()
-  of_it = [f'--workdir={workdir}', given]
+  train += ['--import', 'mine']
+  assert child.run(train, output, f'path:{tmp_path}') == 0, output.read_text()
+  of_it = [f'--workdir={workdir}', '--import=mine']
   assert child.run(of_it, output, f'path:{tmp_path}', 'lt_jax.evaluate') == 0
+
+
+def test_a_syntax_error_names_its_own_file(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'unparsable.py').write_text('\na b')
+  (tmp_path / 'made.py').write_text('import unparsable')
+  with pytest.raises(UserError, match=r'/unparsable\.py:2: SyntaxError'):
+    config_file.loader(str(tmp_path / 'made.py'))
+
+
+def test_a_run_knows_its_command(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['main.py', '--config=x:ce', 'two words', '\udcff'])
+  for name, told in (
+    ('lt_jax.main', 'python -m lt_jax.main'),
+    ('lt_jax.doctor.__main__', 'python -m lt_jax.doctor'),
+    ('pytest.__main__', ''),
+    (None, ''),
+  ):
+    spec = name and importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setattr(sys.modules['__main__'], '__spec__', spec)
+    given = " --config=x:ce 'two words' '\udcff'" if told else ''
+    assert provenance.command() == told + given
+
+
+def test_modules_are_imported_before_the_config_is_made():
+  given = ['--config=x', '-import', 'a', 'one.png', '--import=b', '--', '--import=c']
+  wanted = ['-import', 'a', '--import=b', '--config=x', 'one.png', '--', '--import=c']
+  assert commands._imports_first(given) == wanted
+  assert commands._imports_first(['--import']) == ['--import']  # absl says what lacks
 
 
 def test_a_key_of_a_domain_that_no_role_uses_is_rejected(tmp_path):

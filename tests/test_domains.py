@@ -11,7 +11,6 @@ from configs import digits_domains
 from lt_jax import build, run, sharding, train, trained
 from lt_jax.cautions import cautions
 from lt_jax.config import check_set_domains, resolve
-from lt_jax.data import places
 from lt_jax.data.domains import shared
 from lt_jax.data.lists import Files
 from lt_jax.data.streams import Split, Unlabelled
@@ -675,7 +674,8 @@ def test_what_weights_began_with_may_have_read_labels_of_the_target(tmp_path, us
 
 def test_initial_weights_may_have_learned_the_target_as_their_own_data(tmp_path):
   """Alone, as one of several sources, or as the data of a single stage."""
-  at = [places.place({'source': f'npz:{n}.npz', 'dir': ''}) for n in 'ab']
+  split = {'dir': '', 'train_split': 'train', 'test_split': 'test'}
+  at = [{'source': f'npz:{n}.npz', **split} for n in 'ab']
   domains = {'b': {'source': 'npz:b.npz'}}
   for before, learned in (
     ({'data': {'source': 'npz:a.npz'}}, [True, False]),
@@ -684,8 +684,22 @@ def test_initial_weights_may_have_learned_the_target_as_their_own_data(tmp_path)
     ({'data': {}, 'domains': domains, 'stages': {'x': {'domain': 'b'}}}, [False, True]),
   ):
     (tmp_path / 'config.json').write_text(json.dumps(before))
-    told = [ours.used_target_labels(str(tmp_path), [place]) for place in at]
+    told = [ours.used_target_labels(str(tmp_path), [target]) for target in at]
     assert told == learned, before
+
+  for train_split, learned in (('train', True), ('test', True), ('webcam', False)):
+    own = {'source': 'npz:a.npz', 'train_split': train_split}
+    (tmp_path / 'config.json').write_text(json.dumps({'data': own}))
+    assert ours.used_target_labels(str(tmp_path), at) is learned
+  (tmp_path / 'config.json').write_text(json.dumps({'data': {'source': 'fake'}}))
+  assert not ours.used_target_labels(str(tmp_path), [{'source': 'fake', **split}])
+  for damaged in ({'data': 5}, {'data': {}, 'sources': ['nowhere']}):
+    (tmp_path / 'config.json').write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match=f'the config of {tmp_path} is damaged'):
+      ours.used_target_labels(str(tmp_path), at)
+  foreign = tmp_path / 'foreign.safetensors'
+  save_file({'x': np.zeros(1, np.float32)}, foreign, {'config': 'resnet18'})
+  assert not ours.used_target_labels(str(foreign), at)
 
   own = {'data': {'source': 'digits_domains:blended'}}
   (tmp_path / 'config.json').write_text(json.dumps(own))

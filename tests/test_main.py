@@ -3,6 +3,8 @@
 import importlib.util
 import pathlib
 
+import pytest
+
 import lt_jax
 from lt_jax import __main__ as listing
 from lt_jax.recipes import RECIPES
@@ -23,6 +25,17 @@ def test_every_command_is_listed(capsys):
   for name, what in listing.COMMANDS.items():
     assert any(f'lt_jax.{name} ' in line and what in line for line in lines)
     assert importlib.util.find_spec(f'lt_jax.{name}')
+
+
+def test_what_is_no_command_is_refused(capsys):
+  for given, message in (
+    ('report', 'write a dot before the command: python -m lt_jax.report'),
+    ('reprot', "there is no command 'reprot'; did you mean 'report'?"),
+  ):
+    with pytest.raises(SystemExit) as ended:
+      listing.main([given])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f'error: {message}\n'
 
 
 def test_the_recipes_are_listed(capsys):

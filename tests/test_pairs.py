@@ -99,6 +99,14 @@ def test_mistakes_are_reported(arg, message):
     office31.get_config(arg)
 
 
+@pytest.mark.parametrize(
+  ('given', 'missing'), [('source', 'target'), ('target', 'source')]
+)
+def test_one_folder_of_two_is_not_paired_with_generated_images(given, missing):
+  with pytest.raises(UserError, match=f'{missing}= is missing: give both folders'):
+    my_domains.get_config(f'dann,{given}=photos')
+
+
 def test_traffic_signs_have_the_network_of_the_paper():
   made = stage_config(resolve(synsigns_gtsrb.get_config('dann')), 'train')
   assert (made['model']['trunk'], made['data']['size']) == ('gtsrb_dann', 40)

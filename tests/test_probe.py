@@ -101,6 +101,13 @@ def network():
   return probe.Network(experiment, stage, state)
 
 
+def test_the_last_shots_are_the_most():
+  assert probe.ascending(['0', '5', '1', '5']) == [1, 5, 0]
+  for given in ([], ['five']):
+    with pytest.raises(UserError, match='--shots must be whole numbers, such as'):
+      probe.ascending(given)
+
+
 def test_every_layer_is_probed_and_kept(network, tmp_path, monkeypatch):
   layers = probe.chosen_layers(network, [])
   assert layers == ['conv1', 'conv2']

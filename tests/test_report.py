@@ -24,6 +24,7 @@ from configs import cifar10_lt, places_lt
 from lt_jax import report
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
+from lt_jax.evals import classification
 from lt_jax.report import (
   across,
   curves,
@@ -336,6 +337,13 @@ def test_a_run_alone_has_a_list_of_its_metrics(tables_only, tmp_path):
   assert ['medium-shot', 'n/a'] not in cells and ['few-shot', '25.0'] in cells
 
 
+def test_a_rule_of_another_type_is_reported(tables_only, tmp_path):
+  folder = write_run(tmp_path / 'run')
+  path = folder / 'result.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'select': 5}))
+  assert 'result.json is damaged' in page_of(folder).text
+
+
 def test_a_terminal_shows_a_short_table(tables_only, tmp_path):
   write_run(tmp_path / 'ldam_drw', config('ldam_drw'), 0.7)
   write_run(tmp_path / 'ce', config('ce'))
@@ -364,6 +372,18 @@ def test_methods_are_in_the_order_of_the_sweep_or_the_reference_is_first(tmp_pat
   assert order() == ['zebra', 'ldam', 'ce', 'adaboost']
   (tmp_path / runs.ORDER).write_text('{"methods": ')
   assert order() == ['ce', 'adaboost', 'ldam', 'zebra']
+
+
+def test_every_choice_of_a_threshold_has_its_sentence():
+  scores = {
+    'known_score': np.ones(2),
+    'label': np.arange(2),
+    'prediction': np.arange(2),
+  }
+  unknown = {**scores, 'label': np.full(2, -1)}
+  for records in ({'val': scores}, {'val': scores, 'open_val': unknown}):
+    found = classification._choose_threshold(records, 'known_score')
+    assert found['chosen_by'] in report.page.CHOSEN_BY
 
 
 def test_nothing_is_said_about_what_a_run_does_not_have(tmp_path):

@@ -5,10 +5,12 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 from rich.console import Console
 
 from lt_jax import files, live, sweep
 from lt_jax.errors import UserError
+from lt_jax.report import runs
 from lt_jax.run import OtherConfig
 from tests import child
 from tests.test_report import config, write_run
@@ -344,3 +346,10 @@ def test_every_cell_that_ends_is_shown_and_reported(tmp_path, monkeypatch):
   for page, state in zip(pages, states, strict=True):
     assert state in page
   assert 'Figures are drawn when the sweep ends' in page and '<svg' not in page
+
+
+def test_a_sweep_adds_its_methods_to_those_of_earlier_ones(tmp_path):
+  workdir = epath.Path(tmp_path)
+  for given in (['zebra', 'ldam'], ['ce', 'ldam']):
+    sweep._remember(given, workdir)
+  assert runs.methods(workdir) == ['zebra', 'ldam', 'ce']

@@ -9,7 +9,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from lt_jax.config import CLOCK, SOURCE, TARGET, Config, domain_data
-from lt_jax.data import places
 from lt_jax.data.dataset import Dataset
 from lt_jax.data.streams import Pass, Split, Stream, Unlabelled
 from lt_jax.evals.collect import Survey
@@ -197,7 +196,7 @@ class Experiment(NamedTuple):
   def begins_with_target_labels(self) -> bool:
     """Whether its initial weights were trained with labels of a target."""
     names = self.roles[TARGET]
-    targets = [places.place(domain_data(self.config, name)) for name in names]
+    targets = [domain_data(self.config, name) for name in names]
     return bool(names) and ours.used_target_labels(self.config['init'], targets)
 
   @property

@@ -1,9 +1,27 @@
 """Accuracy on known classes: overall, by class, by shot group."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+SHOTS = ('many', 'medium', 'few')
+"""Names of the shot groups and of their metrics."""
+
+
+def told_apart(groups: Iterable[str]) -> list[str]:
+  """Returns the shot groups to show, in order.
+
+  Args:
+    groups: those with at least one class. A single group has all classes, so that its
+      metric says nothing new.
+
+  Examples:
+    >>> told_apart({'few', 'many'}), told_apart(['medium'])
+    (['many', 'few'], [])
+  """
+  there = [name for name in SHOTS if name in {*groups}]
+  return there if len(there) > 1 else []
 
 
 def closed_set(

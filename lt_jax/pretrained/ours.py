@@ -60,20 +60,21 @@ def origin(source: str) -> Origin | None:
   return None
 
 
-def used_target_labels(source: str, targets: Sequence[Mapping[str, str]] = ()) -> bool:
+def used_target_labels(source: str, targets: Sequence[Mapping[str, Any]] = ()) -> bool:
   """Returns whether labels of a target were read on the way to some weights of ours.
 
   So says the run, finished or not, or the export, or what the run itself began with. A
   run that learned the labels of a target's data set as its own had no target, so it is
-  known by the place of its data.
+  known by the place and the split of its data.
 
   Args:
     source: as for `origin`.
-    targets: where the data of targets are, see `places.place`.
+    targets: the `data` of each target.
+
+  Raises:
+    UserError: a file of a run on the way is damaged.
   """
-  from lt_jax.config import labelled_data  # imports this file, as `writers` does
-  from lt_jax.data import places
-  from lt_jax.writers import read_rows
+  from lt_jax.writers import read_rows  # imports `config`, which imports this file
 
   seen: set[str] = set()
   while source and source not in seen:
@@ -82,7 +83,7 @@ def used_target_labels(source: str, targets: Sequence[Mapping[str, str]] = ()) -
     if source.endswith('.safetensors') and path.is_file():
       header = _header(path)
       rows = [{'uses_target_labels': header.get('uses_target_labels') == 'true'}]
-      config = json.loads(header.get('config', '{}'))
+      config = _config_of(source, header)
     elif (path / 'config.json').is_file():
       result, events = path / 'result.json', path / 'events.jsonl'
       rows = [_json(result, source)] if result.is_file() else []
@@ -90,13 +91,35 @@ def used_target_labels(source: str, targets: Sequence[Mapping[str, str]] = ()) -
       config = _json(path / 'config.json', source)
     else:
       return False
-    learned = map(places.place, labelled_data(config))
-    if any(row.get('uses_target_labels') for row in rows) or any(
-      place in targets for place in learned
-    ):
+    if any(row.get('uses_target_labels') for row in rows):
+      return True
+    if targets and _learned(source, config, targets):
       return True
     source = str(config.get('init', ''))
   return False
+
+
+def _learned(
+  source: str, config: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]
+) -> bool:
+  """Returns whether a run learned labels of a target's images as those of its own.
+
+  One place may hold several domains as splits, as an .npz of Office-31 does. Generated
+  images are exempt, as they are within a run.
+  """
+  from lt_jax.config import labelled_data  # imports this file
+  from lt_jax.data import places
+
+  try:
+    return any(
+      own['source'] != 'fake'
+      and places.place(own) == places.place(target)
+      and own['train_split'] in (target['train_split'], target['test_split'])
+      for own in labelled_data(config)
+      for target in targets
+    )
+  except (UserError, TypeError, LookupError, AttributeError) as error:
+    raise UserError(f'the config of {source} is damaged: {error}') from None
 
 
 def adopted(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +143,7 @@ def _of_run(source: str, path: epath.Path) -> Origin:
 
 def _of_export(source: str, header: Mapping[str, str]) -> Origin | None:
   """Returns what an export's header says; None for other files."""
-  if not {'config', 'class_names', 'preprocessing'} <= header.keys():
+  if not _is_export(header):
     return None
   try:
     recorded = {
@@ -129,6 +152,24 @@ def _of_export(source: str, header: Mapping[str, str]) -> Origin | None:
     return _origin(source, json.loads(header['config']), recorded, is_file=True)
   except ValueError as error:
     raise UserError(f'{source}: its header is damaged: {error}') from None
+
+
+def _is_export(header: Mapping[str, str]) -> bool:
+  """Returns whether `lt_jax.export` wrote a header, rather than another library."""
+  return {'config', 'class_names', 'preprocessing'} <= header.keys()
+
+
+def _config_of(source: str, header: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the config in an export's header; {} for other files."""
+  if not _is_export(header):
+    return {}
+  try:
+    found = json.loads(header['config'])
+  except ValueError as error:
+    raise UserError(f'{source}: its header is damaged: {error}') from None
+  if not isinstance(found, dict):
+    raise UserError(f'{source}: its header is damaged')
+  return found
 
 
 def _origin(

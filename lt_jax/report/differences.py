@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lt_jax.evals import titles
+from lt_jax.evals.closed_set import told_apart
 from lt_jax.report.drawing import OTHER_CONTENTS, finite_mean
 from lt_jax.report.noise import LEVEL, RESAMPLES, Interval, paired_bootstrap, paired_t
 from lt_jax.report.runs import CONTROLS, Group, NoData, Run, printable
-from lt_jax.report.tables import SHOTS, Table
+from lt_jax.report.tables import Table
 
 FEWEST_SEEDS = 3
 """With fewer, deviations say too little: two seeds may agree to the image by chance."""
@@ -187,8 +188,8 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
 def _groups(pairs: Pairs) -> dict[str, np.ndarray]:
   """Returns the shot groups with at least one class; {} if one of them has all."""
   groups = pairs[0][0].groups
-  there = {name: groups[name] for name in SHOTS if groups[name].any()}
-  return there if len(there) > 1 else {}
+  shown = told_apart(name for name, classes in groups.items() if classes.any())
+  return {name: groups[name] for name in shown}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -69,6 +69,7 @@ SHAPES: dict[str, Any] = {
     'domain_means': (None, {str: {}}),
     'a_distance': (None, {str: MAYBE}),
     'wall_seconds': MAYBE,
+    'select': (None, str),
   },
   'error.json': {'recipe': str, 'seed': int, 'error': str},
 }

@@ -13,6 +13,7 @@ import numpy as np
 
 from lt_jax.evals import titles
 from lt_jax.evals.classification import CLASSIFICATION
+from lt_jax.evals.closed_set import SHOTS, told_apart
 from lt_jax.report import published
 from lt_jax.report.runs import Group, Run, printable
 
@@ -20,9 +21,6 @@ PUBLISHED = (
   'Most authors report the best epoch on the test set; ours is the checkpoint that the '
   'run selected.'
 )
-
-SHOTS = ('many', 'medium', 'few')
-"""Metrics of the shot groups."""
 
 
 class Table(NamedTuple):
@@ -214,9 +212,8 @@ def _columns(runs: Sequence[Run]) -> dict[str, str]:
   Shot groups without classes are left out, as is a group that has all of them.
   """
   tested = [run.result['test'] for run in runs if run.result]
-  groups = {n for n in SHOTS for test in tested if test.get(n) is not None}
-  there = {name for test in tested for name in test} - {*SHOTS}
-  there |= groups if len(groups) > 1 else set()
+  groups = told_apart(n for n in SHOTS for test in tested if test.get(n) is not None)
+  there = {name for test in tested for name in test} - {*SHOTS} | {*groups}
   return {name: title for name, title in titles().items() if name in there}
 
 
@@ -274,7 +271,7 @@ _METRICS = {
   'f_measure_oltr2019_at_0.1': 'open-set F (oltr2019) at 0.1',
   **{
     f'known_{group}{suffix}': f'{group}-shot beside the open set{rule}'
-    for group in ('many', 'medium', 'few')
+    for group in SHOTS
     for suffix, rule in (
       ('_at_0.1', ' at 0.1'),
       ('_own_rule', ', own rule'),
