@@ -345,7 +345,7 @@ def test_the_screen_follows_one_and_shows_the_end_of_all(npz, tmp_path, capsys):
   assert 'ce, seeds 3, 4 as one program' in output
   assert output.count('seed 3: step 8/8') == 1 and 'seed 4: step 8/8' not in output
   for seed in SEEDS:
-    assert f'test, ce, seed {seed}\n' in output
+    assert f'test, ce, seed {seed}, checkpoint of step 8 (last)\n' in output
 
 
 @pytest.mark.slow

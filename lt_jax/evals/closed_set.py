@@ -20,8 +20,8 @@ def told_apart(groups: Iterable[str]) -> list[str]:
     >>> told_apart({'few', 'many'}), told_apart(['medium'])
     (['many', 'few'], [])
   """
-  there = [name for name in SHOTS if name in {*groups}]
-  return there if len(there) > 1 else []
+  there = {*groups}
+  return [name for name in SHOTS if name in there] if len(there) > 1 else []
 
 
 def closed_set(
