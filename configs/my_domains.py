@@ -14,8 +14,8 @@ check that everything runs.
 
 Training follows TLLib, as in configs/office31.py.
 
-Cost: a step takes a batch of 32 images from each domain, twice the time of one in
-configs/my_images.py. There is no published number.
+Cost: a step takes 32 images from each domain; not measured. There is no published
+number.
 
 Argument: a recipe for domain adaptation (see docs/methods.md) and
   source   the folder of labelled images

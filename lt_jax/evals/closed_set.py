@@ -20,8 +20,9 @@ def told_apart(groups: Iterable[str]) -> list[str]:
     >>> told_apart({'few', 'many'}), told_apart(['medium'])
     (['many', 'few'], [])
   """
-  there = {*groups}
-  return [name for name in SHOTS if name in there] if len(there) > 1 else []
+  given = {*groups}
+  there = [name for name in SHOTS if name in given]
+  return there if len(there) > 1 else []
 
 
 def closed_set(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lt_jax.evals import titles
-from lt_jax.evals.closed_set import told_apart
 from lt_jax.report.drawing import OTHER_CONTENTS, finite_mean
 from lt_jax.report.noise import LEVEL, RESAMPLES, Interval, paired_bootstrap, paired_t
 from lt_jax.report.runs import CONTROLS, Group, NoData, Run, printable
@@ -95,7 +94,7 @@ Pairs = Sequence[tuple[Run, Run]]
 
 def _over_seeds(pairs: Pairs) -> dict[str, Interval]:
   found = {}
-  for name in (pairs[0][0].headline, *_groups(pairs)):
+  for name in (pairs[0][0].headline, *pairs[0][0].shown_groups):
     ours, theirs = _both(pairs, name)
     if None not in (*ours, *theirs):
       found[name] = paired_t(ours, theirs)
@@ -143,7 +142,7 @@ def _of_labels(pairs: Pairs) -> dict[str, Interval]:
   kinds, images = np.unique([label, ours, theirs], axis=1, return_counts=True)
   classes, starts = np.unique(kinds[0], return_index=True)  # kinds are sorted by class
   gain = (kinds[1] - kinds[2]) / len(pairs)
-  groups = _groups(pairs)
+  groups = pairs[0][0].shown_groups
 
   def differences(numbers: np.ndarray) -> np.ndarray:
     total = np.add.reduceat(numbers, starts, axis=1)
@@ -166,7 +165,7 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
   labelled = [confusion.sum(axis=2) for side in sides for confusion in side]
   if any((one != labelled[0]).any() for one in labelled):
     raise NoData('the runs were not tested on the same images')
-  masks = {'miou': np.ones(labelled[0].shape[1], bool)} | _groups(pairs)
+  masks = {'miou': np.ones(labelled[0].shape[1], bool)} | pairs[0][0].shown_groups
 
   def means(numbers: np.ndarray, confusion: np.ndarray) -> np.ndarray:
     total = np.tensordot(numbers, confusion, 1)  # (R, C, C)
@@ -183,13 +182,6 @@ def _of_pixels(pairs: Pairs) -> dict[str, Interval]:
 
   intervals = paired_bootstrap(differences, np.ones(len(labelled[0]), int))
   return dict(zip(masks, intervals, strict=True))
-
-
-def _groups(pairs: Pairs) -> dict[str, np.ndarray]:
-  """Returns the shot groups with at least one class; {} if one of them has all."""
-  groups = pairs[0][0].groups
-  shown = told_apart(name for name, classes in groups.items() if classes.any())
-  return {name: groups[name] for name in shown}
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -105,18 +105,17 @@ def domain_classes(runs: Sequence[Run]) -> Drawn:
 def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of many-, medium- and few-shot classes in each domain."""
   runs = finished(runs)
-  shown, masks = domains(runs[0]), runs[0].groups
-  there = [name for name, mask in masks.items() if mask.any()]
-  if len(there) < 2:
+  shown, masks = domains(runs[0]), runs[0].shown_groups
+  if not masks:
     raise NotApplicable('all classes are in one shot group')
   figure, axes = plot(size=(5.6, 3.2))
   width = 0.8 / len(shown)
   for number, (domain, colour) in enumerate(colours_of(shown).items()):
     values = np.stack(
-      [_metric(runs, domain, name) for name in (*there, runs[0].headline)], axis=1
+      [_metric(runs, domain, name) for name in (*masks, runs[0].headline)], axis=1
     )
     mean, deviation = mean_and_deviation(values)
-    place = np.arange(len(there) + 1) - 0.4 + width * (number + 0.5)
+    place = np.arange(len(masks) + 1) - 0.4 + width * (number + 0.5)
     axes.bar(
       place,
       mean,
@@ -127,7 +126,7 @@ def domain_shot_groups(runs: Sequence[Run]) -> Drawn:
       error_kw={'elinewidth': 0.8},
       label=_title(domain),
     )
-  sizes = {f'{name}-shot': int(masks[name].sum()) for name in there}
+  sizes = {f'{name}-shot': int(mask.sum()) for name, mask in masks.items()}
   sizes['all'] = len(runs[0].counts)
   ticks = [f'{n}\n{size} class{"es" * (size > 1)}' for n, size in sizes.items()]
   axes.set_xticks(np.arange(len(ticks)), ticks)

@@ -110,7 +110,7 @@ def class_accuracy(runs: Sequence[Run]) -> Drawn:
 def shot_groups(runs: Sequence[Run]) -> Drawn:
   """Draws the accuracy of many-, medium- and few-shot classes, and of all."""
   runs = finished(runs)
-  if sum(mask.any() for mask in runs[0].groups.values()) < 2:
+  if not runs[0].shown_groups:
     raise NotApplicable('all classes are in one shot group')
   masks = runs[0].groups | {'all': np.ones(len(runs[0].counts), bool)}
   test = [run.result['test'] | {'all': run.test(run.headline)} for run in runs]
@@ -486,9 +486,7 @@ def compare_shot_groups(groups: Sequence[Group]) -> Drawn:
   groups = [group for group in groups if group.counted]
   figure, axes = plot(size=(5.6, 0.9 + 0.26 * len(groups)))
   place = np.arange(len(groups))
-  grouped = any(
-    sum(mask.any() for mask in group.counted[0].groups.values()) > 1 for group in groups
-  )
+  grouped = any(group.counted[0].shown_groups for group in groups)
   for name in ('many', 'medium', 'few', 'all') if grouped else ('all',):
     found = [
       [r.result['test'].get(r.headline if name == 'all' else name) for r in g.counted]

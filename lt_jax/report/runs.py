@@ -15,6 +15,7 @@ from lt_jax.config import config_digest, trained_by, upgraded
 from lt_jax.data.longtail import shot_groups
 from lt_jax.errors import UserError
 from lt_jax.evals import CLASSIFICATION, TASKS, titles
+from lt_jax.evals.closed_set import told_apart
 from lt_jax.evals.tasks import Task
 from lt_jax.files import MAYBE, NUMBER, fits
 from lt_jax.writers import (
@@ -338,6 +339,13 @@ class Run:
     groups = shot_groups(self.counts, data['many_shot'], data['few_shot'])
     seen = ~np.isin(self.class_names, self.data.get('unseen', []))
     return {name: mask & seen for name, mask in groups.items()}
+
+  @property
+  def shown_groups(self) -> dict[str, np.ndarray]:
+    """The groups that have classes; {} if one of them has all."""
+    groups = self.groups
+    names = told_apart(name for name, mask in groups.items() if mask.any())
+    return {name: groups[name] for name in names}
 
 
 def _is_before_end(series: str) -> bool:
