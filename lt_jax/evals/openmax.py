@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import brentq
 
 from lt_jax.errors import ClassError, UserError
 
@@ -213,6 +212,8 @@ def fit_weibull(values: np.ndarray) -> tuple[float, float]:
   Source: the likelihood equations of the Weibull distribution; libMR solves the same
   equation for s.
   """
+  from scipy.optimize import brentq
+
   x = np.log(values)
   top = x.max()
   x = x - top  # does not change h, and keeps the exponentials from overflowing
