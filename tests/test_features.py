@@ -12,6 +12,7 @@ from lt_jax import build, doctor, export, predict, run, train, trained
 from lt_jax.config import apply, base_config, open_stages, resolve
 from lt_jax.data import augment
 from lt_jax.errors import UserError
+from lt_jax.files import read_npz
 from lt_jax.recipes import apply_recipe
 from lt_jax.report import page, runs
 
@@ -75,7 +76,7 @@ def seen(outputs, batch):
 def test_features_reach_the_head_as_they_are(archive, tmp_path, one_device):
   made = config(archive)
   run.run(made, tmp_path)
-  stored, stage = np.load(archive), build.build(made).last
+  stored, stage = read_npz(archive), build.build(made).last
   network = trained.open_run(epath.Path(tmp_path))
   for name, where in {'a': 'train', 'b': 'target/train'}.items():
     found = stage.survey.collect(network.state, where, seen)

@@ -7,6 +7,7 @@ from etils import epath
 
 from lt_jax import evaluate, inside, report, run, train, trained
 from lt_jax.errors import UserError
+from lt_jax.files import read_npz
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -43,7 +44,7 @@ def state_of(workdir, stage=-1):
 
 def test_every_training_image_has_its_epsilon(weighed):
   assert inside.look(weighed, []) == ['epsilons.npz']
-  found = np.load(weighed / 'epsilons.npz')
+  found = read_npz(weighed / 'epsilons.npz')
   assert sorted(found['label']) == [0, 0, 0, 0, 0, 1, 2, 3]
   assert np.abs(found['epsilon']).max() == pytest.approx(0.5, rel=1e-5)
   order = found['epsilon'][found['shown']]
@@ -68,8 +69,8 @@ def test_it_weighs_as_the_next_step_does(weighed):
 
 def test_maps_stand_beside_those_of_the_plain_network(remembered):
   assert inside.look(remembered, [0, 5]) == ['feature_maps.npz', 'embeddings.npz']
-  found = np.load(remembered / 'feature_maps.npz')
-  predicted = np.load(remembered / 'predictions.npz')
+  found = read_npz(remembered / 'feature_maps.npz')
+  predicted = read_npz(remembered / 'predictions.npz')
   np.testing.assert_array_equal(found['prediction'], predicted['prediction'][[0, 5]])
   np.testing.assert_array_equal(found['label'], predicted['label'][[0, 5]])
   np.testing.assert_allclose(found['attention'].sum(axis=(1, 2)), 1, rtol=1e-5)
@@ -83,8 +84,8 @@ def test_maps_stand_beside_those_of_the_plain_network(remembered):
 
 def test_embeddings_stand_beside_features_and_centroids(remembered):
   inside.look(remembered, [])
-  found = np.load(remembered / 'embeddings.npz')
-  kept = np.load(remembered / 'features.npz')
+  found = read_npz(remembered / 'embeddings.npz')
+  kept = read_npz(remembered / 'features.npz')
   np.testing.assert_array_equal(found['features'], kept['features'])
   np.testing.assert_array_equal(found['centroids'], kept['centroids'])
   _, state = state_of(remembered)

@@ -16,6 +16,7 @@ from PIL import Image
 import lt_jax
 from configs import digits_lt
 from lt_jax.errors import UserError
+from lt_jax.files import read_npz
 from tests import tiny
 
 
@@ -41,7 +42,7 @@ def test_predictions_agree_with_the_metrics_of_the_run(fitted, tmp_path):
   workdir, images, result = fitted
   network = lt_jax.load(workdir)
   found = network.predict(images)
-  stored = np.load(workdir / 'predictions.npz')
+  stored = read_npz(workdir / 'predictions.npz')
   np.testing.assert_array_equal(found.classes, stored['prediction'])
   np.testing.assert_allclose(
     found.probabilities.max(1), stored['confidence'], rtol=1e-5

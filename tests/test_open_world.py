@@ -14,6 +14,7 @@ from lt_jax import build, predict, report, run, trained
 from lt_jax.config import resolve
 from lt_jax.errors import UserError
 from lt_jax.evals.ordering import top_of_class
+from lt_jax.files import read_npz
 from tests import child
 
 KEYS = ('seen', 'unseen', 'harmonic_mean', 'unknown')
@@ -46,7 +47,7 @@ def test_the_three_settings_are_in_one_result(trained_run):
   assert test['unknown'] == test['open_accuracy']
   h = 2 * test['seen'] * test['unseen'] / max(test['seen'] + test['unseen'], 1e-9)
   assert test['harmonic_mean'] == pytest.approx(h)
-  stored = np.load(folder / 'run' / 'predictions.npz')
+  stored = read_npz(folder / 'run' / 'predictions.npz')
   unseen = np.isin(stored['label'], (3, 5))
   right = stored['label'] == stored['prediction']
   assert test['unseen'] == pytest.approx(right[unseen].mean())  # equally many of each
@@ -164,7 +165,7 @@ def test_zero_shot_across_domains(tmp_path, one_device):
   for domain in ('source', 'inverted'):
     found = result['domains'][domain]
     assert all(0 <= found[key] <= 1 for key in KEYS[:3]), domain
-  stored = np.load(tmp_path / 'stages' / 'calibrated' / 'arrays.npz')
+  stored = read_npz(tmp_path / 'stages' / 'calibrated' / 'arrays.npz')
   labels = stored['target/train/top_of_class']
   assert len(labels) == 600 and 0.2 <= (labels >= 0).mean() < 0.25
   gamma = result['memory']['calibrated_stacking.gamma']

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from lt_jax.files import read_npz
 from lt_jax.writers import read_rows
 from tests import child, mini
 
@@ -73,7 +74,7 @@ def test_two_processes_are_one_run(together, alone):
   workdir, (*_, (codes, words, _)) = together
   assert codes == BOTH, '\n'.join(words)
   assert_same(workdir, alone)
-  ours, theirs = (np.load(at / 'predictions.npz') for at in (workdir, alone))
+  ours, theirs = (read_npz(at / 'predictions.npz') for at in (workdir, alone))
   np.testing.assert_array_equal(ours['label'], theirs['label'])
   assert result(workdir)['device'].startswith('4 x')
   assert '4 x cpu' in words[0]
