@@ -5,7 +5,8 @@
 The .npz has x_train, y_train, x_test, y_test and class_names. Every draw takes 30
 images of each class from both parts for training, and tests on the rest. `lt_jax.probe`
 then fits an SVM and a softmax to 1, 5, 15 and 30 of them. Run the same command again to
-run the draws that have not finished. The numbers go to results/caltech101_layers.json.
+run the draws that have not finished. After each draw, the numbers of all draws so far
+go to results/caltech101_layers.json.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / 'results' / 'caltech101_layers.json'
 SHOTS, KINDS = (1, 5, 15, 30), ('svm', 'softmax')
-TRAIN = 30
+TRAIN, DRAWS = 30, 5
 
 
 def draw(pool, number, path):
@@ -51,41 +53,43 @@ def probed(number, given):
   return json.loads((folder / 'probe.json').read_text())['layers']
 
 
+def table(draws):
+  """Returns layer -> classifier -> images per class -> accuracies, one per draw."""
+  return {
+    layer: {kind: _by_shots(draws, layer, kind) for kind in KINDS} for layer in draws[0]
+  }
+
+
+def _by_shots(draws, layer, kind):
+  fits = zip(*(found[layer]['classifiers'][kind] for found in draws), strict=True)
+  return {one[0]['shots']: [fit['accuracy'][0] for fit in one] for one in fits}
+
+
+def markdown(found):
+  """Returns a table of the mean over the draws, in %."""
+  columns = [(kind, shots) for kind in KINDS for shots in SHOTS]
+  heads = ['layer', *(f'{kind}, {shots}' for kind, shots in columns)]
+  rows = [
+    [f'`{layer}`', *(f'{100 * np.mean(row[k][shots]):.1f}' for k, shots in columns)]
+    for layer, row in found.items()
+  ]
+  return '\n'.join(f'| {" | ".join(r)} |' for r in (heads, ['---'] * len(heads), *rows))
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('pool', type=pathlib.Path)
   parser.add_argument('--init', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
-  parser.add_argument('--draws', type=int, default=5)
   given = parser.parse_args()
-  given.workdir = given.workdir.absolute()
-  given.init = given.init.absolute()
+  given.workdir, given.init = given.workdir.absolute(), given.init.absolute()
   given.workdir.mkdir(parents=True, exist_ok=True)
-  draws = [probed(number, given) for number in range(given.draws)]
-  table = {
-    layer: {
-      'values': row['values'],
-      **{
-        kind: {
-          str(fit['shots']): [
-            found[layer]['classifiers'][kind][i]['accuracy'][0] for found in draws
-          ]
-          for i, fit in enumerate(row['classifiers'][kind])
-        }
-        for kind in KINDS
-      },
-    }
-    for layer, row in draws[0].items()
-  }
-  report = {'draws': given.draws, 'layers': table}
-  path = ROOT / 'results' / 'caltech101_layers.json'
-  path.write_text(json.dumps(report, indent=1) + '\n')
-  heads = [f'{kind}, {shots}' for kind in KINDS for shots in SHOTS]
-  print(f'| layer | {" | ".join(heads)} |\n|{"---|" * (1 + len(heads))}')
-  for layer, row in table.items():
-    cells = [row[kind][str(shots)] for kind in KINDS for shots in SHOTS]
-    print(f'| `{layer}` | {" | ".join(f"{100 * np.mean(c):.1f}" for c in cells)} |')
-  print(path)
+  draws = []
+  for number in range(DRAWS):
+    draws.append(probed(number, given))
+    found = table(draws)
+    RESULTS.write_text(json.dumps({'draws': len(draws), 'layers': found}) + '\n')
+  print(f'{markdown(found)}\n{RESULTS}')
 
 
 if __name__ == '__main__':
