@@ -1,6 +1,5 @@
 """Shared by all tests: eight devices, strict broadcasting, a cache, real data."""
 
-import gc
 import os
 import pathlib
 import sys
@@ -45,9 +44,6 @@ jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# Tracing creates so many objects that collecting garbage less often saves 2 %.
-gc.set_threshold(50_000, 20, 50)
-
 
 LONG = (
   'test_processes',
@@ -60,11 +56,10 @@ LONG = (
   'test_adaptation',
   'test_damage',
   'test_meta',
-  'test_full_size',
   'test_sweep',
   'test_reading',
   'test_doctor',
-  'test_predict',
+  'test_domains',
 )
 """The slowest files: started first, they leave no process idle at the end."""
 
