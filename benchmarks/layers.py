@@ -3,66 +3,67 @@
   python -m benchmarks.layers caltech101.npz --init=lite0.safetensors --workdir=DIR
 
 The .npz has x_train, y_train, x_test, y_test and class_names. Every draw takes 30
-images of each class from both parts for training, and tests on the rest. `lt_jax.probe`
-then fits an SVM and a softmax to 1, 5, 15 and 30 of them. Run the same command again to
-run the draws that have not finished. After each draw, the numbers of all draws so far
-go to results/caltech101_layers.json.
+images of each class from both parts, and tests on the rest. An SVM and a softmax learn
+from 1, 5, 15 and 30 of them. How strongly they are regularised is chosen by folds of
+these training images on the first draw, and kept for the others. Run the same command
+again to run the layers that have not finished. Once all are, the numbers go to
+results/caltech101_layers.json.
 """
 
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
+
+from configs import fine_grained
+from lt_jax import commands, files, probe
+from lt_jax.config import resolve
+from lt_jax.evals import probing
+from lt_jax.surgeries import classifiers
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'results' / 'caltech101_layers.json'
 SHOTS, KINDS = (1, 5, 15, 30), ('svm', 'softmax')
-TRAIN, DRAWS = 30, 5
+MOST = max(SHOTS)
+DRAWS, BUDGET = 5, 2048
 
 
-def draw(pool, number, path):
-  """Writes one draw of the pool: 30 images per class to train on, the rest to test."""
-  with np.load(pool, allow_pickle=False) as stored:
-    x, y = (np.concatenate([stored[f'{n}_train'], stored[f'{n}_test']]) for n in 'xy')
-    names = stored['class_names']
-  rng, train = np.random.RandomState(number), np.zeros(len(y), bool)
-  for label in range(len(names)):
-    train[rng.permutation(np.flatnonzero(y == label))[:TRAIN]] = True
-  parts = {'train': train, 'test': ~train}
-  arrays = {f'x_{n}': x[m] for n, m in parts.items()}
-  arrays |= {f'y_{n}': y[m] for n, m in parts.items()}
-  np.savez(path, class_names=names, **arrays)
+def whole(network, layer, folder):
+  """Returns the features of a layer for all images of the pool."""
+  parts = [
+    probe.cached(network, [layer], split, folder, BUDGET)[layer]
+    for split in ('train', 'test')
+  ]
+  return probing.Images(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def probed(number, given):
-  """Returns the result of the probe of a draw; runs it if it is missing."""
-  folder = given.workdir / f'draw{number}'
-  if not (folder / 'probe.json').exists():
-    path = given.workdir / f'draw{number}.npz'
-    draw(given.pool, number, path)
-    config = f'fine_grained:ce,target=caltech101,data=npz:{path},size=0,background=1'
-    command = [sys.executable, '-m', 'lt_jax.probe', f'--init={given.init}']
-    command += [f'--config={config},net=efficientnet_lite0', f'--out={folder}']
-    command += [f'--shots={",".join(map(str, SHOTS))}', '--draws=1']
-    command += [f'--classifiers={",".join(KINDS)}']
-    subprocess.run(command, cwd=ROOT, check=True)
-    path.unlink()
-  return json.loads((folder / 'probe.json').read_text())['layers']
+def accuracies(kind, pool, shots, draws=DRAWS, most=MOST):
+  """Returns the mean accuracy over classes of each draw, and the strength.
 
-
-def table(draws):
-  """Returns layer -> classifier -> images per class -> accuracies, one per draw."""
-  return {
-    layer: {kind: _by_shots(draws, layer, kind) for kind in KINDS} for layer in draws[0]
-  }
-
-
-def _by_shots(draws, layer, kind):
-  fits = zip(*(found[layer]['classifiers'][kind] for found in draws), strict=True)
-  return {one[0]['shots']: [fit['accuracy'][0] for fit in one] for one in fits}
+  Args:
+    kind: 'svm' or 'softmax'.
+    pool: all images; those whose place in their class is below `most` can be learned
+      from, the others are the test set.
+    shots: images per class to learn from.
+    draws: the number of draws.
+    most: images per class that are not in the test set.
+  """
+  strengths, found = (), []
+  if shots == 1:  # no image can be held out
+    strengths = (classifiers.CLASSIFIERS[kind].default,)
+  for draw in range(draws):
+    place = probing.places_in_class(pool.labels, draw)
+    used, rest = place < shots, place >= most
+    x, labels = pool.features[used], pool.labels[used]
+    scale = classifiers.scaling(x)
+    fitted = classifiers.chosen(
+      kind, scale(x), labels, pool.labels.max() + 1, strengths=strengths
+    )
+    strengths = (fitted.strength,)
+    predicted = np.argmax(fitted.classifier(scale(pool.features[rest])), axis=1)
+    found.append(classifiers.per_class_accuracy(predicted, pool.labels[rest]))
+  return {'accuracy': found, 'strength': strengths[0]}
 
 
 def markdown(found):
@@ -70,7 +71,10 @@ def markdown(found):
   columns = [(kind, shots) for kind in KINDS for shots in SHOTS]
   heads = ['layer', *(f'{kind}, {shots}' for kind, shots in columns)]
   rows = [
-    [f'`{layer}`', *(f'{100 * np.mean(row[k][shots]):.1f}' for k, shots in columns)]
+    [
+      f'`{layer}`',
+      *(f'{100 * np.mean(row[k][str(s)]["accuracy"]):.1f}' for k, s in columns),
+    ]
     for layer, row in found.items()
   ]
   return '\n'.join(f'| {" | ".join(r)} |' for r in (heads, ['---'] * len(heads), *rows))
@@ -82,13 +86,34 @@ def main():
   parser.add_argument('--init', type=pathlib.Path, required=True)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   given = parser.parse_args()
-  given.workdir, given.init = given.workdir.absolute(), given.init.absolute()
-  given.workdir.mkdir(parents=True, exist_ok=True)
-  draws = []
-  for number in range(DRAWS):
-    draws.append(probed(number, given))
-    found = table(draws)
-    RESULTS.write_text(json.dumps({'draws': len(draws), 'layers': found}) + '\n')
+  raise SystemExit(commands.exit_code(lambda: make(given)))
+
+
+def make(given):
+  """Fits what is missing, prints the table and writes its numbers."""
+  workdir = files.make_workdir(given.workdir)
+  data = f'data=npz:{given.pool.absolute()},size=0,background=1'
+  config = fine_grained.get_config(
+    f'ce,target=caltech101,{data},net=efficientnet_lite0'
+  )
+  network = probe.untrained(resolve(config), str(given.init.absolute()))
+  layers = probe.chosen_layers(network, ())
+  probe.cached(
+    network, layers, 'train', workdir / 'features', BUDGET
+  )  # all in one pass
+  probe.cached(network, layers, 'test', workdir / 'features', BUDGET)
+  path = workdir / 'layers.json'
+  found = json.loads(path.read_text()) if path.exists() else {}
+  for layer in layers:
+    if layer not in found:
+      pool = whole(network, layer, workdir / 'features')
+      found[layer] = {
+        kind: {str(shots): accuracies(kind, pool, shots) for shots in SHOTS}
+        for kind in KINDS
+      }
+      files.write_json(path, found)
+      print(layer, flush=True)
+  RESULTS.write_text(json.dumps({'draws': DRAWS, 'layers': found}) + '\n')
   print(f'{markdown(found)}\n{RESULTS}')
 
 

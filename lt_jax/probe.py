@@ -149,9 +149,21 @@ def opened() -> Network:
     stage = experiment.last
     state = trained.restore(workdir, stage, experiment.mesh, None).state
     return Network(experiment, stage, state)
-  config = resolve(CONFIG.value, config_file.overrides())
-  if INIT.value:
-    config = ours.adopted({**config, 'init': INIT.value})
+  return untrained(resolve(CONFIG.value, config_file.overrides()), INIT.value)
+
+
+def untrained(config: Mapping[str, Any], weights: str | None = None) -> Network:
+  """Returns the network of a config's first stage as it is before training.
+
+  Args:
+    config: a resolved config.
+    weights: replaces its key `init`.
+
+  Raises:
+    UserError: the network would be random.
+  """
+  if weights:
+    config = ours.adopted({**config, 'init': weights})
   experiment = build.build(config)
   stage = next(iter(experiment.stages.values()))
   state = train.initial_state(

@@ -27,6 +27,7 @@ NAMES = (
   'effective_number',
   'epoch',
   'input_pipeline',
+  'layers',
   'memory_head',
   'meta_step',
   'segmentation_step',
@@ -35,6 +36,7 @@ NAMES = (
   'tables',
   'train_step',
   'two_component',
+  'which_source',
   'zero_shot',
 )
 
@@ -71,6 +73,37 @@ def test_the_replaced_depthwise_convolution_computes_the_same(rng):
   given = {'stride': 1, 'padding': ((2, 2), (2, 2)), 'dilation': 2}
   own = convolution._shifted_products(x, kernel, **given)
   np.testing.assert_allclose(by_xla(True)(x, kernel, **given), own, atol=1e-5)
+
+
+def test_a_draw_by_layer_tests_on_images_that_it_does_not_learn_from(monkeypatch, rng):
+  from benchmarks import layers
+  from lt_jax.evals import probing
+  from lt_jax.surgeries import classifiers
+
+  labels = np.repeat(np.arange(3), 8)
+  number = np.arange(len(labels), dtype=np.float64)[:, None]  # tells images apart
+  fits, real = [], classifiers.chosen
+
+  def chosen(kind, x, labels, classes, *, strengths):
+    fits.append((x, strengths, real(kind, x, labels, classes, strengths=strengths)))
+    return fits[-1][2]
+
+  monkeypatch.setattr(classifiers, 'chosen', chosen)
+  monkeypatch.setattr(classifiers, 'scaling', lambda x: lambda x: x)
+  found = layers.accuracies('svm', probing.Images(number, labels), 2, draws=3, most=5)
+  first, *others = fits
+  assert first[1] == () and found['strength'] == first[2].strength
+  assert all(strengths == (found['strength'],) for _, strengths, _ in others)
+  assert len({tuple(x.ravel()) for x, _, _ in fits}) == 3
+  for draw, (x, _, fit) in enumerate(fits):
+    place = probing.places_in_class(labels, draw)
+    np.testing.assert_array_equal(x, number[place < 2])
+    predicted = fit.classifier(number).argmax(1)
+    right = [
+      (predicted == labels)[(labels == label) & (place >= 5)].mean()
+      for label in range(3)
+    ]
+    assert found['accuracy'][draw] == pytest.approx(np.mean(right))
 
 
 @pytest.mark.slow

@@ -125,6 +125,21 @@ def test_a_dozen_by_a_dozen_is_one_call(rng):
   assert len(found['pairs']) == 13 * 12 and len(found['classes']) == 36
 
 
+def test_a_network_that_takes_features_looks_at_stored_ones(tmp_path, rng):
+  spec = write_features(tmp_path / 'stored.npz', rng, 0.0)
+
+  def network(width):
+    def see(x):
+      return {'features': 2 * x.reshape(len(x), -1)}
+
+    return features.Network('twice', see, (1, 1, width), features.Crop(1, 1))
+
+  stored = features.seen(spec, None).features
+  twice = features.seen(spec, network(4)).features
+  np.testing.assert_allclose(twice, 2 * stored, rtol=1e-6)
+  np.testing.assert_array_equal(features.seen(spec, network(5)).features, stored)
+
+
 def test_a_run_looks_at_data_and_runs_are_ranked(tmp_path):
   npz = tiny.write_npz(tmp_path / 'tiny.npz')
   config = tiny.config(npz, 'ce,epochs=1.0')
