@@ -1,16 +1,18 @@
 """Does similarity predict transfer? Domains as sources and targets of each other.
 
   python -m benchmarks.which_source --workdir=DIR amazon=office31_lite0.npz \
-    dslr=office31_lite0.npz webcam=office31_lite0.npz source=caltech101_lite0.npz
+    dslr=office31_lite0.npz webcam=office31_lite0.npz \
+    caltech=caltech101_lite0.npz:source
 
-Each argument is DOMAIN=FILE, where the file has features of a network that nobody
-trained on these domains, as `lt_jax.probe --save` writes them: x_DOMAIN and y_DOMAIN,
-or x_DOMAIN_train and so on. Each domain in turn is a source: a bottleneck of 256 and a
-head learn its classes. The accuracy of a pair is that of a softmax that learns the
-target's classes from 5 images per class and the source's bottleneck, tested on all
-other images of the target, mean over five draws and three seeds. The predictions are
-the earth mover's distance between source and target on the features that were given,
-and LogME and others on the features of the source's bottleneck.
+Each argument is DOMAIN=FILE or DOMAIN=FILE:NAME, where the file has features of a
+network that was not trained on any of these domains, as `lt_jax.probe --save` writes
+them: x_NAME and y_NAME, or x_NAME_train and so on. Each domain in turn is a source: a
+bottleneck of 256 and a head learn its classes. The accuracy of a pair is that of a
+softmax that learns the target's classes from 5 images per class and the source's
+bottleneck, tested on all other images of the target, mean over five draws and three
+seeds. The predictions are the earth mover's distance between source and target on the
+features that were given, and LogME and others on the features of the source's
+bottleneck.
 
 Nothing here predicts from images that the accuracy is measured on, except that the
 distance and the scores see all images of the target with their labels, as published.
@@ -39,10 +41,10 @@ SHOTS, SEEDS = 5, (0, 1, 2)
 SCORES = tuple(transferability.OF_FEATURES)
 
 
-def whole(domain, path):
-  """Returns the features and labels of all images of a domain, in one order."""
+def whole(path, name):
+  """Returns the features and labels of all images of a domain in a file."""
   stored = files.read_npz(path)
-  names = [domain] if f'x_{domain}' in stored else [f'{domain}_train', f'{domain}_test']
+  names = [name] if f'x_{name}' in stored else [f'{name}_train', f'{name}_test']
   try:
     x, y = (np.concatenate([stored[f'{one}_{n}'] for n in names]) for one in 'xy')
   except KeyError as error:
@@ -55,7 +57,7 @@ def trained(source, path, images, seed, workdir):
   """Trains a bottleneck and a head on a domain; returns the network."""
   folder = workdir / 'runs' / source / str(seed)
   epochs = (FEATURE_STEPS - 0.5) * BATCH / images
-  data = {'source': f'npz:{path}', 'test_split': 'train', 'standardise': True}
+  data = {'source': f'npz:{path}', 'standardise': True}
   config = apply(
     base_config(),
     {'name': 'which_source', 'data': data, 'model': {'trunk': 'identity'}},
@@ -97,11 +99,14 @@ def make(given):
   """Trains the sources, measures all pairs and writes the numbers."""
   workdir = files.make_workdir(given.workdir)
   pools, paths = {}, {}
-  for domain, _, path in (one.partition('=') for one in given.domains):
-    pools[domain] = own = whole(domain, files.absolute(path))
+  for domain, _, place in (one.partition('=') for one in given.domains):
+    path, _, name = place.partition(':')
+    pools[domain] = own = whole(files.absolute(path), name or domain)
     paths[domain] = workdir / f'{domain}.npz'
     classes = [f'{domain}_{label}' for label in range(own.labels.max() + 1)]
-    arrays = {'x_train': own.features, 'y_train': own.labels}
+    splits = ('train', 'test')  # the same images: tests are made by the probes
+    arrays = {f'x_{split}': own.features for split in splits}
+    arrays |= {f'y_{split}': own.labels for split in splits}
     write_npz(paths[domain], **arrays, class_names=np.array(classes))
   domains = {
     name: measures.domain(

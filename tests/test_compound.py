@@ -20,6 +20,7 @@ from lt_jax.models.heads import linear
 from lt_jax.optim import adam, sgd
 from lt_jax.schedules import make_schedule
 from lt_jax.writers import read_rows
+from tests import tiny
 from tests.test_adaptation import CLASSES, batches_of, close, normalised_net, plain_net
 from tests.test_memory import draw_like, numerical_gradient
 
@@ -439,6 +440,7 @@ def test_a_run_leaves_a_memory_an_order_and_what_was_borrowed(tmp_path, one_devi
   made = digits_domains.get_config('ocda,epochs=1.0,target=blended+inverted')
   made.model.trunk, made.model.trunk_options = 'tiny_cnn', {'width': 4}
   made.evaluate_every_epochs, made.open_domains = 100.0, ()
+  tiny.shrink_players(made)
   result = run.run(resolve(made), tmp_path)
   assert result['stage'] == 'scheduled' and not result['uses_target_labels']
   assert set(result['domains']) == {'source', 'blended', 'inverted'}

@@ -18,6 +18,7 @@ from lt_jax.data import scenes
 from lt_jax.evals.saved import collect_saved
 from lt_jax.methods import METHODS
 from lt_jax.recipes import RECIPES
+from tests import tiny
 from tests.test_domains import permuted, replaced
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -55,9 +56,6 @@ WITHOUT_TARGET = {
 """Methods that do not read a target stream."""
 
 
-WITH_WIDTH = ('decoder', 'image_discriminator', 'patch_discriminator')
-
-
 def small(recipe):
   """Returns the config of a recipe on a target, with a few hundred parameters."""
   needs = RECIPES[recipe].needs
@@ -76,13 +74,9 @@ def small(recipe):
     if 'align_on' in stage.get('alignment', {}):
       named = [name for name in stage.alignment.align_on if name == 'logits']
       stage.alignment.align_on = tuple(named) or ('features',)
-    for player in stage.get('players', {}).values():
-      if 'hidden' in player.network:
-        player.network.hidden = (8,) * len(player.network.hidden)
-      if player.network.name in WITH_WIDTH:
-        player.network.width = 4
     if 'inner_steps' in stage.get('method', {}):
       stage.method.inner_steps = 1
+  tiny.shrink_players(made)
   return resolve(made)
 
 

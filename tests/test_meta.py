@@ -300,7 +300,7 @@ def marked(often):
   ]
 
 
-DOUBLE = [('additive', 'sgd'), ('mwn', 'sgd'), ('mwn detached', 'sgd'), ('mwn', 'adam')]
+DOUBLE = [('additive', 'sgd'), ('mwn detached', 'sgd'), ('mwn', 'adam')]
 """The last of these is unrolled too, as are all that are slow."""
 SINGLE = [('mwn', 'sgd')]
 

@@ -65,7 +65,17 @@ def test_every_recipe_has_metrics_here():
   assert set(segmentation.RECIPES) - STEPLESS <= set(METRICS)
 
 
-@pytest.mark.parametrize('recipe', METRICS)
+ALIKE = {'advent_cp', 'ocda_entropy'}
+"""Recipes that only combine what others do."""
+
+
+@pytest.mark.parametrize(
+  'recipe',
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ())
+    for name in METRICS
+  ],
+)
 def test_every_recipe_makes_a_step_without_labels_of_the_target(recipe, datasets):
   experiment = build.build(config(recipe), devices=1, datasets=datasets)
   stage = experiment.last
@@ -133,6 +143,7 @@ def _untimed(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_advent_runs_from_end_to_end_and_resumes_bit_by_bit(tmp_path):
   result = assert_resumes('advent', tmp_path)
   assert not result['uses_target_labels']

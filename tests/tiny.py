@@ -64,3 +64,17 @@ def unresolved(path, arg):
     if 'sampler' in stage and stage.sampler.name == 'class_aware':
       stage.sampler.per_class = 2  # so that a batch has every class
   return made
+
+
+WITH_WIDTH = ('decoder', 'image_discriminator', 'patch_discriminator')
+"""Networks of players whose size is their width."""
+
+
+def shrink_players(made):
+  """Makes the players of every stage of an unresolved config small."""
+  for stage in (made, *made.stages.values()):
+    for player in stage.get('players', {}).values():
+      if 'hidden' in player.network:
+        player.network.hidden = (8,) * len(player.network.hidden)
+      if player.network.name in WITH_WIDTH:
+        player.network.width = 4
