@@ -33,6 +33,7 @@ from lt_jax.evals import probing, transferability
 from lt_jax.evals import similarity as measures
 from lt_jax.protocols import train_by
 from lt_jax.protocols.pairs import BATCH, FEATURE_STEPS, tllib
+from lt_jax.results import versions
 from lt_jax.writers import write_npz
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,7 +138,7 @@ def make(given):
         | {'accuracy_by_seed': [float(one['accuracy']) for one in found]}
       )
       print(rows[-1], flush=True)
-  report = {'shots': SHOTS, 'seeds': SEEDS, 'rows': rows}
+  report = {'shots': SHOTS, 'seeds': SEEDS, 'versions': versions(), 'rows': rows}
   report |= {'without_a_source': plain, 'correlations': correlated(rows)}
   files.write_json(files.absolute(RESULTS), report)
   print(json.dumps(report['correlations'], indent=1, default=float))
