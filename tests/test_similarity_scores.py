@@ -83,7 +83,7 @@ def test_both_solvers_agree(rng):
   assert by_pot == pytest.approx(
     similarity._linear_programme(a.weights, b.weights, cost)[0], rel=1e-9
   )
-  message = '20 and 15 classes did not converge in 1 iter'
+  message = '20 x 15 classes did not converge in 1 iter'
   with pytest.raises(UserError, match=message), pytest.warns(UserWarning):
     similarity.transport(a.weights, b.weights, cost, most_iterations=1)
 
