@@ -2,15 +2,17 @@
 
   python -m benchmarks.layers caltech101.npz --init=lite0.safetensors --workdir=DIR
 
-The .npz has x_train, y_train, x_test, y_test and class_names. Every draw takes 30
-images of each class from both parts, and tests on the rest. An SVM and a softmax learn
-from 1, 5, 15 and 30 of them. How strongly they are regularised is chosen by folds of
-these training images on the first draw, and kept for the others. Run the same command
-again to run the layers that have not finished. Once all are, the numbers go to
+The .npz has x_train, y_train, x_test, y_test and class_names, whose two parts are one
+pool. Every draw takes 30 images of each class from it and tests on the others. An SVM
+and a softmax learn from 1, 5, 15 and 30 of these images. How strongly they are
+regularised is chosen on the first draw, by folds of its training images, and kept for
+the others, which test on some of these images. Run the same command again to run the
+layers that have not finished. Once all are, the numbers go to
 results/caltech101_layers.json.
 """
 
 import argparse
+import hashlib
 import json
 import pathlib
 
@@ -20,6 +22,7 @@ from configs import fine_grained
 from lt_jax import commands, files, probe
 from lt_jax.config import resolve
 from lt_jax.evals import probing
+from lt_jax.results import versions
 from lt_jax.surgeries import classifiers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,15 +42,14 @@ def whole(network, layer, folder):
 
 
 def accuracies(kind, pool, shots, draws=DRAWS, most=MOST):
-  """Returns the mean accuracy over classes of each draw, and the strength.
+  """Returns the chosen strength, and for each draw the mean accuracy over classes.
 
   Args:
     kind: 'svm' or 'softmax'.
-    pool: all images; those whose place in their class is below `most` can be learned
-      from, the others are the test set.
+    pool: all images.
     shots: images per class to learn from.
     draws: the number of draws.
-    most: images per class that are not in the test set.
+    most: images per class to draw; all others are the test set.
   """
   strengths, found = (), []
   if shots == 1:  # no image can be held out
@@ -98,12 +100,12 @@ def make(given):
   )
   network = probe.untrained(resolve(config), str(given.init.absolute()))
   layers = probe.chosen_layers(network, ())
-  probe.cached(
-    network, layers, 'train', workdir / 'features', BUDGET
-  )  # all in one pass
-  probe.cached(network, layers, 'test', workdir / 'features', BUDGET)
-  path = workdir / 'layers.json'
-  found = json.loads(path.read_text()) if path.exists() else {}
+  for split in ('train', 'test'):  # all layers in one pass
+    probe.cached(network, layers, split, workdir / 'features', BUDGET)
+  key = network.stage.dataset.fingerprint, probe.digest(network.state), SHOTS, DRAWS
+  name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+  path = workdir / f'layers_{name}.json'
+  found = files.read_json(path) if path.exists() else {}
   for layer in layers:
     if layer not in found:
       pool = whole(network, layer, workdir / 'features')
@@ -113,7 +115,8 @@ def make(given):
       }
       files.write_json(path, found)
       print(layer, flush=True)
-  RESULTS.write_text(json.dumps({'draws': DRAWS, 'layers': found}) + '\n')
+  report = {'draws': DRAWS, 'versions': versions(), 'layers': found}
+  files.write_atomically(files.absolute(RESULTS), json.dumps(report) + '\n')
   print(f'{markdown(found)}\n{RESULTS}')
 
 

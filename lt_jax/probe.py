@@ -243,7 +243,7 @@ def cached(
   """
   stage = network.stage
   key = {
-    'weights': _digest(network.state),
+    'weights': digest(network.state),
     'images': f'{stage.dataset.fingerprint} {split}',
     'preprocessing': {
       key: network.experiment.data[stage.domain][key] for key in PREPROCESSING
@@ -266,7 +266,7 @@ def cached(
   return {n: probing.Images(one['features'], one['labels']) for n, one in read.items()}
 
 
-def _digest(state: State) -> str:
+def digest(state: State) -> str:
   """Returns a digest of the network without its head, which computes the features."""
   net = {name: part for name, part in state.params['net'].items() if name != 'head'}
   digest = hashlib.sha256()
