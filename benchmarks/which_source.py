@@ -4,24 +4,27 @@
     dslr=office31_lite0.npz webcam=office31_lite0.npz \
     caltech=caltech101_lite0.npz:source
 
-Each argument is DOMAIN=FILE or DOMAIN=FILE:NAME, where the file has features of a
-network that was not trained on any of these domains, as `lt_jax.probe --save` writes
-them: x_NAME and y_NAME, or x_NAME_train and so on. Each domain in turn is a source: a
-bottleneck of 256 and a head learn its classes. The accuracy of a pair is that of a
-softmax that learns the target's classes from 5 images per class and the source's
-bottleneck, tested on all other images of the target, mean over five draws and three
-seeds. The predictions are the earth mover's distance between source and target on the
-features that were given, and LogME and others on the features of the source's
-bottleneck.
+Each argument is DOMAIN=FILE.npz, or DOMAIN=FILE.npz:NAME if the file has another name
+for it. The file has features of a network that was not trained on any of these domains,
+as `lt_jax.probe --save` writes them: x_NAME and y_NAME, or x_NAME_train, x_NAME_test
+and their labels.
 
-Nothing here predicts from images that the accuracy is measured on, except that the
-distance and the scores see all images of the target with their labels, as published.
-The numbers go to results/which_source.json.
+Each domain in turn is a source: a bottleneck of 256 and a head learn its classes. For
+every other domain, a softmax then learns the target's classes from 5 images per class,
+seen through the bottleneck, and is tested on all other images of the target: mean over
+five draws and three seeds. There are two controls: the features as they were given, and
+a bottleneck that learned nothing.
+
+What may predict this accuracy: the earth mover's distance between source and target on
+the given features, and LogME and other scores of the source's bottleneck on the target.
+As published, all of them read every image of the target with its label, including those
+that the accuracy is measured on. The numbers go to results/which_source.json.
 """
 
 import argparse
-import json
+import hashlib
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,36 +32,83 @@ from benchmarks.layers import accuracies
 from lt_jax import commands, features, files, run, similarity
 from lt_jax.config import apply, base_config, resolve
 from lt_jax.errors import UserError
-from lt_jax.evals import probing, transferability
+from lt_jax.evals import probing
 from lt_jax.evals import similarity as measures
 from lt_jax.protocols import train_by
-from lt_jax.protocols.pairs import BATCH, FEATURE_STEPS, tllib
+from lt_jax.protocols.pairs import BATCH, BOTTLENECK, FEATURE_STEPS, tllib
 from lt_jax.results import versions
+from lt_jax.surgeries import classifiers
 from lt_jax.writers import write_npz
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / 'results' / 'which_source.json'
 SHOTS, SEEDS = 5, (0, 1, 2)
-SCORES = tuple(transferability.OF_FEATURES)
+FEWEST = 3
+"""Domains: with fewer, a target has no sources to rank."""
 
 
-def whole(path, name):
-  """Returns the features and labels of all images of a domain in a file."""
+class Domain(NamedTuple):
+  """A domain: its images, a file of them, and their classes for distances."""
+
+  name: str
+  pool: probing.Images
+  path: str
+  classes: measures.Domain
+  digest: str
+
+
+def opened(argument, workdir):
+  """Returns the domain that an argument describes, and writes its file.
+
+  Raises:
+    UserError: a malformed argument, a missing file or array, or a class that is too
+      small to test.
+  """
+  name, separator, path = argument.partition('=')
+  if not separator:
+    raise UserError(f'{argument!r} is not DOMAIN=FILE.npz')
+  inside = name
+  if not path.endswith('.npz'):
+    path, _, inside = path.rpartition(':')
+  path = files.absolute(path)
+  if not path.exists():
+    raise UserError(f'{argument}: there is no file {path}')
   stored = files.read_npz(path)
-  names = [name] if f'x_{name}' in stored else [f'{name}_train', f'{name}_test']
+  parts = [inside] if f'x_{inside}' in stored else [f'{inside}_train', f'{inside}_test']
   try:
-    x, y = (np.concatenate([stored[f'{one}_{n}'] for n in names]) for one in 'xy')
+    x, y = (np.concatenate([stored[f'{n}_{part}'] for part in parts]) for n in 'xy')
   except KeyError as error:
-    raise UserError(f'{path} has no {error}') from None
+    raise UserError(f'{path} has no array {error}') from None
+  x, y = x[y >= 0], y[y >= 0]
   labels = np.unique(y, return_inverse=True)[1]
-  return probing.Images(x, labels)
+  smallest = np.bincount(labels).min()
+  if smallest <= SHOTS:
+    raise UserError(
+      f'{name}: a class has {smallest} images, but {SHOTS} are learned from, and at '
+      'least one is tested'
+    )
+  classes = [f'{name}_{label}' for label in range(labels.max() + 1)]
+  # Both splits hold all images: a run's own test accuracy means nothing here.
+  arrays = {
+    f'{n}_{split}': a
+    for split in ('train', 'test')
+    for n, a in (('x', x), ('y', labels))
+  }
+  write_npz(workdir / f'{name}.npz', **arrays, class_names=np.array(classes))
+  return Domain(
+    name,
+    probing.Images(x, labels),
+    f'npz:{workdir / name}.npz',
+    measures.domain(name, x, labels, classes, min_images=1),
+    hashlib.sha256(x.tobytes() + labels.tobytes()).hexdigest()[:12],
+  )
 
 
-def trained(source, path, images, seed, workdir):
-  """Trains a bottleneck and a head on a domain; returns the network."""
-  folder = workdir / 'runs' / source / str(seed)
-  epochs = (FEATURE_STEPS - 0.5) * BATCH / images
-  data = {'source': f'npz:{path}', 'standardise': True}
+def trained(source, seed, workdir):
+  """Returns the network of a bottleneck and a head that learned a source."""
+  folder = workdir / 'runs' / f'{source.name}_{source.digest}' / str(seed)
+  epochs = (FEATURE_STEPS - 0.5) * BATCH / len(source.pool.labels)
+  data = {'source': source.path, 'standardise': True}
   config = apply(
     base_config(),
     {'name': 'which_source', 'data': data, 'model': {'trunk': 'identity'}},
@@ -70,27 +120,52 @@ def trained(source, path, images, seed, workdir):
   return features.network(str(folder))
 
 
-def measured(name, path, network):
-  """Returns the accuracy of a probe of a target, and its transferability scores."""
-  seen = features.seen(f'npz:{path}', network)
-  pool = probing.Images(seen.features, seen.labels)
-  found = accuracies('softmax', pool, SHOTS, most=SHOTS)
-  return {'accuracy': np.mean(found['accuracy'])} | similarity.scores(seen)
+def probed(images):
+  """Returns the accuracy of softmaxes that learn from few images per class."""
+  return np.mean(accuracies('softmax', images, SHOTS, most=SHOTS)['accuracy'])
+
+
+def at_random(images, seed):
+  """Returns images seen through a bottleneck that learned nothing."""
+  x, rng = images.features, np.random.default_rng(seed)
+  weights = rng.normal(size=(x.shape[1], BOTTLENECK)) / np.sqrt(x.shape[1])
+  seen = np.maximum(classifiers.scaling(x)(x) @ weights, 0)
+  return images._replace(features=seen.astype(np.float32))
+
+
+def measured(source, target, distance, workdir):
+  """Returns a row: the accuracy of a pair, its distance, and scores of the source."""
+  accuracy, scores = [], []
+  for seed in SEEDS:
+    seen = features.seen(target.path, trained(source, seed, workdir))
+    accuracy.append(float(probed(probing.Images(seen.features, seen.labels))))
+    scores.append(similarity.scores(seen))
+  return {
+    'source': source.name,
+    'target': target.name,
+    'accuracy': float(np.mean(accuracy)),
+    'accuracy_by_seed': accuracy,
+    'emd': distance.emd,
+    'similarity': distance.similarity,
+    'scores': {key: float(np.mean([one[key] for one in scores])) for key in scores[0]},
+  }
 
 
 def correlated(rows):
-  """Returns what predicts accuracy -> its correlations over the pairs."""
-  targets = [row['target'] for row in rows]
-  accuracy = [row['accuracy'] for row in rows]
+  """Returns how well similarity and each score predict accuracy."""
+  predictions = {'similarity': [row['similarity'] for row in rows]}
+  for name in rows[0]['scores']:
+    predictions[name] = [row['scores'][name] for row in rows]
+  accuracy, targets = ([row[key] for row in rows] for key in ('accuracy', 'target'))
   return {
-    name: measures.correlations([row[name] for row in rows], accuracy, targets)
-    for name in ('similarity', *SCORES)
+    name: measures.correlations(values, accuracy, targets)
+    for name, values in predictions.items()
   }
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('domains', nargs='+', metavar='DOMAIN=FILE')
+  parser.add_argument('domains', nargs='+', metavar='DOMAIN=FILE.npz')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   given = parser.parse_args()
   raise SystemExit(commands.exit_code(lambda: make(given)))
@@ -99,49 +174,30 @@ def main():
 def make(given):
   """Trains the sources, measures all pairs and writes the numbers."""
   workdir = files.make_workdir(given.workdir)
-  pools, paths = {}, {}
-  for domain, _, place in (one.partition('=') for one in given.domains):
-    path, _, name = place.partition(':')
-    pools[domain] = own = whole(files.absolute(path), name or domain)
-    paths[domain] = workdir / f'{domain}.npz'
-    classes = [f'{domain}_{label}' for label in range(own.labels.max() + 1)]
-    splits = ('train', 'test')  # the same images: tests are made by the probes
-    arrays = {f'x_{split}': own.features for split in splits}
-    arrays |= {f'y_{split}': own.labels for split in splits}
-    write_npz(paths[domain], **arrays, class_names=np.array(classes))
-  domains = {
-    name: measures.domain(
-      name, own.features, own.labels, [str(c) for c in np.unique(own.labels)], 1
-    )
-    for name, own in pools.items()
-  }
-  distances = measures.matrix(domains, domains)
-  rows, plain = [], {}
-  for target, path in paths.items():
-    plain[target] = measured(target, path, None)
-    for source, of_source in paths.items():
-      if source == target:
-        continue
-      found = [
-        measured(
-          target,
-          path,
-          trained(source, of_source, len(pools[source].labels), seed, workdir),
-        )
-        for seed in SEEDS
-      ]
-      distance = distances[source, target]
-      rows.append(
-        {'source': source, 'target': target, 'emd': distance.emd}
-        | {'similarity': distance.similarity}
-        | {key: float(np.mean([one[key] for one in found])) for key in found[0]}
-        | {'accuracy_by_seed': [float(one['accuracy']) for one in found]}
-      )
-      print(rows[-1], flush=True)
-  report = {'shots': SHOTS, 'seeds': SEEDS, 'versions': versions(), 'rows': rows}
-  report |= {'without_a_source': plain, 'correlations': correlated(rows)}
+  domains = {one.name: one for one in (opened(arg, workdir) for arg in given.domains)}
+  if len(domains) < FEWEST:
+    raise UserError(f'give at least {FEWEST} domains, each once')
+  classes = {name: one.classes for name, one in domains.items()}
+  distances = measures.matrix(classes, classes)
+  rows, controls = [], {}
+  for target in domains.values():
+    controls[target.name] = {
+      'as_given': float(probed(target.pool)),
+      'random_bottleneck': [float(probed(at_random(target.pool, s))) for s in SEEDS],
+    }
+    print(target.name, controls[target.name], flush=True)
+    for source in domains.values():
+      if source is not target:
+        distance = distances[source.name, target.name]
+        rows.append(measured(source, target, distance, workdir))
+        print(rows[-1], flush=True)
+  report = {'shots': SHOTS, 'seeds': SEEDS, 'versions': versions()}
+  report |= {'solver': measures.solver(), 'rows': rows, 'controls': controls}
+  report |= {'correlations': correlated(rows)}
   files.write_json(files.absolute(RESULTS), report)
-  print(json.dumps(report['correlations'], indent=1, default=float))
+  for name, found in report['correlations'].items():
+    rho = found['centred']['spearman']
+    print(f'{name}: rho {rho:.2f}, best source for {found["best"]} targets')
   print(RESULTS)
 
 

@@ -142,7 +142,7 @@ def seen(spec: str, net: Network | None, *, split: str = 'train') -> Seen:
   Args:
     spec: such as 'folder:DIR', 'tfds:NAME' or 'npz:FILE'; or the folder of a run, for
       the images that its last stage was trained on. If an 'npz:' holds features (N, D),
-      they are returned as they are, unless the network takes such features.
+      they are returned as they are, unless the network takes features.
     net: the network; None if all data are stored features.
     split: 'train', or another split of the source.
 
@@ -153,8 +153,13 @@ def seen(spec: str, net: Network | None, *, split: str = 'train') -> Seen:
   data = _images(spec, net, split)
   labels, names = data.labels, data.source.class_names
   probabilities = None
-  takes_them = net is not None and net.shape == data.image_shape
-  if data.dtype != np.uint8 and data.image_shape[:2] == (1, 1) and not takes_them:
+  takes_features = net is not None and net.shape[:2] == (1, 1)
+  if takes_features and net.shape != data.image_shape:
+    raise UserError(
+      f'{spec}: {net.name} takes features of {net.shape[2]} values, not '
+      f'{" x ".join(map(str, data.image_shape))}'
+    )
+  if data.dtype != np.uint8 and data.image_shape[:2] == (1, 1) and not takes_features:
     stored = [np.asarray(data.source[int(row)]) for row in data.rows]
     features = np.stack(stored).reshape(len(stored), -1).astype(np.float32)
     digests = [_digest(one) for one in stored]

@@ -16,6 +16,7 @@ from benchmarks.digests import compared
 from configs import cifar10_lt
 from lt_jax import files
 from lt_jax.config import config_digest, resolve
+from lt_jax.errors import UserError
 from lt_jax.models import convolution, make_classifier
 from lt_jax.sweep import _value, at_point, cells, loader, parse_grid
 from tests import child
@@ -104,6 +105,59 @@ def test_a_draw_by_layer_tests_on_images_that_it_does_not_learn_from(monkeypatch
       for label in range(3)
     ]
     assert found['accuracy'][draw] == pytest.approx(np.mean(right))
+
+
+def write_domains(path, rng, each=8):
+  """Writes features of three domains with three classes, each image once."""
+  labels = np.repeat(np.arange(3), each)
+  arrays = {}
+  for shift, name in enumerate('abc'):
+    x = rng.normal(size=(len(labels), 6)) + 3 * np.eye(6)[labels] + shift
+    arrays |= {f'x_{name}': x.astype(np.float32), f'y_{name}': labels}
+  np.savez(path, **arrays)
+
+
+def test_domains_of_a_file_are_checked(tmp_path, rng):
+  from benchmarks import which_source
+
+  file = tmp_path / 'found.npz'
+  write_domains(file, rng)
+  one = which_source.opened(f'd={file}:b', tmp_path)
+  assert (one.name, one.pool.features.shape) == ('d', (24, 6))
+  assert one.digest != which_source.opened(f'd={file}:c', tmp_path).digest
+  write_domains(tmp_path / 'small.npz', rng, each=5)
+  for argument, message in (
+    ('a', 'is not DOMAIN=FILE'),
+    (f'a={tmp_path}/none.npz', 'there is no file'),
+    (f'd={file}', "has no array 'x_d_train"),
+    (f'a={tmp_path}/small.npz', 'a class has 5 images'),
+  ):
+    with pytest.raises(UserError, match=message):
+      which_source.opened(argument, tmp_path)
+
+
+@pytest.mark.slow
+def test_sources_are_ranked(tmp_path, rng, monkeypatch, capsys):
+  from benchmarks import which_source
+
+  file = tmp_path / 'found.npz'
+  write_domains(file, rng)
+  changes = {'FEATURE_STEPS': 20, 'SEEDS': (0,), 'RESULTS': tmp_path / 'found.json'}
+  for name, value in changes.items():
+    monkeypatch.setattr(which_source, name, value)
+  named = [f'{name}={file}' for name in 'abc']
+  command = ['which_source', *named, f'--workdir={tmp_path / "work"}']
+  monkeypatch.setattr(sys, 'argv', command)
+  with pytest.raises(SystemExit) as ended:
+    which_source.main()
+  assert ended.value.code == 0, capsys.readouterr()
+  found = json.loads((tmp_path / 'found.json').read_text())
+  assert len(found['rows']) == 6 and set(found['controls']) == set('abc')
+  assert all(0 <= row['accuracy'] <= 1 for row in found['rows'])
+  monkeypatch.setattr(sys, 'argv', [*command[:3], command[-1]])
+  with pytest.raises(SystemExit) as ended:
+    which_source.main()
+  assert ended.value.code == 2
 
 
 @pytest.mark.slow
