@@ -7,10 +7,10 @@ Data: two folders of the same classes, each laid out as for configs/my_images.py
 `photos/CLASS/*.jpg`, or `photos/train/CLASS/*.jpg` with `val` and `test`. What is
 missing of these is set aside as there. The target, which the run calls `unlabelled`,
 gives its training images without their labels; its test images only measure how well
-that worked. If you know no labels at all, spread the images evenly over the class
-folders, in any way: nothing is learned from these folders, and only the accuracy on the
-target means nothing. Without source= and target= the images are generated, so you can
-check that everything runs.
+that worked. If you know no labels at all, put the target's images into one folder,
+`sketches/*.jpg`: then every accuracy is that on the source's test images, and only the
+entropy of predictions and the like is known of the target. Without source= and target=
+the images are generated, so you can check that everything runs.
 
 Training follows TLLib, as in configs/office31.py.
 

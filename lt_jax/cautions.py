@@ -105,6 +105,16 @@ def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
       )
 
 
+def _unlabelled_target(experiment: Experiment) -> Iterator[str]:
+  """Warns that nothing is measured on a target without labels."""
+  names = [n for n in experiment.roles[TARGET] if not experiment.domains[n].labelled]
+  if names:
+    yield (
+      f'the target {" and ".join(map(repr, names))} has no labels, so no accuracy on '
+      f"it is known: those of 'test' are on images of {experiment.last.domain!r}"
+    )
+
+
 def _shares_images(experiment: Experiment) -> Iterator[str]:
   """Warns of labelled domains with images of a target."""
   for name, number in experiment.sharing.items():
@@ -221,6 +231,7 @@ CAUTIONS = (
   _unused_domains,
   _same_names,
   _several_classes,
+  _unlabelled_target,
   _shares_images,
   _begins_with_target_labels,
   _same_data,

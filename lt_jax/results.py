@@ -133,12 +133,17 @@ def is_test(split: str) -> bool:
 
 
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
-  """Returns the domains of the split 'test'; none if the run has only one domain."""
+  """Returns the domains of the split 'test'; none if the run has only one domain.
+
+  They are the targets, unless these have no labels.
+  """
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
-  if targets or opened:
-    return targets or (stage.domain,)
+  if targets and experiment.domains[targets[0]].tests:
+    return targets
   sources = experiment.roles[SOURCE]
-  return sources if stage.domain == SOURCE and len(sources) > 1 else ()
+  if stage.domain == SOURCE and len(sources) > 1 and not opened:
+    return sources
+  return (stage.domain,) if targets or opened else ()
 
 
 def test_rows(

@@ -325,16 +325,33 @@ def test_a_folder_of_classes_alone(tmp_path):
   assert loaded['train'][2].shape == (3, 4, 3)
 
 
+@pytest.mark.parametrize('below', ['', 'train/'])
+def test_a_folder_without_classes_is_unlabelled(tmp_path, below):
+  (tmp_path / below).mkdir(exist_ok=True)
+  (tmp_path / below / 'notes.txt').touch()
+  loaded = folder_of(tmp_path, f'{below}2.png', f'{below}1.JPEG')
+  assert list(loaded) == ['train']
+  train = loaded['train']
+  assert list(train.paths) == [f'{below}1.JPEG', f'{below}2.png']
+  assert train.labels.tolist() == [-1, -1] and train.class_names == ()
+  assert train[1].shape == (3, 4, 3)
+  assert train.passed_over == ('1 file passed over: notes.txt',)
+
+
 @pytest.mark.parametrize(
   ('images', 'message'),
   [
+    (
+      ['train/1.png', 'test/a/1.png'],
+      'nothing is known about the classes in .*test',
+    ),
     (['train/a/1.png', 'test/b/1.png'], "test/b: train has no class 'b'"),
     (['train/a/1.png', 'train/b/1.txt'], 'train/b has no images'),
     (['train/a/1.png', 'open/1.txt'], 'open has no images'),
     (['train/a/1.png', 'test/1.png'], 'test has no folders of classes'),
     (['test/a/1.png'], 'has test but no train'),
-    (['train/1.png'], 'train has no folders'),
-    (['1.png'], 'must have CLASS'),
+    (['train/1.txt'], 'train has no folders'),
+    (['1.txt'], 'must have CLASS'),
     ([], 'No such file'),
   ],
 )

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from configs import my_domains, office31, office_caltech10, pacs, synsigns_gtsrb
-from lt_jax import build, run, train
+from lt_jax import build, results, run, train
+from lt_jax.cautions import cautions
 from lt_jax.config import resolve, stage_config
 from lt_jax.errors import UserError
 
@@ -85,6 +86,55 @@ def test_photographs_of_ones_own_in_two_domains(tmp_path):
   assert len(target.splits['train'].rows) == 35 - 2 * 2 * 3
   assert not experiment.last.uses_target_labels
   assert 'label' not in experiment.last.streams['target'].payload(0)
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+  """A folder of photographs with classes, and one without."""
+  for folder, count in (('photos/dog', 20), ('photos/horse', 15), ('sketches', 12)):
+    (tmp_path / folder).mkdir(parents=True)
+    for number in range(count):
+      colours = np.full((40, 30, 3), 10 * number + len(folder), np.uint8)
+      Image.fromarray(colours).save(tmp_path / folder / f'{number}.png')
+  return f'source={tmp_path}/photos,target={tmp_path}/sketches'
+
+
+def of_ones_own(recipe, folders, **changes):
+  made = my_domains.get_config(f'{recipe},net=resnet10,size=32,epochs=1,{folders}')
+  made.batch = 8
+  for stream in made.streams.values():
+    stream.batch = 8
+  made.update_from_flattened_dict(changes)
+  return build.build(resolve(made), devices=1)
+
+
+def test_a_target_without_labels_is_adapted_to_and_not_measured(unlabelled):
+  experiment = of_ones_own('mcc', unlabelled)
+  stage, target = experiment.last, experiment.domains['unlabelled']
+  assert target.class_names == ('dog', 'horse') and not target.tests
+  assert len(target.splits['train'].rows) == 12 and not target.labelled
+  assert 'label' not in stage.streams['target'].payload(0)
+  assert set(stage.passes) == {'val', 'test'}
+  assert stage.images['test'] is experiment.domains['source'].tests['test']
+  assert results.test_domains(experiment, stage) == ('source',)
+  (line,) = (line for line in cautions(experiment) if 'no labels' in line)
+  assert "those of 'test' are on images of 'source'" in line
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'changes', 'message'),
+  [
+    ('target_only', {}, "the images of 'target' have no labels, which this recipe"),
+    ('mcc', {'domains.unlabelled.n_max': 5}, 'data.n_max is for images with classes'),
+    ('mcc', {'target': ('unlabelled', 'more')}, 'are one target, but only the second'),
+    ('mcc', {'sources': ('unlabelled',), 'target': ('more',)}, 'which only a target'),
+  ],
+)
+def test_what_needs_labels_of_a_target_is_told(unlabelled, recipe, changes, message):
+  labelled = unlabelled.partition(',')[0].removeprefix('source=')
+  more = {'source': f'folder:{labelled}', 'test_split': 'train'}
+  with pytest.raises(UserError, match=message):
+    of_ones_own(recipe, unlabelled, **{'domains.more': more}, **changes)
 
 
 @pytest.mark.parametrize(

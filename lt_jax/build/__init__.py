@@ -353,7 +353,8 @@ def _passes(
   stage's own domain, and training images of targets. The targets' labels are only
   there if a stream of the stage provides them, which the result reports. No test image
   is among them. The last are a few of the images that the stage may see, if it adapts
-  to a target.
+  to a target. A target without labels has no test images: the stage's own are the
+  split 'test' then.
   """
   own, targets = config['domain'], domains.roles[TARGET]
   dataset = domains.dataset(own)
@@ -361,8 +362,10 @@ def _passes(
   learnt = {name: (own, split) for name, split in dataset.splits.items()}
   tested = {n: s for n, s in learnt.items() if n not in ('train', 'meta')}
   if adapts:
-    tested |= {n: (TARGET, split) for n, split in domains.dataset(TARGET).tests.items()}
-    tested |= {f'{own}/{n}': (own, split) for n, split in dataset.tests.items()}
+    theirs = domains.dataset(TARGET).tests
+    tested |= {n: (TARGET, split) for n, split in theirs.items()}
+    beside = f'{own}/' if theirs else ''
+    tested |= {f'{beside}{n}': (own, split) for n, split in dataset.tests.items()}
     target = domains.dataset(TARGET).splits['train']
     split = target if gives_target_labels else Unlabelled(target)
     learnt[f'{TARGET}/train'] = TARGET, split

@@ -125,14 +125,19 @@ def load_domains(
     check_arrays(name, data, datasets[name].dtype)
     check_channels(data, datasets[name].image_shape[-1])
     configs[name] = data | _standard(name, datasets[name], data)
-  meet = {name: datasets[name] for name in meeting}
+  meet = {name: datasets[name] for name in meeting if datasets[name].class_names}
+  unlabelled = [name for name in configs if not datasets[name].class_names]
+  _check_only_targets(unlabelled, roles, configs)
   of_pixels = any(one.of_pixels for one in meet.values())
   if of_pixels:
     check_of_pixels(meet)
   elif not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
     same = {name: _same_classes(name, configs[name]) for name in meeting}
     meet = united(meet, roles[SOURCE], same)
-    datasets |= {name: meet[name] for name in meeting if name not in roles[SOURCE]}
+    datasets |= {name: one for name, one in meet.items() if name not in roles[SOURCE]}
+  for name in unlabelled:
+    datasets[name] = _with_classes(datasets[name], meet[roles[SOURCE][0]])
+    meet[name] = datasets[name]
   check_alike(meet, sizes=not of_pixels)
   sharing: dict[str, int] = {}
   if not given:
@@ -178,6 +183,38 @@ def _roles(config: Config) -> dict[str, tuple[str, ...]]:
         lookup(config['domains'], 'domain', name)
       seen[name] = role
   return roles
+
+
+def _check_only_targets(
+  unlabelled: Sequence[str],
+  roles: Mapping[str, Sequence[str]],
+  configs: Mapping[str, Config],
+) -> None:
+  """Refuses images without classes, except as the whole of a target."""
+  for name in unlabelled:
+    source = configs[name]['source']
+    if name not in roles[TARGET]:
+      raise UserError(
+        f'domain {name!r}: {source!r} has images but no folders of classes, which only '
+        'a target can do without: make CLASS/*.jpg or train/CLASS/*.jpg'
+      )
+    others = [one for one in roles[TARGET] if one not in unlabelled]
+    if others:
+      raise UserError(
+        f'targets {name!r} and {others[0]!r} are one target, but only the second has '
+        'classes: give both class folders, or neither'
+      )
+
+
+def _with_classes(dataset: Dataset, source: Dataset) -> Dataset:
+  """Returns an unlabelled data set with the classes of a source."""
+  return dataset._replace(
+    class_names=source.class_names,
+    counts=np.zeros_like(source.counts),
+    described=source.described,
+    unseen=source.unseen,
+    val_classes=source.val_classes,
+  )
 
 
 def _standard(name: str, dataset: Dataset, data: Config) -> dict[str, Any]:

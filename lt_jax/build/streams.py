@@ -153,6 +153,11 @@ def _images(
   labelled = not of_target if labels is None else labels
   _check_row(stream, every, domain, domains, split, hidden=of_target and not labelled)
   dataset = domains.dataset(domain)
+  if labelled and not dataset.labelled:
+    raise UserError(
+      f'streams.{stream}: the images of {domain!r} have no labels, which this recipe '
+      'learns from: sort them into class folders, or choose another recipe'
+    )
   if dataset.class_names != domains.dataset(config['domain']).class_names:
     # It has its own classes and learns them all.
     learned = np.ones(len(dataset.class_names), bool)

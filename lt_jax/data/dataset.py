@@ -37,7 +37,8 @@ class Dataset(NamedTuple):
     tests: what it is evaluated on: 'test' and optionally 'open_test'.
     counts: (C,) int, training images per known class; training pixels if labels are
       maps.
-    class_names: names of the C known classes.
+    class_names: names of the C known classes; empty if no image has a label. A target
+      then gets those of the source.
     image_shape: (H, W, channels).
     fingerprint: SHA-256 of the data trained and evaluated on.
     passed_over: lines about data of the source that the run does not use.
@@ -74,6 +75,11 @@ class Dataset(NamedTuple):
   def counted(self) -> str:
     """What `counts` counts: 'images' or 'pixels'."""
     return 'pixels' if self.of_pixels else 'images'
+
+  @property
+  def labelled(self) -> bool:
+    """Whether any training image has a class."""
+    return bool(self.counts.any())
 
   @property
   def every(self) -> dict[str, Split]:
@@ -189,6 +195,18 @@ def load_dataset(
     views = _views(pool, len(pool.class_names), class_vectors, unseen, (), seed)
     whole = _with_maps(sources, pool, source, test_split, made, to_device, views.unseen)
     return views.of(whole, len(pool.class_names))
+  crop = _crop(pool, source, image_size, resize, crop_area)
+  if not pool.class_names:
+    _check_unlabelled(
+      source,
+      known_classes=known_classes,
+      imbalance=imbalance - 1,
+      n_max=n_max,
+      val_per_class=val_per_class,
+      meta_per_class=meta_per_class,
+    )
+    splits = {'train': (pool, np.arange(len(pool)))}
+    return _dataset(sources, splits, 0, crop, to_device)
   if window or tuple(scale) != (1, 1) or resize_to:
     raise UserError(
       'data.window, data.scale and data.resize_to are for label maps, which '
@@ -228,7 +246,6 @@ def load_dataset(
   if from_val:
     splits |= _meta_from_val(splits, known, meta_per_class, draw, source)
   splits |= {name: (pool, rows) for name, rows in drawn.items()}
-  crop = _crop(pool, source, image_size, resize, crop_area)
   return views.of(_dataset(sources, splits, known, crop, to_device), known)
 
 
@@ -249,6 +266,16 @@ def _check_whole(source: str, **options: float) -> None:
     if value:
       raise UserError(
         f'data.{name} is for images of one class each, but {source!r} has label maps: '
+        'leave it at its default'
+      )
+
+
+def _check_unlabelled(source: str, **options: float) -> None:
+  """Refuses options that count images by class, unless a domain inherits them."""
+  for name, value in options.items():
+    if value:
+      raise UserError(
+        f'data.{name} is for images with classes, but those of {source!r} have none: '
         'leave it at its default'
       )
 

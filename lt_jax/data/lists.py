@@ -521,7 +521,8 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   Args:
     folder: has train/CLASS/.../*.jpg, optionally val and test in the same form, and
       open with images anywhere; or else CLASS/.../*.jpg, which are the split 'train'.
-      Classes are the sorted folder names of train. Links are followed. Files with
+      Classes are the sorted folder names of train. Without folders, its images have no
+      class; only a target can be made of them. Links are followed. Files with
       extensions other than `SUFFIXES` and folders next to the splits are passed over;
       the source reports them, except hidden ones.
     data_dir: not used.
@@ -538,10 +539,7 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
   home = _join(folder, splits['train'])
   class_names, _ = _content(home)
   if not class_names:
-    raise UserError(
-      f'folder:{folder} must have CLASS/*.jpg or train/CLASS/*.jpg, but {home} has no '
-      'folders'
-    )
+    return {'train': _without_classes(folder, splits, beside)}
   known = _labels(home, class_names)
   sources, owners = {}, {}
   for split, below in splits.items():
@@ -567,6 +565,37 @@ def folder_source(folder: str, data_dir: str | None) -> dict[str, Files]:
     y = np.array(labels, np.int32)
     sources[split] = Files(folder, paths, paths, y, class_names, lines)
   return sources
+
+
+def _without_classes(
+  folder: str, splits: Mapping[str, str], beside: Sequence[str]
+) -> Files:
+  """Returns the images of a folder without class folders; they have no labels.
+
+  Raises:
+    UserError: there are none, or images to test on, whose class nobody knows.
+  """
+  home = _join(folder, splits['train'])
+  found = find_images(home)
+  others = _regular(home, found.others)
+  if not found.images:
+    raise UserError(
+      f'folder:{folder} must have CLASS/*.jpg or train/CLASS/*.jpg, but {home} has no '
+      'folders'
+    )
+  if len(splits) > 1:
+    more = next(name for name in splits if name != 'train')
+    raise UserError(
+      f'{home} has images but no folders of classes, so nothing is known about the '
+      f'classes in {_join(folder, more)}: sort the images into class folders, or move '
+      f'{more!r} elsewhere'
+    )
+  paths = [posixpath.join(splits['train'], name) for name in found.images]
+  lines = (passed_over_line(others),) if others else ()
+  if beside:
+    lines += (f'not used, next to the splits: {_first_names(beside)}',)
+  labels = np.full(len(paths), -1, np.int32)
+  return Files(folder, paths, paths, labels, (), lines)
 
 
 def _join(folder: str, below: str) -> str:

@@ -34,6 +34,8 @@ def described(case: Case) -> Findings:
 
 def _per_class(split: Split, classes: int) -> str:
   counts = split.counts(classes)
+  if len(split.rows) and not counts.any():
+    return 'no labels'
   return f'{counts.min():,} to {counts.max():,}'
 
 

@@ -13,10 +13,14 @@ MOST_CUT = 20
 def cut(source: str, data_dir: str) -> Overrides:
   """Returns how many images per class to set aside for each missing split.
 
+  None of images without classes.
+
   Raises:
     UserError: the smallest class cannot spare any.
   """
   splits = load_source(source, data_dir or None)
+  if not splits['train'].class_names:
+    return {}
   counts = np.bincount(splits['train'].labels)
   smallest, missing = counts.min(), [n for n in ('val', 'test') if n not in splits]
   if smallest <= len(missing):

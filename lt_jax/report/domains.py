@@ -72,7 +72,12 @@ def remarks(table: Table, groups: Sequence[Group]) -> list[str]:
   """Returns the remarks on the table of domains; none for an empty table."""
   if not table.rows:
     return []
-  targets = max(len(run.config.get('target', ())) for g in groups for run in g.counted)
+  targets = max(
+    # Without labels, a target has no metrics.
+    sum(name in run.result.get('domains', ()) for name in run.config.get('target', ()))
+    for g in groups
+    for run in g.counted
+  )
   others = {0: '', 1: '; other test metrics are those of the target'}.get(
     targets, '; other test metrics are means over targets'
   )
