@@ -8,8 +8,9 @@ Data: two folders of the same classes, each laid out as for configs/my_images.py
 missing of these is set aside as there. The target, which the run calls `unlabelled`,
 gives its training images without their labels; its test images only measure how well
 that worked. If you know no labels at all, put the target's images into one folder,
-`sketches/*.jpg`: then every accuracy is that on the source's test images, and only the
-entropy of predictions and the like is known of the target. Without source= and target=
+`sketches/*.jpg`, without folders inside. Every accuracy is then measured on the
+source's test images; criteria such as the entropy of predictions still look at the
+target. Without source= and target=
 the images are generated, so you can check that everything runs.
 
 Training follows TLLib, as in configs/office31.py.

@@ -105,14 +105,20 @@ def _trained_on_tests(experiment: Experiment) -> Iterator[str]:
       )
 
 
-def _unlabelled_target(experiment: Experiment) -> Iterator[str]:
-  """Warns that nothing is measured on a target without labels."""
-  names = [n for n in experiment.roles[TARGET] if not experiment.domains[n].labelled]
-  if names:
-    yield (
-      f'the target {" and ".join(map(repr, names))} has no labels, so no accuracy on '
-      f"it is known: those of 'test' are on images of {experiment.last.domain!r}"
-    )
+def _unmeasured_target(experiment: Experiment) -> Iterator[str]:
+  """Warns that accuracy is measured on the source, and by whose statistics."""
+  names = experiment.roles[TARGET]
+  if not names or any(experiment.domains[name].tests for name in names):
+    return
+  stage = experiment.last
+  state = state_shapes(stage.method, stage.streams)
+  as_source = any(n.endswith('_source') for n in (*state.stats, *state.memory))
+  yield (
+    f'{" and ".join(map(repr, names))} has no labelled test images, so '
+    f"'test' measures images of {stage.domain!r} instead"
+    + ', with statistics of its own that predictions do not use'
+    * as_source
+  )
 
 
 def _shares_images(experiment: Experiment) -> Iterator[str]:
@@ -231,7 +237,7 @@ CAUTIONS = (
   _unused_domains,
   _same_names,
   _several_classes,
-  _unlabelled_target,
+  _unmeasured_target,
   _shares_images,
   _begins_with_target_labels,
   _same_data,

@@ -128,6 +128,8 @@ def _opened(source: str, data_dir: str | None, images: str | None) -> dict[str, 
   sources = load_source(source, data_dir if kind == 'tfds' else images)
   if 'train' not in sources:
     raise UserError(f'{source} has no split named train: {", ".join(sources)}')
+  if not sources['train'].class_names:
+    raise UserError(f'{source} has images but no folders of classes')
   for split, one in sources.items():
     if getattr(one, 'attributes', {}):
       raise UserError(

@@ -135,7 +135,7 @@ def is_test(split: str) -> bool:
 def test_domains(experiment: Experiment, stage: Stage) -> tuple[str, ...]:
   """Returns the domains of the split 'test'; none if the run has only one domain.
 
-  They are the targets, unless these have no labels.
+  They are the targets, unless these have no test images.
   """
   targets, opened = experiment.roles[TARGET], experiment.roles[OPEN]
   if targets and experiment.domains[targets[0]].tests:
@@ -190,9 +190,9 @@ def _test_metrics(
 ) -> dict[str, Any]:
   """Returns 'test', and with several domains also 'domains' and 'domain_means'.
 
-  With target domains, 'test' is the mean over them. 'domains' has the metrics of every
-  domain. 'domain_means' has their means over the targets ('compound') and over targets
-  and open domains ('compound_open').
+  'test' is the mean over `test_domains`: the targets, if they have test images.
+  'domains' has the metrics of every domain. 'domain_means' has the same mean
+  ('compound') and the mean over these and the open domains ('compound_open').
   """
   names, opened = test_domains(experiment, stage), experiment.roles[OPEN]
   if not names:
@@ -446,7 +446,8 @@ def _translations(
   """Returns a few test images and their translations; {} if the method has none.
 
   A method that translates outputs images 'as_source' and 'as_target', in which white is
-  1. The splits are those of `stage.passes`: 'test', of the target, and 'source/test'.
+  1. They are named 'test', of the target, and 'source/test'; a target without test
+  images has none.
   """
   shapes = stage.survey.outputs(state, 'train')
   drawn = [name for name in shapes if name in ('as_source', 'as_target')]
@@ -455,16 +456,18 @@ def _translations(
     del batch
     return {name: jnp.clip(255 * outputs[name] + 0.5, 0, 255) for name in drawn}
 
+  own = f'{stage.domain}/test'
+  passes = {'test': 'test', own: own} if own in stage.passes else {own: 'test'}
   found = {}
-  for split in ('test', f'{stage.domain}/test') if drawn else ():
+  for name, split in passes.items() if drawn else ():
     few = stage.passes[split]._replace(batches=1)
     few = few._replace(examples=min(TRANSLATED, few.examples))
     pictures = collector(stage.method.predict, keep, experiment.mesh)(state, few)
     images = stage.images[split]
     rows = images.rows[: few.examples]
-    found[f'{split}/image'] = np.stack([images.image(row) for row in rows])
-    for name, pixels in pictures.items():
-      found[f'{split}/{name}'] = pixels.astype(np.uint8)
+    found[f'{name}/image'] = np.stack([images.image(row) for row in rows])
+    for kind, pixels in pictures.items():
+      found[f'{name}/{kind}'] = pixels.astype(np.uint8)
   return found
 
 

@@ -112,13 +112,24 @@ def test_a_target_without_labels_is_adapted_to_and_not_measured(unlabelled):
   experiment = of_ones_own('mcc', unlabelled)
   stage, target = experiment.last, experiment.domains['unlabelled']
   assert target.class_names == ('dog', 'horse') and not target.tests
-  assert len(target.splits['train'].rows) == 12 and not target.labelled
+  assert len(target.splits['train'].rows) == 12 and not target.has_labels
   assert 'label' not in stage.streams['target'].payload(0)
   assert set(stage.passes) == {'val', 'test'}
   assert stage.images['test'] is experiment.domains['source'].tests['test']
   assert results.test_domains(experiment, stage) == ('source',)
-  (line,) = (line for line in cautions(experiment) if 'no labels' in line)
-  assert "those of 'test' are on images of 'source'" in line
+  (line,) = (line for line in cautions(experiment) if 'no labelled' in line)
+  assert line.endswith("'test' measures images of 'source' instead")
+
+
+@pytest.mark.slow
+def test_translations_of_a_target_without_labels_are_of_the_source(unlabelled):
+  experiment = of_ones_own('i2i', unlabelled, **{'model.trunk': 'lenet'})
+  stage = experiment.last
+  state = train.initial_state(
+    stage.method, stage.streams, jax.random.key(0), experiment.mesh
+  )
+  found = results._translations(experiment, stage, state)
+  assert found and all(name.startswith('source/test/') for name in found)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,7 @@ def test_a_target_without_labels_is_adapted_to_and_not_measured(unlabelled):
   [
     ('target_only', {}, "the images of 'target' have no labels, which this recipe"),
     ('mcc', {'domains.unlabelled.n_max': 5}, 'data.n_max is for images with classes'),
+    ('finetune_target_1', {}, 'or choose a recipe that needs no labels of a target'),
     ('mcc', {'target': ('unlabelled', 'more')}, 'are one target, but only the second'),
     ('mcc', {'sources': ('unlabelled',), 'target': ('more',)}, 'which only a target'),
   ],

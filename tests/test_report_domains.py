@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from lt_jax import report
-from lt_jax.report import domain_figures, domains, drawing, figures, runs
+from lt_jax.report import domain_figures, domains, drawing, figures, runs, selection
 from tests import test_report as plain
 
 ALL = domain_figures.FIGURES | domain_figures.OF_ONE_RUN
@@ -301,3 +301,43 @@ def test_a_run_of_one_domain_has_none_of_this(by_domain_only, tmp_path):
   page = plain.page_of(folder)
   assert 'By domain' not in page.text and 'not drawn' not in page.text
   assert not list((folder / 'figures').iterdir())
+
+
+def without_target_metrics(folder):
+  """Removes what a run cannot know of targets without labels."""
+  path = folder / 'result.json'
+  result = json.loads(path.read_text())
+  for name in ('photo', 'inverted'):
+    del result['domains'][name]
+  path.write_text(json.dumps(result))
+
+
+def test_a_target_without_labels_is_not_judged_by_the_source(tmp_path):
+  for recipe, accuracy in (('source_only', 0.6), ('dann', 0.4)):
+    folder = write_run(
+      tmp_path / recipe, config(recipe), ACCURACY | {'photo': accuracy}
+    )
+    without_target_metrics(folder)
+  table = table_of(tmp_path)
+  assert table['dann'] == {
+    'method': 'dann',
+    'source': '90.0',
+    'sketch (open)': '10.0',
+    'mean of source and open': table['dann']['mean of source and open'],
+    'A-distance of photo': '0.50',
+    'A-distance of inverted': '1.50',
+  }
+  groups = groups_of(tmp_path)
+  lines = domains.remarks(domains.domains_table(groups), groups)
+  assert 'those of the target' not in lines[0] and 'means over' not in lines[0]
+  assert lines[1].startswith('The target of ') and 'dann' in lines[1]
+  assert not selection.selection_table(groups).rows
+
+
+def test_controls_without_labels_of_the_target_leave_the_others_compared(tmp_path):
+  write_run(tmp_path / 'source_only', config('source_only'))
+  write_run(tmp_path / 'dann', config('dann'))
+  without_target_metrics(write_run(tmp_path / 'cdan', config('cdan')))
+  table = table_of(tmp_path)
+  assert table['cdan']['points above source_only'] == 'n/a'
+  assert table['dann']['points above source_only'] == '+0.0'

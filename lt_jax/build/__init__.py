@@ -353,8 +353,8 @@ def _passes(
   stage's own domain, and training images of targets. The targets' labels are only
   there if a stream of the stage provides them, which the result reports. No test image
   is among them. The last are a few of the images that the stage may see, if it adapts
-  to a target. A target without labels has no test images: the stage's own are the
-  split 'test' then.
+  to a target. The split 'test' has the test images of the targets or, if these have
+  none, those of the stage's own domain.
   """
   own, targets = config['domain'], domains.roles[TARGET]
   dataset = domains.dataset(own)

@@ -131,6 +131,11 @@ def load_domains(
   of_pixels = any(one.of_pixels for one in meet.values())
   if of_pixels:
     check_of_pixels(meet)
+    if unlabelled:
+      raise UserError(
+        f'domain {unlabelled[0]!r}: {configs[unlabelled[0]]["source"]!r} has images '
+        "alone, but others have label maps: name its images in a list, each with '-'"
+      )
   elif not have_one_label_space({name: meet[name] for name in roles[SOURCE]}):
     same = {name: _same_classes(name, configs[name]) for name in meeting}
     meet = united(meet, roles[SOURCE], same)
@@ -190,7 +195,7 @@ def _check_only_targets(
   roles: Mapping[str, Sequence[str]],
   configs: Mapping[str, Config],
 ) -> None:
-  """Refuses images without classes, except as the whole of a target."""
+  """Refuses images without classes, unless they are those of all targets."""
   for name in unlabelled:
     source = configs[name]['source']
     if name not in roles[TARGET]:

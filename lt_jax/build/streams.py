@@ -153,7 +153,7 @@ def _images(
   labelled = not of_target if labels is None else labels
   _check_row(stream, every, domain, domains, split, hidden=of_target and not labelled)
   dataset = domains.dataset(domain)
-  if labelled and not dataset.labelled:
+  if labelled and not dataset.has_labels:
     raise UserError(
       f'streams.{stream}: the images of {domain!r} have no labels, which this recipe '
       'learns from: sort them into class folders, or choose another recipe'

@@ -37,8 +37,8 @@ class Dataset(NamedTuple):
     tests: what it is evaluated on: 'test' and optionally 'open_test'.
     counts: (C,) int, training images per known class; training pixels if labels are
       maps.
-    class_names: names of the C known classes; empty if no image has a label. A target
-      then gets those of the source.
+    class_names: names of the C known classes. A target whose images have no classes
+      gets the names of its source's.
     image_shape: (H, W, channels).
     fingerprint: SHA-256 of the data trained and evaluated on.
     passed_over: lines about data of the source that the run does not use.
@@ -77,7 +77,7 @@ class Dataset(NamedTuple):
     return 'pixels' if self.of_pixels else 'images'
 
   @property
-  def labelled(self) -> bool:
+  def has_labels(self) -> bool:
     """Whether any training image has a class."""
     return bool(self.counts.any())
 
@@ -200,10 +200,16 @@ def load_dataset(
     _check_unlabelled(
       source,
       known_classes=known_classes,
+      profile=profile != 'original',
       imbalance=imbalance - 1,
       n_max=n_max,
       val_per_class=val_per_class,
       meta_per_class=meta_per_class,
+      meta_in_train=meta_in_train,
+      open_val_per_class=open_val_per_class,
+      class_vectors=len(class_vectors),
+      unseen=len(unseen),
+      val_classes=len(val_classes),
     )
     splits = {'train': (pool, np.arange(len(pool)))}
     return _dataset(sources, splits, 0, crop, to_device)
@@ -271,12 +277,12 @@ def _check_whole(source: str, **options: float) -> None:
 
 
 def _check_unlabelled(source: str, **options: float) -> None:
-  """Refuses options that count images by class, unless a domain inherits them."""
+  """Refuses options about classes, except the ones that every domain inherits."""
   for name, value in options.items():
     if value:
       raise UserError(
         f'data.{name} is for images with classes, but those of {source!r} have none: '
-        'leave it at its default'
+        'leave it at its default, or choose a recipe that needs no labels of a target'
       )
 
 

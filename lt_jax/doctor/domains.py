@@ -29,13 +29,13 @@ def described(case: Case) -> Findings:
       for split, images in dataset.every.items()
     )
     noun = 'pixels per class' if dataset.of_pixels else 'per class'
+    if not dataset.has_labels:
+      noun = 'no labels; per class'
     yield ok(f'{role} {name!r}: {shape}; images ({noun}): {splits}')
 
 
 def _per_class(split: Split, classes: int) -> str:
   counts = split.counts(classes)
-  if len(split.rows) and not counts.any():
-    return 'no labels'
   return f'{counts.min():,} to {counts.max():,}'
 
 

@@ -93,8 +93,9 @@ def domain(
   np.add.at(sums, labels[rows], values[rows])
   kept = np.flatnonzero(counts >= max(1, min_images))
   if not len(kept):
+    most = counts.max(initial=0)
     raise UserError(
-      f'{name}: no class has {min_images} images (the largest has {counts.max()}): '
+      f'{name}: no class has {min_images} images (the largest has {most}): '
       'lower --min_images'
     )
   return Domain(

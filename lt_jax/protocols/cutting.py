@@ -13,7 +13,7 @@ MOST_CUT = 20
 def cut(source: str, data_dir: str) -> Overrides:
   """Returns how many images per class to set aside for each missing split.
 
-  None of images without classes.
+  Nothing is set aside from images without classes.
 
   Raises:
     UserError: the smallest class cannot spare any.

@@ -58,7 +58,7 @@ def domains_table(groups: Sequence[Group]) -> Table:
   columns = {
     **{domain.title: [_accuracies(g, domain) for g in found] for domain in names},
     **_means(found, names),
-    **_distances(found, names),
+    **_distances(found),
     **_gaps(found),
   }
   return Table(
@@ -72,18 +72,25 @@ def remarks(table: Table, groups: Sequence[Group]) -> list[str]:
   """Returns the remarks on the table of domains; none for an empty table."""
   if not table.rows:
     return []
-  targets = max(
-    # Without labels, a target has no metrics.
-    sum(name in run.result.get('domains', ()) for name in run.config.get('target', ()))
-    for g in groups
-    for run in g.counted
-  )
+  measured = [r for g in groups for r in g.counted if r.measures_targets]
+  targets = max((len(run.config.get('target', ())) for run in measured), default=0)
   others = {0: '', 1: '; other test metrics are those of the target'}.get(
     targets, '; other test metrics are means over targets'
   )
   apart = any(heading.startswith('A-distance') for heading in table.headings)
-  units = f'Test {headline_title(groups)} in % in each domain{others}.'
-  return [units, *[DISTANCE] * apart]
+  lines = [f'Test {headline_title(groups)} in % in each domain{others}.']
+  blind = [g.label for g in groups if g.counted and not _is_measured(g)]
+  if blind:
+    lines.append(
+      f'The target of {", ".join(blind)} has no labels: other test metrics are those '
+      'of the source.'
+    )
+  return [*lines, *[DISTANCE] * apart]
+
+
+def _is_measured(group: Group) -> bool:
+  """Returns whether the test metrics of a group are those of its targets."""
+  return all(run.measures_targets for run in group.counted)
 
 
 def _accuracies(group: Group, domain: Domain) -> str:
@@ -104,7 +111,10 @@ def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, lis
   roles = [domain.role for domain in names]
   titles = {
     'compound': 'mean of targets' * (roles.count('target') > 1),
-    'compound_open': 'mean of targets and open' * ('open' in roles),
+    'compound_open': (
+      f'mean of {"targets" if "target" in roles else "source"} and open'
+      * ('open' in roles)
+    ),
   }
   return {
     title: [
@@ -121,12 +131,11 @@ def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, lis
   }
 
 
-def _distances(
-  groups: Sequence[Group], names: Sequence[Domain]
-) -> Mapping[str, list[str]]:
+def _distances(groups: Sequence[Group]) -> Mapping[str, list[str]]:
   """Returns a column for the A-distance of each target that any run has."""
   there = {}
-  for name in dict.fromkeys(d.name for d in names if d.role == 'target'):
+  runs = [run for group in groups for run in group.counted]
+  for name in dict.fromkeys(n for run in runs for n in run.config.get('target', ())):
     rows = [
       [(run.result.get('a_distance') or {}).get(name) for run in group.counted]
       for group in groups
@@ -153,7 +162,7 @@ def _gaps(groups: Sequence[Group]) -> Mapping[str, list[str]]:
   """Returns the column that compares with the controls, if there are any."""
   pairs = [[_control(g, groups, name) for g in groups] for name in CONTROLS]
   sources, targets = pairs
-  if not any(sources):
+  if not any(s and _is_measured(g) for g, s in zip(groups, sources, strict=True)):
     return {}
   title = 'gap covered' if any(targets) else 'points above source_only'
   rows = zip(groups, sources, targets, strict=True)
@@ -178,6 +187,8 @@ def _beside(
   group: Group, source: Group | None, target: Group | None, *, shares: bool
 ) -> str:
   """Says how a method compares with its controls, and marks negative transfer."""
+  if not _is_measured(group):
+    return 'n/a'
   if group is source:
     return '0 %' if shares else '0'
   if source is None or (shares and target is None):

@@ -177,6 +177,12 @@ class Run:
     """What has a label and is counted: images or pixels."""
     return 'pixels' if self.task.per_pixel else 'images'
 
+  @property
+  def measures_targets(self) -> bool:
+    """Whether its targets have test images, so that its test metrics are theirs."""
+    tested = self.result.get('domains') or ()
+    return all(name in tested for name in self.config.get('target', ()))
+
   def logged(self, split: str) -> str:
     """Returns the metric that the log has for a split."""
     return 'accuracy' if split == 'train' else self.headline

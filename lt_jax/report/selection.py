@@ -90,7 +90,9 @@ Rows = Mapping[str, Mapping[int, Mapping[str, Any]]]
 def _chosen(
   run: Run, rules: Mapping[str, Callable[[Rows], int | None]]
 ) -> dict[str, float | None]:
-  """Returns rule -> test accuracy; {} for a run without a target."""
+  """Returns rule -> test accuracy; {} without a target, or without its labels."""
+  if not run.measures_targets:
+    return {}
   stage = run.result.get('stage')
   rows: dict[str, dict[int, Any]] = {'val': {}, 'target': {}, 'test': {}}
   for row in run.rows:
