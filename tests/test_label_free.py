@@ -113,7 +113,9 @@ def test_the_report_compares_the_choices_of_rules():
     | {name: values[i] for name, values in scored.items()}
     for i in range(2)
   ]
-  one = types.SimpleNamespace(rows=rows, result={'stage': 'train'}, headline='accuracy')
+  one = types.SimpleNamespace(
+    rows=rows, result={'stage': 'train'}, headline='accuracy', measures_targets=True
+  )
   group = types.SimpleNamespace(counted=[one], label='dann', anchor='dann')
   found = selection.selection_table([group])
   cells = dict(zip(found.headings, found.rows[0], strict=True))
