@@ -10,8 +10,8 @@ gives its training images without their labels; its test images only measure how
 that worked. If you know no labels at all, put the target's images into one folder,
 `sketches/*.jpg`, without folders inside. Every accuracy is then measured on the
 source's test images; criteria such as the entropy of predictions still look at the
-target. Without source= and target=
-the images are generated, so you can check that everything runs.
+target. Without source= and target= the images are generated, so you can check that
+everything runs.
 
 Training follows TLLib, as in configs/office31.py.
 

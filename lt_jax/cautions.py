@@ -114,7 +114,7 @@ def _unmeasured_target(experiment: Experiment) -> Iterator[str]:
   state = state_shapes(stage.method, stage.streams)
   as_source = any(n.endswith('_source') for n in (*state.stats, *state.memory))
   yield (
-    f'{" and ".join(map(repr, names))} has no labelled test images, so '
+    f'the target ({" and ".join(names)}) has no labelled test images, so '
     f"'test' measures images of {stage.domain!r} instead"
     + ', with statistics of its own that predictions do not use'
     * as_source

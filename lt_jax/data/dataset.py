@@ -176,20 +176,23 @@ def load_dataset(
   if keep_classes:
     sources = keeping.keep_classes(sources, class_list(keep_classes), source)
   pool = _pool(sources, train_split, source)
+  by_class = {
+    'known_classes': known_classes,
+    'imbalance': imbalance - 1,
+    'n_max': n_max,
+    'val_per_class': val_per_class,
+    'meta_per_class': meta_per_class,
+    'open_val_per_class': open_val_per_class,
+    'val_classes': len(val_classes),
+  }
   if hasattr(pool, 'label_map'):
-    _check_whole(
-      source,
-      known_classes=known_classes,
-      imbalance=imbalance - 1,
-      n_max=n_max,
+    _check_unset(
+      f'for images of one class each, but {source!r} has label maps',
+      **by_class,
       test_per_class=test_per_class,
-      val_per_class=val_per_class,
-      meta_per_class=meta_per_class,
-      open_val_per_class=open_val_per_class,
       open_test_per_class=open_test_per_class,
       image_size=image_size,
       resize=resize,
-      val_classes=len(val_classes),
     )
     made = functools.partial(_window, window=window, scale=scale, resize_to=resize_to)
     views = _views(pool, len(pool.class_names), class_vectors, unseen, (), seed)
@@ -197,19 +200,14 @@ def load_dataset(
     return views.of(whole, len(pool.class_names))
   crop = _crop(pool, source, image_size, resize, crop_area)
   if not pool.class_names:
-    _check_unlabelled(
-      source,
-      known_classes=known_classes,
+    _check_unset(
+      f'for images with classes, but those of {source!r} have none',
+      ', or choose a recipe that needs no labels of a target',
+      **by_class,
       profile=profile != 'original',
-      imbalance=imbalance - 1,
-      n_max=n_max,
-      val_per_class=val_per_class,
-      meta_per_class=meta_per_class,
       meta_in_train=meta_in_train,
-      open_val_per_class=open_val_per_class,
       class_vectors=len(class_vectors),
       unseen=len(unseen),
-      val_classes=len(val_classes),
     )
     splits = {'train': (pool, np.arange(len(pool)))}
     return _dataset(sources, splits, 0, crop, to_device)
@@ -266,24 +264,11 @@ def _opened(
   return {n: brought_to(s, size, channels, source) for n, s in sources.items()}
 
 
-def _check_whole(source: str, **options: float) -> None:
-  """Refuses options for labels or sizes of whole images."""
+def _check_unset(use: str, otherwise: str = '', **options: float) -> None:
+  """Refuses options that do not suit the data; `use` says what they are for."""
   for name, value in options.items():
     if value:
-      raise UserError(
-        f'data.{name} is for images of one class each, but {source!r} has label maps: '
-        'leave it at its default'
-      )
-
-
-def _check_unlabelled(source: str, **options: float) -> None:
-  """Refuses options about classes, except the ones that every domain inherits."""
-  for name, value in options.items():
-    if value:
-      raise UserError(
-        f'data.{name} is for images with classes, but those of {source!r} have none: '
-        'leave it at its default, or choose a recipe that needs no labels of a target'
-      )
+      raise UserError(f'data.{name} is {use}: leave it at its default{otherwise}')
 
 
 def _with_maps(

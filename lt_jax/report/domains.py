@@ -109,12 +109,10 @@ def _accuracy(run: Run, name: str) -> float | None:
 def _means(groups: Sequence[Group], names: Sequence[Domain]) -> Mapping[str, list[str]]:
   """Returns columns of means over domains, if there is more than one to average."""
   roles = [domain.role for domain in names]
+  tested = 'targets' if 'target' in roles else 'source'
   titles = {
     'compound': 'mean of targets' * (roles.count('target') > 1),
-    'compound_open': (
-      f'mean of {"targets" if "target" in roles else "source"} and open'
-      * ('open' in roles)
-    ),
+    'compound_open': f'mean of {tested} and open' * ('open' in roles),
   }
   return {
     title: [

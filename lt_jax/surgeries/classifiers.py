@@ -30,8 +30,8 @@ HISTORY = 10
 MOST_STEPS = 1000
 
 ROUGH = 1e-2
-"""Tolerance of fits that only serve to choose a strength. They take a sixth of the time
-of exact ones, and the accuracy on held-out examples has long settled."""
+"""Tolerance of fits that only serve to choose a strength. They took a sixth of the time
+of exact ones; the choice is the same, or close by where strengths are nearly level."""
 
 SEARCH_STEPS = 12
 """Largest number of slopes that a line search evaluates."""
